@@ -1,0 +1,70 @@
+# make demo | make test do all the set-up: a virtual environment in .venv, by pip alone, no root.
+#   PYTHON=python3.12   the interpreter to build it with (3.10 to 3.13)
+#   CPU=1               PyTorch's CPU builds, a tenth of the download, for a machine without a GPU
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+ifeq ($(CPU),1)
+TORCH_INDEX := --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+LANGUAGES := english hindi telugu
+
+.PHONY: demo test lint tiny help
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   answer the spoken questions in samples/ -> reply_<language>.wav"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff, and shellcheck where it is installed"
+	@echo "make tiny   retrain the shipped models in checkpoints/tiny from nothing (hours)"
+	@echo "First time on a machine without a GPU: make demo CPU=1 (a tenth of the download)"
+
+# Debian's python3 without python3-venv has no ensurepip: then the pip at hand fills the environment.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info)' || \
+	  { echo "error: $(PYTHON) is missing or older than 3.10: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || \
+	  { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
+	    $(PYTHON) -m pip --python $(BIN)/python install pip; } || \
+	  { rm -rf $(VENV); echo "error: no virtual environment: install pip (Debian: apt-get install python3-venv)" >&2; exit 1; }
+
+# The stamps are written last, so that an install which was cut off is taken up again.
+$(VENV)/installed: requirements.txt | $(BIN)/python
+	$(PIP) install -q $(TORCH_INDEX) -r requirements.txt
+	@touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(PIP) install -q $(TORCH_INDEX) -r requirements-dev.txt
+	@touch $@
+
+demo: $(VENV)/installed
+	@for language in $(LANGUAGES); do \
+	  echo "== samples/question_$$language.wav -> reply_$$language.wav"; \
+	  $(BIN)/python stream_demo.py --wav samples/question_$$language.wav \
+	    --out reply_$$language.wav || exit 1; \
+	done
+	@echo "Listen to reply_english.wav, reply_hindi.wav and reply_telugu.wav."
+	@echo "They come from a toy model; your own training replaces it (README.md)."
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	@if command -v shellcheck >/dev/null; then shellcheck runpod_setup.sh .ci/run; \
+	  else echo "shellcheck is not installed: shell scripts not checked (apt-get install shellcheck)"; fi
+
+# The models in checkpoints/tiny, from nothing; each step resumes when the same line is given again.
+# Exact seeds and durations are those of the model cards beside the checkpoints.
+tiny: $(VENV)/installed-dev
+	$(BIN)/python download_data.py --data_dir data
+	$(BIN)/python train_codec.py --data_dirs data/english data/hindi data/telugu data/other \
+	  --preset tiny --checkpoint_dir checkpoints_codec
+	$(BIN)/python train_codec.py --checkpoint_dir checkpoints_codec --export checkpoints/tiny/codec
+	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec \
+	  --output_dir data/conversations/tiny
+	$(BIN)/python train_s2s.py --data_dirs data/conversations/tiny --preset tiny \
+	  --codec checkpoints/tiny/codec --checkpoint_dir checkpoints_s2s
+	$(BIN)/python train_s2s.py --checkpoint_dir checkpoints_s2s --export checkpoints/tiny/s2s
