@@ -1,0 +1,686 @@
+"""Speech on disk: audio files, manifests, random windows, augmentation and resumable sampling.
+
+Letters in shapes: `T` samples, `C` channels, `F` codec frames (50 a second, hop 480 at 24 kHz).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+
+from training import UserError, item_rng
+
+SAMPLE_RATE = 24000
+HOP = 480
+FRAME_SECONDS = HOP / SAMPLE_RATE
+LANGUAGES = ("english", "hindi", "telugu", "other")
+EMOTIONS = ("neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm")
+SPLITS = ("train", "validation", "test")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
+MANIFEST = "manifest.jsonl"
+UNKNOWN_PHONE = -100  # ignored by torch's cross entropy
+SILENCE = "_"  # speech.PHONES[0]
+
+SPEED_RANGE = (0.9, 1.1)
+SNR_RANGE_DB = (5.0, 30.0)
+GAIN_RANGE_DB = (-12.0, 6.0)
+LOW_PASS_RANGE_HZ = (3400.0, 10000.0)
+
+# Seconds read on either side of a window, so that the resampler's filter is settled inside it.
+_MARGIN = 0.05
+# An MP3 or Ogg header may promise a little more than the stream holds; that is no damage.
+_SLACK = 0.12
+_READ_ERRORS = (RuntimeError, OSError, ValueError, TypeError)
+
+
+class AudioError(UserError):
+    """An audio file that is missing, empty, damaged or of an unknown format."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One line of a speech manifest. `path` is absolute once loaded; times are in seconds.
+
+    `phones`, where an engine or an aligner gave them, is a list of `[phone, start, end]`.
+    """
+
+    path: Path
+    duration: float
+    sample_rate: int
+    language: str
+    speaker: str | None = None
+    text: str | None = None
+    emotion: str | None = None
+    augmented: bool = False
+    license: str = ""
+    commercial_ok: bool = False
+    split: str = "train"
+    phones: list | None = field(default=None, hash=False)
+
+
+# ---------------------------------------------------------------------------------- audio files
+
+
+def read_audio(
+    path: str | Path,
+    start: float = 0.0,
+    duration: float | None = None,
+    sample_rate: int = SAMPLE_RATE,
+) -> np.ndarray:
+    """Read `duration` seconds from `start` as mono float32 `[T]` at `sample_rate`.
+
+    Seeks, so a window of a long file costs the window alone. Reads up to the end of the file
+    where `duration` is None or reaches past it. Raises AudioError on anything unreadable.
+    """
+    return _read_window(Path(path), start, duration, sample_rate, speed=1.0)
+
+
+def _read_window(
+    path: Path, start: float, duration: float | None, sample_rate: int, speed: float
+) -> np.ndarray:
+    """`duration` seconds of the file played `speed` times as fast: one seek, one resampling."""
+    try:
+        with soundfile.SoundFile(path) as file:
+            return _read_open(file, path, start, duration, sample_rate, speed)
+    except AudioError:
+        raise
+    except _READ_ERRORS as error:
+        raise _audio_error(path, error) from error
+
+
+def _read_open(
+    file: soundfile.SoundFile,
+    path: Path,
+    start: float,
+    duration: float | None,
+    sample_rate: int,
+    speed: float,
+) -> np.ndarray:
+    rate, total = file.samplerate, file.frames
+    if total <= 0:
+        raise AudioError(f"{path}: holds no samples; remove it or record it again")
+    first = min(max(round(start * rate), 0), total)
+    last = total if duration is None else min(first + round(duration * rate), total)
+    if first == last:
+        return np.zeros(0, np.float32)
+    in_rate = rate * speed
+    plain = in_rate == sample_rate
+    margin = 0 if plain else math.ceil(_MARGIN * rate)
+    before, after = max(first - margin, 0), min(last + margin, total)
+    if before:
+        file.seek(before)
+    samples = file.read(after - before, dtype="float32", always_2d=True)
+    missing = (after - before) - len(samples)
+    if missing > (_SLACK * rate if path.suffix.lower() not in (".wav", ".flac") else 0):
+        raise AudioError(f"{path}: truncated, {missing / rate:.2f} s missing; fetch it again")
+    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    if not np.isfinite(mono).all():
+        raise AudioError(f"{path}: holds values that are not numbers; remove it")
+    if plain:
+        return np.ascontiguousarray(mono)
+    resampled = soxr.resample(mono, in_rate, sample_rate)
+    skip = round((first - before) * sample_rate / in_rate)
+    keep = round((last - first) * sample_rate / in_rate)
+    return np.ascontiguousarray(resampled[skip : skip + keep])
+
+
+def _audio_error(path: Path, error: Exception) -> AudioError:
+    if not path.exists():
+        return AudioError(f"{path}: no such audio file; check the manifest or download it again")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = reason.split(": ")[-1].rstrip(".")
+    return AudioError(f"{path}: cannot be read as audio ({reason}); remove it or fetch it again")
+
+
+def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
+    """Write `[T]` or `[T, C]` in [-1, 1] in the format of the suffix, 16 bit, atomically.
+
+    Raises AudioError on an unknown suffix and where the file cannot be written.
+    """
+    path = Path(path)
+    formats = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".opus": "OGG", ".mp3": "MP3"}
+    subtypes = {".wav": "PCM_16", ".flac": "PCM_16", ".opus": "OPUS"}
+    suffix = path.suffix.lower()
+    if suffix not in formats:
+        raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(formats)}")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    samples = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)
+    try:
+        channels = 1 if samples.ndim == 1 else samples.shape[1]
+        with soundfile.SoundFile(
+            part, "w", sample_rate, channels, subtypes.get(suffix), format=formats[suffix]
+        ) as file:
+            # In blocks: libsndfile's Vorbis writer overflows its stack on a long file at once.
+            for first in range(0, len(samples), 65536):
+                file.write(samples[first : first + 65536])
+        os.replace(part, path)
+    except _READ_ERRORS as error:
+        part.unlink(missing_ok=True)
+        raise AudioError(f"{path}: cannot be written ({error}); is the disk full?") from error
+
+
+def probe(path: str | Path) -> tuple[float, int]:
+    """(duration in seconds, sample rate) of an audio file; raises AudioError on a bad one.
+
+    The end of compressed files is read, because a cut file keeps an intact header.
+    """
+    path = Path(path)
+    try:
+        with soundfile.SoundFile(path) as file:
+            frames, rate = file.frames, file.samplerate
+            if frames > 0 and path.suffix.lower() != ".wav":
+                tail = min(frames, math.ceil(0.2 * rate))
+                file.seek(frames - tail)
+                if len(file.read(tail, dtype="float32")) < tail - _SLACK * rate:
+                    raise AudioError(f"{path}: truncated; fetch it again")
+    except AudioError:
+        raise
+    except _READ_ERRORS as error:
+        raise _audio_error(path, error) from error
+    if frames <= 0:
+        raise AudioError(f"{path}: holds no samples; remove it or record it again")
+    return frames / rate, rate
+
+
+# ------------------------------------------------------------------------------------ manifests
+
+
+def read_manifest(path: str | Path) -> list[Clip]:
+    """Clips of a manifest, paths made absolute. Raises UserError on a missing or bad file."""
+    path = Path(path).resolve()
+    clips = []
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    clips.append(_clip_from_line(line, path, number))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a manifest ({error})") from error
+    return clips
+
+
+def _clip_from_line(line: str, manifest: Path, number: int) -> Clip:
+    where = f"{manifest}, line {number}"
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error}); write the manifest again") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: a clip must be a JSON object; write the manifest again")
+    missing = [key for key in ("path", "duration", "sample_rate", "language") if key not in fields]
+    if missing:
+        raise UserError(f"{where}: no {', '.join(missing)}; is this a speech manifest?")
+    if fields["language"] not in LANGUAGES:
+        known = ", ".join(LANGUAGES)
+        raise UserError(f"{where}: language '{fields['language']}' is not one of {known}")
+    if fields.get("split", "train") not in SPLITS:
+        raise UserError(f"{where}: split '{fields['split']}' is not one of {', '.join(SPLITS)}")
+    known_fields = {key: fields[key] for key in Clip.__dataclass_fields__ if key in fields}
+    try:
+        known_fields["path"] = manifest.parent / fields["path"]
+        known_fields["duration"] = float(fields["duration"])
+        known_fields["sample_rate"] = int(fields["sample_rate"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: {error}; write the manifest again") from error
+    return Clip(**known_fields)
+
+
+def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
+    """Write clips one a line, paths relative to the manifest, atomically."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = path.parent.resolve()
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            for clip in clips:
+                file.write(json.dumps(_fields_to_write(clip, folder), ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _fields_to_write(clip: Clip, folder: Path) -> dict:
+    fields = asdict(clip)
+    absolute = clip.path if clip.path.is_absolute() else folder / clip.path
+    fields["path"] = Path(os.path.relpath(absolute, folder)).as_posix()
+    fields["duration"] = round(clip.duration, 4)
+    for optional in ("text", "emotion", "phones"):
+        if fields[optional] is None:
+            del fields[optional]
+    if not clip.augmented:
+        del fields["augmented"]
+    return fields
+
+
+def split_for(key: str, validation: float = 0.05, test: float = 0.05) -> str:
+    """The split of a speaker or recording, by a hash of its name: stable as a corpus grows."""
+    point = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    if point < validation:
+        return "validation"
+    return "test" if point < validation + test else "train"
+
+
+def scan_folder(path: str | Path, language: str | None = None) -> tuple[list[Clip], list[Path]]:
+    """(clips, unreadable files) of a folder of audio without manifest, sub-folders included.
+
+    The language is the nearest folder name that is one, else "other"; speakers are read from
+    LibriSpeech-like names (`speaker-chapter-number`), else unknown. Splits keep a speaker
+    together, or a recording where the speaker is unknown. Raises UserError on a missing folder.
+    """
+    root = _existing_folder(path)
+    files = [file for folder, names in _walk(root) for file in _audio_files(folder, names)]
+    return _scan_files(files, root, language)
+
+
+def _existing_folder(path: str | Path) -> Path:
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder; check --data_dirs or run download_data.py")
+    return Path(path).resolve()
+
+
+def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        yield Path(folder), sorted(names)
+        # A folder with a manifest speaks for everything below it.
+        if MANIFEST in names:
+            subfolders.clear()
+
+
+def _audio_files(folder: Path, names: list[str]) -> list[Path]:
+    return [
+        folder / name
+        for name in names
+        if name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith(".")
+    ]
+
+
+def _scan_files(
+    files: list[Path], root: Path, language: str | None
+) -> tuple[list[Clip], list[Path]]:
+    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) * 4)) as pool:
+        probed = list(pool.map(_probe_or_none, files))
+    clips, bad = [], []
+    for file, found in zip(files, probed, strict=True):
+        if found is None:
+            bad.append(file)
+            continue
+        speaker = _speaker_from_name(file)
+        key = speaker or file.relative_to(root).as_posix()
+        spoken = language or _language_from_path(file)
+        clips.append(Clip(file, *found, language=spoken, speaker=speaker, split=split_for(key)))
+    return clips, bad
+
+
+def _probe_or_none(path: Path) -> tuple[float, int] | None:
+    try:
+        return probe(path)
+    except AudioError:
+        return None
+
+
+def _language_from_path(path: Path) -> str:
+    named = [part.lower() for part in path.parent.parts if part.lower() in LANGUAGES]
+    return named[-1] if named else "other"
+
+
+def _speaker_from_name(path: Path) -> str | None:
+    match = re.match(r"(\d+)[-_]\d+[-_]\d+", path.name)
+    return match.group(1) if match else None
+
+
+def load_clips(
+    data_dirs: Sequence[str | Path],
+    split: str,
+    commercial_only: bool = False,
+    unreadable_log: str | Path | None = None,
+) -> list[Clip]:
+    """The clips of one split below `data_dirs`: from manifests, and by scanning what has none.
+
+    Unreadable scanned files are counted on stderr and listed in `unreadable_log`. Returns an
+    empty list for a validation or test split that holds nothing; raises UserError on a missing
+    folder, an empty manifest, folders without audio, and an empty train split.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split '{split}' is not one of {', '.join(SPLITS)}")
+    clips, bad = _load_all(data_dirs)
+    _report_unreadable(bad, unreadable_log)
+    where = " ".join(str(folder) for folder in data_dirs)
+    if not clips:
+        raise UserError(f"{where}: no readable audio there; run download_data.py or check the path")
+    if commercial_only:
+        clips = [clip for clip in clips if clip.commercial_ok]
+        if not clips:
+            raise UserError(f"{where}: nothing left under --commercial_only; add other corpora")
+    chosen = [clip for clip in clips if clip.split == split]
+    if not chosen and split == "train":
+        raise UserError(f"{where}: {len(clips)} clips, none in the train split; add recordings")
+    return chosen
+
+
+def _load_all(data_dirs: Sequence[str | Path]) -> tuple[list[Clip], list[Path]]:
+    clips: dict[Path, Clip] = {}
+    bad: list[Path] = []
+    for data_dir in data_dirs:
+        root = _existing_folder(data_dir)
+        loose: list[Path] = []
+        for folder, names in _walk(root):
+            if MANIFEST not in names:
+                loose += _audio_files(folder, names)
+                continue
+            listed = read_manifest(folder / MANIFEST)
+            if not listed:
+                raise UserError(f"{folder / MANIFEST}: an empty manifest; fetch the corpus again")
+            clips.update((clip.path, clip) for clip in listed)
+        scanned, unreadable = _scan_files(loose, root, None)
+        clips.update((clip.path, clip) for clip in scanned)
+        bad += unreadable
+    return list(clips.values()), bad
+
+
+def _report_unreadable(bad: list[Path], log: str | Path | None) -> None:
+    if not bad:
+        return
+    listed = f"first: {bad[0]}"
+    if log is not None:
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        Path(log).write_text("".join(f"{path}\n" for path in bad), encoding="utf-8")
+        listed = f"listed in {log}"
+    print(f"warning: {len(bad)} unreadable audio files skipped, {listed}", file=sys.stderr)
+
+
+def count_speakers(clips: Iterable[Clip]) -> int:
+    """Distinct known speakers; clips of unknown speakers count for nothing."""
+    return len({clip.speaker for clip in clips if clip.speaker is not None})
+
+
+def hours_by_language(clips: Iterable[Clip]) -> dict[str, float]:
+    """Hours a language, in the order of LANGUAGES, languages without audio left out."""
+    hours = dict.fromkeys(LANGUAGES, 0.0)
+    for clip in clips:
+        hours[clip.language] += clip.duration / 3600
+    return {language: total for language, total in hours.items() if total > 0}
+
+
+# --------------------------------------------------------------------------------- augmentation
+
+
+def augment(
+    audio: np.ndarray,
+    rng: np.random.Generator,
+    sample_rate: int = SAMPLE_RATE,
+    probability: float = 0.3,
+) -> np.ndarray:
+    """Speed, noise, band-limiting and gain, each with `probability`, on mono float32 `[T]`.
+
+    Speed (0.9 to 1.1, pitch moves with it) changes the length; the rest keeps it. All
+    randomness comes from `rng`.
+    """
+    speed = draw_speed(rng, probability)
+    if speed != 1.0 and len(audio):
+        audio = soxr.resample(audio, sample_rate * speed, sample_rate)
+    return _augment_in_place_of_time(audio, rng, sample_rate, probability)
+
+
+def draw_speed(rng: np.random.Generator, probability: float = 0.3) -> float:
+    """A playback speed from SPEED_RANGE with `probability`, else 1.0."""
+    chosen, speed = rng.random() < probability, rng.uniform(*SPEED_RANGE)
+    return float(speed) if chosen else 1.0
+
+
+def _augment_in_place_of_time(
+    audio: np.ndarray, rng: np.random.Generator, sample_rate: int, probability: float
+) -> np.ndarray:
+    """Everything but speed: keeps the length and the place of every phone."""
+    noise, band, gain = rng.random(3) < probability
+    if not len(audio):
+        return audio
+    if noise:
+        audio = _add_noise(audio, rng)
+    if band:
+        audio = _band_limit(audio, rng, sample_rate)
+    if gain:
+        audio = audio * 10 ** (rng.uniform(*GAIN_RANGE_DB) / 20)
+    peak = float(np.abs(audio).max())
+    # Scaled down rather than clipped: clipping is a distortion that nobody asked for.
+    return (audio / peak if peak > 1 else audio).astype(np.float32, copy=False)
+
+
+def _add_noise(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Noise whose power falls as 1/f^slope, from white (0) to brown (2), at a drawn SNR."""
+    snr_db, slope = rng.uniform(*SNR_RANGE_DB), rng.uniform(0.0, 2.0)
+    spectrum = np.fft.rfft(rng.standard_normal(len(audio), dtype=np.float32))
+    spectrum /= np.maximum(np.arange(len(spectrum)), 1) ** (slope / 2)
+    noise = np.fft.irfft(spectrum, len(audio))
+    power, noise_power = np.mean(audio**2), np.mean(noise**2)
+    if noise_power == 0:
+        return audio
+    return audio + noise * np.sqrt(power / noise_power / 10 ** (snr_db / 10))
+
+
+def _band_limit(audio: np.ndarray, rng: np.random.Generator, sample_rate: int) -> np.ndarray:
+    """A drawn low-pass, half of the time with a telephone's high-pass at 200 to 300 Hz."""
+    low_pass = rng.uniform(*LOW_PASS_RANGE_HZ)
+    telephone, high_pass = rng.random() < 0.5, rng.uniform(200.0, 300.0)
+    hertz = np.fft.rfftfreq(len(audio), 1 / sample_rate)
+    response = np.clip(1 - (hertz - low_pass) / (0.1 * low_pass), 0, 1)
+    if telephone:
+        response *= np.clip((hertz - 0.5 * high_pass) / (0.5 * high_pass), 0, 1)
+    return np.fft.irfft(np.fft.rfft(audio) * response, len(audio))
+
+
+# -------------------------------------------------------------------------------------- windows
+
+
+def frame_labels(
+    phones: list | None,
+    phone_ids: dict[str, int] | None,
+    frames: int,
+    start: float = 0.0,
+    speed: float = 1.0,
+    end: float | None = None,
+) -> np.ndarray:
+    """Phone ids `[F]` int64 of a window that begins at `start` s and plays `speed` times as fast.
+
+    Frame `f` covers [f, f + 1) * 20 ms of the window and takes the phone at its middle. Frames
+    behind `end` (the end of the clip: padding) are silence; a frame without a phone, or with
+    one that `phone_ids` lacks, is -100.
+    """
+    labels = np.full(frames, UNKNOWN_PHONE, np.int64)
+    if not phones or phone_ids is None:
+        return labels
+    middles = start + (np.arange(frames) + 0.5) * FRAME_SECONDS * speed
+    starts = np.array([phone[1] for phone in phones], dtype=np.float64)
+    ends = np.array([phone[2] for phone in phones], dtype=np.float64)
+    ids = np.array([phone_ids.get(phone[0], UNKNOWN_PHONE) for phone in phones], dtype=np.int64)
+    at = np.searchsorted(starts, middles, side="right") - 1
+    inside = (at >= 0) & (middles < ends[np.maximum(at, 0)])
+    labels[inside] = ids[at[inside]]
+    if end is not None:
+        labels[middles >= end] = phone_ids.get(SILENCE, UNKNOWN_PHONE)
+    return labels
+
+
+class WindowDataset(torch.utils.data.Dataset):
+    """Random windows, one an item, drawn by (seed, epoch, index) alone.
+
+    A language is drawn with p ~ hours ** (1 / language_temperature), a clip by its length, a
+    place in it evenly. Clips shorter than the window are padded with zeros at the end. Items:
+    `audio` float32 `[1, T]`, `language`, `speaker` ("" where unknown), `phones` int64 `[F]`
+    (-100 where unknown).
+
+    An unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another
+    window is drawn; UserError after 100 such draws in a row.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        window_seconds: float,
+        seed: int = 0,
+        epoch_items: int = 1000,
+        language_temperature: float = 1.0,
+        augment: bool = False,
+        phone_ids: dict[str, int] | None = None,
+        unreadable_log: str | Path | None = None,
+    ) -> None:
+        if not clips:
+            raise UserError("no clips to draw windows from; check --data_dirs")
+        if window_seconds <= 0 or epoch_items < 1 or language_temperature <= 0:
+            raise UserError("the window, the epoch and the temperature must be above zero")
+        self.clips = list(clips)
+        self.samples = round(window_seconds * SAMPLE_RATE)
+        self.seed = seed
+        self.epoch_items = epoch_items
+        self.augment = augment
+        self.phone_ids = phone_ids
+        self.unreadable_log = None if unreadable_log is None else Path(unreadable_log)
+        self._groups = _language_groups(self.clips, language_temperature)
+        # Shared memory, so that worker processes see a new epoch and report bad files.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._bad = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return self.epoch_items
+
+    @property
+    def unreadable(self) -> int:
+        """Files found unreadable so far, in all worker processes of this one."""
+        return int(self._bad.sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch of plain integer indices; ResumableSampler's indices carry their own."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> dict:
+        epoch, index = index if isinstance(index, tuple) else (int(self._epoch), index)
+        if not 0 <= index < self.epoch_items:
+            raise IndexError(index)
+        rng = item_rng(self.seed, epoch, index)
+        for _ in range(100):
+            # Every try draws from the same generator: bad files stay part of what is repeatable.
+            which = self._draw_clip(rng)
+            place, speed = rng.random(), draw_speed(rng)
+            if self._bad[which]:
+                continue
+            try:
+                return self._window(self.clips[which], place, speed, rng)
+            except AudioError as error:
+                self._note_unreadable(which, error)
+        raise UserError("100 unreadable audio files in a row; run download_data.py --verify")
+
+    def _draw_clip(self, rng: np.random.Generator) -> int:
+        point, within = rng.random(2)
+        ends, groups = self._groups
+        members, seconds = groups[min(np.searchsorted(ends, point, "right"), len(groups) - 1)]
+        at = np.searchsorted(seconds, within * seconds[-1], side="right")
+        return int(members[min(at, len(members) - 1)])
+
+    def _window(self, clip: Clip, place: float, speed: float, rng: np.random.Generator) -> dict:
+        augmented = self.augment and not clip.augmented
+        speed = speed if augmented else 1.0
+        seconds = self.samples / SAMPLE_RATE * speed
+        start = place * max(clip.duration - seconds, 0.0)
+        audio = _read_window(clip.path, start, seconds, SAMPLE_RATE, speed)[: self.samples]
+        if not len(audio):
+            raise AudioError(f"{clip.path}: shorter than its manifest says; fetch it again")
+        if augmented:
+            audio = _augment_in_place_of_time(audio, rng, SAMPLE_RATE, probability=0.3)
+        frames = math.ceil(self.samples / HOP)
+        end = start + len(audio) / SAMPLE_RATE * speed if len(audio) < self.samples else None
+        labels = frame_labels(clip.phones, self.phone_ids, frames, start, speed, end)
+        padded = np.zeros((1, self.samples), np.float32)
+        padded[0, : len(audio)] = audio
+        return {
+            "audio": torch.from_numpy(padded),
+            "language": clip.language,
+            "speaker": clip.speaker or "",
+            "phones": torch.from_numpy(labels),
+        }
+
+    def _note_unreadable(self, which: int, error: AudioError) -> None:
+        self._bad[which] = True
+        if self.unreadable_log is None:
+            return
+        self.unreadable_log.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.unreadable_log, "a", encoding="utf-8") as file:
+            file.write(f"{error}\n")
+
+
+def _language_groups(
+    clips: list[Clip], temperature: float
+) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """(upper ends of the languages' shares of [0, 1], per language (clip indices, running s))."""
+    weights, groups = [], []
+    for language in LANGUAGES:
+        members = np.array([i for i, clip in enumerate(clips) if clip.language == language])
+        seconds = np.cumsum([clips[i].duration for i in members], dtype=np.float64)
+        if len(members) and seconds[-1] > 0:
+            weights.append(seconds[-1] ** (1 / temperature))
+            groups.append((members, seconds))
+    if not groups:
+        raise UserError("the clips hold no audio: all durations are zero; fetch the corpus again")
+    return np.cumsum(weights) / np.sum(weights), groups
+
+
+class ResumableSampler(torch.utils.data.Sampler):
+    """Batches of (epoch, index) for a WindowDataset, from `consumed` samples into the epoch on.
+
+    `batch_size` is one rank's; `consumed` counts the samples of all ranks. A global batch is
+    the next `batch_size * world_size` indices, dealt out in turn, so that any number of ranks
+    sees together what one would with the joint batch. The last, incomplete batch is dropped.
+
+    The count of samples consumed is the caller's to keep (in its checkpoint): what worker
+    processes have fetched ahead is not consumed.
+    """
+
+    def __init__(
+        self,
+        epoch_items: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch: int = 0,
+        consumed: int = 0,
+    ) -> None:
+        if epoch_items < batch_size * world_size:
+            raise UserError(
+                f"an epoch of {epoch_items} windows is smaller than one batch of "
+                f"{batch_size * world_size}; lower --batch_size or add audio"
+            )
+        self.epoch_items = epoch_items
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.set_epoch(epoch, consumed)
+
+    def set_epoch(self, epoch: int, consumed: int = 0) -> None:
+        """Start the next iteration at `consumed` samples into `epoch`."""
+        self.epoch, self.consumed = epoch, consumed
+
+    def __len__(self) -> int:
+        """Batches from `consumed` to the end of the epoch."""
+        return max(self.epoch_items - self.consumed, 0) // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        joint = self.batch_size * self.world_size
+        for batch in range(len(self)):
+            first = self.consumed + batch * joint + self.rank
+            indices = range(first, first + joint - self.rank, self.world_size)
+            yield [(self.epoch, index) for index in indices]
