@@ -1,0 +1,153 @@
+"""The cached transformer against the offline one, and the offline one against a slow loop."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from transformer import StreamingTransformer, TransformerConfig, windowed_attention
+
+CONTEXT = 8
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    config = TransformerConfig(dim=32, num_layers=3, num_heads=4, num_kv_heads=2, context=CONTEXT)
+    return StreamingTransformer(config).eval()
+
+
+def slow_attention(q, k, v, context):
+    """One query, one head at a time, straight from the definition."""
+    out = torch.zeros_like(q)
+    group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            for h in range(q.shape[2]):
+                seen = range(max(0, i - context + 1), i + 1)
+                scores = torch.stack([q[b, i, h] @ k[b, j, h // group] for j in seen])
+                weights = (scores / math.sqrt(q.shape[-1])).softmax(0)
+                out[b, i, h] = sum(w * v[b, j, h // group] for w, j in zip(weights, seen))
+    return out
+
+
+@pytest.mark.parametrize("length", [1, 5, 8, 9, 16, 17, 37])
+def test_windowed_attention_is_the_definition(length):
+    torch.manual_seed(length)
+    q = torch.randn(2, length, 4, 6)
+    k, v = torch.randn(2, 2, length, 2, 6)
+    expected = slow_attention(q, k, v, CONTEXT)
+    torch.testing.assert_close(
+        windowed_attention(q, k, v, CONTEXT), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+def rotate_complex(x, theta=10_000.0):
+    """RoPE as Su et al. write it: multiplication by e^{i m theta_j}; x [T, H, D]."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, dtype=torch.float64) * 2 / x.shape[-1])
+    angle = torch.arange(x.shape[0], dtype=torch.float64)[:, None, None] * frequencies
+    z = torch.complex(x[..., :half].double(), x[..., half:].double()) * torch.exp(1j * angle)
+    return torch.cat((z.real, z.imag), dim=-1).float()
+
+
+def slow_block(block, x):
+    """One block on `x` [T, D], written out anew."""
+    c = block.attention.config
+
+    def norm(layer, y):
+        return y / (y.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * layer.weight
+
+    y = norm(block.attention_norm, x) @ block.attention.qkv.weight.T
+    q, k, v = y.view(len(x), -1, c.head_dim).split((c.num_heads, c.kv_heads, c.kv_heads), dim=1)
+    q, k = rotate_complex(q), rotate_complex(k)
+    a = slow_attention(q[None], k[None], v[None], c.context)[0]
+    x = x + a.flatten(1) @ block.attention.out.weight.T
+    gate, up = (norm(block.ffn_norm, x) @ block.ffn.gate_up.weight.T).chunk(2, dim=-1)
+    return x + (silu(gate) * up) @ block.ffn.down.weight.T
+
+
+@torch.no_grad()
+def test_block_is_the_papers_formulas(model):
+    x = torch.randn(1, 20, 32)
+    expected = x[0]
+    for block in model.blocks:
+        expected = slow_block(block, expected)
+    torch.testing.assert_close(model(x)[0], model.norm(expected), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[1] * 60, [60], [7, 1, 30, 2, 20], [3] * 20])
+@pytest.mark.parametrize("max_chunk", [1, 4, 16])
+def test_cached_equals_uncached(model, chunks, max_chunk):
+    x = torch.randn(2, 60, 32)
+    state = model.init_state(2, max_chunk=max_chunk)
+    out = torch.cat([model.step(part, state) for part in x.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(out, model(x), atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_slots_are_independent_and_reset(model):
+    """Slot 1 idles now and then and starts over at step 20: each slot equals its own offline pass."""
+    x = torch.randn(2, 45, 32)
+    state = model.init_state(2, max_chunk=2)
+    seen, outputs = ([], []), ([], [])
+    for t in range(45):
+        if t == 20:
+            state.reset(torch.tensor([False, True]))
+            seen[1].clear(), outputs[1].clear()
+        active = torch.tensor([True, t % 3 != 0])
+        out = model.step(x[:, t : t + 1], state, active)
+        for slot in range(2):
+            if active[slot]:
+                seen[slot].append(x[slot, t])
+                outputs[slot].append(out[slot, 0])
+    for slot in range(2):
+        expected = model(torch.stack(seen[slot])[None])[0]
+        torch.testing.assert_close(torch.stack(outputs[slot]), expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_full_reset_forgets(model):
+    x = torch.randn(1, 12, 32)
+    state = model.init_state(1)
+    first = model.step(x, state)
+    state.reset()
+    torch.testing.assert_close(model.step(x, state), first, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("length", [6, 14, 40])
+def test_causal_and_windowed(model, length):
+    """The gradient of one output reaches the receptive field of the stacked windows, no further."""
+    x = torch.randn(1, length, 32, requires_grad=True)
+    model(x)[0, length - 2].sum().backward()
+    reached = x.grad[0].abs().sum(-1) > 0
+    field = 3 * (CONTEXT - 1) + 1
+    expected = torch.zeros(length, dtype=torch.bool)
+    expected[max(0, length - 1 - field) : length - 1] = True
+    assert torch.equal(reached, expected)
+
+
+@torch.no_grad()
+def test_hours_into_a_call(model):
+    """Output depends on relative positions only, also where float32 angles would have drifted."""
+    x = torch.randn(1, 20, 32)
+    state = model.init_state(1)
+    first = model.step(x, state)
+    state.reset()
+    state.position.fill_(10_000_000)
+    state.keys.zero_(), state.values.zero_()
+    # Empty keys of the "past" are visible here, so compare once they have left the window.
+    late = model.step(torch.cat((x, x, x, x), dim=1), state)
+    plain = model(torch.cat((x, x, x, x), dim=1))
+    torch.testing.assert_close(late[:, -20:], plain[:, -20:], atol=1e-4, rtol=1e-3)
+    assert first.shape == x.shape
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"dim": 30}, {"num_heads": 3}, {"context": 0}, {"num_kv_heads": 3}]
+)
+def test_config_refuses_nonsense(sizes):
+    with pytest.raises(ValueError):
+        TransformerConfig(**{"dim": 32, "num_layers": 1, "num_heads": 4, "context": 8, **sizes})

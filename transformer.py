@@ -1,0 +1,308 @@
+"""One streaming causal transformer, shared by the codec, the temporal LM and the depth LM.
+
+Pre-norm blocks (RMSNorm, Zhang & Sennrich 2019) of grouped-query attention (Ainslie et al. 2023)
+with rotary positions (RoPE, Su et al. 2021) and a sliding window, and SwiGLU feed-forward layers
+(Shazeer 2020). `forward` is the offline pass used in training; `step` continues a call from a ring
+key-value cache of fixed shape and gives the same output for any chunking.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a `StreamingTransformer`.
+
+    `context` is the attention window in positions, the query's own position included: a query at
+    `i` sees the keys `i - context + 1 … i`.
+    """
+
+    dim: int
+    num_layers: int
+    num_heads: int
+    context: int
+    num_kv_heads: int | None = None
+    ffn_dim: int | None = None
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if min(self.dim, self.num_layers, self.num_heads, self.context) < 1:
+            raise ValueError(f"transformer sizes must be positive: {self}")
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim {self.dim} must be an even multiple of {self.num_heads} heads")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"{self.num_heads} heads cannot share {self.kv_heads} key-value heads")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward layer; by default 8/3 of `dim`, in multiples of 32."""
+        return self.ffn_dim or -(-8 * self.dim // 3 // 32) * 32
+
+
+def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of RoPE, `[..., head_dim / 2]` float32, for integer positions `[...]`.
+
+    Angles are taken in float64: after hours at 50 Hz a float32 angle would be off by 0.1 rad.
+    """
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
+    angles = positions.to(torch.float64)[..., None] * theta ** (-exponents / head_dim)
+    return angles.cos().float(), angles.sin().float()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the halves of the last axis of `x` `[B, T, H, D]`; tables `[B or 1, T, 1, D / 2]`."""
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype)
+
+
+@functools.cache
+def flash_attention():
+    """flash-attn's kernel where that package is installed, else None."""
+    try:
+        from flash_attn import flash_attn_func
+    except ImportError:
+        return None
+    return flash_attn_func
+
+
+def windowed_attention(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
+    """Causal attention in which each query sees `context` keys, its own included.
+
+    Args:
+        q: `[B, T, H, D]`; k, v: `[B, T, H_kv, D]`.
+
+    Returns:
+        `[B, T, H, D]`. Time and memory grow with `T * context`, not with `T * T`.
+    """
+    flash = flash_attention() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
+    if flash is not None:
+        return flash(q, k, v, causal=True, window_size=(context - 1, 0))
+    length, grouped = q.shape[1], q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if length <= context:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    elif length <= 2 * context:
+        i = torch.arange(length, device=q.device)
+        distance = i[:, None] - i[None, :]
+        mask = (distance >= 0) & (distance < context)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    else:
+        out = _blockwise_attention(q, k, v, context, grouped)
+    return out.transpose(1, 2)
+
+
+def _blockwise_attention(q: Tensor, k: Tensor, v: Tensor, context: int, grouped: bool) -> Tensor:
+    """Exact windowed attention in blocks of `context` queries, each over its block and the last."""
+    length = q.shape[2]
+    blocks = -(-length // context)
+    padding = blocks * context - length
+    q, k, v = (F.pad(x, (0, 0, 0, padding)).unflatten(2, (blocks, context)) for x in (q, k, v))
+    # [B, H, blocks, 2 * context, D]: the block before (zeros for the first one), then the block.
+    k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x), dim=3) for x in (k, v))
+    query = torch.arange(context, device=q.device)[:, None] + context
+    key = torch.arange(2 * context, device=q.device)[None, :]
+    mask = ((key <= query) & (query - key < context)).expand(blocks, -1, -1).clone()
+    mask[0, :, :context] = False
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # [B * blocks, H, ., D]
+    mask = mask.repeat(q.shape[0] // blocks, 1, 1)[:, None]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    out = out.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)
+    return out[:, :, :length]
+
+
+class TransformerState:
+    """Ring key-value cache of a call, one row a slot; preallocated and changed in place.
+
+    `keys` and `values` are `[layers, B, capacity, H_kv, D]`, `position` `[B]` counts the positions
+    that each slot has consumed. Entries are told valid by `position` alone, so that a reset writes
+    one number a slot.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, batch_size: int, max_chunk: int, device, dtype
+    ) -> None:
+        # The first query of a chunk still needs `context` keys when the last one is written.
+        capacity = config.context + max_chunk - 1
+        shape = (config.num_layers, batch_size, capacity, config.kv_heads, config.head_dim)
+        self.max_chunk = max_chunk
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.position = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.slots = torch.arange(batch_size, device=device)[:, None]
+        self.ring = torch.arange(capacity, device=device)
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Forgets everything in the slots where `mask` `[B]` bool is true (all of them if None)."""
+        if mask is None:
+            self.position.zero_()
+        else:
+            self.position.masked_fill_(mask, 0)
+
+
+@dataclass
+class _StepPlan:
+    """What every layer of one step shares."""
+
+    cos: Tensor
+    sin: Tensor
+    index: Tensor  # [B, S] ring places of the new keys
+    mask: Tensor  # [B, 1, S, capacity]
+    active: Tensor | None  # [B, 1, 1, 1]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE; one fused projection for queries, keys and values."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.num_heads + 2 * config.kv_heads
+        self.qkv = nn.Linear(config.dim, heads * config.head_dim, bias=False)
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c = self.config
+        qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))  # [B, T, H + 2 H_kv, D]
+        qk, v = qkv.split((c.num_heads + c.kv_heads, c.kv_heads), dim=2)
+        q, k = apply_rotary(qk, cos, sin).split((c.num_heads, c.kv_heads), dim=2)
+        return q, k, v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.project(x, cos, sin)
+        return self.out(windowed_attention(q, k, v, self.config.context).flatten(2))
+
+    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: _StepPlan, slots: Tensor):
+        q, k, v = self.project(x, plan.cos, plan.sin)
+        k, v = k.to(keys.dtype), v.to(values.dtype)
+        if plan.active is not None:  # a slot that is not active keeps what it had
+            k = torch.where(plan.active, k, keys[slots, plan.index])
+            v = torch.where(plan.active, v, values[slots, plan.index])
+        keys[slots, plan.index] = k
+        values[slots, plan.index] = v
+        out = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            keys.transpose(1, 2).to(q.dtype),
+            values.transpose(1, 2).to(q.dtype),
+            attn_mask=plan.mask,
+            enable_gqa=self.config.kv_heads != self.config.num_heads,
+        )
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`, gate and up fused in one projection."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
+        self.down = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each with a residual connection."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.ffn = FeedForward(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin)
+        return x + self.ffn(self.ffn_norm(x))
+
+    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: _StepPlan, slots: Tensor):
+        x = x + self.attention.step(self.attention_norm(x), keys, values, plan, slots)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class StreamingTransformer(nn.Module):
+    """A stack of blocks and a final norm, `[B, T, D]` → `[B, T, D]`, causal within a window."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        """Normal weights of deviation 1/sqrt(fan in); residual outputs scaled down with depth."""
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if isinstance(module, Block):
+            for layer in (module.attention.out, module.ffn.down):
+                layer.weight.data.mul_((2 * self.config.num_layers) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The offline pass over `x` `[B, T, D]`, position 0 first."""
+        positions = torch.arange(x.shape[1], device=x.device)[None, :, None]
+        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.norm(x)
+
+    def init_state(self, batch_size: int, max_chunk: int = 16) -> TransformerState:
+        """A fresh state for `batch_size` slots; chunks over `max_chunk` positions are split."""
+        weight = self.blocks[0].attention.out.weight
+        return TransformerState(self.config, batch_size, max_chunk, weight.device, weight.dtype)
+
+    def step(self, x: Tensor, state: TransformerState, active: Tensor | None = None) -> Tensor:
+        """Continues each slot by the chunk `x` `[B, S, D]` → `[B, S, D]`; `state` moves on in place.
+
+        Where `active` `[B]` bool is false the slot does not advance and its output is meaningless.
+        """
+        chunks = x.split(state.max_chunk, dim=1)
+        if len(chunks) == 1:
+            return self._step_chunk(x, state, active)
+        return torch.cat([self._step_chunk(chunk, state, active) for chunk in chunks], dim=1)
+
+    def _step_chunk(self, x: Tensor, state: TransformerState, active: Tensor | None) -> Tensor:
+        plan = self._plan(x.shape[1], state, active)
+        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
+            x = block.step(x, keys, values, plan, state.slots)
+        advance = x.shape[1] if active is None else active.long() * x.shape[1]
+        state.position.add_(advance)
+        return self.norm(x)
+
+    def _plan(self, length: int, state: TransformerState, active: Tensor | None) -> _StepPlan:
+        capacity = state.ring.shape[0]
+        offsets = torch.arange(length, device=state.ring.device)
+        positions = state.position[:, None] + offsets  # [B, S]
+        last = positions[:, -1:]
+        # The position that each ring place holds once this chunk is written; negative: nothing yet.
+        held = last - (last - state.ring) % capacity  # [B, capacity]
+        distance = positions[:, :, None] - held[:, None, :]
+        mask = (distance >= 0) & (distance < self.config.context) & (held >= 0)[:, None, :]
+        cos, sin = rotary_tables(
+            positions[:, :, None], self.config.head_dim, self.config.rope_theta
+        )
+        return _StepPlan(
+            cos=cos,
+            sin=sin,
+            index=positions % capacity,
+            mask=mask[:, None],
+            active=None if active is None else active[:, None, None, None],
+        )
