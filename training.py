@@ -1,0 +1,795 @@
+"""What the trainers share: torchrun set-up, seeds, checkpoints, schedule, metrics, money, balancer.
+
+The lowest layer: imports nothing else of the project.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+import uuid
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+PLAN_BUDGET_USD = 1500.0
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_STEP_NAME = re.compile(r"step_(\d+)(\.replaced)?")
+_TEMPORARY = ".tmp-"
+_PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype)
+
+
+# ---------------------------------------------------------------------------------- errors
+
+
+class UserError(Exception):
+    """A mistake or a shortage the user can mend. One line: what, where, what to do."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's `main`: bad input ends in one line on stderr and exit code 1.
+
+    Ctrl-C exits 130. Other exceptions keep their traceback: they are bugs.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        code = 130
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        print(f"error: the disk is full{where}; free some space and run again", file=sys.stderr)
+        code = 1
+    finally:
+        cleanup_distributed()
+    if code:
+        sys.exit(code)
+
+
+# ------------------------------------------------------------------------------- processes
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process' place among those that `torchrun` started; rank 0 of 1 without it."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints, logs and saves."""
+        return self.rank == 0
+
+
+def setup_distributed(device: str = "auto") -> Distributed:
+    """Read torchrun's environment, join the process group (gloo on CPU, nccl on CUDA).
+
+    `device`: auto (CUDA where there is one), cpu, cuda, cuda:N or mps.
+    Raises UserError for a device that this machine lacks.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = _resolve_device(device, local_rank, world_size)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return Distributed(rank, world_size, local_rank, chosen)
+
+
+def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"--device {device}: not a device; use auto, cpu, cuda or mps") from None
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: this machine has no Apple GPU; use --device cpu")
+    if chosen.type != "cuda":
+        return chosen
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch sees no CUDA GPU here; use --device cpu")
+    index = local_rank if chosen.index is None or world_size > 1 else chosen.index
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"GPU {index} asked for, this machine has {torch.cuda.device_count()}: "
+            "lower --nproc_per_node or --device"
+        )
+    return torch.device("cuda", index)
+
+
+def cleanup_distributed() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """The mean of `tensor` over all ranks, as a new tensor; `tensor` itself on one process."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tensor
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def item_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """A generator for one sample: the same draw whichever worker, rank or resumed run asks."""
+    return np.random.default_rng((seed % 2**32, epoch, index))
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+@dataclass
+class Checkpoint:
+    """A loaded checkpoint folder. `trainer` and `tokenizer` are None where it holds none."""
+
+    path: Path
+    step: int
+    config: dict
+    tensors: dict[str, Tensor]
+    trainer: dict | None
+    tokenizer: str | None
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    config: dict,
+    tensors: dict[str, Tensor],
+    trainer: dict | None = None,
+    tokenizer: str | None = None,
+    keep_last: int = 3,
+    best: bool = False,
+) -> Path:
+    """Write `run_dir/step_00001000/` and drop all but the last `keep_last` and the best one.
+
+    Files go to a temporary folder, are synced and then renamed, so that a kill at any moment
+    leaves the earlier checkpoints whole. Tensors keep their precision (give fp16 for a shipped
+    model). `trainer` holds plain containers, numbers, strings and tensors, which is all that
+    loading without pickled code can read back. `tokenizer` is JSON of the `tokenizers` library.
+    `best` makes this the best one so far (`best.json`).
+    Call on the main rank only. Raises UserError on a full disk; TypeError for a bad `trainer`.
+    """
+    run_dir = Path(run_dir)
+    _check_plain(trainer, "trainer")
+    final = run_dir / f"step_{step:08d}"
+    temporary = run_dir / f"{_TEMPORARY}{final.name}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(run_dir)
+        temporary.mkdir()
+        _write_files(temporary, step, config, tensors, trainer, tokenizer)
+        _publish(temporary, final)
+        if best:
+            _write_atomically(run_dir / "best.json", json.dumps({"checkpoint": final.name}))
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_disk_full(error):
+            raise UserError(_disk_full_message(run_dir, final)) from error
+        raise
+    _prune(run_dir, final, keep_last)
+    return final
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: a run's newest complete step, or itself.
+
+    `path` is a run folder, a step folder, or a shipped folder (config.json and
+    model.safetensors). Temporary and incomplete folders are passed over.
+    Raises UserError where there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint folder")
+    if _is_complete(path):
+        return path
+    for _, _, folder in reversed(_step_folders(path)):
+        if _is_complete(folder):
+            return folder
+    if (path / "config.json").exists() or (path / "model.safetensors").exists():
+        raise UserError(f"{path}: incomplete checkpoint; copy it again or take an earlier step")
+    raise UserError(
+        f"{path}: no complete checkpoint here (neither step_* folders nor config.json with "
+        "model.safetensors); train first or give another folder"
+    )
+
+
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", with_trainer: bool = True
+) -> Checkpoint:
+    """Load what `find_checkpoint(path)` finds, tensors on `device`, no pickled code executed.
+
+    Raises UserError for a missing or damaged checkpoint.
+    """
+    folder = find_checkpoint(path)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = folder / "model.safetensors"
+        tensors = load_file(weights, device=str(device))
+        with safe_open(weights, framework="pt") as opened:
+            step = int((opened.metadata() or {}).get("step", 0))
+        trainer = None
+        if with_trainer and (folder / "trainer.pt").exists():
+            trainer = torch.load(folder / "trainer.pt", map_location=device, weights_only=True)
+        tokenizer = None
+        if (folder / "tokenizer.json").exists():
+            tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except (OSError, ValueError, EOFError, SafetensorError, RuntimeError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(_damaged(folder, error)) from error
+    except Exception as error:  # torch.load raises pickle.UnpicklingError for what it refuses
+        if type(error).__name__ == "UnpicklingError":
+            raise UserError(_damaged(folder, error)) from error
+        raise
+    return Checkpoint(folder, step, config, tensors, trainer, tokenizer)
+
+
+def fingerprint(config: dict, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) over the config's sorted JSON and every tensor's name, dtype, shape, bytes."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write_files(folder, step, config, tensors, trainer, tokenizer) -> None:
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    metadata = {"format": "pt", "step": str(step)}
+    save_file(_unshared(tensors), folder / "model.safetensors", metadata=metadata)
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    if trainer is not None:
+        with open(folder / "trainer.pt", "wb") as file:
+            torch.save(trainer, file)
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CPU copies in which no two tensors share memory, which safetensors refuses."""
+    result, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    # A folder cannot be renamed over a full one. The one replaced keeps a name that
+    # find_checkpoint knows, so that there is no moment without a complete checkpoint.
+    replaced = final.with_name(f"{final.name}.replaced")
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    _sync(final.parent)
+    if replaced.exists():
+        _discard(replaced)
+
+
+def _prune(run_dir: Path, newest: Path, keep_last: int) -> None:
+    folders = [folder for _, _, folder in _step_folders(run_dir)]
+    kept = {newest.name, _best_name(run_dir), *(f.name for f in folders[-max(1, keep_last) :])}
+    for folder in folders:
+        if folder.name not in kept:
+            _discard(folder)
+
+
+def _best_name(run_dir: Path) -> str | None:
+    try:
+        return json.loads((run_dir / "best.json").read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _step_folders(run_dir: Path) -> list[tuple[int, bool, Path]]:
+    """(step, whether it is the standing one, folder), oldest first."""
+    found = []
+    for folder in run_dir.iterdir():
+        match = _STEP_NAME.fullmatch(folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), match[2] is None, folder))
+    return sorted(found)
+
+
+def _discard(folder: Path) -> None:
+    # Renamed first: a kill in mid-removal must not leave a folder that looks complete.
+    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    for leftover in run_dir.glob(f"{_TEMPORARY}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all files are there at full length (a broken copy of a checkpoint is not)."""
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = folder / "model.safetensors"
+        with open(weights, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= weights.stat().st_size else None
+        if header is None:
+            return False
+        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        if weights.stat().st_size != 8 + length + max(ends, default=0):
+            return False
+        trainer = folder / "trainer.pt"
+        return not trainer.exists() or zipfile.is_zipfile(trainer)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Refuse at save time what `weights_only` would refuse at load time, after the pod is lost."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"{where} key")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple, set):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif not (isinstance(value, Tensor) or type(value) in _PLAIN):
+        raise TypeError(f"{where} is a {type(value).__name__}: store plain values or tensors")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    # safetensors (Rust) and torch.save (C++) wrap the system's error in their own.
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return True
+        text = str(error)
+        if "os error 28" in text or "os error 122" in text or "No space left" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _disk_full_message(run_dir: Path, final: Path) -> str:
+    try:
+        kept = f"the last complete checkpoint, {find_checkpoint(run_dir)}, is kept"
+    except UserError:
+        kept = "there is no earlier checkpoint"
+    return f"{final}: the disk is full, this checkpoint was not saved; {kept}; free some space"
+
+
+def _damaged(folder: Path, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return f"{folder}: damaged checkpoint ({reason}); copy it again or take an earlier step"
+
+
+# -------------------------------------------------------------------------------- schedule
+
+
+def learning_rate(
+    step: int, total_steps: int, peak: float, warmup_steps: int, final_ratio: float = 0.1
+) -> float:
+    """Linear warm-up to `peak`, then a cosine to `final_ratio * peak` at `total_steps`.
+
+    `step` counts from 0; the first one already learns (peak / warmup_steps).
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return peak * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class StepGuard:
+    """Tells which steps to skip: those whose loss or gradient norm is not finite on any rank.
+
+    `skipped` counts them. Check before the optimizer steps and before any codebook moves.
+    """
+
+    def __init__(self, max_consecutive: int = 5) -> None:
+        self.max_consecutive = max_consecutive
+        self.skipped = 0
+        self.consecutive = 0
+
+    def check(self, loss: float | Tensor, grad_norm: float | Tensor) -> bool:
+        """True to go on, False to skip this step; all ranks get the same answer.
+
+        Raises UserError after `max_consecutive` skipped steps in a row.
+        """
+        loss, grad_norm = float(loss), float(grad_norm)
+        bad = torch.tensor(float(not (math.isfinite(loss) and math.isfinite(grad_norm))))
+        if dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
+            bad = bad.cuda()
+        if all_reduce_mean(bad).item() == 0:
+            self.consecutive = 0
+            return True
+        self.skipped += 1
+        self.consecutive += 1
+        if self.consecutive >= self.max_consecutive:
+            raise UserError(
+                f"{self.consecutive} steps in a row were not finite (loss {loss:g}, gradient norm "
+                f"{grad_norm:g}): lower the learning rate, then run the same command again; "
+                "it goes on from the last complete checkpoint"
+            )
+        return False
+
+    def state_dict(self) -> dict:
+        return {"skipped": self.skipped, "consecutive": self.consecutive}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.skipped, self.consecutive = state["skipped"], state["consecutive"]
+
+
+# ---------------------------------------------------------------------------- loss balance
+
+
+class Balancer:
+    """Gradient balancer (Défossez et al. 2022, "High Fidelity Neural Audio Compression", 3.4).
+
+    Each loss `i` reaches the model as  R * w_i / sum(w) * g_i / <|g_i|>,  where g_i is its
+    gradient at the model's output and <|g_i|> a running mean of its norm per clip, averaged over
+    ranks. So weights are shares of the gradient, whatever the scale of each loss.
+    Unlike the paper's code, the sum is divided by the batch size, so that neither the batch size
+    nor the number of ranks changes the gradient's scale: R (`total_norm`) is the norm per clip.
+    """
+
+    def __init__(
+        self, weights: dict[str, float], decay: float = 0.999, total_norm: float = 1.0
+    ) -> None:
+        self.weights = dict(weights)
+        self.decay = decay
+        self.total_norm = total_norm
+        self._sums: dict[str, float] = {}
+        self._counts: dict[str, float] = {}  # removes the bias of starting the means at zero
+
+    def backward(
+        self, losses: dict[str, Tensor], output: Tensor, others: Tensor | None = None
+    ) -> dict[str, float]:
+        """Send balanced gradients through the model in one backward pass.
+
+        `losses`: scalars computed from `output` `[B, 1, T]`, names known to `weights` (any
+        subset; the shares of those present add up to 1). `others`: a scalar to add as it is
+        (commitment, teacher, phones). Losses whose gradient is zero, or which do not depend on
+        the output, are harmless. Nothing but the model gets gradients (discriminators do not).
+        A non-finite gradient is passed on for StepGuard to see and leaves the means alone.
+        Returns each loss' share of the output gradient's norm in this step.
+        """
+        gradients = self._gradients(losses, output)
+        names = list(gradients)
+        local = torch.stack([g.flatten(1).norm(dim=1).mean() for g in gradients.values()])
+        norms = dict(zip(names, local.tolist(), strict=True))
+        self._update(dict(zip(names, all_reduce_mean(local).tolist(), strict=True)))
+        scales = self._scales(names)
+        total = torch.zeros_like(output, dtype=torch.float32)
+        for name in names:
+            total.add_(gradients[name], alpha=scales[name] / output.shape[0])
+        tensors, seeds = [output], [total.to(output.dtype)]
+        if others is not None and others.requires_grad:
+            tensors, seeds = [output, others], [seeds[0], torch.ones_like(others)]
+        torch.autograd.backward(tensors, seeds)
+        parts = {name: norms[name] * scales[name] for name in names}
+        whole = sum(parts.values()) or 1.0
+        return {name: part / whole for name, part in parts.items()}
+
+    def _gradients(self, losses: dict[str, Tensor], output: Tensor) -> dict[str, Tensor]:
+        unknown = set(losses) - set(self.weights)
+        if unknown or not losses:
+            raise ValueError(f"losses without a weight: {sorted(unknown)}; given: {list(losses)}")
+        gradients = {}
+        for name, loss in losses.items():
+            gradient = None
+            if loss.requires_grad:
+                # Losses may share their graph (one discriminator pass), so it is kept.
+                (gradient,) = torch.autograd.grad(
+                    loss, output, retain_graph=True, allow_unused=True
+                )
+            gradients[name] = (torch.zeros_like(output) if gradient is None else gradient).float()
+        return gradients
+
+    def _update(self, norms: dict[str, float]) -> None:
+        if not all(math.isfinite(norm) for norm in norms.values()):
+            return
+        for name, norm in norms.items():
+            # A loss at exactly zero (not yet started) would pull its mean down, and its first
+            # real gradient would arrive many times too large.
+            if norm > 0:
+                self._sums[name] = self.decay * self._sums.get(name, 0.0) + norm
+                self._counts[name] = self.decay * self._counts.get(name, 0.0) + 1.0
+
+    def _scales(self, names: list[str]) -> dict[str, float]:
+        whole = sum(self.weights[name] for name in names) or 1.0
+        scales = {}
+        for name in names:
+            mean = self._sums.get(name, 0.0) / self._counts.get(name, 1.0)
+            scales[name] = self.total_norm * self.weights[name] / whole / mean if mean else 1.0
+        return scales
+
+    def state_dict(self) -> dict:
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+
+
+# --------------------------------------------------------------------------------- metrics
+
+
+class Metrics:
+    """One JSON object a step in `run_dir/metrics.jsonl`, and TensorBoard curves where asked.
+
+    Opening it drops lines after `resume_step` and a last line cut short by a kill, so that the
+    file of a resumed run reads like an uninterrupted one. Open it on the main rank only.
+    """
+
+    def __init__(self, run_dir: str | Path, resume_step: int = 0, tensorboard: bool = False):
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._rewind(resume_step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._board = _tensorboard(self.path.parent, resume_step) if tensorboard else None
+
+    def _rewind(self, resume_step: int) -> None:
+        kept = [row for row in _json_lines(self.path) if row.get("step", 0) <= resume_step]
+        _write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+
+    def log(self, step: int, **values: float | int | str | Tensor) -> None:
+        """Append one line; a value that is not finite is written as null."""
+        row = {name: _json_number(value) for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, step)
+
+    def log_audio(self, step: int, name: str, audio: Tensor, sample_rate: int) -> None:
+        """Add a clip `[1, T]` in [-1, 1] to TensorBoard; nothing without it."""
+        if self._board is not None:
+            self._board.add_audio(name, audio.detach().cpu().float(), step, sample_rate)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _tensorboard(run_dir: Path, resume_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+
+def _json_number(value: float | int | str | Tensor) -> float | int | str | None:
+    if isinstance(value, (str, bool, int)):
+        return value
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _json_lines(path: Path) -> list[dict]:
+    """The objects in a JSON-lines file; lines that a kill cut short are passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+# ----------------------------------------------------------------------------------- money
+
+
+def format_hours(hours: float) -> str:
+    """41 h, 1.2 h, 12 min, 18 s."""
+    if not math.isfinite(hours):
+        return "? h"
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    if hours < 0.995:
+        return f"{hours * 60:.0f} min"
+    return f"{hours:.1f} h" if hours < 9.95 else f"{hours:,.0f} h"
+
+
+def format_dollars(dollars: float) -> str:
+    """$1,500, $139, $1.25."""
+    if not math.isfinite(dollars):
+        return "$?"
+    return f"${dollars:,.2f}" if dollars < 9.995 else f"${dollars:,.0f}"
+
+
+class CostMeter:
+    """Measures a command's pace; projects its hours and dollars; keeps the shared ledger.
+
+    Each run appends what it spent to `ledger` at least once a minute, so that a killed pod's time
+    counts too. Disabled (default without CUDA) it projects hours only and writes nothing.
+    `budget_usd` is for this run, its earlier, resumed parts included. Enable on the main rank only.
+    """
+
+    flush_seconds = 60.0
+    warmup_ticks = 3  # the first steps compile, fill caches and start workers
+
+    def __init__(
+        self,
+        stage: str,
+        ledger: str | Path = Path("costs.jsonl"),
+        usd_per_hour: float = 3.39,
+        budget_usd: float | None = None,
+        enabled: bool | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stage = stage
+        self.ledger = Path(ledger)
+        self.usd_per_hour = usd_per_hour
+        self.budget_usd = budget_usd
+        self.enabled = torch.cuda.is_available() if enabled is None else enabled
+        self._clock = clock
+        self._run = uuid.uuid4().hex[:12]
+        self._earlier_hours = 0.0
+        self._total = self._done = self._ticks = self._steps = 0
+        self._started = self._flushed = self._warm = None
+
+    def start(self, total_steps: int, done_steps: int = 0) -> None:
+        """Start the clock; `done_steps` of `total_steps` were done before (resume)."""
+        self._total, self._done = total_steps, done_steps
+        self._ticks = self._steps = 0
+        self._started = self._flushed = self._clock()
+        self._warm = None
+
+    def tick(self, steps: int = 1) -> None:
+        """Count finished steps."""
+        now = self._clock()
+        self._latest = now
+        self._done += steps
+        self._ticks += 1
+        if self._warm is None:
+            if self._ticks >= self.warmup_ticks:
+                self._warm = now
+        else:
+            self._steps += steps
+        if now - self._flushed >= self.flush_seconds:
+            self.flush()
+
+    def elapsed_hours(self) -> float:
+        """Hours of this run so far, its earlier parts included."""
+        here = 0.0 if self._started is None else (self._clock() - self._started) / 3600
+        return self._earlier_hours + here
+
+    def spent_usd(self) -> float:
+        """Dollars spent on all stages, by the ledger, with what is not yet in it."""
+        rows = _json_lines(self.ledger) if self.ledger.exists() else []
+        return sum(float(row.get("dollars", 0)) for row in rows) + self._unwritten_usd()
+
+    def projected(self) -> tuple[float, float]:
+        """(hours, dollars) of this run from its first to its last step; nan until measured."""
+        seconds = self._seconds_per_step()
+        hours = self.elapsed_hours() + max(0, self._total - self._done) * seconds / 3600
+        return hours, hours * self.usd_per_hour
+
+    def remaining_steps_within_budget(self) -> int | None:
+        """How many more steps the budget pays for; None without a budget or before measured."""
+        seconds = self._seconds_per_step()
+        if self.budget_usd is None or not self.enabled or not seconds > 0:
+            return None
+        left = self.budget_usd - self.elapsed_hours() * self.usd_per_hour
+        affordable = int(max(0.0, left) / (seconds / 3600 * self.usd_per_hour))
+        return min(affordable, max(0, self._total - self._done))
+
+    def line(self) -> str:
+        """`projected 41 h = $139 (spent $212 of $1,500)`; hours alone where disabled."""
+        hours, dollars = self.projected()
+        if not self.enabled:
+            return f"projected {format_hours(hours)}"
+        spent = f"spent {format_dollars(self.spent_usd())} of {format_dollars(PLAN_BUDGET_USD)}"
+        return f"projected {format_hours(hours)} = {format_dollars(dollars)} ({spent})"
+
+    def flush(self) -> None:
+        """Append what was spent since the last time to the ledger; call at the end too."""
+        if self._started is None:
+            return
+        now = self._clock()
+        hours, self._flushed = (now - self._flushed) / 3600, now
+        if not self.enabled or hours <= 0:
+            return
+        row = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "stage": self.stage,
+            "run": self._run,
+            "hours": hours,
+            "dollars": hours * self.usd_per_hour,
+        }
+        self.ledger.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.ledger, "a+b") as file:
+            # A line cut short by a kill must not swallow this one.
+            torn = file.tell() > 0 and _last_byte(file) != b"\n"
+            file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+
+    def state_dict(self) -> dict:
+        return {"run": self._run, "hours": self.elapsed_hours()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on counting a resumed run, what it spent after its last checkpoint included."""
+        self._run = state["run"]
+        rows = _json_lines(self.ledger) if self.ledger.exists() else []
+        written = sum(float(row.get("hours", 0)) for row in rows if row.get("run") == self._run)
+        self._earlier_hours = max(state["hours"], written)
+
+    def _seconds_per_step(self) -> float:
+        if self._warm is None or self._steps == 0:
+            return math.nan
+        return (self._latest - self._warm) / self._steps
+
+    def _unwritten_usd(self) -> float:
+        if self._started is None or not self.enabled:
+            return 0.0
+        return (self._clock() - self._flushed) / 3600 * self.usd_per_hour
+
+
+def _last_byte(file) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1)
