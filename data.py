@@ -200,7 +200,7 @@ def probe(path: str | Path) -> tuple[float, int]:
 
 def read_manifest(path: str | Path) -> list[Clip]:
     """Clips of a manifest, paths made absolute. Raises UserError on a missing or bad file."""
-    path = Path(path).resolve()
+    path = Path(os.path.abspath(path))
     clips = []
     try:
         with open(path, encoding="utf-8") as file:
@@ -239,10 +239,11 @@ def _clip_from_line(line: str, manifest: Path, number: int) -> Clip:
 
 
 def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
-    """Write clips one a line, paths relative to the manifest, atomically."""
+    """Write clips one a line, atomically. Paths in the file are relative to the manifest; a
+    clip's own relative path is taken from the current folder, as everywhere in Python."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = path.parent.resolve()
+    folder = Path(os.path.abspath(path.parent))
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -257,8 +258,7 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
 
 def _fields_to_write(clip: Clip, folder: Path) -> dict:
     fields = asdict(clip)
-    absolute = clip.path if clip.path.is_absolute() else folder / clip.path
-    fields["path"] = Path(os.path.relpath(absolute, folder)).as_posix()
+    fields["path"] = Path(os.path.relpath(clip.path, folder)).as_posix()
     fields["duration"] = round(clip.duration, 4)
     for optional in ("text", "emotion", "phones"):
         if fields[optional] is None:
