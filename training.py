@@ -18,7 +18,7 @@ import time
 import uuid
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -141,6 +141,21 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace each gradient by its mean over all ranks, in one exchange; nothing on one process.
+
+    For losses that need more than one backward pass a step, where DistributedDataParallel's hooks
+    would fire at the wrong one. Every rank must hold gradients for the same parameters.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    mean = all_reduce_mean(flat).split([gradient.numel() for gradient in gradients])
+    for gradient, averaged in zip(gradients, mean, strict=True):
+        gradient.copy_(averaged.view_as(gradient))
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and PyTorch (all devices)."""
     random.seed(seed)
@@ -206,6 +221,35 @@ def save_checkpoint(
         raise
     _prune(run_dir, final, keep_last)
     return final
+
+
+def save_export(
+    folder: str | Path,
+    step: int,
+    config: dict,
+    tensors: dict[str, Tensor],
+    tokenizer: str | None = None,
+) -> Path:
+    """Write a shipped folder: config, weights and tokenizer alone, in place of what is there.
+
+    Other files in the folder (a model card) stay. Raises UserError on a full disk.
+    """
+    folder = Path(folder)
+    temporary = folder / f"{_TEMPORARY}export"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_files(temporary, step, config, tensors, None, tokenizer)
+        for file in temporary.iterdir():
+            os.replace(file, folder / file.name)
+        _sync(folder)
+    except OSError as error:
+        if _is_disk_full(error):
+            raise UserError(_disk_full_message(folder, folder)) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -349,6 +393,13 @@ def _remove_leftovers(run_dir: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+    for replaced in run_dir.glob("step_*.replaced"):  # killed while a step was saved again
+        standing = replaced.with_suffix("")
+        if _is_complete(standing):
+            _discard(replaced)
+        else:
+            shutil.rmtree(standing, ignore_errors=True)
+            replaced.rename(standing)
 
 
 def _is_complete(folder: Path) -> bool:

@@ -1,0 +1,461 @@
+#!/usr/bin/env python3
+"""Phase 2: train the codec, with a GAN, from folders of audio.
+
+    python train_codec.py --data_dirs data/english data/hindi data/telugu --batch_size 32 \
+        --num_epochs 100 --gen_lr 1e-4 --disc_lr 1e-4 --checkpoint_dir checkpoints_codec \
+        --num_workers 12
+
+The same command goes on from the last complete checkpoint. An epoch is `--epoch_hours` of audio
+drawn at random. Under `torchrun` the ranks share the batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import discriminator
+import training
+from codec import (
+    Codec,
+    CodecConfig,
+    MelLoss,
+    PhoneHead,
+    codec_config,
+    si_sdr,
+    stored_config,
+    waveform_loss,
+)
+from data import (
+    SAMPLE_RATE,
+    Clip,
+    ResumableSampler,
+    WindowDataset,
+    count_speakers,
+    hours_by_language,
+    load_clips,
+)
+from speech import PHONES
+from training import UserError
+
+UNKNOWN_PHONE = -100
+BALANCE = {"mel": 1.0, "waveform": 1.0, "adversarial": 1.0, "features": 2.0}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Phase 2: train the codec.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    plan = parser.add_argument_group("the plan's flags")
+    plan.add_argument("--data_dirs", nargs="+", default=["data/english", "data/hindi", "data/telugu"])
+    plan.add_argument("--batch_size", type=int, default=32, help="windows a step, over all ranks")
+    plan.add_argument("--num_epochs", type=int, default=100)
+    plan.add_argument("--gen_lr", type=float, default=1e-4)
+    plan.add_argument("--disc_lr", type=float, default=1e-4)
+    plan.add_argument("--checkpoint_dir", default="checkpoints_codec")
+    plan.add_argument("--num_workers", type=int, default=4)
+    more = parser.add_argument_group("advanced")
+    more.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto")
+    more.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    more.add_argument("--epoch_hours", type=float, default=60.0, help="audio drawn an epoch")
+    more.add_argument("--window_seconds", type=float, default=2.0, help="length of a clip")
+    more.add_argument("--language_temperature", type=float, default=2.0, help="1: by hours")
+    more.add_argument("--commercial_only", action="store_true", help="skip non-commercial audio")
+    more.add_argument("--no_augment", action="store_true", help="train on the audio as it is")
+    more.add_argument("--disc_start", type=float, default=0.1, help="share of the steps; 1: no GAN")
+    more.add_argument("--full_rate", type=float, default=0.7, help="share that uses all codebooks")
+    more.add_argument("--commitment_weight", type=float, default=0.25)
+    more.add_argument("--phone_weight", type=float, default=0.5)
+    more.add_argument("--warmup_steps", type=int, default=500)
+    more.add_argument("--grad_clip", type=float, default=1.0)
+    more.add_argument("--seed", type=int, default=0)
+    more.add_argument("--fresh", action="store_true", help="start over, in an empty folder")
+    more.add_argument("--init_from", help="checkpoint whose weights to start from")
+    more.add_argument("--save_every_epochs", type=int, default=5)
+    more.add_argument("--save_minutes", type=float, default=15.0)
+    more.add_argument("--keep_last", type=int, default=3)
+    more.add_argument("--log_every", type=int, default=50, help="steps a line of metrics")
+    more.add_argument("--max_steps", type=int, help="stop here, though the schedule goes on")
+    more.add_argument("--threads", type=int, help="CPU threads")
+    more.add_argument("--usd_per_hour", type=float, default=3.39)
+    more.add_argument("--budget_usd", type=float, help="fit the schedule to these dollars")
+    more.add_argument("--tensorboard", action="store_true")
+    more.add_argument("--export", metavar="FOLDER", help="write the newest checkpoint as shipped")
+    return parser.parse_args(argv)
+
+
+def choose_config(args: argparse.Namespace, device: torch.device) -> CodecConfig:
+    preset = args.preset
+    if preset == "auto":
+        preset = "base" if device.type == "cuda" else "tiny"
+    return CodecConfig.base() if preset == "base" else CodecConfig.tiny()
+
+
+def draw_num_codebooks(batch: int, total: int, full_rate: float, seed: tuple[int, ...]) -> Tensor:
+    """How many codebooks each sample uses, `[B]`: all with `full_rate`, else 1 … total evenly.
+
+    Quantizer dropout (Zeghidour et al. 2021, section III-C): one model serves every bitrate.
+    """
+    generator = keyed_generator(*seed)
+    full = torch.rand(batch, generator=generator) < full_rate
+    drawn = torch.randint(1, total + 1, (batch,), generator=generator)
+    return torch.where(full, total, drawn)
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on `key` alone, so that a resumed run draws the same."""
+    rng = training.item_rng(key[0], key[1], key[2] if len(key) > 2 else 0)
+    return torch.Generator().manual_seed(int(rng.integers(2**62)))
+
+
+def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and accuracy over the frames whose phone is known; zeros without any."""
+    logits, labels = logits.flatten(0, 1).float(), labels.flatten()
+    known = labels != UNKNOWN_PHONE
+    if not known.any():
+        return logits.sum() * 0.0, logits.new_zeros(())
+    accuracy = (logits[known].argmax(-1) == labels[known]).float().mean()
+    return F.cross_entropy(logits[known], labels[known]), accuracy
+
+
+def train_batches(
+    dataset: WindowDataset, args, process: training.Distributed, first_epoch: int, consumed: int
+) -> Iterator[tuple[int, int, dict]]:
+    """(epoch, samples consumed in it once this batch is done, batch), to the last epoch's end."""
+    if args.batch_size % process.world_size:
+        raise UserError(f"--batch_size {args.batch_size} must divide by {process.world_size} ranks")
+    sampler = ResumableSampler(
+        len(dataset), args.batch_size // process.world_size, process.rank, process.world_size
+    )
+    for epoch in range(first_epoch, args.num_epochs):
+        sampler.set_epoch(epoch, consumed)
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=args.num_workers,
+            pin_memory=process.device.type == "cuda",
+            prefetch_factor=4 if args.num_workers else None,
+        )
+        for batch in loader:
+            consumed += args.batch_size
+            yield epoch, consumed, batch
+        consumed = 0
+
+
+def training_losses(model: Codec, mel: MelLoss, audio: Tensor, counts: Tensor):
+    """The reconstruction, its losses and what the quantizer did."""
+    with torch.autocast(audio.device.type, torch.bfloat16, enabled=audio.is_cuda):
+        estimate, info = model(audio, counts)
+    return estimate, info, {"mel": mel(estimate, audio), "waveform": waveform_loss(estimate, audio)}
+
+
+def seconds_per_step(model: Codec, mel: MelLoss, args, device: torch.device) -> float:
+    """The median of three steps on noise, without any update: the estimate before step 1."""
+    samples = int(args.window_seconds * SAMPLE_RATE) // model.config.hop * model.config.hop
+    audio = 0.05 * torch.randn(args.batch_size, 1, samples, device=device)
+    counts = torch.full((args.batch_size,), model.config.num_codebooks, device=device)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        _, info, losses = training_losses(model, mel, audio, counts)
+        (sum(losses.values()) + info.commitment).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def validate(model: Codec, head: PhoneHead, mel: MelLoss, batches: list[dict], device) -> dict:
+    """Mean losses, SI-SDR (dB) at the full and at the LM's rate and phone accuracy, held out."""
+    model.eval()
+    rows = []
+    for batch in batches:
+        audio, labels = batch["audio"].to(device), batch["phones"].to(device)
+        for rate in sorted({min(8, model.config.num_codebooks), model.config.num_codebooks}):
+            counts = torch.full((len(audio),), rate, device=device)
+            estimate, info, losses = training_losses(model, mel, audio, counts)
+            row = {f"{name}_{rate}": float(loss) for name, loss in losses.items()}
+            row[f"si_sdr_{rate}"] = float(si_sdr(estimate, audio).mean())
+            row["phone_accuracy"] = float(phone_loss(head(info.semantic), labels)[1])
+            rows.append(row)
+    model.train()
+    names = {name for row in rows for name in row}
+    return {
+        f"validation_{name}": statistics.fmean(row[name] for row in rows if name in row)
+        for name in sorted(names)
+    }
+
+
+def validation_batches(clips: list[Clip], args, phone_ids: dict[str, int]) -> list[dict]:
+    """The same 48 windows of held-out speakers every time."""
+    dataset = WindowDataset(clips, args.window_seconds, seed=1, epoch_items=48, phone_ids=phone_ids)
+    return list(DataLoader(dataset, batch_size=16))
+
+
+def codebook_metrics(info) -> dict[str, float]:
+    """Perplexity (in codes) of the semantic and the acoustic codebooks in this batch."""
+    values = {}
+    for name, codes in (("semantic", info.codes[:, :1]), ("acoustic", info.codes[:, 1:])):
+        shares = [c.flatten().bincount().float() / c.numel() for c in codes.unbind(1)]
+        entropies = [-(s[s > 0] * s[s > 0].log()).sum() for s in shares]
+        values[f"perplexity_{name}"] = float(torch.stack(entropies).exp().mean())
+    return values
+
+
+def open_run(args, device: torch.device) -> tuple[CodecConfig, training.Checkpoint | None]:
+    """The config, and the checkpoint to go on from (None in a new run)."""
+    folder = Path(args.checkpoint_dir)
+    used = folder.is_dir() and any(folder.iterdir())
+    if args.fresh and used:
+        raise UserError(f"--fresh: {folder} is not empty; move it away or choose another folder")
+    if used and any(folder.glob("step_*")):
+        checkpoint = training.load_checkpoint(folder, device)
+        if checkpoint.config.get("model") != "codec":
+            raise UserError(f"{folder}: holds another model's checkpoints; choose another folder")
+        return codec_config(checkpoint.config), checkpoint
+    return choose_config(args, device), None
+
+
+def inherit(model: Codec, path: str) -> None:
+    """Starts from the weights of another codec wherever name and shape agree, and says so."""
+    tensors = training.load_checkpoint(path, with_trainer=False).tensors
+    own = model.state_dict()
+    fitting = {n: t for n, t in tensors.items() if n in own and t.shape == own[n].shape}
+    model.load_state_dict(fitting, strict=False)
+    for codebook in model.quantizer.codebooks:
+        codebook.restart_statistics()
+    print(f"init_from {path}: inherited {len(fitting)} of {len(own)} tensors")
+
+
+def describe(args, config: CodecConfig, model: Codec, clips: list[Clip], seconds: float, steps: int):
+    """What the user reads before step 1."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    hours = ", ".join(f"{name} {h:.1f} h" for name, h in hours_by_language(clips).items())
+    labelled = sum(c.duration for c in clips if c.phones) / 3600
+    total = steps * seconds / 3600
+    price = ""
+    if next(model.parameters()).is_cuda:
+        price = f" = {training.format_dollars(total * args.usd_per_hour)}"
+    epoch_hours = steps / args.num_epochs * args.batch_size * args.window_seconds / 3600
+    rate = args.batch_size * args.window_seconds / seconds
+    print(
+        f"codec {parameters:.1f}M parameters, {config.num_codebooks} codebooks, "
+        f"device {next(model.parameters()).device}\n"
+        f"teacher: phone labels, {labelled:.1f} h\n"
+        f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}\n"
+        f"an epoch is {epoch_hours:.1f} h of audio; {args.num_epochs} epochs = {steps} steps = "
+        f"{training.format_hours(total)}{price} at {rate:.0f} audio seconds a second (estimate)",
+        flush=True,
+    )
+
+
+def export(args) -> None:
+    """Writes the newest checkpoint in half precision, as the demo and the LM's data take it."""
+    checkpoint = training.load_checkpoint(args.checkpoint_dir, with_trainer=False)
+    model = Codec(codec_config(checkpoint.config))
+    model.load_tensors(checkpoint.tensors, args.checkpoint_dir)
+    folder = training.save_export(
+        args.export, checkpoint.step, stored_config(model.config), model.export_tensors()
+    )
+    print(f"wrote {folder}: codec of step {checkpoint.step}, {Codec.from_checkpoint(folder).fingerprint}")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.export:
+        return export(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    process = training.setup_distributed(args.device)
+    device = process.device
+    training.seed_everything(args.seed)
+
+    # Data: windows drawn at random from the training speakers.
+    phone_ids = {phone: i for i, phone in enumerate(PHONES)}
+    unreadable = Path(args.checkpoint_dir) / "unreadable.txt"
+    clips = load_clips(args.data_dirs, "train", args.commercial_only, unreadable)
+    held_out = load_clips(args.data_dirs, "validation", args.commercial_only, unreadable)
+    hours = min(args.epoch_hours, sum(clip.duration for clip in clips) / 3600)
+    steps_per_epoch = max(1, round(hours * 3600 / args.window_seconds / args.batch_size))
+    dataset = WindowDataset(
+        clips,
+        args.window_seconds,
+        args.seed,
+        steps_per_epoch * args.batch_size,
+        args.language_temperature,
+        not args.no_augment,
+        phone_ids,
+        unreadable,
+    )
+    validation = validation_batches(held_out, args, phone_ids) if process.is_main else []
+
+    # Models and optimizers; the same seed gives every rank the same weights.
+    config, checkpoint = open_run(args, device)
+    model = Codec(config).to(device).train()
+    head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
+    sizes = discriminator.DiscriminatorConfig
+    disc = discriminator.Discriminator(
+        sizes.base() if config == CodecConfig.base() else sizes.tiny()
+    ).to(device)
+    mel = MelLoss(config.sample_rate).to(device)
+    if args.init_from and checkpoint is None:
+        inherit(model, args.init_from)
+    generator_parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(generator_parameters, args.gen_lr, (0.8, 0.99), weight_decay=0.01)
+    disc_optimizer = torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.8, 0.99))
+    balancer = training.Balancer(BALANCE)
+    guard, meter = training.StepGuard(), training.CostMeter(
+        "codec",
+        usd_per_hour=args.usd_per_hour,
+        budget_usd=args.budget_usd,
+        enabled=device.type == "cuda" and process.is_main,
+    )
+    total_steps = args.num_epochs * steps_per_epoch
+    step, epoch, consumed, best = 0, 0, 0, float("inf")
+
+    stateful = {
+        "head": head,
+        "disc": disc,
+        "optimizer": optimizer,
+        "disc_optimizer": disc_optimizer,
+        "balancer": balancer,
+        "guard": guard,
+        "meter": meter,
+    }
+    if checkpoint is not None:
+        if checkpoint.trainer is None:
+            raise UserError(f"{checkpoint.path}: an export has no trainer state; use --init_from")
+        model.load_tensors(checkpoint.tensors, checkpoint.path)
+        for name, part in stateful.items():
+            part.load_state_dict(checkpoint.trainer[name])
+        step, epoch, consumed = (checkpoint.trainer[k] for k in ("step", "epoch", "consumed"))
+        best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
+
+    if process.is_main:
+        describe(args, config, model, clips, seconds_per_step(model, mel, args, device), total_steps)
+        if checkpoint is not None:
+            print(f"resuming {checkpoint.path} at step {step}", flush=True)
+    metrics = training.Metrics(args.checkpoint_dir, step, args.tensorboard) if process.is_main else None
+    meter.start(total_steps, step)
+    disc_start = int(args.disc_start * total_steps)
+
+    def save(is_best: bool = False) -> None:
+        trainer = {name: part.state_dict() for name, part in stateful.items()}
+        trainer |= {"step": step, "epoch": epoch, "consumed": consumed}
+        trainer |= {"best": best, "total_steps": total_steps}
+        training.save_checkpoint(
+            args.checkpoint_dir,
+            step,
+            stored_config(config),
+            model.state_dict(),
+            trainer,
+            keep_last=args.keep_last,
+            best=is_best,
+        )
+
+    bar = tqdm(total=total_steps, initial=step, disable=None if process.is_main else True)
+    last_save = last_log = time.monotonic()
+    samples_logged = 0
+    stop_at = min(total_steps, args.max_steps or total_steps)
+    batches = train_batches(dataset, args, process, epoch, consumed)
+    for epoch, consumed, batch in itertools.islice(batches, max(0, stop_at - step)):
+        audio, labels = batch["audio"].to(device), batch["phones"].to(device)
+        rate = training.learning_rate(step, total_steps, 1.0, args.warmup_steps)
+        optimizer.param_groups[0]["lr"] = rate * args.gen_lr
+        disc_optimizer.param_groups[0]["lr"] = rate * args.disc_lr
+        counts = draw_num_codebooks(
+            len(audio), config.num_codebooks, args.full_rate, (args.seed, step, process.rank)
+        ).to(device)
+
+        # Generator: balanced losses on the waveform, the rest beside them.
+        estimate, info, losses = training_losses(model, mel, audio, counts)
+        adversarial = step >= disc_start
+        if adversarial:
+            fake_logits, fake_features = disc(estimate)
+            with torch.no_grad():
+                _, real_features = disc(audio)
+            losses["adversarial"] = discriminator.generator_loss(fake_logits)
+            losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
+        phones, phone_accuracy = phone_loss(head(info.semantic), labels)
+        others = args.commitment_weight * info.commitment + args.phone_weight * phones
+        optimizer.zero_grad(set_to_none=True)
+        shares = balancer.backward(losses, estimate, others)
+        training.average_gradients(generator_parameters)
+        norm = nn.utils.clip_grad_norm_(generator_parameters, args.grad_clip)
+        if guard.check(sum(losses.values()) + others, norm):
+            optimizer.step()
+            model.quantizer.update(info, keyed_generator(args.seed, step, 1 << 20))
+
+        # Discriminator, on the same reconstruction.
+        if adversarial:
+            real_logits, _ = disc(audio)
+            fake_logits, _ = disc(estimate.detach())
+            disc_loss = discriminator.discriminator_loss(real_logits, fake_logits)
+            disc_optimizer.zero_grad(set_to_none=True)
+            disc_loss.backward()
+            training.average_gradients(disc.parameters())
+            disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), args.grad_clip)
+            if guard.check(disc_loss, disc_norm):
+                disc_optimizer.step()
+            losses["discriminator"] = disc_loss
+
+        step += 1
+        samples_logged += args.batch_size
+        meter.tick()
+        bar.update()
+        if metrics and (step % args.log_every == 0 or step == stop_at):
+            now = time.monotonic()
+            throughput = samples_logged * args.window_seconds / (now - last_log)
+            row = {name: float(loss.detach()) for name, loss in losses.items()}
+            row |= {f"share_{name}": share for name, share in shares.items()}
+            row |= {"commitment": float(info.commitment.detach()), "phones": float(phones.detach())}
+            row |= {"phone_accuracy": float(phone_accuracy), "grad_norm": float(norm)}
+            row |= {"lr": rate * args.gen_lr, "skipped": guard.skipped, "epoch": epoch}
+            row |= {"unreadable": dataset.unreadable, "audio_seconds_per_second": throughput}
+            row |= codebook_metrics(info)
+            metrics.log(step, **row)
+            tqdm.write(
+                f"step {step}/{total_steps} mel {row['mel']:.4f} waveform {row['waveform']:.3f} "
+                f"phones {row['phone_accuracy']:.2f} {throughput:.0f}x real time, {meter.line()}"
+            )
+            last_log, samples_logged = now, 0
+
+        end_of_epoch = consumed >= steps_per_epoch * args.batch_size
+        if end_of_epoch and process.is_main:
+            scores = validate(model, head, mel, validation, device)
+            metrics.log(step, **scores)
+            tqdm.write(f"epoch {epoch}: " + ", ".join(f"{k[11:]} {v:.3f}" for k, v in scores.items()))
+            loss = scores[f"validation_mel_{config.num_codebooks}"]
+            is_best, best = loss < best, min(loss, best)
+        due = (epoch + 1) % args.save_every_epochs == 0 and end_of_epoch
+        due = due or time.monotonic() - last_save > 60 * args.save_minutes or step == stop_at
+        if process.is_main and (due or (end_of_epoch and is_best)):
+            save(end_of_epoch and is_best)
+            last_save = time.monotonic()
+        affordable = meter.remaining_steps_within_budget()
+        if affordable is not None and affordable == 0:
+            print("the budget is spent: stopping here, with a checkpoint")
+            save()
+            break
+    bar.close()
+    meter.flush()
+    if metrics:
+        metrics.close()
+        print(f"done: step {step}; export with --export, or paste the line again to go on")
+
+
+if __name__ == "__main__":
+    training.run(main)
