@@ -1,0 +1,511 @@
+"""The engine, its queue, its latency definitions and its ledger, against fakes whose timing and
+content are known exactly."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import duplex
+from duplex import (
+    BargeInFlush,
+    CallRecord,
+    DuplexEngine,
+    LatencyLedger,
+    PatchQueue,
+    ReplyClock,
+    StreamResampler,
+    TextStream,
+    UserTurn,
+    VoiceDetector,
+    barge_in_latencies,
+    check_codec_matches,
+    find_speech,
+    frame_levels,
+    response_latencies,
+)
+from training import UserError
+
+RATE = 24000
+PATCH = 0.04
+
+
+class FakeClock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeState:
+    """Counts frames a slot, so that a test sees which slots advanced."""
+
+    def __init__(self, slots: int):
+        self.frames = torch.zeros(slots, dtype=torch.int64)
+
+    def advance(self, frames: int, active: torch.Tensor | None) -> None:
+        moved = torch.ones_like(self.frames, dtype=torch.bool) if active is None else active
+        self.frames += frames * moved
+
+    def reset(self, mask: torch.Tensor | None = None) -> None:
+        if mask is None:
+            mask = torch.ones_like(self.frames, dtype=torch.bool)
+        self.frames[mask] = 0
+
+
+class FakeCodec:
+    """A frame's code is its mean amplitude in hundredths (+ 512); decodes to that constant."""
+
+    fingerprint = "codec-a"
+
+    def __init__(self, clock: FakeClock, encode_seconds=0.002, decode_seconds=0.001):
+        self.config = SimpleNamespace(
+            sample_rate=RATE, hop=480, frame_rate=50.0, codebook_sizes=(1024,) * 8
+        )
+        self.clock, self.costs, self.heard = clock, (encode_seconds, decode_seconds), []
+
+    def init_encoder_state(self, slots):
+        return FakeState(slots)
+
+    init_decoder_state = init_encoder_state
+
+    def encode(self, audio, num_codebooks=8):
+        codes = (audio[:, 0].unflatten(-1, (-1, 480)).mean(-1) * 100).round().long() + 512
+        return codes[:, None].repeat(1, num_codebooks, 1)
+
+    def encode_step(self, audio, state, num_codebooks=8, active=None):
+        self.clock.now += self.costs[0]
+        self.heard.append(audio.clone())
+        state.advance(audio.shape[-1] // 480, active)
+        return self.encode(audio, num_codebooks)
+
+    def decode_step(self, codes, state, active=None):
+        self.clock.now += self.costs[1]
+        state.advance(codes.shape[-1], active)
+        return ((codes[:, :1].float() - 512) / 100).repeat_interleave(480, dim=-1)
+
+
+class FakeLM(torch.nn.Module):
+    """Echoes the user's codes and counts its own steps in the text stream."""
+
+    def __init__(self, clock: FakeClock, temporal=0.003, depth=0.004):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(
+            codec_fingerprint="codec-a",
+            codebook_sizes=(1024,) * 8,
+            frame_rate=50.0,
+            frames_per_step=2,
+            acoustic_delay=0,
+        )
+        self.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(f"w{i}" for i in ids))
+        self.clock, self.costs, self.calls = clock, (temporal, depth), []
+
+    def init_state(self, slots, seed=0):
+        return FakeState(slots)
+
+    def step(self, codes, state, active=None, timer=None, **options):
+        self.calls.append(options)
+        self.clock.now += self.costs[0]
+        timer("temporal")
+        self.clock.now += self.costs[1]
+        timer("depth")
+        state.advance(1, active)
+        slots = codes.shape[0]
+        if "forced" in options:
+            mask = options["forced"][:, None, None]
+            codes = torch.where(mask, options["forced_agent_codes"], codes)
+        return SimpleNamespace(
+            agent_codes=codes,
+            text=state.frames.clone(),
+            user_speaking=torch.full((slots,), 0.9),
+            turn_end=torch.zeros(slots),
+            user_emotion=torch.eye(8)[torch.ones(slots, dtype=torch.long)],
+            language=torch.eye(3)[torch.zeros(slots, dtype=torch.long)],
+        )
+
+
+def fake_engine(slots=1, **options) -> DuplexEngine:
+    clock = FakeClock()
+    return DuplexEngine(FakeCodec(clock), FakeLM(clock), slots=slots, clock=clock, **options)
+
+
+def patch(value: float) -> np.ndarray:
+    return np.full(960, value, np.float32)
+
+
+def tone(seconds: float, level: float = 0.5) -> np.ndarray:
+    return (level * np.sin(2 * np.pi * 220 * np.arange(round(seconds * RATE)) / RATE)).astype("f")
+
+
+def silence(seconds: float) -> np.ndarray:
+    return np.zeros(round(seconds * RATE), np.float32)
+
+
+# ---------------------------------------------------------------------------------- the pair
+
+
+def test_codec_of_another_training_is_refused_with_both_fingerprints():
+    engine = fake_engine()
+    engine.codec.fingerprint = "codec-b"
+    with pytest.raises(UserError, match=r"codec-a.*codec-b"):
+        check_codec_matches(engine.codec, engine.lm)
+    with pytest.raises(UserError, match="matching pair"):
+        DuplexEngine(engine.codec, engine.lm)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("codebook_sizes", (512,) * 8), ("frame_rate", 12.5)]
+)
+def test_other_frame_rate_or_codebooks_are_refused(field, value):
+    engine = fake_engine()
+    setattr(engine.lm.config, field, value)
+    with pytest.raises(UserError, match="matching pair"):
+        check_codec_matches(engine.codec, engine.lm)
+
+
+# ------------------------------------------------------------------------------------- queue
+
+
+def test_queue_cuts_any_chunks_into_patches():
+    queue = PatchQueue(4)
+    for chunk in np.split(np.arange(12), [1, 2, 7]):
+        queue.push(chunk, arrived=len(chunk), bounded=True)
+    assert [queue.pop().audio.tolist() for _ in range(len(queue))] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+    ]
+    assert queue.dropped == 0
+
+
+def test_queue_never_holds_more_than_three_and_one_silence_stands_for_the_gap():
+    queue = PatchQueue(2)
+    for number in range(1, 8):
+        queue.push(np.full(2, number), arrived=float(number))
+        assert len(queue) <= 3
+    kept = [queue.pop() for _ in range(len(queue))]
+    assert [p.audio[0] for p in kept] == [0, 6, 7]
+    assert [p.gap for p in kept] == [True, False, False]
+    assert [p.index for p in kept] == [4, 5, 6]  # the silence takes the last lost patch's place
+    assert queue.dropped == 5
+
+
+def test_unbounded_queue_never_drops():
+    queue = PatchQueue(2)
+    queue.push(np.arange(20), arrived=0.0, bounded=False)
+    assert (len(queue), queue.dropped) == (10, 0)
+
+
+# ------------------------------------------------------------------------------------ engine
+
+
+def test_tick_passes_audio_through_the_chain_and_times_each_stage():
+    engine = fake_engine()
+    engine.feed(0, np.concatenate([patch(0.25)[:480], patch(-0.5)[:480]]))
+    result = engine.run_once()
+    np.testing.assert_allclose(result.audio[0, :480], 0.25, atol=1e-6)
+    np.testing.assert_allclose(result.audio[0, 480:], -0.5, atol=1e-6)
+    assert result.text.tolist() == [1]
+    times = result.times
+    got = (times.encode, times.temporal, times.depth, times.decode, times.total)
+    np.testing.assert_allclose(got, (0.002, 0.003, 0.004, 0.001, 0.010), atol=1e-9)
+    assert engine.run_once() is None
+
+
+def test_ready_patches_are_drained_back_to_back_and_their_wait_is_measured():
+    engine = fake_engine()
+    for value in (0.1, 0.2, 0.3):
+        engine.feed(0, patch(value))
+    results = list(engine.run_ready())
+    np.testing.assert_allclose([r.audio[0, 0] for r in results], (0.1, 0.2, 0.3), atol=1e-6)
+    np.testing.assert_allclose([r.waited[0] for r in results], (0, 0.01, 0.02), atol=1e-9)
+    assert [r.index[0] for r in results] == [0, 1, 2]
+
+
+def test_drops_are_reported_once_and_silence_is_encoded_in_the_gap():
+    engine = fake_engine()
+    for value in (0.1, 0.2, 0.3, 0.4):
+        engine.feed(0, patch(value))
+    results = list(engine.run_ready())
+    assert [r.dropped[0] for r in results] == [2, 0, 0]
+    heard = [float(audio[0, 0, 0]) for audio in engine.codec.heard]
+    np.testing.assert_allclose(heard, (0.0, 0.3, 0.4), atol=1e-6)
+
+
+def test_slots_are_apart_and_reset_on_their_own():
+    engine = fake_engine(slots=3)
+    engine.feed(0, patch(0.1))
+    engine.feed(2, np.concatenate([patch(0.2), patch(0.3)]))
+    first, second = engine.run_ready()
+    assert first.active.tolist() == [True, False, True]
+    assert second.active.tolist() == [False, False, True]
+    assert not second.audio[:2].any() and second.audio[2].any()
+    assert second.text.tolist() == [0, 0, 2] and not second.user_speaking[:2].any()
+    assert engine._encoder.frames.tolist() == [2, 0, 4]
+    engine.feed(2, patch(0.4)[:100])
+    engine.reset(2)
+    assert engine._encoder.frames.tolist() == [2, 0, 0]
+    assert engine._lm_state.frames.tolist() == [1, 0, 0]
+    engine.feed(2, patch(0.5))
+    np.testing.assert_allclose(engine.run_once().audio[2], 0.5, atol=1e-6)
+
+
+def test_voice_settings_reach_the_lm_and_survive_reset():
+    engine = fake_engine(slots=2)
+    engine.set_voice(1, "happy", "telugu")
+    engine.reset(1)
+    engine.tick(np.zeros((2, 960)))
+    assert engine.lm.calls[-1]["emotion"].tolist() == [0, 1]
+    assert engine.lm.calls[-1]["language"].tolist() == [0, 3]
+
+
+def test_warm_up_leaves_no_trace():
+    engine = fake_engine()
+    assert engine.warm_up(5) == 5
+    assert engine._lm_state.frames.tolist() == [0]
+
+
+# --------------------------------------------------------------------------------- vad flush
+
+
+def test_flush_waits_for_confirmation_and_for_the_end_of_voice():
+    flush = BargeInFlush(confirm=2, release=2)
+    inputs = [(1, 0), (1, 0), (0, 1), (1, 1), (1, 1), (1, 0), (0, 0), (1, 0), (0, 0), (0, 0)]
+    decided = [flush.update(bool(voice), bool(agent)) for voice, agent in inputs]
+    assert decided == [False] * 4 + [True] * 5 + [False]
+
+
+def test_vad_flush_mutes_then_forces_silence_codes_and_pad():
+    engine = fake_engine(vad_flush=True)
+    for _ in range(2):
+        engine.tick(patch(0.5)[None])
+    engine.set_user_voice(0, True)
+    heard, muted, after = (engine.tick(patch(0.5)[None]) for _ in range(3))
+    assert heard.audio.any() and not heard.muted[0]
+    assert muted.muted[0] and not muted.audio[0, 120:].any()
+    assert not after.audio.any()
+    forced = engine.lm.calls[-1]
+    assert forced["forced"].tolist() == [True] and forced["forced_text"].tolist() == [0]
+    assert (forced["forced_agent_codes"] == 512).all()
+    assert forced["forced_agent_codes"].shape == (1, 8, 2)
+
+
+def test_without_vad_flush_nothing_is_forced():
+    engine = fake_engine()
+    engine.set_user_voice(0, True)
+    for _ in range(4):
+        engine.tick(patch(0.5)[None])
+    assert all("forced" not in call for call in engine.lm.calls)
+
+
+# ---------------------------------------------------------------------------------- text
+
+
+def test_text_waits_for_whole_characters():
+    class Bytes:
+        def decode(self, ids):
+            return bytes(ids).decode("utf-8", errors="replace")
+
+    stream = TextStream(Bytes())
+    pushed = [stream.push(byte) for byte in "aन".encode()]
+    assert pushed == ["a", "", "", "न"]
+    assert stream.push(0) == "" and stream.text == "aन"
+
+
+# ------------------------------------------------------------------------------- latencies
+
+
+def test_response_is_the_ledger_s_formula():
+    """(onset patch + 1) x patch + that patch's delay + offset inside the patch - turn end."""
+    onset = 1.31  # patch 32, 30 ms into it
+    reply = np.concatenate([silence(onset), tone(0.6), silence(0.5)])
+    delays = np.zeros(100)
+    delays[32] = 0.0125
+    clock = ReplyClock(PATCH, delays=delays)
+    (got,) = response_latencies(frame_levels(reply), [UserTurn(0.1, 1.2)], clock)
+    assert got.kind == "answered"
+    assert got.latency == pytest.approx((32 + 1) * PATCH + 0.0125 + 0.03 - 1.2, abs=1e-6)
+
+
+def test_onset_is_40_db_below_the_peak_and_clicks_are_none():
+    reply = np.concatenate([silence(2.0), tone(0.5, 0.02), tone(0.5, 0.5), silence(0.5)])
+    reply[RATE] = 0.9  # one sample of click at 1 s
+    clock = ReplyClock(PATCH)
+    levels = frame_levels(reply)
+    (got,) = response_latencies(levels, [UserTurn(0.0, 1.5)], clock)
+    assert got.onset == pytest.approx(2.0 + PATCH, abs=1e-6)  # -28 dB counts
+    quieter = np.concatenate([silence(2.0), tone(0.5, 0.004), tone(0.5, 0.5), silence(0.5)])
+    (got,) = response_latencies(frame_levels(quieter), [UserTurn(0.0, 1.5)], clock)
+    assert got.onset == pytest.approx(2.5 + PATCH, abs=1e-6)  # -42 dB does not
+
+
+@pytest.mark.parametrize(
+    ("start", "kind"),
+    [(0.75, "takeover"), (0.8, "answered"), (2.9, "answered"), (3.0, "unanswered")],
+)
+def test_takeover_and_unanswered(start, kind):
+    turn = UserTurn(0.2, 1.0)
+    reply = np.concatenate([silence(start), tone(0.5), silence(1.0)])
+    (got,) = response_latencies(frame_levels(reply), [turn], ReplyClock(PATCH))
+    assert got.kind == kind
+    assert (got.latency is None) == (kind == "unanswered")
+
+
+def test_silence_with_codec_noise_is_unanswered():
+    noise = np.random.default_rng(0).normal(0, 1e-3, 3 * RATE)
+    (got,) = response_latencies(frame_levels(noise), [UserTurn(0, 1.0)], ReplyClock(PATCH))
+    assert got.kind == "unanswered"
+
+
+def test_each_turn_has_its_own_reply_and_old_speech_is_no_onset():
+    reply = np.concatenate([silence(1.2), tone(1.0), silence(1.2), tone(0.5), silence(0.5)])
+    turns = [UserTurn(0.0, 1.0), UserTurn(2.0, 3.0)]  # the second begins over the first reply
+    first, second = response_latencies(frame_levels(reply), turns, ReplyClock(PATCH))
+    assert first.latency == pytest.approx(1.24 - 1.0)
+    assert second.latency == pytest.approx(3.44 - 3.0)
+    barge = barge_in_latencies(frame_levels(reply), turns, ReplyClock(PATCH))
+    assert barge == [pytest.approx(2.24 - 2.0)]
+
+
+def test_lost_patches_move_the_reply_on_the_clock():
+    index = np.r_[0:25, 30:80]
+    reply = np.concatenate([silence(1.2), tone(0.5), silence(0.5)])
+    clock = ReplyClock(PATCH, index=index)
+    (got,) = response_latencies(frame_levels(reply), [UserTurn(0, 1.0)], clock)
+    assert got.onset == pytest.approx(1.2 + PATCH + 5 * PATCH)
+
+
+def test_find_speech_by_energy_is_exact_on_a_clean_recording():
+    audio = np.concatenate([silence(0.3), tone(0.5), silence(0.4), tone(0.3), silence(0.6)])
+    turn = find_speech(audio)
+    assert (turn.start, turn.end) == (pytest.approx(0.3), pytest.approx(1.5))
+    assert turn.source == "energy"
+    assert find_speech(silence(1.0)) is None
+
+
+# ------------------------------------------------------------------------------ resampling
+
+
+@pytest.mark.parametrize("rates", [(48000, 24000), (44100, 24000), (24000, 48000), (16000, 24000)])
+def test_resampled_chunks_come_whole_and_late_by_the_stated_delay(rates):
+    source, target = rates
+    resampler = StreamResampler(source, target)
+    t = np.arange(source) / source
+    audio = np.sin(2 * np.pi * 440 * t).astype("f") * np.hanning(source).astype("f")
+    chunk = source // 100
+    chunks = [resampler(audio[i : i + chunk]) for i in range(0, source, chunk)]
+    given = np.cumsum([len(c) for c in chunks]) / target
+    wanted = np.arange(1, 101) / 100
+    assert (given >= wanted - 1 / target).all() and (given <= wanted + 1e-3).all()
+    out = np.concatenate(chunks)
+    offsets = np.arange(-3e-4, 3e-4, 1e-5)
+    errors = [_shifted_error(out, target, t, audio, resampler.delay_seconds + o) for o in offsets]
+    assert min(errors) < 0.02
+    assert abs(offsets[int(np.argmin(errors))]) <= 1.5e-4
+    assert resampler.delay_seconds <= 0.016
+
+
+def _shifted_error(out, rate, t, audio, delay):
+    expected = np.interp(np.arange(len(out)) / rate - delay, t, audio, left=0.0)
+    return np.abs(out - expected).max()
+
+
+def test_equal_rates_pass_through():
+    resampler = StreamResampler(RATE, RATE)
+    assert resampler.delay_seconds == 0.0
+    audio = tone(0.1)
+    np.testing.assert_array_equal(resampler(audio), audio)
+
+
+# -------------------------------------------------------------------------------------- vad
+
+
+def test_detector_marks_turns_and_bridges_pauses():
+    pattern = [0] * 10 + [1] * 20 + [0] * 10 + [1] * 10 + [0] * 30  # windows of 32 ms
+    answers = iter(pattern)
+    detector = VoiceDetector(probability=lambda samples: next(answers))
+    spoken = []
+    for _ in range(len(pattern)):
+        spoken.append(detector.push(np.zeros(768, np.float32)))
+    (turn,) = detector.turns()
+    assert turn.start == pytest.approx(10 * 0.032, abs=0.011)
+    assert turn.end == pytest.approx(50 * 0.032, abs=0.011)
+    assert not spoken[5] and spoken[20] and not spoken[-1]
+
+
+def test_detector_closes_an_open_turn_when_asked():
+    answers = iter([1] * 10)
+    detector = VoiceDetector(probability=lambda samples: next(answers))
+    detector.push(np.zeros(768 * 10, np.float32))
+    assert detector.turns() == [] and len(detector.turns(ended=True)) == 1
+
+
+def test_a_turn_ends_with_its_last_sound_not_with_silero_s_hangover():
+    answers = iter([0] * 20 + [1] * 35 + [0] * 200)
+    detector = VoiceDetector(probability=lambda samples: next(answers))
+    audio = np.concatenate([silence(0.7), tone(1.0), silence(3.0)])
+    for start in range(0, len(audio), 241):
+        detector.push(audio[start : start + 241])
+    (turn,) = detector.turns()
+    assert turn.end == pytest.approx(1.7, abs=0.0051)
+
+
+def test_silero_hears_nothing_in_silence_and_keeps_the_thread_count():
+    pytest.importorskip("silero_vad")
+    threads = torch.get_num_threads()
+    detector = VoiceDetector()
+    detector.push(silence(1.0))
+    assert detector.turns(ended=True) == []
+    assert torch.get_num_threads() == threads
+
+
+# ------------------------------------------------------------------------------------ ledger
+
+
+def test_ledger_gives_percentiles_of_what_was_measured():
+    engine = fake_engine()
+    ledger = LatencyLedger(engine.patch_seconds, engine.algorithmic_seconds, engine.warm_up())
+    record = CallRecord(engine.patch_seconds)
+    question = np.concatenate([silence(1.2), patch(0.5), patch(0.5), silence(0.4)])
+    engine.feed(0, question, bounded=False)
+    for result in engine.run_ready():
+        ledger.tick(result)
+        record.add(result, extra_seconds=0.1)
+    ledger.call(record, [UserTurn(0.2, 1.0)])
+    summary = json.loads(ledger.json_line())
+    assert summary["tick_ms"]["total"] == {"p50": 10.0, "p95": 10.0, "p99": 10.0, "n": 42}
+    assert summary["algorithmic_ms"] == 40.0
+    waited = 0.01 * 30  # everything was fed at once: the 31st patch waited for 30 ticks
+    expected = (1.24 + waited + 0.01 + 0.1 - 1.0) * 1000
+    assert summary["response_ms"]["p50"] == pytest.approx(expected, abs=0.1)
+    assert (summary["turns"], summary["answered_share"]) == (1, 1.0)
+    assert summary["barge_in_ms"] is None and summary["warmup_ticks"] == 8
+    assert summary["turn_end_source"] == "manifest"
+
+
+def test_ledger_counts_late_ticks_and_drops():
+    engine = fake_engine()
+    engine.lm.costs = (0.03, 0.02)
+    ledger = LatencyLedger(engine.patch_seconds)
+    for _ in range(5):
+        engine.feed(0, patch(0.1))
+    for result in engine.run_ready():
+        ledger.tick(result)
+    summary = ledger.summary()
+    assert (summary["late_ticks"], summary["dropped_patches"]) == (3, 3)
+
+
+def test_table_fits_80_columns_even_when_empty():
+    table = LatencyLedger(PATCH, 0.04).table()
+    assert all(len(line) <= 80 for line in table.splitlines())
+    assert "p95" in table and "response" in table
+
+
+def test_quiet_floor_is_below_speech():
+    assert frame_levels(tone(0.1, 0.1)).max() > duplex.QUIET_DBFS

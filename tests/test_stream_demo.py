@@ -1,0 +1,392 @@
+"""The demo over fake models, fake clocks and a fake sound card; then over small real models."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from test_duplex import FakeClock, FakeCodec, FakeLM, fake_engine, patch, silence, tone
+
+import stream_demo
+from duplex import DuplexEngine, LatencyLedger, VoiceDetector
+from stream_demo import (
+    MicrophoneCall,
+    SoundBridge,
+    Transcript,
+    answer_recording,
+    device_rate,
+    import_sounddevice,
+    main,
+    parse_args,
+)
+from training import UserError
+
+RATE = 24000
+
+
+def transcript(engine, said: list[str]) -> Transcript:
+    return Transcript(engine.lm.tokenizer, engine.patch_seconds, said.append)
+
+
+def answer(engine, audio, said=None, **options):
+    ledger = LatencyLedger(engine.patch_seconds)
+    words = transcript(engine, [] if said is None else said)
+    reply, record = answer_recording(engine, audio, ledger, words, **options)
+    return reply, record, ledger, words
+
+
+# -------------------------------------------------------------------------------- recordings
+
+
+def test_fast_answer_hears_everything_and_a_tail():
+    engine = fake_engine()
+    audio = np.concatenate([silence(0.4), patch(0.5), patch(0.5)[:300]])
+    reply, record, ledger, _ = answer(engine, audio, tail_seconds=1.0, paced=False)
+    assert len(reply) == (12 + 25) * 960
+    np.testing.assert_allclose(reply[10 * 960 : 11 * 960], 0.5, atol=1e-6)
+    assert ledger.summary()["dropped_patches"] == 0
+    assert record.index == list(range(37))
+
+
+def test_paced_answer_waits_for_the_clock_and_keeps_up():
+    engine = fake_engine()
+    clock = engine.clock
+
+    def sleep(seconds):
+        clock.now += seconds
+
+    started = clock.now
+    reply, record, ledger, _ = answer(
+        engine, silence(1.0), tail_seconds=0.5, paced=True, clock=clock, sleep=sleep
+    )
+    assert clock.now - started == pytest.approx(38 * 0.04 + 0.01, abs=1e-6)
+    assert ledger.summary()["dropped_patches"] == 0
+    assert max(record.delays) == pytest.approx(0.01, abs=1e-6)
+    assert len(reply) == 38 * 960
+
+
+def test_a_machine_too_slow_drops_counts_and_stays_on_the_clock():
+    engine = fake_engine()
+    engine.lm.costs = (0.05, 0.03)  # 83 ms a tick: half of real time
+    clock = engine.clock
+
+    def sleep(seconds):
+        clock.now += seconds
+
+    reply, record, ledger, _ = answer(
+        engine, silence(4.0), tail_seconds=0.0, paced=True, clock=clock, sleep=sleep
+    )
+    summary = ledger.summary()
+    assert len(reply) == 100 * 960
+    assert summary["dropped_patches"] > 30 and summary["late_ticks"] > 30
+    assert max(record.delays) < 5 * 0.083  # latency never grows beyond the queue
+    assert record.index == sorted(set(record.index))
+
+
+def test_a_reply_under_way_is_not_cut_off():
+    class Talker(FakeLM):
+        """Talks for three seconds whatever it hears."""
+
+        def step(self, codes, state, **options):
+            out = super().step(codes, state, **options)
+            out.agent_codes[:] = 562 if int(state.frames[0]) <= 75 else 512
+            return out
+
+    clock = FakeClock()
+    engine = DuplexEngine(FakeCodec(clock), Talker(clock), clock=clock)
+    reply, *_ = answer(engine, silence(0.4), tail_seconds=0.4, paced=False)
+    assert 3.0 < len(reply) / RATE < 3.7
+    assert np.abs(reply[: 3 * RATE]).min() > 0.4
+
+
+def test_reply_text_is_printed_as_it_comes_and_the_user_described():
+    engine = fake_engine()
+    said: list[str] = []
+    _, _, _, words = answer(engine, silence(0.12), said, tail_seconds=0.0, paced=False)
+    assert said[:3] == ["samvad: w1", " w2", " w3"] and said[-1] == "\n"
+    assert words.text.startswith("w1 w2 w3")
+    assert words.user_line() == "you: sounded happy (100%), spoke english (100%)"
+
+
+def test_vad_flush_silences_the_agent_in_a_recording():
+    engine = fake_engine(vad_flush=True)
+    windows = iter([0.0] * 20 + [1.0] * 1000)
+    audio = np.full(2 * RATE, 0.5, np.float32)
+    detector = VoiceDetector(probability=lambda samples: next(windows))
+    reply, *_ = answer(engine, audio, tail_seconds=0.0, paced=False, detector=detector)
+    assert np.abs(reply[: RATE // 2]).min() > 0.4 and not reply[RATE : 2 * RATE].any()
+
+
+# -------------------------------------------------------------------------------- microphone
+
+
+class FakePortAudioError(Exception):
+    pass
+
+
+class FakeStream:
+    """Calls back from a thread of its own, as PortAudio does, ten times as fast."""
+
+    def __init__(self, card, samplerate, blocksize, callback, **options):
+        self.card, self.blocksize, self.callback = card, blocksize, callback
+        self.latency = (0.01, 0.02)
+        card.opened = {"samplerate": samplerate, "blocksize": blocksize, **options}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self):
+        pcm = (self.card.microphone * 32767).astype(np.int16)
+        for start in range(0, len(pcm) - self.blocksize + 1, self.blocksize):
+            if self._stop.is_set():
+                return
+            out = bytearray(self.blocksize * 2)
+            block = pcm[start : start + self.blocksize].tobytes()
+            self.callback(block, memoryview(out), self.blocksize, None, None)
+            self.card.speaker.append(bytes(out))
+            time.sleep(0.003)
+
+
+class FakeCard:
+    """Stands in for the sounddevice module."""
+
+    PortAudioError = FakePortAudioError
+
+    def __init__(self, microphone=None, rates=(24000,), default=48000.0, devices=True):
+        self.microphone = np.zeros(0) if microphone is None else microphone
+        self.rates, self.default, self.devices = rates, default, devices
+        self.speaker: list[bytes] = []
+        self.opened: dict = {}
+
+    def query_devices(self, kind):
+        if not self.devices:
+            raise FakePortAudioError("Error querying device -1")
+        return {"default_samplerate": self.default}
+
+    def check_input_settings(self, samplerate, **_):
+        if samplerate not in self.rates:
+            raise FakePortAudioError("Invalid sample rate")
+
+    check_output_settings = check_input_settings
+
+    def RawStream(self, **options):  # noqa: N802
+        return FakeStream(self, **options)
+
+    def heard(self) -> np.ndarray:
+        return np.frombuffer(b"".join(self.speaker), np.int16) / 32767.0
+
+
+def microphone_call(card, engine=None, probability=lambda samples: 0.0, seconds=1.0):
+    engine = engine or fake_engine()
+    engine.clock = time.perf_counter
+    ledger = LatencyLedger(engine.patch_seconds)
+    call = MicrophoneCall(
+        engine, card, ledger, transcript(engine, []), VoiceDetector(probability=probability)
+    )
+    call.run(stop=lambda: len(call.record.index) * engine.patch_seconds >= seconds)
+    return call, ledger
+
+
+def test_microphone_reaches_the_speaker():
+    audio = np.concatenate([silence(0.2), np.full(RATE, 0.5, np.float32), silence(0.4)])
+    card = FakeCard(audio)
+    call, ledger = microphone_call(card, seconds=1.4)
+    assert card.opened == {
+        "samplerate": 24000,
+        "blocksize": 240,
+        "channels": 1,
+        "dtype": "int16",
+        "latency": "low",
+    }
+    assert (np.abs(card.heard() - 0.5) < 0.01).sum() > 0.5 * RATE
+    summary = ledger.summary()
+    assert summary["device_ms"] == 30.0 and summary["resampler_ms"] == 0.0
+    assert summary["tick_ms"]["total"]["n"] == len(call.record.index) >= 35
+
+
+def test_a_48_khz_card_is_resampled_and_its_delay_is_in_the_ledger():
+    t = np.arange(2 * 48000) / 48000
+    card = FakeCard(0.5 * np.sign(np.sin(2 * np.pi * 2 * t)), rates=(48000,))
+    _, ledger = microphone_call(card, seconds=1.2)
+    assert card.opened["samplerate"] == 48000 and card.opened["blocksize"] == 480
+    assert ledger.summary()["resampler_ms"] == pytest.approx(15.0, abs=0.1)
+    assert (np.abs(np.abs(card.heard()) - 0.5) < 0.05).sum() > 0.3 * 48000
+
+
+def test_live_turns_come_from_the_detector():
+    windows = iter([1.0] * 20 + [0.0] * 1000)
+    _, ledger = microphone_call(
+        FakeCard(silence(3.0)), probability=lambda samples: next(windows), seconds=2.0
+    )
+    summary = ledger.summary()
+    assert (summary["turns"], summary["unanswered"]) == (1, 1)
+    assert summary["turn_end_source"] == "silero"
+
+
+def test_a_microphone_that_falls_silent_is_reported(monkeypatch):
+    monkeypatch.setattr(stream_demo, "SILENT_CARD_SECONDS", 0.05)
+    with pytest.raises(UserError, match="unplugged"):
+        microphone_call(FakeCard(silence(0.1)), seconds=5.0)
+
+
+def test_ctrl_c_ends_the_call_with_its_ledger():
+    engine = fake_engine()
+    ledger = LatencyLedger(engine.patch_seconds)
+    call = MicrophoneCall(
+        engine, FakeCard(silence(1.0)), ledger, transcript(engine, []), VoiceDetector(lambda s: 0)
+    )
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    call.run(stop=interrupt)
+    assert json.loads(ledger.json_line())["turns"] == 0
+
+
+def test_bridge_counts_underruns_only_once_it_plays():
+    bridge = SoundBridge(4)
+    out = bytearray(4)
+    bridge.callback(b"aaaa", memoryview(out), 2, None, None)
+    assert bridge.underruns == 0 and bytes(out) == bytes(4)
+    bridge.play(b"abcd")
+    bridge.callback(b"aaaa", memoryview(out), 2, None, None)
+    assert bytes(out) == b"abcd"
+    bridge.callback(b"aaaa", memoryview(out), 2, None, None)
+    assert bridge.underruns == 1 and bytes(out) == bytes(4)
+
+
+def test_bridge_queues_are_bounded_both_ways():
+    bridge = SoundBridge(2)
+    out = bytearray(2)
+    for _ in range(stream_demo.MAX_INPUT_BLOCKS + 3):
+        bridge.callback(b"aa", memoryview(out), 1, None, None)
+    assert bridge.overflows == 3
+    for number in range(stream_demo.MAX_OUTPUT_BLOCKS + 2):
+        bridge.play(bytes([number, 0]))
+    assert bridge.skipped == 2
+    bridge.callback(b"aa", memoryview(out), 1, None, None)
+    assert out[0] == 2  # the oldest were given up
+
+
+def test_no_sound_card_says_what_to_do():
+    with pytest.raises(UserError, match="--wav question.wav"):
+        device_rate(FakeCard(devices=False))
+
+
+def test_a_card_without_24_khz_keeps_its_own_rate():
+    assert device_rate(FakeCard(rates=(24000,))) == 24000
+    assert device_rate(FakeCard(rates=(44100,), default=44100.0)) == 44100
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(OSError("PortAudio library not found"), "libportaudio2"), (ImportError(), "pip install")],
+)
+def test_missing_sound_libraries_are_named(monkeypatch, error, message):
+    imported = builtins.__import__
+
+    def refuse(name, *rest, **options):
+        if name == "sounddevice":
+            raise error
+        return imported(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UserError, match=message):
+        import_sounddevice()
+
+
+# ------------------------------------------------------------------------------ command line
+
+
+def question(path: Path, audio: np.ndarray) -> Path:
+    soundfile.write(path, audio, RATE)
+    return path
+
+
+@pytest.fixture
+def fake_models(monkeypatch):
+    def load(codec_path, lm_path, device):
+        clock = FakeClock()
+        return FakeCodec(clock), FakeLM(clock)
+
+    monkeypatch.setattr(stream_demo, "load_models", load)
+
+
+def test_several_recordings_share_one_ledger(fake_models, tmp_path, capsys):
+    spoken = np.concatenate([silence(0.2), np.full(RATE // 2, 0.5), silence(0.3)])
+    wavs = [question(tmp_path / f"{name}.wav", spoken) for name in "ab"]
+    outs = [tmp_path / f"reply_{name}.wav" for name in "ab"]
+    main(["--fast", "--tail_seconds", "1", "--wav", *map(str, wavs), "--out", *map(str, outs)])
+    printed = capsys.readouterr().out
+    ledger = json.loads(printed.splitlines()[-1])
+    assert ledger["turns"] == 2 and ledger["turn_end_source"] == "energy"
+    assert printed.count("samvad: w1") == 2 and "spoke english" in printed
+    assert "speech ends at 0.70 s, by energy" in printed
+    audio, rate = soundfile.read(outs[0])
+    assert rate == RATE and audio.ndim == 1 and len(audio) == 50 * 960
+    np.testing.assert_allclose(audio[RATE // 4 : RATE // 2], 0.5, atol=1e-3)
+
+
+def test_reply_files_are_named_after_the_questions():
+    args = parse_args(["--wav", "x/hello.wav", "name.wav"])
+    assert args.out == [Path("reply_hello.wav"), Path("reply_name.wav")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--out", "a.wav"], "needs --wav"),
+        (["--fast"], "needs --wav"),
+        (["--wav", "a.wav", "b.wav", "--out", "c.wav"], "2 --wav files but 1 --out"),
+        (["--wav", "x/a.wav", "y/a.wav"], "one file"),
+        (["--wav", "a.wav", "--tail_seconds", "-1"], "tail_seconds"),
+    ],
+)
+def test_contradictory_flags_are_one_line(argv, message):
+    with pytest.raises(UserError, match=message):
+        main(argv)
+
+
+def test_bad_recordings_are_one_line(tmp_path):
+    text = tmp_path / "text.wav"
+    text.write_text("not audio")
+    empty = question(tmp_path / "empty.wav", np.zeros(0))
+    for path in (text, empty, tmp_path / "missing.wav"):
+        with pytest.raises(UserError, match=path.name) as caught:
+            main(["--wav", str(path)])
+        assert "\n" not in str(caught.value)
+
+
+def test_missing_checkpoint_is_one_line(tmp_path):
+    wav = question(tmp_path / "q.wav", tone(0.2))
+    with pytest.raises(UserError, match="nowhere"):
+        main(["--wav", str(wav), "--codec", str(tmp_path / "nowhere")])
+
+
+def test_sampling_flags_reach_the_model():
+    sampling = stream_demo.lm_sampling(parse_args(["--temperature", "0.5", "--top_k", "7"]))
+    assert (sampling.temperature, sampling.top_k) == (0.5, 7)
+
+
+def test_a_recording_without_speech_is_answered_without_a_turn(fake_models, tmp_path, capsys):
+    wav = question(tmp_path / "quiet.wav", silence(0.5))
+    out = str(tmp_path / "r.wav")
+    main(["--fast", "--tail_seconds", "0", "--wav", str(wav), "--out", out])
+    printed = capsys.readouterr().out
+    assert "no speech found" in printed
+    assert json.loads(printed.splitlines()[-1])["answered_share"] is None
+
+
