@@ -1,0 +1,661 @@
+"""training.py: checkpoints under kills and full disks, balancer, schedule, metrics, money."""
+
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import training
+from training import (
+    Balancer,
+    CostMeter,
+    Metrics,
+    StepGuard,
+    UserError,
+    find_checkpoint,
+    fingerprint,
+    learning_rate,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+FORK = (
+    multiprocessing.get_context("fork")
+    if "fork" in multiprocessing.get_all_start_methods()
+    else None
+)
+needs_fork = pytest.mark.skipif(FORK is None, reason="needs fork")
+
+
+def save(run_dir, step, **extra):
+    value = torch.full((1000,), float(step))
+    extra = {"trainer": {"step": step, "moment": value.clone()}, **extra}
+    return save_checkpoint(run_dir, step, {"width": 8}, {"weight": value}, **extra)
+
+
+def names(run_dir):
+    return sorted(path.name for path in Path(run_dir).iterdir())
+
+
+# ----------------------------------------------------------------------------- checkpoints
+
+
+def test_round_trip_with_shared_half_and_odd_tensors(tmp_path):
+    weight = torch.randn(4, 6)
+    tensors = {
+        "weight": weight,
+        "tied": weight,
+        "turned": weight.t(),
+        "slice": weight[1:],
+        "half": torch.randn(3).half(),
+        "brain": torch.randn(3).bfloat16(),
+        "empty": torch.zeros(0, 5),
+        "scalar": torch.tensor(7),
+    }
+    trainer = {"optimizer": {"state": {0: {"exp_avg": weight}}, "betas": (0.8, 0.9)}, "seen": 12}
+    config = {"name": "नमस्ते", "sizes": [1, 2]}
+    path = save_checkpoint(tmp_path, 1000, config, tensors, trainer, tokenizer='{"a": "తె"}')
+    assert path == tmp_path / "step_00001000"
+    loaded = load_checkpoint(tmp_path)
+    assert (loaded.path, loaded.step, loaded.config) == (path, 1000, config)
+    assert loaded.tokenizer == '{"a": "తె"}'
+    assert loaded.trainer["optimizer"]["betas"] == (0.8, 0.9) and loaded.trainer["seen"] == 12
+    assert torch.equal(loaded.trainer["optimizer"]["state"][0]["exp_avg"], weight)
+    assert loaded.tensors.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded.tensors[name].dtype == tensor.dtype
+        assert torch.equal(loaded.tensors[name], tensor), name
+    assert load_checkpoint(path, with_trainer=False).trainer is None
+    assert fingerprint(loaded.config, loaded.tensors) == fingerprint(config, tensors)
+
+
+def test_a_shipped_folder_loads_under_any_name(tmp_path):
+    path = save(tmp_path / "run", 5, trainer=None)
+    shipped = tmp_path / "codec"
+    shutil.copytree(path, shipped)
+    loaded = load_checkpoint(shipped)
+    assert (loaded.step, loaded.trainer, loaded.tokenizer) == (5, None, None)
+
+
+def test_keeps_the_last_ones_and_the_best(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step, keep_last=2, best=step in (1, 3))
+    assert names(tmp_path) == ["best.json", "step_00000003", "step_00000006", "step_00000007"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 4)
+    save_checkpoint(tmp_path, 4, {"new": True}, {"weight": torch.ones(2)})
+    assert names(tmp_path) == ["step_00000004"]
+    assert load_checkpoint(tmp_path).config == {"new": True}
+
+
+def test_passes_over_temporary_and_broken_folders(tmp_path):
+    good = save(tmp_path, 10)
+    for step in (20, 30, 40, 50):
+        shutil.copytree(good, tmp_path / f"step_{step:08d}")
+    (tmp_path / "step_00000020" / "config.json").unlink()
+    (tmp_path / "step_00000030" / "model.safetensors").write_bytes(b"\x00\x01")
+    for name, step in (("model.safetensors", 40), ("trainer.pt", 50)):
+        file = tmp_path / f"step_{step:08d}" / name
+        file.write_bytes(file.read_bytes()[:-100])
+    shutil.copytree(good, tmp_path / ".tmp-step_00000060")
+    assert find_checkpoint(tmp_path) == good
+    save(tmp_path, 70)
+    assert not any(name.startswith(".tmp-") for name in names(tmp_path))
+
+
+def test_missing_and_damaged_checkpoints_end_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        find_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        load_checkpoint(tmp_path)
+    path = save(tmp_path, 1)
+    whole = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(UserError, match="incomplete"):
+        load_checkpoint(path)
+    (path / "model.safetensors").write_bytes(whole)
+    trainer = bytearray((path / "trainer.pt").read_bytes())
+    trainer[40:400] = bytes(360)
+    (path / "trainer.pt").write_bytes(trainer)
+    with pytest.raises(UserError, match="damaged|incomplete") as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (os.system, ("true",))
+
+
+def test_pickled_code_is_refused_on_both_sides(tmp_path):
+    path = save(tmp_path, 1)
+    torch.save({"bomb": _Bomb()}, path / "trainer.pt")
+    with pytest.raises(UserError, match="damaged"):
+        load_checkpoint(path)
+    with pytest.raises(TypeError, match=r"trainer\['lr'\] is a float64"):
+        save(tmp_path, 2, trainer={"lr": np.float64(1)})
+    assert names(tmp_path) == ["step_00000001"]
+
+
+def _die_at_call(run_dir, number):
+    """Save twice over step 3; the process dies at its `number`-th touch of the disk."""
+    count = 0
+
+    def deadly(function):
+        def wrapped(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == number:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    training._sync = deadly(training._sync)
+    training.save_file = deadly(training.save_file)
+    Path.rename = deadly(Path.rename)
+    os.replace = deadly(os.replace)
+    shutil.rmtree = deadly(shutil.rmtree)
+    save(run_dir, 3, keep_last=1, best=True)
+    save(run_dir, 3, keep_last=1)
+    os._exit(0)
+
+
+@needs_fork
+def test_death_at_every_disk_operation_leaves_a_complete_checkpoint(tmp_path):
+    deaths = 0
+    for number in range(1, 100):
+        run_dir = tmp_path / str(number)
+        save(run_dir, 1)
+        save(run_dir, 2)
+        child = FORK.Process(target=_die_at_call, args=(run_dir, number))
+        child.start()
+        child.join()
+        loaded = load_checkpoint(run_dir)
+        assert loaded.step in (2, 3)
+        assert float(loaded.tensors["weight"].mean()) == loaded.step == loaded.trainer["step"]
+        save(run_dir, 4)
+        assert load_checkpoint(run_dir).step == 4
+        assert not [n for n in names(run_dir) if n.startswith(".tmp-") or "replaced" in n]
+        if child.exitcode == 0:
+            break
+        deaths += 1
+    assert child.exitcode == 0 and deaths >= 20
+
+
+def _save_for_ever(run_dir, first, pipe):
+    torch.set_num_threads(1)
+    for step in range(first, first + 10**6):
+        value = torch.full((200_000,), float(step))
+        trainer = {"step": step, "moment": value}
+        save_checkpoint(run_dir, step, {}, {"weight": value}, trainer, "{}", 2, step % 3 == 0)
+        pipe.send(step)
+
+
+@needs_fork
+def test_kill_9_at_random_moments_loses_nothing_saved(tmp_path):
+    dice = random.Random(0)
+    step = 0
+    for _ in range(25):
+        receiver, sender = FORK.Pipe(duplex=False)
+        child = FORK.Process(target=_save_for_ever, args=(tmp_path, step + 1, sender))
+        child.start()
+        sender.close()
+        receiver.recv()
+        time.sleep(dice.random() * 0.05)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        reported = step + 1
+        try:
+            while True:
+                reported = receiver.recv()
+        except EOFError:
+            pass
+        loaded = load_checkpoint(tmp_path)
+        assert loaded.step >= reported > step
+        assert loaded.trainer["step"] == loaded.step
+        assert bool((loaded.tensors["weight"] == loaded.step).all())
+        step = loaded.step
+
+
+@pytest.mark.parametrize("where", ["save_file", "_sync", "torch.save"])
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, where):
+    save(tmp_path, 1)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    owner, name = (torch, "save") if where == "torch.save" else (training, where)
+    monkeypatch.setattr(owner, name, full)
+    with pytest.raises(UserError, match=r"step_00000002: the disk is full.*step_00000001, is kept"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step_00000001"]
+    assert load_checkpoint(tmp_path).step == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 2 MB, where the tests may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    command = [mount, "-t", "tmpfs", "-o", "size=2m", "none", str(folder)]
+    if not mount or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=False)
+
+
+@pytest.mark.parametrize("part", ["tensors", "trainer", "tokenizer"])
+def test_a_really_full_disk(small_disk, part):
+    run_dir = small_disk / "run"
+    save(run_dir, 1)
+    big = {
+        "tensors": {"weight": torch.zeros(600_000)},
+        "trainer": {"moment": torch.zeros(600_000)},
+        "tokenizer": "x" * 3_000_000,
+    }
+    arguments = {"tensors": {"weight": torch.zeros(3)}, part: big[part]}
+    with pytest.raises(UserError, match="the disk is full.*is kept"):
+        save_checkpoint(run_dir, 2, {}, **arguments)
+    assert names(run_dir) == ["step_00000001"]
+    save(run_dir, 3)
+    assert load_checkpoint(run_dir).step == 3
+
+
+def test_fingerprint_sees_every_change():
+    config, tensors = {"a": 1, "b": (2, 3)}, {"x": torch.arange(4.0), "y": torch.zeros(2, 3)}
+    same = fingerprint({"b": [2, 3], "a": 1}, {"y": torch.zeros(2, 3), "x": torch.arange(4.0)})
+    first = fingerprint(config, tensors)
+    assert first == same and len(first) == 64
+    changed = [
+        ({**config, "a": 2}, tensors),
+        (config, {**tensors, "x": tensors["x"] + 1}),
+        (config, {**tensors, "y": torch.zeros(3, 2)}),
+        (config, {**tensors, "y": torch.zeros(2, 3).half()}),
+        (config, {"x": tensors["x"], "z": tensors["y"]}),
+    ]
+    assert len({first, *(fingerprint(c, t) for c, t in changed)}) == 6
+
+
+# ----------------------------------------------------------------------- errors, processes
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("data: empty; add audio"), 1, "error: data: empty; add audio"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left", "a.wav"), 1, "disk is full while writing a.wav"),
+    ],
+)
+def test_run_ends_in_one_line(capsys, error, code, message):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        training.run(main)
+    assert caught.value.code == code
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
+
+
+def test_run_passes_success_and_bugs_through():
+    assert training.run(lambda: None) is None
+    with pytest.raises(PermissionError):
+        training.run(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+
+
+def test_one_process_without_torchrun(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    here = training.setup_distributed("cpu")
+    assert (here.rank, here.world_size, here.is_main) == (0, 1, True)
+    assert here.device == torch.device("cpu")
+    value = torch.ones(2)
+    assert training.all_reduce_mean(value) is value
+    with pytest.raises(UserError, match="not a device"):
+        training.setup_distributed("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA GPU"):
+            training.setup_distributed("cuda")
+
+
+RANK_SCRIPT = """
+import sys, torch, training
+here = training.setup_distributed("cpu")
+value = torch.tensor([1.0, 10.0]) * (here.rank + 1)
+mean = training.all_reduce_mean(value)
+assert mean.tolist() == [1.5, 15.0] and value[0] == here.rank + 1
+
+# Two ranks with half the batch each must give the gradient of one process with the whole batch.
+torch.manual_seed(0)
+audio, weight = torch.randn(4, 1, 32), torch.randn(32, 32)
+def gradient(audio):
+    w = weight.clone().requires_grad_()
+    output = audio @ w
+    losses = {"a": output.pow(2).mean(), "b": 1e4 * (output - 1).abs().mean()}
+    shares = balancer.backward(losses, output)
+    return w.grad
+balancer = training.Balancer({"a": 1.0, "b": 3.0})
+half = audio[here.rank * 2 : here.rank * 2 + 2]
+joint = training.all_reduce_mean(gradient(half))
+state = balancer.state_dict()
+
+guard = training.StepGuard()
+assert guard.check(1.0, 1.0)
+assert not guard.check(float("nan") if here.rank else 1.0, 1.0)
+
+training.cleanup_distributed()
+balancer = training.Balancer({"a": 1.0, "b": 3.0})
+alone = gradient(audio)
+assert torch.allclose(joint, alone, rtol=1e-5, atol=1e-8), (joint - alone).abs().max()
+open(sys.argv[1] + str(here.rank), "w").write("ok")
+"""
+
+
+def test_two_gloo_ranks_agree_with_one_process(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = tmp_path / "rank.py"
+    script.write_text(RANK_SCRIPT)
+    shared = {
+        **os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(training.__file__).parent),
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path / "done")],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()
+
+
+def test_item_rng_depends_on_its_key_alone():
+    def draw(*key):
+        return training.item_rng(*key).random(3).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+
+
+def test_seed_everything_repeats_all_three_generators():
+    def draw():
+        training.seed_everything(7)
+        return random.random(), float(np.random.rand()), float(torch.rand(1))
+
+    assert draw() == draw()
+
+
+# -------------------------------------------------------------------------------- schedule
+
+
+def test_learning_rate_by_hand():
+    def rate(step):
+        return learning_rate(step, total_steps=110, peak=2.0, warmup_steps=10, final_ratio=0.1)
+
+    assert [rate(0), rate(4), rate(9), rate(10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert rate(60) == pytest.approx(1.1)  # half way: the mean of 2.0 and 0.2
+    assert rate(35) == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.sqrt(0.5)))
+    assert rate(110) == pytest.approx(0.2) and rate(500) == pytest.approx(0.2)
+    assert learning_rate(0, 10, 1.0, 0) == 1.0
+
+
+def test_step_guard_skips_counts_and_stops():
+    guard = StepGuard(max_consecutive=3)
+    assert guard.check(torch.tensor(1.0), 2.0)
+    assert not guard.check(float("nan"), 1.0)
+    assert not guard.check(1.0, torch.tensor(float("inf")))
+    assert guard.check(1.0, 1.0)
+    assert (guard.skipped, guard.consecutive) == (2, 0)
+    assert not guard.check(math.nan, 1.0)
+    restored = StepGuard(max_consecutive=3)
+    restored.load_state_dict(guard.state_dict())
+    assert not restored.check(math.nan, 1.0)
+    with pytest.raises(UserError, match="3 steps in a row were not finite"):
+        restored.check(math.nan, 1.0)
+
+
+# ---------------------------------------------------------------------------- loss balance
+
+
+def orthogonal_losses(output, scales):
+    """Losses whose gradients touch disjoint samples, so that their parts can be told apart."""
+    parts = output.chunk(len(scales), dim=-1)
+    pairs = zip(scales.items(), parts, strict=True)
+    return {name: scale * (part**2).mean() for (name, scale), part in pairs}
+
+
+def test_balancer_shares_follow_the_weights_whatever_the_scales():
+    torch.manual_seed(0)
+    balancer = Balancer({"a": 1.0, "b": 3.0}, total_norm=2.0)
+    for _ in range(3):
+        output = torch.randn(5, 1, 40, requires_grad=True)
+        losses = orthogonal_losses(output, {"a": 1e6, "b": 1e-6})
+        shares = balancer.backward(losses, output)
+    norm_a, norm_b = (
+        part.flatten(1).norm(dim=1).mean() * 5 for part in output.grad.chunk(2, dim=-1)
+    )
+    # The running means make this step's parts differ a little from their long-run ratio.
+    assert float(norm_b / norm_a) == pytest.approx(3.0, rel=0.25)
+    assert float(norm_a) == pytest.approx(0.5, rel=0.25)
+    assert float(norm_b) == pytest.approx(1.5, rel=0.25)
+    assert shares["b"] == pytest.approx(float(norm_b / (norm_a + norm_b)), rel=1e-5)
+    assert sum(shares.values()) == pytest.approx(1.0)
+
+
+def test_balancer_against_the_papers_formula():
+    torch.manual_seed(1)
+    weights, decay = {"a": 2.0, "b": 0.5}, 0.9
+    balancer = Balancer(weights, decay=decay)
+    history = {"a": [], "b": []}
+    for _ in range(4):
+        output = torch.randn(3, 1, 16, requires_grad=True)
+        losses = {"a": output.abs().mean(), "b": 100 * (output.cos() ** 2).mean()}
+        expected = torch.zeros_like(output)
+        for name, loss in losses.items():
+            (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
+            history[name].append(float(gradient.flatten(1).norm(dim=1).mean()))
+            powers = [decay**age for age in reversed(range(len(history[name])))]
+            mean = np.dot(powers, history[name]) / sum(powers)
+            expected += weights[name] / 2.5 * gradient / mean / 3
+        balancer.backward(losses, output)
+        assert torch.allclose(output.grad, expected, rtol=1e-5, atol=1e-9)
+
+
+def test_balancer_goes_through_the_model_once_and_spares_the_discriminator():
+    model, judge = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+    passes = []
+    audio = torch.randn(2, 1, 8)
+    output = model(audio)
+    model.weight.register_hook(lambda gradient: passes.append(1))
+    judged = judge(output)
+    losses = {"adv": judged.mean(), "match": (judged**2).mean(), "wave": output.abs().mean()}
+    commitment = (model.weight**2).mean()
+    balancer = Balancer({"adv": 1, "match": 1, "wave": 1, "absent": 5})
+    balancer.backward(losses, output, others=commitment)
+    assert passes == [1]
+    assert judge.weight.grad is None
+    with_others = model.weight.grad.clone()
+    model.weight.grad = None
+    again = Balancer({"adv": 1, "match": 1, "wave": 1})
+    output = model(audio)
+    judged = judge(output)
+    losses = {"adv": judged.mean(), "match": (judged**2).mean(), "wave": output.abs().mean()}
+    again.backward(losses, output)
+    expected = model.weight.grad + 2 * model.weight.detach() / model.weight.numel()
+    assert torch.allclose(with_others, expected, atol=1e-6)
+
+
+def test_balancer_takes_zero_and_constant_losses_and_their_late_start():
+    balancer = Balancer({"a": 1.0, "late": 1.0, "constant": 1.0})
+    for step in range(60):
+        output = torch.randn(2, 1, 30, requires_grad=True)
+        first, second = output.chunk(2, dim=-1)
+        late = (second**2).mean() * (0.0 if step < 50 else 1.0)
+        losses = {"a": (first**2).mean(), "late": late, "constant": torch.tensor(3.0)}
+        shares = balancer.backward(losses, output)
+        assert torch.isfinite(output.grad).all()
+        assert shares["constant"] == 0.0
+        if step < 50:
+            assert shares["late"] == 0.0
+        else:
+            assert 0.25 < shares["late"] < 0.75
+            assert float(output.grad.norm()) < 2
+    with pytest.raises(ValueError, match="without a weight"):
+        balancer.backward({"unknown": output.sum()}, output)
+
+
+def test_balancer_state_survives_exactly_and_ignores_steps_that_are_not_finite():
+    balancer = Balancer({"a": 1.0, "b": 2.0})
+
+    def step(which, seed, scale=1.0):
+        generator = torch.Generator().manual_seed(seed)
+        output = torch.randn(2, 1, 20, generator=generator).requires_grad_()
+        losses = {"a": scale * output.abs().mean(), "b": (output**2).sum()}
+        which.backward(losses, output)
+        return output.grad
+
+    for seed in range(5):
+        step(balancer, seed)
+    before = balancer.state_dict()
+    assert not torch.isfinite(step(balancer, 9, scale=math.nan)).all()
+    assert balancer.state_dict() == before
+    restored = Balancer({"a": 1.0, "b": 2.0})
+    restored.load_state_dict(json.loads(json.dumps(before)))
+    for seed in range(5, 9):
+        assert torch.equal(step(balancer, seed), step(restored, seed))
+    assert balancer.state_dict() == restored.state_dict()
+
+
+# --------------------------------------------------------------------------------- metrics
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_resume_drops_later_and_cut_lines(tmp_path):
+    metrics = Metrics(tmp_path, resume_step=0)
+    for step in range(1, 6):
+        metrics.log(step, loss=torch.tensor(step / 2), lr=1e-4)
+    metrics.log(6, loss=math.nan)
+    metrics.close()
+    assert rows(metrics.path)[-1] == {"step": 6, "loss": None}
+    with open(metrics.path, "a") as file:
+        file.write('{"step": 7, "lo')
+    again = Metrics(tmp_path, resume_step=3)
+    again.log(4, loss=9.0)
+    again.close()
+    assert [(row["step"], row["loss"]) for row in rows(metrics.path)] == [
+        (1, 0.5), (2, 1.0), (3, 1.5), (4, 9.0),
+    ]  # fmt: skip
+
+
+def test_metrics_tensorboard_or_the_line_to_install_it(tmp_path):
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="pip install tensorboard"):
+            Metrics(tmp_path, 0, tensorboard=True)
+        return
+    metrics = Metrics(tmp_path, 0, tensorboard=True)
+    metrics.log(1, loss=1.0)
+    metrics.log_audio(1, "reply", torch.zeros(1, 2400), 24000)
+    metrics.close()
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+# ----------------------------------------------------------------------------------- money
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def meter(tmp_path, clock, **extra):
+    extra = {"enabled": True, "clock": clock, "usd_per_hour": 3.6, **extra}
+    return CostMeter("codec", tmp_path / "costs.jsonl", **extra)
+
+
+def test_cost_meter_projects_spends_and_resumes(tmp_path):
+    (tmp_path / "costs.jsonl").write_text('{"stage": "data", "dollars": 100.0}\n{"stage": "co')
+    clock = Clock()
+    cost = meter(tmp_path, clock, budget_usd=1.0)
+    cost.start(total_steps=1000)
+    assert math.isnan(cost.projected()[0]) and "? h" in cost.line()
+    for seconds in [30, 5, 5] + [2] * 100:  # a slow start is not taken for the pace
+        clock.now += seconds
+        cost.tick()
+    hours, dollars = cost.projected()
+    assert hours == pytest.approx((240 + 897 * 2) / 3600)
+    assert dollars == pytest.approx(hours * 3.6)
+    assert cost.remaining_steps_within_budget() == pytest.approx((1.0 - 0.24) / 0.002, abs=1)
+    assert cost.spent_usd() == pytest.approx(100.24)
+    assert cost.line() == "projected 34 min = $2.03 (spent $100 of $1,500)"
+    state = cost.state_dict()
+    clock.now += 60  # after the checkpoint, then killed: only the ledger knows of these
+    cost.tick()
+    written = training._json_lines(cost.ledger)
+    assert written[-1]["stage"] == "codec" and written[0]["stage"] == "data"
+
+    later = Clock()
+    resumed = meter(tmp_path, later, budget_usd=1.0)
+    resumed.load_state_dict(state)
+    assert resumed.elapsed_hours() == pytest.approx(300 / 3600)
+    resumed.start(total_steps=1000, done_steps=103)
+    for _ in range(10):
+        later.now += 2
+        resumed.tick()
+    resumed.flush()
+    assert resumed.projected()[0] == pytest.approx((300 + 20 + 887 * 2) / 3600)
+    assert resumed.spent_usd() == pytest.approx(100.32)
+
+
+def test_cost_meter_disabled_writes_nothing(tmp_path):
+    clock = Clock()
+    cost = meter(tmp_path, clock, enabled=False, budget_usd=5.0)
+    cost.start(10)
+    for _ in range(5):
+        clock.now += 3600
+        cost.tick()
+    cost.flush()
+    assert cost.line() == "projected 10 h"
+    assert cost.remaining_steps_within_budget() is None
+    assert not cost.ledger.exists()
+
+
+def test_formats():
+    hours = [41.2, 1.24, 0.2, 0.005, math.nan]
+    assert [training.format_hours(h) for h in hours] == ["41 h", "1.2 h", "12 min", "18 s", "? h"]
+    dollars = [1500, 139.4, 1.25]
+    assert [training.format_dollars(d) for d in dollars] == ["$1,500", "$139", "$1.25"]
