@@ -129,12 +129,14 @@ def _read_open(
     mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     if not np.isfinite(mono).all():
         raise AudioError(f"{path}: holds values that are not numbers; remove it")
+    # As every player does: float formats and Vorbis may pass full scale.
+    mono = np.clip(mono, -1.0, 1.0)
     if plain:
-        return np.ascontiguousarray(mono)
+        return mono
     resampled = soxr.resample(mono, in_rate, sample_rate)
     skip = round((first - before) * sample_rate / in_rate)
     keep = round((last - first) * sample_rate / in_rate)
-    return np.ascontiguousarray(resampled[skip : skip + keep])
+    return np.clip(resampled[skip : skip + keep], -1.0, 1.0)
 
 
 def _audio_error(path: Path, error: Exception) -> AudioError:
