@@ -509,3 +509,27 @@ def test_table_fits_80_columns_even_when_empty():
 
 def test_quiet_floor_is_below_speech():
     assert frame_levels(tone(0.1, 0.1)).max() > duplex.QUIET_DBFS
+
+
+# --------------------------------------------------------------------------------- real models
+
+
+def real_codec():
+    from codec import Codec, CodecConfig
+
+    torch.manual_seed(0)
+    return Codec(CodecConfig.tiny()).eval()
+
+
+def test_the_engine_adds_nothing_to_the_codec():
+    """An echoing LM between a real encoder and decoder gives what the codec gives offline."""
+    codec = real_codec()
+    lm = FakeLM(FakeClock())
+    lm.config.codec_fingerprint = codec.fingerprint
+    engine = DuplexEngine(codec, lm)
+    audio = np.random.default_rng(0).normal(0, 0.1, 20 * 960).astype("f")
+    engine.warm_up(2)
+    engine.feed(0, audio, bounded=False)
+    streamed = np.concatenate([result.audio[0] for result in engine.run_ready()])
+    offline = codec.decode(codec.encode(torch.from_numpy(audio)[None, None]))[0, 0].numpy()
+    np.testing.assert_allclose(streamed, offline, atol=1e-4)
