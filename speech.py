@@ -1,0 +1,1274 @@
+"""Text to phones and text to speech with engines that come as packages, behind one interface.
+
+No engine here is Samvad's own: they make training, test and demonstration speech. Each returns
+what the codec and the dialogue LM learn from, audio *and the time of every phone*:
+
+    engine    package                          how phone times are known
+    espeak    espeakng-loader / espeak-ng      phoneme events of the library
+    hibari    hibari-tts (onnxruntime)         the model's own predicted durations (25 ms units)
+    flite     flite                            `-psdur`
+    festival  festival + festvox-*             the Segment relation
+
+All are folded into one inventory, `PHONES`, for English, Hindi and Telugu. Hindi and Telugu words
+become phones by espeak's rules; the engines that only know English (hibari, flite, Festival's
+American voices) are then handed the nearest of their own phones, so they speak with an accent but
+the labels stay those of the language. More speakers come from formant, pitch, range and rate
+changes: inside hibari's vocoder, and by Praat's "Change gender" (PSOLA, Boersma; package
+praat-parselmouth) after the others. Emotions are styles: multipliers of pitch, range, rate, gain.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import soxr
+
+from data import SAMPLE_RATE
+from training import UserError
+
+SILENCE = "_"
+
+
+def _symbols(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# Length is kept where it changes quality (a/aː); elsewhere short and long fold into the pairs
+# ɪ/i and ʊ/u. Nasal vowels are a vowel and ŋ; r-coloured diphthongs are a vowel and ɹ.
+VOWELS = _symbols("i ɪ e ɛ æ a aː ɑ ɔ o ʊ u ʌ ə ɚ eɪ aɪ ɔɪ aʊ oʊ")
+CONSONANTS = _symbols(
+    "p b t d ʈ ɖ k ɡ tʃ dʒ m n ɳ ɲ ŋ f v θ ð s z ʃ ʒ h ɹ r ɽ l ɭ j w ʋ "
+    "pʰ bʰ tʰ dʰ ʈʰ ɖʰ kʰ ɡʰ tʃʰ dʒʰ ɽʰ"
+)
+PHONES: tuple[str, ...] = (SILENCE, *VOWELS, *CONSONANTS)
+INSTALL = {
+    "espeak": "pip install espeakng-loader (or apt-get install espeak-ng)",
+    "hibari": "pip install hibari-tts",
+    "flite": "apt-get install flite",
+    "festival": "apt-get install festival festvox-kallpc16k festvox-kdlpc16k "
+    "festvox-us-slt-hts festvox-hi-nsk festvox-te-nsk",
+    "praat": "pip install praat-parselmouth",
+}
+
+# ---------------------------------------------------------------------------- phones
+_ESPEAK_UNITS = {
+    # English
+    "iː": "i", "i": "i", "ɪ": "ɪ", "ᵻ": "ɪ", "ɨ": "ɪ", "e": "e", "eː": "e", "ɛ": "ɛ", "ɛː": "ɛ",
+    "æ": "æ", "æː": "æ", "a": "a", "aː": "aː", "ɑː": "ɑ", "ɑ": "ɑ", "ɒ": "ɑ", "ɔː": "ɔ", "ɔ": "ɔ",
+    "o": "o", "oː": "o", "ʊ": "ʊ", "uː": "u", "u": "u", "ʉ": "u", "ʉː": "u", "ʌ": "ʌ", "ʌː": "ʌ",
+    "ə": "ə", "ɐ": "ə", "əː": "ɚ", "ɚ": "ɚ", "ɜː": "ɚ", "ɜ": "ɚ", "ɝ": "ɚ", "ɞ": "ɚ", "ɵ": "ʊ",
+    "eɪ": "eɪ", "aɪ": "aɪ", "ɔɪ": "ɔɪ", "aʊ": "aʊ", "oʊ": "oʊ", "əʊ": "oʊ", "ɔʊ": "oʊ",
+    "ɐɪ": "aɪ", "ʌɪ": "aɪ", "ʌʊ": "aʊ", "ɛɪ": "eɪ", "oɪ": "ɔɪ", "aɔ": "aʊ", "əɪ": "aɪ",
+    "ɛɹ": "ɛ ɹ", "eəɹ": "ɛ ɹ", "eə": "ɛ ə", "ɪɹ": "ɪ ɹ", "iə": "i ə", "ɪə": "ɪ ə", "ʊɹ": "ʊ ɹ",
+    "ʊə": "ʊ ə", "ɔːɹ": "ɔ ɹ", "ɔɹ": "ɔ ɹ", "oːɹ": "ɔ ɹ", "oɹ": "ɔ ɹ", "oə": "ɔ ə",
+    "ɑːɹ": "ɑ ɹ", "ɑɹ": "ɑ ɹ", "aɪɚ": "aɪ ɚ", "aɪə": "aɪ ə", "aʊɚ": "aʊ ɚ", "aʊə": "aʊ ə",
+    "əl": "ə l", "l̩": "ə l", "ən": "ə n", "n̩": "ə n", "m̩": "ə m", "ɚː": "ɚ", "aɪʊ": "aɪ ʊ",
+    "iːɹ": "i ɹ", "uːɹ": "u ɹ", "ɜːɹ": "ɚ", "əɹ": "ɚ", "ɪː": "i", "ʊː": "u",
+    # consonants
+    **{c: c for c in CONSONANTS},
+    "ɾ": "t", "ʔ": "t", "g": "ɡ", "ɫ": "l", "ɬ": "l", "ʍ": "w", "x": "kʰ", "q": "k", "ɣ": "ɡ",
+    "ç": "h", "ɦ": "h", "t̪": "t", "d̪": "d", "t̪ʰ": "tʰ", "d̪ʰ": "dʰ", "c": "tʃ", "ɟ": "dʒ",
+    "cʰ": "tʃʰ", "ɟʰ": "dʒʰ", "ʂ": "ʃ", "ɕ": "ʃ", "ʑ": "ʒ", "ʲ": "j", "tʲ": "t", "r.": "ɽ",
+    "r.ʰ": "ɽʰ", "ɽ̥": "ɽ", "ɻ": "ɹ", "ɸ": "f", "β": "ʋ", "ʋ̃": "ʋ", "ts": "t s", "dz": "d z",
+    "n̪": "n", "ŋ̩": "ŋ", "rʲ": "r", "ʎ": "l", "ɴ": "ŋ",
+}  # fmt: skip
+# Telugu writes short vowels that Hindi and English folds would confuse with the long ones.
+_ESPEAK_BY_LANGUAGE = {
+    "telugu": {"i": "ɪ", "u": "ʊ", "ɾ": "r"},
+    "hindi": {"ʌ": "ə", "a": "ə", "i": "ɪ", "u": "ʊ", "ɾ": "r", "v": "ʋ"},
+}
+_ESPEAK_LANGUAGE = {"english": "en-us", "hindi": "hi", "telugu": "te"}
+_LONG_TOKEN = sorted(_ESPEAK_UNITS, key=len, reverse=True)
+
+
+def fold_ipa(symbol: str, language: str, unknown: list[str] | None = None) -> list[str]:
+    """One of espeak's IPA symbols as phones of `PHONES`; symbols nobody knows go to `unknown`.
+
+    A symbol that has no entry is read greedily, longest known piece first, so that a rare
+    diphthong is not lost; what is left over is dropped and reported.
+    """
+    nasal = "\u0303" in symbol
+    symbol = re.sub("[\u0303ˈˌ͡|‿'^*!?%-]", "", symbol).strip()
+    symbol = "".join(c for c in symbol if not c.isdigit() and not c.isspace())
+    own = _ESPEAK_BY_LANGUAGE.get(language, {})
+    phones: list[str] = []
+    while symbol:
+        for piece in (symbol, *_LONG_TOKEN):
+            if symbol.startswith(piece) and (piece in own or piece in _ESPEAK_UNITS):
+                phones += (own.get(piece) or _ESPEAK_UNITS[piece]).split()
+                symbol = symbol[len(piece) :]
+                break
+        else:
+            if unknown is not None and symbol[0] not in "ː.ʰ":
+                unknown.append(symbol)
+            symbol = symbol[1:]
+    if nasal and phones and phones[-1] in VOWELS:
+        phones.append("ŋ")
+    return phones
+
+
+def phonemize(text: str, language: str, unknown: list[str] | None = None) -> list[str]:
+    """Text -> phones of `PHONES`, by espeak's rules, without silences. `[]` for text without words.
+
+    Unknown IPA symbols are appended to `unknown` where a list is given. UserError without espeak.
+    """
+    return [p for word in phonemize_words(text, language, unknown) for p in word]
+
+
+def phonemize_words(text: str, language: str, unknown: list[str] | None = None) -> list[list[str]]:
+    """As `phonemize`, one list a word that espeak says (numbers may become several)."""
+    words = []
+    for chunk in _espeak().ipa(clean_text(text), _espeak_language(language)):
+        phones = [p for unit in chunk for p in fold_ipa(unit, language, unknown)]
+        if phones:
+            words.append(phones)
+    return words
+
+
+def clean_text(text: str) -> str:
+    """Text without control characters, symbols no engine can say, and with simple quotes."""
+    text = unicodedata.normalize("NFC", text).translate(
+        str.maketrans("’‘“”–—…।॥\u200b", "''\"\"--...\u200b")
+    )
+    text = "".join(c if unicodedata.category(c)[0] in "LMNPZ" or c in "%$+=" else " " for c in text)
+    # A final anusvara is m in Telugu (namaskaaram); espeak would say n.
+    text = re.sub("\u0c02(?=\\s|\\W|$)", "\u0c2e\u0c4d", text)
+    return re.sub(r"\s+", " ", text.replace("\u200b", "").replace("\\", " ")).strip()
+
+
+def _espeak_language(language: str) -> str:
+    if language not in _ESPEAK_LANGUAGE:
+        raise UserError(
+            f"no voice speaks {language!r}: languages are {', '.join(_ESPEAK_LANGUAGE)}"
+        )
+    return _ESPEAK_LANGUAGE[language]
+
+
+# ---------------------------------------------------------------------------- interface
+@dataclass(frozen=True)
+class Voice:
+    """A speaker as one engine makes it. Factors are relative to the engine's own voice.
+
+    `speaker` names whose voice is underneath: splits are disjoint in it for recorded speakers,
+    and by the embedding of the changed voice for the others (see `voices`).
+    """
+
+    id: str
+    engine: str  # espeak, hibari, flite, festival
+    language: str
+    speaker: str
+    name: str  # the engine's own name of the voice
+    formant: float = 1.0  # spectral envelope, > 1 is a smaller head
+    pitch: float = 1.0  # median fundamental frequency
+    pitch_range: float = 1.0
+    rate: float = 1.0
+    split: str = "train"
+    role: str = "user"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to say. `seed` draws small variations of pitch, range and rate (users only)."""
+
+    text: str
+    language: str
+    voice: Voice
+    speed: float = 1.0
+    emotion: str = "neutral"
+    seed: int = 0
+
+
+Span = tuple[str, float, float]  # symbol or word, start and end in seconds
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """`audio` float32 `[T]` at 24 kHz; `phones` tile it from 0 to its end, silences included."""
+
+    audio: np.ndarray
+    phones: list[Span] | None = None
+    words: list[Span] | None = None
+
+
+@dataclass(frozen=True)
+class Style:
+    """An emotion as multipliers of median pitch, pitch range and rate, and a gain in dB."""
+
+    pitch: float = 1.0
+    pitch_range: float = 1.0
+    rate: float = 1.0
+    gain_db: float = 0.0
+
+
+STYLES = {
+    "neutral": Style(),
+    "happy": Style(1.12, 1.4, 1.06, 2.0),
+    "sad": Style(0.92, 0.6, 0.86, -3.0),
+    "angry": Style(1.08, 1.3, 1.1, 4.0),
+    "fear": Style(1.16, 1.15, 1.13, -1.0),
+    "disgust": Style(0.94, 0.85, 0.92, 0.0),
+    "surprise": Style(1.22, 1.55, 1.0, 2.0),
+    "calm": Style(0.97, 0.8, 0.93, -2.0),
+}
+SPEECH_RMS = 0.07  # of what is said, silences apart, before the style's gain
+LOUD_DB = -36.0  # below the loudest tenth: what still counts as sound at the edge of a silence
+EDGE_SECONDS = 0.04  # silence kept at each end
+PAUSE_SECONDS = 0.30  # longest pause kept inside
+
+
+@dataclass
+class _Raw:
+    """An engine's own output, and which of the asked changes it has already made."""
+
+    audio: np.ndarray
+    rate: int
+    phones: list[Span]
+    words: list[Span] | None = None
+    remaining: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """A request with voice, style and seed multiplied out."""
+
+    text: str
+    language: str
+    name: str
+    formant: float
+    pitch: float
+    pitch_range: float
+    rate: float
+    gain_db: float
+    seed: int
+
+
+class Synthesizer:
+    """Text to speech with every installed engine; the same requests give the same bytes.
+
+    Holds no process open and may be made in each worker of a process pool; engines load on
+    first use. One instance serves one thread at a time.
+    """
+
+    def synthesize(self, items: Sequence[Request]) -> list[Utterance]:
+        """Utterances in the order of `items`, made in one batch an engine voice.
+
+        UserError for an engine that is not installed (with its install line), an unknown
+        language or emotion, or an engine that fails.
+        """
+        orders = [_order(item) for item in items]
+        batches: dict[tuple[str, str, str], list[int]] = {}
+        for i, item in enumerate(items):
+            batches.setdefault((item.voice.engine, item.voice.name, item.language), []).append(i)
+        made: list[Utterance | None] = [None] * len(items)
+        for (engine, _, _), indices in batches.items():
+            if engine not in _ENGINES:
+                raise UserError(f"no speech engine {engine!r}: engines are {', '.join(_ENGINES)}")
+            raws = _ENGINES[engine]([orders[i] for i in indices])
+            for i, raw in zip(indices, raws, strict=True):
+                made[i] = _finish(raw, orders[i])
+        return [m for m in made if m is not None]
+
+
+def _order(item: Request) -> _Order:
+    if item.emotion not in STYLES:
+        raise UserError(f"no emotion {item.emotion!r}: emotions are {', '.join(STYLES)}")
+    _espeak_language(item.language)
+    voice, style = item.voice, STYLES[item.emotion]
+    jitter = np.ones(3)
+    if voice.role == "user":
+        rng = np.random.default_rng([item.seed & 0xFFFFFFFF, len(item.text)])
+        jitter = np.exp(rng.normal(0.0, (0.05, 0.12, 0.06)).clip(-0.25, 0.25))
+    return _Order(
+        text=clean_text(item.text),
+        language=item.language,
+        name=voice.name,
+        formant=voice.formant,
+        pitch=float(voice.pitch * style.pitch * jitter[0]),
+        pitch_range=float(voice.pitch_range * style.pitch_range * jitter[1]),
+        rate=float(np.clip(voice.rate * style.rate * item.speed * jitter[2], 0.5, 2.0)),
+        gain_db=style.gain_db,
+        seed=item.seed,
+    )
+
+
+# ---------------------------------------------------------------------------- after the engine
+def _finish(raw: _Raw, order: _Order) -> Utterance:
+    """24 kHz, remaining voice changes, edges trimmed, pauses shortened, level set."""
+    audio, phones, words = raw.audio.astype(np.float32), raw.phones, raw.words
+    if raw.rate != SAMPLE_RATE and len(audio):
+        audio = soxr.resample(audio, raw.rate, SAMPLE_RATE).astype(np.float32)
+    if raw.remaining and len(audio) > SAMPLE_RATE // 10:
+        before = len(audio)
+        audio = change_voice(audio, **raw.remaining)
+        factor = len(audio) / before
+        phones = [(p, s * factor, e * factor) for p, s, e in phones]
+        words = words and [(w, s * factor, e * factor) for w, s, e in words]
+    phones = _hear_silences(audio, _tile(phones, len(audio) / SAMPLE_RATE))
+    audio, phones, words = _cut_silences(audio, phones, words)
+    return Utterance(_set_level(audio, phones, order.gain_db), phones, words)
+
+
+def change_voice(
+    audio: np.ndarray,
+    formant: float = 1.0,
+    median_hz: float = 0.0,
+    pitch_range: float = 1.0,
+    duration: float = 1.0,
+) -> np.ndarray:
+    """Praat's "Change gender" on audio `[T]` at 24 kHz; `median_hz` 0 keeps the pitch.
+
+    `duration` multiplies the length. Praat: Boersma & Weenink. UserError without parselmouth.
+    """
+    praat = _import("parselmouth", "praat")
+    sound = praat.Sound(audio.astype(np.float64), SAMPLE_RATE)
+    try:
+        out = praat.praat.call(
+            sound, "Change gender", 60.0, 500.0, formant, median_hz, pitch_range, duration
+        )
+    except praat.PraatError:  # a clip too short or without any voiced frame
+        return audio
+    return out.values[0].astype(np.float32)
+
+
+def _tile(phones: list[Span], duration: float) -> list[Span]:
+    """Spans that follow each other without gaps over [0, duration], silences joined."""
+    tiled: list[Span] = []
+    edge = 0.0
+    for phone, start, end in phones:
+        start, end = max(edge, min(start, duration)), min(end, duration)
+        if start - edge > 1e-4:
+            tiled.append((SILENCE, edge, start))
+        if end > start:
+            tiled.append((phone, start, end))
+            edge = end
+        else:
+            edge = max(edge, start)
+    if duration - edge > 1e-4 or not tiled:
+        tiled.append((SILENCE, edge, duration))
+    joined: list[Span] = []
+    for span in tiled:
+        if joined and span[0] == SILENCE == joined[-1][0]:
+            joined[-1] = (SILENCE, joined[-1][1], span[2])
+        else:
+            joined.append(span)
+    return joined
+
+
+def _hear_silences(audio: np.ndarray, phones: list[Span]) -> list[Span]:
+    """Moves the borders of silences to where the sound ends and begins.
+
+    Engines give a pause to the phone before it, or the last echo of a phone to the pause; a turn
+    ends where it is no longer heard.
+    """
+    hop = SAMPLE_RATE // 200  # 5 ms
+    frames = len(audio) // hop
+    if frames < 2:
+        return phones
+    power = np.mean(audio[: frames * hop].reshape(frames, hop) ** 2, axis=1)
+    loud = power > np.percentile(power, 90) * 10 ** (LOUD_DB / 10)
+
+    def moments(start: float, end: float) -> np.ndarray:
+        first, last = round(start * 200), min(round(end * 200), frames)
+        return first + np.flatnonzero(loud[first:last])
+
+    spans = [list(span) for span in phones]
+    for i, (phone, start, end) in enumerate(phones):
+        if phone != SILENCE:
+            continue
+        before, after = i > 0, i + 1 < len(phones)
+        middle = (start + end) / 2 if before and after else end if before else start
+        if before:
+            floor = min(start, spans[i - 1][1] + 0.04)
+            heard = moments(floor, middle)
+            edge = (heard[-1] + 2) / 200 if len(heard) else floor + 0.01
+            edge = min(max(edge, floor), middle)
+            spans[i - 1][2] = spans[i][1] = edge
+        if after:
+            ceiling = max(end, min(phones[i + 1][2] - 0.03, (end + phones[i + 1][2]) / 2))
+            heard = moments(middle, ceiling)
+            edge = (heard[0] - 1) / 200 if len(heard) else ceiling
+            edge = max(min(edge, ceiling), middle)
+            spans[i][2] = spans[i + 1][1] = edge
+    return [(p, s, e) for p, s, e in spans if e > s]
+
+
+def _cut_silences(
+    audio: np.ndarray, phones: list[Span], words: list[Span] | None
+) -> tuple[np.ndarray, list[Span], list[Span] | None]:
+    """Removes samples from silences that are longer than wanted; times follow."""
+    pieces, spans, cuts = [], [], []  # cuts: (time, seconds removed at that time)
+    clock = 0.0
+    for i, (phone, start, end) in enumerate(phones):
+        first, last = round(start * SAMPLE_RATE), round(end * SAMPLE_RATE)
+        piece = audio[first:last]
+        limit = EDGE_SECONDS if i in (0, len(phones) - 1) else PAUSE_SECONDS
+        keep = round(limit * SAMPLE_RATE)
+        if phone == SILENCE and len(piece) > keep and len(phones) > 1:
+            head = 0 if i == 0 else keep if i == len(phones) - 1 else keep // 2
+            cuts.append((start + head / SAMPLE_RATE, (len(piece) - keep) / SAMPLE_RATE))
+            piece = np.concatenate([piece[:head], piece[len(piece) - (keep - head) :]])
+        seconds = len(piece) / SAMPLE_RATE
+        if seconds > 0:
+            pieces.append(piece)
+            spans.append((phone, clock, clock + seconds))
+            clock += seconds
+    audio = np.concatenate(pieces) if pieces else audio[:0]
+
+    def moved(t: float) -> float:
+        return t - sum(min(removed, t - at) for at, removed in cuts if t > at)
+
+    words = words and [(w, moved(s), min(moved(e), clock)) for w, s, e in words]
+    return audio, spans, words
+
+
+def _set_level(audio: np.ndarray, phones: list[Span], gain_db: float) -> np.ndarray:
+    said = [
+        audio[round(s * SAMPLE_RATE) : round(e * SAMPLE_RATE)]
+        for phone, s, e in phones
+        if phone != SILENCE
+    ]
+    power = float(np.mean(np.concatenate(said) ** 2)) if said else 0.0
+    if power <= 0.0:
+        return audio.astype(np.float32)
+    gain = SPEECH_RMS / math.sqrt(power) * 10 ** (gain_db / 20)
+    gain = min(gain, 0.97 / float(np.max(np.abs(audio))))
+    return (audio * gain).astype(np.float32)
+
+
+def _import(module: str, engine: str):
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{engine} is not installed: {INSTALL[engine]}") from error
+
+
+def _program(name: str, engine: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise UserError(f"{engine} is not installed: {INSTALL[engine]}")
+    return found
+
+
+def _nothing(rate: int = SAMPLE_RATE) -> _Raw:
+    """What an engine says to a text without words: a short silence."""
+    return _Raw(np.zeros(rate * 3 // 10, np.float32), rate, [(SILENCE, 0.0, 0.3)])
+
+
+# ---------------------------------------------------------------------------- espeak
+class _PhonemeId(ctypes.Union):
+    _fields_ = [
+        ("number", ctypes.c_int),
+        ("name", ctypes.c_char_p),
+        ("string", ctypes.c_char * 8),
+    ]
+
+
+class _Event(ctypes.Structure):
+    """espeak_EVENT of speak_lib.h."""
+
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),
+        ("length", ctypes.c_int),
+        ("audio_position", ctypes.c_int),
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", _PhonemeId),
+    ]
+
+
+_CALLBACK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event)
+)
+_EVENT_END, _EVENT_WORD, _EVENT_PHONEME = 0, 1, 7
+_PARAMETER_RATE, _PARAMETER_PITCH, _PARAMETER_RANGE = 1, 3, 4
+_NORMAL_WPM = 160
+
+
+class _Espeak:
+    """libespeak-ng, which holds one state a process: every call is made under a lock."""
+
+    def __init__(self) -> None:
+        self.library, data = _espeak_library()
+        # Synchronous output to a callback; phoneme events in IPA; never exit() on errors.
+        self.rate = self.library.espeak_Initialize(2, 0, data, 1 | 2 | 0x8000)
+        if self.rate <= 0:
+            raise UserError(f"espeak has no data: {INSTALL['espeak']}")
+        self.library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        self._lock = threading.Lock()
+        self._samples: list[np.ndarray] = []
+        self._events: list[tuple[int, float, int, int, str]] = []
+        self._callback = _CALLBACK(self._receive)  # kept: ctypes does not hold it
+        self.library.espeak_SetSynthCallback(self._callback)
+
+    def _receive(self, wave, count, events) -> int:
+        if count > 0:
+            self._samples.append(np.ctypeslib.as_array(wave, (count,)).copy())
+        i = 0
+        while events[i].type != _EVENT_END:
+            e = events[i]
+            if e.type in (_EVENT_WORD, _EVENT_PHONEME):
+                raw = ctypes.string_at(ctypes.addressof(e) + _Event.id.offset, 8)
+                name = raw.split(b"\0")[0].decode("utf-8", "ignore")
+                item = (e.type, e.sample / self.rate, e.text_position, e.length)
+                self._events.append((*item, name if e.type == _EVENT_PHONEME else ""))
+            i += 1
+        return 0
+
+    def _set_voice(self, name: str) -> None:
+        if self.library.espeak_SetVoiceByName(name.encode()) != 0:
+            raise UserError(f"espeak has no voice {name!r}: see espeak-ng --voices")
+
+    def ipa(self, text: str, name: str) -> list[list[str]]:
+        """Words of IPA symbols, stress marks included."""
+        with self._lock:
+            self._set_voice(name)
+            pointer = ctypes.c_char_p(text.encode())
+            words: list[list[str]] = []
+            while pointer.value:
+                mode = 0x02 | (ord("_") << 8)
+                said = self.library.espeak_TextToPhonemes(ctypes.byref(pointer), 1, mode)
+                for word in re.sub(r"\([a-z-]+\)", " ", said.decode()).split():
+                    words.append([unit for unit in word.split("_") if unit])
+        return words
+
+    def say(self, text: str, name: str, rate: float, pitch: float, pitch_range: float):
+        """float32 audio `[T]`, and the events (type, seconds, text position, length, IPA)."""
+        with self._lock:
+            self._set_voice(name)
+            values = (
+                (_PARAMETER_RATE, np.clip(_NORMAL_WPM * rate, 80, 400)),
+                (_PARAMETER_PITCH, np.clip(50 + 50 * math.log2(pitch), 0, 99)),
+                (_PARAMETER_RANGE, np.clip(50 * pitch_range, 0, 99)),
+            )
+            for parameter, value in values:
+                self.library.espeak_SetParameter(parameter, int(value), 0)
+            self._samples, self._events = [], []
+            data = text.encode()
+            self.library.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
+            samples, events = self._samples, self._events
+        audio = np.concatenate(samples) if samples else np.zeros(0, np.int16)
+        return audio.astype(np.float32) / 32768.0, events
+
+
+def _espeak_library() -> tuple[ctypes.CDLL, bytes | None]:
+    """The wheel's library before Debian's: then every machine makes the same phones."""
+    try:
+        import espeakng_loader
+
+        path, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+        return ctypes.CDLL(str(path)), os.path.dirname(str(data)).encode()
+    except (ImportError, OSError):
+        pass
+    try:
+        return ctypes.CDLL("libespeak-ng.so.1"), None
+    except OSError as error:
+        raise UserError(f"espeak is not installed: {INSTALL['espeak']}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _espeak() -> _Espeak:
+    return _Espeak()
+
+
+def _spans_of_events(events, duration: float, language: str, text: str):
+    """Phone spans and word spans of espeak's events."""
+    phones: list[Span] = []
+    words: list[Span] = []
+    sounds = [e for e in events if e[0] == _EVENT_PHONEME]
+    for i, (_, start, _, _, ipa) in enumerate(sounds):
+        end = sounds[i + 1][1] if i + 1 < len(sounds) else duration
+        units = fold_ipa(ipa, language) or ([] if ipa.strip("ˈˌː ") else [SILENCE])
+        if not units:  # a symbol without a sound of its own: the phone before goes on
+            if phones:
+                phones[-1] = (phones[-1][0], phones[-1][1], end)
+            continue
+        step = (end - start) / len(units)
+        phones += [(u, start + k * step, start + (k + 1) * step) for k, u in enumerate(units)]
+    # Word events carry the position in characters (from 1) and the length of the word.
+    heads = [e for e in events if e[0] == _EVENT_WORD and e[3] > 0]
+    for i, (_, start, position, length, _) in enumerate(heads):
+        end = heads[i + 1][1] if i + 1 < len(heads) else duration
+        inside = [p for p in phones if p[0] != SILENCE and start - 1e-3 <= p[1] < end - 1e-3]
+        word = text[position - 1 : position - 1 + length].strip(" .,!?;:\"'")
+        if inside and word:
+            words.append((word, inside[0][1], inside[-1][2]))
+    return phones, words
+
+
+def _say_espeak(orders: Sequence[_Order]) -> list[_Raw]:
+    espeak, raws = _espeak(), []
+    for o in orders:
+        audio, events = espeak.say(o.text, o.name, o.rate, o.pitch, o.pitch_range)
+        if not len(audio):
+            raws.append(_nothing())
+            continue
+        phones, words = _spans_of_events(events, len(audio) / espeak.rate, o.language, o.text)
+        remaining = {"formant": o.formant} if abs(o.formant - 1) > 0.01 else {}
+        raws.append(_Raw(audio, espeak.rate, phones, words, remaining))
+    return raws
+
+
+# ------------------------------------------------------------------- phrases for other engines
+@dataclass(frozen=True)
+class _Word:
+    text: str
+    phones: tuple[str, ...]
+    pause: str  # the punctuation that follows, "" where speech runs on
+
+
+@functools.lru_cache(maxsize=65536)
+def _word_phones(word: str, language: str) -> tuple[str, ...]:
+    return tuple(phonemize(word, language))
+
+
+def _words(text: str, language: str) -> list[_Word]:
+    """Written words, each with its phones: how Hindi and Telugu reach engines without them."""
+    words: list[_Word] = []
+    for token in text.split():
+        core = token.strip(".,!?;:\"'()-")
+        tail = token[token.rfind(core) + len(core) :] if core else token
+        pause = next((c for c in ".?!,;:" if c in tail), "")
+        phones = _word_phones(core, language) if core else ()
+        if phones:
+            words.append(_Word(core, phones, pause))
+        elif pause and words:
+            words[-1] = replace(words[-1], pause=pause)
+    return words
+
+
+def _word_spans(words: Sequence[_Word], phones: Sequence[Span]) -> list[Span] | None:
+    """Times of words whose phones, in order, are those of `phones`; None where counts differ."""
+    sounds = [p for p in phones if p[0] != SILENCE]
+    if sum(len(w.phones) for w in words) != len(sounds):
+        return None
+    spans, at = [], 0
+    for word in words:
+        spans.append((word.text, sounds[at][1], sounds[at + len(word.phones) - 1][2]))
+        at += len(word.phones)
+    return spans
+
+
+# ---------------------------------------------------------------------------- hibari
+# hibari's alphabet (misaki's): capitals are diphthongs.
+_MISAKI = {
+    "A": "eɪ", "I": "aɪ", "O": "oʊ", "W": "aʊ", "Y": "ɔɪ", "ᵊ": "ə", "ᵻ": "ɪ", "ɜ": "ɚ", "ɚ": "ɚ",
+    "ɾ": "t", "T": "t", "ʔ": "t", "ʤ": "dʒ", "ʧ": "tʃ", "ɐ": "ə", "ɒ": "ɑ", "a": "æ", "Q": "oʊ",
+}  # fmt: skip
+_TO_MISAKI = {
+    "e": "A", "a": "ʌ", "aː": "ɑ", "o": "O", "ə": "ʌ", "ɚ": "ɜɹ", "eɪ": "A", "aɪ": "I", "ɔɪ": "Y",
+    "aʊ": "W", "oʊ": "O", "ʈ": "t", "ɖ": "d", "tʃ": "ʧ", "dʒ": "ʤ", "ɳ": "n", "ɲ": "n", "r": "ɾ",
+    "ɽ": "ɾ", "ɭ": "l", "ʋ": "v", "tʃʰ": "ʧh", "dʒʰ": "ʤh", "ʈʰ": "th", "ɖʰ": "dh", "ɽʰ": "ɾh",
+}  # fmt: skip
+_MISAKI_STOPS = {".", "?", "!", ",", ";", ":", "—", "…"}
+_HIBARI_UNIT = 600  # samples of one unit of predicted duration: two frames of 12.5 ms
+# A sound comes this much before its place in the sum of durations (Kokoro's own timestamps use the
+# similar offset; the value is the best shift of a linear phone classifier).
+_HIBARI_LEAD = 0.055
+_HIBARI_DURATIONS = "/Clip_output_0"
+
+
+class _Hibari:
+    """The model of hibari-tts, run so that its predicted durations come out too.
+
+    Its network predicts, per 12.5 ms, log magnitudes of a harmonic and two noise branches and
+    the fundamental; changing those before its own vocoder gives other speakers without any
+    signal processing after the fact: the envelopes are stretched along frequency (formants),
+    the fundamental is scaled (pitch) and spread about its median (range).
+    """
+
+    def __init__(self) -> None:
+        hibari = _import("hibari", "hibari")
+        runtime = _import("onnxruntime", "hibari")
+        self.dsp = _import("hibari.dsp", "hibari")
+        self.model = hibari.Hibari()
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        graph = Path(self.model.model_path).read_bytes() + _graph_output(_HIBARI_DURATIONS)
+        self.session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+    def say(self, symbols: str, order: _Order) -> tuple[np.ndarray, np.ndarray]:
+        """Audio `[T]` at 24 kHz and samples taken by each symbol, pads at both ends included."""
+        ids = np.asarray([self.model.ids(symbols)], np.int64)
+        speed = np.asarray([order.rate], np.float32)
+        *parts, f0, units = self.session.run(None, {"ids": ids, "speed": speed})
+        f0, parts = f0[0], [_stretch(p[0], order.formant) for p in parts]
+        voiced = f0 > 40.0
+        if voiced.any():
+            median = float(np.median(f0[voiced]))
+            moved = order.pitch * median * (f0[voiced] / median) ** order.pitch_range
+            f0 = f0.copy()
+            f0[voiced] = np.clip(moved, 55.0, 600.0)
+        rng = np.random.default_rng([order.seed & 0xFFFFFFFF, len(symbols)])
+        return self.dsp.synth(*parts, f0, rng), (units * _HIBARI_UNIT).astype(int).ravel()
+
+
+def _graph_output(name: str) -> bytes:
+    """Bytes that, appended to an ONNX file, make an inner tensor an output.
+
+    Protobuf joins repeated fields of concatenated messages: ModelProto.graph (7) .output (12)
+    .name (1). Saves a dependency on the onnx package.
+    """
+    data = name.encode()
+    for number in (1, 12, 7):
+        data = bytes([number << 3 | 2, len(data)]) + data
+    return data
+
+
+def _stretch(part: np.ndarray, factor: float) -> np.ndarray:
+    """`[bins, frames]` read at frequency / factor, by linear interpolation."""
+    if abs(factor - 1) < 0.005:
+        return part
+    at = np.minimum(np.arange(len(part)) / factor, len(part) - 1)
+    low = at.astype(int)
+    high, weight = np.minimum(low + 1, len(part) - 1), (at - low)[:, None].astype(np.float32)
+    return part[low] * (1 - weight) + part[high] * weight
+
+
+@functools.lru_cache(maxsize=2)
+def _hibari(_process: int) -> _Hibari:
+    return _Hibari()
+
+
+# One sounding piece of a sentence: symbols for the engine, phones they are.
+_Piece = tuple[str, tuple[str, ...]]
+
+
+def _misaki_pieces(symbols: str) -> list[_Piece]:
+    """hibari's English symbols cut into pieces: ("ˈA", ("eɪ",)), (" ", ()), (",", ("_",))…"""
+    pieces: list[_Piece] = []
+    i, mark = 0, ""
+    while i < len(symbols):
+        c = symbols[i]
+        following = symbols[i + 2 : i + 3].strip("ˈˌ")
+        if c in "ˈˌ":
+            mark, i = mark + c, i + 1
+            continue
+        if c in "ɜə" and symbols[i + 1 : i + 2] == "ɹ" and following not in _MISAKI_VOWELS:
+            pieces.append((mark + c + "ɹ", ("ɚ",)))
+            i += 1
+        elif c in _MISAKI_STOPS:
+            pieces.append((mark + c, (SILENCE,)))
+        else:
+            phone = _MISAKI.get(c, c)
+            pieces.append((mark + c, (phone,) if phone in PHONES else ()))
+        mark, i = "", i + 1
+    return pieces
+
+
+_MISAKI_VOWELS = frozenset("AIOQWYᵊᵻɜɚaɐɒiɪɛæɑɔʊuʌə")
+
+
+def _indic_pieces(words: Sequence[_Word]) -> list[_Piece]:
+    """Phones of Hindi and Telugu words as hibari's nearest symbols, stress on a heavy vowel."""
+    pieces: list[_Piece] = []
+    for word in words:
+        heavy = [i for i, p in enumerate(word.phones) if p in ("aː", "i", "u", "e", "o", "ɛ", "ɔ")]
+        light = [i for i, p in enumerate(word.phones) if p in VOWELS]
+        stressed = (heavy or light or [0])[0]
+        for i, phone in enumerate(word.phones):
+            symbol = _TO_MISAKI.get(phone, phone.replace("ʰ", "h"))
+            if phone == "r" and (i == 0 or word.phones[i - 1] not in VOWELS):
+                symbol = "ɹ"  # English has its tap between vowels only
+            pieces.append((("ˈ" if i == stressed else "") + symbol, (phone,)))
+        pieces.append((word.pause, (SILENCE,)) if word.pause else (" ", ()))
+        if word.pause:
+            pieces.append((" ", ()))
+    return pieces
+
+
+def _say_hibari(orders: Sequence[_Order]) -> list[_Raw]:
+    engine, raws = _hibari(os.getpid()), []
+    for o in orders:
+        audio, phones, words = [], [], []
+        clock = 0.0
+        for pieces, texts in _hibari_sentences(engine, o):
+            wave, lengths = engine.say("".join(symbols for symbols, _ in pieces), o)
+            spans, said = _hibari_spans(pieces, lengths / SAMPLE_RATE, texts)
+            phones += [(p, clock + s, clock + e) for p, s, e in spans]
+            words += [(w, clock + s, clock + e) for w, s, e in said]
+            audio.append(wave)
+            clock += len(wave) / SAMPLE_RATE
+        if not audio:
+            raws.append(_nothing())
+            continue
+        raws.append(_Raw(np.concatenate(audio), SAMPLE_RATE, phones, words or None))
+    return raws
+
+
+def _hibari_sentences(engine: _Hibari, order: _Order) -> list[tuple[list[_Piece], list[str]]]:
+    """Pieces of each sentence and its written words (none where they do not match)."""
+    sentences = []
+    if order.language == "english":
+        for sentence in engine.model.split_sentences(order.text):
+            written = [w for w in (t.strip(".,!?;:\"'()") for t in sentence.split()) if w]
+            for symbols in engine.model.phonemize(sentence):
+                pieces = _misaki_pieces("".join(c for c in symbols if c in engine.model.vocab))
+                if any(phones and phones != (SILENCE,) for _, phones in pieces):
+                    sentences.append((pieces, written))
+                written = []
+    else:
+        batch: list[_Word] = []
+        words = _words(order.text, order.language)
+        for word in words:
+            batch.append(word)
+            if word.pause in (".", "?", "!") or word is words[-1] or len(batch) >= 30:
+                last = replace(word, pause=word.pause or ".")
+                pieces = _indic_pieces([*batch[:-1], last])[:-1]
+                sentences.append((pieces, [w.text for w in batch]))
+                batch = []
+    return sentences
+
+
+def _hibari_spans(
+    pieces: Sequence[_Piece], lengths: np.ndarray, texts: Sequence[str]
+) -> tuple[list[Span], list[Span]]:
+    """Phone and word spans from the length (s) of each symbol, the pads at both ends included."""
+    edges = np.concatenate([[0.0], np.cumsum(lengths)])
+    edges[1:-1] = np.maximum(edges[1:-1] - _HIBARI_LEAD, 0.0)
+    phones: list[Span] = [(SILENCE, 0.0, float(edges[1]))]
+    groups: list[list[float]] = [[]]
+    at = 1
+    for symbols, sounds in pieces:
+        start, end = float(edges[at]), float(edges[at + len(symbols)])
+        at += len(symbols)
+        if not sounds:  # a space: its time goes half to either side
+            middle = (start + end) / 2
+            phones[-1] = (phones[-1][0], phones[-1][1], middle)
+            phones.append((SILENCE, middle, middle))
+        elif phones[-1][1] == phones[-1][2]:  # the empty span after a space
+            phones[-1] = (sounds[0], phones[-1][1], end)
+        else:
+            phones.append((sounds[0], start, end))
+        if sounds and sounds[0] != SILENCE:
+            groups[-1] += [phones[-1][1], phones[-1][2]]
+        elif groups[-1]:
+            groups.append([])
+    phones.append((SILENCE, float(edges[at]), float(edges[-1])))
+    groups = [g for g in groups if g]
+    if len(groups) != len(texts):
+        return phones, []
+    return phones, [(t, g[0], g[-1]) for t, g in zip(texts, groups, strict=True)]
+
+
+# ---------------------------------------------------------------------------- flite, festival
+_RADIO = {
+    "aa": "ɑ", "ae": "æ", "ah": "ʌ", "ao": "ɔ", "aw": "aʊ", "ax": "ə", "axr": "ɚ", "ay": "aɪ",
+    "b": "b", "ch": "tʃ", "d": "d", "dh": "ð", "dx": "t", "eh": "ɛ", "er": "ɚ", "ey": "eɪ",
+    "f": "f", "g": "ɡ", "hh": "h", "hv": "h", "ih": "ɪ", "ix": "ɪ", "iy": "i", "jh": "dʒ",
+    "k": "k", "l": "l", "el": "l", "m": "m", "em": "m", "n": "n", "en": "n", "nx": "n",
+    "ng": "ŋ", "ow": "oʊ", "oy": "ɔɪ", "p": "p", "r": "ɹ", "s": "s", "sh": "ʃ", "t": "t",
+    "th": "θ", "uh": "ʊ", "uw": "u", "v": "v", "w": "w", "y": "j", "z": "z", "zh": "ʒ",
+    "pau": SILENCE, "#": SILENCE, "h#": SILENCE, "brth": SILENCE, "ssil": SILENCE,
+}  # fmt: skip
+_TO_RADIO = {
+    "i": "iy", "ɪ": "ih", "e": "ey", "ɛ": "eh", "æ": "ae", "a": "ah", "aː": "aa", "ɑ": "aa",
+    "ɔ": "ao", "o": "ow", "ʊ": "uh", "u": "uw", "ʌ": "ah", "ə": "ah", "ɚ": "er", "eɪ": "ey",
+    "aɪ": "ay", "ɔɪ": "oy", "aʊ": "aw", "oʊ": "ow", "ʈ": "t", "ɖ": "d", "ɡ": "g", "tʃ": "ch",
+    "dʒ": "jh", "ɳ": "n", "ɲ": "n", "ŋ": "ng", "θ": "th", "ð": "dh", "ʃ": "sh", "ʒ": "zh",
+    "h": "hh", "ɹ": "r", "ɽ": "r", "ɭ": "l", "j": "y", "ʋ": "v",
+    **{c: c for c in _symbols("p b t d k m n f v s z r l w")},
+}  # fmt: skip
+_TO_NSK = {
+    "i": "iy", "ɪ": "ih", "e": "eh", "ɛ": "ay", "æ": "eh", "a": "a", "aː": "aa", "ɑ": "aa",
+    "ɔ": "aw", "o": "oh", "ʊ": "uh", "u": "uw", "ʌ": "a", "ə": "a", "ɚ": "a r", "eɪ": "eh",
+    "aɪ": "ay", "ɔɪ": "oh y", "aʊ": "aw", "oʊ": "oh", "t": "th", "d": "dh", "ʈ": "T", "ɖ": "D",
+    "ɡ": "g", "tʃ": "ch", "dʒ": "j", "ɳ": "N", "ɲ": "n", "ŋ": "n", "θ": "tth", "ð": "dh",
+    "z": "j", "ʃ": "sh", "ʒ": "j", "ɹ": "r", "ɽ": "D", "ɭ": "L", "j": "y", "w": "v", "ʋ": "v",
+    "pʰ": "f", "bʰ": "bh", "tʰ": "tth", "dʰ": "ddh", "kʰ": "kh",
+    **{c: c for c in _symbols("p b k m n f v s h r l")},
+}  # fmt: skip
+
+
+def _engine_phones(phone: str, table: dict[str, str]) -> list[str]:
+    """A phone as those of an engine; aspirates it lacks become a stop and h."""
+    if phone in table:
+        return table[phone].split()
+    plain, breath = table[phone.rstrip("ʰ")], table["h"]
+    return [*plain.split(), breath]
+
+
+# Median pitch (Hz) of each recorded speaker, so that Praat can be told an absolute one.
+_MEDIAN_HZ = {
+    "slt": 170.0, "rms": 96.0, "awb": 128.0, "kal16": 101.0, "kal_diphone": 101.0,
+    "ked_diphone": 110.0, "cmu_us_slt_arctic_hts": 170.0,
+    "hindi_NSK_diphone": 120.0, "telugu_NSK_diphone": 120.0,
+}  # fmt: skip
+
+
+def _remaining(order: _Order, rate_done: bool, pitch_done: bool = False) -> dict[str, float]:
+    """What Praat has to change after an engine that only set its rate, or its pitch too."""
+    pitch, spread = (1.0, 1.0) if pitch_done else (order.pitch, order.pitch_range)
+    rate = 1.0 if rate_done else order.rate
+    if max(abs(x - 1) for x in (order.formant, pitch, spread, rate)) < 0.015:
+        return {}
+    return {
+        "formant": order.formant,
+        "median_hz": 0.0 if abs(pitch - 1) < 0.01 else _MEDIAN_HZ[order.name] * pitch,
+        "pitch_range": spread,
+        "duration": 1.0 / rate,
+    }
+
+
+def _units_to_phones(units: Sequence[Span], words: Sequence[_Word], table: dict[str, str]):
+    """Spans of an engine's own phones joined to those of the language they stand for.
+
+    None where the engine said something else than it was told.
+    """
+    sounds = [u for u in units if u[0] not in ("pau", "#")]
+    phones: list[Span] = []
+    at = 0
+    for word in words:
+        for phone in word.phones:
+            expected = _engine_phones(phone, table)
+            said = sounds[at : at + len(expected)]
+            if [u[0] for u in said] != expected:
+                return None
+            phones.append((phone, said[0][1], said[-1][2]))
+            at += len(expected)
+    if at != len(sounds):
+        return None
+    silences = [(SILENCE, s, e) for u, s, e in units if u in ("pau", "#")]
+    return sorted(phones + silences, key=lambda span: span[1])
+
+
+def _read_wave(path: Path) -> tuple[np.ndarray, int]:
+    audio, rate = sf.read(path, dtype="float32")
+    return audio, rate
+
+
+def _radio_phones(units: Sequence[Span]) -> list[Span]:
+    """American units as phones; the r that Festival's ked adds to er belongs to it."""
+    phones: list[Span] = []
+    for unit, start, end in units:
+        if unit not in _RADIO:
+            raise UserError(f"an American voice said {unit!r}, which is no phone of its set")
+        if unit == "r" and phones and phones[-1][0] == "ɚ":
+            phones[-1] = ("ɚ", phones[-1][1], end)
+        else:
+            phones.append((_RADIO[unit], start, end))
+    return phones
+
+
+def _ascii(text: str) -> str:
+    """Text for the American voices: other scripts are left out, accents dropped."""
+    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9 .,!?;:'$%-]+", " ", text).strip()
+
+
+def _say_flite(orders: Sequence[_Order]) -> list[_Raw]:
+    program, raws = _program("flite", "flite"), []
+    with tempfile.TemporaryDirectory() as folder:
+        wave = Path(folder) / "a.wav"
+        for o in orders:
+            words = [] if o.language == "english" else _words(o.text, o.language)
+            if o.language == "english":
+                said = ["-t", _ascii(o.text)]
+            else:
+                said = ["-p", " ".join(["pau", *_radio_line(words), "pau"])]
+            if not re.search(r"\w", said[1].replace("pau", "")):
+                raws.append(_nothing())
+                continue
+            command = [program, "-voice", o.name, *said, "-psdur", "-o", str(wave)]
+            command += ["--setf", f"duration_stretch={1 / o.rate:.3f}"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode or not wave.exists():
+                raise UserError(f"flite failed on {o.text[:40]!r}: {done.stderr.strip()[:120]}")
+            units: list[Span] = []
+            for name, end in re.findall(r"([a-z#]+):([\d.]+)", done.stdout):
+                units.append((name, units[-1][2] if units else 0.0, float(end)))
+            audio, rate = _read_wave(wave)
+            if o.language == "english":
+                phones: list[Span] | None = _radio_phones(units)
+                spans = None
+            else:
+                phones = _units_to_phones(units, words, _TO_RADIO)
+                spans = phones and _word_spans(words, phones)
+            if phones is None:
+                raise UserError(f"flite did not say what it was told: {o.text[:40]!r}")
+            raws.append(_Raw(audio, rate, phones, spans, _remaining(o, rate_done=True)))
+    return raws
+
+
+def _radio_line(words: Sequence[_Word]) -> list[str]:
+    line: list[str] = []
+    for word in words:
+        line += [u for p in word.phones for u in _engine_phones(p, _TO_RADIO)]
+        if word.pause and word is not words[-1]:
+            line.append("pau")
+    return line
+
+
+def _festival_segments(order: _Order, table: dict[str, str]):
+    """Words, and (unit, seconds, Hz) for Festival's `Segments` utterance: durations by espeak.
+
+    espeak's rules know how long Hindi and Telugu phones last; the pitch falls over each phrase
+    with a rise on stressed (heavy) vowels, as Festival's own phone input would be monotone.
+    """
+    words = _words(order.text, order.language)
+    text = " ".join(w.text + w.pause for w in words)
+    espeak = _espeak()
+    audio, events = espeak.say(text, _espeak_language(order.language), order.rate * 0.95, 1.0, 1.0)
+    phones, _ = _spans_of_events(events, len(audio) / espeak.rate, order.language, text)
+    phones = _tile(phones, len(audio) / espeak.rate)
+    sounds = [p for p in phones if p[0] != SILENCE]
+    if [p for p, _, _ in sounds] != [p for w in words for p in w.phones]:
+        # Said in context some phones differ: fall back on a plain table of lengths.
+        sounds = [
+            (p, 0.0, (0.11 if p in VOWELS else 0.075) / order.rate) for w in words for p in w.phones
+        ]
+    base = _MEDIAN_HZ[order.name] * order.pitch
+    rng = np.random.default_rng([order.seed & 0xFFFFFFFF, len(sounds)])
+    units: list[tuple[str, float, float]] = [("pau", 0.15, base)]
+    at, fall = 0, 1.0
+    total = max(1, len(sounds))
+    for word in words:
+        accent = rng.uniform(0.04, 0.16)
+        for k, phone in enumerate(word.phones):
+            seconds = max(0.035, sounds[at][2] - sounds[at][1])
+            fall = 1.12 - 0.24 * at / total
+            rise = accent if phone in VOWELS and k < 4 else 0.0
+            hertz = base * (1 + (fall + rise - 1) * order.pitch_range)
+            names = _engine_phones(phone, table)
+            units += [(n, seconds / len(names), hertz) for n in names]
+            at += 1
+        if word.pause:
+            units.append(("pau", 0.28 / order.rate, base * fall))
+    if not words or not words[-1].pause:
+        units.append(("pau", 0.2, base * fall))
+    return words, units
+
+
+def _say_festival(orders: Sequence[_Order]) -> list[_Raw]:
+    program = _program("festival", "festival")
+    name = orders[0].name
+    english = orders[0].language == "english"
+    table = _TO_NSK if "NSK" in name else _TO_RADIO
+    raws: list[_Raw] = []
+    with tempfile.TemporaryDirectory() as folder:
+        script = [f"(voice_{name})", _FESTIVAL_SAY]
+        plans = []
+        for i, o in enumerate(orders):
+            words, units = ([], []) if english else _festival_segments(o, table)
+            plans.append((words, units))
+            text = _ascii(o.text)
+            if not (re.search(r"[A-Za-z0-9]", text) if english else words):
+                continue
+            if english:
+                script.append(f"(Parameter.set 'Duration_Stretch {1 / o.rate:.3f})")
+                utterance = f'(Utterance Text "{text}")'
+            else:
+                segments = " ".join(f"({n} {d:.4f} ({d / 2:.4f} {h:.1f}))" for n, d, h in units)
+                utterance = f"(Utterance Segments ({segments}))"
+            script.append(f'(samvad_say {i} "{folder}/{i}.wav" {utterance})')
+        path = Path(folder) / "say.scm"
+        path.write_text("\n".join(script), encoding="utf-8")
+        done = subprocess.run([program, "-b", str(path)], capture_output=True, text=True)
+        lines: dict[int, list[list[str]]] = {}
+        for line in done.stdout.splitlines():
+            parts = line.split()
+            if parts[:1] == ["samvad"] and len(parts) >= 5:
+                lines.setdefault(int(parts[1]), []).append(parts[2:])
+        for i, o in enumerate(orders):
+            wave = Path(folder) / f"{i}.wav"
+            if not wave.exists():
+                if english and re.search(r"[A-Za-z0-9]", _ascii(o.text)) or plans[i][0]:
+                    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+                    raise UserError(f"festival failed on {o.text[:40]!r} ({name}): {reason[:120]}")
+                raws.append(_nothing())
+                continue
+            audio, rate = _read_wave(wave)
+            raws.append(_festival_raw(o, audio, rate, lines.get(i, []), plans[i][0], table))
+    return raws
+
+
+# Prints "samvad N S unit end" for segments and "samvad N W word start end" for words.
+_FESTIVAL_SAY = """
+(define (samvad_report n utt)
+  (mapcar (lambda (s) (format t "samvad %d S %s %f\\n" n (item.name s) (item.feat s "end")))
+          (utt.relation.items utt 'Segment))
+  (if (member 'Word (utt.relationnames utt))
+      (mapcar (lambda (w) (format t "samvad %d W %s %f %f\\n" n (item.name w)
+                            (item.feat w "word_start") (item.feat w "word_end")))
+              (utt.relation.items utt 'Word))))
+(define (samvad_say n path utt)
+  (unwind-protect
+    (begin (utt.synth utt) (utt.save.wave utt path 'riff) (samvad_report n utt))
+    nil))
+"""
+
+
+def _festival_raw(order: _Order, audio, rate: int, lines, words, table) -> _Raw:
+    units: list[Span] = []
+    for kind, name, *times in lines:
+        if kind == "S":
+            units.append((name, units[-1][2] if units else 0.0, float(times[0])))
+    if order.language == "english":
+        phones: list[Span] | None = _radio_phones(units)
+        spans = [(n, float(t[0]), float(t[1])) for kind, n, *t in lines if kind == "W"]
+        spans = [span for span in spans if span[0] != "'s" and span[2] > span[1]]
+        hts = order.name.endswith("hts")
+        return _Raw(audio, rate, phones, spans or None, _remaining(order, rate_done=not hts))
+    phones = _units_to_phones(units, words, table)
+    if phones is None:
+        raise UserError(f"festival did not say what it was told: {order.text[:40]!r}")
+    remaining = _remaining(order, rate_done=True, pitch_done=True)
+    return _Raw(audio, rate, phones, _word_spans(words, phones), remaining)
+
+
+_ENGINES = {
+    "espeak": _say_espeak,
+    "hibari": _say_hibari,
+    "flite": _say_flite,
+    "festival": _say_festival,
+}
+
+
+# ---------------------------------------------------------------------------- voices
+# Speakers held out of training in every language. A voice of a changed speaker stays in the
+# split of the speaker it was made from.
+HELD_OUT = {"rms": "test", "ked": "validation"}
+_RECORDED = (  # engine, its name of the voice, speaker, languages
+    ("flite", "slt", "slt", ("english", "hindi", "telugu")),
+    ("flite", "awb", "awb", ("english", "hindi", "telugu")),
+    ("flite", "kal16", "kal", ("english", "hindi", "telugu")),
+    ("flite", "rms", "rms", ("english", "hindi", "telugu")),
+    ("festival", "kal_diphone", "kal", ("english", "hindi", "telugu")),
+    ("festival", "ked_diphone", "ked", ("english", "hindi", "telugu")),
+    ("festival", "cmu_us_slt_arctic_hts", "slt", ("english",)),
+    ("festival", "hindi_NSK_diphone", "nsk", ("hindi",)),
+    ("festival", "telugu_NSK_diphone", "nsk", ("telugu",)),
+)
+# (formant, pitch, pitch range) by which a recorded speaker becomes others.
+_RECORDED_CHANGES = (
+    (1.0, 1.0, 1.0), (1.0, 0.88, 1.2), (1.0, 1.14, 1.1), (1.09, 1.2, 1.2), (0.92, 0.86, 1.1),
+    (1.16, 1.55, 1.2), (0.87, 0.72, 1.2), (1.05, 0.95, 1.4),
+)  # fmt: skip
+_HIBARI_CHANGES = (
+    (1.0, 0.86, 1.0), (1.06, 1.06, 1.1), (0.95, 0.9, 1.2), (1.1, 1.18, 1.0), (1.15, 1.3, 1.1),
+    (1.03, 1.22, 0.8), (0.97, 1.08, 1.3), (1.2, 1.42, 1.1), (1.08, 0.9, 1.2), (0.93, 1.05, 0.9),
+    (0.88, 0.66, 1.1), (0.86, 0.58, 1.0), (0.84, 0.52, 1.1), (0.9, 0.62, 1.3), (0.92, 0.74, 0.9),
+    (0.82, 0.6, 1.2), (0.91, 0.54, 0.9), (0.87, 0.72, 1.0), (0.95, 0.66, 1.2), (0.85, 0.64, 0.8),
+)  # fmt: skip
+_ESPEAK_ACCENTS = {
+    "english": ("gmw/en-US", "gmw/en", "gmw/en-GB-scotland", "gmw/en-GB-x-rp", "gmw/en-US"),
+    "hindi": ("hi",),
+    "telugu": ("te",),
+}
+_ESPEAK_VARIANTS = (
+    "f1", "f2", "f3", "f4", "f5", "m1", "m2", "m3", "m4", "m5", "m6", "m7", "m8", "Andrea",
+    "Annie", "Alicia", "Alex", "Andy", "Denis", "Mario", "Michael", "Lee", "linda", "steph",
+    "adam", "travis", "victor", "Henrique", "norbert", "sandro", "anika", "belinda",
+)  # fmt: skip
+_AGENTS = {
+    "english": ("hibari", "heart", "hibari"),
+    "hindi": ("hibari", "heart", "hibari"),
+    "telugu": ("hibari", "heart", "hibari"),
+}
+
+
+def voices(language: str, role: str = "user", split: str = "train") -> list[Voice]:
+    """Voices of the installed engines. `role` agent: the one voice of a language, for any split.
+
+    Users are split by speaker: those of `HELD_OUT` are heard in no training voice of any
+    language, whatever was changed about them. UserError where no engine is installed.
+    """
+    _espeak_language(language)
+    if role not in ("agent", "user"):
+        raise UserError(f"no role {role!r}: roles are agent and user")
+    if role == "agent":
+        engine, name, speaker = _AGENTS[language]
+        if not _installed(engine, name):
+            raise UserError(f"the {language} agent speaks with {engine}: {INSTALL[engine]}")
+        return [Voice(f"{language}/agent", engine, language, speaker, name, role="agent")]
+    found = [*_recorded_voices(language), *_hibari_voices(language), *_espeak_voices(language)]
+    found = [v for v in found if v.split == split and _installed(v.engine, v.name)]
+    if not found:
+        raise UserError(
+            f"no {split} voice for {language} is installed: "
+            + "; ".join(INSTALL[e] for e in ("hibari", "espeak", "flite", "festival"))
+        )
+    return found
+
+
+def _recorded_voices(language: str) -> list[Voice]:
+    made = []
+    for engine, name, speaker, languages in _RECORDED:
+        if language not in languages:
+            continue
+        split = HELD_OUT.get(speaker, "train")
+        changes = _RECORDED_CHANGES if split == "train" else _RECORDED_CHANGES[:1]
+        if engine == "festival" and speaker != "nsk":
+            changes = changes[:4]
+        for i, (formant, pitch, spread) in enumerate(changes):
+            made.append(
+                Voice(
+                    f"{language}/{engine}/{name}/{i}", engine, language, speaker, name,
+                    formant, pitch, spread, split=split,
+                )
+            )  # fmt: skip
+    return made
+
+
+def _hibari_voices(language: str) -> list[Voice]:
+    return [
+        Voice(
+            f"{language}/hibari/{i}", "hibari", language, f"hibari-{i}", "heart",
+            formant, pitch, spread,
+        )
+        for i, (formant, pitch, spread) in enumerate(_HIBARI_CHANGES)
+    ]  # fmt: skip
+
+
+def _espeak_voices(language: str) -> list[Voice]:
+    accents = _ESPEAK_ACCENTS[language]
+    made = []
+    for i, variant in enumerate(_ESPEAK_VARIANTS):
+        name = f"{accents[i % len(accents)]}+{variant}"
+        pitch = (1.0, 0.92, 1.08, 1.0, 1.15)[i % 5]
+        made.append(
+            Voice(
+                f"{language}/espeak/{name}", "espeak", language, f"espeak-{variant}", name,
+                1.0, pitch, 1.0, (1.0, 0.95, 1.05)[i % 3],
+            )
+        )  # fmt: skip
+    return made
+
+
+@functools.lru_cache(maxsize=64)
+def _installed(engine: str, name: str) -> bool:
+    """Whether the engine, and the voice of that name, can be used here."""
+    from importlib.util import find_spec
+
+    if engine == "hibari":
+        return find_spec("hibari") is not None and find_spec("onnxruntime") is not None
+    if engine == "espeak":
+        try:
+            _espeak()
+        except UserError:
+            return False
+        return True
+    program = shutil.which(engine)
+    if program is None:
+        return False
+    question = ["-lv"] if engine == "flite" else ["-b", "(print (voice.list))"]
+    said = subprocess.run([program, *question], capture_output=True, text=True).stdout
+    return name in re.split(r"[\s()]+", said)
