@@ -1,0 +1,215 @@
+"""Discriminators that teach the codec to sound natural, and their losses. Training only.
+
+Multi-period: Kong et al. 2020, "HiFi-GAN". Multi-scale complex STFT: Défossez et al. 2022, "High
+Fidelity Neural Audio Compression" (EnCodec), section 3.4; the two together as in Kumar et al.
+2023, "High-Fidelity Audio Compression with Improved RVQGAN" (DAC).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+LOSSES = ("hinge", "lsgan")
+SLOPE = 0.1
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """`periods` in samples, one width of `period_channels` a layer; `stft_sizes` in samples."""
+
+    periods: tuple[int, ...] = (2, 3, 5, 7, 11)
+    period_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)
+    stft_sizes: tuple[int, ...] = (2048, 1024, 512, 256, 128)
+    stft_channels: int = 32
+    stft_dilations: tuple[int, ...] = (1, 2, 4)
+    loss: str = "hinge"
+
+    def __post_init__(self) -> None:
+        # A checkpoint's JSON gives lists back.
+        for name in ("periods", "period_channels", "stft_sizes", "stft_dilations"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not (self.periods or self.stft_sizes):
+            raise ValueError("a discriminator needs at least one period or STFT size")
+        if self.periods and not self.period_channels:
+            raise ValueError("period_channels is empty")
+        if any(size % 4 or size < 16 for size in self.stft_sizes):
+            raise ValueError(f"stft_sizes must be multiples of 4 from 16 on: {self.stft_sizes}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss {self.loss!r} is not one of {LOSSES}")
+
+    @classmethod
+    def tiny(cls) -> DiscriminatorConfig:
+        """For two CPU cores: 0.09M parameters."""
+        return cls(
+            period_channels=(8, 16, 32, 64), stft_sizes=(1024, 512, 256), stft_channels=8
+        )
+
+    @classmethod
+    def base(cls) -> DiscriminatorConfig:
+        """HiFi-GAN's and EnCodec's own widths: 42M parameters."""
+        return cls()
+
+
+class PeriodDiscriminator(nn.Module):
+    """Sees the waveform folded at one period, `[B, 1, T / period, period]`."""
+
+    def __init__(self, period: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.period = period
+        widths = [1, *channels]
+        strides = [3] * (len(channels) - 1) + [1]
+        self.layers = nn.ModuleList(
+            weight_norm(nn.Conv2d(i, o, (5, 1), (stride, 1), padding=(2, 0)))
+            for i, o, stride in zip(widths, channels, strides, strict=False)
+        )
+        self.last = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
+
+    def forward(self, audio: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`[B, 1, T]` → logits `[B, 1, n, period]`, the features of every layer."""
+        audio = F.pad(audio, (0, -audio.shape[-1] % self.period))
+        x = audio.unflatten(-1, (-1, self.period))
+        return _judge(x, self.layers, self.last)
+
+
+class STFTDiscriminator(nn.Module):
+    """Sees real and imaginary parts of one STFT, `[B, 2, frames, bins]`, hop a quarter of it."""
+
+    def __init__(self, size: int, channels: int, dilations: Sequence[int]) -> None:
+        super().__init__()
+        self.size = size
+        window = torch.hann_window(size)
+        self.register_buffer("window", window / window.square().sum().sqrt(), persistent=False)
+        layers = [nn.Conv2d(2, channels, (3, 9), padding=(1, 4))]
+        layers += [
+            nn.Conv2d(channels, channels, (3, 9), (1, 2), padding=(d, 4), dilation=(d, 1))
+            for d in dilations
+        ]
+        layers += [nn.Conv2d(channels, channels, (3, 3), padding=(1, 1))]
+        self.layers = nn.ModuleList(weight_norm(layer) for layer in layers)
+        self.last = weight_norm(nn.Conv2d(channels, 1, (3, 3), padding=(1, 1)))
+
+    def forward(self, audio: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`[B, 1, T]` → logits `[B, 1, frames, n]`, the features of every layer."""
+        return _judge(self.spectrum(audio), self.layers, self.last)
+
+    def spectrum(self, audio: Tensor) -> Tensor:
+        """`[B, 1, T]` → `[B, 2, frames, bins]` float32, white noise at the noise's own scale."""
+        # Half precision would drown the quiet bins; cuFFT takes powers of two only there.
+        with torch.autocast(audio.device.type, enabled=False):
+            # Zero padding: slices shorter than the window are welcome.
+            complex_bins = torch.stft(
+                audio.squeeze(1).float(), self.size, self.size // 4, window=self.window.float(),
+                center=True, pad_mode="constant", return_complex=True,
+            )  # fmt: skip
+            return torch.view_as_real(complex_bins).permute(0, 3, 2, 1).contiguous()
+
+
+def _judge(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    features = []
+    for layer in layers:
+        x = F.leaky_relu(layer(x), SLOPE)
+        features.append(x)
+    return last(x), features
+
+
+class _Ensemble(nn.Module):
+    def __init__(self, judges: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.judges = nn.ModuleList(judges)
+
+    def forward(self, audio: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """`[B, 1, T]` in [-1, 1] → (logits, features), one entry a sub-discriminator."""
+        logits, features = [], []
+        for judge in self.judges:
+            logit, layers = judge(audio)
+            logits.append(logit)
+            features.append(layers)
+        return logits, features
+
+
+class MultiPeriodDiscriminator(_Ensemble):
+    """One PeriodDiscriminator per `config.periods`."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__([PeriodDiscriminator(p, config.period_channels) for p in config.periods])
+
+
+class MultiScaleSTFTDiscriminator(_Ensemble):
+    """One STFTDiscriminator per `config.stft_sizes`."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__(
+            STFTDiscriminator(size, config.stft_channels, config.stft_dilations)
+            for size in config.stft_sizes
+        )
+
+
+class Discriminator(nn.Module):
+    """Both ensembles; logits and features of the periods first."""
+
+    def __init__(self, config: DiscriminatorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.periods = MultiPeriodDiscriminator(config)
+        self.stfts = MultiScaleSTFTDiscriminator(config)
+
+    def forward(self, audio: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """`[B, 1, T]` in [-1, 1] → (logits, features), one entry a sub-discriminator."""
+        period_logits, period_features = self.periods(audio)
+        stft_logits, stft_features = self.stfts(audio)
+        return period_logits + stft_logits, period_features + stft_features
+
+
+# ---------------------------------------------------------------------------------- losses
+
+
+def discriminator_loss(
+    real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor], kind: str = "hinge"
+) -> Tensor:
+    """Mean over sub-discriminators; give it the logits of *detached* decoded audio.
+
+    hinge (EnCodec eq. 5): max(0, 1 - D(x)) + max(0, 1 + D(y)); lsgan: (1 - D(x))² + D(y)².
+    """
+    _check_kind(kind)
+    terms = []
+    for real, fake in zip(real_logits, fake_logits, strict=True):
+        real, fake = real.float(), fake.float()
+        if kind == "hinge":
+            terms.append(F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+        else:
+            terms.append((1 - real).square().mean() + fake.square().mean())
+    return torch.stack(terms).mean()
+
+
+def generator_loss(fake_logits: Sequence[Tensor], kind: str = "hinge") -> Tensor:
+    """Mean over sub-discriminators of max(0, 1 - D(y)) (EnCodec eq. 3) or (1 - D(y))² (lsgan)."""
+    _check_kind(kind)
+    margins = [1 - fake.float() for fake in fake_logits]
+    if kind == "hinge":
+        return torch.stack([F.relu(margin).mean() for margin in margins]).mean()
+    return torch.stack([margin.square().mean() for margin in margins]).mean()
+
+
+def feature_matching_loss(
+    real_features: Sequence[Sequence[Tensor]], fake_features: Sequence[Sequence[Tensor]]
+) -> Tensor:
+    """Mean over layers of mean|D(x) - D(y)| / mean|D(x)| (EnCodec eq. 4); D(x) is a target."""
+    terms = []
+    for real_layers, fake_layers in zip(real_features, fake_features, strict=True):
+        for real, fake in zip(real_layers, fake_layers, strict=True):
+            real = real.detach().float()
+            # The floor keeps digital silence from dividing by zero.
+            scale = real.abs().mean().clamp_min(1e-3)
+            terms.append((real - fake.float()).abs().mean() / scale)
+    return torch.stack(terms).mean()
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in LOSSES:
+        raise ValueError(f"loss {kind!r} is not one of {LOSSES}")

@@ -1,0 +1,171 @@
+"""discriminator.py: shapes, gradients, precision, and the losses against formulas by hand."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from discriminator import (
+    Discriminator,
+    DiscriminatorConfig,
+    MultiPeriodDiscriminator,
+    MultiScaleSTFTDiscriminator,
+    STFTDiscriminator,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_loss,
+)
+
+TINY = DiscriminatorConfig.tiny()
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.fixture(scope="module")
+def judge():
+    torch.manual_seed(0)
+    return Discriminator(TINY)
+
+
+def test_sizes(judge):
+    assert parameters(judge) < 1_000_000
+    with torch.device("meta"):
+        base = Discriminator(DiscriminatorConfig.base())
+    assert 35e6 < parameters(base) < 50e6
+
+
+def test_config_survives_json_and_refuses_nonsense():
+    config = DiscriminatorConfig.tiny()
+    assert DiscriminatorConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    bad_fields = [
+        {"loss": "wgan"}, {"stft_sizes": (10,)}, {"periods": (), "stft_sizes": ()},
+        {"period_channels": ()},
+    ]  # fmt: skip
+    for bad in bad_fields:
+        with pytest.raises(ValueError):
+            DiscriminatorConfig(**bad)
+
+
+@pytest.mark.parametrize("samples", [24, 480, 4801])
+def test_shapes(samples):
+    audio = torch.randn(2, 1, samples)
+    periods = MultiPeriodDiscriminator(TINY)
+    logits, features = periods(audio)
+    for period, logit, layers in zip(TINY.periods, logits, features, strict=True):
+        rows = -(-samples // period)
+        for channels, layer in zip(TINY.period_channels[:-1], layers, strict=False):
+            rows = (rows - 1) // 3 + 1
+            assert layer.shape == (2, channels, rows, period)
+        assert layers[-1].shape == (2, TINY.period_channels[-1], rows, period)
+        assert logit.shape == (2, 1, rows, period)
+    logits, features = MultiScaleSTFTDiscriminator(TINY)(audio)
+    for size, logit, layers in zip(TINY.stft_sizes, logits, features, strict=True):
+        frames = samples // (size // 4) + 1
+        bins = size // 2 + 1
+        assert layers[0].shape == (2, TINY.stft_channels, frames, bins)
+        for _ in TINY.stft_dilations:
+            bins = (bins + 1) // 2
+        assert len(layers) == len(TINY.stft_dilations) + 2
+        assert logit.shape == (2, 1, frames, bins)
+
+
+def test_both_together_one_entry_each(judge):
+    logits, features = judge(torch.randn(1, 1, 1000))
+    assert len(logits) == len(features) == len(TINY.periods) + len(TINY.stft_sizes)
+    assert all(torch.isfinite(logit).all() for logit in logits)
+
+
+def test_spectrum_against_numpy():
+    judge = STFTDiscriminator(64, 4, (1,))
+    audio = torch.randn(1, 1, 200)
+    spectrum = judge.spectrum(audio)
+    padded = np.pad(audio.numpy().reshape(-1).astype(np.float64), 32)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(64) / 64)
+    window /= np.sqrt((window**2).sum())
+    for frame in range(spectrum.shape[2]):
+        bins = np.fft.rfft(padded[frame * 16 : frame * 16 + 64] * window)
+        assert np.allclose(spectrum[0, 0, frame].numpy(), bins.real, atol=1e-5)
+        assert np.allclose(spectrum[0, 1, frame].numpy(), bins.imag, atol=1e-5)
+
+
+def test_every_sample_and_every_weight_gets_a_gradient(judge):
+    audio = torch.randn(2, 1, 2400, requires_grad=True)
+    logits, features = judge(audio)
+    real_logits, real_features = judge(torch.randn(2, 1, 2400))
+    loss = generator_loss(logits) + feature_matching_loss(real_features, features)
+    loss.backward()
+    assert torch.isfinite(audio.grad).all() and bool((audio.grad != 0).all())
+    judge.zero_grad()
+    discriminator_loss(real_logits, [logit.detach() * 0.5 for logit in logits]).backward()
+    discriminator_loss(*(judge(torch.randn(1, 1, 2400))[0] for _ in range(2))).backward()
+    for name, parameter in judge.named_parameters():
+        assert parameter.grad is not None and bool((parameter.grad != 0).any()), name
+    judge.zero_grad()
+
+
+def test_stft_and_losses_stay_in_float32_under_autocast(judge):
+    audio = torch.randn(1, 1, 1200)
+    stft = judge.stfts.judges[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        spectrum = stft.spectrum(audio.bfloat16())
+        logits, features = judge(audio)
+        losses = [
+            discriminator_loss(logits, logits),
+            generator_loss(logits),
+            feature_matching_loss(features, features),
+        ]
+    assert spectrum.dtype == torch.float32
+    assert torch.equal(spectrum, stft.spectrum(audio.bfloat16().float()))
+    assert logits[0].dtype == torch.bfloat16
+    assert all(loss.dtype == torch.float32 for loss in losses)
+
+
+def test_losses_by_hand():
+    real = [torch.tensor([[2.0, 0.5]]), torch.tensor([-1.0])]
+    fake = [torch.tensor([[-2.0, 0.5]]), torch.tensor([0.0])]
+    # hinge: first judge (0 + .5)/2 + (0 + 1.5)/2 = 1, second 2 + 1 = 3
+    assert float(discriminator_loss(real, fake)) == pytest.approx(2.0)
+    # first judge (3 + .5)/2 = 1.75, second 1
+    assert float(generator_loss(fake)) == pytest.approx(1.375)
+    # lsgan: first (1 + .25)/2 + (4 + .25)/2 = 2.75, second 4 + 0
+    assert float(discriminator_loss(real, fake, "lsgan")) == pytest.approx(3.375)
+    # first (9 + .25)/2 = 4.625, second 1
+    assert float(generator_loss(fake, "lsgan")) == pytest.approx(2.8125)
+    with pytest.raises(ValueError, match="wgan"):
+        generator_loss(fake, "wgan")
+
+
+def test_feature_matching_by_hand_and_its_scale():
+    real = [[torch.tensor([1.0, -3.0]), torch.tensor([4.0])], [torch.tensor([10.0])]]
+    fake = [[torch.tensor([0.0, -1.0]), torch.tensor([4.0])], [torch.tensor([15.0])]]
+    # 1.5 / 2, 0 / 4, 5 / 10
+    assert float(feature_matching_loss(real, fake)) == pytest.approx((0.75 + 0 + 0.5) / 3)
+    louder = [[[1000 * x for x in layers] for layers in side] for side in (real, fake)]
+    assert float(feature_matching_loss(*louder)) == pytest.approx((0.75 + 0 + 0.5) / 3)
+    silent = [[torch.zeros(3)]]
+    assert float(feature_matching_loss(silent, silent)) == 0.0
+
+
+def test_real_features_are_targets_only():
+    real, fake = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    feature_matching_loss([[real]], [[fake]]).backward()
+    assert real.grad is None and fake.grad is not None
+
+
+def test_learns_to_tell_noise_from_a_tone():
+    torch.manual_seed(0)
+    judge = Discriminator(TINY)
+    optimizer = torch.optim.Adam(judge.parameters(), lr=5e-3, betas=(0.8, 0.99))
+    time = torch.arange(1200) / 24000
+    for _ in range(40):
+        pitch = 100 + 300 * torch.rand(4, 1, 1)
+        tone = 0.3 * torch.sin(2 * torch.pi * pitch * time)
+        loss = discriminator_loss(judge(tone)[0], judge(0.2 * torch.randn(4, 1, 1200))[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5  # 2.0 is chance
