@@ -39,14 +39,11 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(PIP) install -q $(TORCH_INDEX) -r requirements-dev.txt
 	@touch $@
 
+# Paced in real time, so that the ledger is that of a live call; one process, one ledger for all three.
 demo: $(VENV)/installed
-	@for language in $(LANGUAGES); do \
-	  echo "== samples/question_$$language.wav -> reply_$$language.wav"; \
-	  $(BIN)/python stream_demo.py --wav samples/question_$$language.wav \
-	    --out reply_$$language.wav || exit 1; \
-	done
-	@echo "Listen to reply_english.wav, reply_hindi.wav and reply_telugu.wav."
-	@echo "They come from a toy model; your own training replaces it (README.md)."
+	$(BIN)/python stream_demo.py --wav $(LANGUAGES:%=samples/question_%.wav) \
+	  --out $(LANGUAGES:%=reply_%.wav)
+	@echo "Listen to $(LANGUAGES:%=reply_%.wav): a toy model speaks; your own training replaces it."
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -q

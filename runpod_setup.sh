@@ -358,6 +358,8 @@ failed = []
 def row(name, probe, required=True):
     try:
         good, text = True, probe()
+    except (ModuleNotFoundError, FileNotFoundError):
+        good, text = False, "not installed"
     except Exception as problem:
         good, text = False, f"{type(problem).__name__}: {problem}".splitlines()[0][:60]
     mark = "ok" if good else "FAILED" if required else "-"
