@@ -49,6 +49,12 @@ _READ_ERRORS = (RuntimeError, OSError, ValueError, TypeError)
 class AudioError(UserError):
     """An audio file that is missing, empty, damaged or of an unknown format."""
 
+    def __init__(self, message: str) -> None:
+        # A DataLoader's worker hands errors over as a whole traceback: keep what they said.
+        if message.startswith("Caught ") and "AudioError: " in message:
+            message = message.strip().rsplit("AudioError: ", 1)[1]
+        super().__init__(message)
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -585,7 +591,7 @@ class WindowDataset(torch.utils.data.Dataset):
                 return self._window(self.clips[which], place, speed, rng)
             except AudioError as error:
                 self._note_unreadable(which, error)
-        raise UserError("100 unreadable audio files in a row; run download_data.py --verify")
+        raise AudioError("100 unreadable audio files in a row; run download_data.py --verify")
 
     def _draw_clip(self, rng: np.random.Generator) -> int:
         point, within = rng.random(2)

@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -188,7 +189,7 @@ CORPORA: tuple[Corpus, ...] = (
         include=("*.ogg",),
         license="GPL-2+",
         hours=1.76,
-        kilohertz="22-44",
+        kilohertz="22",
         speaker_pattern=r"/[^/-]+-([mv])-[^/]*$",
     ),
     Corpus(
@@ -437,8 +438,8 @@ DECODERS: dict[str, Callable[[Path], tuple[np.ndarray, int]]] = {
 def print_list(corpora: Iterable[Corpus]) -> None:
     """The table, 80 columns wide, with totals."""
     corpora = list(corpora)
-    form = "{:<27} {:<9} {:>6} {:>7} {:<13} {:<3} {}"
-    print(form.format("corpus", "language", "hours", "kHz", "licence", "$ok", "use"))
+    form = "{:<27} {:<8} {:>6} {:>4}  {:<12} {:<4} {}"
+    print(form.format("corpus", "language", "hours", "kHz", "licence", "com.", "use"))
     print("-" * 79)
     for row in corpora:
         commercial = "yes" if row.commercial_ok else "no"
@@ -449,8 +450,8 @@ def print_list(corpora: Iterable[Corpus]) -> None:
         hours = sum(row.hours for row in corpora if row.use == use)
         if hours:
             print(form.format("total", "", f"{hours:.2f}", "", "", "", use))
-    print("$ok: commercial use allowed (share-alike and GPL terms still bind what is shared).")
-    print("train: held-out speakers or languages inside. No row holds human Hindi or Telugu.")
+    print("com.: commercial use allowed; share-alike and GPL terms bind what is passed on.")
+    print("train: with held-out speakers inside. No row holds human Hindi or Telugu speech.")
 
 
 @dataclass(frozen=True)
@@ -512,7 +513,7 @@ def _check_file(path: Path) -> tuple[float, int, bytes] | None:
 
 def print_verified(found: list[Verified], data_dir: Path) -> bool:
     """The table of what is on disk; True where nothing is missing."""
-    form = "{:<27} {:>6} {:>6} {:>6} {:>4} {:>4} {:>4}  {}"
+    form = "{:<26} {:>6} {:>6} {:>6} {:>4} {:>4} {:>4}  {}"
     print(form.format("corpus", "files", "hours", "of", "spk", "bad", "dup", "state"))
     print("-" * 79)
     for row in found:
@@ -531,13 +532,14 @@ def print_verified(found: list[Verified], data_dir: Path) -> bool:
     for row in found:
         rates.update(dict(row.rates))
     if rates:
-        print("Hz: " + ", ".join(f"{rate}: {count}" for rate, count in sorted(rates.items())))
+        counts = ", ".join(f"{count} at {rate} Hz" for rate, count in sorted(rates.items()))
+        print(textwrap.fill(f"files: {counts}", 79))
     for path in [path for row in found for path in row.unreadable][:20]:
         print(f"unreadable: {path}")
     missing = [row.corpus.name for row in found if row.problem]
     if missing:
-        print(f"missing in {data_dir}: {', '.join(missing)}")
-        print("To fetch again: delete the folder of a damaged corpus, then run this without flags.")
+        print(textwrap.fill(f"missing in {data_dir}: {', '.join(missing)}", 79))
+        print("To fetch it: delete a damaged corpus's folder, then run this without --verify.")
     return not missing
 
 

@@ -1,0 +1,443 @@
+"""Audio reading, manifests, augmentation, windows and sampling, each against a plain reference."""
+
+import itertools
+import json
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+import training
+
+
+def sine(hertz, seconds, rate, amplitude=0.5):
+    return (amplitude * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(
+        np.float32
+    )
+
+
+def clip(path, seconds, rate=data.SAMPLE_RATE, language="english", **more):
+    return data.Clip(path=path, duration=seconds, sample_rate=rate, language=language, **more)
+
+
+@pytest.fixture
+def bad_folder(tmp_path):
+    """One good file among a text file, a cut FLAC, an empty WAV; and a stereo 8 kHz MP3."""
+    folder = tmp_path / "english"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    data.write_audio(folder / "good.wav", sine(440, 2, 16000), 16000)
+    (folder / "text.wav").write_text("this is no audio\n")
+    noise = rng.uniform(-0.5, 0.5, 48000).astype(np.float32)
+    data.write_audio(folder / "cut.flac", noise, 24000)
+    whole = (folder / "cut.flac").read_bytes()
+    (folder / "cut.flac").write_bytes(whole[: len(whole) // 2])
+    soundfile.write(folder / "empty.wav", np.zeros(0, np.float32), 24000)
+    data.write_audio(folder / "stereo.mp3", np.stack([sine(300, 2, 8000)] * 2, axis=1), 8000)
+    return folder
+
+
+# ---------------------------------------------------------------------------------- audio files
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
+@pytest.mark.parametrize("rate", [8000, 22050, 48000])
+def test_a_read_sine_is_the_analytic_one(tmp_path, suffix, rate):
+    data.write_audio(tmp_path / f"a{suffix}", sine(440, 1.5, rate), rate)
+    audio = data.read_audio(tmp_path / f"a{suffix}")
+    assert audio.dtype == np.float32 and abs(len(audio) / data.SAMPLE_RATE - 1.5) < 0.15
+    middle = audio[4800:-9600]
+    # Codecs may shift the wave, so the fit is free in phase, not in frequency or amplitude.
+    at = 2 * np.pi * 440 * np.arange(len(middle)) / data.SAMPLE_RATE
+    basis = np.stack([np.sin(at), np.cos(at)], axis=1)
+    fit, *_ = np.linalg.lstsq(basis, middle, rcond=None)
+    assert np.hypot(*fit) == pytest.approx(0.5, abs=0.02)
+    assert np.abs(middle - basis @ fit).max() < (0.002 if suffix in (".wav", ".flac") else 0.1)
+
+
+@pytest.mark.parametrize(
+    "suffix, rate", [(".wav", 24000), (".wav", 48000), (".flac", 16000), (".ogg", 48000)]
+)
+def test_a_window_equals_the_slice_of_the_whole(tmp_path, suffix, rate):
+    noise = np.random.default_rng(1).normal(0, 0.1, 4 * rate).astype(np.float32)
+    data.write_audio(tmp_path / f"a{suffix}", noise, rate)
+    whole = data.read_audio(tmp_path / f"a{suffix}")
+    for start in (0.0, 1.25, 3.5):
+        window = data.read_audio(tmp_path / f"a{suffix}", start, 0.5)
+        first = round(start * data.SAMPLE_RATE)
+        assert len(window) == 12000
+        np.testing.assert_allclose(window, whole[first : first + 12000], atol=2e-4)
+
+
+def test_a_window_of_a_long_file_costs_the_window_alone(tmp_path):
+    noise = np.random.default_rng(1).normal(0, 0.1, 120 * 16000).astype(np.float32)
+    data.write_audio(tmp_path / "long.flac", noise, 16000)
+
+    def seconds(start, duration):
+        began = time.perf_counter()
+        data.read_audio(tmp_path / "long.flac", start, duration)
+        return time.perf_counter() - began
+
+    assert min(seconds(110, 1) for _ in range(3)) < min(seconds(0, None) for _ in range(3)) / 10
+
+
+def test_reading_past_the_end_gives_what_there_is(tmp_path):
+    data.write_audio(tmp_path / "a.wav", sine(440, 1, 24000))
+    assert len(data.read_audio(tmp_path / "a.wav", 0.75, 2.0)) == 6000
+    assert len(data.read_audio(tmp_path / "a.wav", 3.0, 2.0)) == 0
+
+
+def test_channels_are_averaged(tmp_path):
+    left = sine(440, 1, 24000)
+    data.write_audio(tmp_path / "a.wav", np.stack([left, -left], axis=1))
+    assert np.abs(data.read_audio(tmp_path / "a.wav")).max() < 1e-4
+
+
+def test_values_beyond_full_scale_are_clipped(tmp_path):
+    soundfile.write(tmp_path / "a.wav", 60 * sine(440, 1, 48000), 48000, subtype="FLOAT")
+    assert np.abs(data.read_audio(tmp_path / "a.wav")).max() <= 1.0
+
+
+@pytest.mark.parametrize("name", ["text.wav", "cut.flac", "empty.wav", "missing.wav"])
+def test_bad_audio_is_one_line_that_names_the_file(bad_folder, name):
+    with pytest.raises(data.AudioError) as caught:
+        data.read_audio(bad_folder / name)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+    assert isinstance(caught.value, training.UserError)
+
+
+def test_a_stereo_8_khz_mp3_is_read(bad_folder):
+    audio = data.read_audio(bad_folder / "stereo.mp3")
+    assert audio.ndim == 1 and abs(len(audio) - 48000) < 4800
+
+
+def test_writing_leaves_nothing_half_done(tmp_path):
+    with pytest.raises(data.AudioError, match="cannot write"):
+        data.write_audio(tmp_path / "a.xyz", np.zeros(10))
+    with pytest.raises(data.AudioError, match="cannot be written"):
+        data.write_audio(tmp_path / "no" / "a.wav", np.zeros(10))
+    data.write_audio(tmp_path / "a.wav", np.full(10, 3.0))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+    assert data.read_audio(tmp_path / "a.wav").max() == pytest.approx(1.0, abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------ manifests
+
+
+def test_a_manifest_comes_back_as_it_was(tmp_path):
+    clips = [
+        clip(tmp_path / "a" / "x.wav", 1.5, speaker="one", text="नमस्ते", emotion="happy"),
+        clip(tmp_path / "a" / "y.wav", 2.0, augmented=True, phones=[["_", 0.0, 0.1]]),
+    ]
+    data.write_manifest(tmp_path / "a" / data.MANIFEST, clips)
+    assert data.read_manifest(tmp_path / "a" / data.MANIFEST) == clips
+    lines = (tmp_path / "a" / data.MANIFEST).read_text(encoding="utf-8").splitlines()
+    assert json.loads(lines[0])["path"] == "x.wav" and "नमस्ते" in lines[0]
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert data.read_manifest(tmp_path / "b" / data.MANIFEST)[0].path == tmp_path / "b" / "x.wav"
+
+
+@pytest.mark.parametrize(
+    "line, word",
+    [
+        ("{broken", "not JSON"),
+        ("[]", "object"),
+        ('{"path": "a.wav"}', "duration"),
+        ('{"path":"a","duration":1,"sample_rate":1,"language":"klingon"}', "klingon"),
+        ('{"path":"a","duration":"x","sample_rate":1,"language":"hindi"}', "x"),
+        ('{"path":"a","duration":1,"sample_rate":1,"language":"hindi","split":"dev"}', "dev"),
+    ],
+)
+def test_a_bad_manifest_line_is_named(tmp_path, line, word):
+    good = '{"path":"a.wav","duration":1,"sample_rate":16000,"language":"hindi"}'
+    (tmp_path / data.MANIFEST).write_text(f"{good}\n{line}\n")
+    with pytest.raises(training.UserError, match="line 2") as caught:
+        data.read_manifest(tmp_path / data.MANIFEST)
+    assert word in str(caught.value)
+
+
+def test_a_scan_lists_what_cannot_be_read(bad_folder):
+    clips, bad = data.scan_folder(bad_folder)
+    assert sorted(found.path.name for found in clips) == ["good.wav", "stereo.mp3"]
+    assert sorted(path.name for path in bad) == ["cut.flac", "empty.wav", "text.wav"]
+    assert {found.language for found in clips} == {"english"}
+    good = next(found for found in clips if found.path.name == "good.wav")
+    assert (good.duration, good.sample_rate) == (2.0, 16000)
+
+
+def test_load_clips_joins_manifests_and_loose_audio(tmp_path, bad_folder, capsys):
+    corpus = tmp_path / "english" / "corpus"
+    corpus.mkdir()
+    data.write_audio(corpus / "a.wav", sine(440, 1, 24000))
+    data.write_audio(corpus / "unlisted.wav", sine(440, 1, 24000))
+    listed = [clip(corpus / "a.wav", 1.0, commercial_ok=True)]
+    data.write_manifest(corpus / data.MANIFEST, listed)
+    log = tmp_path / "logs" / "unreadable.txt"
+    found = [
+        one for split in data.SPLITS for one in data.load_clips([bad_folder], split, False, log)
+    ]
+    assert sorted(one.path.name for one in found) == ["a.wav", "good.wav", "stereo.mp3"]
+    assert len(log.read_text().splitlines()) == 3
+    assert "3 unreadable audio files" in capsys.readouterr().err
+    twice = data.load_clips([bad_folder, corpus], "train", commercial_only=True)
+    assert [one.path.name for one in twice] == ["a.wav"]
+
+
+def test_load_clips_says_what_is_missing(tmp_path):
+    with pytest.raises(training.UserError, match="no such folder"):
+        data.load_clips([tmp_path / "nowhere"], "train")
+    with pytest.raises(training.UserError, match="no readable audio"):
+        data.load_clips([tmp_path], "train")
+    (tmp_path / data.MANIFEST).touch()
+    with pytest.raises(training.UserError, match="empty manifest"):
+        data.load_clips([tmp_path], "train")
+    data.write_manifest(tmp_path / data.MANIFEST, [clip(tmp_path / "a.wav", 1.0, split="test")])
+    with pytest.raises(training.UserError, match="none in the train split"):
+        data.load_clips([tmp_path], "train")
+    assert data.load_clips([tmp_path], "validation") == []
+    with pytest.raises(training.UserError, match="commercial_only"):
+        data.load_clips([tmp_path], "test", commercial_only=True)
+
+
+def test_scanned_splits_keep_a_speaker_together(tmp_path):
+    for speaker, number in itertools.product(range(40), range(3)):
+        name = tmp_path / str(speaker) / f"{speaker}-1-{number:04}.wav"
+        name.parent.mkdir(exist_ok=True)
+        data.write_audio(name, np.zeros(2400))
+    clips, _ = data.scan_folder(tmp_path)
+    assert data.count_speakers(clips) == 40
+    splits = {one.speaker: set() for one in clips}
+    for one in clips:
+        splits[one.speaker].add(one.split)
+    assert all(len(found) == 1 for found in splits.values())
+    assert len(set.union(*splits.values())) > 1
+
+
+def test_split_shares():
+    found = [data.split_for(f"speaker {number}") for number in range(4000)]
+    assert found.count("validation") / 4000 == pytest.approx(0.05, abs=0.015)
+    assert found.count("test") / 4000 == pytest.approx(0.05, abs=0.015)
+
+
+# --------------------------------------------------------------------------------- augmentation
+
+
+def test_augmentation_repeats_and_touches_what_it_should():
+    audio = sine(440, 1, 24000)
+    first = data.augment(audio, np.random.default_rng(3), probability=1.0)
+    again = data.augment(audio, np.random.default_rng(3), probability=1.0)
+    np.testing.assert_array_equal(first, again)
+    assert first.dtype == np.float32 and np.abs(first).max() <= 1.0
+    np.testing.assert_array_equal(data.augment(audio, np.random.default_rng(3), 24000, 0.0), audio)
+    assert data.augment(np.zeros(0, np.float32), np.random.default_rng(3), 24000, 1.0).size == 0
+    assert not data.augment(np.zeros(100, np.float32), np.random.default_rng(3), 24000, 1.0).any()
+
+
+def test_speed_is_chosen_three_times_in_ten_and_moves_pitch_and_length():
+    rng = np.random.default_rng(0)
+    speeds = np.array([data.draw_speed(rng) for _ in range(4000)])
+    assert np.mean(speeds != 1) == pytest.approx(0.3, abs=0.03)
+    assert speeds.min() >= 0.9 and speeds.max() <= 1.1
+    audio = sine(1000, 2, 24000)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        speed = data.draw_speed(np.random.default_rng(seed), 1.0)
+        fast = data.augment(audio, rng, probability=1.0)
+        assert len(fast) == pytest.approx(48000 / speed, abs=2)
+        peak = np.abs(np.fft.rfft(fast * np.hanning(len(fast)))).argmax() * 24000 / len(fast)
+        assert peak == pytest.approx(1000 * speed, abs=2)
+
+
+def test_noise_meets_its_snr():
+    audio = sine(440, 1, 24000)
+    found = []
+    for seed in range(20):
+        noisy = data._add_noise(audio, np.random.default_rng(seed))
+        asked = np.random.default_rng(seed).uniform(*data.SNR_RANGE_DB)
+        found.append(10 * np.log10(np.sum(audio**2) / np.sum((noisy - audio) ** 2)) - asked)
+    np.testing.assert_allclose(found, 0, atol=0.01)
+
+
+def test_band_limit_removes_the_top_and_keeps_the_voice():
+    high, voice = sine(11500, 1, 24000), sine(1000, 1, 24000)
+    for seed in range(10):
+        assert np.abs(data._band_limit(high, np.random.default_rng(seed), 24000)).max() < 0.05
+        kept = data._band_limit(voice, np.random.default_rng(seed), 24000)
+        np.testing.assert_allclose(kept[1000:-1000], voice[1000:-1000], atol=0.01)
+
+
+# -------------------------------------------------------------------------------------- windows
+
+
+@pytest.mark.parametrize("start, speed", [(0.0, 1.0), (0.137, 1.0), (0.2, 0.9), (0.01, 1.1)])
+def test_frame_labels_match_a_plain_search(start, speed):
+    phones = [["_", 0.0, 0.3], ["a", 0.3, 0.42], ["?", 0.42, 0.5], ["b", 0.55, 0.9]]
+    ids = {"_": 0, "a": 1, "b": 2}
+    labels = data.frame_labels(phones, ids, 60, start, speed, end=1.0)
+    for frame, label in enumerate(labels):
+        middle = start + (frame + 0.5) * 0.02 * speed
+        named = [name for name, first, last in phones if first <= middle < last]
+        expected = ids.get(named[0], -100) if named else -100
+        assert label == (0 if middle >= 1.0 else expected)
+
+
+def test_frame_labels_are_unknown_without_phones():
+    assert (data.frame_labels(None, {"_": 0}, 5) == -100).all()
+    assert (data.frame_labels([["_", 0, 1]], None, 5) == -100).all()
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_labels_stay_on_the_sound_in_any_window(tmp_path, augmented):
+    """A tone is the phone `a`, silence is `_`: energy and label agree frame by frame."""
+    rate, rng = 16000, np.random.default_rng(5)
+    ends = np.cumsum(rng.uniform(0.08, 0.3, 60))
+    phones, audio = [], np.zeros(round(ends[-1] * rate), np.float32)
+    for number, (first, last) in enumerate(zip([0.0, *ends[:-1]], ends, strict=True)):
+        phones.append(["a" if number % 2 else "_", first, last])
+        if number % 2:
+            at = slice(round(first * rate), round(last * rate))
+            audio[at] = sine(800, 20, rate)[: at.stop - at.start]
+    data.write_audio(tmp_path / "a.flac", audio, rate)
+    one = clip(tmp_path / "a.flac", len(audio) / rate, rate, phones=phones)
+    windows = data.WindowDataset(
+        [one], 1.0, seed=1, epoch_items=60, augment=augmented, phone_ids={"_": 0, "a": 1}
+    )
+    agree = total = 0
+    for item in (windows[index] for index in range(60)):
+        energy = item["audio"].view(50, 480).pow(2).mean(1).sqrt()
+        loud = energy > 0.35 * energy.max()
+        agree += int((loud == (item["phones"] == 1)).sum())
+        total += 50
+    # Frames cut by a border may fall to either side.
+    assert agree / total > (0.93 if not augmented else 0.9)
+
+
+def test_short_clips_are_padded_with_zeros_and_silence(tmp_path):
+    data.write_audio(tmp_path / "a.wav", sine(440, 0.5, 24000))
+    one = clip(tmp_path / "a.wav", 0.5, phones=[["a", 0.0, 0.5]], speaker=None)
+    item = data.WindowDataset([one], 1.0, phone_ids={"_": 0, "a": 1})[0]
+    assert item["audio"].shape == (1, 24000) and item["audio"].dtype == torch.float32
+    assert not item["audio"][0, 12000:].any() and item["audio"][0, :12000].any()
+    assert item["phones"].tolist() == [1] * 25 + [0] * 25
+    assert item["speaker"] == "" and item["language"] == "english"
+
+
+def test_windows_are_keyed_by_seed_epoch_and_index(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.1, 5 * 24000)
+    data.write_audio(tmp_path / "a.wav", noise)
+    clips = [clip(tmp_path / "a.wav", 5.0)]
+
+    def item(index, seed=0, epoch=0):
+        windows = data.WindowDataset(clips, 0.5, seed, epoch_items=10, augment=True)
+        windows.set_epoch(epoch)
+        return windows[index]["audio"]
+
+    assert torch.equal(item(3), item(3))
+    assert torch.equal(item(3, epoch=2), data.WindowDataset(
+        clips, 0.5, 0, epoch_items=10, augment=True)[(2, 3)]["audio"])
+    for other in (item(4), item(3, seed=1), item(3, epoch=1)):
+        assert not torch.equal(item(3), other)
+    with pytest.raises(IndexError):
+        item(10)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 100.0])
+def test_languages_and_lengths_are_balanced(temperature):
+    hours = {"english": 8.0, "hindi": 2.0, "telugu": 0.5}
+    clips = []
+    for language, total in hours.items():
+        for part in (0.75, 0.25):
+            clips.append(clip(f"{language}{part}", total * part * 3600, language=language))
+    windows = data.WindowDataset(clips, 1.0, language_temperature=temperature)
+    rng = np.random.default_rng(0)
+    drawn = np.bincount([windows._draw_clip(rng) for _ in range(20000)], minlength=6) / 20000
+    weights = np.array([total ** (1 / temperature) for total in hours.values()])
+    expected = np.outer(weights / weights.sum(), (0.75, 0.25)).ravel()
+    np.testing.assert_allclose(drawn, expected, atol=0.015)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_files_are_counted_and_listed_and_never_replaced(tmp_path, bad_folder, workers):
+    names = ("good.wav", "text.wav", "cut.flac", "empty.wav", "gone.wav")
+    clips = [clip(bad_folder / name, 2.0) for name in names]
+    log = tmp_path / "unreadable.txt"
+    windows = data.WindowDataset(clips, 1.9, epoch_items=40, unreadable_log=log)
+    loader = torch.utils.data.DataLoader(windows, 8, num_workers=workers)
+    batches = list(loader)
+    assert windows.unreadable == 4
+    assert {line.split(":")[0].split("/")[-1] for line in log.read_text().splitlines()} == set(
+        names[1:]
+    )
+    # Every window is the good file's sine: its power is that of amplitude 0.5.
+    power = torch.cat([batch["audio"] for batch in batches])[..., 2400:-2400].pow(2).mean(-1)
+    torch.testing.assert_close(power, torch.full_like(power, 0.125), atol=0.003, rtol=0)
+    again = torch.cat([batch["audio"] for batch in torch.utils.data.DataLoader(windows, 8)])
+    assert torch.equal(torch.cat([batch["audio"] for batch in batches]), again)
+
+
+def test_nothing_but_bad_files_ends_in_one_line(bad_folder):
+    windows = data.WindowDataset([clip(bad_folder / "text.wav", 2.0)], 1.0)
+    with pytest.raises(training.UserError, match="100 unreadable"):
+        windows[0]
+    with pytest.raises(training.UserError) as caught:
+        list(torch.utils.data.DataLoader(windows, 8, num_workers=1))
+    assert str(caught.value).startswith("100 unreadable") and "\n" not in str(caught.value)
+    with pytest.raises(training.UserError, match="no clips"):
+        data.WindowDataset([], 1.0)
+    with pytest.raises(training.UserError, match="durations are zero"):
+        data.WindowDataset([clip(bad_folder / "good.wav", 0.0)], 1.0)
+
+
+def test_augmented_copies_are_not_augmented_again(tmp_path):
+    data.write_audio(tmp_path / "a.wav", sine(440, 1, 24000))
+    one = clip(tmp_path / "a.wav", 1.0, augmented=True)
+    windows = data.WindowDataset([one], 1.0, epoch_items=20, augment=True)
+    first = windows[0]["audio"]
+    assert all(torch.equal(windows[index]["audio"], first) for index in range(20))
+    windows = data.WindowDataset([replace(one, augmented=False)], 1.0, epoch_items=20, augment=True)
+    assert not all(torch.equal(windows[index]["audio"], first) for index in range(20))
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+def test_ranks_see_together_what_one_would():
+    alone = list(data.ResumableSampler(50, 8, epoch=3))
+    ranks = [list(data.ResumableSampler(50, 4, rank, 2, epoch=3)) for rank in range(2)]
+    assert len(alone) == len(ranks[0]) == len(data.ResumableSampler(50, 4, 1, 2)) == 6
+    for joint, *parts in zip(alone, *ranks, strict=True):
+        assert all(len(part) == 4 for part in parts)
+        assert sorted(itertools.chain(*parts)) == joint
+
+
+@pytest.mark.parametrize("consumed", [0, 8, 24, 48])
+def test_sampling_goes_on_after_what_was_consumed(consumed):
+    whole = list(itertools.chain(*data.ResumableSampler(50, 8, epoch=1)))
+    rest = list(itertools.chain(*data.ResumableSampler(50, 8, epoch=1, consumed=consumed)))
+    assert rest == whole[consumed:]
+
+
+def test_a_loader_resumes_over_epochs_with_workers(tmp_path):
+    data.write_audio(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 5 * 24000))
+    windows = data.WindowDataset([clip(tmp_path / "a.wav", 5.0)], 0.2, epoch_items=12)
+
+    def batches(epoch, consumed, workers):
+        sampler = data.ResumableSampler(12, 4)
+        sampler.set_epoch(epoch, consumed)
+        loader = torch.utils.data.DataLoader(windows, batch_sampler=sampler, num_workers=workers)
+        return [batch["audio"] for batch in loader]
+
+    whole = batches(0, 0, 0) + batches(1, 0, 0)
+    resumed = batches(0, 8, 2) + batches(1, 0, 2)
+    assert len(whole) == 6 and len(resumed) == 4
+    for expected, found in zip(whole[2:], resumed, strict=True):
+        assert torch.equal(expected, found)
+
+
+def test_an_epoch_smaller_than_a_batch_is_refused():
+    with pytest.raises(training.UserError, match="smaller than one batch"):
+        data.ResumableSampler(5, 4, world_size=2)
