@@ -11,7 +11,7 @@ Inside the model tensors are channels-last, `[B, time, C]`.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -256,10 +256,6 @@ class Codebook(nn.Module):
         """`[...]` int64 → `[..., d]`."""
         return F.embedding(codes, self.embedding)
 
-    @property
-    def is_initialised(self) -> bool:
-        return bool(self.cluster_size.sum() > 0)
-
     @torch.no_grad()
     def restart_statistics(self) -> None:
         """Statistics that stand for the codes as they are, as after an export."""
@@ -356,6 +352,7 @@ class SplitQuantizer(nn.Module):
             Codebook(size, dim, c.codebook_decay)
             for size, dim in zip(c.codebook_sizes, dims, strict=True)
         )
+        self._is_initialised = False
 
     def encode(self, hidden: Tensor, num_codebooks: int) -> Tensor:
         """`[B, F, D]` → codes `[B, K, F]` int64."""
@@ -380,7 +377,17 @@ class SplitQuantizer(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             semantic_in = self.semantic_in(hidden.float())
             acoustic_in = self.acoustic_in(hidden.float())
-            return self._quantize(semantic_in, acoustic_in, used)
+            semantic, acoustic, info = self._quantize(semantic_in, acoustic_in, used)
+            if not self.is_initialised:  # vectors pass as they are until there are codes for them
+                return semantic_in, acoustic_in, replace(info, commitment=0 * info.commitment)
+            return semantic, acoustic, info
+
+    @property
+    def is_initialised(self) -> bool:
+        """Whether the codebooks stand for data; until then training goes on unquantized."""
+        if not self._is_initialised:
+            self._is_initialised = bool(self.codebooks[-1].cluster_size.sum() > 0)
+        return self._is_initialised
 
     def _quantize(self, semantic_in: Tensor, acoustic_in: Tensor, used: Tensor):
         codes = [self.codebooks[0](semantic_in)]
@@ -412,15 +419,20 @@ class SplitQuantizer(nn.Module):
     @torch.no_grad()
     def update(self, info: Quantized, generator: torch.Generator) -> None:
         """Moves the codebooks by one EMA step, or starts them by k-means the first time."""
+        if not self.is_initialised:
+            return self._initialise(info, generator)
         for k, codebook in enumerate(self.codebooks):
-            x = info.residuals[k].flatten(0, 1)
-            candidates = gather_candidates(x)
-            if not codebook.is_initialised:
-                codebook.initialise(candidates, generator)
-                continue
+            candidates = gather_candidates(info.residuals[k].flatten(0, 1))
             mask = info.used[:, k]
             x = info.residuals[k][mask].flatten(0, 1)
             codebook.update(x, info.codes[mask, k].flatten(), candidates, generator)
+
+    def _initialise(self, info: Quantized, generator: torch.Generator) -> None:
+        semantic, residual = (gather_candidates(x.flatten(0, 1)) for x in info.residuals[:2])
+        self.codebooks[0].initialise(semantic, generator)
+        for codebook in self.codebooks[1:]:
+            codebook.initialise(residual, generator)
+            residual = residual - codebook.lookup(codebook(residual))
 
 
 class Codec(nn.Module):
@@ -434,6 +446,8 @@ class Codec(nn.Module):
         self.semantic_out = nn.Linear(config.semantic_dim, config.decoder_dim)
         self.acoustic_out = nn.Linear(config.acoustic_dim, config.decoder_dim)
         self.decoder = build_decoder(config)
+        # Start near silence: an output louder than speech would cost the first steps.
+        self.decoder[-1].linear.weight.data.mul_(0.1)
         self._stored_fingerprint: str | None = None
 
     # -- checkpoints ---------------------------------------------------------------------------

@@ -77,6 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--full_rate", type=float, default=0.7, help="share that uses all codebooks")
     more.add_argument("--commitment_weight", type=float, default=0.25)
     more.add_argument("--phone_weight", type=float, default=0.5)
+    more.add_argument("--quantizer_start", type=int, default=200, help="steps before k-means")
     more.add_argument("--warmup_steps", type=int, default=500)
     more.add_argument("--grad_clip", type=float, default=1.0)
     more.add_argument("--seed", type=int, default=0)
@@ -314,8 +315,8 @@ def main() -> None:
     if args.init_from and checkpoint is None:
         inherit(model, args.init_from)
     generator_parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(generator_parameters, args.gen_lr, (0.8, 0.99), weight_decay=0.01)
-    disc_optimizer = torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.8, 0.99))
+    optimizer = torch.optim.AdamW(generator_parameters, args.gen_lr, (0.8, 0.99), fused=True, weight_decay=0.01)
+    disc_optimizer = torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.8, 0.99), fused=True)
     balancer = training.Balancer(BALANCE)
     guard, meter = training.StepGuard(), training.CostMeter(
         "codec",
@@ -397,7 +398,8 @@ def main() -> None:
         norm = nn.utils.clip_grad_norm_(generator_parameters, args.grad_clip)
         if guard.check(sum(losses.values()) + others, norm):
             optimizer.step()
-            model.quantizer.update(info, keyed_generator(args.seed, step, 1 << 20))
+            if step >= args.quantizer_start:
+                model.quantizer.update(info, keyed_generator(args.seed, step, 1 << 20))
 
         # Discriminator, on the same reconstruction.
         if adversarial:
