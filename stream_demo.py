@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from s2s import Sampling
 
-from data import EMOTIONS, LANGUAGES, SAMPLE_RATE, read_audio, write_audio
+from data import AUDIO_SUFFIXES, EMOTIONS, LANGUAGES, SAMPLE_RATE, read_audio, write_audio
 from duplex import (
     QUIET_DBFS,
     CallRecord,
@@ -91,8 +91,21 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} must be at least {least}")
     if args.wav and not args.out:
         args.out = [Path(f"reply_{path.stem}.wav") for path in args.wav]
-    if args.out and len({path.resolve() for path in args.out}) < len(args.out):
-        raise UserError("two replies would be written to one file; name them with --out")
+    for out in args.out or ():
+        _check_output(out, args)
+
+
+def _check_output(out: Path, args: argparse.Namespace) -> None:
+    """A reply must not be lost at the end of a call for want of a place to put it."""
+    place = out.resolve()
+    if sum(place == other.resolve() for other in args.out) > 1:
+        raise UserError(f"{out}: two replies would be written there; name them with --out")
+    if place in [wav.resolve() for wav in args.wav]:
+        raise UserError(f"{out}: is a question too; give the reply another name with --out")
+    if not place.parent.is_dir():
+        raise UserError(f"{out}: no folder {out.parent}; make it first")
+    if out.suffix.lower() not in AUDIO_SUFFIXES:
+        raise UserError(f"{out}: not an audio file's name; end it in .wav")
 
 
 # ---------------------------------------------------------------------------------- what it says
@@ -483,6 +496,8 @@ def _new_ledger(engine: DuplexEngine) -> LatencyLedger:
 def pick_device(name: str, threads: int) -> str:
     """"auto" is CUDA where there is one; a CPU gets `threads` threads."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: give auto, cpu or cuda")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA GPU found; use --device cpu")
     if device == "cpu":

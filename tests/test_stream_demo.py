@@ -351,7 +351,10 @@ def test_reply_files_are_named_after_the_questions():
         (["--out", "a.wav"], "needs --wav"),
         (["--fast"], "needs --wav"),
         (["--wav", "a.wav", "b.wav", "--out", "c.wav"], "2 --wav files but 1 --out"),
-        (["--wav", "x/a.wav", "y/a.wav"], "one file"),
+        (["--wav", "x/a.wav", "y/a.wav"], "two replies"),
+        (["--wav", "a.wav", "--out", "a.wav"], "is a question too"),
+        (["--wav", "a.wav", "--out", "no_such_folder/b.wav"], "make it first"),
+        (["--wav", "a.wav", "--out", "b.txt"], "not an audio file's name"),
         (["--wav", "a.wav", "--tail_seconds", "-1"], "tail_seconds"),
     ],
 )
