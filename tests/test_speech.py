@@ -1,0 +1,249 @@
+"""Speech engines: closed inventory, phones where the sound is, same request same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import speech
+from data import SAMPLE_RATE
+from training import UserError
+
+TEXTS = {
+    "english": ["Hello there, what is the weather like today?", "I lost my keys near the park."],
+    "hindi": ["नमस्ते, आप कैसे हैं?", "आज मौसम बहुत अच्छा है।"],
+    "telugu": ["నమస్కారం, మీరు ఎలా ఉన్నారు?", "ఈ రోజు వాతావరణం బాగుంది."],
+}
+ODD = '25% of [1/2] — café \\ "quote" (x) ☂ नमस्ते మీరు #!? 3.14'
+ENGINES = ("espeak", "hibari", "flite", "festival")
+CASES = [(engine, language) for engine in ENGINES for language in TEXTS]
+
+
+def a_voice(engine: str, language: str) -> speech.Voice:
+    """The first training voice of an engine, or a skip that says what is missing."""
+    try:
+        found = [v for v in speech.voices(language) if v.engine == engine]
+    except UserError as error:
+        pytest.skip(str(error))
+    if not found:
+        pytest.skip(f"no {engine} voice for {language}: {speech.INSTALL[engine]}")
+    return found[0]
+
+
+def needs_espeak() -> None:
+    try:
+        speech.phonemize("a", "english")
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def say(voice: speech.Voice, texts: list[str], **changes) -> list[speech.Utterance]:
+    requests = [speech.Request(t, voice.language, voice, seed=1, **changes) for t in texts]
+    return speech.Synthesizer().synthesize(requests)
+
+
+def written_sentences(language: str) -> list[str]:
+    """Every turn of the dialogue scripts."""
+    path = Path(speech.__file__).parent / "conversations" / f"{language}.jsonl"
+    turns = [t for line in path.open(encoding="utf-8") for t in json.loads(line)["turns"]]
+    return [text for t in turns for text in t.get("texts", [t.get("text")])]
+
+
+def test_inventory_has_no_doubles_and_starts_with_silence():
+    assert speech.PHONES[0] == speech.SILENCE == "_"
+    assert len(set(speech.PHONES)) == len(speech.PHONES) <= 80
+    folded = {p for units in speech._ESPEAK_UNITS.values() for p in units.split()}
+    assert folded <= set(speech.PHONES)
+    assert set(speech._RADIO.values()) <= set(speech.PHONES)
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_every_phone_can_be_said_by_every_engine(language):
+    for phone in speech.PHONES[1:]:
+        assert speech._engine_phones(phone, speech._TO_RADIO)
+        assert speech._engine_phones(phone, speech._TO_NSK)
+        assert set(speech._engine_phones(phone, speech._TO_RADIO)) <= set(speech._RADIO)
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_phones_of_all_scripts_are_in_the_inventory(language):
+    needs_espeak()
+    unknown: list[str] = []
+    sentences = written_sentences(language)
+    assert len(sentences) > 100
+    phones = {p for text in sentences for p in speech.phonemize(text, language, unknown)}
+    assert unknown == []
+    assert phones <= set(speech.PHONES[1:])
+
+
+@pytest.mark.parametrize(
+    ("language", "word", "phones"),
+    [
+        ("english", "thing", "θ ɪ ŋ"),
+        ("english", "boat", "b oʊ t"),
+        ("english", "weather", "w ɛ ð ɚ"),
+        ("hindi", "नमस्ते", "n ə m ə s t e"),
+        ("hindi", "घोड़ा", "ɡʰ o ɽ aː"),
+        ("hindi", "मैं", "m ɛ ŋ"),
+        ("telugu", "మీరు", "m i r ʊ"),
+        ("telugu", "నమస్కారం", "n a m a s k aː r a m"),
+    ],
+)
+def test_known_words(language, word, phones):
+    needs_espeak()
+    assert speech.phonemize(word, language) == phones.split()
+
+
+def test_unknown_symbols_are_reported():
+    unknown: list[str] = []
+    assert speech.fold_ipa("aʘ", "english", unknown) == ["a"]
+    assert unknown == ["ʘ"]
+
+
+@pytest.mark.parametrize(("engine", "language"), CASES)
+def test_same_request_same_bytes(engine, language):
+    voice = a_voice(engine, language)
+    first, again = say(voice, TEXTS[language][:1]), say(voice, TEXTS[language])
+    assert first[0].audio.tobytes() == again[0].audio.tobytes()
+    assert first[0].phones == again[0].phones
+
+
+@pytest.mark.parametrize(("engine", "language"), CASES)
+def test_phones_tile_the_audio_and_are_heard(engine, language):
+    for utterance in say(a_voice(engine, language), TEXTS[language]):
+        audio, phones = utterance.audio, utterance.phones
+        assert audio.dtype == np.float32 and np.abs(audio).max() <= 1.0
+        assert phones[0][1] == 0.0
+        assert phones[-1][2] == pytest.approx(len(audio) / SAMPLE_RATE, abs=1e-3)
+        for (_, _, end), (_, start, _) in zip(phones, phones[1:], strict=False):
+            assert start == pytest.approx(end, abs=1e-6)
+        assert all(end > start and phone in speech.PHONES for phone, start, end in phones)
+
+        def samples(kind, audio=audio, phones=phones):
+            cut = [
+                (round(s * SAMPLE_RATE), round(e * SAMPLE_RATE)) for p, s, e in phones if p in kind
+            ]
+            return np.concatenate([audio[s:e] for s, e in cut] or [np.zeros(0)])
+
+        def level(x):
+            return 10 * np.log10(np.mean(x**2) + 1e-12)
+
+        def brightness(x):
+            return level(np.diff(x)) - level(x)
+
+        vowels, hiss = samples(speech.VOWELS), samples(["s", "ʃ", "tʃ", "tʃʰ"])
+        assert level(samples([speech.SILENCE])) < level(vowels) - 25
+        if len(hiss):
+            assert brightness(hiss) > brightness(vowels) + 5
+
+
+@pytest.mark.parametrize(("engine", "language"), CASES)
+def test_phones_are_those_of_the_text(engine, language):
+    voice = a_voice(engine, language)
+    for text, utterance in zip(TEXTS[language], say(voice, TEXTS[language]), strict=True):
+        said = [p for p, _, _ in utterance.phones if p != speech.SILENCE]
+        expected = speech.phonemize(text, language)
+        # English engines have dictionaries of their own, so a few phones differ.
+        assert abs(len(said) - len(expected)) <= 3
+        same = len(
+            set(zip(said, said[1:], strict=False)) & set(zip(expected, expected[1:], strict=False))
+        )
+        assert same >= 0.6 * len(set(zip(expected, expected[1:], strict=False)))
+
+
+@pytest.mark.parametrize(("engine", "language"), CASES)
+def test_words_are_in_order(engine, language):
+    for text, utterance in zip(
+        TEXTS[language], say(a_voice(engine, language), TEXTS[language]), strict=True
+    ):
+        if utterance.words is None:
+            assert (engine, language) == ("flite", "english")
+            continue
+        assert len(utterance.words) == len(text.split())
+        starts = [s for _, s, _ in utterance.words]
+        assert starts == sorted(starts)
+        assert all(
+            0 <= s < e <= len(utterance.audio) / SAMPLE_RATE + 1e-3 for _, s, e in utterance.words
+        )
+
+
+@pytest.mark.parametrize(("engine", "language"), CASES)
+def test_digits_and_odd_characters_do_no_harm(engine, language):
+    voice = a_voice(engine, language)
+    for utterance in say(voice, [ODD, "", "...", "☂"]):
+        assert len(utterance.audio) > 0 and utterance.phones
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_speed_and_emotion_change_the_speech(engine):
+    voice = a_voice(engine, "english")
+    (plain,), (fast,) = (
+        say(voice, TEXTS["english"][:1]),
+        say(voice, TEXTS["english"][:1], speed=1.4),
+    )
+    assert 0.55 < len(fast.audio) / len(plain.audio) < 0.9
+    (sad,) = say(voice, TEXTS["english"][:1], emotion="sad")
+    assert len(sad.audio) > len(plain.audio)
+    assert np.sqrt(np.mean(sad.audio**2)) < np.sqrt(np.mean(plain.audio**2))
+
+
+def test_hibari_durations_are_those_it_used():
+    a_voice("hibari", "english")
+    model = speech._hibari(0)
+    agent = speech.voices("english", "agent")[0]
+    order = speech._order(speech.Request(TEXTS["english"][1], "english", agent))
+    pieces, _ = speech._hibari_sentences(model, order)[0]
+    symbols = "".join(s for s, _ in pieces)
+    audio, lengths, _ = model.say(symbols, order.rate, order.seed)
+    assert lengths.sum() == len(audio)  # durations are those that the model used
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_held_out_speakers_are_in_no_other_split(language):
+    needs_espeak()
+    splits = {}
+    for split in ("train", "validation", "test"):
+        try:
+            splits[split] = speech.voices(language, "user", split)
+        except UserError as error:
+            pytest.skip(str(error))
+    speakers = {split: {v.speaker for v in found} for split, found in splits.items()}
+    assert not speakers["test"] & (speakers["train"] | speakers["validation"])
+    assert not speakers["validation"] & speakers["train"]
+    assert len({v.id for found in splits.values() for v in found}) == sum(map(len, splits.values()))
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_the_agent_is_one_voice_and_no_user(language):
+    try:
+        agents = speech.voices(language, "agent")
+        users = speech.voices(language)
+    except UserError as error:
+        pytest.skip(str(error))
+    assert len(agents) == 1
+
+    def sound(v):
+        return (v.engine, v.name, v.formant, v.pitch, v.pitch_range)
+
+    assert sound(agents[0]) not in {sound(v) for v in users}
+
+
+def test_a_missing_engine_names_its_install_line(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    voice = speech.Voice("x", "flite", "english", "slt", "slt")
+    with pytest.raises(UserError, match="apt-get install flite"):
+        say(voice, ["hello"])
+
+
+def test_bad_requests_are_refused():
+    voice = speech.Voice("x", "espeak", "english", "e", "gmw/en-US")
+    with pytest.raises(UserError, match="emotion"):
+        say(voice, ["hello"], emotion="bored")
+    with pytest.raises(UserError, match="languages are"):
+        speech.phonemize("hola", "spanish")
+    with pytest.raises(UserError, match="engines are"):
+        say(speech.Voice("x", "nobody", "english", "e", "e"), ["hello"])
