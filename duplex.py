@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 import soxr
 import torch
-from s2s import S2S
 
 from codec import Codec
-from data import EMOTIONS, LANGUAGES, SAMPLE_RATE
+from data import SAMPLE_RATE
+from s2s import PAD, S2S, Sampling
 from training import UserError
 
 LEVEL_SECONDS = 0.005
@@ -50,7 +50,7 @@ VAD_TURN_SILENCE = 0.5
 # ---------------------------------------------------------------------------- models and results
 
 
-def check_codec_matches(codec: Any, lm: Any) -> None:
+def check_codec_matches(codec: Codec, lm: S2S) -> None:
     """Raise `UserError` unless `lm` was trained on the codes of this very `codec`."""
     wanted = lm.config.codec_fingerprint
     if wanted != codec.fingerprint:
@@ -71,12 +71,14 @@ def check_codec_matches(codec: Any, lm: Any) -> None:
         )
 
 
-def load_models(codec_path: str | Path, lm_path: str | Path, device: str = "cpu") -> tuple:
+def load_models(
+    codec_path: str | Path, lm_path: str | Path, device: str = "cpu"
+) -> tuple[Codec, S2S]:
     """The codec and the dialogue LM of two checkpoint folders, checked to belong together."""
     codec = Codec.from_checkpoint(codec_path, device=device)
     lm = S2S.from_checkpoint(lm_path, device=device)
     check_codec_matches(codec, lm)
-    return codec.eval(), lm.eval()
+    return codec, lm
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class StageTimes:
 class TickResult:
     """What one tick gave, a row a slot; rows of slots that were not `active` are zero.
 
-    audio [B, T] float32; text [B] token ids (0 = none); user_speaking, turn_end [B]
+    audio [B, T] float32; text [B] token ids (`PAD` = none); user_speaking, turn_end [B]
     probabilities; user_emotion [B, 8], language [B, 3] probabilities; index [B] the number of the
     input patch heard (dropped ones count); waited [B] seconds the patch lay in the queue; dropped
     [B] patches lost since the slot's last tick; muted [B] output silenced by `vad_flush`.
@@ -215,16 +217,16 @@ class DuplexEngine:
     waiting (None when there is none), `run_ready` runs them back to back. `tick` is the step
     itself, for callers with queues of their own.
 
-    sampling: the LM's own `Sampling`, or None for its default. clock: seconds, monotonic.
+    sampling: None for the LM's default. clock: seconds, monotonic.
     Raises `UserError` when the two models do not belong together.
     """
 
     def __init__(
         self,
-        codec: Any,
-        lm: Any,
+        codec: Codec,
+        lm: S2S,
         slots: int = 1,
-        sampling: Any = None,
+        sampling: Sampling | None = None,
         seed: int = 0,
         vad_flush: bool = False,
         max_queued: int = MAX_QUEUED_PATCHES,
@@ -260,22 +262,28 @@ class DuplexEngine:
     # ---- per slot
 
     def reset(self, slot: int | None = None) -> None:
-        """Forget one slot's call, or all of them; the voice settings stay."""
+        """Forget one slot's call; or all of them, and draw from the seed again. The voice
+        settings stay."""
         chosen = range(self.slots) if slot is None else [slot]
         mask = torch.zeros(self.slots, dtype=torch.bool, device=self.device)
         mask[list(chosen)] = True
         for state in (self._encoder, self._decoder, self._lm_state):
             state.reset(mask)
+        if slot is None:
+            self._lm_state.generator.manual_seed(self.seed)
         for one in chosen:
             self.queues[one].clear()
             self._flush[one].reset()
             self._reported_drops[one] = 0
             self._user_voice[one] = self._audible[one] = self._muted[one] = False
 
-    def set_voice(self, slot: int, emotion: str = "neutral", language: str | None = None) -> None:
-        """The agent's emotion and language in one slot; may change in mid-call. None = unknown."""
-        self._emotion[slot] = EMOTIONS.index(emotion)
-        self._language[slot] = 0 if language is None else LANGUAGES.index(language) + 1
+    def set_voice(
+        self, slot: int, emotion: str | None = None, language: str | None = None
+    ) -> None:
+        """The agent's emotion and language in one slot, None = its own choice; also mid-call."""
+        config = self.lm.config
+        self._emotion[slot] = 0 if emotion is None else config.emotions.index(emotion) + 1
+        self._language[slot] = 0 if language is None else config.languages.index(language) + 1
 
     def set_user_voice(self, slot: int, speaking: bool) -> None:
         """Tell `vad_flush` whether a detector hears the user of this slot now."""
@@ -351,8 +359,9 @@ class DuplexEngine:
             active=mask,
             emotion=self._emotion,
             language=self._language,
+            sampling=self.sampling,
             timer=lambda stage: self._mark(marks, stage),
-            **self._step_options(forced),
+            **self._forcing(forced),
         )
         self._mark(marks, "lm")
         reply = self.codec.decode_step(step.agent_codes, self._decoder, active=mask)[:, 0]
@@ -362,7 +371,7 @@ class DuplexEngine:
         reply = self._mute(reply * keep, forced)
         return TickResult(
             audio=reply,
-            text=np.where(active, _host(step.text), 0),
+            text=np.where(active, _host(step.text), PAD),
             user_speaking=_host(step.user_speaking) * active,
             turn_end=_host(step.turn_end) * active,
             user_emotion=_host(step.user_emotion) * keep,
@@ -375,15 +384,15 @@ class DuplexEngine:
             times=_stage_times(marks),
         )
 
-    def _step_options(self, forced: np.ndarray) -> dict:
-        options: dict[str, Any] = {}
-        if self.sampling is not None:
-            options["sampling"] = self.sampling
-        if forced.any():
-            options["forced"] = torch.from_numpy(forced).to(self.device)
-            options["forced_agent_codes"] = self._silence
-            options["forced_text"] = torch.zeros_like(self._emotion)  # PAD
-        return options
+    def _forcing(self, forced: np.ndarray) -> dict:
+        """What `S2S.step` is told of the slots that are silenced."""
+        if not forced.any():
+            return {}
+        return {
+            "forced": torch.from_numpy(forced).to(self.device),
+            "forced_agent_codes": self._silence,
+            "forced_text": torch.full_like(self._emotion, PAD),
+        }
 
     def _decide_flush(self, active: np.ndarray) -> np.ndarray:
         """[B] bool: slots whose agent is silenced in this tick."""
@@ -435,8 +444,8 @@ def _stage_times(marks: dict[str, float]) -> StageTimes:
     )
 
 
-class TextStream:
-    """Token ids in, readable text out as soon as its bytes are whole. PAD (0) adds nothing."""
+class ReplyText:
+    """Token ids in, readable text out as soon as its bytes are whole. PAD adds nothing."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -448,7 +457,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text this token adds, "" while a character's bytes are incomplete."""
-        if token == 0:
+        if token == PAD:
             return ""
         self._ids.append(int(token))
         text = self._tokenizer.decode(self._ids)

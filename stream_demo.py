@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from s2s import Sampling
 
 from data import AUDIO_SUFFIXES, EMOTIONS, LANGUAGES, SAMPLE_RATE, read_audio, write_audio
 from duplex import (
@@ -31,15 +30,16 @@ from duplex import (
     CallRecord,
     DuplexEngine,
     LatencyLedger,
+    ReplyText,
     Response,
     StreamResampler,
-    TextStream,
     TickResult,
     VoiceDetector,
     find_speech,
     frame_levels,
     load_models,
 )
+from s2s import PAD, S2S, Sampling
 from training import UserError, run
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
@@ -61,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", nargs="+", type=Path, help="reply files, one for each --wav [reply_NAME.wav]")
     add("--codec", type=Path, default=TINY / "codec", help="checkpoint folder [the tiny one]")
     add("--lm", type=Path, default=TINY / "s2s", help="checkpoint folder [the tiny one]")
-    add("--emotion", choices=EMOTIONS, default="neutral", help="how the agent speaks [neutral]")
+    add("--emotion", choices=EMOTIONS, help="how the agent speaks [as it sees fit]")
     add("--language", choices=SPOKEN, help="of the call [heard by the model itself]")
     add("--seed", type=int, default=0, help="of the sampling [0]")
     more = parser.add_argument_group("advanced").add_argument
@@ -114,17 +114,15 @@ def _check_output(out: Path, args: argparse.Namespace) -> None:
 class Transcript:
     """Prints the reply's text as it comes, and keeps what the user sounded like."""
 
-    def __init__(self, tokenizer: Any, patch_seconds: float, write: Callable[[str], Any]):
-        self._stream = TextStream(tokenizer)
+    def __init__(self, lm: S2S, patch_seconds: float, write: Callable[[str], Any]):
+        self._stream = ReplyText(lm.tokenizer)
+        self._emotions, self._languages = lm.config.emotions, lm.config.languages
         self._write = write
         self._patch_seconds = patch_seconds
         self._silent = 0.0
         self._lines: list[str] = []
-        self.forget_user()
-
-    def forget_user(self) -> None:
-        self._emotion = np.zeros(len(EMOTIONS))
-        self._language = np.zeros(len(SPOKEN))
+        self._emotion = np.zeros(len(self._emotions))
+        self._language = np.zeros(len(self._languages))
         self._weight = 0.0
 
     @property
@@ -139,7 +137,8 @@ class Transcript:
             self._language += weight * result.language[slot]
             self._weight += weight
         new = self._stream.push(int(result.text[slot]))
-        self._silent = 0.0 if result.text[slot] else self._silent + self._patch_seconds
+        said = result.text[slot] != PAD
+        self._silent = 0.0 if said else self._silent + self._patch_seconds
         if new:
             begins = self._stream.text == new
             self._write(("samvad: " + new.lstrip()) if begins else new)
@@ -158,8 +157,8 @@ class Transcript:
             return "you: the model heard nobody speak"
         emotion, language = self._emotion / self._weight, self._language / self._weight
         return (
-            f"you: sounded {EMOTIONS[int(emotion.argmax())]} ({emotion.max():.0%}),"
-            f" spoke {SPOKEN[int(language.argmax())]} ({language.max():.0%})"
+            f"you: sounded {self._emotions[int(emotion.argmax())]} ({emotion.max():.0%}),"
+            f" spoke {self._languages[int(language.argmax())]} ({language.max():.0%})"
         )
 
 
@@ -265,7 +264,7 @@ def answer_recordings(engine: DuplexEngine, args: argparse.Namespace) -> Latency
     questions = [read_question(path) for path in args.wav]
     ledger = _new_ledger(engine)
     for path, out, audio in zip(args.wav, args.out, questions, strict=True):
-        transcript = Transcript(engine.lm.tokenizer, engine.patch_seconds, _write)
+        transcript = Transcript(engine.lm, engine.patch_seconds, _write)
         turn = find_speech(audio)
         end = f"speech ends at {turn.end:.2f} s, by {turn.source}" if turn else "no speech found"
         print(f"{path}: {len(audio) / SAMPLE_RATE:.2f} s, {end}")
@@ -476,7 +475,7 @@ def talk(engine: DuplexEngine, sounddevice: Any = None) -> LatencyLedger:
     """A live call through the sound card until Ctrl-C."""
     sounddevice = sounddevice or import_sounddevice()
     ledger = _new_ledger(engine)
-    transcript = Transcript(engine.lm.tokenizer, engine.patch_seconds, _write)
+    transcript = Transcript(engine.lm, engine.patch_seconds, _write)
     call = MicrophoneCall(engine, sounddevice, ledger, transcript, VoiceDetector())
     print("Speak when you like; Ctrl-C ends the call. Wear headphones, or it hears itself.")
     call.run()

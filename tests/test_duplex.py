@@ -3,14 +3,21 @@ content are known exactly."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
+import codec as codec_module
 import duplex
+import s2s
+from codec import Codec, CodecConfig
+from data import EMOTIONS, LANGUAGES
 from duplex import (
     BargeInFlush,
     CallRecord,
@@ -18,17 +25,19 @@ from duplex import (
     LatencyLedger,
     PatchQueue,
     ReplyClock,
+    ReplyText,
     StreamResampler,
-    TextStream,
     UserTurn,
     VoiceDetector,
     barge_in_latencies,
     check_codec_matches,
     find_speech,
     frame_levels,
+    load_models,
     response_latencies,
 )
-from training import UserError
+from s2s import S2S, S2SConfig, Sampling
+from training import UserError, save_checkpoint
 
 RATE = 24000
 PATCH = 0.04
@@ -47,6 +56,7 @@ class FakeState:
 
     def __init__(self, slots: int):
         self.frames = torch.zeros(slots, dtype=torch.int64)
+        self.generator = torch.Generator()
 
     def advance(self, frames: int, active: torch.Tensor | None) -> None:
         moved = torch.ones_like(self.frames, dtype=torch.bool) if active is None else active
@@ -102,6 +112,8 @@ class FakeLM(torch.nn.Module):
             frame_rate=50.0,
             frames_per_step=2,
             acoustic_delay=0,
+            emotions=EMOTIONS,
+            languages=LANGUAGES[:3],
         )
         self.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(f"w{i}" for i in ids))
         self.clock, self.costs, self.calls = clock, (temporal, depth), []
@@ -109,7 +121,7 @@ class FakeLM(torch.nn.Module):
     def init_state(self, slots, seed=0):
         return FakeState(slots)
 
-    def step(self, codes, state, active=None, timer=None, **options):
+    def step(self, codes, state, active=None, timer=None, sampling=None, **options):
         self.calls.append(options)
         self.clock.now += self.costs[0]
         timer("temporal")
@@ -261,7 +273,7 @@ def test_voice_settings_reach_the_lm_and_survive_reset():
     engine.set_voice(1, "happy", "telugu")
     engine.reset(1)
     engine.tick(np.zeros((2, 960)))
-    assert engine.lm.calls[-1]["emotion"].tolist() == [0, 1]
+    assert engine.lm.calls[-1]["emotion"].tolist() == [0, 2]
     assert engine.lm.calls[-1]["language"].tolist() == [0, 3]
 
 
@@ -312,7 +324,7 @@ def test_text_waits_for_whole_characters():
         def decode(self, ids):
             return bytes(ids).decode("utf-8", errors="replace")
 
-    stream = TextStream(Bytes())
+    stream = ReplyText(Bytes())
     pushed = [stream.push(byte) for byte in "aन".encode()]
     assert pushed == ["a", "", "", "न"]
     assert stream.push(0) == "" and stream.text == "aन"
@@ -514,22 +526,117 @@ def test_quiet_floor_is_below_speech():
 # --------------------------------------------------------------------------------- real models
 
 
-def real_codec():
-    from codec import Codec, CodecConfig
-
+def small_pair() -> tuple[Codec, S2S]:
+    """Random weights at real shapes; the LM has a tokenizer of a few words."""
     torch.manual_seed(0)
-    return Codec(CodecConfig.tiny()).eval()
+    codec = Codec(
+        CodecConfig(front_dim=16, encoder_dim=32, decoder_front_dim=16, decoder_dim=32, num_heads=2)
+    ).eval()
+    lm = S2S(
+        S2SConfig(
+            codec_fingerprint=codec.fingerprint,
+            vocab_size=32,
+            dim=32,
+            num_layers=1,
+            num_heads=2,
+            depth_dim=16,
+            depth_layers=1,
+            depth_heads=2,
+            code_dim=8,
+        )
+    ).eval()
+    words = {"<pad>": 0, **{f"word{i}": i for i in range(1, 32)}}
+    lm.tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    return codec, lm
+
+
+def noise_patches(count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(0, 0.1, count * 960).astype("f")
+
+
+def drain(engine: DuplexEngine, audio: np.ndarray, slot: int = 0) -> list:
+    engine.feed(slot, audio, bounded=False)
+    return list(engine.run_ready())
 
 
 def test_the_engine_adds_nothing_to_the_codec():
     """An echoing LM between a real encoder and decoder gives what the codec gives offline."""
-    codec = real_codec()
+    codec, _ = small_pair()
     lm = FakeLM(FakeClock())
     lm.config.codec_fingerprint = codec.fingerprint
     engine = DuplexEngine(codec, lm)
-    audio = np.random.default_rng(0).normal(0, 0.1, 20 * 960).astype("f")
+    audio = noise_patches(20)
     engine.warm_up(2)
-    engine.feed(0, audio, bounded=False)
-    streamed = np.concatenate([result.audio[0] for result in engine.run_ready()])
+    streamed = np.concatenate([result.audio[0] for result in drain(engine, audio)])
     offline = codec.decode(codec.encode(torch.from_numpy(audio)[None, None]))[0, 0].numpy()
     np.testing.assert_allclose(streamed, offline, atol=1e-4)
+
+
+def test_real_models_repeat_by_seed_and_give_every_field():
+    codec, lm = small_pair()
+    engine = DuplexEngine(codec, lm, seed=3)
+    engine.set_voice(0, "happy", "hindi")
+    engine.warm_up(2)
+    first = drain(engine, noise_patches(10))
+    engine.reset()
+    again = drain(engine, noise_patches(10))
+    for one, two in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.audio, two.audio)
+        np.testing.assert_array_equal(one.text, two.text)
+    last = first[-1]
+    assert last.audio.shape == (1, 960) and last.audio.dtype == np.float32
+    assert last.user_emotion.shape == (1, 8) and last.language.shape == (1, 3)
+    np.testing.assert_allclose(last.user_emotion.sum(), 1.0, atol=1e-5)
+    times = last.times
+    assert min(times.encode, times.temporal, times.depth, times.decode) > 0
+    assert times.total >= times.encode + times.temporal + times.depth + times.decode - 1e-9
+
+
+def test_a_slot_s_words_do_not_depend_on_its_neighbours_coming_and_going():
+    """Greedy: one caller alone, then beside another who joins late and is reset."""
+    codec, lm = small_pair()
+    greedy = Sampling(temperature=0, text_temperature=0)
+    alone = drain(DuplexEngine(codec, lm, sampling=greedy), noise_patches(12))
+    engine = DuplexEngine(codec, lm, slots=2, sampling=greedy)
+    shared = []
+    for number, patch in enumerate(noise_patches(12).reshape(12, 960)):
+        engine.feed(1, patch)
+        if 3 <= number < 8:
+            engine.feed(0, noise_patches(1, seed=number))
+        if number == 6:
+            engine.reset(0)
+        shared += list(engine.run_ready())
+    for one, two in zip(alone, shared, strict=True):
+        np.testing.assert_allclose(one.audio[0], two.audio[1], atol=1e-4)
+        assert one.text[0] == two.text[1]
+
+
+def test_vad_flush_reaches_the_real_model_s_memory():
+    codec, lm = small_pair()
+    engine = DuplexEngine(codec, lm, vad_flush=True)
+    engine._flush[0].flushing = True
+    engine.set_user_voice(0, True)
+    result = engine.tick(noise_patches(1)[None])
+    assert result.muted[0] and result.text[0] == 0
+    silence_codes = engine._silence[0].T  # the LM keeps [p, K]
+    assert torch.equal(engine._lm_state.agent[0], silence_codes)
+
+
+def test_load_models_checks_the_pair(tmp_path):
+    codec, lm = small_pair()
+    save_pair(codec, lm, tmp_path)
+    loaded_codec, loaded_lm = load_models(tmp_path / "codec", tmp_path / "s2s")
+    assert loaded_lm.config.codec_fingerprint == loaded_codec.fingerprint
+    other = dataclasses.replace(lm.config, codec_fingerprint="f00")
+    save_pair(codec, lm, tmp_path / "other", lm_config=other)
+    with pytest.raises(UserError, match=f"f00.*{loaded_codec.fingerprint}"):
+        load_models(tmp_path / "other" / "codec", tmp_path / "other" / "s2s")
+
+
+def save_pair(codec: Codec, lm: S2S, folder: Path, lm_config: S2SConfig | None = None) -> None:
+    """Two checkpoint folders, as the trainers write them."""
+    config = codec_module.stored_config(codec.config)
+    save_checkpoint(folder / "codec", 1, config, codec.state_dict())
+    config = s2s.stored_config(lm_config or lm.config)
+    tokenizer = lm.tokenizer.to_str()
+    save_checkpoint(folder / "s2s", 1, config, lm.state_dict(), tokenizer=tokenizer)

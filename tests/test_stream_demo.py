@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,7 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from test_duplex import FakeClock, FakeCodec, FakeLM, fake_engine, patch, silence, tone
+import torch
+from test_duplex import (
+    FakeClock,
+    FakeCodec,
+    FakeLM,
+    fake_engine,
+    patch,
+    save_pair,
+    silence,
+    small_pair,
+    tone,
+)
 
 import stream_demo
 from duplex import DuplexEngine, LatencyLedger, VoiceDetector
@@ -31,7 +45,7 @@ RATE = 24000
 
 
 def transcript(engine, said: list[str]) -> Transcript:
-    return Transcript(engine.lm.tokenizer, engine.patch_seconds, said.append)
+    return Transcript(engine.lm, engine.patch_seconds, said.append)
 
 
 def answer(engine, audio, said=None, **options):
@@ -393,3 +407,36 @@ def test_a_recording_without_speech_is_answered_without_a_turn(fake_models, tmp_
     assert json.loads(printed.splitlines()[-1])["answered_share"] is None
 
 
+
+
+# --------------------------------------------------------------------------------- real models
+
+
+def test_the_script_answers_with_small_real_models(tmp_path):
+    """The command as a user pastes it, paced in real time, in a process of its own."""
+    codec, lm = small_pair()
+    for parameter in codec.decoder[-1].parameters():
+        torch.nn.init.zeros_(parameter)  # a silent reply ends with its tail
+    save_pair(codec, lm, tmp_path)
+    wav = question(tmp_path / "question.wav", np.concatenate([tone(0.4), silence(0.2)]))
+    script = Path(stream_demo.__file__)
+    command = [sys.executable, str(script), "--wav", str(wav), "--out", str(tmp_path / "reply.wav")]
+    command += ["--codec", str(tmp_path / "codec"), "--lm", str(tmp_path / "s2s")]
+    command += ["--tail_seconds", "0.5", "--temperature", "0.5", "--language", "telugu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    ledger = json.loads(done.stdout.splitlines()[-1])
+    assert ledger["turns"] == 1 and ledger["tick_ms"]["depth"]["n"] >= 5
+    audio, rate = soundfile.read(tmp_path / "reply.wav")
+    assert rate == RATE and len(audio) >= 27 * 960
+
+
+def test_another_codec_is_refused_by_the_script(tmp_path):
+    codec, lm = small_pair()
+    other = dataclasses.replace(lm.config, codec_fingerprint="f00")
+    save_pair(codec, lm, tmp_path, lm_config=other)
+    wav = question(tmp_path / "question.wav", tone(0.2))
+    argv = ["--wav", str(wav), "--out", str(tmp_path / "r.wav")]
+    argv += ["--codec", str(tmp_path / "codec"), "--lm", str(tmp_path / "s2s")]
+    with pytest.raises(UserError, match=f"f00.*{codec.fingerprint}"):
+        main(argv)
