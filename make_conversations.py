@@ -72,10 +72,10 @@ LICENSES = {
     "espeak": "output of espeak-ng (GPL-3.0+)",
 }
 
-# A recorded voice whose pitch is spread further may be asked for less than 0 Hz somewhere, and
-# Praat's resynthesis then never ends.
-RECORDED = ("flite", "festival")
-MAX_PITCH_RANGE = 1.15
+# A voice whose pitch is spread further may be asked for less than 0 Hz somewhere, and Praat's
+# resynthesis then never ends (none of 1,000 sentences at 1.4, one in some hundreds at 1.8). Users'
+# ranges are drawn up to 1.28 times as large. espeak spreads its pitch itself.
+MAX_PITCH_RANGE = {"agent": 1.4, "user": 1.1}
 
 # Timing in seconds, chances in [0, 1].
 LEAD_IN = (0.2, 1.5)
@@ -900,9 +900,10 @@ class Made:
 
 def _within_range(request: speech.Request) -> speech.Request:
     voice, style = request.voice, speech.STYLES[request.emotion]
-    if voice.engine not in RECORDED or voice.pitch_range * style.pitch_range <= MAX_PITCH_RANGE:
+    limit = MAX_PITCH_RANGE[voice.role] / style.pitch_range
+    if voice.engine == "espeak" or voice.pitch_range <= limit:
         return request
-    return replace(request, voice=replace(voice, pitch_range=MAX_PITCH_RANGE / style.pitch_range))
+    return replace(request, voice=replace(voice, pitch_range=limit))
 
 
 class Studio:
