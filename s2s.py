@@ -1,0 +1,623 @@
+"""The dialogue LM: two streams of codec codes (agent, user) and one of text, in full duplex.
+
+After the RQ-Transformer design of Moshi (Défossez et al. 2024, section 3.4): a temporal transformer
+takes one step a *patch* of `frames_per_step` codec frames; its state gives the text token (the
+agent's inner monologue), which is sampled first, and then a small depth transformer writes the
+agent's codes of the patch. Heads on the temporal state tell what it hears of the user.
+
+Knows codes and text, never audio. Shapes: `B` batch, `P` patches, `p` frames in a patch,
+`K` codebooks, `F` frames, `D` width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from training import UserError, load_checkpoint
+from transformer import StreamingTransformer, TransformerConfig, TransformerState
+
+PAD = 0  # text id of "no token in this patch"
+IGNORE = -100  # a label that is not known
+
+
+@dataclass(frozen=True)
+class S2SConfig:
+    """Sizes of an `S2S`, and the codec whose codes it speaks; stored in every checkpoint."""
+
+    codebook_sizes: tuple[int, ...] = (1024,) * 8
+    codec_fingerprint: str = ""
+    frame_rate: float = 50.0
+    frames_per_step: int = 2
+    depth_order: str = "level"
+    acoustic_delay: int = 0  # frames by which the acoustic levels follow the semantic one
+    vocab_size: int = 2048
+    dim: int = 320
+    num_layers: int = 6
+    num_heads: int = 5
+    context: int = 200  # attention window in patches
+    depth_dim: int = 160
+    depth_layers: int = 2
+    depth_heads: int = 5
+    code_dim: int = 64  # width of the factorised code tables
+    phones: tuple[str, ...] = ()  # what the listening head names; phones[0] is silence
+    listen_delay: int = 2  # patches by which the listening head follows the user
+    languages: tuple[str, ...] = ("english", "hindi", "telugu")
+    emotions: tuple[str, ...] = (
+        "neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        for name in ("codebook_sizes", "phones", "languages", "emotions"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.frames_per_step not in (1, 2, 4):
+            raise ValueError(f"frames_per_step must be 1, 2 or 4, not {self.frames_per_step}")
+        if self.depth_order not in ("level", "frame"):
+            raise ValueError(f"depth_order must be level or frame, not {self.depth_order!r}")
+        if len(self.codebook_sizes) < 2 or self.acoustic_delay < 0:
+            raise ValueError("at least two codebooks and a delay of zero or more are needed")
+
+    @classmethod
+    def tiny(cls, **changes) -> S2SConfig:
+        """About 10M parameters: one CPU core keeps up with a call."""
+        return cls(**changes)
+
+    @classmethod
+    def base(cls, **changes) -> S2SConfig:
+        """About 350M parameters, for one H200."""
+        sizes = {
+            "vocab_size": 32_000, "dim": 1024, "num_layers": 20, "num_heads": 16, "context": 1500,
+            "depth_dim": 512, "depth_layers": 6, "depth_heads": 8, "code_dim": 128,
+        }  # fmt: skip
+        return cls(**{**sizes, **changes})
+
+    @property
+    def num_codebooks(self) -> int:
+        return len(self.codebook_sizes)
+
+    @property
+    def patch_rate(self) -> float:
+        """Patches, and so temporal steps, a second."""
+        return self.frame_rate / self.frames_per_step
+
+    def depth_schedule(self) -> list[list[tuple[int, int]]]:
+        """Per depth step the (frame, level) places it writes.
+
+        `level`: semantic codes frame by frame, then each acoustic level for all frames at once,
+        p + K − 1 steps. `frame`: every code on its own, p · K steps.
+        """
+        frames, levels = range(self.frames_per_step), range(self.num_codebooks)
+        if self.depth_order == "frame":
+            return [[(f, k)] for f in frames for k in levels]
+        return [[(f, 0)] for f in frames] + [[(f, k) for f in frames] for k in levels[1:]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How text and codes are drawn; a temperature of 0 takes the likeliest."""
+
+    temperature: float = 0.7
+    top_k: int = 25
+    text_temperature: float = 0.5
+    text_top_k: int = 10
+
+    def __post_init__(self) -> None:
+        if min(self.temperature, self.text_temperature) < 0 or min(self.top_k, self.text_top_k) < 1:
+            raise UserError("temperatures must be 0 or more and top_k 1 or more")
+
+
+@dataclass
+class Batch:
+    """What the LM is trained on; unknown labels are -100.
+
+    `user_codes`, `agent_codes` `[B, P, p, K]` int64 (`IGNORE` where there is none), `text`
+    `[B, P]` (`PAD` or a token), `agent_emotion` `[B, P]` and `language` `[B]` as inputs (0: not
+    told), and the labels: `user_speaking`, `turn_end`, `user_emotion`, `language_label` `[B, P]`,
+    `user_phones` `[B, P, p]`. `valid` `[B, P]` bool: not padding.
+    """
+
+    user_codes: Tensor
+    agent_codes: Tensor
+    text: Tensor
+    agent_emotion: Tensor
+    language: Tensor
+    user_speaking: Tensor
+    turn_end: Tensor
+    user_emotion: Tensor
+    language_label: Tensor
+    user_phones: Tensor
+    valid: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        moved = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
+        return Batch(**moved)
+
+
+@dataclass
+class StepOutput:
+    """One patch of one tick, for every slot.
+
+    `agent_codes` `[B, K, p]`, `text` `[B]`; what is heard of the user: `user_speaking`, `turn_end`
+    `[B]` and `user_emotion` `[B, 8]`, `language` `[B, 3]` as probabilities, `user_phones`
+    `[B, p, n]` logits of the phones of `listen_delay` patches ago.
+    """
+
+    agent_codes: Tensor
+    text: Tensor
+    user_speaking: Tensor
+    turn_end: Tensor
+    user_emotion: Tensor
+    language: Tensor
+    user_phones: Tensor
+
+
+class S2SState:
+    """A call's state: the temporal cache and the last patch, one row a slot, changed in place."""
+
+    def __init__(self, model: S2S, batch_size: int, seed: int) -> None:
+        c, device = model.config, model.text_embedding.weight.device
+        self.temporal: TransformerState = model.temporal.init_state(batch_size, max_chunk=1)
+        self.depth: TransformerState = model.depth.init_state(batch_size, max_chunk=1)
+        self.agent = torch.full(
+            (batch_size, c.frames_per_step, c.num_codebooks), IGNORE, device=device
+        )
+        self.text = torch.full((batch_size,), PAD, device=device)
+        # Semantic codes that wait for the acoustic ones of their frame.
+        self.delayed = torch.full((batch_size, c.acoustic_delay), IGNORE, device=device)
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def reset(self, mask: Tensor | None = None) -> None:
+        """Starts the slots where `mask` `[B]` bool is true anew (all of them if None)."""
+        self.temporal.reset(mask)
+        everyone = torch.ones_like(self.text, dtype=torch.bool)
+        mask = everyone if mask is None else mask
+        self.agent.masked_fill_(mask[:, None, None], IGNORE)
+        self.text.masked_fill_(mask, PAD)
+        self.delayed.masked_fill_(mask[:, None], IGNORE)
+
+
+class CodeEmbedding(nn.Module):
+    """A patch of codes `[..., p, K]` → `[..., D]`.
+
+    Factorised: a narrow table a codebook, then one projection of the concatenation, which is a
+    projection of its own for every frame slot and level, so that the order of frames is heard.
+    The last row of each table stands for "no code".
+    """
+
+    def __init__(self, config: S2SConfig, dim: int) -> None:
+        super().__init__()
+        self.sizes = config.codebook_sizes
+        self.tables = nn.ModuleList(nn.Embedding(n + 1, config.code_dim) for n in self.sizes)
+        width = config.frames_per_step * config.num_codebooks * config.code_dim
+        self.project = nn.Linear(width, dim, bias=False)
+
+    def table(self, codes: Tensor, level: int) -> Tensor:
+        codes = torch.where(codes < 0, self.sizes[level], codes)
+        return self.tables[level](codes)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        parts = [self.table(codes[..., k], k) for k in range(len(self.sizes))]  # [..., p, d] each
+        return self.project(torch.stack(parts, dim=-2).flatten(-3))
+
+    @torch.no_grad()
+    def set_tables(self, codebooks: Sequence[Tensor]) -> None:
+        """Starts from the codec's own vectors: neighbouring codes sound alike from step 1 on."""
+        for table, vectors in zip(self.tables, codebooks, strict=False):
+            if vectors.shape[1] == table.embedding_dim:
+                vectors = vectors.float()
+                table.weight[:-1] = (vectors - vectors.mean(0)) / vectors.std().clamp(min=1e-5)
+                table.weight[-1].zero_()
+
+
+class DepthHeads(nn.Module):
+    """Logits of a depth step's codes: a projection a place, then a narrow output table a level."""
+
+    def __init__(self, config: S2SConfig) -> None:
+        super().__init__()
+        schedule = config.depth_schedule()
+        self.schedule = schedule
+        self.project = nn.ModuleList(
+            nn.Linear(config.depth_dim, len(places) * config.code_dim) for places in schedule
+        )
+        self.tables = nn.ModuleList(
+            nn.Linear(config.code_dim, size) for size in config.codebook_sizes
+        )
+
+    def forward(self, hidden: Tensor, step: int) -> list[Tensor]:
+        """`[N, depth_dim]` → logits `[N, size]` for each place of the step."""
+        parts = self.project[step](hidden).chunk(len(self.schedule[step]), dim=-1)
+        return [
+            self.tables[level](part)
+            for (_, level), part in zip(self.schedule[step], parts, strict=True)
+        ]
+
+
+class S2S(nn.Module):
+    """The dialogue LM. `tokenizer` is its own; id 0 is PAD."""
+
+    def __init__(self, config: S2SConfig) -> None:
+        super().__init__()
+        c = config
+        self.config = c
+        self.tokenizer: Tokenizer | None = None
+        self.text_embedding = nn.Embedding(c.vocab_size, c.dim)
+        self.agent_embedding = CodeEmbedding(c, c.dim)
+        self.user_embedding = CodeEmbedding(c, c.dim)
+        self.emotion_embedding = nn.Embedding(len(c.emotions) + 1, c.dim)  # 0: not told
+        self.language_embedding = nn.Embedding(len(c.languages) + 1, c.dim)  # 0: not told
+        self.temporal = StreamingTransformer(
+            TransformerConfig(c.dim, c.num_layers, c.num_heads, c.context)
+        )
+        self.text_head = nn.Linear(c.dim, c.vocab_size)
+        heads = {
+            "user_speaking": 1,
+            "turn_end": 1,
+            "user_emotion": len(c.emotions),
+            "language": len(c.languages),
+            "user_phones": c.frames_per_step * max(1, len(c.phones)),
+        }
+        self.heads = nn.ModuleDict({name: nn.Linear(c.dim, size) for name, size in heads.items()})
+        self.schedule = c.depth_schedule()
+        self.depth_text = nn.Embedding(c.vocab_size, c.depth_dim)
+        self.depth_tables = nn.ModuleList(nn.Embedding(n, c.code_dim) for n in c.codebook_sizes)
+        self.depth_context = nn.ModuleList(nn.Linear(c.dim, c.depth_dim) for _ in self.schedule)
+        self.depth_input = nn.ModuleList(
+            nn.Linear(len(places) * c.code_dim, c.depth_dim, bias=False)
+            for places in self.schedule[:-1]
+        )
+        self.depth = StreamingTransformer(
+            TransformerConfig(c.depth_dim, c.depth_layers, c.depth_heads, len(self.schedule))
+        )
+        self.depth_heads = DepthHeads(c)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.5 if "tables" in name else 0.1)
+        for head in (self.text_head, *self.heads.values(), *self.depth_heads.tables):
+            nn.init.normal_(head.weight, std=0.02)
+            nn.init.zeros_(head.bias)
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> S2S:
+        """Loads a run folder, a step folder or a shipped folder, in float32, for inference.
+
+        Raises:
+            UserError: nothing complete there, or not a dialogue LM.
+        """
+        checkpoint = load_checkpoint(path, with_trainer=False)
+        model = cls(s2s_config(checkpoint.config, path))
+        model.load_tensors(checkpoint.tensors, path)
+        if checkpoint.tokenizer is None:
+            raise UserError(f"{path}: tokenizer.json is missing; copy the whole folder again")
+        model.tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
+        return model.to(device).eval().requires_grad_(False)
+
+    def load_tensors(self, tensors: dict[str, Tensor], path: str | Path) -> None:
+        try:
+            self.load_state_dict(tensors)
+        except RuntimeError as error:
+            first = str(error).splitlines()[-1].strip()
+            raise UserError(f"{path}: weights do not fit the config: {first}") from error
+
+    @torch.no_grad()
+    def set_code_tables(self, codebooks: Sequence[Tensor]) -> None:
+        """Starts all code embeddings from the codec's codebooks `[size, d]` where widths agree."""
+        self.agent_embedding.set_tables(codebooks)
+        self.user_embedding.set_tables(codebooks)
+        for table, source in zip(self.depth_tables, self.agent_embedding.tables, strict=True):
+            table.weight.copy_(source.weight[:-1])
+
+    # -- training ------------------------------------------------------------------------------
+
+    def _temporal_input(self, text, agent, user, emotion, language) -> Tensor:
+        """Sum of embeddings: last text `[B, P]`, last agent patch and this user patch
+        `[B, P, p, K]`, emotion `[B, P]`, language `[B]` → `[B, P, D]`."""
+        x = self.agent_embedding(agent) + self.user_embedding(user)
+        x = x + self.text_embedding(text) + self.emotion_embedding(emotion)
+        return x + self.language_embedding(language)[:, None]
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t."""
+        agent = F.pad(batch.agent_codes[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
+        text = F.pad(batch.text[:, :-1], (1, 0), value=PAD)
+        x = self._temporal_input(
+            text, agent, batch.user_codes, batch.agent_emotion, batch.language
+        )
+        return self.temporal(x)
+
+    def listen(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Logits of the heads, `[B, P, n]`; `user_phones` `[B, P, p, n]`."""
+        logits = {name: head(hidden) for name, head in self.heads.items()}
+        phones = logits["user_phones"].unflatten(-1, (self.config.frames_per_step, -1))
+        return {**logits, "user_phones": phones}
+
+    def depth_logits(self, hidden: Tensor, text: Tensor, codes: Tensor) -> list[list[Tensor]]:
+        """Teacher-forced logits of patches.
+
+        Args:
+            hidden: `[N, D]`, text: `[N]` this patch's token, codes: `[N, p, K]` this patch's.
+
+        Returns:
+            per depth step, per place of `depth_schedule`, logits `[N, size]`.
+        """
+        codes = codes.clamp(min=0)
+        inputs = []
+        for step in range(len(self.schedule)):
+            x = self.depth_context[step](hidden) + self.depth_text(text)
+            if step:
+                x = x + self._depth_codes(codes, step - 1)
+            inputs.append(x)
+        out = self.depth(torch.stack(inputs, dim=1))  # [N, steps, depth_dim]
+        return [self.depth_heads(out[:, step], step) for step in range(len(self.schedule))]
+
+    def _depth_codes(self, codes: Tensor, step: int) -> Tensor:
+        """Embeds the codes `[N, p, K]` that depth step `step` wrote → `[N, depth_dim]`."""
+        parts = [self.depth_tables[k](codes[:, f, k]) for f, k in self.schedule[step]]
+        return self.depth_input[step](torch.cat(parts, dim=-1))
+
+    def losses(
+        self, batch: Batch, depth_patches: Tensor | None, text_weight: float = 1.0
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Every loss as a mean over its known labels, and accuracies as metrics.
+
+        Args:
+            depth_patches: `[B, P]` bool, the patches whose codes are learnt; None for no codes.
+            text_weight: of a token against a PAD in the text loss.
+        """
+        hidden = self.hidden(batch)
+        logits = self.listen(hidden)
+        losses, metrics = listening_losses(logits, batch)
+        text_logits = self.text_head(hidden)
+        text = torch.where(batch.valid, batch.text, IGNORE)
+        weights = torch.ones(self.config.vocab_size, device=text.device)
+        weights[PAD] = 1.0 / text_weight
+        losses["text"] = F.cross_entropy(
+            text_logits.flatten(0, 1).float(), text.flatten(), weights, ignore_index=IGNORE
+        )
+        spoken = text > PAD
+        metrics["text_accuracy"] = accuracy(text_logits, torch.where(spoken, text, IGNORE))
+        if depth_patches is not None:
+            chosen = depth_patches & batch.valid
+            targets = batch.agent_codes[chosen]
+            depth = self.depth_logits(hidden[chosen], batch.text[chosen], targets)
+            losses |= depth_losses(depth, self.schedule, targets)
+        return losses, metrics
+
+    # -- streaming -----------------------------------------------------------------------------
+
+    def init_state(self, batch_size: int, seed: int = 0) -> S2SState:
+        """A fresh state for `batch_size` calls, drawing with `seed`."""
+        return S2SState(self, batch_size, seed)
+
+    @torch.no_grad()
+    def step(
+        self,
+        user_codes: Tensor,
+        state: S2SState,
+        active: Tensor | None = None,
+        emotion: Tensor | None = None,
+        language: Tensor | None = None,
+        sampling: Sampling | None = None,
+        forced: Tensor | None = None,
+        forced_agent_codes: Tensor | None = None,
+        forced_text: Tensor | None = None,
+        timer: Callable[[str], None] | None = None,
+    ) -> StepOutput:
+        """Hears a patch of the user and writes the agent's patch of the same tick.
+
+        Args:
+            user_codes: `[B, K, p]` int64. active: `[B]` bool, slots that take part.
+            emotion: `[B]`, 0 not told, else 1 + index into `config.emotions`; language: `[B]`,
+                0 not told, else 1 + index into `config.languages`.
+            forced: `[B]` bool, slots whose agent patch and text are given, not drawn.
+            forced_agent_codes: `[B, K, p]`, forced_text: `[B]`, with `forced`.
+            timer: called with "temporal" and "depth" when that stage is done.
+        """
+        sampling = sampling or Sampling()
+        none = torch.zeros_like(state.text)
+        x = self._temporal_input(
+            state.text[:, None],
+            state.agent[:, None],
+            user_codes.transpose(1, 2)[:, None],
+            (none if emotion is None else emotion)[:, None],
+            none if language is None else language,
+        )
+        hidden = self.temporal.step(x, state.temporal, active)[:, 0]
+        listened = self.listen(hidden[:, None])
+        text = draw(
+            self.text_head(hidden), sampling.text_temperature, sampling.text_top_k, state.generator
+        )
+        if forced is not None:
+            text = torch.where(forced, forced_text, text)
+        if timer:
+            timer("temporal")
+        codes = self._write_patch(hidden, text, state, sampling)
+        if forced is not None:
+            given = forced_agent_codes.transpose(1, 2)
+            codes = torch.where(forced[:, None, None], given, codes)
+        if timer:
+            timer("depth")
+        return StepOutput(
+            agent_codes=self._advance(state, codes, text, active).transpose(1, 2),
+            text=text,
+            user_speaking=listened["user_speaking"][:, 0, 0].sigmoid(),
+            turn_end=listened["turn_end"][:, 0, 0].sigmoid(),
+            user_emotion=listened["user_emotion"][:, 0].softmax(-1),
+            language=listened["language"][:, 0].softmax(-1),
+            user_phones=listened["user_phones"][:, 0],
+        )
+
+    def _write_patch(self, hidden, text, state: S2SState, sampling: Sampling) -> Tensor:
+        """The depth transformer's steps: codes `[B, p, K]`, each drawn given those before."""
+        codes = torch.zeros_like(state.agent)
+        state.depth.reset()
+        told = self.depth_text(text)
+        for step, places in enumerate(self.schedule):
+            x = self.depth_context[step](hidden) + told
+            if step:
+                x = x + self._depth_codes(codes, step - 1)
+            out = self.depth.step(x[:, None], state.depth)[:, 0]
+            for (f, k), logits in zip(places, self.depth_heads(out, step), strict=True):
+                codes[:, f, k] = draw(
+                    logits, sampling.temperature, sampling.top_k, state.generator
+                )
+        return codes
+
+    def _advance(self, state: S2SState, codes: Tensor, text: Tensor, active) -> Tensor:
+        """Keeps the patch for the next step; returns it with semantic and acoustic aligned."""
+        semantic = torch.cat((state.delayed, codes[:, :, 0]), dim=1)
+        aligned = codes.clone()
+        aligned[:, :, 0] = semantic[:, : codes.shape[1]].clamp(min=0)
+        waiting = semantic[:, codes.shape[1] :]
+        if active is not None:
+            codes = torch.where(active[:, None, None], codes, state.agent)
+            text = torch.where(active, text, state.text)
+            waiting = torch.where(active[:, None], waiting, state.delayed)
+        state.agent.copy_(codes)
+        state.text.copy_(text)
+        state.delayed.copy_(waiting)
+        return aligned
+
+
+def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
+    """One index a row of `[B, n]`, from the `top_k` likeliest at `temperature` (0: the likeliest).
+
+    By the Gumbel-max trick, which needs no synchronisation with the device.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    values, indices = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
+    noise = torch.empty_like(values).exponential_(generator=generator).log()
+    chosen = (values / temperature - noise).argmax(-1, keepdim=True)
+    return indices.gather(-1, chosen)[:, 0]
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of known labels hit; logits `[..., n]`, labels `[...]`; nan where none is known."""
+    known = labels != IGNORE
+    return (logits.argmax(-1) == labels)[known].float().mean()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over known labels, zero (with a gradient of zero) where none is known."""
+    logits, labels = logits.flatten(0, -2).float(), labels.flatten()
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def listening_losses(
+    logits: dict[str, Tensor], batch: Batch
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses and accuracies of the heads on what the user says."""
+    losses, metrics = {}, {}
+    for name in ("user_speaking", "turn_end"):
+        labels, scores = getattr(batch, name), logits[name][..., 0].float()
+        known = labels != IGNORE
+        raw = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
+        losses[name] = (raw * known).sum() / known.sum().clamp(min=1)
+    labels = {
+        "user_emotion": batch.user_emotion,
+        "language": batch.language_label,
+        "user_phones": batch.user_phones,
+    }
+    for name, label in labels.items():
+        losses[name] = cross_entropy(logits[name], label)
+        metrics[f"{name}_accuracy"] = accuracy(logits[name], label)
+    return losses, metrics
+
+
+def depth_losses(depth: list[list[Tensor]], schedule, targets: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy of the semantic and of the acoustic codes; targets `[N, p, K]`."""
+    parts: dict[str, list[Tensor]] = {"semantic": [], "acoustic": []}
+    for places, logits in zip(schedule, depth, strict=True):
+        for (f, k), scores in zip(places, logits, strict=True):
+            parts["acoustic" if k else "semantic"].append(cross_entropy(scores, targets[:, f, k]))
+    return {name: torch.stack(values).mean() for name, values in parts.items()}
+
+
+def corrupt(
+    codes: Tensor, generator: torch.Generator, acoustic: float, frames: float
+) -> Tensor:
+    """User codes `[B, P, p, K]` with parts gone, so that unheard voices and rooms make sense.
+
+    With probability `acoustic` a sequence keeps only its first few levels (at least the semantic
+    one); each frame loses all its codes with probability `frames`.
+    """
+    batch, _, _, levels = codes.shape
+    keep = torch.randint(1, levels + 1, (batch,), generator=generator)
+    dropped = torch.rand(batch, generator=generator) < acoustic
+    keep = torch.where(dropped, keep, levels).to(codes.device)
+    gone = torch.arange(levels, device=codes.device) >= keep[:, None]
+    lost = torch.rand(codes.shape[:3], generator=generator).to(codes.device) < frames
+    return codes.masked_fill(gone[:, None, None] | lost[..., None], IGNORE)
+
+
+def delay_acoustic(codes: Tensor, delay: int) -> Tensor:
+    """Frames `[F, K]` with the acoustic levels `delay` frames later; `IGNORE` fills the gap."""
+    if delay == 0:
+        return codes
+    acoustic = F.pad(codes[:, 1:], (0, 0, delay, 0), value=IGNORE)[: len(codes)]
+    return torch.cat((codes[:, :1], acoustic), dim=1)
+
+
+@dataclass
+class TextStream:
+    """The agent's words as at most one token a patch; `overflow` counts tokens without a place."""
+
+    num_patches: int
+    patch_rate: float
+    overflow: int = 0
+    tokens: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = [PAD] * self.num_patches
+        self._free = 0
+
+    def add(self, tokens: Sequence[int], seconds: float) -> None:
+        """Queues a word's tokens from `seconds` on, behind those that still wait."""
+        self._free = max(self._free, int(seconds * self.patch_rate))
+        for token in tokens:
+            if self._free >= self.num_patches:
+                self.overflow += 1
+                continue
+            self.tokens[self._free] = token
+            self._free += 1
+
+
+def add_turn(stream: TextStream, tokenizer: Tokenizer, turn: dict) -> None:
+    """Puts an agent's turn into the text stream: by word times, else spread evenly over it."""
+    words = turn.get("words")
+    if not words:
+        texts = turn["text"].split()
+        length = (turn["end"] - turn["start"]) / max(1, len(texts))
+        words = [(w, turn["start"] + i * length, None) for i, w in enumerate(texts)]
+    for i, (word, start, _) in enumerate(words):
+        # A leading space keeps a word's tokens the same wherever it stands in the sentence.
+        stream.add(tokenizer.encode(word if i == 0 else f" {word}").ids, start)
+
+
+def s2s_config(stored: dict, path: str | Path) -> S2SConfig:
+    """The config of a checkpoint's `config.json`. Raises UserError for another kind of model."""
+    if stored.get("model") != "s2s":
+        raise UserError(f"{path}: not a dialogue LM; give the folder of train_s2s.py")
+    fields = {f.name for f in dataclasses.fields(S2SConfig)}
+    unknown = set(stored) - fields - {"model"}
+    if unknown:
+        raise UserError(f"{path}: config has unknown fields: {', '.join(sorted(unknown))}")
+    return S2SConfig(**{name: value for name, value in stored.items() if name in fields})
+
+
+def stored_config(config: S2SConfig) -> dict:
+    """What goes into `config.json`."""
+    return {"model": "s2s", **dataclasses.asdict(config)}
