@@ -39,13 +39,13 @@ class S2SConfig:
     depth_order: str = "level"
     acoustic_delay: int = 0  # frames by which the acoustic levels follow the semantic one
     vocab_size: int = 2048
-    dim: int = 320
+    dim: int = 256
     num_layers: int = 6
-    num_heads: int = 5
+    num_heads: int = 4
     context: int = 200  # attention window in patches
-    depth_dim: int = 160
+    depth_dim: int = 128
     depth_layers: int = 2
-    depth_heads: int = 5
+    depth_heads: int = 4
     code_dim: int = 64  # width of the factorised code tables
     phones: tuple[str, ...] = ()  # what the listening head names; phones[0] is silence
     listen_delay: int = 2  # patches by which the listening head follows the user
@@ -66,7 +66,7 @@ class S2SConfig:
 
     @classmethod
     def tiny(cls, **changes) -> S2SConfig:
-        """About 10M parameters: one CPU core keeps up with a call."""
+        """About 8M parameters: one CPU core keeps up with a call."""
         return cls(**changes)
 
     @classmethod

@@ -5,6 +5,7 @@ The lowest layer: imports nothing else of the project.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import hashlib
 import json
@@ -168,6 +169,30 @@ def item_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed % 2**32, epoch, index))
 
 
+def keyed_generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on (seed, step, stream) alone: a resumed run draws the same."""
+    return torch.Generator().manual_seed(int(item_rng(*key).integers(2**62)))
+
+
+def add_run_flags(group: argparse._ArgumentGroup) -> None:
+    """The flags that all trainers share."""
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    group.add_argument("--threads", type=int, help="CPU threads")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--fresh", action="store_true", help="start over, in an empty folder")
+    group.add_argument("--init_from", help="checkpoint whose weights to start from")
+    group.add_argument("--grad_clip", type=float, default=1.0)
+    group.add_argument("--save_every_epochs", type=int, default=5)
+    group.add_argument("--save_minutes", type=float, default=15.0)
+    group.add_argument("--keep_last", type=int, default=3)
+    group.add_argument("--log_every", type=int, default=50, help="steps a line of metrics")
+    group.add_argument("--max_steps", type=int, help="stop here, though the schedule goes on")
+    group.add_argument("--usd_per_hour", type=float, default=3.39)
+    group.add_argument("--budget_usd", type=float, help="stop cleanly when it is spent")
+    group.add_argument("--tensorboard", action="store_true")
+    group.add_argument("--export", metavar="FOLDER", help="write the newest checkpoint as shipped")
+
+
 # ----------------------------------------------------------------------------- checkpoints
 
 
@@ -250,6 +275,36 @@ def save_export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def open_run(
+    run_dir: str | Path, model: str, fresh: bool, device: str | torch.device
+) -> Checkpoint | None:
+    """The checkpoint that a run goes on from, None for a new run.
+
+    Raises UserError where `fresh` meets a used folder, or the folder holds another `model`.
+    """
+    folder = Path(run_dir)
+    used = folder.is_dir() and any(folder.iterdir())
+    if fresh and used:
+        raise UserError(f"--fresh: {folder} is not empty; move it away or choose another folder")
+    if not used or not any(folder.glob("step_*")):
+        return None
+    checkpoint = load_checkpoint(folder, device)
+    if checkpoint.config.get("model") != model:
+        raise UserError(f"{folder}: holds another model's checkpoints; choose another folder")
+    return checkpoint
+
+
+def inherit_weights(model: torch.nn.Module, path: str | Path) -> None:
+    """Start from the weights of another checkpoint wherever name and shape agree; say so."""
+    tensors = load_checkpoint(path, with_trainer=False).tensors
+    own = model.state_dict()
+    fitting = {n: t for n, t in tensors.items() if n in own and t.shape == own[n].shape}
+    if not fitting:
+        raise UserError(f"--init_from {path}: no tensor fits; give a checkpoint of the same model")
+    model.load_state_dict(fitting, strict=False)
+    print(f"init_from {path}: inherited {len(fitting)} of {len(own)} tensors")
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -1,0 +1,502 @@
+#!/usr/bin/env python3
+"""Phase 3: train the dialogue LM on conversations encoded by make_conversations.py.
+
+    python train_s2s.py --data_dirs data/conversations/scripted --codec checkpoints/tiny/codec \
+        --checkpoint_dir checkpoints_s2s
+
+The same command goes on from the last complete checkpoint. The first `--listen_share` of the steps
+teaches it to listen and to answer in text alone, which costs half as much; then it learns to speak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import s2s
+import training
+from codec import Codec
+from data import ResumableSampler, frame_labels, split_for
+from make_conversations import load_code_dataset
+from s2s import IGNORE, S2S, Batch, S2SConfig, TextStream
+from speech import PHONES
+from training import UserError
+
+WEIGHTS = {
+    "text": 1.0,
+    "semantic": 1.0,
+    "acoustic": 1.0,
+    "user_phones": 1.0,
+    "user_speaking": 0.2,
+    "turn_end": 0.2,
+    "user_emotion": 0.1,
+    "language": 0.1,
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Phase 3: train the dialogue LM.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    plan = parser.add_argument_group("the plan's flags")
+    plan.add_argument("--data_dirs", nargs="+", default=["data/conversations/scripted"])
+    plan.add_argument("--codec", default="checkpoints/tiny/codec", help="that encoded the data")
+    plan.add_argument("--batch_size", type=int, default=32, help="windows a step, over all ranks")
+    plan.add_argument("--num_epochs", type=int, default=20)
+    plan.add_argument("--lr", type=float, default=3e-4)
+    plan.add_argument("--checkpoint_dir", default="checkpoints_s2s")
+    plan.add_argument("--num_workers", type=int, default=4)
+    more = parser.add_argument_group("advanced")
+    more.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto")
+    more.add_argument("--frames_per_step", type=int, choices=(1, 2, 4), default=2)
+    more.add_argument("--depth_order", choices=("level", "frame"), default="level")
+    more.add_argument("--acoustic_delay", type=int, default=0, help="frames")
+    more.add_argument("--vocab_size", type=int, default=2048, help="of the tokenizer, at most")
+    more.add_argument("--epoch_hours", type=float, default=60.0, help="audio drawn an epoch")
+    more.add_argument("--window_seconds", type=float, default=12.0)
+    more.add_argument("--listen_share", type=float, default=0.3, help="of the steps, without codes")
+    more.add_argument("--depth_fraction", type=float, default=0.25, help="patches spoken a step")
+    more.add_argument("--text_weight", type=float, default=10.0, help="of a token against a PAD")
+    more.add_argument("--acoustic_drop", type=float, default=0.6, help="user windows cut in levels")
+    more.add_argument("--frame_drop", type=float, default=0.05, help="user frames lost")
+    more.add_argument("--emotion_drop", type=float, default=0.1, help="windows not told it")
+    more.add_argument("--language_drop", type=float, default=0.5, help="windows not told it")
+    more.add_argument("--warmup_steps", type=int, default=300)
+    training.add_run_flags(more)
+    return parser.parse_args(argv)
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """A BPE tokenizer (Sennrich et al. 2016) with PAD as id 0; spaces belong to the next word."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "<unk>"], show_progress=False
+    )
+    # Every word also with its space before it: add_turn encodes words one by one.
+    tokenizer.train_from_iterator(itertools.chain(texts, (f" {text}" for text in texts)), trainer)
+    return tokenizer
+
+
+class Conversations(Dataset):
+    """Windows of conversations as the LM reads them, drawn by (seed, epoch, index) alone.
+
+    Items are dicts of tensors without the batch axis, as in `s2s.Batch`, whole patches long.
+    """
+
+    def __init__(
+        self, rows, config: S2SConfig, tokenizer: Tokenizer, args: argparse.Namespace, items: int
+    ) -> None:
+        self.rows, self.config, self.tokenizer = rows, config, tokenizer
+        self.seed, self.items = args.seed, items
+        self.patches = int(args.window_seconds * config.patch_rate)
+        self.emotion_drop, self.language_drop = args.emotion_drop, args.language_drop
+        self.phone_ids = {phone: i for i, phone in enumerate(config.phones)}
+
+    def __len__(self) -> int:
+        return self.items
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        epoch, index = key
+        rng = training.item_rng(self.seed, epoch, index)
+        row = self.rows[int(rng.integers(len(self.rows)))]
+        window = self.window(row, rng.random())
+        if rng.random() < self.emotion_drop:
+            window["agent_emotion"].zero_()
+        if rng.random() < self.language_drop:
+            window["language"].zero_()
+        return window
+
+    def window(self, row: dict, place: float) -> dict[str, Tensor]:
+        """`self.patches` patches from `place` (0 … 1) of the free room on; short rows are padded."""
+        whole = self.whole(row)
+        total = len(whole["text"])
+        first = int(place * (max(0, total - self.patches) + 1))
+        window = {}
+        for name, values in whole.items():
+            if name == "language":
+                window[name] = values
+                continue
+            part = values[first : first + self.patches]
+            padding = [0, 0] * (part.dim() - 1) + [0, self.patches - len(part)]
+            fill = 0 if name in ("text", "valid", "agent_emotion") else IGNORE
+            window[name] = nn.functional.pad(part, padding, value=fill)
+        return window
+
+    def whole(self, row: dict) -> dict[str, Tensor]:
+        """The whole conversation, patch by patch."""
+        c, p = self.config, self.config.frames_per_step
+        count = len(row["user_codes"]) // p
+        agent = torch.from_numpy(row["agent_codes"].astype(np.int64))
+        codes = {
+            "user_codes": torch.from_numpy(row["user_codes"].astype(np.int64)),
+            "agent_codes": s2s.delay_acoustic(agent, c.acoustic_delay),
+        }
+        patches = {n: v[: count * p].unflatten(0, (count, p)) for n, v in codes.items()}
+        language = c.languages.index(row["language"]) if row["language"] in c.languages else None
+        labels = turn_labels(row["turns"], count, c, language, self.phone_ids)
+        stream = TextStream(count, c.patch_rate)
+        for turn in row["turns"]:
+            if turn["who"] == "agent" and turn["text"]:
+                s2s.add_turn(stream, self.tokenizer, turn)
+        return {
+            **patches,
+            **labels,
+            "text": torch.tensor(stream.tokens),
+            "language": torch.tensor(0 if language is None else language + 1),
+            "valid": torch.ones(count, dtype=torch.bool),
+        }
+
+
+def turn_labels(
+    turns: list[dict], count: int, config: S2SConfig, language: int | None, phone_ids: dict
+) -> dict[str, Tensor]:
+    """What the heads are to tell at each patch, and the agent's emotion as an input.
+
+    A patch is labelled by what holds at its end. Phones are those of `listen_delay` patches ago.
+    """
+    c = config
+    frames = count * c.frames_per_step
+    speaking = torch.zeros(count, dtype=torch.long)
+    turn_end = torch.zeros(count, dtype=torch.long)
+    user_emotion = torch.full((count,), IGNORE)
+    heard = torch.full((count,), IGNORE)
+    agent_emotion = torch.zeros(count, dtype=torch.long)
+    phones = np.zeros(frames, np.int64)
+    before = 0
+    for i, turn in enumerate(turns):
+        start, end = (round(turn[side] * c.patch_rate) for side in ("start", "end"))
+        emotion = c.emotions.index(turn["emotion"]) if turn["emotion"] in c.emotions else None
+        if turn["who"] == "agent":
+            if emotion is not None:
+                agent_emotion[before:end] = emotion + 1
+            before = end
+            continue
+        speaking[start:end] = 1
+        if emotion is not None:
+            user_emotion[start:end] = emotion
+        if language is not None:
+            heard[start:end] = language
+        answer = next((t for t in turns[i + 1 :] if t["who"] == "agent"), None)
+        following = next((t for t in turns[i + 1 :]), None)
+        if answer is not None and answer is following:
+            turn_end[end : round(answer["start"] * c.patch_rate)] = 1
+        label_phones(phones, turn, c, phone_ids)
+    late = np.roll(phones, c.listen_delay * c.frames_per_step)
+    late[: c.listen_delay * c.frames_per_step] = IGNORE
+    return {
+        "user_speaking": speaking,
+        "turn_end": turn_end,
+        "user_emotion": user_emotion,
+        "language_label": heard,
+        "agent_emotion": agent_emotion,
+        "user_phones": torch.from_numpy(late).unflatten(0, (count, c.frames_per_step)),
+    }
+
+
+def label_phones(phones: np.ndarray, turn: dict, config: S2SConfig, phone_ids: dict) -> None:
+    """Writes the phones of a user turn into the frame labels `[F]`; unknown where it has none."""
+    first = int(turn["start"] * config.frame_rate)
+    last = min(len(phones), int(np.ceil(turn["end"] * config.frame_rate)))
+    if last > first:
+        start = first / config.frame_rate
+        phones[first:last] = frame_labels(turn["phones"], phone_ids, last - first, start)
+
+
+def collate(items: list[dict[str, Tensor]]) -> Batch:
+    return Batch(**{name: torch.stack([item[name] for item in items]) for name in items[0]})
+
+
+def train_batches(
+    dataset: Conversations, args, process: training.Distributed, epoch: int, consumed: int
+) -> Iterator[tuple[int, int, Batch]]:
+    """(epoch, samples consumed in it once this batch is done, batch), to the last epoch's end."""
+    if args.batch_size % process.world_size:
+        raise UserError(f"--batch_size {args.batch_size} must divide by {process.world_size} ranks")
+    sampler = ResumableSampler(
+        len(dataset), args.batch_size // process.world_size, process.rank, process.world_size
+    )
+    for current in range(epoch, args.num_epochs):
+        sampler.set_epoch(current, consumed)
+        loader = DataLoader(
+            dataset, batch_sampler=sampler, num_workers=args.num_workers, collate_fn=collate
+        )
+        for batch in loader:
+            consumed += args.batch_size
+            yield current, consumed, batch
+        consumed = 0
+
+
+def load_rows(args, fingerprint: str):
+    """(training rows, validation rows, hours of training) of all `--data_dirs`."""
+    from datasets import concatenate_datasets
+
+    parts = [load_code_dataset(folder, fingerprint)[0] for folder in args.data_dirs]
+    # Concatenating drops the transform that decodes rows; it is the same for every part.
+    rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    rows = rows.with_transform(parts[0].format["format_kwargs"]["transform"])
+    if len(rows) == 0:
+        raise UserError(f"{', '.join(args.data_dirs)}: no conversations; run make_conversations.py")
+    plain = rows.with_format(None)
+    splits = [split_for(name, 0.02, 0.0) for name in plain["id"]]
+    named = plain["split"]
+    held_out = [i for i, s in enumerate(splits) if named[i] == "validation" or s != "train"]
+    train = sorted(set(range(len(rows))) - set(held_out))
+    sample = train[:: max(1, len(train) // 50)]
+    seconds = statistics.fmean(len(rows[i]["user_codes"]) / 50 for i in sample)
+    return rows.select(train), rows.select(held_out or train[:8]), len(train) * seconds / 3600
+
+
+def all_texts(rows) -> list[str]:
+    """The words of up to 20,000 conversations, for the tokenizer."""
+    turns = rows.with_format(None)["turns"][:20_000]
+    return sorted({turn["text"] for conversation in turns for turn in conversation})
+
+
+def batch_losses(model: S2S, batch: Batch, args, speak: bool, generator: torch.Generator):
+    """Corrupts what is heard, draws the patches whose codes are learnt, and takes the losses."""
+    heard = s2s.corrupt(batch.user_codes, generator, args.acoustic_drop, args.frame_drop)
+    chosen = torch.rand(batch.text.shape, generator=generator) < args.depth_fraction
+    depth_patches = chosen.to(batch.text.device) if speak else None
+    device = batch.text.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        heard_batch = dataclasses.replace(batch, user_codes=heard)
+        losses, metrics = model.losses(heard_batch, depth_patches, args.text_weight)
+    return sum(WEIGHTS[name] * loss for name, loss in losses.items()), losses, metrics
+
+
+@torch.no_grad()
+def validate(model: S2S, batches: list[Batch], args, device: torch.device) -> dict[str, float]:
+    """Mean losses and accuracies over held-out conversations, every code of them."""
+    model.eval()
+    rows = []
+    for batch in batches:
+        everything = torch.ones_like(batch.text, dtype=torch.bool).to(device)
+        losses, metrics = model.losses(batch.to(device), everything, args.text_weight)
+        rows.append({name: float(value) for name, value in {**losses, **metrics}.items()})
+    model.train()
+    return {
+        f"validation_{name}": statistics.fmean(row[name] for row in rows) for name in rows[0]
+    }
+
+
+def describe(args, model: S2S, rows, hours: float, total_steps: int, seconds: float) -> None:
+    """What the user reads before step 1."""
+    c = model.config
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    device = next(model.parameters()).device
+    total = total_steps * seconds / 3600
+    price = ""
+    if device.type == "cuda":
+        price = f" = {training.format_dollars(total * args.usd_per_hour)}"
+    epoch_hours = total_steps / args.num_epochs * args.batch_size * args.window_seconds / 3600
+    print(
+        f"dialogue LM {parameters:.1f}M parameters, vocabulary {c.vocab_size}, patch "
+        f"{1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, device {device}\n"
+        f"backbone: none (random weights); codec {c.codec_fingerprint[:16]}\n"
+        f"data: {len(rows)} conversations, {hours:.1f} h\n"
+        f"an epoch is {epoch_hours:.1f} h of audio; {args.num_epochs} epochs = {total_steps} steps "
+        f"= {training.format_hours(total)}{price} (estimate)",
+        flush=True,
+    )
+
+
+def seconds_per_step(model: S2S, batch: Batch, args) -> float:
+    """The median of three steps without any update: the estimate before step 1."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        batch_losses(model, batch, args, True, torch.Generator().manual_seed(0))[0].backward()
+        if batch.text.is_cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+        model.zero_grad(set_to_none=True)
+    return statistics.median(times)
+
+
+def new_config(args, device: torch.device, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
+    preset = args.preset
+    if preset == "auto":
+        preset = "base" if device.type == "cuda" else "tiny"
+    make = S2SConfig.base if preset == "base" else S2SConfig.tiny
+    return make(
+        codebook_sizes=codec.config.codebook_sizes[:8],
+        codec_fingerprint=codec.fingerprint,
+        frame_rate=codec.config.frame_rate,
+        frames_per_step=args.frames_per_step,
+        depth_order=args.depth_order,
+        acoustic_delay=args.acoustic_delay,
+        vocab_size=tokenizer.get_vocab_size(),
+        phones=PHONES,
+    )
+
+
+def export(args) -> None:
+    """Writes the newest checkpoint in half precision, as the demo takes it."""
+    checkpoint = training.load_checkpoint(args.checkpoint_dir, with_trainer=False)
+    s2s.s2s_config(checkpoint.config, args.checkpoint_dir)  # refuses another model's folder
+    tensors = {name: tensor.half() for name, tensor in checkpoint.tensors.items()}
+    folder = training.save_export(
+        args.export, checkpoint.step, checkpoint.config, tensors, checkpoint.tokenizer
+    )
+    print(f"wrote {folder}: dialogue LM of step {checkpoint.step}")
+
+
+def main() -> None:
+    args = parse_args()
+    if args.export:
+        return export(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    process = training.setup_distributed(args.device)
+    device = process.device
+    training.seed_everything(args.seed)
+
+    # The codec names the codes; the data must have been encoded with it.
+    codec = Codec.from_checkpoint(args.codec)
+    rows, held_out, hours = load_rows(args, codec.fingerprint)
+    checkpoint = training.open_run(args.checkpoint_dir, "s2s", args.fresh, device)
+    if checkpoint is not None:
+        config = s2s.s2s_config(checkpoint.config, checkpoint.path)
+        tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
+        if config.codec_fingerprint != codec.fingerprint:
+            raise UserError(
+                f"{checkpoint.path}: trained on codes of codec {config.codec_fingerprint[:16]}, "
+                f"--codec is {codec.fingerprint[:16]}; give the codec it was trained with"
+            )
+    else:
+        tokenizer = train_tokenizer(all_texts(rows), args.vocab_size)
+        config = new_config(args, device, codec, tokenizer)
+    window_hours = args.batch_size * args.window_seconds / 3600
+    steps_per_epoch = max(1, round(min(args.epoch_hours, hours) / window_hours))
+    total_steps = args.num_epochs * steps_per_epoch
+    dataset = Conversations(rows, config, tokenizer, args, steps_per_epoch * args.batch_size)
+    quiet = argparse.Namespace(**{**vars(args), "emotion_drop": 1.0, "language_drop": 1.0})
+    validation_set = Conversations(held_out, config, tokenizer, quiet, 32)
+    validation = [collate([validation_set[(0, i + j)] for j in range(8)]) for i in range(0, 32, 8)]
+
+    model = S2S(config).to(device).train()
+    if checkpoint is None:
+        model.set_code_tables([book.embedding for book in codec.quantizer.codebooks[:8]])
+        if args.init_from:
+            training.inherit_weights(model, args.init_from)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), args.lr, (0.9, 0.95), fused=True, weight_decay=0.05
+    )
+    guard, meter = training.StepGuard(), training.CostMeter(
+        "s2s",
+        usd_per_hour=args.usd_per_hour,
+        budget_usd=args.budget_usd,
+        enabled=device.type == "cuda" and process.is_main,
+    )
+    stateful = {"optimizer": optimizer, "guard": guard, "meter": meter}
+    step, epoch, consumed, best = 0, 0, 0, float("inf")
+    if checkpoint is not None:
+        if checkpoint.trainer is None:
+            raise UserError(f"{checkpoint.path}: an export has no trainer state; use --init_from")
+        model.load_tensors(checkpoint.tensors, checkpoint.path)
+        for name, part in stateful.items():
+            part.load_state_dict(checkpoint.trainer[name])
+        step, epoch, consumed = (checkpoint.trainer[k] for k in ("step", "epoch", "consumed"))
+        best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
+
+    if process.is_main:
+        seconds = seconds_per_step(model, validation[0].to(device), args) * args.batch_size / 8
+        describe(args, model, rows, hours, total_steps, seconds)
+        if checkpoint is not None:
+            print(f"resuming {checkpoint.path} at step {step}", flush=True)
+    is_main = process.is_main
+    metrics_file = training.Metrics(args.checkpoint_dir, step, args.tensorboard) if is_main else None
+    meter.start(total_steps, step)
+    listen_steps = int(args.listen_share * total_steps)
+
+    def save(is_best: bool = False) -> None:
+        trainer = {name: part.state_dict() for name, part in stateful.items()}
+        trainer |= {"step": step, "epoch": epoch, "consumed": consumed}
+        trainer |= {"best": best, "total_steps": total_steps}
+        training.save_checkpoint(
+            args.checkpoint_dir,
+            step,
+            s2s.stored_config(config),
+            model.state_dict(),
+            trainer,
+            tokenizer.to_str(),
+            keep_last=args.keep_last,
+            best=is_best,
+        )
+
+    bar = tqdm(total=total_steps, initial=step, disable=None if is_main else True)
+    last_save = last_log = time.monotonic()
+    samples_logged = 0
+    stop_at = min(total_steps, args.max_steps or total_steps)
+    batches = train_batches(dataset, args, process, epoch, consumed)
+    for epoch, consumed, batch in itertools.islice(batches, max(0, stop_at - step)):
+        batch = batch.to(device)
+        rate = training.learning_rate(step, total_steps, args.lr, args.warmup_steps, 0.05)
+        optimizer.param_groups[0]["lr"] = rate
+        generator = training.keyed_generator(args.seed, step, process.rank)
+        loss, losses, metrics = batch_losses(model, batch, args, step >= listen_steps, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        training.average_gradients(model.parameters())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        if guard.check(loss.detach(), norm):
+            optimizer.step()
+
+        step += 1
+        samples_logged += args.batch_size
+        meter.tick()
+        bar.update()
+        if metrics_file and (step % args.log_every == 0 or step == stop_at):
+            now = time.monotonic()
+            throughput = samples_logged * args.window_seconds / (now - last_log)
+            row = {name: float(value.detach()) for name, value in {**losses, **metrics}.items()}
+            row |= {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": rate}
+            row |= {"skipped": guard.skipped, "audio_seconds_per_second": throughput}
+            metrics_file.log(step, epoch=epoch, **row)
+            tqdm.write(
+                f"step {step}/{total_steps} loss {row['loss']:.3f} text {row['text']:.3f} "
+                f"hit {row['text_accuracy']:.2f} phones {row['user_phones_accuracy']:.2f} "
+                f"{throughput:.0f}x real time, {meter.line()}"
+            )
+            last_log, samples_logged = now, 0
+
+        end_of_epoch = consumed >= steps_per_epoch * args.batch_size
+        is_best = False
+        if end_of_epoch and is_main:
+            scores = validate(model, validation, args, device)
+            metrics_file.log(step, **scores)
+            tqdm.write(f"epoch {epoch}: " + ", ".join(f"{k[11:]} {v:.3f}" for k, v in scores.items()))
+            is_best = scores["validation_text"] < best
+            best = min(scores["validation_text"], best)
+        due = (epoch + 1) % args.save_every_epochs == 0 and end_of_epoch
+        due = due or time.monotonic() - last_save > 60 * args.save_minutes or step == stop_at
+        if is_main and (due or is_best):
+            save(is_best)
+            last_save = time.monotonic()
+        if meter.remaining_steps_within_budget() == 0:
+            print("the budget is spent: stopping here, with a checkpoint")
+            save()
+            break
+    bar.close()
+    meter.flush()
+    if metrics_file:
+        metrics_file.close()
+        print(f"done: step {step}; export with --export, or paste the line again to go on")
+
+
+if __name__ == "__main__":
+    training.run(main)
