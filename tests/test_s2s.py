@@ -1,0 +1,600 @@
+"""The dialogue LM: cached steps against the offline pass, losses and sampling against slow ones."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+import training
+from s2s import (
+    IGNORE,
+    PAD,
+    S2S,
+    Batch,
+    S2SConfig,
+    Sampling,
+    TextStream,
+    add_turn,
+    corrupt,
+    delay_acoustic,
+    draw,
+    stored_config,
+)
+from training import UserError
+
+SIZES = (12, 10, 11)
+LEVELS = len(SIZES)
+
+
+def small(**changes) -> S2SConfig:
+    fields = {
+        "codebook_sizes": SIZES, "codec_fingerprint": "abc", "vocab_size": 20, "dim": 32,
+        "num_layers": 2, "num_heads": 2, "context": 5, "depth_dim": 16, "depth_layers": 2,
+        "depth_heads": 2, "code_dim": 8, "phones": ("_", "a", "b"),
+    }  # fmt: skip
+    return S2SConfig(**{**fields, **changes})
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def build(seed=0, **changes) -> S2S:
+    torch.manual_seed(seed)
+    model = S2S(small(**changes))
+    for head in (model.text_head, *model.heads.values(), *model.depth_heads.tables):
+        head.weight.data.mul_(20)  # logits apart, as after training
+    return model.eval().requires_grad_(False)
+
+
+def codes(*shape, seed=0) -> torch.Tensor:
+    """Random codes `[*shape, K]`."""
+    g = generator(seed)
+    return torch.stack([torch.randint(0, n, shape, generator=g) for n in SIZES], dim=-1)
+
+
+def make_batch(config, batch=2, patches=9, seed=0) -> Batch:
+    g = generator(seed)
+    p = config.frames_per_step
+
+    def integers(high, *shape):
+        return torch.randint(0, high, shape, generator=g)
+
+    text = integers(config.vocab_size, batch, patches)
+    return Batch(
+        user_codes=codes(batch, patches, p, seed=seed + 1),
+        agent_codes=codes(batch, patches, p, seed=seed + 2),
+        text=torch.where(integers(2, batch, patches) > 0, text, PAD),
+        agent_emotion=integers(9, batch, patches),
+        language=integers(4, batch),
+        user_speaking=integers(2, batch, patches),
+        turn_end=integers(2, batch, patches),
+        user_emotion=integers(8, batch, patches),
+        language_label=integers(3, batch, patches),
+        user_phones=integers(3, batch, patches, p),
+        valid=torch.ones(batch, patches, dtype=torch.bool),
+    )
+
+
+def forced_step(model, batch, patch, state, rows=slice(None), active=None):
+    """One step whose text and agent patch are those of the batch."""
+    user = batch.user_codes[rows, patch].transpose(1, 2)
+    return model.step(
+        user,
+        state,
+        active,
+        emotion=batch.agent_emotion[rows, patch],
+        language=batch.language[rows],
+        sampling=Sampling(temperature=0.0, text_temperature=0.0),
+        forced=torch.ones(len(user), dtype=torch.bool),
+        forced_agent_codes=batch.agent_codes[rows, patch].transpose(1, 2),
+        forced_text=batch.text[rows, patch],
+    )
+
+
+def heard(out) -> torch.Tensor:
+    """Everything that the heads say in a step, `[B, n]`."""
+    flags = torch.stack((out.user_speaking, out.turn_end), dim=1)
+    return torch.cat((flags, out.user_emotion, out.language, out.user_phones.flatten(1)), dim=1)
+
+
+def heard_offline(model, batch) -> torch.Tensor:
+    """The same from the offline pass, `[B, P, n]`."""
+    logits = model.listen(model.hidden(batch))
+    flags = torch.cat((logits["user_speaking"], logits["turn_end"]), dim=-1).sigmoid()
+    emotion, language = logits["user_emotion"].softmax(-1), logits["language"].softmax(-1)
+    return torch.cat((flags, emotion, language, logits["user_phones"].flatten(2)), dim=-1)
+
+
+ORDERS = [(order, p) for order in ("level", "frame") for p in (1, 2, 4)]
+
+
+# -- steps against the offline pass --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order, p", ORDERS)
+def test_a_step_is_the_offline_pass(order, p):
+    model = build(depth_order=order, frames_per_step=p)
+    batch = make_batch(model.config, patches=13)  # more than twice the window
+    state = model.init_state(2)
+    expected = heard_offline(model, batch)
+    for patch in range(13):
+        out = forced_step(model, batch, patch, state)
+        torch.testing.assert_close(heard(out), expected[:, patch], atol=1e-4, rtol=1e-4)
+        assert torch.equal(out.text, batch.text[:, patch])
+        assert torch.equal(out.agent_codes, batch.agent_codes[:, patch].transpose(1, 2))
+
+
+@pytest.mark.parametrize("order, p", ORDERS)
+def test_greedy_replies_are_the_likeliest_of_the_offline_pass(order, p):
+    """A free run at temperature 0: teacher-forced on its own output, it takes every maximum."""
+    model = build(depth_order=order, frames_per_step=p)
+    batch = make_batch(model.config, patches=7)
+    state, greedy = model.init_state(2), Sampling(temperature=0.0, text_temperature=0.0)
+    for patch in range(7):
+        user = batch.user_codes[:, patch].transpose(1, 2)
+        out = model.step(user, state, None, batch.agent_emotion[:, patch], batch.language, greedy)
+        batch.agent_codes[:, patch] = out.agent_codes.transpose(1, 2)
+        batch.text[:, patch] = out.text
+    hidden = model.hidden(batch)
+    assert torch.equal(model.text_head(hidden).argmax(-1), batch.text)
+    agent = batch.agent_codes.flatten(0, 1)
+    logits = model.depth_logits(hidden.flatten(0, 1), batch.text.flatten(), agent)
+    for places, scores in zip(model.schedule, logits, strict=True):
+        for (f, k), row in zip(places, scores, strict=True):
+            assert torch.equal(row.argmax(-1), agent[:, f, k]), (f, k)
+    assert agent.unique(dim=0).shape[0] > 3  # one patch over and over would prove little
+
+
+@pytest.mark.parametrize("order, p", ORDERS)
+def test_depth_steps_see_only_what_was_written_before(order, p):
+    model = build(depth_order=order, frames_per_step=p)
+    steps = len(model.schedule)
+    assert steps == (p + LEVELS - 1 if order == "level" else p * LEVELS)
+    assert sorted(place for places in model.schedule for place in places) == [
+        (f, k) for f in range(p) for k in range(LEVELS)
+    ]
+    hidden = torch.randn(3, 32, generator=generator())
+    text, agent = torch.tensor([0, 4, 7]), codes(3, p)
+    base = model.depth_logits(hidden, text, agent)
+    for step, places in enumerate(model.schedule):
+        changed = agent.clone()
+        for f, k in places:
+            changed[:, f, k] = (changed[:, f, k] + 1) % SIZES[k]
+        other = model.depth_logits(hidden, text, changed)
+        for later in range(steps):
+            same = all(
+                torch.allclose(a, b, atol=1e-6)
+                for a, b in zip(base[later], other[later], strict=True)
+            )
+            assert same == (later <= step)
+
+
+def test_the_offline_pass_sees_no_future():
+    model = build()
+    batch = make_batch(model.config)
+    base = model.hidden(batch)
+    changed = dataclasses.replace(
+        batch, agent_codes=batch.agent_codes.clone(), user_codes=batch.user_codes.clone(),
+        text=batch.text.clone(),
+    )  # fmt: skip
+    changed.agent_codes[:, 4:] = codes(2, 5, 2, seed=9)
+    changed.text[:, 4:] = 3
+    changed.user_codes[:, 5:] = codes(2, 4, 2, seed=10)
+    other = model.hidden(changed)
+    torch.testing.assert_close(other[:, :5], base[:, :5], atol=1e-5, rtol=0)
+    assert not torch.allclose(other[:, 5], base[:, 5], atol=1e-3)
+
+
+def test_text_conditions_the_depth_transformer():
+    model = build()
+    hidden = torch.randn(1, 32, generator=generator()).expand(2, -1)
+    logits = model.depth_logits(hidden, torch.tensor([0, 5]), codes(1, 2).expand(2, -1, -1))
+    for scores in logits:
+        assert not torch.allclose(scores[0][0], scores[0][1], atol=1e-4)
+
+
+@pytest.mark.parametrize("who", ["user", "agent"])
+def test_the_order_of_frames_in_a_patch_is_heard(who):
+    model = build()
+    batch = make_batch(model.config)
+    swapped = dataclasses.replace(batch, **{f"{who}_codes": getattr(batch, f"{who}_codes").flip(2)})
+    difference = (model.hidden(swapped) - model.hidden(batch)).abs()[:, 1:].amax(-1)
+    assert (difference > 1e-3).all()
+
+
+# -- slots ---------------------------------------------------------------------------------------
+
+
+def test_slots_are_calls_of_their_own():
+    """One slot always on, one that waits now and then, one reset in mid-call."""
+    model = build(acoustic_delay=0)
+    batch = make_batch(model.config, batch=3, patches=12)
+    state, reset_at = model.init_state(3), 5
+    active_at = torch.ones(12, 3, dtype=torch.bool)
+    active_at[:, 1] = torch.rand(12, generator=generator(2)) < 0.5
+    seen = []
+    for patch in range(12):
+        if patch == reset_at:
+            state.reset(torch.tensor([False, False, True]))
+        seen.append(heard(forced_step(model, batch, patch, state, active=active_at[patch])))
+
+    def check(slot, patches):
+        row = {f.name: getattr(batch, f.name)[slot : slot + 1] for f in dataclasses.fields(Batch)}
+        own = Batch(**{n: t if n == "language" else t[:, patches] for n, t in row.items()})
+        got = torch.stack([seen[patch][slot] for patch in patches])
+        torch.testing.assert_close(got, heard_offline(model, own)[0], atol=1e-4, rtol=1e-4)
+
+    check(0, list(range(12)))
+    check(1, [p for p in range(12) if active_at[p, 1]])
+    check(2, list(range(reset_at)))
+    check(2, list(range(reset_at, 12)))
+
+
+def snapshot(state):
+    names = ("agent", "text", "delayed")
+    tensors = [getattr(state, name) for name in names] + [state.temporal.position]
+    return [t.clone() for t in tensors]
+
+
+def test_a_slot_that_is_not_active_keeps_its_state():
+    model = build(acoustic_delay=1)
+    batch = make_batch(model.config)
+    state = model.init_state(2)
+    for patch in range(3):
+        forced_step(model, batch, patch, state)
+    before = snapshot(state)
+    forced_step(model, batch, 3, state, active=torch.tensor([True, False]))
+    after = snapshot(state)
+    assert all(torch.equal(a[1], b[1]) for a, b in zip(before, after, strict=True))
+    assert not torch.equal(before[0][0], after[0][0])
+    state.reset()
+    fresh = snapshot(model.init_state(2))
+    assert all(torch.equal(a, b) for a, b in zip(snapshot(state), fresh, strict=True))
+
+
+def test_only_forced_slots_are_forced():
+    model = build()
+    batch = make_batch(model.config)
+    user, greedy = batch.user_codes[:, 0].transpose(1, 2), Sampling(0.0, 25, 0.0)
+    free = model.step(user, model.init_state(2), sampling=greedy)
+    given = (free.agent_codes + 1) % min(SIZES)
+    out = model.step(
+        user,
+        model.init_state(2),
+        sampling=greedy,
+        forced=torch.tensor([False, True]),
+        forced_agent_codes=given,
+        forced_text=free.text,
+    )
+    assert torch.equal(out.agent_codes[0], free.agent_codes[0])
+    assert torch.equal(out.agent_codes[1], given[1])
+
+
+def test_the_timer_hears_both_stages():
+    model, stages = build(), []
+    user = codes(1, 2).transpose(1, 2)
+    out = model.step(user, model.init_state(1), timer=stages.append)
+    assert stages == ["temporal", "depth"]
+    assert out.agent_codes.shape == (1, LEVELS, 2) and out.text.shape == (1,)
+    assert out.user_emotion.shape == (1, 8) and out.language.shape == (1, 3)
+    assert out.user_phones.shape == (1, 2, 3)
+
+
+# -- sampling ------------------------------------------------------------------------------------
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = torch.randn(50, 30, generator=generator())
+    assert torch.equal(draw(logits, 0.0, 1, generator()), logits.argmax(-1))
+    assert torch.equal(draw(logits, 1.0, 1, generator()), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature, top_k", [(1.0, 8), (0.7, 3), (1.5, 50)])
+def test_draws_follow_the_softmax(temperature, top_k):
+    """Counts of 40,000 draws against softmax over the top k: chi-square within its 99.9 %."""
+    logits = 1.5 * torch.randn(8, generator=generator(3))
+    count = 40_000
+    drawn = draw(logits.expand(count, -1), temperature, top_k, generator(4))
+    expected = logits / temperature
+    expected[logits.argsort(descending=True)[top_k:]] = -math.inf
+    expected = expected.softmax(-1) * count
+    observed = drawn.bincount(minlength=8).float()
+    possible = expected > 0
+    assert (observed[~possible] == 0).all()
+    chi_square = ((observed - expected)[possible].square() / expected[possible]).sum()
+    assert chi_square < 24.3  # 99.9 % point at 7 degrees of freedom, the most there are here
+
+
+def test_seeds_repeat_and_differ():
+    model = build()
+    user = codes(6, 1, 2, seed=8).transpose(2, 3)
+
+    def run(seed):
+        state = model.init_state(1, seed=seed)
+        outs = [model.step(patch, state, sampling=Sampling(1.0, 50, 1.0, 50)) for patch in user]
+        return torch.stack([out.agent_codes for out in outs])
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+
+
+def test_sampling_refuses_what_cannot_be():
+    for wrong in ({"temperature": -0.1}, {"top_k": 0}, {"text_temperature": -1}, {"text_top_k": 0}):
+        with pytest.raises(UserError):
+            Sampling(**wrong)
+
+
+# -- streams of training -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay, p", [(1, 1), (1, 2), (2, 2), (3, 2), (2, 4), (5, 2)])
+def test_a_step_undoes_the_delay_of_training(delay, p):
+    model = build(acoustic_delay=delay, frames_per_step=p)
+    frames = 8 * p
+    original = codes(frames, seed=5)
+    delayed = delay_acoustic(original, delay)
+    assert torch.equal(delayed[:, 0], original[:, 0])
+    assert torch.equal(delayed[delay:, 1:], original[:-delay, 1:])
+    assert (delayed[:delay, 1:] == IGNORE).all()
+    state, out = model.init_state(1), []
+    for patch in delayed.clamp(min=0).view(8, p, LEVELS):
+        step = model.step(
+            patch.t()[None],
+            state,
+            forced=torch.ones(1, dtype=torch.bool),
+            forced_agent_codes=patch.t()[None],
+            forced_text=torch.zeros(1, dtype=torch.long),
+        )
+        out.append(step.agent_codes[0].t())
+    out = torch.cat(out)  # [F, K], `delay` frames late
+    assert torch.equal(out[delay:], original[:-delay])
+    assert (out >= 0).all()
+
+
+def test_no_delay_changes_nothing():
+    original = codes(6)
+    assert torch.equal(delay_acoustic(original, 0), original)
+
+
+def test_text_tokens_queue_and_never_vanish():
+    stream = TextStream(num_patches=10, patch_rate=25.0)
+    stream.add([5, 6, 7], 0.08)  # patches 2, 3, 4
+    stream.add([8], 0.08)  # waits until patch 5
+    stream.add([9], 0.32)  # patch 8
+    stream.add([10, 11, 12], 0.32)  # patch 9, then no place
+    assert stream.tokens == [0, 0, 5, 6, 7, 8, 0, 0, 9, 10]
+    assert stream.overflow == 2
+    stream.add([13], 60.0)
+    assert stream.overflow == 3
+    assert len([t for t in stream.tokens if t != PAD]) + stream.overflow == 9
+
+
+@pytest.fixture
+def tokenizer():
+    words = {word: i for i, word in enumerate(["<pad>", "<unk>", "hello", "there", "you"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return tokenizer
+
+
+def test_turns_follow_their_word_times(tokenizer):
+    turn = {"start": 0.0, "end": 1.0, "text": "hello there you"}
+    words = [("hello", 0.04, 0.1), ("there", 0.2, 0.3), ("you", 0.36, 0.4)]
+    stream = TextStream(12, 25.0)
+    add_turn(stream, tokenizer, {**turn, "words": words})
+    assert {i: t for i, t in enumerate(stream.tokens) if t} == {1: 2, 5: 3, 9: 4}
+
+    stream = TextStream(12, 10.0)  # no times: spread over [0.3, 0.9)
+    add_turn(stream, tokenizer, {**turn, "start": 0.3, "end": 0.9, "words": None})
+    assert [i for i, t in enumerate(stream.tokens) if t] == [3, 5, 7]
+    assert stream.overflow == 0
+
+
+def test_corruption_keeps_the_semantic_level():
+    clean = codes(200, 3, 2)
+    dropped = corrupt(clean, generator(), acoustic=1.0, frames=0.0)
+    assert torch.equal(dropped[..., 0], clean[..., 0])
+    gone = dropped == IGNORE
+    assert (gone[..., 1:].int().diff(dim=-1) >= 0).all()  # a level goes with those above it
+    assert (gone == gone[:, :1, :1]).all()  # all along a sequence
+    assert torch.equal(dropped[~gone], clean[~gone])
+    kept = (~gone[:, 0, 0]).sum(-1)
+    assert set(kept.tolist()) == {1, 2, 3}
+
+    lost = corrupt(clean, generator(), acoustic=0.0, frames=0.25) == IGNORE
+    assert (lost.all(-1) == lost.any(-1)).all()  # a frame as a whole
+    assert abs(float(lost.float().mean()) - 0.25) < 0.05
+    assert torch.equal(corrupt(clean, generator(), 0.0, 0.0), clean)
+
+
+def test_models_take_codes_that_are_gone():
+    model = build()
+    batch = make_batch(model.config)
+    everything_lost = dataclasses.replace(
+        batch, user_codes=torch.full_like(batch.user_codes, IGNORE)
+    )
+    hidden = model.hidden(everything_lost)
+    assert hidden.isfinite().all() and not torch.allclose(hidden, model.hidden(batch), atol=1e-3)
+
+
+# -- losses --------------------------------------------------------------------------------------
+
+
+def nll(logits, label):
+    return float(-logits.double().log_softmax(-1)[label])
+
+
+def mean(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def test_losses_are_a_slow_loop():
+    model = build()
+    batch = make_batch(model.config, patches=6)
+    batch.valid[1, 4:] = False
+    for name in ("user_speaking", "turn_end", "user_emotion", "language_label", "user_phones"):
+        getattr(batch, name)[1, 3:] = IGNORE
+    batch.agent_codes[0, 0, :, 1:] = IGNORE
+    chosen = torch.rand(2, 6, generator=generator()) < 0.7
+    chosen[0, 0] = chosen[1, 5] = True
+    weight = 4.0
+    losses, metrics = model.losses(batch, chosen, text_weight=weight)
+
+    hidden = model.hidden(batch)
+    heads, text_logits = model.listen(hidden), model.text_head(hidden)
+    places = [(b, t) for b in range(2) for t in range(6)]
+    total = norm = 0.0
+    for b, t in places:
+        if batch.valid[b, t]:
+            token = int(batch.text[b, t])
+            share = 1 / weight if token == PAD else 1.0
+            total += share * nll(text_logits[b, t], token)
+            norm += share
+    assert float(losses["text"]) == pytest.approx(total / norm, rel=1e-4)
+
+    for name in ("user_speaking", "turn_end"):
+        values = []
+        for b, t in places:
+            label = int(getattr(batch, name)[b, t])
+            if label != IGNORE:
+                p = float(heads[name][b, t, 0].double().sigmoid())
+                values.append(-math.log(p if label else 1 - p))
+        assert float(losses[name]) == pytest.approx(mean(values), rel=1e-3)
+
+    for name, label in (("user_emotion", "user_emotion"), ("language", "language_label")):
+        labels = getattr(batch, label)
+        values = [nll(heads[name][b, t], labels[b, t]) for b, t in places if labels[b, t] >= 0]
+        assert float(losses[name]) == pytest.approx(mean(values), rel=1e-4)
+        right = [
+            float(heads[name][b, t].argmax() == labels[b, t])
+            for b, t in places
+            if labels[b, t] >= 0
+        ]
+        assert float(metrics[f"{name}_accuracy"]) == pytest.approx(mean(right))
+    phones = [
+        nll(heads["user_phones"][b, t, f], batch.user_phones[b, t, f])
+        for b, t in places
+        for f in range(2)
+        if batch.user_phones[b, t, f] >= 0
+    ]
+    assert float(losses["user_phones"]) == pytest.approx(mean(phones), rel=1e-4)
+
+    per_place = {}
+    for b, t in places:
+        if not (chosen[b, t] and batch.valid[b, t]):
+            continue
+        patch = batch.agent_codes[b, t][None]
+        logits = model.depth_logits(hidden[b, t][None], batch.text[b, t][None], patch)
+        for step, scores in zip(model.schedule, logits, strict=True):
+            for (f, k), row in zip(step, scores, strict=True):
+                values = per_place.setdefault((f, k), [])
+                if patch[0, f, k] != IGNORE:
+                    values.append(nll(row[0], patch[0, f, k]))
+    for name, levels in (("semantic", (0,)), ("acoustic", range(1, LEVELS))):
+        expected = mean([mean(v) for (_, k), v in per_place.items() if k in levels])
+        assert float(losses[name]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_unknown_labels_cost_nothing_and_stay_finite():
+    torch.manual_seed(0)
+    model = S2S(small())
+    batch = make_batch(model.config)
+    for name in ("user_speaking", "turn_end", "user_emotion", "language_label", "user_phones"):
+        getattr(batch, name).fill_(IGNORE)
+    losses, _ = model.losses(batch, torch.zeros(2, 9, dtype=torch.bool))
+    for name in ("user_speaking", "turn_end", "user_emotion", "language", "user_phones"):
+        assert float(losses[name].detach()) == 0
+    for name in ("semantic", "acoustic"):
+        assert float(losses[name].detach()) == 0, f"{name} without a patch chosen"
+    sum(losses.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert "semantic" not in model.losses(batch, None)[0]
+
+
+def test_a_batch_is_learnt():
+    torch.manual_seed(0)
+    model = S2S(small())
+    batch = make_batch(model.config, patches=6)
+    chosen = torch.ones(2, 6, dtype=torch.bool)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    first = None
+    for _ in range(60):
+        losses, metrics = model.losses(batch, chosen)
+        first = first or float(sum(losses.values()).detach())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    assert float(sum(losses.values()).detach()) < 0.2 * first
+    assert float(metrics["text_accuracy"]) > 0.95
+
+
+# -- configs and checkpoints ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"frames_per_step": 3},
+        {"depth_order": "both"},
+        {"codebook_sizes": (12,)},
+        {"acoustic_delay": -1},
+    ],
+)
+def test_configs_that_cannot_work_are_refused(wrong):
+    with pytest.raises(ValueError):
+        small(**wrong)
+
+
+def test_code_tables_start_from_the_codec():
+    model = build()
+    books = [torch.randn(n, 8, generator=generator(i)) for i, n in enumerate(SIZES)]
+    model.set_code_tables(books)
+    for k, book in enumerate(books):
+        table = model.user_embedding.tables[k].weight
+        scaled = (book - book.mean(0)) / book.std()
+        torch.testing.assert_close(table[:-1], scaled)
+        torch.testing.assert_close(model.depth_tables[k].weight, scaled)
+        assert (table[-1] == 0).all()
+
+
+def save(model, folder, tokenizer, config=None, tensors=None):
+    config = stored_config(model.config) if config is None else config
+    tensors = model.state_dict() if tensors is None else tensors
+    return training.save_export(folder, 3, config, tensors, tokenizer)
+
+
+def test_a_checkpoint_comes_back(tmp_path, tokenizer):
+    model = build(acoustic_delay=1)
+    loaded = S2S.from_checkpoint(save(model, tmp_path / "s2s", tokenizer.to_str()))
+    assert loaded.config == model.config and not loaded.training
+    assert loaded.tokenizer.decode([2, 3]) == "hello there"
+    batch = make_batch(model.config)
+    assert torch.equal(loaded.hidden(batch), model.hidden(batch))
+
+
+def test_wrong_checkpoints_are_refused_in_one_line(tmp_path, tokenizer):
+    model, text = build(), tokenizer.to_str()
+    stored = stored_config(model.config)
+    fewer = model.state_dict()
+    fewer.pop("text_head.weight")
+    whole = save(model, tmp_path / "cut", text)
+    weights = whole / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    cases = [
+        (save(model, tmp_path / "codec", text, {**stored, "model": "codec"}), "not a dialogue LM"),
+        (save(model, tmp_path / "field", text, {**stored, "colour": 1}), "colour"),
+        (save(model, tmp_path / "fewer", text, tensors=fewer), "text_head.weight"),
+        (save(model, tmp_path / "wide", text, {**stored, "dim": 64}), "do not fit"),
+        (save(model, tmp_path / "mute", None), "tokenizer.json"),
+        (whole, "cut"),
+        (tmp_path / "nothing", "no such"),
+    ]
+    for folder, reason in cases:
+        with pytest.raises(UserError) as error:
+            S2S.from_checkpoint(folder)
+        assert reason in str(error.value) and "\n" not in str(error.value)
