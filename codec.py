@@ -473,7 +473,8 @@ class Codec(nn.Module):
         try:
             missing, unexpected = self.load_state_dict(tensors, strict=False)
         except RuntimeError as error:
-            raise UserError(f"{path}: weights do not fit the config: {error}") from error
+            first = str(error).splitlines()[-1].strip()
+            raise UserError(f"{path}: weights do not fit the config: {first}") from error
         missing = [name for name in missing if not name.endswith(statistics)]
         if missing or unexpected:
             name = (missing + unexpected)[0]
