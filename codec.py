@@ -2,8 +2,9 @@
 
 A hybrid with almost all arithmetic in matrix products: frames of 120 samples (200 Hz) → causal
 ConvNeXt blocks (Liu et al. 2022) → frames of 480 samples (50 Hz) → a causal sliding-window
-transformer → a split quantizer (Défossez et al. 2024, Moshi: a semantic codebook beside an acoustic
-residual VQ, Zeghidour et al. 2021) → the same, mirrored. The algorithmic latency is one frame, 20 ms.
+transformer → a split quantizer (Défossez et al. 2024, Moshi: a semantic codebook beside an
+acoustic residual VQ, Zeghidour et al. 2021) → the same, mirrored. The algorithmic latency is one
+frame, 20 ms.
 
 Inside the model tensors are channels-last, `[B, time, C]`.
 """
@@ -204,7 +205,9 @@ class CausalChain(nn.ModuleList):
 def build_encoder(config: CodecConfig) -> CausalChain:
     """Front frames of samples `[B, T / 120, 120]` → `[B, F, D]`."""
     c = config
-    front = [ConvNeXtBlock(c.front_dim, c.kernel, c.expansion) for _ in range(c.encoder_front_blocks)]
+    front = [
+        ConvNeXtBlock(c.front_dim, c.kernel, c.expansion) for _ in range(c.encoder_front_blocks)
+    ]
     return CausalChain(
         [
             FrameConv(c.front_stride, c.front_dim),
@@ -264,7 +267,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def initialise(self, candidates: Tensor, generator: torch.Generator) -> None:
-        """k-means (Lloyd) on `candidates` `[N, d]`, the same on every rank that has the same ones."""
+        """k-means (Lloyd) on `candidates` `[N, d]`; ranks that have the same get the same."""
         size = self.embedding.shape[0]
         self.embedding.copy_(_draw(candidates, size, generator))
         for _ in range(10):
@@ -295,9 +298,7 @@ class Codebook(nn.Module):
         dead = self.cluster_size < 0.1 * mean_size
         fresh = _draw(candidates, self.embedding.shape[0], generator)
         self.cluster_size.copy_(torch.where(dead, mean_size, self.cluster_size))
-        self.embedding_sum.copy_(
-            torch.where(dead[:, None], fresh * mean_size, self.embedding_sum)
-        )
+        self.embedding_sum.copy_(torch.where(dead[:, None], fresh * mean_size, self.embedding_sum))
         self.embedding.copy_(self.embedding_sum / self.cluster_size[:, None])
 
     def _statistics(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -415,6 +416,12 @@ class SplitQuantizer(nn.Module):
             used=used,
         )
         return semantic, acoustic, info
+
+    def resume_from_codes(self) -> None:
+        """Lets training go on from codes whose statistics were not stored, as in an export."""
+        if not self.is_initialised:
+            for codebook in self.codebooks:
+                codebook.restart_statistics()
 
     @torch.no_grad()
     def update(self, info: Quantized, generator: torch.Generator) -> None:
@@ -642,7 +649,9 @@ class MelLoss(nn.Module):
         spectrum = torch.stft(both, window, window // 4, window=taper, return_complex=True)
         power = spectrum.real.square() + spectrum.imag.square()
         magnitude = (power + 1e-9).sqrt().transpose(1, 2) / taper.sum()  # [2 B, frames, bins]
-        mel = torch.log10((magnitude @ getattr(self, f"filters_{window}")).clamp(min=0) + self.floor)
+        mel = torch.log10(
+            (magnitude @ getattr(self, f"filters_{window}")).clamp(min=0) + self.floor
+        )
         estimate, target = mel.chunk(2)
         return F.l1_loss(estimate, target)
 
@@ -658,8 +667,10 @@ def waveform_loss(estimate: Tensor, target: Tensor) -> Tensor:
 
 
 def si_sdr(estimate: Tensor, target: Tensor) -> Tensor:
-    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019): `[B, 1, T]` → `[B]`."""
-    estimate, target = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (estimate, target))
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019), per clip `[B]`."""
+    estimate, target = (
+        x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (estimate, target)
+    )
     energy = target.square().sum(1, keepdim=True).clamp(min=1e-8)
     projection = (estimate * target).sum(1, keepdim=True) / energy * target
     noise = (estimate - projection).square().sum(1).clamp(min=1e-8)

@@ -331,9 +331,7 @@ class S2S(nn.Module):
         """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t."""
         agent = F.pad(batch.agent_codes[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
         text = F.pad(batch.text[:, :-1], (1, 0), value=PAD)
-        x = self._temporal_input(
-            text, agent, batch.user_codes, batch.agent_emotion, batch.language
-        )
+        x = self._temporal_input(text, agent, batch.user_codes, batch.agent_emotion, batch.language)
         return self.temporal(x)
 
     def listen(self, hidden: Tensor) -> dict[str, Tensor]:
@@ -469,9 +467,7 @@ class S2S(nn.Module):
                 x = x + self._depth_codes(codes, step - 1)
             out = self.depth.step(x[:, None], state.depth)[:, 0]
             for (f, k), logits in zip(places, self.depth_heads(out, step), strict=True):
-                codes[:, f, k] = draw(
-                    logits, sampling.temperature, sampling.top_k, state.generator
-                )
+                codes[:, f, k] = draw(logits, sampling.temperature, sampling.top_k, state.generator)
         return codes
 
     def _advance(self, state: S2SState, codes: Tensor, text: Tensor, active) -> Tensor:
@@ -546,9 +542,7 @@ def depth_losses(depth: list[list[Tensor]], schedule, targets: Tensor) -> dict[s
     return {name: torch.stack(values).mean() for name, values in parts.items()}
 
 
-def corrupt(
-    codes: Tensor, generator: torch.Generator, acoustic: float, frames: float
-) -> Tensor:
+def corrupt(codes: Tensor, generator: torch.Generator, acoustic: float, frames: float) -> Tensor:
     """User codes `[B, P, p, K]` with parts gone, so that unheard voices and rooms make sense.
 
     With probability `acoustic` a sequence keeps only its first few levels (at least the semantic

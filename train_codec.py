@@ -58,7 +58,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     plan = parser.add_argument_group("the plan's flags")
-    plan.add_argument("--data_dirs", nargs="+", default=["data/english", "data/hindi", "data/telugu"])
+    plan.add_argument(
+        "--data_dirs", nargs="+", default=["data/english", "data/hindi", "data/telugu"]
+    )
     plan.add_argument("--batch_size", type=int, default=32, help="windows a step, over all ranks")
     plan.add_argument("--num_epochs", type=int, default=100)
     plan.add_argument("--gen_lr", type=float, default=1e-4)
@@ -67,7 +69,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--num_workers", type=int, default=4)
     more = parser.add_argument_group("advanced")
     more.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto")
-    more.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     more.add_argument("--epoch_hours", type=float, default=60.0, help="audio drawn an epoch")
     more.add_argument("--window_seconds", type=float, default=2.0, help="length of a clip")
     more.add_argument("--language_temperature", type=float, default=2.0, help="1: by hours")
@@ -79,20 +80,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--phone_weight", type=float, default=0.5)
     more.add_argument("--quantizer_start", type=int, default=200, help="steps before k-means")
     more.add_argument("--warmup_steps", type=int, default=500)
-    more.add_argument("--grad_clip", type=float, default=1.0)
-    more.add_argument("--seed", type=int, default=0)
-    more.add_argument("--fresh", action="store_true", help="start over, in an empty folder")
-    more.add_argument("--init_from", help="checkpoint whose weights to start from")
-    more.add_argument("--save_every_epochs", type=int, default=5)
-    more.add_argument("--save_minutes", type=float, default=15.0)
-    more.add_argument("--keep_last", type=int, default=3)
-    more.add_argument("--log_every", type=int, default=50, help="steps a line of metrics")
-    more.add_argument("--max_steps", type=int, help="stop here, though the schedule goes on")
-    more.add_argument("--threads", type=int, help="CPU threads")
-    more.add_argument("--usd_per_hour", type=float, default=3.39)
-    more.add_argument("--budget_usd", type=float, help="fit the schedule to these dollars")
-    more.add_argument("--tensorboard", action="store_true")
-    more.add_argument("--export", metavar="FOLDER", help="write the newest checkpoint as shipped")
+    training.add_run_flags(more)
     return parser.parse_args(argv)
 
 
@@ -108,16 +96,10 @@ def draw_num_codebooks(batch: int, total: int, full_rate: float, seed: tuple[int
 
     Quantizer dropout (Zeghidour et al. 2021, section III-C): one model serves every bitrate.
     """
-    generator = keyed_generator(*seed)
+    generator = training.keyed_generator(*seed)
     full = torch.rand(batch, generator=generator) < full_rate
     drawn = torch.randint(1, total + 1, (batch,), generator=generator)
     return torch.where(full, total, drawn)
-
-
-def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on `key` alone, so that a resumed run draws the same."""
-    rng = training.item_rng(key[0], key[1], key[2] if len(key) > 2 else 0)
-    return torch.Generator().manual_seed(int(rng.integers(2**62)))
 
 
 def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,33 +198,9 @@ def codebook_metrics(info) -> dict[str, float]:
     return values
 
 
-def open_run(args, device: torch.device) -> tuple[CodecConfig, training.Checkpoint | None]:
-    """The config, and the checkpoint to go on from (None in a new run)."""
-    folder = Path(args.checkpoint_dir)
-    used = folder.is_dir() and any(folder.iterdir())
-    if args.fresh and used:
-        raise UserError(f"--fresh: {folder} is not empty; move it away or choose another folder")
-    if used and any(folder.glob("step_*")):
-        checkpoint = training.load_checkpoint(folder, device)
-        if checkpoint.config.get("model") != "codec":
-            raise UserError(f"{folder}: holds another model's checkpoints; choose another folder")
-        return codec_config(checkpoint.config), checkpoint
-    return choose_config(args, device), None
-
-
-def inherit(model: Codec, path: str) -> None:
-    """Starts from the weights of another codec wherever name and shape agree, and says so."""
-    tensors = training.load_checkpoint(path, with_trainer=False).tensors
-    own = model.state_dict()
-    fitting = {n: t for n, t in tensors.items() if n in own and t.shape == own[n].shape}
-    model.load_state_dict(fitting, strict=False)
-    for codebook in model.quantizer.codebooks:
-        codebook.restart_statistics()
-    print(f"init_from {path}: inherited {len(fitting)} of {len(own)} tensors")
-
-
-def describe(args, config: CodecConfig, model: Codec, clips: list[Clip], seconds: float, steps: int):
+def describe(args, model: Codec, clips: list[Clip], seconds: float, steps: int) -> None:
     """What the user reads before step 1."""
+    config = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     hours = ", ".join(f"{name} {h:.1f} h" for name, h in hours_by_language(clips).items())
     labelled = sum(c.duration for c in clips if c.phones) / 3600
@@ -271,7 +229,10 @@ def export(args) -> None:
     folder = training.save_export(
         args.export, checkpoint.step, stored_config(model.config), model.export_tensors()
     )
-    print(f"wrote {folder}: codec of step {checkpoint.step}, {Codec.from_checkpoint(folder).fingerprint}")
+    exported = Codec.from_checkpoint(folder)
+    print(
+        f"wrote {folder}: codec of step {checkpoint.step}, fingerprint {exported.fingerprint[:16]}"
+    )
 
 
 def main() -> None:
@@ -304,7 +265,8 @@ def main() -> None:
     validation = validation_batches(held_out, args, phone_ids) if process.is_main else []
 
     # Models and optimizers; the same seed gives every rank the same weights.
-    config, checkpoint = open_run(args, device)
+    checkpoint = training.open_run(args.checkpoint_dir, "codec", args.fresh, device)
+    config = codec_config(checkpoint.config) if checkpoint else choose_config(args, device)
     model = Codec(config).to(device).train()
     head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
     sizes = discriminator.DiscriminatorConfig
@@ -313,16 +275,22 @@ def main() -> None:
     ).to(device)
     mel = MelLoss(config.sample_rate).to(device)
     if args.init_from and checkpoint is None:
-        inherit(model, args.init_from)
+        training.inherit_weights(model, args.init_from)
+        model.quantizer.resume_from_codes()
     generator_parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(generator_parameters, args.gen_lr, (0.8, 0.99), fused=True, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        generator_parameters, args.gen_lr, (0.8, 0.99), fused=True, weight_decay=0.01
+    )
     disc_optimizer = torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.8, 0.99), fused=True)
     balancer = training.Balancer(BALANCE)
-    guard, meter = training.StepGuard(), training.CostMeter(
-        "codec",
-        usd_per_hour=args.usd_per_hour,
-        budget_usd=args.budget_usd,
-        enabled=device.type == "cuda" and process.is_main,
+    guard, meter = (
+        training.StepGuard(),
+        training.CostMeter(
+            "codec",
+            usd_per_hour=args.usd_per_hour,
+            budget_usd=args.budget_usd,
+            enabled=device.type == "cuda" and process.is_main,
+        ),
     )
     total_steps = args.num_epochs * steps_per_epoch
     step, epoch, consumed, best = 0, 0, 0, float("inf")
@@ -346,10 +314,13 @@ def main() -> None:
         best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
 
     if process.is_main:
-        describe(args, config, model, clips, seconds_per_step(model, mel, args, device), total_steps)
+        seconds = seconds_per_step(model, mel, args, device)
+        describe(args, model, clips, seconds, total_steps)
         if checkpoint is not None:
             print(f"resuming {checkpoint.path} at step {step}", flush=True)
-    metrics = training.Metrics(args.checkpoint_dir, step, args.tensorboard) if process.is_main else None
+    metrics = None
+    if process.is_main:
+        metrics = training.Metrics(args.checkpoint_dir, step, args.tensorboard)
     meter.start(total_steps, step)
     disc_start = int(args.disc_start * total_steps)
 
@@ -396,10 +367,10 @@ def main() -> None:
         shares = balancer.backward(losses, estimate, others)
         training.average_gradients(generator_parameters)
         norm = nn.utils.clip_grad_norm_(generator_parameters, args.grad_clip)
-        if guard.check(sum(losses.values()) + others, norm):
+        if guard.check((sum(losses.values()) + others).detach(), norm):
             optimizer.step()
             if step >= args.quantizer_start:
-                model.quantizer.update(info, keyed_generator(args.seed, step, 1 << 20))
+                model.quantizer.update(info, training.keyed_generator(args.seed, step, 1 << 20))
 
         # Discriminator, on the same reconstruction.
         if adversarial:
@@ -410,7 +381,7 @@ def main() -> None:
             disc_loss.backward()
             training.average_gradients(disc.parameters())
             disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), args.grad_clip)
-            if guard.check(disc_loss, disc_norm):
+            if guard.check(disc_loss.detach(), disc_norm):
                 disc_optimizer.step()
             losses["discriminator"] = disc_loss
 
@@ -436,19 +407,20 @@ def main() -> None:
             last_log, samples_logged = now, 0
 
         end_of_epoch = consumed >= steps_per_epoch * args.batch_size
+        is_best = False
         if end_of_epoch and process.is_main:
             scores = validate(model, head, mel, validation, device)
             metrics.log(step, **scores)
-            tqdm.write(f"epoch {epoch}: " + ", ".join(f"{k[11:]} {v:.3f}" for k, v in scores.items()))
+            summary = ", ".join(f"{name[11:]} {value:.3f}" for name, value in scores.items())
+            tqdm.write(f"epoch {epoch}: {summary}")
             loss = scores[f"validation_mel_{config.num_codebooks}"]
             is_best, best = loss < best, min(loss, best)
         due = (epoch + 1) % args.save_every_epochs == 0 and end_of_epoch
         due = due or time.monotonic() - last_save > 60 * args.save_minutes or step == stop_at
-        if process.is_main and (due or (end_of_epoch and is_best)):
-            save(end_of_epoch and is_best)
+        if process.is_main and (due or is_best):
+            save(is_best)
             last_save = time.monotonic()
-        affordable = meter.remaining_steps_within_budget()
-        if affordable is not None and affordable == 0:
+        if meter.remaining_steps_within_budget() == 0:
             print("the budget is spent: stopping here, with a checkpoint")
             save()
             break

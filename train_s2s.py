@@ -121,7 +121,7 @@ class Conversations(Dataset):
         return window
 
     def window(self, row: dict, place: float) -> dict[str, Tensor]:
-        """`self.patches` patches from `place` (0 … 1) of the free room on; short rows are padded."""
+        """`self.patches` patches from `place` (0 … 1) of the free room on, padded if short."""
         whole = self.whole(row)
         total = len(whole["text"])
         first = int(place * (max(0, total - self.patches) + 1))
@@ -288,9 +288,7 @@ def validate(model: S2S, batches: list[Batch], args, device: torch.device) -> di
         losses, metrics = model.losses(batch.to(device), everything, args.text_weight)
         rows.append({name: float(value) for name, value in {**losses, **metrics}.items()})
     model.train()
-    return {
-        f"validation_{name}": statistics.fmean(row[name] for row in rows) for name in rows[0]
-    }
+    return {f"validation_{name}": statistics.fmean(row[name] for row in rows) for name in rows[0]}
 
 
 def describe(args, model: S2S, rows, hours: float, total_steps: int, seconds: float) -> None:
@@ -396,11 +394,14 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, (0.9, 0.95), fused=True, weight_decay=0.05
     )
-    guard, meter = training.StepGuard(), training.CostMeter(
-        "s2s",
-        usd_per_hour=args.usd_per_hour,
-        budget_usd=args.budget_usd,
-        enabled=device.type == "cuda" and process.is_main,
+    guard, meter = (
+        training.StepGuard(),
+        training.CostMeter(
+            "s2s",
+            usd_per_hour=args.usd_per_hour,
+            budget_usd=args.budget_usd,
+            enabled=device.type == "cuda" and process.is_main,
+        ),
     )
     stateful = {"optimizer": optimizer, "guard": guard, "meter": meter}
     step, epoch, consumed, best = 0, 0, 0, float("inf")
@@ -418,8 +419,9 @@ def main() -> None:
         describe(args, model, rows, hours, total_steps, seconds)
         if checkpoint is not None:
             print(f"resuming {checkpoint.path} at step {step}", flush=True)
-    is_main = process.is_main
-    metrics_file = training.Metrics(args.checkpoint_dir, step, args.tensorboard) if is_main else None
+    is_main, metrics_file = process.is_main, None
+    if is_main:
+        metrics_file = training.Metrics(args.checkpoint_dir, step, args.tensorboard)
     meter.start(total_steps, step)
     listen_steps = int(args.listen_share * total_steps)
 
@@ -479,7 +481,8 @@ def main() -> None:
         if end_of_epoch and is_main:
             scores = validate(model, validation, args, device)
             metrics_file.log(step, **scores)
-            tqdm.write(f"epoch {epoch}: " + ", ".join(f"{k[11:]} {v:.3f}" for k, v in scores.items()))
+            summary = ", ".join(f"{name[11:]} {value:.3f}" for name, value in scores.items())
+            tqdm.write(f"epoch {epoch}: {summary}")
             is_best = scores["validation_text"] < best
             best = min(scores["validation_text"], best)
         due = (epoch + 1) % args.save_every_epochs == 0 and end_of_epoch

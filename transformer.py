@@ -270,7 +270,7 @@ class StreamingTransformer(nn.Module):
         return TransformerState(self.config, batch_size, max_chunk, weight.device, weight.dtype)
 
     def step(self, x: Tensor, state: TransformerState, active: Tensor | None = None) -> Tensor:
-        """Continues each slot by the chunk `x` `[B, S, D]` → `[B, S, D]`; `state` moves on in place.
+        """Continues each slot by the chunk `x` `[B, S, D]` → `[B, S, D]`; `state` moves on.
 
         Where `active` `[B]` bool is false the slot does not advance and its output is meaningless.
         """
