@@ -77,7 +77,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--disc_start", type=float, default=0.1, help="share of the steps; 1: no GAN")
     more.add_argument("--full_rate", type=float, default=0.7, help="share that uses all codebooks")
     more.add_argument("--commitment_weight", type=float, default=0.25)
-    more.add_argument("--phone_weight", type=float, default=0.5)
+    more.add_argument("--phone_weight", type=float, default=6.0)
     more.add_argument("--quantizer_start", type=int, default=200, help="steps before k-means")
     more.add_argument("--warmup_steps", type=int, default=500)
     training.add_run_flags(more)
