@@ -247,12 +247,20 @@ class Codebook(nn.Module):
         self.register_buffer("embedding", torch.randn(size, dim))
         self.register_buffer("cluster_size", torch.zeros(size))
         self.register_buffer("embedding_sum", torch.zeros(size, dim))
+        # ‖e‖² / 2, kept because a streaming step would spend more on it than on the search itself.
+        self.register_buffer("half_norms", torch.empty(size), persistent=False)
+        self.register_load_state_dict_post_hook(lambda book, _: book.refresh())
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Call whenever `embedding` has changed."""
+        self.half_norms.copy_(0.5 * self.embedding.float().pow(2).sum(-1))
 
     def forward(self, x: Tensor) -> Tensor:
         """The nearest code of each vector: `[..., d]` → `[...]` int64."""
         with torch.autocast(x.device.type, enabled=False):
-            embedding = self.embedding.float()
-            scores = x.float() @ embedding.t() - 0.5 * embedding.pow(2).sum(-1)
+            scores = x.float() @ self.embedding.float().t() - self.half_norms
             return scores.argmax(-1)
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -270,11 +278,13 @@ class Codebook(nn.Module):
         """k-means (Lloyd) on `candidates` `[N, d]`; ranks that have the same get the same."""
         size = self.embedding.shape[0]
         self.embedding.copy_(_draw(candidates, size, generator))
+        self.refresh()
         for _ in range(10):
             codes = self(candidates)
             counts, sums = self._statistics(candidates, codes)
             filled = counts > 0
             self.embedding[filled] = sums[filled] / counts[filled, None]
+            self.refresh()
         mean_size = candidates.shape[0] / size
         self.cluster_size.fill_(mean_size)
         self.embedding_sum.copy_(self.embedding * mean_size)
@@ -300,6 +310,7 @@ class Codebook(nn.Module):
         self.cluster_size.copy_(torch.where(dead, mean_size, self.cluster_size))
         self.embedding_sum.copy_(torch.where(dead[:, None], fresh * mean_size, self.embedding_sum))
         self.embedding.copy_(self.embedding_sum / self.cluster_size[:, None])
+        self.refresh()
 
     def _statistics(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         counts = torch.zeros_like(self.cluster_size)
