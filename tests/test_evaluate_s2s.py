@@ -1,0 +1,408 @@
+"""The evaluation over fakes whose answers are known, then over small real models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_duplex import FakeClock, FakeCodec, FakeLM, save_pair, small_pair, tone
+
+import evaluate_s2s as e
+import speech
+from evaluate_s2s import (
+    AskedTurn,
+    Asking,
+    Call,
+    Ear,
+    Heard,
+    Judged,
+    Report,
+    ask,
+    edit_distance,
+    goals,
+    hold_calls,
+    judge_call,
+    main,
+    nearest,
+    normalise,
+    phone_error,
+    right_text,
+    table,
+    taught_replies,
+)
+from make_conversations import Exchange, Line, load_scripts
+from training import UserError
+
+RATE = 24000
+SCRIPTS = e.HERE / "conversations"
+VOICE = speech.Voice("english/fake/0", "flite", "english", "rms", "rms", split="test")
+
+
+def slow_distance(one, two) -> int:
+    """Wagner and Fischer's table, cell by cell."""
+    cells = {(i, 0): i for i in range(len(one) + 1)} | {(0, j): j for j in range(len(two) + 1)}
+    for i, a in enumerate(one, 1):
+        for j, b in enumerate(two, 1):
+            cells[i, j] = min(
+                cells[i - 1, j] + 1, cells[i, j - 1] + 1, cells[i - 1, j - 1] + (a != b)
+            )
+    return cells[len(one), len(two)]
+
+
+def exchange(name="en-name-001", replies=("My name is Samvad.",), held_out=False, wordings=2):
+    lines = []
+    for number, reply in enumerate(replies):
+        texts = tuple(f"question {number} wording {w}" for w in range(wordings))
+        lines += [Line("user", texts, "happy"), Line("agent", (reply,), "calm")]
+    return Exchange(name, "english", "name", tuple(lines), held_out)
+
+
+def fake_say(requests):
+    """A second of tone for every request, with words and phones."""
+    phones = [("_", 0.0, 0.1), ("k", 0.1, 0.6), ("a", 0.6, 1.0)]
+    words = [("one", 0.1, 0.6), ("two", 0.6, 1.0)]
+    return [speech.Utterance(tone(1.0, 0.3), phones, words) for _ in requests]
+
+
+@pytest.fixture
+def fake_voices(monkeypatch):
+    monkeypatch.setattr(e, "user_voices", lambda language, split: [VOICE])
+    monkeypatch.setattr(speech, "phonemize", lambda text, language: text.split())
+
+
+def judged(**changes) -> Judged:
+    fields = {
+        "call": "c", "asked": "q", "wanted": "Yes.", "said": "Yes.", "kind": "answered",
+        "latency": 0.2, "text": True, "audio": True, "emotion": ("neutral", "neutral"),
+        "language": ("english", "english"), "phone_errors": 1, "phones": 4,
+    }  # fmt: skip
+    return Judged(**{**fields, **changes})
+
+
+# ---------------------------------------------------------------------------------- distances
+
+
+def test_edit_distance_is_wagner_and_fischer_s():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        one, two = (rng.integers(0, 4, rng.integers(0, 9)).tolist() for _ in range(2))
+        assert edit_distance(one, two) == slow_distance(one, two)
+    assert edit_distance("kitten", "sitting") == 3
+
+
+def test_text_is_compared_by_letters_and_vowel_signs_alone():
+    assert normalise("Hello,  I'm Samvad!") == "hello im samvad"
+    assert normalise("मेरा नाम संवाद है।") == "मेरा नाम संवाद है"
+    assert normalise("నా పేరు సంవాద్ అండి.") == "నా పేరు సంవాద్ అండి"
+
+
+def test_a_right_text_is_near_and_nearest():
+    taught = ["My name is Samvad.", "It is two.", "It is ten."]
+    assert right_text("my name is samvat", "My name is Samvad.", taught)
+    assert not right_text("My name", "My name is Samvad.", taught)  # nearest, but half is missing
+    assert not right_text("It is ten.", "It is two.", taught)  # near, but another is nearer
+    assert not right_text("", "It is two.", taught)
+    assert not right_text("My name is Samvad. It is two.", "It is two.", taught)
+
+
+def test_nothing_heard_is_nearest_to_nothing():
+    assert nearest("", {"a": "", "b": "xy"}) is None
+    assert nearest("xz", {"a": "", "b": "xy"}) == "b"
+
+
+def test_repeated_phones_are_one_in_what_was_said_and_heard():
+    assert phone_error(["a", "a", "b"], ["a", "b", "b", "k"]) == (1, 3)
+
+
+# ---------------------------------------------------------------------------------- questions
+
+
+def test_questions_lie_on_the_clock_with_their_lead_in_and_tail(fake_voices):
+    calls = ask([exchange(held_out=True)], "english", Asking(questions_per_exchange=5), fake_say)
+    assert len(calls) == 2  # there are no more wordings than two
+    assert {c.turns[0].text for c in calls} == {f"question 0 wording {w}" for w in (0, 1)}
+    turn = calls[0].turns[0]
+    loud = np.flatnonzero(np.abs(calls[0].audio) > 0.01) / RATE
+    assert turn.start == pytest.approx(loud[0], abs=0.011)
+    assert turn.end == pytest.approx(loud[-1], abs=0.011)
+    assert loud[0] >= 0.5 and len(calls[0].audio) / RATE - turn.end >= 4.0
+    assert turn.phones == ("k", "a") and turn.emotion == "neutral"
+
+
+def test_later_questions_wait_for_the_reply_before(fake_voices):
+    long_reply = " ".join(["word"] * 66)  # six seconds
+    scripts = [exchange(replies=(long_reply, "Yes."), held_out=True)]
+    (call,) = ask(scripts, "english", Asking(questions_per_exchange=1), fake_say)
+    first, second = call.turns
+    assert first.reply == long_reply and second.reply == "Yes."
+    assert 8.0 < second.start - first.end < 9.0
+
+
+def test_emotions_and_ranges_of_pitch_are_those_praat_is_safe_in(fake_voices, monkeypatch):
+    wide = replace(VOICE, pitch_range=2.0)
+    monkeypatch.setattr(e, "user_voices", lambda language, split: [wide])
+    seen = []
+
+    def say(requests):
+        seen.extend(requests)
+        return fake_say(requests)
+
+    for emotions in ("neutral", "scripted"):
+        ask([exchange(held_out=True)], "english", Asking(emotions=emotions), say)
+    assert {r.emotion for r in seen} == {"neutral", "happy"}
+    for request in seen:
+        style = speech.STYLES[request.emotion]
+        assert request.voice.pitch_range * style.pitch_range <= 1.1 + 1e-9
+        assert 0.95 <= request.speed <= 1.05
+
+
+def test_the_same_seed_asks_the_same(fake_voices):
+    scripts = [exchange(held_out=True, wordings=9)]
+    texts = [
+        [c.turns[0].text for c in ask(scripts, "english", Asking(seed=s), fake_say)]
+        for s in (3, 3, 4)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_a_pause_is_put_inside_the_turn(fake_voices):
+    scripts = [exchange(held_out=True)]
+    (plain, *_), (paused, *_) = (
+        ask(scripts, "english", Asking(pause_seconds=p), fake_say) for p in (0.0, 0.5)
+    )
+    lengths = [c.turns[0].end - c.turns[0].start for c in (plain, paused)]
+    assert lengths[1] - lengths[0] == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_taught_are_the_training_replies_of_the_chosen_exchanges():
+    scripts = load_scripts(SCRIPTS)
+    few = taught_replies(scripts, "english", ("name",), True)
+    assert few == {"My name is Samvad.": "happy"} or list(few) == ["My name is Samvad."]
+    assert len(taught_replies(scripts, "telugu", (), False)) > 150
+
+
+# ---------------------------------------------------------------------------------- calls
+
+
+class FakeListener(FakeLM):
+    """As `FakeLM`, which echoes, with a listening head that hears the tick's number."""
+
+    def __init__(self, clock):
+        super().__init__(clock)
+        self.config.listen_delay = 2
+        self.config.phones = tuple("_abcdefgh")
+
+    def step(self, codes, state, active=None, **options):
+        out = super().step(codes, state, active, **options)
+        ids = state.frames[:, None].repeat(1, 2) % 9
+        out.user_phones = torch.nn.functional.one_hot(ids, 9).float()
+        return out
+
+
+def call_of(audio, *turns, name="c") -> Call:
+    return Call(name, "english", "v", audio, turns)
+
+
+def test_every_call_gets_its_own_reply_whatever_the_slots():
+    audios = [np.full(960 * n, 0.01 * (n + 1), np.float32) for n in (3, 9, 5, 7, 1)]
+    calls = [call_of(audio, name=str(i)) for i, audio in enumerate(audios)]
+    for slots in (1, 2, 8):
+        clock = FakeClock()
+        heard = hold_calls(FakeCodec(clock), FakeListener(clock), calls, slots)
+        for audio, one in zip(audios, heard, strict=True):
+            np.testing.assert_allclose(one.reply, audio, atol=1e-6)
+            assert one.text.tolist() == list(range(1, len(audio) // 960 + 1))
+            assert one.emotion.shape == (len(one.text), 8)
+            # Heard two patches late, so the first label is the third tick's.
+            assert len(one.phones) == max(0, 2 * (len(one.text) - 2))
+            if len(one.phones):
+                assert one.phones[0] == 3
+
+
+# ---------------------------------------------------------------------------------- judging
+
+
+class FakeJudge:
+    """Hears the amplitude, in tenths."""
+
+    name = "fake"
+
+    def hear(self, audio):
+        loud = np.abs(audio)
+        return ("x",) * int(round(10 * loud.max())) if len(audio) and loud.max() > 0.01 else ()
+
+
+def converse(onset: float, text_at: float, level: float = 0.5, second_turn: bool = False):
+    """A call with a question from 1.0 to 2.0 s, answered at `onset` by one token and a tone."""
+    reply = np.zeros(8 * RATE, np.float32)
+    first = round((onset - 0.04) * RATE)  # the engine's patch comes on top
+    reply[first : first + RATE] = tone(1.0, level)
+    text = np.zeros(200, np.int64)
+    text[round(text_at / 0.04)] = 5
+    emotion, language = np.zeros((200, 8)), np.zeros((200, 3))
+    emotion[:, 1], language[:, 0] = 1.0, 1.0
+    emotion[45:51] = 0.0
+    emotion[45:51, 2] = 1.0  # what counts is the end of the turn
+    heard = Heard(reply, text, emotion, language, np.array([0] * 50 + [1, 1, 2, 0, 3] * 10))
+    turns = [AskedTurn(1.0, 2.0, "q", "sad", "five", ("a", "b"))]
+    if second_turn:
+        turns.append(AskedTurn(5.0, 6.0, "q2", "sad", "six", ()))
+    return call_of(np.zeros(8 * RATE, np.float32), *turns), heard
+
+
+LM = SimpleNamespace(
+    config=SimpleNamespace(
+        emotions=("neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm"),
+        languages=("english", "hindi", "telugu"),
+        phones=("_", "a", "b", "k"),
+        frame_rate=50.0,
+    ),
+    tokenizer=SimpleNamespace(decode=lambda ids: {5: "five", 6: "six"}[ids[-1]]),
+)
+EAR = Ear(FakeJudge(), {"five": ("x",) * 5, "six": ("x",) * 9}, 1.0, 1.0)
+
+
+def test_an_answer_is_timed_read_and_heard():
+    call, heard = converse(onset=2.25, text_at=2.2)
+    (turn,) = judge_call(call, heard, LM, 0.04, ["five", "six"], EAR)
+    assert turn.kind == "answered" and turn.latency == pytest.approx(0.25, abs=0.011)
+    assert turn.said == "five" and turn.text and turn.audio
+    assert turn.emotion == ("sad", "sad") and turn.language == ("english", "english")
+    assert turn.phones == 2 and turn.phone_errors > 0
+
+
+@pytest.mark.parametrize("onset,kind", [(1.5, "takeover"), (1.9, "answered"), (4.3, "unanswered")])
+def test_early_and_late_replies_are_told_apart(onset, kind):
+    (turn,) = judge_call(*converse(onset, onset), LM, 0.04, ["five"], None)
+    assert turn.kind == kind and turn.audio is None
+
+
+def test_a_reply_of_the_next_turn_is_not_this_one_s():
+    call, heard = converse(onset=6.2, text_at=6.2, second_turn=True)
+    first, second = judge_call(call, heard, LM, 0.04, ["five", "six"], EAR)
+    assert first.kind == "unanswered" and first.said == "" and not first.audio
+    assert second.kind == "answered" and second.said == "five" and not second.text
+
+
+def test_a_loud_reply_of_other_sounds_is_wrong_by_ear():
+    (turn,) = judge_call(*converse(2.2, 2.2, level=0.9), LM, 0.04, ["five", "six"], EAR)
+    assert turn.text and not turn.audio
+
+
+def test_nothing_heard_is_never_right():
+    assert not EAR.right(np.zeros(RATE, np.float32), "five")
+
+
+# ---------------------------------------------------------------------------------- the report
+
+
+def test_shares_are_over_all_turns_and_the_baseline_is_the_commonest_reply():
+    turns = [
+        judged(),
+        judged(kind="takeover", latency=-0.5),
+        judged(kind="unanswered", latency=None, text=False, audio=False, wanted="No."),
+        judged(audio=False, wanted="Perhaps.", latency=0.4, emotion=("sad", "neutral")),
+    ]
+    s = Report(turns, ear=EAR).summary()
+    assert (s["turns"], s["answered"], s["takeovers"], s["unanswered"]) == (4, 0.5, 1, 1)
+    assert (s["right_text"], s["right_audio"], s["right_both"]) == (0.75, 0.5, 0.5)
+    assert s["right_and_in_time"] == 0.25 and s["majority_answer"] == 0.5
+    assert s["response_p50_ms"] == 300 and s["user_emotion"] == 0.75
+    assert s["phone_error"] == 0.25
+
+
+def test_a_judge_that_cannot_be_trusted_is_not_asked_for_a_figure():
+    s = Report([judged(audio=False)], ear=replace(EAR, clean=0.5)).summary()
+    assert s["right_audio"] is None and s["right_both"] is None and s["right_and_in_time"] == 1.0
+    assert "cannot" in table({"telugu": s}) and goals("telugu", s)["right"]
+
+
+def test_goals_are_met_or_not():
+    s = Report([judged()], ear=EAR).summary()
+    assert goals("english", s) == {"answered": True, "response": True, "right": True}
+    s = Report([judged(kind="unanswered", latency=None, text=False)], ear=EAR).summary()
+    assert goals("english", s) == {"answered": False, "response": None, "right": False}
+
+
+def test_the_table_fits_80_columns():
+    s = Report([judged()], ear=EAR).summary()
+    empty = Report().summary()
+    text = table({"english": s, "hindi": replace_key(s, "judge_trusted", False), "telugu": empty})
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def replace_key(mapping: dict, key: str, value) -> dict:
+    return {**mapping, key: value}
+
+
+# ---------------------------------------------------------------------------------- the script
+
+
+def test_main_over_small_real_models(tmp_path, monkeypatch, capsys, fake_voices):
+    save_pair(*small_pair(), tmp_path)
+    monkeypatch.setattr(speech.Synthesizer, "synthesize", lambda self, items: fake_say(items))
+    output = tmp_path / "out.json"
+    main([
+        "--codec", str(tmp_path / "codec"), "--lm", str(tmp_path / "s2s"), "--judge", "none",
+        "--languages", "english", "--intents", "name,capitals", "--questions_per_exchange", "1",
+        "--output", str(output), "--save_audio", str(tmp_path / "calls"),
+    ])  # fmt: skip
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert last["languages"]["english"]["turns"] == 2
+    assert last["languages"]["english"]["judge"] is None
+    turns = json.loads(output.read_text(encoding="utf-8"))["turns"]["english"]
+    assert {t["wanted"] for t in turns} >= {"My name is Samvad."}
+    assert len(list((tmp_path / "calls").glob("*.wav"))) == 2
+
+
+def test_bad_input_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="nowhere"):
+        main(["--codec", str(tmp_path / "nowhere"), "--lm", str(tmp_path / "nowhere")])
+    codec, lm = small_pair()
+    save_pair(codec, lm, tmp_path, replace(lm.config, codec_fingerprint="of another"))
+    with pytest.raises(UserError, match="of another"):
+        main(["--codec", str(tmp_path / "codec"), "--lm", str(tmp_path / "s2s")])
+    with pytest.raises(UserError, match="questions_per_exchange"):
+        main(["--questions_per_exchange", "0"])
+    with pytest.raises(UserError, match="no folder"):
+        main(["--output", str(tmp_path / "missing" / "x.json")])
+
+
+def test_no_voice_names_what_to_install(monkeypatch):
+    monkeypatch.setattr(speech, "_installed", lambda engine, name: False)
+    with pytest.raises(UserError, match="flite"):
+        ask([exchange(held_out=True)], "english", Asking(), fake_say)
+
+
+def test_judges_that_are_missing_say_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "hama", None)
+    assert e.choose_judge("auto", "telugu", None) is None
+    assert "pip install hama" in capsys.readouterr().err
+    with pytest.raises(UserError, match="pip install hama"):
+        e.choose_judge("hama", "telugu", None)
+    with pytest.raises(UserError, match="--whisper"):
+        e.choose_judge("whisper", "english", None)
+    pytest.importorskip("faster_whisper", reason="pip install faster-whisper")
+    with pytest.raises(UserError, match="model.bin"):
+        e.choose_judge("auto", "english", tmp_path)
+
+
+def test_hama_hears_which_reply_the_agent_says():
+    pytest.importorskip("hama", reason="pip install hama")
+    try:
+        agent = speech.voices("english", "agent")[0]
+    except UserError as error:
+        pytest.skip(str(error))
+    judge = e.HamaJudge()
+    texts = ["My name is Samvad.", "You are welcome."]
+    say = speech.Synthesizer().synthesize
+    known, again = (
+        say([speech.Request(t, "english", agent, speed) for t in texts]) for speed in (1.0, 0.93)
+    )
+    templates = {t: judge.expects(t, u.audio) for t, u in zip(texts, known, strict=True)}
+    assert [nearest(judge.hear(u.audio), templates) for u in again] == texts
+    assert judge.hear(np.zeros(RATE, np.float32)) == ()
