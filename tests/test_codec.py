@@ -1,0 +1,533 @@
+"""The codec: streaming against offline, causality, layers and losses against independent ones."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchaudio
+from torch import nn
+
+import training
+from codec import (
+    Codebook,
+    Codec,
+    CodecConfig,
+    FrameConv,
+    MelLoss,
+    codec_fingerprint,
+    si_sdr,
+    stored_config,
+    waveform_loss,
+)
+from training import UserError
+
+CONTEXT = 6
+SMALL = CodecConfig(
+    front_dim=16,
+    encoder_dim=16,
+    decoder_front_dim=24,
+    decoder_front_blocks=1,
+    decoder_dim=16,
+    num_heads=2,
+    context=CONTEXT,
+    semantic_dim=8,
+    acoustic_dim=8,
+    codebook_sizes=(16,) * 4,
+)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, seed=0, scale=0.3):
+    return scale * torch.randn(*shape, generator=generator(seed))
+
+
+def build(config=SMALL, seed=0):
+    """A small codec whose codebooks were started on noise, so that all codes are in use."""
+    torch.manual_seed(seed)
+    model = Codec(config)
+    counts = torch.full((4,), config.num_codebooks)
+    _, info = model(noise(4, 1, 48 * 480, seed=seed), counts)
+    model.quantizer.update(info, generator(seed))
+    model.decoder[-1].linear.weight.data.mul_(10)  # as loud as after training
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+# -- streaming ---------------------------------------------------------------------------------
+
+
+def stream(model, audio, chunk, encoder=None, decoder=None):
+    """Codes and audio of whole frames given `chunk` frames at a time."""
+    encoder = encoder or model.init_encoder_state(audio.shape[0])
+    decoder = decoder or model.init_decoder_state(audio.shape[0])
+    codes, out = [], []
+    for part in audio.split(chunk * 480, dim=-1):
+        codes.append(model.encode_step(part, encoder, 4))
+        out.append(model.decode_step(codes[-1], decoder))
+    return torch.cat(codes, dim=2), torch.cat(out, dim=2)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 3 * CONTEXT + 1, 40])
+def test_streaming_is_the_offline_pass_for_any_chunking(model, chunk):
+    audio = noise(2, 1, 40 * 480, seed=1)
+    codes = model.encode(audio, 4)
+    assert codes.unique().numel() > 8  # codes that never change would prove nothing
+    streamed_codes, streamed = stream(model, audio, chunk)
+    assert torch.equal(streamed_codes, codes)
+    torch.testing.assert_close(streamed, model.decode(codes), atol=1e-4, rtol=0)
+
+
+def test_streaming_after_a_reset_is_a_fresh_call(model):
+    audio = noise(2, 1, 10 * 480, seed=2)
+    encoder, decoder = model.init_encoder_state(2), model.init_decoder_state(2)
+    stream(model, noise(2, 1, 17 * 480, seed=3), 3, encoder, decoder)
+    encoder.reset()
+    decoder.reset()
+    codes, out = stream(model, audio, 3, encoder, decoder)
+    assert torch.equal(codes, model.encode(audio, 4))
+    torch.testing.assert_close(out, model.decode(codes), atol=1e-4, rtol=0)
+
+
+def test_slots_advance_and_restart_on_their_own(model):
+    """Three slots: one always active, one now and then, one reset in mid-call."""
+    frames = 24
+    audio = noise(3, 1, frames * 480, seed=4)
+    encoder, decoder = model.init_encoder_state(3), model.init_decoder_state(3)
+    reset_at = 9
+    active_at = torch.ones(frames, 3, dtype=torch.bool)
+    active_at[:, 1] = torch.rand(frames, generator=generator(5)) < 0.5
+    codes, out = [], []
+    for frame in range(frames):
+        if frame == reset_at:
+            mask = torch.tensor([False, False, True])
+            encoder.reset(mask)
+            decoder.reset(mask)
+        step = audio[..., frame * 480 : (frame + 1) * 480]
+        codes.append(model.encode_step(step, encoder, 4, active_at[frame]))
+        out.append(model.decode_step(codes[-1], decoder, active_at[frame]))
+
+    def heard(slot, frames_of_slot):
+        sound = torch.cat([audio[slot, :, f * 480 : (f + 1) * 480] for f in frames_of_slot], -1)
+        expected = model.encode(sound[None], 4)[0]
+        got = torch.stack([codes[f][slot, :, 0] for f in frames_of_slot], dim=1)
+        assert torch.equal(got, expected)
+        got = torch.cat([out[f][slot] for f in frames_of_slot], dim=-1)
+        torch.testing.assert_close(got, model.decode(expected[None])[0], atol=1e-4, rtol=0)
+
+    heard(0, list(range(frames)))
+    heard(1, [f for f in range(frames) if active_at[f, 1]])
+    heard(2, list(range(reset_at)))
+    heard(2, list(range(reset_at, frames)))
+
+
+def test_steps_take_whole_frames_only(model):
+    state = model.init_encoder_state(1)
+    for samples in (0, 100, 481):
+        with pytest.raises(ValueError, match="whole frames"):
+            model.encode_step(torch.zeros(1, 1, samples), state)
+    with pytest.raises(ValueError, match=r"\[B, 1, T\]"):
+        model.encode(torch.zeros(1, 480))
+
+
+@pytest.mark.parametrize("samples", [1, 479, 480, 481, 960, 24_000 - 7])
+def test_shapes_for_any_length(model, samples):
+    frames = math.ceil(samples / 480)
+    audio = noise(2, 1, samples)
+    for levels in (1, 3, 4):
+        codes = model.encode(audio, levels)
+        assert codes.shape == (2, levels, frames) and codes.dtype == torch.int64
+        assert model.decode(codes).shape == (2, 1, frames * 480)
+    assert torch.equal(model.encode(audio, 4)[:, :2], model.encode(audio, 2))
+
+
+# -- causality ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frame", [0, 1, 5, 13])
+def test_samples_after_a_frame_change_nothing_up_to_it(model, frame):
+    audio = noise(1, 1, 20 * 480, seed=6)
+    changed = audio.clone()
+    changed[..., (frame + 1) * 480 :] = noise(1, 1, (19 - frame) * 480, seed=7, scale=1.0)
+    codes, other = model.encode(audio, 4), model.encode(changed, 4)
+    assert torch.equal(codes[..., : frame + 1], other[..., : frame + 1])
+    assert not torch.equal(codes, other)
+    before = slice(0, (frame + 1) * 480)
+    torch.testing.assert_close(
+        model.decode(codes)[..., before], model.decode(other)[..., before], atol=1e-6, rtol=0
+    )
+
+
+def test_latency_is_exactly_one_frame(model):
+    """A frame's code hears that frame to its last sample, and sounds from its first one on."""
+    frame, hop = 7, 480
+    audio = noise(1, 1, 12 * hop, seed=8).requires_grad_()
+    hidden = model.encoder(model._frames(audio))
+    (gradient,) = torch.autograd.grad(hidden[0, frame].square().sum(), audio)
+    heard = gradient[0, 0].nonzero().flatten()
+    assert int(heard.max()) == (frame + 1) * hop - 1
+
+    inputs = noise(1, 12, SMALL.decoder_dim, seed=9).requires_grad_()
+    out = model._synthesize(inputs)[0, 0]
+    for sample, reach in ((frame * hop - 1, frame - 1), (frame * hop, frame)):
+        (gradient,) = torch.autograd.grad(out[sample], inputs, retain_graph=True)
+        used = gradient[0].abs().sum(-1).nonzero().flatten()
+        assert int(used.max()) == reach
+
+
+# -- layers against torch's own ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_frame_conv_is_a_strided_convolution(stride):
+    torch.manual_seed(0)
+    layer = FrameConv(5, 7, in_frames=stride)
+    conv = nn.Conv1d(5, 7, 2 * stride, stride)
+    conv.weight.data = layer.linear.weight.data.view(7, 2 * stride, 5).transpose(1, 2)
+    conv.bias.data = layer.linear.bias.data
+    x = torch.randn(2, 6 * stride, 5)
+    expected = conv(nn.functional.pad(x.transpose(1, 2), (stride, 0))).transpose(1, 2)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_frame_conv_is_a_trimmed_transposed_convolution(stride):
+    torch.manual_seed(0)
+    layer = FrameConv(5, 7, out_frames=stride)
+    conv = nn.ConvTranspose1d(5, 7, 2 * stride, stride, bias=False)
+    previous, current = layer.linear.weight.data.view(stride, 7, 2, 5).unbind(2)
+    # [stride, 7, 5] -> [5, 7, stride]: what a frame adds to its own place, then to the next.
+    parts = [w.permute(2, 1, 0) for w in (current, previous)]
+    conv.weight.data = torch.cat(parts, dim=2).contiguous()
+    x = torch.randn(2, 6, 5)
+    expected = conv(x.transpose(1, 2))[..., : 6 * stride].transpose(1, 2)
+    expected = expected + layer.linear.bias.view(stride, 7).repeat(6, 1)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
+# -- quantizer ---------------------------------------------------------------------------------
+
+
+def test_nearest_code_is_nearest():
+    torch.manual_seed(0)
+    codebook = Codebook(16, 4, 0.99)
+    x = torch.randn(3, 50, 4)
+    expected = torch.cdist(x, codebook.embedding[None].expand(3, -1, -1)).argmin(-1)
+    assert torch.equal(codebook(x), expected)
+
+
+def test_kept_norms_follow_the_codes():
+    """The nearest code stays the nearest after k-means, an update and a load."""
+    x = noise(300, 8, scale=1.0)
+
+    def check(codebook):
+        assert torch.equal(codebook(x), torch.cdist(x, codebook.embedding.float()).argmin(-1))
+
+    torch.manual_seed(0)
+    codebook, other = Codebook(16, 8, 0.5), Codebook(16, 8, 0.5)
+    codebook.initialise(x, generator())
+    check(codebook)
+    codebook.update(x, codebook(x), x, generator())
+    check(codebook)
+    other.load_state_dict({"embedding": 3 * codebook.embedding}, strict=False)
+    check(other)
+    codebook.restart_statistics()
+    check(codebook)
+
+
+def test_update_is_the_ema_formula():
+    """Ten steps against van den Oord et al. 2017, equations 6 to 8, one code at a time."""
+    torch.manual_seed(0)
+    size, dim, decay = 8, 3, 0.9
+    codebook = Codebook(size, dim, decay)
+    codebook.initialise(torch.randn(200, dim), generator())
+    counts = codebook.cluster_size.tolist()
+    sums = codebook.embedding_sum.clone()
+    for step in range(10):
+        x = torch.randn(64, dim)
+        codes = torch.arange(64) % size  # every code in use: none restarts
+        codebook.update(x, codes, x, generator(step))
+        for code in range(size):
+            mine = [x[i] for i in range(64) if codes[i] == code]
+            counts[code] = decay * counts[code] + (1 - decay) * len(mine)
+            sums[code] = decay * sums[code] + (1 - decay) * sum(mine)
+            torch.testing.assert_close(
+                codebook.embedding[code], sums[code] / counts[code], atol=1e-5, rtol=1e-5
+            )
+        torch.testing.assert_close(codebook.cluster_size, torch.tensor(counts), rtol=1e-5, atol=0)
+
+
+def test_dead_codes_restart_with_fresh_statistics():
+    torch.manual_seed(0)
+    codebook = Codebook(8, 3, 0.5)
+    codebook.initialise(torch.randn(200, 3), generator())
+    x = torch.randn(64, 3)
+    candidates = torch.randn(32, 3) + 5
+    for step in range(20):
+        if codebook.cluster_size[7] * 0.5 < 0.1 * codebook.cluster_size.mean():
+            break
+        codebook.update(x, torch.arange(64) % 7, candidates, generator(step))
+    codebook.update(x, torch.arange(64) % 7, candidates, generator(99))  # code 7 dies here
+    assert (candidates - codebook.embedding[7]).norm(dim=1).min() < 1e-5
+    lived = codebook.cluster_size[:7].mean()
+    assert codebook.cluster_size[7] > 0.5 * lived
+    torch.testing.assert_close(
+        codebook.embedding_sum[7], codebook.embedding[7] * codebook.cluster_size[7]
+    )
+    assert (candidates[:, None] - codebook.embedding[None, :7]).norm(dim=-1).min() > 1
+
+
+def test_codebooks_start_by_kmeans_on_data():
+    """Four far clusters are found, and until then training passes vectors as they are."""
+    torch.manual_seed(0)
+    centres = 20 * torch.eye(4)
+    x = centres.repeat(50, 1) + 0.1 * torch.randn(200, 4)
+    codebook = Codebook(8, 4, 0.99)
+    codebook.initialise(x, generator(1))
+    assert torch.cdist(x, codebook.embedding).min(dim=1).values.max() < 1.0
+
+    model = Codec(SMALL)
+    counts = torch.full((2,), 4)
+    _, info = model(noise(2, 1, 20 * 480), counts)
+    assert not model.quantizer.is_initialised and float(info.commitment.detach()) == 0
+    before = [c.embedding.clone() for c in model.quantizer.codebooks]
+    model.quantizer.update(info, generator())
+    assert model.quantizer.is_initialised
+    for old, codebook in zip(before, model.quantizer.codebooks, strict=True):
+        assert not torch.equal(old, codebook.embedding)
+    _, info = model(noise(2, 1, 20 * 480), counts)
+    assert float(info.commitment.detach()) > 0
+
+
+def test_each_level_lowers_the_quantization_error(model):
+    hidden = model.encoder(model._frames(noise(4, 1, 48 * 480)))
+    target = model.quantizer.acoustic_in(hidden)
+    codes = model.quantizer.encode(hidden, 4)
+    errors = [
+        float((target - model.quantizer.lookup(codes[:, :levels])[1]).square().mean())
+        for levels in (1, 2, 3, 4)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.6 * errors[0]
+
+
+def test_a_sample_is_decoded_from_the_codebooks_it_uses(model):
+    audio = noise(4, 1, 10 * 480, seed=3)
+    estimate, info = model(audio, torch.tensor([1, 2, 3, 4]))
+    codes = model.encode(audio, 4)
+    for sample, levels in enumerate((1, 2, 3, 4)):
+        assert torch.equal(info.codes[sample, :levels], codes[sample, :levels])
+        expected = model.decode(model.encode(audio[sample : sample + 1], levels))
+        torch.testing.assert_close(estimate[sample : sample + 1], expected, atol=1e-4, rtol=0)
+
+
+# -- losses ------------------------------------------------------------------------------------
+
+
+def test_mel_loss_against_torchaudio():
+    estimate, target = noise(2, 1, 9600, seed=1), noise(2, 1, 9600, seed=2)
+    expected = []
+    for window, bands in ((2048, 128), (1024, 96), (512, 64), (256, 32), (128, 16)):
+        spectrogram = torchaudio.transforms.MelSpectrogram(
+            24_000, n_fft=window, hop_length=window // 4, n_mels=bands, power=1.0
+        )
+        scale = torch.hann_window(window).sum()
+        a, b = (torch.log10(spectrogram(x[:, 0]) / scale + 1e-3) for x in (estimate, target))
+        expected.append((a - b).abs().mean())
+    mel = MelLoss()
+    torch.testing.assert_close(
+        mel(estimate, target), torch.stack(expected).mean(), rtol=1e-3, atol=0
+    )
+    assert float(mel(target, target)) == 0
+    silence = torch.zeros(1, 1, 4800, requires_grad=True)
+    mel(silence, target[:1, :, :4800]).backward()
+    assert silence.grad.isfinite().all()
+
+
+def test_si_sdr_is_its_formula():
+    target = noise(3, 1, 4000, seed=1)
+    estimate = 0.5 * target + noise(3, 1, 4000, seed=2, scale=0.02) + 0.1
+    got = si_sdr(estimate, target)
+    for b in range(3):
+        s, e = target[b, 0].double(), estimate[b, 0].double()
+        s, e = s - s.mean(), e - e.mean()
+        projection = (e @ s) / (s @ s) * s
+        ratio = projection @ projection / ((e - projection) @ (e - projection))
+        assert float(got[b]) == pytest.approx(10 * math.log10(ratio), abs=1e-3)
+    torch.testing.assert_close(si_sdr(3 * estimate, target), got, atol=1e-3, rtol=0)
+    assert si_sdr(torch.zeros(1, 1, 100), torch.zeros(1, 1, 100)).isfinite().all()
+
+
+def test_waveform_loss_is_the_relative_error():
+    target, estimate = noise(2, 1, 4000, seed=1), noise(2, 1, 4000, seed=2)
+    ratios = [
+        float((estimate[b] - target[b]).square().sum() / target[b].square().sum()) for b in (0, 1)
+    ]
+    assert float(waveform_loss(estimate, target)) == pytest.approx(sum(ratios) / 2, rel=1e-4)
+    silence = torch.zeros(1, 1, 4000)
+    quiet = torch.full((1, 1, 4000), 1e-3)
+    assert float(waveform_loss(quiet, silence)) == pytest.approx(1e-6 / 1e-4, rel=1e-3)
+
+
+# -- checkpoints -------------------------------------------------------------------------------
+
+
+def test_an_export_comes_back(model, tmp_path):
+    folder = training.save_export(
+        tmp_path / "codec", 7, stored_config(SMALL), model.export_tensors()
+    )
+    loaded = Codec.from_checkpoint(folder)
+    assert loaded.config == SMALL and not loaded.training
+    for name, tensor in model.state_dict().items():
+        if not name.endswith(("cluster_size", "embedding_sum")):
+            torch.testing.assert_close(loaded.state_dict()[name], tensor.half().float())
+    assert loaded.fingerprint == Codec.from_checkpoint(folder).fingerprint
+    assert loaded.fingerprint == codec_fingerprint(SMALL, model.export_tensors())
+    audio = noise(1, 1, 4800)
+    rounded = build()
+    rounded.load_state_dict(model.export_tensors(), strict=False)
+    codes = loaded.encode(audio, 4)
+    assert torch.equal(codes, rounded.encode(audio, 4))
+    assert torch.equal(loaded.decode(codes), rounded.decode(codes))
+
+
+def test_fingerprint_names_what_codes_mean(model):
+    base = codec_fingerprint(SMALL, model.export_tensors())
+
+    def changed(name):
+        tensors = model.export_tensors()
+        tensors[name] = tensors[name] + 0.5
+        return codec_fingerprint(SMALL, tensors)
+
+    decoder = [n for n in model.export_tensors() if n.startswith(("decoder.", "semantic_out"))]
+    assert changed(decoder[0]) == changed(decoder[-1]) == base
+    assert changed("quantizer.codebooks.0.embedding") != base
+    assert changed("encoder.0.linear.weight") != base
+    other = dataclasses.replace(SMALL, decoder_layers=3, decoder_front_dim=32)
+    assert codec_fingerprint(other, model.export_tensors()) == base
+    other = dataclasses.replace(SMALL, context=9)
+    assert codec_fingerprint(other, model.export_tensors()) != base
+
+
+def one_line(error):
+    assert "\n" not in str(error.value) and len(str(error.value)) > 20
+    return str(error.value)
+
+
+def test_wrong_checkpoints_are_refused_in_one_line(model, tmp_path):
+    def save(name, config, tensors=None):
+        tensors = model.export_tensors() if tensors is None else tensors
+        return training.save_export(tmp_path / name, 1, config, tensors)
+
+    stored = stored_config(SMALL)
+    with pytest.raises(UserError) as error:
+        Codec.from_checkpoint(save("s2s", {**stored, "model": "s2s"}))
+    assert "not a codec" in one_line(error)
+
+    with pytest.raises(UserError) as error:
+        Codec.from_checkpoint(save("unknown", {**stored, "colour": 3}))
+    assert "colour" in one_line(error)
+
+    cut = save("cut", stored) / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    with pytest.raises(UserError) as error:
+        Codec.from_checkpoint(cut.parent)
+    assert "cut" in one_line(error)
+
+    fewer = model.export_tensors()
+    del fewer["encoder.0.linear.weight"]
+    with pytest.raises(UserError) as error:
+        Codec.from_checkpoint(save("fewer", stored, fewer))
+    assert "encoder.0.linear.weight" in one_line(error)
+
+    wide = {**stored, "encoder_dim": 32}
+    with pytest.raises(UserError) as error:
+        Codec.from_checkpoint(save("wide", wide))
+    one_line(error)
+
+    broken = save("broken", stored)
+    (broken / "config.json").write_text(json.dumps({**stored, "hop": 481}))
+    with pytest.raises((UserError, ValueError)):
+        Codec.from_checkpoint(broken)
+
+    with pytest.raises(UserError) as error:
+        Codec.from_checkpoint(tmp_path / "nothing")
+    one_line(error)
+
+
+def test_a_config_that_cannot_work_is_refused():
+    with pytest.raises(ValueError):
+        CodecConfig(hop=481)
+    with pytest.raises(ValueError):
+        CodecConfig(codebook_sizes=(1024,))
+    assert CodecConfig.tiny().frame_rate == 50.0
+    base = Codec(CodecConfig.base())
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (base.decoder, base.encoder)]
+    assert sizes[0] > sizes[1] and 55e6 < sum(p.numel() for p in base.parameters()) < 75e6
+
+
+# -- training ----------------------------------------------------------------------------------
+
+
+def train(model, audio, steps, rate=3e-3):
+    """Plain training steps, as train_codec.py takes them, without balancer or GAN."""
+    optimizer = torch.optim.AdamW(model.parameters(), rate, (0.8, 0.99))
+    mel = MelLoss()
+    counts = torch.full((len(audio),), model.config.num_codebooks)
+    for step in range(steps):
+        estimate, info = model(audio, counts)
+        loss = mel(estimate, audio) + waveform_loss(estimate, audio) + 0.25 * info.commitment
+        optimizer.zero_grad()
+        loss.backward()
+        training.average_gradients(model.parameters())
+        optimizer.step()
+        model.quantizer.update(info, generator(step))
+    return estimate.detach()
+
+
+def test_one_batch_is_learnt():
+    """The path end to end, codes included: SI-SDR rises far above where it began."""
+    torch.manual_seed(0)
+    time = torch.arange(20 * 480) / 24_000
+    pitch = torch.tensor([[150.0], [210.0]])
+    audio = sum(torch.sin(2 * math.pi * k * pitch * time) / k for k in (1, 2, 3))[:, None] * 0.2
+    model = Codec(dataclasses.replace(SMALL, encoder_dim=32, decoder_dim=32, front_dim=32))
+    first = float(si_sdr(model.decode(model.encode(audio, 4)), audio).mean())
+    train(model, audio, 120)
+    model.eval()
+    last = float(si_sdr(model.decode(model.encode(audio, 4)), audio).mean())
+    assert last > 5 and last > first + 10, (first, last)
+
+
+def _worker(rank, world_size, folder):
+    """One rank of two: its half of the joint batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=world_size)
+    try:
+        joint = noise(4, 1, 12 * 480, seed=11)
+        torch.manual_seed(0)
+        model = Codec(SMALL)
+        train(model, joint.chunk(world_size)[rank].clone(), 4)
+        torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_ranks_are_one_process_with_the_joint_batch(tmp_path):
+    torch.multiprocessing.spawn(_worker, (2, str(tmp_path)), nprocs=2)
+    torch.manual_seed(0)
+    model = Codec(SMALL)
+    train(model, noise(4, 1, 12 * 480, seed=11), 4)
+    ranks = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(ranks[0][name], ranks[1][name]), f"ranks differ in {name}"
+        torch.testing.assert_close(ranks[0][name], tensor, atol=2e-4, rtol=1e-3, msg=name)
