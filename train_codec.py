@@ -84,13 +84,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def choose_config(args: argparse.Namespace, device: torch.device) -> CodecConfig:
-    preset = args.preset
-    if preset == "auto":
-        preset = "base" if device.type == "cuda" else "tiny"
-    return CodecConfig.base() if preset == "base" else CodecConfig.tiny()
-
-
 def draw_num_codebooks(batch: int, total: int, full_rate: float, seed: tuple[int, ...]) -> Tensor:
     """How many codebooks each sample uses, `[B]`: all with `full_rate`, else 1 … total evenly.
 
@@ -211,8 +204,8 @@ def describe(args, model: Codec, clips: list[Clip], seconds: float, steps: int) 
     epoch_hours = steps / args.num_epochs * args.batch_size * args.window_seconds / 3600
     rate = args.batch_size * args.window_seconds / seconds
     print(
-        f"codec {parameters:.1f}M parameters, {config.num_codebooks} codebooks, "
-        f"device {next(model.parameters()).device}\n"
+        f"preset {args.preset}: codec {parameters:.1f}M parameters, "
+        f"{config.num_codebooks} codebooks, device {next(model.parameters()).device}\n"
         f"teacher: phone labels, {labelled:.1f} h\n"
         f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}\n"
         f"an epoch is {epoch_hours:.1f} h of audio; {args.num_epochs} epochs = {steps} steps = "
@@ -244,6 +237,7 @@ def main() -> None:
     process = training.setup_distributed(args.device)
     device = process.device
     training.seed_everything(args.seed)
+    args.preset = training.choose_preset(args.preset, device)
 
     # Data: windows drawn at random from the training speakers.
     phone_ids = {phone: i for i, phone in enumerate(PHONES)}
@@ -266,7 +260,8 @@ def main() -> None:
 
     # Models and optimizers; the same seed gives every rank the same weights.
     checkpoint = training.open_run(args.checkpoint_dir, "codec", args.fresh, device)
-    config = codec_config(checkpoint.config) if checkpoint else choose_config(args, device)
+    preset = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
+    config = codec_config(checkpoint.config) if checkpoint else preset
     model = Codec(config).to(device).train()
     head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
     sizes = discriminator.DiscriminatorConfig

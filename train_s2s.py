@@ -127,7 +127,7 @@ class Conversations(Dataset):
         first = int(place * (max(0, total - self.patches) + 1))
         window = {}
         for name, values in whole.items():
-            if name == "language":
+            if name in ("language", "overflow"):
                 window[name] = values
                 continue
             part = values[first : first + self.patches]
@@ -158,6 +158,7 @@ class Conversations(Dataset):
             "text": torch.tensor(stream.tokens),
             "language": torch.tensor(0 if language is None else language + 1),
             "valid": torch.ones(count, dtype=torch.bool),
+            "overflow": torch.tensor(stream.overflow),
         }
 
 
@@ -216,14 +217,17 @@ def label_phones(phones: np.ndarray, turn: dict, config: S2SConfig, phone_ids: d
         phones[first:last] = frame_labels(turn["phones"], phone_ids, last - first, start)
 
 
-def collate(items: list[dict[str, Tensor]]) -> Batch:
-    return Batch(**{name: torch.stack([item[name] for item in items]) for name in items[0]})
+def collate(items: list[dict[str, Tensor]]) -> tuple[Batch, int]:
+    """A batch, and how many tokens of its conversations found no patch."""
+    fields = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    overflow = int(fields.pop("overflow").sum())
+    return Batch(**fields), overflow
 
 
 def train_batches(
     dataset: Conversations, args, process: training.Distributed, epoch: int, consumed: int
-) -> Iterator[tuple[int, int, Batch]]:
-    """(epoch, samples consumed in it once this batch is done, batch), to the last epoch's end."""
+) -> Iterator[tuple[int, int, tuple[Batch, int]]]:
+    """(epoch, samples consumed in it once this batch is done, `collate`'s), to the end."""
     if args.batch_size % process.world_size:
         raise UserError(f"--batch_size {args.batch_size} must divide by {process.world_size} ranks")
     sampler = ResumableSampler(
@@ -302,8 +306,8 @@ def describe(args, model: S2S, rows, hours: float, total_steps: int, seconds: fl
         price = f" = {training.format_dollars(total * args.usd_per_hour)}"
     epoch_hours = total_steps / args.num_epochs * args.batch_size * args.window_seconds / 3600
     print(
-        f"dialogue LM {parameters:.1f}M parameters, vocabulary {c.vocab_size}, patch "
-        f"{1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, device {device}\n"
+        f"preset {args.preset}: dialogue LM {parameters:.1f}M parameters, "
+        f"vocabulary {c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, device {device}\n"
         f"backbone: none (random weights); codec {c.codec_fingerprint[:16]}\n"
         f"data: {len(rows)} conversations, {hours:.1f} h\n"
         f"an epoch is {epoch_hours:.1f} h of audio; {args.num_epochs} epochs = {total_steps} steps "
@@ -325,11 +329,8 @@ def seconds_per_step(model: S2S, batch: Batch, args) -> float:
     return statistics.median(times)
 
 
-def new_config(args, device: torch.device, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
-    preset = args.preset
-    if preset == "auto":
-        preset = "base" if device.type == "cuda" else "tiny"
-    make = S2SConfig.base if preset == "base" else S2SConfig.tiny
+def new_config(args, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
+    make = S2SConfig.base if args.preset == "base" else S2SConfig.tiny
     return make(
         codebook_sizes=codec.config.codebook_sizes[:8],
         codec_fingerprint=codec.fingerprint,
@@ -362,6 +363,7 @@ def main() -> None:
     process = training.setup_distributed(args.device)
     device = process.device
     training.seed_everything(args.seed)
+    args.preset = training.choose_preset(args.preset, device)
 
     # The codec names the codes; the data must have been encoded with it.
     codec = Codec.from_checkpoint(args.codec)
@@ -377,14 +379,16 @@ def main() -> None:
             )
     else:
         tokenizer = train_tokenizer(all_texts(rows), args.vocab_size)
-        config = new_config(args, device, codec, tokenizer)
+        config = new_config(args, codec, tokenizer)
     window_hours = args.batch_size * args.window_seconds / 3600
     steps_per_epoch = max(1, round(min(args.epoch_hours, hours) / window_hours))
     total_steps = args.num_epochs * steps_per_epoch
     dataset = Conversations(rows, config, tokenizer, args, steps_per_epoch * args.batch_size)
     quiet = argparse.Namespace(**{**vars(args), "emotion_drop": 1.0, "language_drop": 1.0})
     validation_set = Conversations(held_out, config, tokenizer, quiet, 32)
-    validation = [collate([validation_set[(0, i + j)] for j in range(8)]) for i in range(0, 32, 8)]
+    validation = [
+        collate([validation_set[(0, i + j)] for j in range(8)])[0] for i in range(0, 32, 8)
+    ]
 
     model = S2S(config).to(device).train()
     if checkpoint is None:
@@ -445,7 +449,7 @@ def main() -> None:
     samples_logged = 0
     stop_at = min(total_steps, args.max_steps or total_steps)
     batches = train_batches(dataset, args, process, epoch, consumed)
-    for epoch, consumed, batch in itertools.islice(batches, max(0, stop_at - step)):
+    for epoch, consumed, (batch, overflow) in itertools.islice(batches, max(0, stop_at - step)):
         batch = batch.to(device)
         rate = training.learning_rate(step, total_steps, args.lr, args.warmup_steps, 0.05)
         optimizer.param_groups[0]["lr"] = rate
@@ -467,7 +471,11 @@ def main() -> None:
             throughput = samples_logged * args.window_seconds / (now - last_log)
             row = {name: float(value.detach()) for name, value in {**losses, **metrics}.items()}
             row |= {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": rate}
-            row |= {"skipped": guard.skipped, "audio_seconds_per_second": throughput}
+            row |= {
+                "skipped": guard.skipped,
+                "text_overflow": overflow,
+                "audio_seconds_per_second": throughput,
+            }
             metrics_file.log(step, epoch=epoch, **row)
             tqdm.write(
                 f"step {step}/{total_steps} loss {row['loss']:.3f} text {row['text']:.3f} "

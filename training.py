@@ -174,6 +174,13 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(item_rng(*key).integers(2**62)))
 
 
+def choose_preset(preset: str, device: torch.device) -> str:
+    """`auto` is base on CUDA and tiny elsewhere."""
+    if preset != "auto":
+        return preset
+    return "base" if device.type == "cuda" else "tiny"
+
+
 def add_run_flags(group: argparse._ArgumentGroup) -> None:
     """The flags that all trainers share."""
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
