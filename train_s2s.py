@@ -252,13 +252,14 @@ def load_rows(args, fingerprint: str):
     # Concatenating drops the transform that decodes rows; it is the same for every part.
     rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     rows = rows.with_transform(parts[0].format["format_kwargs"]["transform"])
-    if len(rows) == 0:
-        raise UserError(f"{', '.join(args.data_dirs)}: no conversations; run make_conversations.py")
     plain = rows.with_format(None)
     splits = [split_for(name, 0.02, 0.0) for name in plain["id"]]
     named = plain["split"]
     held_out = [i for i, s in enumerate(splits) if named[i] == "validation" or s != "train"]
     train = sorted(set(range(len(rows))) - set(held_out))
+    if not train:
+        folders = ", ".join(args.data_dirs)
+        raise UserError(f"{folders}: no conversations of split train; run make_conversations.py")
     sample = train[:: max(1, len(train) // 50)]
     seconds = statistics.fmean(len(rows[i]["user_codes"]) / 50 for i in sample)
     return rows.select(train), rows.select(held_out or train[:8]), len(train) * seconds / 3600
@@ -307,7 +308,8 @@ def describe(args, model: S2S, rows, hours: float, total_steps: int, seconds: fl
     epoch_hours = total_steps / args.num_epochs * args.batch_size * args.window_seconds / 3600
     print(
         f"preset {args.preset}: dialogue LM {parameters:.1f}M parameters, "
-        f"vocabulary {c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, device {device}\n"
+        f"vocabulary {c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, "
+        f"depth order {c.depth_order}, device {device}\n"
         f"backbone: none (random weights); codec {c.codec_fingerprint[:16]}\n"
         f"data: {len(rows)} conversations, {hours:.1f} h\n"
         f"an epoch is {epoch_hours:.1f} h of audio; {args.num_epochs} epochs = {total_steps} steps "
