@@ -239,6 +239,9 @@ def main() -> None:
     training.seed_everything(args.seed)
     args.preset = training.choose_preset(args.preset, device)
 
+    # First of all: listing unreadable files would make a new run's folder look used.
+    checkpoint = training.open_run(args.checkpoint_dir, "codec", args.fresh, device)
+
     # Data: windows drawn at random from the training speakers.
     phone_ids = {phone: i for i, phone in enumerate(PHONES)}
     unreadable = Path(args.checkpoint_dir) / "unreadable.txt"
@@ -259,7 +262,6 @@ def main() -> None:
     validation = validation_batches(held_out, args, phone_ids) if process.is_main else []
 
     # Models and optimizers; the same seed gives every rank the same weights.
-    checkpoint = training.open_run(args.checkpoint_dir, "codec", args.fresh, device)
     preset = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
     config = codec_config(checkpoint.config) if checkpoint else preset
     model = Codec(config).to(device).train()
