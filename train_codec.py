@@ -259,7 +259,8 @@ def main() -> None:
         phone_ids,
         unreadable,
     )
-    validation = validation_batches(held_out, args, phone_ids) if process.is_main else []
+    # On every rank, though one validates: reading it draws from the generator of the weights.
+    validation = validation_batches(held_out, args, phone_ids)
 
     # Models and optimizers; the same seed gives every rank the same weights.
     preset = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
