@@ -70,7 +70,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more = parser.add_argument_group("advanced")
     more.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto")
     more.add_argument("--epoch_hours", type=float, default=60.0, help="audio drawn an epoch")
-    more.add_argument("--window_seconds", type=float, default=2.0, help="length of a clip")
+    more.add_argument("--window_seconds", type=whole_frames, default=2.0, help="length of a clip")
     more.add_argument("--language_temperature", type=float, default=2.0, help="1: by hours")
     more.add_argument("--commercial_only", action="store_true", help="skip non-commercial audio")
     more.add_argument("--no_augment", action="store_true", help="train on the audio as it is")
@@ -82,6 +82,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--warmup_steps", type=int, default=500)
     training.add_run_flags(more)
     return parser.parse_args(argv)
+
+
+def whole_frames(seconds: str) -> float:
+    """A length in seconds as the nearest whole number of 20 ms frames, one or more."""
+    return max(1, round(float(seconds) * 50)) / 50
 
 
 def draw_num_codebooks(batch: int, total: int, full_rate: float, seed: tuple[int, ...]) -> Tensor:
