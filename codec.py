@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
+import training
 from training import UserError, fingerprint, load_checkpoint
 from transformer import StreamingTransformer, TransformerConfig, TransformerState
 
@@ -478,9 +479,7 @@ class Codec(nn.Module):
             UserError: nothing complete there, or not a codec.
         """
         checkpoint = load_checkpoint(path, with_trainer=False)
-        if checkpoint.config.get("model") != "codec":
-            raise UserError(f"{path}: not a codec checkpoint; give the folder of train_codec.py")
-        model = cls(codec_config(checkpoint.config))
+        model = cls(codec_config(checkpoint.config, path))
         model.load_tensors(checkpoint.tensors, path)
         model._stored_fingerprint = codec_fingerprint(model.config, checkpoint.tensors)
         return model.to(device).eval().requires_grad_(False)
@@ -579,18 +578,14 @@ class Codec(nn.Module):
         return self.decoder.step(self._hidden(codes), state, active).flatten(1)[:, None]
 
 
-def codec_config(stored: dict) -> CodecConfig:
-    """The config of a checkpoint's `config.json`; fields it does not know are refused."""
-    fields = {field.name for field in dataclasses.fields(CodecConfig)}
-    unknown = set(stored) - fields - {"model"}
-    if unknown:
-        raise UserError(f"codec config has unknown fields: {', '.join(sorted(unknown))}")
-    return CodecConfig(**{name: value for name, value in stored.items() if name in fields})
+def codec_config(stored: dict, path: str | Path) -> CodecConfig:
+    """The config of a checkpoint's `config.json`. Raises UserError for another kind of model."""
+    return training.config_of(CodecConfig, "codec", stored, path)
 
 
 def stored_config(config: CodecConfig) -> dict:
     """What goes into `config.json`."""
-    return {"model": "codec", **dataclasses.asdict(config)}
+    return training.stored_config("codec", config)
 
 
 def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:

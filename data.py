@@ -11,17 +11,18 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 import soxr
 import torch
 
-from training import UserError, item_rng
+from training import Distributed, UserError, item_rng
 
 SAMPLE_RATE = 24000
 HOP = 480
@@ -692,3 +693,39 @@ class ResumableSampler(torch.utils.data.Sampler):
             first = self.consumed + batch * joint + self.rank
             indices = range(first, first + joint - self.rank, self.world_size)
             yield [(self.epoch, index) for index in indices]
+
+
+def training_batches(
+    dataset: torch.utils.data.Dataset,
+    batch_size: int,
+    num_workers: int,
+    process: Distributed,
+    num_epochs: int,
+    epoch: int = 0,
+    consumed: int = 0,
+    collate: Callable | None = None,
+) -> Iterator[tuple[int, int, Any]]:
+    """(epoch, samples consumed in it once this batch is done, batch), to the last epoch's end.
+
+    `batch_size` is that of all ranks together; `epoch` and `consumed` are where to go on.
+    Raises UserError where the batch cannot be shared evenly.
+    """
+    if batch_size % process.world_size:
+        raise UserError(f"--batch_size {batch_size} must divide by {process.world_size} ranks")
+    sampler = ResumableSampler(
+        len(dataset), batch_size // process.world_size, process.rank, process.world_size
+    )
+    for current in range(epoch, num_epochs):
+        sampler.set_epoch(current, consumed)
+        loader = torch.utils.data.DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            num_workers=num_workers,
+            collate_fn=collate,
+            pin_memory=process.device.type == "cuda" and collate is None,
+            prefetch_factor=4 if num_workers else None,
+        )
+        for batch in loader:
+            consumed += batch_size
+            yield current, consumed, batch
+        consumed = 0

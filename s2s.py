@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+import training
 from training import UserError, load_checkpoint
 from transformer import StreamingTransformer, TransformerConfig, TransformerState
 
@@ -603,15 +604,9 @@ def add_turn(stream: TextStream, tokenizer: Tokenizer, turn: dict) -> None:
 
 def s2s_config(stored: dict, path: str | Path) -> S2SConfig:
     """The config of a checkpoint's `config.json`. Raises UserError for another kind of model."""
-    if stored.get("model") != "s2s":
-        raise UserError(f"{path}: not a dialogue LM; give the folder of train_s2s.py")
-    fields = {f.name for f in dataclasses.fields(S2SConfig)}
-    unknown = set(stored) - fields - {"model"}
-    if unknown:
-        raise UserError(f"{path}: config has unknown fields: {', '.join(sorted(unknown))}")
-    return S2SConfig(**{name: value for name, value in stored.items() if name in fields})
+    return training.config_of(S2SConfig, "s2s", stored, path)
 
 
 def stored_config(config: S2SConfig) -> dict:
     """What goes into `config.json`."""
-    return {"model": "s2s", **dataclasses.asdict(config)}
+    return training.stored_config("s2s", config)

@@ -15,7 +15,6 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,11 +38,11 @@ from codec import (
 from data import (
     SAMPLE_RATE,
     Clip,
-    ResumableSampler,
     WindowDataset,
     count_speakers,
     hours_by_language,
     load_clips,
+    training_batches,
 )
 from speech import PHONES
 from training import UserError
@@ -108,30 +107,6 @@ def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return logits.sum() * 0.0, logits.new_zeros(())
     accuracy = (logits[known].argmax(-1) == labels[known]).float().mean()
     return F.cross_entropy(logits[known], labels[known]), accuracy
-
-
-def train_batches(
-    dataset: WindowDataset, args, process: training.Distributed, first_epoch: int, consumed: int
-) -> Iterator[tuple[int, int, dict]]:
-    """(epoch, samples consumed in it once this batch is done, batch), to the last epoch's end."""
-    if args.batch_size % process.world_size:
-        raise UserError(f"--batch_size {args.batch_size} must divide by {process.world_size} ranks")
-    sampler = ResumableSampler(
-        len(dataset), args.batch_size // process.world_size, process.rank, process.world_size
-    )
-    for epoch in range(first_epoch, args.num_epochs):
-        sampler.set_epoch(epoch, consumed)
-        loader = DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=args.num_workers,
-            pin_memory=process.device.type == "cuda",
-            prefetch_factor=4 if args.num_workers else None,
-        )
-        for batch in loader:
-            consumed += args.batch_size
-            yield epoch, consumed, batch
-        consumed = 0
 
 
 def training_losses(model: Codec, mel: MelLoss, audio: Tensor, counts: Tensor):
@@ -225,7 +200,7 @@ def describe(args, model: Codec, clips: list[Clip], seconds: float, steps: int) 
 def export(args) -> None:
     """Writes the newest checkpoint in half precision, as the demo and the LM's data take it."""
     checkpoint = training.load_checkpoint(args.checkpoint_dir, with_trainer=False)
-    model = Codec(codec_config(checkpoint.config))
+    model = Codec(codec_config(checkpoint.config, checkpoint.path))
     model.load_tensors(checkpoint.tensors, args.checkpoint_dir)
     folder = training.save_export(
         args.export, checkpoint.step, stored_config(model.config), model.export_tensors()
@@ -272,7 +247,7 @@ def main() -> None:
 
     # Models and optimizers; the same seed gives every rank the same weights.
     preset = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
-    config = codec_config(checkpoint.config) if checkpoint else preset
+    config = codec_config(checkpoint.config, checkpoint.path) if checkpoint else preset
     model = Codec(config).to(device).train()
     head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
     sizes = discriminator.DiscriminatorConfig
@@ -348,7 +323,9 @@ def main() -> None:
     last_save = last_log = time.monotonic()
     samples_logged = 0
     stop_at = min(total_steps, args.max_steps or total_steps)
-    batches = train_batches(dataset, args, process, epoch, consumed)
+    batches = training_batches(
+        dataset, args.batch_size, args.num_workers, process, args.num_epochs, epoch, consumed
+    )
     for epoch, consumed, batch in itertools.islice(batches, max(0, stop_at - step)):
         audio, labels = batch["audio"].to(device), batch["phones"].to(device)
         rate = training.learning_rate(step, total_steps, 1.0, args.warmup_steps)

@@ -15,19 +15,19 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import s2s
 import training
 from codec import Codec
-from data import ResumableSampler, frame_labels, split_for
+from data import frame_labels, split_for, training_batches
 from make_conversations import load_code_dataset
 from s2s import IGNORE, S2S, Batch, S2SConfig, TextStream
 from speech import PHONES
@@ -222,26 +222,6 @@ def collate(items: list[dict[str, Tensor]]) -> tuple[Batch, int]:
     fields = {name: torch.stack([item[name] for item in items]) for name in items[0]}
     overflow = int(fields.pop("overflow").sum())
     return Batch(**fields), overflow
-
-
-def train_batches(
-    dataset: Conversations, args, process: training.Distributed, epoch: int, consumed: int
-) -> Iterator[tuple[int, int, tuple[Batch, int]]]:
-    """(epoch, samples consumed in it once this batch is done, `collate`'s), to the end."""
-    if args.batch_size % process.world_size:
-        raise UserError(f"--batch_size {args.batch_size} must divide by {process.world_size} ranks")
-    sampler = ResumableSampler(
-        len(dataset), args.batch_size // process.world_size, process.rank, process.world_size
-    )
-    for current in range(epoch, args.num_epochs):
-        sampler.set_epoch(current, consumed)
-        loader = DataLoader(
-            dataset, batch_sampler=sampler, num_workers=args.num_workers, collate_fn=collate
-        )
-        for batch in loader:
-            consumed += args.batch_size
-            yield current, consumed, batch
-        consumed = 0
 
 
 def load_rows(args, fingerprint: str):
@@ -450,7 +430,16 @@ def main() -> None:
     last_save = last_log = time.monotonic()
     samples_logged = 0
     stop_at = min(total_steps, args.max_steps or total_steps)
-    batches = train_batches(dataset, args, process, epoch, consumed)
+    batches = training_batches(
+        dataset,
+        args.batch_size,
+        args.num_workers,
+        process,
+        args.num_epochs,
+        epoch,
+        consumed,
+        collate,
+    )
     for epoch, consumed, (batch, overflow) in itertools.islice(batches, max(0, stop_at - step)):
         batch = batch.to(device)
         rate = training.learning_rate(step, total_steps, args.lr, args.warmup_steps, 0.05)

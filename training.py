@@ -6,6 +6,7 @@ The lowest layer: imports nothing else of the project.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import hashlib
 import json
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+T = TypeVar("T")
 PLAN_BUDGET_USD = 1500.0
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _STEP_NAME = re.compile(r"step_(\d+)(\.replaced)?")
@@ -282,6 +285,25 @@ def save_export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def config_of(kind: type[T], model: str, stored: dict, where: str | Path) -> T:
+    """The config dataclass `kind` that a checkpoint's `config.json` holds.
+
+    Raises UserError for another kind of model, or fields that this version does not know.
+    """
+    if stored.get("model") != model:
+        raise UserError(f"{where}: holds a {stored.get('model', 'nameless')} model, not a {model}")
+    fields = {field.name for field in dataclasses.fields(kind)}
+    unknown = set(stored) - fields - {"model"}
+    if unknown:
+        raise UserError(f"{where}: config has unknown fields: {', '.join(sorted(unknown))}")
+    return kind(**{name: value for name, value in stored.items() if name in fields})
+
+
+def stored_config(model: str, config: object) -> dict:
+    """What goes into `config.json`."""
+    return {"model": model, **dataclasses.asdict(config)}
 
 
 def open_run(

@@ -586,7 +586,7 @@ def test_wrong_checkpoints_are_refused_in_one_line(tmp_path, tokenizer):
     weights = whole / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
     cases = [
-        (save(model, tmp_path / "codec", text, {**stored, "model": "codec"}), "not a dialogue LM"),
+        (save(model, tmp_path / "codec", text, {**stored, "model": "codec"}), "not a s2s"),
         (save(model, tmp_path / "field", text, {**stored, "colour": 1}), "colour"),
         (save(model, tmp_path / "fewer", text, tensors=fewer), "text_head.weight"),
         (save(model, tmp_path / "wide", text, {**stored, "dim": 64}), "do not fit"),
