@@ -11,12 +11,16 @@ clock, a language at a time:
     answered    the reply begins between 200 ms before and 2 s after the end of the user's turn
     right text  the written reply is nearer to the right one than to any other reply it was
                 taught, and within a character error rate of 0.3 of it
-    right audio the same by ear: what a phone recogniser (hama), or a word recogniser given by
-                `--whisper`, hears in the reply is nearest to what it hears in the right one
+    right audio the same by ear: what a judge hears in the reply is nearest to what it hears in
+                the right one, and near
 
-The recogniser is judged first: on the taught replies as the agent's own voice says them, at
-another speed than it learnt them by (`clean`) and through the codec (`coded`). One that finds
-fewer than 80 % of the clean ones cannot be trusted, and the text's figure stands alone.
+Judges of the audio, by `--judge auto` the first of them that can be trusted: a word recogniser
+(Whisper, English, given by `--whisper`), a phone recogniser (`hama`), and templates (`dtw`), which
+tell whole replies apart by their sound but do not understand a word. Each is judged first, on the
+taught replies as the agent's own voice says them at another speed than it learnt them by, `clean`
+and through the codec (`coded`). One that finds fewer than 80 % of either cannot be trusted; with
+none, the text's figure stands alone. A recogniser that is deaf to coded replies says as much about
+the codec as about itself.
 
 The last line of stdout is the summary as JSON; `--output` also holds every turn.
 """
@@ -76,7 +80,7 @@ SPEED = (0.95, 1.05)
 HEAD_SECONDS = 0.3  # of the end of a turn over which the heads' opinions are averaged
 MAX_TEXT_ERROR = 0.3
 MAX_HEARD_ERROR = 0.6  # of a right reply: beyond it, what is nearest is not near
-TRUSTED = 0.8  # a judge's least accuracy on clean replies
+TRUSTED = 0.8  # a judge's least accuracy
 JUDGED_REPLIES = 40  # a language at most on which the judge itself is judged
 CHECK_SPEED = 0.93
 TARGETS = {"english": 0.7, "hindi": 0.5, "telugu": 0.5}
@@ -105,11 +109,45 @@ def relative_distance(one: Sequence, two: Sequence) -> float:
     return edit_distance(one, two) / max(len(one), len(two), 1)
 
 
-def nearest(heard: Sequence, candidates: dict[str, Sequence]) -> str | None:
+def nearest(
+    heard: Sequence, candidates: dict[str, Sequence], distance: Callable = relative_distance
+) -> str | None:
     """The key of the candidate nearest to what was heard; None where nothing was."""
     if not len(heard):
         return None
-    return min(candidates, key=lambda key: relative_distance(heard, candidates[key]))
+    return min(candidates, key=lambda key: distance(heard, candidates[key]))
+
+
+def warped_distance(one: np.ndarray, two: np.ndarray) -> float:
+    """Dynamic time warping of features `[F, D]` and `[F', D]`: mean distance along the best path.
+
+    Sakoe & Chiba 1978, symmetric steps of weight one, divided by both lengths.
+    """
+    cost = np.sqrt(((one[:, None] - two[None]) ** 2).mean(-1))  # [F, F']
+    row = np.cumsum(cost[0])
+    for line in cost[1:]:
+        came = np.minimum(row, np.concatenate([[np.inf], row[:-1]]))
+        total = np.cumsum(line)
+        row = np.minimum.accumulate(came - (total - line)) + total  # steps along the row at once
+    return float(row[-1] / sum(cost.shape))
+
+
+def cepstra(audio: np.ndarray) -> np.ndarray:
+    """24 kHz `[T]` → 12 mel cepstra every 20 ms, each to mean 0 and deviation 1, `[F, 12]`."""
+    window, hop, size, bands = 600, 480, 1024, 26
+    count = max(1, 1 + (len(audio) - window) // hop)
+    audio = np.pad(audio, (0, max(0, window - len(audio))))
+    frames = np.lib.stride_tricks.sliding_window_view(audio, window)[: count * hop : hop]
+    power = np.abs(np.fft.rfft(frames * np.hanning(window), size)) ** 2
+    edges = 700 * (10 ** (np.linspace(*2595 * np.log10(1 + np.array([80, 7600]) / 700), bands + 2)
+                          / 2595) - 1)  # fmt: skip
+    bins = np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
+    rising = (bins - edges[:-2, None]) / np.diff(edges)[:-1, None]
+    falling = (edges[2:, None] - bins) / np.diff(edges)[1:, None]
+    levels = np.log(power @ np.maximum(0, np.minimum(rising, falling)).T + 1e-5)  # [F, bands]
+    turns = np.pi / bands * np.outer(np.arange(bands) + 0.5, np.arange(1, 13))
+    found = levels @ np.cos(turns)
+    return (found - found.mean(0)) / (found.std(0) + 1e-6)
 
 
 def normalise(text: str) -> str:
@@ -355,6 +393,7 @@ class HamaJudge:
     """
 
     name = "hama"
+    distance = staticmethod(relative_distance)
 
     def __init__(self) -> None:
         try:
@@ -380,6 +419,7 @@ class WhisperJudge:
     """Hears English words: a Whisper folder through faster-whisper; compared letter by letter."""
 
     name = "whisper"
+    distance = staticmethod(relative_distance)
 
     def __init__(self, folder: Path, threads: int = 1) -> None:
         try:
@@ -407,6 +447,27 @@ class WhisperJudge:
         return normalise(text)
 
 
+class TemplateJudge:
+    """Hears only sounds: the cepstra of a reply, warped onto those of the taught ones, coded."""
+
+    name = "dtw"
+    distance = staticmethod(warped_distance)
+
+    def __init__(self, codec: Codec) -> None:
+        self._codec = codec
+
+    def hear(self, audio: np.ndarray) -> np.ndarray:
+        """24 kHz `[T]` → `[F, 12]`; no rows for silence."""
+        audio = _voiced_part(audio)
+        return cepstra(audio) if len(audio) >= SAMPLE_RATE // 10 else np.zeros((0, 12))
+
+    def expects(self, text: str, audio: np.ndarray) -> np.ndarray:
+        return self.hear(_through(self._codec, audio))
+
+
+Judge = HamaJudge | WhisperJudge | TemplateJudge
+
+
 def _voiced_part(audio: np.ndarray) -> np.ndarray:
     """The stretch that is not quiet, with 0.1 s around it; recognisers invent words in silence."""
     loud = np.flatnonzero(frame_levels(audio) > QUIET_DBFS)
@@ -420,58 +481,68 @@ def _voiced_part(audio: np.ndarray) -> np.ndarray:
 class Ear:
     """A judge that has learnt a language's replies, and how far it can be trusted."""
 
-    judge: HamaJudge | WhisperJudge
+    judge: Judge
     templates: dict[str, Sequence]
     clean: float
     coded: float
 
     @property
     def trusted(self) -> bool:
-        return self.clean >= TRUSTED
+        return min(self.clean, self.coded) >= TRUSTED
 
     def right(self, audio: np.ndarray, reply: str) -> bool:
-        """Whether what is heard in audio `[T]` is nearest to `reply`, and not mostly other."""
+        """Whether what is heard in audio `[T]` is nearest to `reply`, and near."""
         heard = self.judge.hear(audio)
-        if nearest(heard, self.templates) != reply:
+        if nearest(heard, self.templates, self.judge.distance) != reply:
             return False
-        return relative_distance(heard, self.templates[reply]) < MAX_HEARD_ERROR
+        return self.judge.distance(heard, self.templates[reply]) < MAX_HEARD_ERROR
 
 
-def choose_judge(
-    name: str, language: str, whisper: Path | None, threads: int = 1
-) -> HamaJudge | WhisperJudge | None:
-    """`auto`: Whisper for English where its folder is given, else hama where installed."""
-    if name == "none":
-        return None
+def choose_judges(
+    name: str, language: str, codec: Codec, whisper: Path | None = None, threads: int = 1
+) -> list[Judge]:
+    """The judges to try in a language, best first; `auto` leaves out what is not installed."""
     if name == "whisper" and whisper is None:
         raise UserError("--judge whisper needs --whisper, the folder of a faster-whisper model")
-    if whisper is not None and language == "english" and name != "hama":
-        return WhisperJudge(whisper, threads)
-    if name == "auto":
+    judges: list[Judge] = []
+    if whisper is not None and language == "english" and name in ("auto", "whisper"):
+        judges.append(WhisperJudge(whisper, threads))
+    if name in ("auto", "hama"):
         try:
-            return HamaJudge()
+            judges.append(HamaJudge())
         except UserError as error:
-            print(f"{language}: replies are not judged by ear: {error}", file=sys.stderr)
-            return None
-    return HamaJudge() if name == "hama" else None
+            if name == "hama":
+                raise
+            print(f"{language}: {error}", file=sys.stderr)
+    if name in ("auto", "dtw"):
+        judges.append(TemplateJudge(codec))
+    return judges
 
 
-def train_ear(judge, replies: dict[str, str], language: str, codec: Codec, seed: int = 0) -> Ear:
-    """Lets the judge hear every taught reply in the agent's voice, then examines it."""
+def train_ears(
+    judges: Sequence[Judge], replies: dict[str, str], language: str, codec: Codec, seed: int = 0
+) -> list[Ear]:
+    """Lets one judge after the other hear every taught reply in the agent's voice and examines
+    it, up to the first that can be trusted, which comes last."""
+    if not judges:
+        return []
     texts = list(replies)
-    audio = _say_replies(replies, texts, language, 1.0)
-    templates = {text: judge.expects(text, a) for text, a in zip(texts, audio, strict=True)}
-    rng = np.random.default_rng(seed)
-    chosen = sorted(rng.permutation(len(texts))[:JUDGED_REPLIES])
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(texts))[:JUDGED_REPLIES])
     asked = [texts[i] for i in chosen]
+    audio = _say_replies(replies, texts, language, 1.0)
     clean = _say_replies(replies, asked, language, CHECK_SPEED)
-    coded = [_through(codec, audio[i]) for i in chosen]
-
-    def accuracy(sounds: Sequence[np.ndarray]) -> float:
-        hits = [nearest(judge.hear(a), templates) == t for a, t in zip(sounds, asked, strict=True)]
-        return float(np.mean(hits))
-
-    return Ear(judge, templates, accuracy(clean), accuracy(coded))
+    coded = [_through(codec, a) for a in clean]
+    ears: list[Ear] = []
+    for judge in judges:
+        if ears and ears[-1].trusted:
+            break
+        templates = {t: judge.expects(t, a) for t, a in zip(texts, audio, strict=True)}
+        shares = []
+        for sounds in (clean, coded):
+            found = [nearest(judge.hear(a), templates, judge.distance) for a in sounds]
+            shares.append(float(np.mean([f == t for f, t in zip(found, asked, strict=True)])))
+        ears.append(Ear(judge, templates, *shares))
+    return ears
 
 
 def _say_replies(replies: dict[str, str], texts, language: str, speed: float) -> list[np.ndarray]:
@@ -583,6 +654,7 @@ class Report:
     turns: list[Judged] = field(default_factory=list)
     paused: list[Judged] = field(default_factory=list)
     ear: Ear | None = None
+    deaf: list[Ear] = field(default_factory=list)
 
     def summary(self) -> dict:
         turns = self.turns
@@ -609,6 +681,10 @@ class Report:
             "judge_clean": self.ear and round(self.ear.clean, 4),
             "judge_coded": self.ear and round(self.ear.coded, 4),
             "judge_trusted": trusted,
+            "judges_not_trusted": {
+                e.judge.name: {"clean": round(e.clean, 4), "coded": round(e.coded, 4)}
+                for e in (*self.deaf, *([self.ear] if self.ear and not trusted else []))
+            },
             "user_emotion": _share([t.emotion[0] == t.emotion[1] for t in turns]),
             "user_language": _share([t.language[0] == t.language[1] for t in turns]),
             "phone_error": round(sum(t.phone_errors for t in turns) / phones, 4)
@@ -633,7 +709,7 @@ _ROWS = (  # key, label, target
     ("majority_answer", "  majority answer would be right", ""),
     ("judge", "judge of the audio", ""),
     ("judge_clean", "  finds clean replies", ">= 80 %"),
-    ("judge_coded", "  finds coded replies", ""),
+    ("judge_coded", "  finds coded replies", ">= 80 %"),
     ("user_emotion", "user emotion heard", ""),
     ("user_language", "user language heard", ""),
     ("phone_error", "user phone error", ""),
@@ -649,13 +725,15 @@ def table(summaries: dict[str, dict]) -> str:
         cells = "".join(f"{_cell(key, s[key]):>11}" for s in summaries.values())
         lines.append(f"{label:<36}{cells}{target:>11}".rstrip())
     for language, s in summaries.items():
-        if s["judge"] and not s["judge_trusted"]:
+        for name, found in s["judges_not_trusted"].items():
             lines.append(
-                f"{language}: {s['judge']} finds {s['judge_clean']:.0%} of clean replies and cannot"
-                " be trusted;\n  the text's figure stands alone"
+                f"{language}: {name} is not trusted, it finds {found['clean']:.0%} of clean and"
+                f" {found['coded']:.0%} of coded replies"
             )
-        elif not s["judge"]:
-            lines.append(f"{language}: replies were not judged by ear")
+        if not s["judge_trusted"]:
+            lines.append(f"{language}: not judged by ear, the text's figure stands alone")
+        elif s["judge"] == TemplateJudge.name:
+            lines.append(f"{language}: dtw tells sounds apart, not whether words are understood")
     return "\n".join(lines)
 
 
@@ -743,7 +821,7 @@ def evaluate_language(
         args.split, args.intents, args.exchanges == "archetypes",
         args.questions_per_exchange, args.emotions, 0.0, args.seed,
     )  # fmt: skip
-    judge = choose_judge(args.judge, language, args.whisper, args.threads)
+    judges = choose_judges(args.judge, language, codec, args.whisper, args.threads)
     replies = taught_replies(exchanges, language, args.intents, asking.archetypes)
     calls = ask(exchanges, language, asking)
     seconds = sum(len(call.audio) for call in calls) / SAMPLE_RATE
@@ -768,8 +846,9 @@ def evaluate_language(
             for judged in judge_call(call, one, lm, patch_seconds, list(replies), ear)
         ]
 
-    ear = train_ear(judge, replies, language, codec, args.seed) if judge else None
-    report = Report(converse(calls, ear), ear=ear)
+    *deaf, ear = train_ears(judges, replies, language, codec, args.seed) or [None]
+    trusted = ear if ear and ear.trusted else None  # the others need not listen
+    report = Report(converse(calls, trusted), ear=ear, deaf=deaf)
     if args.pauses:
         asking = replace(asking, pause_seconds=0.5, questions_per_exchange=1)
         paused = [replace(call, id=f"{call.id}-pause") for call in ask(exchanges, language, asking)]
@@ -812,7 +891,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--questions_per_exchange", type=int, default=3, help="wordings of each [3]")
     add(
         "--judge",
-        choices=("auto", "none", "hama", "whisper"),
+        choices=("auto", "none", "hama", "whisper", "dtw"),
         default="auto",
         help="of replies by ear",
     )
