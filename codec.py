@@ -326,13 +326,16 @@ def _draw(candidates: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def gather_candidates(x: Tensor, limit: int = 8192) -> Tensor:
-    """Up to `limit` of the vectors `[N, d]` of each rank, from all ranks, in rank order."""
-    x = x[:limit].contiguous().float()
-    if not torch.distributed.is_initialized():
-        return x
-    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, x)
-    return torch.cat(parts)
+    """Up to `limit` vectors of the clips `[B, F, d]` of all ranks → `[N, d]`, in joint order.
+
+    The sampler deals clips out in turn, so that clip `i` of rank `r` is the joint `i * ranks + r`.
+    """
+    x = x.contiguous().float()
+    if torch.distributed.is_initialized():
+        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, x)
+        x = torch.stack(parts, dim=1).flatten(0, 1)
+    return x.flatten(0, 1)[:limit]
 
 
 @dataclass
@@ -441,13 +444,13 @@ class SplitQuantizer(nn.Module):
         if not self.is_initialised:
             return self._initialise(info, generator)
         for k, codebook in enumerate(self.codebooks):
-            candidates = gather_candidates(info.residuals[k].flatten(0, 1))
+            candidates = gather_candidates(info.residuals[k])
             mask = info.used[:, k]
             x = info.residuals[k][mask].flatten(0, 1)
             codebook.update(x, info.codes[mask, k].flatten(), candidates, generator)
 
     def _initialise(self, info: Quantized, generator: torch.Generator) -> None:
-        semantic, residual = (gather_candidates(x.flatten(0, 1)) for x in info.residuals[:2])
+        semantic, residual = (gather_candidates(x) for x in info.residuals[:2])
         self.codebooks[0].initialise(semantic, generator)
         for codebook in self.codebooks[1:]:
             codebook.initialise(residual, generator)

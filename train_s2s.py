@@ -236,7 +236,8 @@ def load_rows(args, fingerprint: str):
     splits = [split_for(name, 0.02, 0.0) for name in plain["id"]]
     named = plain["split"]
     held_out = [i for i, s in enumerate(splits) if named[i] == "validation" or s != "train"]
-    train = sorted(set(range(len(rows))) - set(held_out))
+    held_out = [i for i in held_out if named[i] != "test"]
+    train = [i for i, s in enumerate(splits) if named[i] == "train" and s == "train"]
     if not train:
         folders = ", ".join(args.data_dirs)
         raise UserError(f"{folders}: no conversations of split train; run make_conversations.py")
@@ -248,7 +249,7 @@ def load_rows(args, fingerprint: str):
 def all_texts(rows) -> list[str]:
     """The words of up to 20,000 conversations, for the tokenizer."""
     turns = rows.with_format(None)["turns"][:20_000]
-    return sorted({turn["text"] for conversation in turns for turn in conversation})
+    return sorted({turn["text"] for conversation in turns for turn in conversation if turn["text"]})
 
 
 def batch_losses(model: S2S, batch: Batch, args, speak: bool, generator: torch.Generator):
@@ -274,6 +275,15 @@ def validate(model: S2S, batches: list[Batch], args, device: torch.device) -> di
         rows.append({name: float(value) for name, value in {**losses, **metrics}.items()})
     model.train()
     return {f"validation_{name}": statistics.fmean(row[name] for row in rows) for name in rows[0]}
+
+
+def inherit(model: S2S, path: str, tokenizer: Tokenizer) -> None:
+    """Starts from another LM's weights; those tied to token ids only with the same tokenizer."""
+    theirs = training.load_checkpoint(path, with_trainer=False).tokenizer
+    known = theirs is not None and Tokenizer.from_str(theirs).get_vocab() == tokenizer.get_vocab()
+    training.inherit_weights(
+        model, path, () if known else ("text_embedding", "text_head", "depth_text")
+    )
 
 
 def describe(args, model: S2S, rows, hours: float, total_steps: int, seconds: float) -> None:
@@ -376,7 +386,7 @@ def main() -> None:
     if checkpoint is None:
         model.set_code_tables([book.embedding for book in codec.quantizer.codebooks[:8]])
         if args.init_from:
-            training.inherit_weights(model, args.init_from)
+            inherit(model, args.init_from, tokenizer)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, (0.9, 0.95), fused=True, weight_decay=0.05
     )

@@ -325,11 +325,20 @@ def open_run(
     return checkpoint
 
 
-def inherit_weights(model: torch.nn.Module, path: str | Path) -> None:
-    """Start from the weights of another checkpoint wherever name and shape agree; say so."""
+def inherit_weights(
+    model: torch.nn.Module, path: str | Path, skip: tuple[str, ...] = ()
+) -> None:
+    """Start from the weights of another checkpoint wherever name and shape agree; say so.
+
+    Tensors whose name starts with one of `skip` are left as they are.
+    """
     tensors = load_checkpoint(path, with_trainer=False).tensors
     own = model.state_dict()
-    fitting = {n: t for n, t in tensors.items() if n in own and t.shape == own[n].shape}
+    fitting = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in own and tensor.shape == own[name].shape and not name.startswith(skip)
+    }
     if not fitting:
         raise UserError(f"--init_from {path}: no tensor fits; give a checkpoint of the same model")
     model.load_state_dict(fitting, strict=False)

@@ -28,7 +28,7 @@ def slow_attention(q, k, v, context):
                 seen = range(max(0, i - context + 1), i + 1)
                 scores = torch.stack([q[b, i, h] @ k[b, j, h // group] for j in seen])
                 weights = (scores / math.sqrt(q.shape[-1])).softmax(0)
-                out[b, i, h] = sum(w * v[b, j, h // group] for w, j in zip(weights, seen))
+                out[b, i, h] = sum(w * v[b, j, h // group] for w, j in zip(weights, seen, strict=True))
     return out
 
 
@@ -89,7 +89,7 @@ def test_cached_equals_uncached(model, chunks, max_chunk):
 
 @torch.no_grad()
 def test_slots_are_independent_and_reset(model):
-    """Slot 1 idles now and then and starts over at step 20: each slot equals its own offline pass."""
+    """Slot 1 idles and starts over at step 20: each slot equals its own offline pass."""
     x = torch.randn(2, 45, 32)
     state = model.init_state(2, max_chunk=2)
     seen, outputs = ([], []), ([], [])
