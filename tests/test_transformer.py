@@ -28,7 +28,8 @@ def slow_attention(q, k, v, context):
                 seen = range(max(0, i - context + 1), i + 1)
                 scores = torch.stack([q[b, i, h] @ k[b, j, h // group] for j in seen])
                 weights = (scores / math.sqrt(q.shape[-1])).softmax(0)
-                out[b, i, h] = sum(w * v[b, j, h // group] for w, j in zip(weights, seen, strict=True))
+                values = [v[b, j, h // group] for j in seen]
+                out[b, i, h] = sum(w * value for w, value in zip(weights, values, strict=True))
     return out
 
 
