@@ -635,12 +635,13 @@ def _listening_errors(turn: AskedTurn, heard: Heard, config) -> tuple[int, int]:
         return 0, 0
     first, last = (int(s * config.frame_rate) for s in (turn.start, turn.end))
     ids = heard.phones[first : last + 1]
-    return phone_error(_words_of(ids, config.phones), turn.phones)
+    return phone_error(_heard_phones(ids, config.phones), turn.phones)
 
 
-def _words_of(ids: np.ndarray, phones: Sequence[str]) -> list[str]:
-    """Frame labels → phones: repeats folded, then silences (id 0) dropped."""
-    return [phones[i] for i, _ in itertools.groupby(ids.tolist()) if i != 0]
+def _heard_phones(ids: np.ndarray, phones: Sequence[str]) -> list[str]:
+    """Frame labels → phones, one a run; silences (id 0) and runs of one frame are dropped."""
+    runs = [(i, len(list(run))) for i, run in itertools.groupby(ids.tolist())]
+    return [phones[i] for i, length in runs if i != 0 and length > 1]
 
 
 def _share(values: Sequence[bool]) -> float | None:
