@@ -328,9 +328,13 @@ class S2S(nn.Module):
         x = x + self.text_embedding(text) + self.emotion_embedding(emotion)
         return x + self.language_embedding(language)[:, None]
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t."""
-        agent = F.pad(batch.agent_codes[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
+    def hidden(self, batch: Batch, said: Tensor | None = None) -> Tensor:
+        """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t.
+
+        `said`: the agent's codes as it remembers them, where they are not `batch.agent_codes`.
+        """
+        said = batch.agent_codes if said is None else said
+        agent = F.pad(said[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
         text = F.pad(batch.text[:, :-1], (1, 0), value=PAD)
         x = self._temporal_input(text, agent, batch.user_codes, batch.agent_emotion, batch.language)
         return self.temporal(x)
@@ -366,15 +370,20 @@ class S2S(nn.Module):
         return self.depth_input[step](torch.cat(parts, dim=-1))
 
     def losses(
-        self, batch: Batch, depth_patches: Tensor | None, text_weight: float = 1.0
+        self,
+        batch: Batch,
+        depth_patches: Tensor | None,
+        text_weight: float = 1.0,
+        said: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Every loss as a mean over its known labels, and accuracies as metrics.
 
         Args:
             depth_patches: `[B, P]` bool, the patches whose codes are learnt; None for no codes.
             text_weight: of a token against a PAD in the text loss.
+            said: the agent's past codes, corrupted, where they are not those of the batch.
         """
-        hidden = self.hidden(batch)
+        hidden = self.hidden(batch, said)
         logits = self.listen(hidden)
         losses, metrics = listening_losses(logits, batch)
         text_logits = self.text_head(hidden)

@@ -71,6 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--text_weight", type=float, default=10.0, help="of a token against a PAD")
     more.add_argument("--acoustic_drop", type=float, default=0.6, help="user windows cut in levels")
     more.add_argument("--frame_drop", type=float, default=0.05, help="user frames lost")
+    more.add_argument("--agent_drop", type=float, default=0.3, help="as both, of its own past")
     more.add_argument("--emotion_drop", type=float, default=0.1, help="windows not told it")
     more.add_argument("--language_drop", type=float, default=0.5, help="windows not told it")
     more.add_argument("--warmup_steps", type=int, default=300)
@@ -255,12 +256,15 @@ def all_texts(rows) -> list[str]:
 def batch_losses(model: S2S, batch: Batch, args, speak: bool, generator: torch.Generator):
     """Corrupts what is heard, draws the patches whose codes are learnt, and takes the losses."""
     heard = s2s.corrupt(batch.user_codes, generator, args.acoustic_drop, args.frame_drop)
+    # Its own past codes too: what it says in a call is not what it was taught, and the words
+    # must not follow a slip of the voice.
+    said = s2s.corrupt(batch.agent_codes, generator, args.agent_drop, args.agent_drop)
     chosen = torch.rand(batch.text.shape, generator=generator) < args.depth_fraction
     depth_patches = chosen.to(batch.text.device) if speak else None
     device = batch.text.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         heard_batch = dataclasses.replace(batch, user_codes=heard)
-        losses, metrics = model.losses(heard_batch, depth_patches, args.text_weight)
+        losses, metrics = model.losses(heard_batch, depth_patches, args.text_weight, said)
     return sum(WEIGHTS[name] * loss for name, loss in losses.items()), losses, metrics
 
 
