@@ -207,10 +207,8 @@ def test_archetypes_are_told_apart_by_one_or_two_key_phrases(language):
     """One or two phrases, absent from all other archetypes, cover every wording of each.
 
     Each must occur in two training wordings at least, so that it is learnt and not an exception.
-    English only: Hindi inflects and Telugu joins its key words, which shared prefixes do not show.
+    Hindi and Telugu do not meet it yet; which intents fail is said, not hidden.
     """
-    if language != "english":
-        pytest.skip("key words of Hindi and Telugu change their form")
     items = {item["id"]: item for item in _read(language)}
     wordings, trained = {}, {}
     for intent in INTENTS:
@@ -231,4 +229,6 @@ def test_archetypes_are_told_apart_by_one_or_two_key_phrases(language):
         whole = frozenset(range(len(own)))
         if whole not in covers and not any(a | b == whole for a, b in combinations(covers, 2)):
             uncovered.append(intent)
+    if uncovered and language != "english":
+        pytest.xfail(f"{language}: not told apart by one or two phrases: {', '.join(uncovered)}")
     assert uncovered == []
