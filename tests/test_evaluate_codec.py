@@ -1,0 +1,501 @@
+"""The codec's evaluation: formulas against slow ones, rates against file sizes, odd clips."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate_codec as e
+import training
+from codec import Codec, CodecConfig, stored_config
+from data import SAMPLE_RATE, Clip, read_audio, write_audio, write_manifest
+from evaluate_codec import CodebookUse, Coded, Peer, Row
+from training import UserError
+
+SPOKEN = e.HERE / "samples" / "question_english.wav"
+
+
+@pytest.fixture(scope="module")
+def speech() -> np.ndarray:
+    """Two seconds of a spoken question `[T]`."""
+    return read_audio(SPOKEN)[: 2 * SAMPLE_RATE]
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    """Random weights, eight codebooks, heard at the level of speech."""
+    torch.manual_seed(0)
+    model = Codec(CodecConfig.tiny()).eval().requires_grad_(False)
+    model.decoder[-1].linear.weight.mul_(0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(codec, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("codec")
+    training.save_export(folder, 7, stored_config(codec.config), codec.export_tensors())
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Timing that takes no time."""
+    monkeypatch.setattr(e, "TIMED_SECONDS", 0.16)
+
+
+@pytest.fixture(scope="module")
+def corpus(speech, tmp_path_factory) -> Path:
+    """English and Hindi clips, and one of every kind that must not end the run."""
+    folder = tmp_path_factory.mktemp("data")
+    broken = folder / "broken.flac"
+    files = {
+        "plain": (speech, SAMPLE_RATE, "english"),
+        "plain_hindi": (speech[::-1].copy(), SAMPLE_RATE, "hindi"),
+        "short": (speech[:300], SAMPLE_RATE, "english"),
+        "silent": (np.zeros(SAMPLE_RATE * 2, np.float32), SAMPLE_RATE, "english"),
+        "clipped": (np.clip(60 * speech, -1, 1), SAMPLE_RATE, "english"),
+        "narrow": (speech[::3].copy(), 8000, "english"),
+    }
+    clips = []
+    for name, (audio, rate, language) in files.items():
+        path = folder / f"{name}.wav"
+        write_audio(path, audio, rate)
+        clips.append(Clip(path, len(audio) / rate, rate, language, name, split="test"))
+    write_audio(broken, speech)
+    broken.write_bytes(broken.read_bytes()[:900])
+    clips.append(Clip(broken, 2.0, SAMPLE_RATE, "english", "broken", split="test"))
+    write_manifest(folder / "manifest.jsonl", clips)
+    return folder
+
+
+def row(codec="samvad", kbps=4.0, clip="a", seconds=2.0, bits=8000, language="english", **scores):
+    return Row(clip, language, seconds, codec, kbps, bits, 2 * bits, scores)
+
+
+def refused(capsys, *flags) -> str:
+    """The one line that a run ends in."""
+    with pytest.raises(SystemExit) as stop:
+        training.run(lambda: e.main([str(flag) for flag in flags]))
+    assert stop.value.code == 1
+    lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning:")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), lines
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------- formulas
+
+
+def test_snr_and_si_sdr_are_the_slow_formulas():
+    rng = np.random.default_rng(0)
+    x = rng.normal(0, 0.1, 400)
+    y = 0.7 * x + rng.normal(0, 0.02, 400) + 0.05
+    signal = noise = 0.0
+    for a, b in zip(x, y, strict=True):
+        signal, noise = signal + a * a, noise + (a - b) ** 2
+    centred_x, centred_y = x - sum(x) / 400, y - sum(y) / 400
+    scale = sum(centred_x * centred_y) / sum(centred_x * centred_x)
+    along, across = scale * centred_x, centred_y - scale * centred_x
+    scores = e.waveform_scores(y, x)
+    assert scores["snr"] == pytest.approx(10 * math.log10(signal / noise))
+    ratio = sum(along * along) / sum(across * across)
+    assert scores["si_sdr"] == pytest.approx(10 * math.log10(ratio))
+    assert e.snr(x, x) == pytest.approx(100) and e.snr(0 * x, x) == pytest.approx(0)
+
+
+def test_perplexity_is_the_exponential_of_the_entropy():
+    rng = np.random.default_rng(0)
+    use = CodebookUse([16, 8])
+    codes = np.stack([rng.integers(0, 12, 500), rng.integers(0, 8, 500)])
+    codes[:, 400:] = [[15], [0]]
+    use.add(codes, np.arange(500) < 400)  # the rest is no speech
+    found = use.summary()
+    for k, (size, shown) in enumerate(zip((16, 8), found["codebooks"], strict=True)):
+        shares = [np.mean(codes[k, :400] == code) for code in range(size)]
+        entropy = -sum(p * math.log(p) for p in shares if p)
+        assert shown["perplexity"] == pytest.approx(math.exp(entropy), abs=0.01)
+        assert shown["perplexity_share"] == pytest.approx(math.exp(entropy) / size, abs=1e-3)
+        assert shown["used"] == pytest.approx(sum(p > 0 for p in shares) / size, abs=1e-3)
+    assert found["speech_frames"] == 400 and not found["too_few_frames"]
+    both = (use + use).summary()
+    assert both["codebooks"] == found["codebooks"] and both["speech_frames"] == 800
+
+
+def test_speech_is_within_forty_decibels_of_the_loudest_frame():
+    audio = np.concatenate([np.full(480, level) for level in (1.0, 0.02, 0.005, 0.0)] + [[0.5] * 9])
+    assert e.speech_frames(audio, 480).tolist() == [True, True, False, False, True]
+
+
+def test_rates_are_half_a_kilobit_a_codebook_and_codes_do_not_depend_on_how_many(codec, speech):
+    assert e.kbps_of(CodecConfig.tiny(), 8) == pytest.approx(4.0)
+    uneven = replace(CodecConfig.tiny(), codebook_sizes=(512, 1024))
+    assert e.kbps_of(uneven, 2) == pytest.approx(19 * 50 / 1000)
+    audio = speech[:24100]  # 51 frames, the last one filled up
+    coded, codes = e.code_samvad(codec, audio, [1, 4, 8])
+    assert codes.shape == (8, 51)
+    for count, got in coded.items():
+        batch = torch.from_numpy(audio)[None, None]
+        alone = codec.decode(codec.encode(batch, count))[0, 0, :24100].clamp(-1, 1)
+        np.testing.assert_allclose(got.audio, alone.numpy(), atol=1e-5)
+        assert got.net_bits == 51 * 10 * count and got.file_bits == 8 * -(-51 * 10 * count // 8)
+
+
+def test_a_diverged_codec_is_told_in_one_line(codec, speech):
+    diverged = Codec(codec.config).eval()
+    diverged.decoder[-1].linear.bias.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        e.code_samvad(diverged, speech, [8])
+
+
+# ---------------------------------------------------------------------------------- clips
+
+
+def test_clips_are_drawn_evenly_over_speakers():
+    clips = [
+        Clip(Path(f"/d/{s}/{i}.wav"), 2.0, 24000, language, s if s != "none" else None)
+        for language, counts in {"english": {"a": 50, "b": 3, "none": 2}, "hindi": {"c": 4}}.items()
+        for s, n in counts.items()
+        for i in range(n)
+    ]
+    drawn = e.draw_clips(clips, 8, seed=3)
+    assert [c.language for c in drawn] == ["english"] * 8 + ["hindi"] * 4
+    speakers = [c.speaker for c in drawn[:8]]
+    assert [speakers.count(s) for s in ("a", "b", None)] == [3, 3, 2]
+    assert len(set(drawn)) == len(drawn)
+    assert drawn == e.draw_clips(clips[::-1], 8, seed=3) != e.draw_clips(clips, 8, seed=4)
+
+
+def test_each_odd_clip_is_skipped_or_noted(corpus):
+    kinds = {}
+    for name in ("plain", "short", "silent", "clipped", "narrow", "broken"):
+        path = next(corpus.glob(f"{name}.*"))
+        clip = Clip(path, 2.0, 8000 if name == "narrow" else 24000, "english")
+        audio, kinds[name] = e.read_clip(clip, 1.5, 480)
+        assert (audio is None) == (name in ("short", "silent", "broken"))
+        assert audio is None or len(audio) == 36000
+    assert kinds == {
+        "plain": [], "short": ["too short"], "silent": ["silent"], "broken": ["unreadable"],
+        "clipped": ["clipped"], "narrow": ["recorded at 8 kHz"],
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- peers
+
+
+def test_nearest_rates_and_pairs():
+    config = replace(CodecConfig.tiny(), codebook_sizes=(1024,) * 16)
+    points = e.points_of(config, [2, 8, 16], ["opus", "codec2", "speex"])
+    assert points == [
+        ("samvad", 1), ("samvad", 4), ("samvad", 8),
+        ("opus", 6), ("opus", 8),
+        ("codec2", 1.2), ("codec2", 3.2),
+        ("speex", 2.15), ("speex", 3.95), ("speex", 8),
+    ]  # fmt: skip
+    paired = {peer: own[1] for own, peer in e.pairs(points)}
+    assert paired["opus", 6] == 4 and paired["opus", 8] == 8 and paired["codec2", 3.2] == 4
+    assert Peer(None, (1.6, 2.4), (), "").nearest(2.0) == 2.4
+
+
+def test_bits_of_an_ogg_file_are_those_of_its_audio_packets():
+    def page(*lacing):
+        return b"OggS" + bytes(22) + bytes([len(lacing), *lacing]) + bytes(sum(lacing))
+
+    data = page(19) + page(255, 30) + page(255, 255, 7, 100) + page(40)
+    assert e.ogg_bits(data) == 8 * (255 + 255 + 7 + 100 + 40)
+
+
+def loudness(audio: np.ndarray) -> np.ndarray:
+    """Log energy every 5 ms, each over 20 ms, without its mean."""
+    power = np.convolve(audio.astype(np.float64) ** 2, np.ones(480) / 480, "same")[::120]
+    levels = np.log(power + 1e-6)
+    return levels - levels.mean()
+
+
+@pytest.mark.parametrize(("name", "kbps"), [("opus", 6), ("codec2", 3.2), ("speex", 3.95),
+                                            ("speex", 12.8)])  # fmt: skip
+def test_peers_code_at_the_rate_and_place_they_say(name, kbps, speech, tmp_path, monkeypatch):
+    if any(not shutil.which(program) for program in e.PEERS[name].programs):
+        pytest.skip(f"{e.PEERS[name].package} is not installed")
+    coded = e.PEERS[name].code(speech, kbps, tmp_path)
+    file = next(tmp_path.glob("coded.*"))
+    assert coded.file_bits == 8 * file.stat().st_size
+    assert coded.audio.shape == speech.shape and coded.audio.dtype == np.float32
+    assert coded.net_bits / 2000 == pytest.approx(kbps, rel=0.25)
+    assert coded.net_bits <= coded.file_bits
+    # In place: its loudness fits that of the recording best where it stands.
+    ours, theirs = loudness(speech), loudness(coded.audio)
+    fits = {lag: float((np.roll(theirs, -lag) * ours).sum()) for lag in range(-8, 9)}
+    assert abs(max(fits, key=fits.get)) <= 2
+    assert e.PEERS[name].code(speech[:400], kbps, tmp_path).audio.shape == (400,)
+
+
+def test_a_missing_or_failing_program_is_named(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda program: None)
+    with pytest.raises(UserError, match="apt-get install opus-tools"):
+        e.check_tools(["opus"])
+    with pytest.raises(UserError, match="ls failed"):
+        e._tool("ls", "--no-such-option")
+
+
+# ---------------------------------------------------------------------------------- judges
+
+
+def built(name):
+    try:
+        return e.load_judge(name)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(("name", "perfect"), [("pesq", 4.64), ("stoi", 1.0), ("speaker", 1.0)])
+def test_judges_that_compare(name, perfect, speech):
+    judge = built(name)
+    reference = e.for_judges(speech)
+    noisy = reference + 0.1 * np.random.default_rng(0).standard_normal(len(reference), np.float32)
+    assert judge.needs_reference
+    assert judge(reference.copy(), reference) == pytest.approx(perfect, abs=0.01)
+    assert judge(noisy, reference) < 0.95 * perfect
+    assert judge(noisy[:200], reference[:200]) is None
+    silence = judge(np.zeros_like(reference), reference)
+    assert silence is None or silence < 0.9
+
+
+@pytest.mark.parametrize("name", ["mos", "dnsmos"])
+def test_judges_that_only_listen(name, speech, capsys):
+    judge = built(name)
+    reference = e.for_judges(speech)
+    noisy = reference + 0.1 * np.random.default_rng(0).standard_normal(len(reference), np.float32)
+    assert not judge.needs_reference and 1 <= judge(noisy) < judge(reference) <= 5
+    assert capsys.readouterr().out == ""
+
+
+def test_a_missing_judge_costs_its_column_alone(monkeypatch, capsys):
+    class Deaf:
+        def __init__(self):
+            raise ImportError("no module")
+
+    class Hears:
+        pass
+
+    kinds = {"pesq": Hears, "stoi": Deaf, "mos": Deaf, "dnsmos": Hears, "speaker": Hears}
+    monkeypatch.setattr(e, "JUDGES", {n: (k, f"pip install {n}") for n, k in kinds.items()})
+    assert list(e.load_judges(["auto"])) == ["pesq", "speaker", "dnsmos"]
+    said = capsys.readouterr().err
+    assert "pip install stoi" in said and "pip install mos" in said
+    assert list(e.load_judges(["dnsmos", "mos"])) == ["dnsmos"]
+
+
+def test_a_missing_package_names_its_pip_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pesq", None)
+    with pytest.raises(UserError, match="pip install pesq"):
+        e.load_judge("pesq")
+
+
+# ---------------------------------------------------------------------------------- summaries
+
+
+def two_clips():
+    points = [("samvad", 4.0), ("speex", 3.95)]
+    rows = [
+        Row("a", "english", 2.0, "uncoded", 0.0, 0, 0, {"mos": 4.0}),
+        row(clip="a", snr=8.0, pesq=2.0, mos=3.0),
+        row("speex", 3.95, "a", snr=6.0, pesq=2.0, mos=3.5),
+        Row("b", "english", 6.0, "uncoded", 0.0, 0, 0, {"mos": 5.0}),
+        row(clip="b", seconds=6.0, bits=24800, snr=10.0, pesq=None, mos=2.0),
+        row("speex", 3.95, "b", 6.0, snr=7.0, pesq=1.0, mos=1.0),
+    ]
+    return rows, points
+
+
+def test_means_rates_and_wins():
+    rows, points = two_clips()
+    found = e.summarise(rows, points)
+    assert found["clips"] == 2 and found["seconds"] == 8.0
+    assert found["uncoded"]["scores"] == {"mos": 4.5}
+    own = found["points"][0]
+    assert own["scores"] == {"snr": 9.0, "pesq": 2.0, "mos": 2.5}
+    assert own["measured"] == {"snr": 2, "pesq": 1, "mos": 2}
+    assert own["net_kbps"] == pytest.approx(32800 / 8000) and own["file_kbps"] == 8.2
+    (wins,) = found["better_than"]
+    # A tie is no win; a clip that one of the two lacks does not count.
+    assert wins["share"] == {"snr": 1.0, "pesq": 0.0, "mos": 0.5}
+    assert wins["measured"] == {"snr": 2, "pesq": 1, "mos": 2}
+
+
+def a_group(**scores) -> dict:
+    rows, points = two_clips()
+    group = e.summarise(rows, points)
+    group["points"][0]["scores"] |= scores
+    books = [{"size": 8, "used": 1.0, "perplexity": 4.0, "perplexity_share": 0.5}] * 3
+    group["codebooks"] = {"speech_frames": 90, "too_few_frames": False, "codebooks": books}
+    return group | {"speakers": 1, "clips_of_unknown_speakers": 1}
+
+
+def some_times(device="cpu") -> dict:
+    clocks = {"offline": 0.02, "stream_40ms": 0.1, "stream_80ms": 0.05, "mimi_80ms": 0.45}
+    found = {name: {"wall": 5 * t, "cpu": t} for name, t in clocks.items()}
+    return {"device": device, "threads": 1, "num_codebooks": 8, **found}
+
+
+def verdicts(group, times, spent=None) -> dict:
+    groups = {"english": group, "all": group}
+    return {r["criterion"]: r for r in e.criteria(groups, times, CodecConfig.tiny(), spent)}
+
+
+def test_criteria_are_met_not_met_or_not_measured():
+    found = verdicts(a_group(snr=20.5, si_sdr=7.9, stoi=0.9), some_times())
+    met = {name: r["met"] for name, r in found.items()}
+    assert met == {
+        "SNR at the full rate, 4 kbit/s": True,
+        "SI-SDR at 4 kbit/s": False,
+        "predicted MOS at 4 kbit/s": False,
+        "end-to-end latency (evaluate_s2s.py)": None,
+        "languages evaluated here": False,
+        "training cost so far (costs.jsonl)": None,
+        "PESQ-WB at 4 kbit/s": False,
+        "STOI at 4 kbit/s": True,
+        "perplexity/size, least acoustic one": True,
+        "codes in use, least used level": True,
+        "real-time factor, 40 ms steps": True,
+        "times cheaper than Mimi, 40 ms steps": False,
+        "times cheaper than Mimi, 80 ms steps": True,
+        "clips won from speex at 3.95 kbit/s": False,
+    }
+    assert found["predicted MOS at 4 kbit/s"]["beside"] == "uncoded 4.50"
+    found = verdicts(a_group(), some_times("cuda:0"), spent=1600.0)
+    assert not found["training cost so far (costs.jsonl)"]["met"]
+    assert not found["real-time factor, 40 ms steps"]["met"]  # a GPU goes by the wall clock
+
+
+def test_few_frames_never_prove_a_codebook_bad():
+    group = a_group()
+    poor = {"size": 8, "used": 0.5, "perplexity": 2.0, "perplexity_share": 0.25}
+    group["codebooks"] = {"speech_frames": 9, "too_few_frames": True, "codebooks": [poor] * 2}
+    found = verdicts(group, some_times())
+    assert found["perplexity/size, least acoustic one"]["met"] is None
+    group["codebooks"]["too_few_frames"] = False
+    assert verdicts(group, some_times())["codes in use, least used level"]["met"] is False
+
+
+def test_tables_fit_eighty_columns():
+    group = a_group(si_sdr=-31.25, stoi=0.9, dnsmos=3.0, speaker=0.9, pesq=None)
+    times = some_times()
+    rows = e.criteria({"all": group}, times, CodecConfig.tiny(), None)
+    text = "\n".join(
+        [
+            e.table("english", group),
+            e.codebook_table(group["codebooks"] | {"too_few_frames": True}),
+            e.time_table(times),
+            e.criteria_table(rows),
+        ]
+    )
+    assert max(map(len, text.splitlines())) <= 80
+    assert "clips that a judge could measure: PESQ 1" in text
+    assert "not measured" in text and "1 clips of unknown ones" in text
+
+
+# ---------------------------------------------------------------------------------- time
+
+
+def test_every_way_is_timed_on_one_thread(codec, quick):
+    threads = torch.get_num_threads()
+    found = e.real_time_factors(codec, rounds=2)
+    assert torch.get_num_threads() == threads
+    assert all(found[n][clock] > 0 for n in ("offline", "stream_40ms", "stream_80ms")
+               for clock in ("wall", "cpu"))  # fmt: skip
+
+
+def test_mimi_is_timed_beside_it(codec, quick):
+    try:
+        mimi, _ = e.load_mimi(torch.device("cpu"))
+    except UserError as error:
+        pytest.skip(str(error))
+    books = [m.embedding for m in mimi.modules() if hasattr(m, "embedding_sum")]
+    assert books and all(float(book.std()) > 0.5 for book in books)
+    found = e.real_time_factors(codec, against_mimi=True, rounds=1)
+    assert found["mimi_80ms"]["cpu"] > found["stream_80ms"]["cpu"]
+
+
+# ---------------------------------------------------------------------------------- the script
+
+
+def test_the_whole_run(checkpoint, corpus, tmp_path, quick, monkeypatch, capsys):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    pytest.importorskip("pystoi", reason="pip install pystoi")
+
+    def halved(audio, kbps, folder):
+        return Coded(0.5 * audio, len(audio), 2 * len(audio))
+
+    monkeypatch.setitem(e.PEERS, "opus", Peer(halved, (6,), (), ""))
+    monkeypatch.chdir(tmp_path)
+    output, picture = tmp_path / "out.json", tmp_path / "rates.png"
+    e.main([
+        "--codec", str(checkpoint), "--data_dirs", str(corpus), "--against", "opus",
+        "--judges", "stoi", "--output", str(output), "--plot", str(picture), "--device", "cpu",
+    ])  # fmt: skip
+    printed = capsys.readouterr().out
+    summary = json.loads(printed.splitlines()[-1])
+    whole = json.loads(output.read_text())
+    rows = whole.pop("rows")
+    assert whole == summary and picture.stat().st_size > 10_000
+    assert summary["skipped"] == {"too short": 1, "silent": 1, "unreadable": 1}
+    assert summary["noted"] == {"clipped": 1, "recorded at 8 kHz": 1}
+    assert list(summary["groups"]) == ["english", "hindi", "all"]
+    assert summary["num_codebooks"] == [2, 4, 8]
+    assert summary["fingerprint"] == Codec.from_checkpoint(checkpoint).fingerprint
+
+    pooled = summary["groups"]["all"]
+    assert pooled["clips"] == 4 and pooled["speakers"] == 4
+    assert len(rows) == 4 * (1 + 3 + 1)
+    opus = pooled["points"][-1]
+    # |x - x/2|² is a quarter of |x|², and the better-scaled reference leaves nothing over.
+    assert opus["scores"]["snr"] == pytest.approx(6.0206, abs=1e-3)
+    assert opus["scores"]["si_sdr"] > 60 and opus["scores"]["stoi"] == pytest.approx(1, abs=1e-3)
+    assert opus["net_kbps"] == 24 and opus["file_kbps"] == 48
+    assert [p["net_kbps"] for p in pooled["points"][:3]] == pytest.approx([1, 2, 4], rel=0.01)
+    assert pooled["better_than"][0]["samvad_kbps"] == 4
+    mean = np.mean([r["scores"]["snr"] for r in rows if r["asked_kbps"] == 2])
+    assert pooled["points"][1]["scores"]["snr"] == pytest.approx(mean, abs=1e-3)
+    assert max(map(len, printed.splitlines()[4:-1])) <= 80
+    assert "skipped: 1 silent, 1 too short, 1 unreadable" in printed
+    assert "not measured, for want of clips: telugu" in printed
+
+
+def test_nothing_left_to_evaluate_says_why(checkpoint, tmp_path, quick, capsys):
+    silence = tmp_path / "silent.wav"
+    write_audio(silence, np.zeros(2 * SAMPLE_RATE, np.float32))
+    clips = [Clip(silence, 2.0, SAMPLE_RATE, "telugu", "x", split="test")]
+    write_manifest(tmp_path / "manifest.jsonl", clips)
+    flags = ("--codec", checkpoint, "--data_dirs", tmp_path, "--device", "cpu", "--judges", "stoi")
+    assert "no clip could be evaluated (1 silent)" in refused(capsys, *flags)
+    assert "no clips; choose another --split" in refused(capsys, *flags, "--split", "validation")
+    assert "from 1 to 8" in refused(capsys, *flags, "--codebooks", 9)
+    assert "from 1 to 8" in refused(capsys, *flags, "--codebooks", 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--against", "mp3"], "--against mp3: not one of opus, codec2, speex, mimi"),
+        (["--max_clips", "0"], "--max_clips must be at least 1"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--seed", "-1"], "--seed must not be negative"),
+        (["--min_seconds", "3", "--max_seconds", "2"], "--min_seconds must be below"),
+        (["--output", "/nowhere/at/all.json"], "no folder /nowhere/at"),
+        (["--codec", "/nowhere"], "/nowhere: no such checkpoint folder"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags, said, capsys):
+    assert said in refused(capsys, *flags, "--device", "cpu")
+
+
+def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install matplotlib" in refused(capsys, "--plot", "rates.png")
