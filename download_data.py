@@ -1,79 +1,140 @@
 """Phase 1: fetch speech corpora into data/<language>/<corpus>/ and verify them.
 
-    python download_data.py --list      what there is: hours, licences, use
-    python download_data.py             fetch everything in the table (minutes, 0.5 GB, no root)
+    python download_data.py --list      what there is: hours, disk, licences
+    python download_data.py             the default set: over 2,000 real hours a language
     python download_data.py --verify    what is on disk, against the table; exit 1 on a gap
 
 Every corpus ends in a folder of audio with a `manifest.jsonl`. A folder is renamed into place
-only when it is complete, so a killed run leaves nothing half-done and the same command goes on.
+only when it is complete; the same command goes on where a killed one stopped, by byte in an
+archive, by row in a shard. Emotional speech goes to data/emotion/, two-channel conversations to
+data/conversations/. How bytes arrive and are unpacked is in fetching.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import gzip
 import hashlib
-import re
-import shutil
-import subprocess
+import itertools
+import json
 import sys
-import tarfile
 import textwrap
-from collections import Counter
+import threading
+import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import IO
+from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 import data
+import fetching
 import training
+from fetching import (
+    FILE_THREADS,
+    GIGABYTE,
+    Absent,
+    Archive,
+    Archives,
+    Corpus,
+    DataCollective,
+    Files,
+    Fisher,
+    Hub,
+    HubTars,
+    Options,
+    Packages,
+    fetch,
+    read_record,
+)
 from training import UserError
 
-G722_RATE = 16000
-G722_PACKET = 160  # bytes: 20 ms at 64 kbit/s
-RAW_RATE = 16000  # pocketsphinx's headerless files: 16-bit little-endian mono
+GOAL_HOURS = 2000  # the plan's, a language
+PLAN_DISK_GB = 500  # the plan's network volume
 HOURS_TOLERANCE = 0.02  # share of the expected hours that may be absent
+DIGEST_BYTES = 1 << 16  # read at each end of a file to tell copies
+GROUPS = ("default", "packages", "emotion", "conversations")
+# What a stored hour of mono speech takes, in MB. FLAC as measured over LibriSpeech (59.3 GB).
+MEGABYTES_AN_HOUR = (
+    ("WAV 24 kHz", 172.8),
+    ("WAV 16 kHz", 115.2),
+    ("FLAC 16 kHz", 62.0),
+    ("MP3 64 kbit/s", 28.8),
+    ("Opus 24 kbit/s", 10.8),
+    ("codes 4 kbit/s", 1.8),
+)
+CPU_POD_USD = 0.12  # an hour; RunPod's smallest CPU pods, 2025
+H200_USD = 3.39
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """One row of the table. `kind` names the way it is fetched (see FETCHERS).
+# ----------------------------------------------------------------------------------- the table
 
-    `include` and `exclude` are globs below `root`, a folder inside the package. Who speaks: one
-    person (`speaker`), or whoever group 1 of `speaker_pattern` names in the path; those names
-    ("*" for all) are what `validation` and `test` hold out. With `speakers_known` false the
-    names are groups that share no speaker (languages), and the speaker stays unknown.
-    """
+_OPENSLR = (
+    "https://www.openslr.org/resources",
+    "https://us.openslr.org/resources",
+    "https://openslr.trmal.net/resources",
+)
 
-    name: str
-    language: str
-    packages: tuple[str, ...]
-    root: str
-    include: tuple[str, ...]
-    license: str
-    hours: float
-    kilohertz: str
-    commercial_ok: bool = True
-    speaker: str | None = None
-    speaker_pattern: str = ""
-    speakers_known: bool = True
-    validation: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    transcripts: str = ""
-    kind: str = "debian"
 
-    @property
-    def use(self) -> str:
-        """What the corpus is for: "train" (with held-out speakers) or one split only."""
-        if "*" in self.test:
-            return "test only"
-        return "dev only" if "*" in self.validation else "train"
+def _openslr(number: int) -> tuple[str, ...]:
+    return tuple(f"{base}/{number}" for base in _OPENSLR)
+
+
+def _ai4bharat(repo: str, language: str, hours: float, gigabytes: float, **more: object) -> Hub:
+    """A row for one language of a corpus of AI4Bharat: gated, 16 kHz, a config a language."""
+    common = {
+        "license": "CC-BY-4.0",
+        "kilohertz": "16",
+        "default": True,
+        "folders": (language,),
+        "transient_gb": 0.7,
+    }
+    return Hub(
+        name=f"{repo.lower()}-{language}",
+        language=language,
+        hours=hours,
+        gigabytes=gigabytes,
+        gated=True,
+        repo=f"ai4bharat/{repo}",
+        **{**common, **more},
+    )
+
+
+def _common_voice(language: str, hours: float, gigabytes: float) -> DataCollective:
+    return DataCollective(
+        name=f"common-voice-{language}",
+        language=language,
+        license="CC0-1.0",
+        hours=hours,
+        kilohertz="48",
+        gigabytes=gigabytes,
+        transient_gb=gigabytes,
+        exact=False,
+        plan=f"Common Voice ({language})",
+        note=f"left Hugging Face in October 2025: needs a Mozilla Data Collective account, "
+        f"MDC_API_KEY and --cv_dataset_id {language}=ID; about {hours:,.0f} h",
+    )
+
+
+def _rasa(language: str) -> Hub:
+    return _ai4bharat(
+        "Rasa",
+        language,
+        40,
+        8.0,
+        download_gb=14.0,
+        kilohertz="48",
+        default=False,
+        exact=False,
+        group="emotion",
+        folders=(language.capitalize(),),
+        audio="audio",
+        speakers=("speaker_id", "gender"),
+        style="style",
+        split="train",
+        note="emotional speech for phase 4: --corpora emotion",
+    )
 
 
 # Tones, jingles and recorded silence among the prompts.
@@ -90,11 +151,11 @@ _NOT_SPEECH = (
 
 def _asterisk(
     code: str, folder: str, speaker: str, license: str, hours: float, **more: object
-) -> Corpus:
+) -> Packages:
     """A row for one of Asterisk's own prompt sets: G.722, one professional voice."""
     package = f"asterisk-core-sounds-{code}-g722"
     fields = {"language": "other", "packages": (package,), **more}
-    return Corpus(
+    return Packages(
         name=f"asterisk-core-{code}",
         root=f"usr/share/asterisk/sounds/{folder}",
         include=("*.g722",),
@@ -109,11 +170,11 @@ def _asterisk(
 
 # The real human recordings that Debian's packages carry. Every row was counted after duplicates
 # were dropped. No package carries human Hindi or Telugu speech.
-CORPORA: tuple[Corpus, ...] = (
+PACKAGES: tuple[Packages, ...] = (
     _asterisk("fr", "fr_CA_f_June", "june-wallack", "CC-BY-SA-3.0", 0.41),
     _asterisk("it", "it_IT_m_Carlo", "carlo-flora", "CC-BY-3.0", 0.38),
     _asterisk("ru", "ru_RU_f_IvrvoiceRU", "ivrvoice-ru", "CC-BY-3.0", 0.39),
-    Corpus(
+    Packages(
         name="asterisk-prompt-es-co",
         language="other",
         packages=("asterisk-prompt-es-co",),
@@ -125,7 +186,7 @@ CORPORA: tuple[Corpus, ...] = (
         kilohertz="8",
         speaker="july-jimenez",
     ),
-    Corpus(
+    Packages(
         name="asterisk-prompt-fr-armelle",
         language="other",
         packages=("asterisk-prompt-fr-armelle",),
@@ -137,7 +198,7 @@ CORPORA: tuple[Corpus, ...] = (
         kilohertz="8",
         speaker="armelle-desjardins",
     ),
-    Corpus(
+    Packages(
         name="asterisk-prompt-it-menardi",
         language="other",
         packages=("asterisk-prompt-it-menardi-wav",),
@@ -151,7 +212,7 @@ CORPORA: tuple[Corpus, ...] = (
     ),
     # Spoken names of pictures by volunteers of 13 languages, nobody named: languages, not
     # speakers, are held out. Names without a language code are English.
-    Corpus(
+    Packages(
         name="tuxpaint-stamps",
         language="other",
         packages=("tuxpaint-stamps-default",),
@@ -166,7 +227,7 @@ CORPORA: tuple[Corpus, ...] = (
         test=("", "lt", "nl"),
     ),
     # Letters and syllables, one volunteer a language; the Tswana ones are clipped to noise.
-    Corpus(
+    Packages(
         name="klettres",
         language="other",
         packages=("klettres-data",),
@@ -181,7 +242,7 @@ CORPORA: tuple[Corpus, ...] = (
         test=("en_GB", "lt", "uk"),
     ),
     # A game's dialogues: two main actors (m, v), the rest of the cast known by part alone.
-    Corpus(
+    Packages(
         name="fillets-cs",
         language="other",
         packages=("fillets-ng-data-cs",),
@@ -192,7 +253,7 @@ CORPORA: tuple[Corpus, ...] = (
         kilohertz="22",
         speaker_pattern=r"/[^/-]+-([mv])-[^/]*$",
     ),
-    Corpus(
+    Packages(
         name="pocketsphinx-testdata",
         language="other",
         packages=("pocketsphinx-testdata",),
@@ -219,250 +280,403 @@ CORPORA: tuple[Corpus, ...] = (
     _asterisk("es", "es_MX_f_Allison", "allison-smith", "CC-BY-SA-3.0", 0.50, test=("*",)),
 )
 
+CORPORA: tuple[Corpus, ...] = (
+    Archives(
+        name="librispeech",
+        language="english",
+        license="CC-BY-4.0",
+        hours=960.9,
+        kilohertz="16",
+        gigabytes=60,
+        transient_gb=30.6,
+        default=True,
+        plan="LibriSpeech",
+        bases=_openslr(12),
+        archives=(
+            Archive("train-clean-100.tar.gz", 100.6, 6.4, "md5:2a93770f6d5c6c964bc36631d331a522"),
+            Archive("train-clean-360.tar.gz", 363.6, 23.0, "md5:c0e676e450a7ff2f54aeade5171606fa"),
+            Archive("train-other-500.tar.gz", 496.7, 30.6, "md5:d1a0fd59409feb2c614ce4d30c387708"),
+        ),
+        layout="librispeech",
+    ),
+    # Whole chapters without transcripts: training reads windows of them.
+    Archives(
+        name="librilight-small",
+        language="english",
+        license="public domain",
+        hours=577.2,
+        kilohertz="16",
+        gigabytes=35,
+        transient_gb=35,
+        default=True,
+        plan="LibriLight (small)",
+        note="from its authors' archive: facebook/libri-light is no Hugging Face id",
+        bases=("https://dl.fbaipublicfiles.com/librilight/data",),
+        archives=(Archive("small.tar", 577.2, 35.0, "md5:c49207eb86a8e8ac895561c37232041e"),),
+        layout="librilight",
+    ),
+    Archives(
+        name="libritts-r",
+        language="english",
+        license="CC-BY-4.0",
+        hours=555.2,
+        kilohertz="24",
+        gigabytes=55,
+        download_gb=84,
+        transient_gb=88,
+        default=True,
+        plan="Common Voice (english)",
+        note="in place of the plan's 500 h of Common Voice: 24 kHz, no account needed. These are "
+        "recordings of LibriSpeech, restored: more bandwidth, no new voices or words",
+        bases=_openslr(141),
+        archives=(
+            Archive("train_clean_100.tar.gz", 53.8, 8.1, "md5:6df668d8f5f33e70876bfa33862ad02b"),
+            Archive("train_clean_360.tar.gz", 191.3, 29.0, "md5:382eb3e64394b3da6a559f864339b22c"),
+            Archive("train_other_500.tar.gz", 310.1, 47.0, "md5:a37a8e9f4fe79d20601639bf23d1add8"),
+        ),
+        layout="libritts",
+    ),
+    _common_voice("english", 2700, 90.0),
+    # Split by bulletin: who reads it is not said.
+    _ai4bharat(
+        "Shrutilipi",
+        "hindi",
+        1620,
+        100.0,
+        speakers=(),
+        recording=r"([^/]*?)[_-]+sent",
+        plan="Gramvaani",
+        note="news bulletins, in place of Gramvaani's 1,111 h of 8 kHz telephone speech",
+    ),
+    _ai4bharat("Kathbath", "hindi", 150, 9.5, license="CC0-1.0", plan="Kathbath Hindi"),
+    _ai4bharat("IndicVoices", "hindi", 225, 26.0, exact=False, plan="IndicVoices Hindi"),
+    Archives(
+        name="openslr-103",
+        language="hindi",
+        license="CC-BY-4.0",
+        hours=100.6,
+        kilohertz="8",
+        gigabytes=4.0,
+        download_gb=4.7,
+        transient_gb=6.5,
+        default=True,
+        exact=False,
+        plan="OpenSLR 103",
+        bases=_openslr(103),
+        archives=(
+            Archive("Hindi_train.tar.gz", 95.05, 4.4),
+            Archive("Hindi_test.tar.gz", 5.55, 0.3),
+        ),
+        layout="transcription",
+    ),
+    Archives(
+        name="gramvaani",
+        language="hindi",
+        license="academic",
+        hours=1108,
+        kilohertz="8",
+        gigabytes=32,
+        transient_gb=8,
+        commercial_ok=False,
+        exact=False,
+        plan="Gramvaani",
+        note="licensed for academic use only, and mostly 8 kHz MP3: "
+        "--corpora gramvaani --allow_noncommercial. The plan's GV_* addresses are gone",
+        bases=_openslr(118),
+        archives=(
+            Archive("GV_Train_100h.tar.gz", 100, 3.0),
+            Archive("GV_Dev_5h.tar.gz", 5, 0.15),
+            Archive("GV_Eval_3h.tar.gz", 3, 0.1),
+            *(Archive(f"Gramvaani_1000hrData_Part{n}.tar.gz", 200, 6.0) for n in range(1, 6)),
+        ),
+        layout="kaldi",
+    ),
+    _common_voice("hindi", 27, 0.6),
+    # Image descriptions by tens of thousands of people, one in twenty transcribed. Where a row
+    # names no speaker, the split hangs on the district and postal code.
+    Hub(
+        name="vaani-telugu",
+        language="telugu",
+        license="CC-BY-4.0",
+        hours=1486,
+        kilohertz="16",
+        gigabytes=97,
+        download_gb=208,
+        transient_gb=0.7,
+        default=True,
+        exact=False,
+        gated=True,
+        plan="SPRING-INX Telugu",
+        note="in place of SPRING-INX; closes the plan's gap of 1,200 h with real speech, mostly "
+        "untranscribed",
+        repo="ARTPARK-IISc/Vaani",
+        folders=(
+            "audio/AndhraPradesh/Anantpur",
+            "audio/AndhraPradesh/Chittoor",
+            "audio/AndhraPradesh/Guntur",
+            "audio/AndhraPradesh/Krishna",
+            "audio/AndhraPradesh/Srikakulam",
+            "audio/AndhraPradesh/Vishakapattanam",
+            "audio/Telangana/Karimnagar",
+            "audio/Telangana/Nalgonda",
+        ),
+        audio="audio",
+        text="transcript",
+        speakers=("speakerID", "speaker_id"),
+        keys=("district", "pincode"),
+        keep=("language", "Telugu"),
+        tagged=True,
+    ),
+    _ai4bharat(
+        "Shrutilipi", "telugu", 390, 24.0, speakers=(), recording=r"([^/]*?)[_-]+sent",
+        plan="SPRING-INX Telugu", note="news bulletins, in place of SPRING-INX",
+    ),
+    _ai4bharat("Kathbath", "telugu", 155, 10.0, license="CC0-1.0", plan="Kathbath Telugu"),
+    _ai4bharat("IndicVoices", "telugu", 225, 33.0, exact=False, plan="IndicVoices Telugu"),
+    # Both archives hold a line_index.tsv: they are unpacked apart.
+    Archives(
+        name="openslr-66",
+        language="telugu",
+        license="CC-BY-SA-4.0",
+        hours=10.0,
+        kilohertz="48",
+        gigabytes=1.0,
+        download_gb=1.1,
+        transient_gb=1.0,
+        default=True,
+        exact=False,
+        plan="OpenSLR 66",
+        bases=_openslr(66),
+        archives=(
+            Archive("te_in_female.zip", 5.0, 0.53),
+            Archive("te_in_male.zip", 5.0, 0.55),
+        ),
+        layout="line_index",
+    ),
+    Hub(
+        name="indictts-telugu",
+        language="telugu",
+        license="CC-BY-4.0",
+        hours=9.0,
+        kilohertz="48",
+        gigabytes=1.8,
+        download_gb=3.0,
+        transient_gb=0.7,
+        default=True,
+        exact=False,
+        split="train",
+        plan="IndicTTS Telugu",
+        repo="SPRINGLab/IndicTTS_Telugu",
+        folders=("data",),
+        audio="audio",
+        speakers=("speaker_id", "gender"),
+    ),
+    # Its loading script no longer runs: the Hub's own parquet conversion. Several people read
+    # each sentence and are not named: its own splits, which share no sentence.
+    Hub(
+        name="fleurs-telugu",
+        language="telugu",
+        license="CC-BY-4.0",
+        hours=8.0,
+        kilohertz="16",
+        gigabytes=1.0,
+        download_gb=1.6,
+        transient_gb=0.7,
+        default=True,
+        exact=False,
+        repo="google/fleurs",
+        folders=("te_in",),
+        revision="refs/convert/parquet",
+        audio="audio",
+        text="transcription",
+        speakers=(),
+        official_splits=True,
+    ),
+    _common_voice("telugu", 3, 0.1),
+    Absent(
+        name="spring-inx",
+        language="telugu",
+        license="CC-BY-4.0",
+        hours=0,
+        kilohertz="16",
+        gigabytes=0,
+        plan="SPRING-INX Telugu",
+        note="has no Telugu release; vaani-telugu and shrutilipi-telugu stand in",
+    ),
+    Files(
+        name="crema-d",
+        language="english",
+        license="ODbL-1.0",
+        hours=5.26,
+        kilohertz="16",
+        gigabytes=0.4,
+        download_gb=0.6,
+        group="emotion",
+        note="emotional speech for phase 4: --corpora emotion",
+        base="https://github.com/CheyneyComputerScience/CREMA-D/raw/master",
+        listing="SentenceFilenames.csv",
+        column="Filename",
+        pattern="AudioWAV/{}.wav",
+        layout="crema_d",
+    ),
+    Archives(
+        name="ravdess",
+        language="english",
+        license="CC-BY-NC-SA-4.0",
+        hours=1.48,
+        kilohertz="48",
+        gigabytes=0.3,
+        download_gb=0.2,
+        transient_gb=0.6,
+        commercial_ok=False,
+        group="emotion",
+        note="emotional speech for phase 4: --corpora emotion --allow_noncommercial",
+        bases=("https://zenodo.org/records/1188976/files",),
+        archives=(
+            Archive(
+                "Audio_Speech_Actors_01-24.zip", 1.48, 0.2, "md5:bc696df654c87fed845eb13823edef8a"
+            ),
+        ),
+        layout="ravdess",
+    ),
+    _rasa("hindi"),
+    _rasa("telugu"),
+    HubTars(
+        name="behavior-sd",
+        language="english",
+        license="CC-BY-4.0",
+        hours=2164,
+        kilohertz="22",
+        gigabytes=188,
+        transient_gb=1.5,
+        group="conversations",
+        note="two-channel dialogues for phase 3, made by TTS: --corpora behavior-sd "
+        "[--max_hours 100]",
+        repo="yhytoto12/behavior-sd",
+        folders=("train", "validation", "test"),
+    ),
+    Fisher(
+        name="fisher",
+        language="english",
+        license="LDC",
+        hours=984,
+        kilohertz="8",
+        gigabytes=40,
+        exact=False,
+        commercial_ok=False,
+        group="conversations",
+        plan="Fisher",
+        note="sold by the LDC (LDC2004S13 + LDC2004T19): give your copy with --fisher_dir",
+    ),
+    *PACKAGES,
+)
 
-# ------------------------------------------------------------------------------------- fetching
+
+# ----------------------------------------------------------------------------------------- list
 
 
-def fetch(corpus: Corpus, data_dir: Path) -> bool:
-    """Bring one corpus into place; False where it was there already. Raises UserError."""
-    folder = data_dir / corpus.language / corpus.name
-    if (folder / data.MANIFEST).exists():
-        return False
-    if folder.exists():
-        raise UserError(f"{folder}: there without {data.MANIFEST}; move it away and run again")
-    # Hidden, so that no trainer scans it while it grows.
-    part = folder.with_name(f".{corpus.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    archives = data_dir / ".archives" / corpus.name
-    clips = FETCHERS[corpus.kind](corpus, part, archives)
-    if not clips:
-        raise UserError(f"{corpus.name}: no audio in {', '.join(corpus.packages)}; new layout?")
-    data.write_manifest(part / data.MANIFEST, clips)
-    part.rename(folder)
-    shutil.rmtree(archives, ignore_errors=True)
-    return True
-
-
-def fetch_debian(corpus: Corpus, part: Path, archives: Path) -> list[data.Clip]:
-    """Audio of Debian packages, without installing them: no root, nothing outside `part`."""
-    raw = part / ".raw"
-    for package in corpus.packages:
-        unpack_deb(download_deb(package, archives), raw, lambda name: _wanted(corpus, name))
-    texts = _read_transcripts(raw / corpus.transcripts) if corpus.transcripts else {}
-    files = sorted(path for path in (raw / corpus.root).rglob("*") if path.is_file())
-    clips, seen = [], set()
-    for source in tqdm(files, desc=corpus.name, unit="file", disable=not sys.stderr.isatty()):
-        digest = hashlib.sha256(source.read_bytes()).digest()
-        name = source.relative_to(raw / corpus.root)
-        text = texts.get(name.with_suffix("").as_posix())
-        if digest in seen:
-            continue
-        seen.add(digest)
-        clip = _take(corpus, source, part / "audio" / name, name.as_posix(), text)
-        clips += [clip] if clip else []
-    for package in corpus.packages:
-        notice = raw / f"usr/share/doc/{package}/copyright"
-        if notice.exists():
-            notice.replace(part / f"copyright.{package}")
-    shutil.rmtree(raw)
-    return clips
-
-
-FETCHERS: dict[str, Callable[[Corpus, Path, Path], list[data.Clip]]] = {"debian": fetch_debian}
-
-
-def _wanted(corpus: Corpus, name: str) -> bool:
-    if name == corpus.transcripts or name in {
-        f"usr/share/doc/{package}/copyright" for package in corpus.packages
-    }:
-        return True
-    if not name.startswith(f"{corpus.root}/"):
-        return False
-    below = name.removeprefix(f"{corpus.root}/")
-    return _matches(below, corpus.include) and not _matches(below, corpus.exclude)
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-
-
-def download_deb(package: str, folder: Path) -> Path:
-    """The package's .deb in `folder`, downloaded there by apt unless it is complete already."""
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise UserError(f"{package}: needs {tool}, on Debian or Ubuntu; copy data/ from there")
-    done = sorted(folder.glob(f"{package}_*.deb"))
-    if done:
-        return done[0]
-    part = folder / f".{package}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    result = subprocess.run(
-        ["apt-get", "-q", "download", package], cwd=part, capture_output=True, text=True
-    )
-    found = sorted(part.glob("*.deb"))
-    if result.returncode != 0 or not found:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("E:")]
-        reason = errors[0].removeprefix("E: ") if errors else f"exit {result.returncode}"
-        raise UserError(
-            f"{package}: apt cannot download it ({reason}); its lists may be stale: run "
-            "`apt-get update` as root, then this again"
-        )
-    target = folder / found[0].name
-    found[0].replace(target)
-    part.rmdir()
-    return target
-
-
-def unpack_deb(archive: Path, folder: Path, wanted: Callable[[str], bool]) -> None:
-    """Unpack the files of a .deb that `wanted(name)` chooses. Raises UserError on a bad one."""
-    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            unpack_tar(process.stdout, folder, wanted, archive.name)
-        except tarfile.TarError as error:
-            raise UserError(f"{archive}: damaged ({error}); delete it and run again") from error
-        finally:
-            process.stdout.close()
-        if process.wait() != 0:
-            raise UserError(f"{archive}: damaged; delete it and run again")
-
-
-def unpack_tar(
-    stream: IO[bytes], folder: Path, wanted: Callable[[str], bool], label: str
-) -> None:
-    """Unpack chosen regular files of a tar stream; refuses links among them and any escape."""
-    with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            path = PurePosixPath(member.name)
-            if path.is_absolute() or ".." in path.parts:
-                raise UserError(f"{label}: '{member.name}' points outside its folder; not unpacked")
-            if member.isdir() or not wanted(str(path)):
-                continue
-            if not member.isreg():
-                raise UserError(f"{label}: '{member.name}' is a link or device; not unpacked")
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "wb") as file:
-                shutil.copyfileobj(archive.extractfile(member), file)
-
-
-def _read_transcripts(path: Path) -> dict[str, str]:
-    """`name: text` lines; a text in brackets tells of a sound, not of words."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        pairs = [line.strip().split(":", 1) for line in file if ":" in line and line[0] != ";"]
-    texts = {name.strip(): " ".join(text.split()) for name, text in pairs}
-    return {name: text for name, text in texts.items() if text and text[0] not in "[(<"}
-
-
-def _take(
-    corpus: Corpus, source: Path, target: Path, name: str, text: str | None
-) -> data.Clip | None:
-    """Move or decode one file into place; None, and one line, where it cannot be read."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if source.suffix in DECODERS:
-            target = target.with_suffix(".flac")
-            data.write_audio(target, *DECODERS[source.suffix](source))
-        else:
-            source.replace(target)
-        duration, sample_rate = data.probe(target)
-    except data.AudioError as error:
-        target.unlink(missing_ok=True)
-        tqdm.write(f"skipped: {error}", file=sys.stderr)
-        return None
-    speaker, split = speaker_and_split(corpus, name)
-    return data.Clip(
-        path=target,
-        duration=duration,
-        sample_rate=sample_rate,
-        language=corpus.language,
-        speaker=speaker,
-        text=text,
-        license=corpus.license,
-        commercial_ok=corpus.commercial_ok,
-        split=split,
-    )
-
-
-def speaker_and_split(corpus: Corpus, name: str) -> tuple[str | None, str]:
-    """Who speaks in the file `name` (below the corpus's root), and the split that follows."""
-    match = re.search(corpus.speaker_pattern, name) if corpus.speaker_pattern else None
-    group = match.group(1) if match else None
-    split = "train"
-    for held_out, groups in (("validation", corpus.validation), ("test", corpus.test)):
-        if "*" in groups or group in groups:
-            split = held_out
-    named = f"{corpus.name}-{group}" if group is not None and corpus.speakers_known else None
-    return corpus.speaker or named, split
-
-
-def decode_g722(path: Path) -> tuple[np.ndarray, int]:
-    """(audio `[T]`, 16000) of a headerless G.722 file, packet by packet of 20 ms."""
-    try:
-        import av
-    except ImportError as error:
-        raise UserError("G.722 recordings need PyAV: pip install av") from error
-    context = av.CodecContext.create("g722", "r")
-    coded = path.read_bytes()
-    packets = [coded[at : at + G722_PACKET] for at in range(0, len(coded), G722_PACKET)]
-    frames = [frame for packet in packets for frame in context.decode(av.Packet(packet))]
-    samples = [frame.to_ndarray().reshape(-1) for frame in frames]
-    if not samples:
-        raise data.AudioError(f"{path}: holds no samples")
-    return np.concatenate(samples).astype(np.float32) / 32768, G722_RATE
-
-
-def decode_gsm(path: Path) -> tuple[np.ndarray, int]:
-    """(audio `[T]`, 8000) of a headerless GSM 06.10 file."""
-    return data.read_audio(path, sample_rate=8000), 8000
-
-
-def decode_raw(path: Path) -> tuple[np.ndarray, int]:
-    """(audio `[T]`, 16000) of a headerless 16-bit file."""
-    coded = path.read_bytes()
-    return np.frombuffer(coded[: len(coded) // 2 * 2], "<i2").astype(np.float32) / 32768, RAW_RATE
-
-
-DECODERS: dict[str, Callable[[Path], tuple[np.ndarray, int]]] = {
-    ".g722": decode_g722,
-    ".gsm": decode_gsm,
-    ".raw": decode_raw,
-}
-
-
-# ------------------------------------------------------------------------------- list and verify
+def _hours(corpus: Corpus) -> str:
+    text = f"{corpus.hours:,.0f}" if corpus.hours >= 20 else f"{corpus.hours:.2f}"
+    return text if corpus.exact else f"~{text}"
 
 
 def print_list(corpora: Iterable[Corpus]) -> None:
     """The table, 80 columns wide, with totals."""
     corpora = list(corpora)
-    form = "{:<27} {:<8} {:>6} {:>4}  {:<12} {:<4} {}"
-    print(form.format("corpus", "language", "hours", "kHz", "licence", "com.", "use"))
-    print("-" * 79)
+    form = "{:<27}{:<8} {:>6} {:>5} {:>3}  {:<16} {}"
+    print(form.format("corpus", "language", "hours", "GB", "kHz", "licence", "marks"))
+    sections: dict[str, list[Corpus]] = defaultdict(list)
     for row in corpora:
-        commercial = "yes" if row.commercial_ok else "no"
-        fields = (row.name, row.language, f"{row.hours:.2f}", row.kilohertz, row.license)
-        print(form.format(*fields, commercial, row.use))
+        sections[row.section].append(row)
+    for section, rows in sections.items():
+        print(f"-- {section} ".ljust(79, "-"))
+        for row in rows:
+            size = f"{row.gigabytes:,.1f}" if row.gigabytes < 9.95 else f"{row.gigabytes:,.0f}"
+            fields = (row.name, row.language, _hours(row), size, row.kilohertz, row.license)
+            print(form.format(*fields, row.marks).rstrip())
     print("-" * 79)
-    for use in ("train", "dev only", "test only"):
-        hours = sum(row.hours for row in corpora if row.use == use)
-        if hours:
-            print(form.format("total", "", f"{hours:.2f}", "", "", "", use))
-    print("com.: commercial use allowed; share-alike and GPL terms bind what is passed on.")
-    print("train: with held-out speakers inside. No row holds human Hindi or Telugu speech.")
+    print("marks: d default set, g gated (accept its licence on Hugging Face), n not for")
+    print("commercial use; hours with ~ are estimates. GB: on disk, WAV packed as FLAC.")
+    print_totals(corpora)
+    print_reasons(corpora)
+
+
+def print_totals(corpora: list[Corpus]) -> None:
+    """Hours and disk of the default set by language, and hours by licence."""
+    chosen = [row for row in corpora if row.default]
+    if chosen:
+        print("\ndefault set:")
+        for language in data.LANGUAGES:
+            rows = [row for row in chosen if row.language == language]
+            if rows:
+                hours, size = (sum(getattr(r, n) for r in rows) for n in ("hours", "gigabytes"))
+                print(f"  {language:<10} {hours:>7,.0f} h of {GOAL_HOURS:,} {size:>7,.0f} GB")
+        size = sum(row.gigabytes for row in chosen)
+        print(f"  {'together':<10} {sum(r.hours for r in chosen):>7,.0f} h {size:>16,.0f} GB")
+    licences: Counter[str] = Counter()
+    for row in corpora:
+        licences[row.license + ("" if row.commercial_ok else " (not commercial)")] += row.hours
+    parts = [f"{name} {hours:,.0f} h" for name, hours in licences.most_common() if hours >= 0.5]
+    print(_wrapped("by licence, all rows: " + ", ".join(parts)))
+
+
+def print_reasons(corpora: Iterable[Corpus]) -> None:
+    """For each of the plan's corpora that is left out, replaced or moved, why."""
+    print("\nwhat became of the plan's corpora:")
+    for row in corpora:
+        if row.note:
+            left_out = row.plan and not row.default
+            name = f"{row.plan}, not in the default set" if left_out else row.name
+            print(_wrapped(f"- {name}: {row.note}"))
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def peak_gigabytes(corpora: list[Corpus], jobs: int) -> float:
+    """The most that lies on disk at any time, archives included, where `jobs` run side by side."""
+    landed, peak = 0.0, 0.0
+    for at, corpus in enumerate(corpora):
+        window = corpora[at : at + jobs]
+        peak = max(peak, landed + sum(row.gigabytes + row.transient_gb for row in window))
+        landed += corpus.gigabytes
+    return peak
+
+
+def print_costs(corpora: list[Corpus], free_gb: float, jobs: int) -> None:
+    """Disk, time and money of a fetch, before anything moves."""
+    hours, final = sum(r.hours for r in corpora), sum(r.gigabytes for r in corpora)
+    network = sum(row.download_gb or row.gigabytes for row in corpora)
+    peak = peak_gigabytes(corpora, jobs)
+    print(
+        f"to fetch: {len(corpora)} corpora, {_figure(hours)} h; network: {network:,.1f} GB\n"
+        f"disk: {final:,.1f} GB in the end, {peak:,.1f} at the most, archives included; "
+        f"{free_gb:,.0f} free\n(the plan's volume: {PLAN_DISK_GB} GB)"
+    )
+    formats = ", ".join(f"{name} {6000 * mb / 1e3:,.0f}" for name, mb in MEGABYTES_AN_HOUR)
+    print(_wrapped(f"6,000 h take, in GB: {formats}"))
+    for rate in (25, 100):
+        took = network * 1e3 / rate / 3600
+        print(
+            f"at {rate} MB/s: {took:,.1f} h, about ${took * CPU_POD_USD:,.2f} on a CPU pod, "
+            f"${took * H200_USD:,.2f} on an idle H200"
+        )
+
+
+# --------------------------------------------------------------------------------------- verify
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What `--verify` found of one corpus."""
+    """What `--verify` found of one corpus. `rates`: Hz -> hours; `expected` in hours."""
 
     corpus: Corpus
+    expected: float
     files: int = 0
     hours: float = 0.0
     speakers: frozenset[str] = frozenset()
-    rates: tuple[tuple[int, int], ...] = ()
+    rates: tuple[tuple[int, float], ...] = ()
     unreadable: tuple[str, ...] = ()
     duplicates: int = 0
     present: bool = True
@@ -474,111 +688,384 @@ class Verified:
             return "not there"
         if self.unreadable:
             return f"{len(self.unreadable)} unreadable"
-        expected = self.corpus.hours
         # The table's figures are rounded to two places.
-        return "hours missing" if self.hours < expected * (1 - HOURS_TOLERANCE) - 0.005 else ""
+        missing = self.hours < self.expected * (1 - HOURS_TOLERANCE) - 0.005
+        return "hours missing" if missing else ""
+
+    def as_json(self) -> dict:
+        """For `--json`."""
+        return {
+            "corpus": self.corpus.name,
+            "language": self.corpus.language,
+            "license": self.corpus.license,
+            "commercial_ok": self.corpus.commercial_ok,
+            "files": self.files,
+            "hours": round(self.hours, 4),
+            "expected_hours": round(self.expected, 4),
+            "speakers": len(self.speakers),
+            "hours_by_sample_rate": {str(rate): round(hours, 4) for rate, hours in self.rates},
+            "unreadable": list(self.unreadable),
+            "duplicates": self.duplicates,
+            "state": self.problem or "ok",
+        }
 
 
-def verify(corpus: Corpus, data_dir: Path) -> Verified:
-    """Probe and hash every file of a corpus against its manifest."""
-    manifest = data_dir / corpus.language / corpus.name / data.MANIFEST
-    if not manifest.exists():
-        return Verified(corpus, present=False)
-    clips = data.read_manifest(manifest)
-    with ThreadPoolExecutor(4) as pool:
-        checked = list(pool.map(_check_file, (clip.path for clip in clips)))
-    good = [
-        replace(clip, duration=found[0], sample_rate=found[1])
-        for clip, found in zip(clips, checked, strict=True)
-        if found
-    ]
-    bad = [str(clip.path) for clip, found in zip(clips, checked, strict=True) if not found]
+def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> Verified:
+    """Hold a corpus against its manifest and the table; with `every_file`, probe and compare all.
+
+    Copies are told by size and both ends of a file: as good as a whole hash for coded speech, and
+    it spares reading half a terabyte.
+    """
+    folder = data_dir / corpus.place / corpus.name
+    expected = expected_hours(corpus, folder)
+    if not (folder / data.MANIFEST).exists():
+        return Verified(corpus, expected, present=False)
+    clips = _entries(corpus, folder / data.MANIFEST)
+    bad: list[str] = []
+    duplicates = 0
+    if every_file:
+        checked = _check_files([clip.path for clip in clips], corpus.name)
+        bad = [str(c.path) for c, found in zip(clips, checked, strict=True) if not found]
+        duplicates = len(clips) - len(bad) - len({found[2] for found in checked if found})
+        clips = [
+            replace(clip, duration=found[0], sample_rate=found[1])
+            for clip, found in zip(clips, checked, strict=True)
+            if found
+        ]
+    rates: Counter[int] = Counter()
+    for clip in clips:
+        rates[clip.sample_rate] += clip.duration / 3600
     return Verified(
         corpus=corpus,
-        files=len(clips),
-        hours=sum(clip.duration for clip in good) / 3600,
-        speakers=frozenset(clip.speaker for clip in good if clip.speaker),
-        rates=tuple(sorted(Counter(clip.sample_rate for clip in good).items())),
+        expected=expected,
+        files=len(clips) + len(bad),
+        hours=sum(clip.duration for clip in clips) / 3600,
+        speakers=frozenset(clip.speaker for clip in clips if clip.speaker),
+        rates=tuple(sorted(rates.items())),
         unreadable=tuple(bad),
-        duplicates=len(good) - len({found[2] for found in checked if found}),
+        duplicates=duplicates,
     )
+
+
+def expected_hours(corpus: Corpus, folder: Path) -> float:
+    """The hours that ought to be there: the table's where they are exact, else those fetched."""
+    record = read_record(folder)
+    if "hours" not in record or (corpus.exact and record.get("whole")):
+        return corpus.hours
+    return record["hours"]
+
+
+def _entries(corpus: Corpus, manifest: Path) -> list[data.Clip]:
+    if corpus.group != "conversations":
+        return data.read_manifest(manifest)
+    try:
+        lines = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+        return [
+            data.Clip(manifest.parent / o["path"], o["duration"], o["sample_rate"], o["language"])
+            for o in lines
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{manifest}: not a manifest of conversations ({error})") from error
+
+
+def _check_files(paths: list[Path], name: str) -> list[tuple[float, int, bytes] | None]:
+    with ThreadPoolExecutor(FILE_THREADS) as pool:
+        checks = pool.map(_check_file, paths)
+        bar = tqdm(
+            checks, total=len(paths), desc=name, unit="file", leave=False,
+            disable=not sys.stderr.isatty(),
+        )
+        return list(bar)
 
 
 def _check_file(path: Path) -> tuple[float, int, bytes] | None:
     try:
-        return *data.probe(path), hashlib.sha256(path.read_bytes()).digest()
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            ends = file.read(DIGEST_BYTES)
+            file.seek(max(size - DIGEST_BYTES, 0))
+            ends += file.read(DIGEST_BYTES)
+        return *data.probe(path), hashlib.sha256(size.to_bytes(8, "big") + ends).digest()
     except (data.AudioError, OSError):
         return None
 
 
 def print_verified(found: list[Verified], data_dir: Path) -> bool:
     """The table of what is on disk; True where nothing is missing."""
-    form = "{:<26} {:>6} {:>6} {:>6} {:>4} {:>4} {:>4}  {}"
+    form = "{:<26} {:>7} {:>7} {:>7} {:>6} {:>3} {:>4}  {}"
     print(form.format("corpus", "files", "hours", "of", "spk", "bad", "dup", "state"))
     print("-" * 79)
     for row in found:
-        hours, expected = f"{row.hours:.2f}", f"{row.corpus.hours:.2f}"
         counts = (len(row.speakers) or "?", len(row.unreadable), row.duplicates)
-        state = row.problem or "ok"
-        print(form.format(row.corpus.name, row.files, hours, expected, *counts, state))
+        hours = (_figure(row.hours), _figure(row.expected))
+        print(form.format(row.corpus.name, row.files, *hours, *counts, row.problem or "ok"))
     print("-" * 79)
-    files, hours = sum(row.files for row in found), sum(row.hours for row in found)
-    expected = sum(row.corpus.hours for row in found)
-    speakers = len(frozenset().union(*(row.speakers for row in found)))
-    bad = sum(len(row.unreadable) for row in found)
-    dup = sum(row.duplicates for row in found)
-    print(form.format("total", files, f"{hours:.2f}", f"{expected:.2f}", speakers, bad, dup, ""))
-    rates: Counter[int] = Counter()
-    for row in found:
-        rates.update(dict(row.rates))
-    if rates:
-        counts = ", ".join(f"{count} at {rate} Hz" for rate, count in sorted(rates.items()))
-        print(textwrap.fill(f"files: {counts}", 79))
+    for language in data.LANGUAGES:
+        _print_language(form, language, [r for r in found if r.corpus.language == language])
+    _print_rates(found)
     for path in [path for row in found for path in row.unreadable][:20]:
         print(f"unreadable: {path}")
     missing = [row.corpus.name for row in found if row.problem]
     if missing:
-        print(textwrap.fill(f"missing in {data_dir}: {', '.join(missing)}", 79))
+        print(_wrapped(f"missing in {data_dir}: {', '.join(missing)}"))
         print("To fetch it: delete a damaged corpus's folder, then run this without --verify.")
     return not missing
 
 
-# ------------------------------------------------------------------------------------------ main
+def _print_language(form: str, language: str, rows: list[Verified]) -> None:
+    if not rows:
+        return
+    hours, expected = (_figure(sum(getattr(r, n) for r in rows)) for n in ("hours", "expected"))
+    speakers = len(frozenset().union(*(row.speakers for row in rows)))
+    counts = (sum(len(r.unreadable) for r in rows), sum(r.duplicates for r in rows))
+    # Emotion and conversations are other stages' data: they count for no language's goal.
+    speech = sum(r.hours for r in rows if r.corpus.place == language)
+    goal = f"{speech / GOAL_HOURS:.0%} of goal" if language != "other" else ""
+    files = sum(row.files for row in rows)
+    print(form.format(language, files, hours, expected, speakers, *counts, goal).rstrip())
 
 
-def choose(names: list[str] | None, languages: list[str] | None) -> list[Corpus]:
-    """The rows asked for; all of them without flags. Raises UserError on an unknown name."""
+def _print_rates(found: list[Verified]) -> None:
+    """Hours by language and sample rate, as bars."""
+    hours: Counter[tuple[str, int]] = Counter()
+    for row in found:
+        for rate, some in row.rates:
+            hours[row.corpus.language, rate] += some
+    most = max(hours.values(), default=0)
+    for (language, rate), some in sorted(hours.items()):
+        bar = "#" * max(1, round(36 * some / most)) if most else ""
+        print(f"{language:<10} {rate:>6} Hz {_figure(some):>9} h  {bar}")
+
+
+def _figure(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 100 else f"{hours:.2f}"
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def choose(
+    names: list[str] | None, languages: list[str] | None, options: Options | None = None
+) -> list[Corpus]:
+    """The rows asked for: the default set without flags. Raises UserError on an unknown name."""
     known = {row.name: row for row in CORPORA}
-    unknown = [name for name in names or [] if name not in known]
+    unknown = [name for name in names or [] if name not in known and name not in GROUPS]
     if unknown:
-        raise UserError(f"no corpus '{unknown[0]}'; --list shows them: {', '.join(known)}")
-    chosen = [row for row in CORPORA if not names or row.name in names]
-    chosen = [row for row in chosen if not languages or row.language in languages]
+        raise UserError(f"no corpus '{unknown[0]}'; --list shows them; groups: {', '.join(GROUPS)}")
+    chosen = [row for row in CORPORA if _is_asked(row, names, languages, options or Options())]
     if not chosen:
         raise UserError("no corpus of that language in the table; see --list")
     return chosen
 
 
-def main() -> int:
+def _is_asked(
+    row: Corpus, names: list[str] | None, languages: list[str] | None, options: Options
+) -> bool:
+    if languages and row.language not in languages:
+        return False
+    if isinstance(row, Fisher) and options.fisher_dir:
+        return True
+    if isinstance(row, DataCollective) and row.language in options.cv_dataset_ids:
+        return True
+    if names:
+        return row.name in names or row.group in names or ("default" in names and row.default)
+    # No corpus of the plan is in another language: there the packages are all there is.
+    return row.default or (bool(languages) and row.language == "other")
+
+
+def without_forbidden(
+    corpora: list[Corpus], allow_noncommercial: bool, fisher_dir: Path | None
+) -> list[Corpus]:
+    """The rows that may and can be fetched, a line for each other; UserError if none is left."""
+    left = []
+    for row in corpora:
+        reason = row.note if isinstance(row, Absent) else ""
+        if not row.commercial_ok and not allow_noncommercial and not isinstance(row, Fisher):
+            reason = f"{row.license} forbids commercial use: add --allow_noncommercial to take it"
+        if isinstance(row, Fisher) and not fisher_dir:
+            reason = row.note
+        if reason:
+            print(_wrapped(f"skipped: {row.name}: {reason}"))
+            continue
+        left.append(row)
+    if not left:
+        raise UserError("nothing left to fetch; see the lines above, and --list")
+    return left
+
+
+def check_access(corpora: list[Corpus], mirrors: dict[str, str]) -> None:
+    """Ask the Hub for every gated dataset before the night begins. UserError names all at once."""
+    problems = {}
+    for row in corpora:
+        endpoint = mirrors.get(row.name)
+        local = endpoint and not endpoint.startswith(("http://", "https://"))
+        if row.gated and not local and row.repo not in problems:
+            problems[row.repo] = fetching.hub_access_problem(row.repo, endpoint)
+    found = [problem for problem in problems.values() if problem]
+    if found:
+        raise UserError(
+            f"{'; '.join(found)}; then `hf auth login` (or HF_TOKEN) and run again, or leave "
+            "them out with --corpora"
+        )
+
+
+def check_disk(corpora: list[Corpus], data_dir: Path, options: Options, jobs: int) -> None:
+    """Print what the fetch takes; UserError where the disk cannot hold it."""
+    free = fetching.free_bytes(data_dir) / GIGABYTE
+    scaled = [_scaled(row, options.max_hours) for row in corpora]
+    print_costs(scaled, free, jobs)
+    begun = 0
+    for row in corpora:
+        begun += fetching.folder_bytes(data_dir / row.place / f".{row.name}.part")
+        begun += fetching.folder_bytes(data_dir / ".archives" / row.name)
+    needed = peak_gigabytes(scaled, jobs) - begun / GIGABYTE
+    if needed > free:
+        raise UserError(
+            f"{data_dir}: {needed:,.0f} GB needed, {free:,.0f} GB free; free some, or take fewer "
+            "with --languages, --corpora or --max_hours"
+        )
+
+
+def _scaled(row: Corpus, max_hours: float) -> Corpus:
+    """The row as --max_hours leaves it; archives are taken whole."""
+    if not max_hours or row.hours <= max_hours or isinstance(row, Packages):
+        return row
+    hours, transient = max_hours, row.transient_gb
+    if isinstance(row, Archives):
+        before = itertools.accumulate((a.hours for a in row.archives), initial=0.0)
+        taken = [a for a, begin in zip(row.archives, before, strict=False) if begin < max_hours]
+        hours = sum(archive.hours for archive in taken)
+        transient *= max(a.gigabytes for a in taken) / max(a.gigabytes for a in row.archives)
+    share = hours / row.hours
+    sizes = {n: getattr(row, n) * share for n in ("gigabytes", "download_gb")}
+    return replace(row, hours=hours, transient_gb=transient, **sizes)
+
+
+def fetch_all(corpora: list[Corpus], data_dir: Path, options: Options, jobs: int) -> None:
+    """Fetch side by side; one line for each that failed, then UserError."""
+    stopped = threading.Event()
+
+    def task(corpus: Corpus) -> Callable[[], None]:
+        return lambda: _fetch_and_say(corpus, data_dir, options, stopped)
+
+    tasks = {corpus.name: task(corpus) for corpus in corpora}
+    results = fetching.side_by_side(tasks, jobs, stopped)
+    failed = {name: error for name, error in results.items() if isinstance(error, UserError)}
+    if len(failed) == 1:
+        raise next(iter(failed.values()))
+    for error in failed.values():
+        print(f"error: {error}", file=sys.stderr)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(corpora)} corpora failed: {', '.join(failed)}")
+
+
+def _fetch_and_say(
+    corpus: Corpus, data_dir: Path, options: Options, stopped: threading.Event
+) -> None:
+    began = time.monotonic()
+    fetch(corpus, data_dir, options, stopped)
+    tqdm.write(f"{corpus.name}: fetched in {(time.monotonic() - began) / 60:,.1f} min")
+
+
+def _pairs(flag: str, values: list[str] | None, names: Iterable[str]) -> dict[str, str]:
+    """NAME=VALUE arguments as a dict. Raises UserError on others, and on an unknown NAME."""
+    known, found = set(names), {}
+    for value in values or []:
+        name, equals, rest = value.partition("=")
+        if not equals or not rest or name not in known:
+            raise UserError(f"{flag} {value}: give NAME=VALUE, NAME one of {', '.join(known)}")
+        found[name] = rest
+    return found
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--languages", nargs="+", choices=data.LANGUAGES, help="only these")
-    parser.add_argument("--corpora", nargs="+", metavar="NAME", help="only these rows of --list")
-    parser.add_argument("--data_dir", type=Path, default=Path("data"), help="default: data")
-    parser.add_argument("--list", action="store_true", help="show the table and stop")
-    parser.add_argument("--verify", action="store_true", help="check what is on disk and stop")
-    arguments = parser.parse_args()
-    corpora = choose(arguments.corpora, arguments.languages)
+    add = parser.add_argument
+    add("--languages", nargs="+", choices=data.LANGUAGES, help="only these")
+    add("--corpora", nargs="+", metavar="NAME", help=f"rows of --list, or {', '.join(GROUPS)}")
+    add("--data_dir", type=Path, default=Path("data"), help="default: data")
+    add("--max_hours", type=float, default=0.0, help="of each corpus; archives are taken whole")
+    add("--list", action="store_true", help="show the table and stop")
+    add("--verify", action="store_true", help="check every file on disk and stop")
+    add("--json", type=Path, metavar="FILE", help="write what is on disk there too")
+    more = parser.add_argument_group("advanced").add_argument
+    more("--mirror", nargs="+", metavar="NAME=BASE_URL", help="another address of a corpus; for "
+         "Hugging Face ones an endpoint, or a local folder laid out like the dataset")
+    more("--cv_dataset_id", nargs="+", metavar="LANGUAGE=ID", help="Common Voice release, at the "
+         "Mozilla Data Collective")
+    more("--fisher_dir", type=Path, help="your copy of LDC2004S13 and LDC2004T19")
+    more("--allow_noncommercial", action="store_true", help="take what forbids commercial use too")
+    more("--keep_wav", action="store_true", help="leave WAV as it comes, at twice the disk")
+    more("--jobs", type=int, default=4, help="corpora side by side")
+    return parser.parse_args(argv)
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    """The flags that say how to fetch. Raises UserError on bad values."""
+    if arguments.max_hours < 0 or arguments.jobs < 1:
+        raise UserError("--max_hours and --jobs must be above zero")
+    return Options(
+        max_hours=arguments.max_hours,
+        mirrors=_pairs("--mirror", arguments.mirror, (row.name for row in CORPORA)),
+        keep_wav=arguments.keep_wav,
+        cv_dataset_ids=_pairs("--cv_dataset_id", arguments.cv_dataset_id, data.LANGUAGES),
+        fisher_dir=arguments.fisher_dir,
+    )
+
+
+def main() -> int:
+    arguments = parse_args()
+    options = options_of(arguments)
+    data_dir, names = arguments.data_dir, arguments.corpora
     if arguments.list:
-        print_list(corpora)
+        everything = not names and not arguments.languages
+        print_list(CORPORA if everything else choose(names, arguments.languages, options))
         return 0
-    if not arguments.verify:
-        for corpus in corpora:
-            state = "fetched" if fetch(corpus, arguments.data_dir) else "already there"
-            print(f"{corpus.name}: {state}", flush=True)
-    found = [verify(corpus, arguments.data_dir) for corpus in corpora]
-    return 0 if print_verified(found, arguments.data_dir) else 1
+    corpora = choose(names, arguments.languages, options)
+    if arguments.verify:
+        return report(_with_present(corpora, names, arguments.languages, data_dir), arguments)
+    corpora = without_forbidden(corpora, arguments.allow_noncommercial, options.fisher_dir)
+    absent = [row for row in corpora if fetching.needs_fetching(row, data_dir, options)]
+    # The largest archives first, while the disk is empty.
+    absent.sort(key=lambda row: -row.transient_gb)
+    if absent:
+        if not names:
+            print_reasons(row for row in CORPORA if row in corpora or row.plan)
+        check_access(absent, options.mirrors)
+        check_disk(absent, data_dir, options, arguments.jobs)
+    for row in corpora:
+        if row not in absent:
+            print(f"{row.name}: already there")
+    fetch_all(absent, data_dir, options, arguments.jobs)
+    return report(corpora, arguments)
+
+
+def _with_present(
+    corpora: list[Corpus], names: list[str] | None, languages: list[str] | None, data_dir: Path
+) -> list[Corpus]:
+    """What --verify looks at: what was asked for, and without --corpora all else that is there."""
+    if names:
+        return corpora
+    there = [
+        row
+        for row in CORPORA
+        if (data_dir / row.place / row.name / data.MANIFEST).exists()
+        and (not languages or row.language in languages)
+    ]
+    return [row for row in CORPORA if row in corpora or row in there]
+
+
+def report(corpora: list[Corpus], arguments: argparse.Namespace) -> int:
+    """Print what is on disk, and write it as JSON where asked; 1 where something is missing."""
+    found = [verify(corpus, arguments.data_dir, arguments.verify) for corpus in corpora]
+    complete = print_verified(found, arguments.data_dir)
+    if arguments.json:
+        rows = [row.as_json() for row in found]
+        fetching.write_bytes(arguments.json, (json.dumps(rows, indent=2) + "\n").encode())
+    return 0 if complete else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,551 @@
+"""Fetching from a local server that cuts, refuses and lies; unpacking; formats; a full disk."""
+
+import contextlib
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import stat
+import subprocess
+import tarfile
+import threading
+import time
+import urllib.parse
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import soundfile
+import urllib3
+
+import data
+import fetching
+from fetching import Bar, Damaged
+from training import UserError
+
+
+class Server:
+    """Files by path on 127.0.0.1, with Range; answers of the Hub where `hub` names datasets.
+
+    `cuts` are numbers of body bytes after which the next answers break off; `statuses` are codes
+    that the next answers give instead. `log` holds (path, Range).
+    """
+
+    def __init__(self):
+        self.files, self.hub, self.gated = {}, {}, set()
+        self.cuts, self.statuses, self.log = [], [], []
+        self.ranges = True
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                outer.answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def answer(self, request):
+        path = request.path.partition("?")[0]
+        self.log.append((path, request.headers.get("Range", "")))
+        if self.statuses:
+            return self.send(request, self.statuses.pop(0), b"")
+        if path.startswith("/api/datasets/"):
+            return self.answer_hub(request, path.removeprefix("/api/datasets/"))
+        body = self.files.get(path)
+        if body is None:
+            return self.send(request, 404, b"")
+        return self.send_file(request, body)
+
+    def send(self, request, status, body, headers=()):
+        request.send_response(status)
+        for name, value in headers:
+            request.send_header(name, value)
+        request.send_header("Content-Length", str(len(body)))
+        request.end_headers()
+        request.wfile.write(body)
+
+    def send_file(self, request, body):
+        etag = f'"{hashlib.md5(body).hexdigest()}"'
+        match = re.match(r"bytes=(\d+)-", request.headers.get("Range", ""))
+        start = int(match.group(1)) if match and self.ranges else 0
+        if request.headers.get("If-Range", etag) != etag:
+            start = 0
+        headers = [("ETag", etag)]
+        if start and start >= len(body):
+            return self.send(request, 416, b"", [("Content-Range", f"bytes */{len(body)}")])
+        if start:
+            headers.append(("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}"))
+        request.send_response(206 if start else 200)
+        for name, value in [*headers, ("Content-Length", str(len(body) - start))]:
+            request.send_header(name, value)
+        request.end_headers()
+        rest = body[start:]
+        if self.cuts:
+            rest = rest[: self.cuts.pop(0)]
+            request.close_connection = True
+        request.wfile.write(rest)
+
+    def answer_hub(self, request, path):
+        repo = "/".join(path.split("/")[:2])
+        rest = path.removeprefix(repo).strip("/")
+        if repo in self.gated:
+            return self.send(request, 403, b"{}", [("X-Error-Code", "GatedRepo")])
+        if rest == "auth-check":
+            return self.send(request, 200, b"{}")
+        below = urllib.parse.unquote(rest.partition("/")[2].partition("/")[2])
+        names = sorted(self.hub.get(repo, {}))
+        found = [name for name in names if name.startswith(f"{below}/")] if below else names
+        if not found:
+            return self.send(request, 404, b"{}", [("X-Error-Code", "EntryNotFound")])
+        entries = []
+        for name in found:
+            body = self.hub[repo][name]
+            lfs = {"size": len(body), "oid": hashlib.sha256(body).hexdigest(), "pointerSize": 1}
+            entries.append(
+                {"type": "file", "path": name, "size": len(body), "oid": "0", "lfs": lfs}
+            )
+        return self.send(
+            request, 200, json.dumps(entries).encode(), [("Content-Type", "application/json")]
+        )
+
+    def add_dataset(self, repo, files, revision="main"):
+        """Files by path, listed and served as the Hub does."""
+        self.hub[repo] = files
+        for name, body in files.items():
+            quoted = revision.replace("/", "%2F")
+            self.files[f"/datasets/{repo}/resolve/{quoted}/{name}"] = body
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(fetching, "BACK_OFF_S", (0.0,) * 4)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    made = Server()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+def noise(size, seed=0):
+    return random.Random(seed).randbytes(size)
+
+
+def md5(body):
+    return f"md5:{hashlib.md5(body).hexdigest()}"
+
+
+def tar_of(files, gz=True):
+    """A tar of {name: bytes}."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz" if gz else "w") as archive:
+        for name, body in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            archive.addfile(member, io.BytesIO(body))
+    return buffer.getvalue()
+
+
+def zip_of(files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, body in files.items():
+            archive.writestr(name, body)
+    return buffer.getvalue()
+
+
+def killed(action):
+    """Run `action` in a forked process, which must end by SIGKILL."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def dies_at(module, name, call):
+    """Replace a function by one that kills the process at its `call`-th call. For killed()."""
+    original, count = getattr(module, name), [0]
+
+    def counted(*args, **more):
+        count[0] += 1
+        if count[0] == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **more)
+
+    setattr(module, name, counted)
+
+
+# ---------------------------------------------------------------------------------------- HTTP
+
+
+def test_twenty_cuts_at_random_bytes_leave_the_very_file(server, tmp_path):
+    body = noise(2_000_000)
+    server.files["/a.tar"] = body
+    draw = random.Random(1)
+    server.cuts = [draw.randrange(1, 150_000) for _ in range(20)]
+    bar = Bar("a")
+    fetching.download(f"{server.url}/a.tar", tmp_path / "a.tar", bar, checksum=md5(body))
+    assert (tmp_path / "a.tar").read_bytes() == body
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+    starts = [int(re.search(r"\d+", asked).group()) for _, asked in server.log if asked]
+    assert len(server.log) == 21 and starts == sorted(set(starts))
+    assert bar._done == len(body)
+
+
+def test_a_killed_download_goes_on_at_its_last_byte(server, tmp_path):
+    body = noise(3_000_000)
+    server.files["/a"] = body
+    server.cuts = [1_500_000]
+
+    def fetch():
+        fetching.BACK_OFF_S = (0,)
+        dies_at(fetching, "_receive", 2)
+        fetching.download(f"{server.url}/a", tmp_path / "a", Bar("a"), checksum=md5(body))
+
+    killed(fetch)
+    assert (tmp_path / "a.part").stat().st_size == 1_500_000 and not (tmp_path / "a").exists()
+    fetching.download(f"{server.url}/a", tmp_path / "a", Bar("a"), checksum=md5(body))
+    assert (tmp_path / "a").read_bytes() == body
+    assert server.log[-1] == ("/a", "bytes=1500000-")
+
+
+def test_a_wrong_checksum_is_fetched_once_more_and_then_told(server, tmp_path):
+    server.files["/a"] = noise(1000)
+    wrong = md5(b"other")
+    with pytest.raises(UserError, match="md5 .*fetched twice.*--mirror"):
+        fetching.download(f"{server.url}/a", tmp_path / "a", Bar("a"), checksum=wrong)
+    assert len(server.log) == 2 and not (tmp_path / "a").exists()
+    # A part of another file is mended by the second try.
+    (tmp_path / "a.part").write_bytes(b"x" * 10)
+    right = md5(server.files["/a"])
+    fetching.download(f"{server.url}/a", tmp_path / "a", Bar("a"), checksum=right)
+    assert (tmp_path / "a").read_bytes() == server.files["/a"]
+
+
+def test_a_file_that_changed_on_the_server_starts_over(server, tmp_path):
+    server.files["/a"] = noise(1000, 1)
+    server.cuts = [400]
+    part = tmp_path / "a.part"
+    with requests.Session() as session:
+        with contextlib.suppress(urllib3.exceptions.HTTPError):
+            assert not fetching._receive(session, f"{server.url}/a", part, Bar("a"), {})
+        assert part.stat().st_size == 400
+    server.files["/a"] = noise(1000, 2)
+    bar = Bar("a")
+    fetching.download(f"{server.url}/a", tmp_path / "a", bar)
+    assert (tmp_path / "a").read_bytes() == noise(1000, 2) and bar._done == 1000
+
+
+def test_a_server_without_range_starts_over(server, tmp_path):
+    server.files["/a"] = noise(1000)
+    server.ranges, server.cuts = False, [600]
+    fetching.download(f"{server.url}/a", tmp_path / "a", Bar("a"), size=1000)
+    assert (tmp_path / "a").read_bytes() == noise(1000)
+
+
+def test_a_busy_server_is_asked_again_and_a_missing_file_is_not(server, tmp_path):
+    server.files["/a"] = noise(100)
+    server.statuses = [503, 429, 500]
+    fetching.download(f"{server.url}/a", tmp_path / "a", Bar("a"))
+    assert len(server.log) == 4
+    with pytest.raises(UserError, match=r"/b: not there \(HTTP 404\)"):
+        fetching.download(f"{server.url}/b", tmp_path / "b", Bar("b"))
+    assert len(server.log) == 5
+    server.statuses = [500] * 9
+    with pytest.raises(UserError, match="HTTP 500; the same command goes on from 0 bytes"):
+        fetching.download(f"{server.url}/a", tmp_path / "c", Bar("c"))
+
+
+def test_no_server_is_one_line(server, tmp_path):
+    server.http.server_close()
+    with pytest.raises(UserError, match="Connection refused; the same command goes on"):
+        fetching.download("http://127.0.0.1:9/a", tmp_path / "a", Bar("a"))
+
+
+def test_a_disk_too_small_is_told_before_the_bytes_come(server, tmp_path, monkeypatch):
+    server.files["/a"] = noise(1000)
+    monkeypatch.setattr(fetching, "free_bytes", lambda folder: 10)
+    with pytest.raises(UserError, match="0.00 GB are free in .*run again: it goes on"):
+        fetching.download(f"{server.url}/a", tmp_path / "a", Bar("a"))
+
+
+def test_an_interrupt_stops_the_others_and_failures_do_not(tmp_path):
+    stopped = threading.Event()
+
+    def wait():
+        bar = Bar("wait", stopped=stopped)
+        while True:
+            bar.advance(0)
+            time.sleep(0.01)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    def fail():
+        raise UserError("no")
+
+    with pytest.raises(KeyboardInterrupt):
+        fetching.side_by_side({"wait": wait, "interrupt": interrupt}, 2, stopped)
+    found = fetching.side_by_side({"a": fail, "b": lambda: 1}, 1, threading.Event())
+    assert str(found["a"]) == "no" and found["b"] == 1
+
+
+# ------------------------------------------------------------------------------------ archives
+
+FILES = {"a/1.txt": b"one", "a/b/2.txt": noise(5000), "empty": b""}
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+def test_archives_are_unpacked_whole(tmp_path, kind):
+    body = zip_of(FILES) if kind == "zip" else tar_of(FILES, kind == "tar.gz")
+    (tmp_path / "x").write_bytes(body)
+    assert fetching.unpack(tmp_path / "x", tmp_path / "out", Bar("x")) == 3
+    found = {
+        path.relative_to(tmp_path / "out").as_posix(): path.read_bytes()
+        for path in (tmp_path / "out").rglob("*")
+        if path.is_file()
+    }
+    assert found == FILES
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+def test_a_cut_or_altered_archive_is_damaged(tmp_path, kind):
+    files = {"a": noise(20_000), "b": noise(20_000, 1)}
+    body = zip_of(files) if kind == "zip" else tar_of(files, kind == "tar.gz")
+    (tmp_path / "cut").write_bytes(body[: len(body) // 2])
+    with pytest.raises(Damaged, match="damaged"):
+        fetching.unpack(tmp_path / "cut", tmp_path / "out")
+    if kind != "tar":
+        altered = bytearray(body)
+        altered[len(body) // 2] ^= 255
+        (tmp_path / "altered").write_bytes(altered)
+        with pytest.raises(Damaged, match="damaged"):
+            fetching.unpack(tmp_path / "altered", tmp_path / "out2")
+
+
+@pytest.mark.parametrize("name", ["../out.wav", "/etc/out.wav", "a/../../out.wav"])
+def test_archive_paths_that_escape_are_refused(tmp_path, name):
+    (tmp_path / "in").mkdir()
+    for make in (tar_of, zip_of):
+        (tmp_path / "x").write_bytes(make({"fine": b"1", name: b"2"}))
+        with pytest.raises(UserError, match="outside its folder"):
+            fetching.unpack(tmp_path / "x", tmp_path / "in")
+    assert not list(tmp_path.rglob("*.wav")) and not Path("/etc/out.wav").exists()
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_are_refused(tmp_path, kind):
+    member = tarfile.TarInfo("a.wav")
+    member.type, member.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.addfile(member)
+    with pytest.raises(UserError, match="link or device"):
+        fetching.unpack(tmp_path / "x.tar", tmp_path / "in")
+    link = zipfile.ZipInfo("a.wav")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
+    with pytest.raises(UserError, match="link or device"):
+        fetching.unpack(tmp_path / "x.zip", tmp_path / "in")
+    assert not (tmp_path / "in").exists()
+
+
+def test_stale_package_lists_are_named(tmp_path, monkeypatch):
+    for tool in ("apt-get", "dpkg-deb"):
+        message = "E: Unable to locate package x"
+        (tmp_path / tool).write_text(f"#!/bin/sh\necho '{message}' >&2\nexit 100\n")
+        (tmp_path / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(UserError, match="Unable to locate package x.*apt-get update"):
+        fetching.download_deb("x", tmp_path / "archives")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="needs apt-get"):
+        fetching.download_deb("x", tmp_path / "archives")
+
+
+# --------------------------------------------------------------------------------------- audio
+
+
+def sine(seconds=0.3, rate=16000, hertz=440.0):
+    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def coded(suffix, seconds=0.3, rate=16000, hertz=440.0):
+    """The bytes of a file with a tone in it."""
+    formats = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".opus": "OGG", ".mp3": "MP3"}
+    buffer = io.BytesIO()
+    subtype = {".opus": "OPUS"}.get(suffix)
+    soundfile.write(buffer, sine(seconds, rate, hertz), rate, subtype, format=formats[suffix])
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".opus", ".mp3"])
+def test_formats_are_told_by_their_bytes(suffix):
+    assert fetching.audio_suffix(coded(suffix)) == suffix
+    with pytest.raises(data.AudioError, match="unknown audio format"):
+        fetching.audio_suffix(b"version https://git-lfs.github.com/spec/v1")
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
+def test_wav_is_packed_without_loss_and_all_else_left_alone(tmp_path, subtype):
+    path = tmp_path / "a.wav"
+    soundfile.write(path, sine(2.0), 16000, subtype)
+    before, _ = soundfile.read(path, dtype="int32")
+    size = path.stat().st_size
+    assert fetching.make_readable(path, keep_wav=True) == path
+    packed = fetching.make_readable(path, keep_wav=False)
+    after, rate = soundfile.read(packed, dtype="int32")
+    assert packed == tmp_path / "a.flac" and rate == 16000 and not path.exists()
+    np.testing.assert_array_equal(after, before)
+    assert packed.stat().st_size < size
+    assert fetching.make_readable(packed, keep_wav=False) == packed
+    soundfile.write(path, sine(), 16000, "FLOAT")
+    assert fetching.make_readable(path, keep_wav=False) == path
+
+
+def test_aac_becomes_flac(tmp_path):
+    av = pytest.importorskip("av")
+    with av.open(str(tmp_path / "a.m4a"), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(
+            sine(1.0).astype(np.float32)[None], format="fltp", layout="mono"
+        )
+        frame.sample_rate = 16000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    body = (tmp_path / "a.m4a").read_bytes()
+    assert fetching.audio_suffix(body) == ".m4a"
+    path = fetching.make_readable(tmp_path / "a.m4a", keep_wav=True)
+    duration, rate = data.probe(path)
+    assert path.suffix == ".flac" and rate == 16000 and duration == pytest.approx(1.0, abs=0.2)
+    (tmp_path / "b.m4a").write_bytes(body[:40])
+    with pytest.raises(data.AudioError):
+        fetching.make_readable(tmp_path / "b.m4a", keep_wav=True)
+
+
+def test_g722_comes_back_as_it_was_coded(tmp_path):
+    av = pytest.importorskip("av")
+    audio = sine(1.0)
+    context = av.CodecContext.create("g722", "w")
+    context.sample_rate, context.format, context.layout = 16000, "s16", "mono"
+    frame = av.AudioFrame.from_ndarray(
+        (audio * 32767).astype(np.int16)[None], format="s16", layout="mono"
+    )
+    frame.sample_rate = 16000
+    packets = [*context.encode(frame), *context.encode(None)]
+    (tmp_path / "a.g722").write_bytes(b"".join(bytes(packet) for packet in packets))
+    decoded, rate = fetching.decode_g722(tmp_path / "a.g722")
+    assert rate == 16000 and len(decoded) == 16000
+    at = 2 * np.pi * 440 * np.arange(15000) / 16000
+    basis = np.stack([np.sin(at), np.cos(at)], axis=1)
+    fit, *_ = np.linalg.lstsq(basis, decoded[1000:], rcond=None)
+    error = decoded[1000:] - basis @ fit
+    assert np.hypot(*fit) == pytest.approx(0.5, abs=0.01)
+    assert 10 * np.log10(np.mean((basis @ fit) ** 2) / np.mean(error**2)) > 25
+    (tmp_path / "empty.g722").touch()
+    with pytest.raises(data.AudioError):
+        fetching.decode_g722(tmp_path / "empty.g722")
+
+
+def sphere(samples, coding="pcm", rate=8000):
+    """A NIST SPHERE file of int16 `[T, C]` (or of mu-law bytes)."""
+    width = 1 if "ulaw" in coding else 2
+    lines = [
+        "NIST_1A",
+        "   1024",
+        f"channel_count -i {samples.shape[1]}",
+        f"sample_count -i {len(samples)}",
+        f"sample_rate -i {rate}",
+        f"sample_n_bytes -i {width}",
+        f"sample_byte_format -s2 {'01' if width == 2 else '1'}",
+        f"sample_coding -s{len(coding)} {coding}",
+        "end_head",
+    ]
+    return ("\n".join(lines) + "\n").encode().ljust(1024) + samples.tobytes()
+
+
+def test_sphere_is_read_as_pcm_and_as_mu_law(tmp_path, monkeypatch):
+    pcm = np.stack([np.arange(100), -np.arange(100)], axis=1).astype("<i2")
+    (tmp_path / "a.sph").write_bytes(sphere(pcm))
+    samples, rate = fetching.read_sphere(tmp_path / "a.sph")
+    assert rate == 8000
+    np.testing.assert_array_equal(samples, pcm)
+    every = np.arange(256, dtype=np.uint8).reshape(128, 2)
+    (tmp_path / "u.sph").write_bytes(sphere(every, "ulaw"))
+    samples, _ = fetching.read_sphere(tmp_path / "u.sph")
+    # libsndfile's own mu-law decoder, over a headerless file of the same bytes.
+    (tmp_path / "u.raw").write_bytes(every.tobytes())
+    expected, _ = soundfile.read(
+        tmp_path / "u.raw", dtype="int16", channels=2, samplerate=8000, format="RAW",
+        subtype="ULAW",
+    )
+    np.testing.assert_array_equal(samples, expected)
+    (tmp_path / "s.sph").write_bytes(sphere(pcm, "pcm,embedded-shorten-v2.00"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="sph2pipe"):
+        fetching.read_sphere(tmp_path / "s.sph")
+    (tmp_path / "x.sph").write_bytes(b"RIFF")
+    with pytest.raises(data.AudioError, match="not a NIST SPHERE"):
+        fetching.read_sphere(tmp_path / "x.sph")
+
+
+# ------------------------------------------------------------------------------------ full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes or grows a tmpfs of so many KiB; skips where that is not allowed."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+
+    def sized(kilobytes):
+        how = ["-o", f"{'remount,' if os.path.ismount(folder) else ''}size={kilobytes}k"]
+        command = ["mount", "-t", "tmpfs", *how, "tmpfs", str(folder)]
+        if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("needs root and mount")
+        return folder
+
+    yield sized
+    if os.path.ismount(folder):
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_an_archive_that_fills_the_disk_is_whole_after_a_second_run(small_disk, tmp_path):
+    folder = small_disk(200)
+    files = {f"{n}.bin": noise(50_000, n) for n in range(6)}
+    (tmp_path / "x.tar").write_bytes(tar_of(files))
+    with pytest.raises(OSError) as caught:
+        fetching.unpack(tmp_path / "x.tar", folder / "out")
+    assert fetching.disk_full(caught.value)
+    small_disk(2000)
+    assert fetching.unpack(tmp_path / "x.tar", folder / "out") == 6
+    assert {p.name: p.read_bytes() for p in (folder / "out").glob("*.bin")} == files
+
+
+def test_packing_on_a_full_disk_is_no_damage(small_disk):
+    folder = small_disk(200)
+    audio = np.random.default_rng(0).uniform(-0.9, 0.9, 60_000)
+    soundfile.write(folder / "a.wav", audio, 16000)
+    with pytest.raises(OSError) as caught:
+        fetching.make_readable(folder / "a.wav", keep_wav=False)
+    assert fetching.disk_full(caught.value) and (folder / "a.wav").exists()
+    small_disk(1000)
+    assert fetching.make_readable(folder / "a.wav", keep_wav=False).suffix == ".flac"
+    shutil.rmtree(folder, ignore_errors=True)
