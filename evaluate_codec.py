@@ -106,7 +106,7 @@ class PesqJudge:
         self._pesq, self._values = pesq, PesqError.RETURN_VALUES
 
     def __call__(self, audio: np.ndarray, reference: np.ndarray) -> float | None:
-        if not audio.any():
+        if not (audio.any() and reference.any()):
             return None
         # The mode that returns a negative number where there is no utterance, or too short a one.
         value = self._pesq(JUDGE_RATE, reference, audio, "wb", on_error=self._values)
@@ -229,19 +229,19 @@ def load_judge(name: str) -> Callable:
 def load_judges(names: Sequence[str]) -> dict[str, Callable]:
     """Those of `names` that are installed; a line on stderr for each of the others.
 
-    `auto` stands for all but `dnsmos`, which takes four times as long as the rest together and is
-    taken only where `mos` is missing.
+    `auto` stands for all but `dnsmos`, which takes three times as long as the rest together and
+    is taken only where `mos` is missing.
     """
     automatic = "auto" in names
-    wanted = ["pesq", "stoi", "mos", "speaker"] if automatic else [n for n in JUDGES if n in names]
+    wanted = [n for n in JUDGES if n in names or (automatic and n != "dnsmos")]
     judges = {}
     for name in wanted:
         try:
             judges[name] = load_judge(name)
         except UserError as error:
             print(f"warning: no column {name}: {error}", file=sys.stderr)
-            if automatic and name == "mos":
-                wanted.append("dnsmos")
+    if automatic and "mos" not in judges and "dnsmos" not in wanted:
+        judges |= load_judges(["dnsmos"])
     return judges
 
 
