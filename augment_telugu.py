@@ -1,0 +1,1272 @@
+"""Phase 1: fill the Telugu gap: augmented copies of real speech, and synthetic speech.
+
+    python augment_telugu.py                          # copies until 2,000 h are there
+    python augment_telugu.py --hours all              # every copy of every training clip
+    python augment_telugu.py --synthesize_hours 500   # Indic-TTS voices read the transcripts
+    python augment_telugu.py --list_engines           # what each voice needs and permits
+
+Copies (the plan's strategy 1): each training clip played 0.9 and 1.1 times as fast (pitch and
+length move), 2 semitones lower and higher (length and vocal tract stay), and with noise at a drawn
+SNR: five copies. Only the train split is copied and copies stay in it, so nobody who is held out
+is heard in training; copies are never copied again; originals are only read. Which copies are made,
+where fewer than all are wanted, is drawn evenly over corpora and changes from (seed, name).
+
+Synthetic speech (strategy 2): Telugu sentences, from the transcripts of the training clips or
+--text_file, in the voices of an engine, at a rate and a pitch drawn per sentence. A clip is dropped
+and counted where --check cannot find its sentence in it again.
+
+Both can be stopped at any moment: the same command goes on. What is made depends on the seed, the
+corpora and the flags alone, not on the number of processes: samples repeat bit for bit (an Ogg
+file's serial number, four bytes, does not; nor do the sounds of piper, whose noise has no seed).
+
+Why Ogg/Vorbis: a copy is made once and read many times, and a gap of 1,200 h (16 kHz) takes about
+28 GB where FLAC takes 90 (noise does not compress). Opus would take 17, but libsndfile encodes it
+at some 30 times real time a core, a tenth of Vorbis' speed, and at five sample rates only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import soxr
+import torch
+
+import speech
+from data import (
+    MANIFEST,
+    SAMPLE_RATE,
+    AudioError,
+    Clip,
+    load_clips,
+    read_audio,
+    read_manifest,
+    scan_folder,
+    write_audio,
+    write_manifest,
+)
+from make_conversations import LICENSES, Made, draw_noise, run_parts
+from training import UserError, run, setup_distributed
+
+GOAL_HOURS = 2000.0
+SPEEDS = (0.9, 1.1)
+SEMITONES = (-2.0, 2.0)
+SNR_DB = (10.0, 30.0)
+NOISES = ("white", "pink")
+PART_SECONDS = 600.0  # of copies: what a kill may cost is a few seconds of work
+PIECE_SECONDS = 300.0  # longer recordings are copied in pieces of this, to bound memory
+SYNTHETIC_PART_SECONDS = 120.0
+BATCH = 16  # sentences an engine is handed at once
+MAX_DROPS = 200  # in a row: then the engine, or the check, is at fault
+RATE_RANGE = (0.87, 1.15)
+SEMITONE_RANGE = (-2.0, 2.0)
+RECORDS = ".parts"  # in the folder of copies: what each finished part made
+# Bytes a sample and a file (half a disk block included), fitted to the five copies of 16 and 24 kHz
+# speech of 2 and 8 s, and a tenth more for the noise of real rooms.
+FORMATS = {"ogg": (0.36, 5800), "flac": (1.3, 2500), "opus": (0.22, 2700)}
+OPUS_RATES = (8000, 12000, 16000, 24000)
+PRAAT_HZ = (60.0, 500.0)  # where Praat looks for the fundamental
+PRAAT_PIP = "pip install praat-parselmouth"
+TELUGU_TEXT = re.compile(r"[\u0c00-\u0c65\s.,!?;:'\"()\u2013\u2014\u2018-\u201d\u0964\u200c-]+")
+# A phone of read Telugu lasts 0.06 to 0.1 s; outside of these, words are missing or it babbles.
+PHONE_SECONDS = (0.03, 0.22)
+DECOYS = 15
+
+
+# ------------------------------------------------------------------------------------- changes
+
+
+def change_speed(audio: np.ndarray, sample_rate: int, speed: float) -> np.ndarray:
+    """Audio `[T]` played `speed` times as fast, pitch moving with it: `[T / speed]`."""
+    return soxr.resample(audio, sample_rate * speed, sample_rate)
+
+
+def shift_pitch(audio: np.ndarray, sample_rate: int, semitones: float) -> np.ndarray:
+    """Audio `[T]` with its fundamental moved; length, timing and formants stay.
+
+    Praat's PSOLA (Moulines & Charpentier 1990; Boersma & Weenink): no phase vocoder's smear, and
+    unlike a change of speed it keeps the size of the head. Sounds without pitch stay as they are.
+    Raises UserError without parselmouth, AudioError on audio too short to have a pitch.
+    """
+    praat = _import("parselmouth", PRAAT_PIP)
+    sound, call = praat.Sound(audio.astype(np.float64), sample_rate), praat.praat.call
+    try:
+        voice = call(sound, "To Manipulation", 0.01, *PRAAT_HZ)
+        tier = call(voice, "Extract pitch tier")
+        call(tier, "Multiply frequencies", sound.xmin, sound.xmax, 2 ** (semitones / 12))
+        call([tier, voice], "Replace pitch tier")
+        out = call(voice, "Get resynthesis (overlap-add)").values[0]
+    except praat.PraatError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AudioError(f"its pitch cannot be moved ({reason})") from error
+    return np.pad(out, (0, max(len(audio) - len(out), 0)))[: len(audio)].astype(np.float32)
+
+
+def add_noise(audio: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    """`audio + noise`, both `[T]`, at an SNR of mean powers; scaled down where it would clip."""
+    power, noise_power = np.mean(audio**2), np.mean(noise**2)
+    if power == 0 or noise_power == 0:
+        return audio
+    noisy = audio + noise * np.sqrt(power / noise_power / 10 ** (snr_db / 10))
+    return _unclipped(noisy)
+
+
+def _unclipped(audio: np.ndarray) -> np.ndarray:
+    peak = float(np.abs(audio).max()) if len(audio) else 0.0
+    return (audio / peak if peak > 1 else audio).astype(np.float32, copy=False)
+
+
+def _import(module: str, pip: str):
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise UserError(f"{name} is not installed ({error}): {pip}") from error
+
+
+def _key(*parts: object) -> int:
+    """64 bits that depend on the parts alone, the same on every machine."""
+    text = "\0".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+# --------------------------------------------------------------------------------------- copies
+
+
+@dataclass(frozen=True)
+class Copy(Clip):
+    """A manifest line with where it came from. `amount`: a factor, semitones, or dB of SNR.
+
+    `source` is the original's path below the input folder, `start` the second where a piece of a
+    long recording begins.
+    """
+
+    source: str = ""
+    start: float = 0.0
+    change: str = ""
+    amount: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One copy to make: `seconds` of `clip` from `start`, under `name` (no suffix)."""
+
+    clip: Clip
+    source: str
+    start: float
+    seconds: float
+    change: str
+    amount: float
+    name: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Copies that one worker makes in one go."""
+
+    name: str
+    tasks: tuple[Task, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides the bytes of copies, and where they go."""
+
+    folder: str
+    seed: int
+    format: str
+    snr_db: tuple[float, float]
+    noises: tuple[Clip, ...] = ()
+
+
+def list_changes(
+    speeds: Sequence[float], semitones: Sequence[float], noise_copies: int
+) -> list[tuple[str, float]]:
+    """(change, amount) of every copy of a clip; a noise copy's amount is its number."""
+    return [
+        *(("speed", float(speed)) for speed in speeds),
+        *(("pitch", float(shift)) for shift in semitones),
+        *(("noise", float(number)) for number in range(noise_copies)),
+    ]
+
+
+def output_seconds(seconds: float, change: str, amount: float) -> float:
+    """How long a copy of `seconds` is."""
+    return seconds / amount if change == "speed" else seconds
+
+
+def pieces(duration: float) -> list[tuple[float, float]]:
+    """(start, seconds) of equal pieces no longer than PIECE_SECONDS."""
+    count = max(1, math.ceil(duration / PIECE_SECONDS))
+    return [(i * duration / count, duration / count) for i in range(count)]
+
+
+def source_name(clip: Clip, root: Path) -> str:
+    """The clip's path below the input folder; for one outside of it, a name with a hash."""
+    relative = Path(os.path.relpath(clip.path, root))
+    if relative.parts[0] == "..":
+        parent = hashlib.sha256(str(clip.path.parent).encode()).hexdigest()[:8]
+        return f"elsewhere/{parent}/{clip.path.name}"
+    return relative.as_posix()
+
+
+def choose_tasks(
+    clips: Sequence[Clip],
+    root: Path,
+    changes: Sequence[tuple[str, float]],
+    made: dict[str, float],
+    hours: float,
+    seed: int,
+) -> list[Task]:
+    """The copies still to make so that there are `hours` of them, those of `made` included.
+
+    `made`: seconds by name. Copies are taken in an order drawn from (seed, name): a prefix of the
+    order is a fair sample, more hours later only add to it, and a run that was killed chooses
+    what it had chosen. Counted in whole milliseconds, so that no rounding moves the border.
+    """
+    if hours <= 0:
+        return []
+    sources = [source_name(clip, root) for clip in clips]
+    stems = Counter(str(Path(source).with_suffix("")) for source in sources)
+    order = []
+    for i, (clip, source) in enumerate(zip(clips, sources, strict=True)):
+        # Two files that differ in their suffix alone must not become one.
+        stem = str(Path(source).with_suffix(""))
+        base = stem if stems[stem] == 1 else source.replace(".", "_")
+        parts = pieces(clip.duration)
+        for p, (change, amount) in itertools.product(range(len(parts)), changes):
+            name = f"{base}_{p:04d}" if len(parts) > 1 else base
+            name += f"_{change}{amount:g}" if change != "pitch" else f"_pitch{amount:+g}"
+            order.append((_key(seed, name), name, i, p, change, amount))
+    order.sort()
+    planned = {name: i for i, (_, name, *_) in enumerate(order)}
+    limit = hours * 3.6e6
+    total = sum(round(1000 * seconds) for name, seconds in made.items() if name not in planned)
+
+    def milliseconds(entry) -> int:
+        _, _, i, p, change, amount = entry
+        return round(1000 * output_seconds(pieces(clips[i].duration)[p][1], change, amount))
+
+    total += sum(milliseconds(order[planned[name]]) for name in made if name in planned)
+    chosen = []
+    for entry in order:
+        if entry[1] in made:
+            continue
+        if total >= limit:
+            break
+        total += milliseconds(entry)
+        _, name, i, p, change, amount = entry
+        start, seconds = pieces(clips[i].duration)[p]
+        chosen.append(Task(clips[i], sources[i], start, seconds, change, amount, name))
+    return chosen
+
+
+def split_into_parts(tasks: Sequence[Task]) -> list[Part]:
+    """Parts of about PART_SECONDS; copies of one clip lie together, so that it is read once."""
+    parts: list[Part] = []
+    mine: list[Task] = []
+    seconds = 0.0
+    by_source = sorted(tasks, key=lambda task: (task.source, task.start, task.name))
+    for task in by_source:
+        mine.append(task)
+        seconds += output_seconds(task.seconds, task.change, task.amount)
+        if seconds >= PART_SECONDS or task is by_source[-1]:
+            digest = _key(*(task.name for task in mine))
+            parts.append(Part(f"{digest:016x}", tuple(mine)))
+            mine, seconds = [], 0.0
+    return parts
+
+
+def make_part(options: Options, part: Part) -> Made:
+    """Make the copies of a part, then its record. Unreadable originals are left out and told.
+
+    Raises UserError where nothing can be written (a full disk): all records stay true.
+    """
+    copies: list[Copy] = []
+    dropped: list[str] = []
+
+    def piece(task: Task) -> tuple[Path, float]:
+        return task.clip.path, task.start
+
+    for _, group in itertools.groupby(part.tasks, piece):
+        tasks = list(group)
+        try:
+            audio, rate = _read_piece(options, tasks[0])
+        except AudioError as error:
+            dropped.append(str(error))
+            continue
+        for task in tasks:
+            try:
+                sound, change, amount = _changed(options, task, audio, rate)
+            except AudioError as error:
+                dropped.append(f"{task.clip.path}: {error}")
+                continue
+            copies.append(_write_copy(options, task, sound, rate, change, amount))
+    write_manifest(Path(options.folder) / RECORDS / f"{part.name}.jsonl", copies)
+    seconds = sum(copy.duration for copy in copies)
+    return Made(part, seconds, len(copies), tuple(dropped))
+
+
+def _read_piece(options: Options, task: Task) -> tuple[np.ndarray, int]:
+    """The piece as mono `[T]` and its rate: the original's, at most 24 kHz (the codec's)."""
+    rate = copy_rate(task.clip.sample_rate, options.format)
+    whole = task.seconds >= task.clip.duration
+    audio = read_audio(task.clip.path, task.start, None if whole else task.seconds, rate)
+    if not len(audio):
+        raise AudioError(f"{task.clip.path}: shorter than its manifest says; fetch it again")
+    return audio, rate
+
+
+def copy_rate(sample_rate: int, suffix: str) -> int:
+    """The sample rate of a copy: upsampling would only cost disk, and Opus takes five rates."""
+    rate = min(sample_rate, SAMPLE_RATE)
+    return rate if suffix != "opus" else min(r for r in OPUS_RATES if r >= rate)
+
+
+def _changed(
+    options: Options, task: Task, audio: np.ndarray, rate: int
+) -> tuple[np.ndarray, str, float]:
+    """(copy `[T]`, what was done, how much)."""
+    if task.change == "speed":
+        return _unclipped(change_speed(audio, rate, task.amount)), "speed", task.amount
+    if task.change == "pitch":
+        return _unclipped(shift_pitch(audio, rate, task.amount)), "pitch", task.amount
+    rng = np.random.default_rng([options.seed, _key(task.name)])
+    snr_db = round(float(rng.uniform(*options.snr_db)), 3)
+    kind, noise = _noise(options, rng, len(audio), rate)
+    return add_noise(audio, noise, snr_db), f"noise: {kind}", snr_db
+
+
+def _noise(
+    options: Options, rng: np.random.Generator, length: int, rate: int
+) -> tuple[str, np.ndarray]:
+    """(what it is, noise `[length]`): of the recordings where there are some, else drawn."""
+    if not options.noises:
+        kind = str(rng.choice(NOISES))
+        return kind, draw_noise(kind, length, (), rng)
+    clip = options.noises[int(rng.integers(len(options.noises)))]
+    start = float(rng.uniform(0, max(clip.duration - length / rate, 0)))
+    noise = read_audio(clip.path, start, length / rate, rate)
+    return clip.path.name, np.resize(noise, length) if len(noise) else np.zeros(length, np.float32)
+
+
+def _write_copy(
+    options: Options, task: Task, audio: np.ndarray, rate: int, change: str, amount: float
+) -> Copy:
+    path = Path(options.folder) / f"{task.name}.{options.format}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_audio(path, audio, rate)
+    # The text and the phones of a piece of a recording are not known.
+    whole, speed = task.seconds >= task.clip.duration, amount if change == "speed" else 1.0
+    phones = task.clip.phones if whole else None
+    return Copy(
+        **{
+            **vars(task.clip),
+            "path": path,
+            "duration": len(audio) / rate,
+            "sample_rate": rate,
+            "text": task.clip.text if whole else None,
+            "phones": phones and _scaled(phones, 1 / speed),
+            "augmented": True,
+            "split": "train",
+        },
+        source=task.source,
+        start=round(task.start, 3),
+        change=change,
+        amount=amount,
+        seed=options.seed,
+    )
+
+
+def _scaled(phones: Sequence[Sequence], factor: float = 1.0) -> list[list]:
+    """[[phone, start, end]] with times multiplied, rounded to 0.1 ms."""
+    return [[p, round(float(s) * factor, 4), round(float(e) * factor, 4)] for p, s, e in phones]
+
+
+def read_copies(manifest: Path) -> list[Copy]:
+    """The copies of a record or a manifest, with where they came from."""
+    extra = set(Copy.__dataclass_fields__) - set(Clip.__dataclass_fields__)
+    text = manifest.read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+    return [
+        Copy(**vars(clip), **{key: fields[key] for key in extra if key in fields})
+        for clip, fields in zip(read_manifest(manifest), lines, strict=True)
+    ]
+
+
+def made_copies(folder: Path) -> list[Copy]:
+    """What finished parts recorded and is still there; half-written files are removed."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".part"):
+                (Path(parent) / name).unlink(missing_ok=True)
+    copies: dict[Path, Copy] = {}
+    for record in sorted((folder / RECORDS).glob("*.jsonl")):
+        for copy in read_copies(record):
+            path = Path(os.path.normpath(copy.path))
+            # A pod that was lost may leave names without their data.
+            if path.is_file() and path.stat().st_size:
+                copies[path] = replace(copy, path=path)
+    return [copies[path] for path in sorted(copies)]
+
+
+def copy_name(copy: Copy, folder: Path) -> str:
+    """The name that `choose_tasks` gave a copy, whatever format it was written in."""
+    return copy.path.relative_to(folder).as_posix().rpartition(".")[0]
+
+
+def augment(args: argparse.Namespace) -> None:
+    """Job 1: copies of the training clips below --input_dir, into --output_dir."""
+    root, final = _input_folder(args.input_dir), Path(args.output_dir).resolve()
+    if args.semitones:
+        _import("parselmouth", PRAAT_PIP)
+    # Until it is whole the first time, the folder is hidden: its files have no manifest yet, and
+    # a trainer would take them for recordings of their own, validation split included.
+    hidden = final.with_name(f".{final.name}.part")
+    if final.is_dir() and not any(final.iterdir()):
+        final.rmdir()
+    folder = final if final.exists() else hidden
+    if folder == final and not (final / RECORDS).is_dir():
+        raise UserError(f"{final}: not made by this script; give another --output_dir")
+    clips = load_clips([root], "train")
+    real = [clip for clip in clips if not clip.augmented and final not in clip.path.parents]
+    sources = [clip for clip in real if not _skipped(clip, root, args.skip)]
+    made = made_copies(folder)
+    hours_real, hours_made = _hours(real), _hours(made)
+    wanted = {"all": math.inf, "gap": max(args.goal_hours - hours_real, 0.0)}
+    wanted_hours = wanted[args.hours] if args.hours in wanted else float(args.hours)
+    print_hours("before", [*real, *made], root, args.goal_hours)
+    if not sources and wanted_hours > hours_made:
+        raise UserError(
+            f"{root}: nothing to copy, every training clip is in a folder of --skip "
+            f"{' '.join(args.skip)}; add recordings or give another --skip"
+        )
+    changes = list_changes(args.speeds, args.semitones, args.noise_copies)
+    names = {copy_name(copy, folder): copy.duration for copy in made}
+    tasks = choose_tasks(sources, root, changes, names, wanted_hours, args.seed)
+    if not tasks:
+        print("nothing to make: the hours asked for are there (--hours all makes every copy)")
+    else:
+        _print_skipped(real, sources, args.skip)
+        check_disk(final.parent, copy_bytes(tasks, args.format), _task_hours(tasks), args.format)
+    if folder == hidden and not (tasks or made):
+        return
+    noises = _noise_clips(args.noise_dir)
+    options = Options(str(folder), args.seed, args.format, tuple(args.snr_db), noises)
+    parts, started = split_into_parts(tasks), time.monotonic()
+    if parts:
+        results = run_parts(make_part, options, parts, args.num_workers, len(parts))
+        _report(results, final.parent, time.monotonic() - started)
+    _publish_copies(folder, final)
+    print_hours("after", [*real, *made_copies(final)], root, args.goal_hours)
+
+
+def _publish_copies(folder: Path, final: Path) -> None:
+    copies = made_copies(folder)
+    if not copies:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise UserError(f"{final}: no copy could be made; see the files named above")
+    write_manifest(folder / MANIFEST, copies)
+    if folder != final:
+        folder.rename(final)
+
+
+def _input_folder(path: str) -> Path:
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such folder; run download_data.py or check --input_dir")
+    return Path(path).resolve()
+
+
+def _skipped(clip: Clip, root: Path, globs: Sequence[str]) -> bool:
+    corpus = source_name(clip, root).partition("/")[0]
+    return any(fnmatch.fnmatchcase(corpus, glob) for glob in globs)
+
+
+def _print_skipped(real: Sequence[Clip], sources: Sequence[Clip], globs: Sequence[str]) -> None:
+    left_out = _hours(real) - _hours(sources)
+    if left_out > 0:
+        print(f"{left_out:,.1f} h in folders of --skip {' '.join(globs)} are not copied")
+
+
+def _noise_clips(folder: str | None) -> tuple[Clip, ...]:
+    if folder is None:
+        return ()
+    if not Path(folder).is_dir():
+        raise UserError(f"--noise_dir {folder}: no such folder")
+    clips, _ = scan_folder(folder)
+    if not clips:
+        raise UserError(f"--noise_dir {folder}: no readable audio there")
+    return tuple(sorted(clips, key=lambda clip: str(clip.path)))
+
+
+# ------------------------------------------------------------------------------- hours and disk
+
+
+def _hours(clips: Sequence[Clip]) -> float:
+    return sum(clip.duration for clip in clips) / 3600
+
+
+def _task_hours(tasks: Sequence[Task]) -> float:
+    return sum(output_seconds(t.seconds, t.change, t.amount) for t in tasks) / 3600
+
+
+def copy_bytes(tasks: Sequence[Task], suffix: str) -> float:
+    """About how many bytes the copies will take."""
+    per_sample, per_file = FORMATS[suffix]
+    samples = sum(
+        output_seconds(t.seconds, t.change, t.amount) * copy_rate(t.clip.sample_rate, suffix)
+        for t in tasks
+    )
+    return samples * per_sample + per_file * len(tasks)
+
+
+def check_disk(folder: Path, needed: float, hours: float, suffix: str) -> None:
+    """Say what is about to be made and what it takes. UserError where the disk is too small."""
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    print(f"to make: {hours:,.2f} h of {suffix}, about {_bytes(needed)}; {_bytes(free)} are free")
+    if needed > free:
+        fewer = math.ceil(hours * (1 - free / needed))
+        raise UserError(
+            f"{folder}: {_bytes(needed)} needed, {_bytes(free)} free; free some space, or ask for "
+            f"{fewer:,} h less (--hours, --synthesize_hours)"
+        )
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def print_hours(title: str, clips: Sequence[Clip], root: Path, goal: float) -> None:
+    """The table of training hours, a row a corpus and one for all copies, against the goal."""
+    hours: Counter[str] = Counter()
+    for clip in clips:
+        corpus, _, below = source_name(clip, root).partition("/")
+        corpus = "augmented copies" if clip.augmented else corpus if below else "."
+        hours[corpus] += clip.duration / 3600
+    rows = sorted(hours.items(), key=lambda row: (row[0] == "augmented copies", row[0]))
+    total = sum(hours.values())
+    print(f"{'training split, ' + title:<40} {'hours':>10}")
+    print("-" * 51)
+    for name, amount in rows:
+        print(f"{name[:40]:<40} {amount:>10,.2f}")
+    print("-" * 51)
+    share = f"{100 * total / goal:,.1f} % of {goal:,.0f} h" if goal > 0 else "no goal"
+    print(f"{'total':<40} {total:>10,.2f}  {share}", flush=True)
+
+
+def _report(made: Sequence[Made], folder: Path, seconds: float) -> None:
+    dropped = [reason for m in made for reason in m.dropped]
+    if dropped:
+        log = folder / "augment_dropped.txt"
+        log.write_text("".join(f"{reason}\n" for reason in dropped), encoding="utf-8")
+        print(f"{len(dropped)} left out, see {log}; first: {dropped[0]}")
+    audio = sum(m.seconds for m in made)
+    print(
+        f"{sum(m.count for m in made)} clips, {audio / 3600:,.2f} h in {seconds:,.0f} s "
+        f"({audio / max(seconds, 1e-3):,.0f}x real time)"
+    )
+
+
+# -------------------------------------------------------------------------------------- engines
+
+
+@dataclass(frozen=True)
+class Line:
+    """A sentence to say. `rate` and `semitones` are relative to the engine's own voice."""
+
+    text: str
+    voice: str
+    rate: float
+    semitones: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Said:
+    """Mono audio `[T]` in [-1, 1] at its rate; `phones` where the engine gives their times."""
+
+    audio: np.ndarray
+    sample_rate: int
+    phones: list | None = None
+
+
+class IndicTts:
+    """AI4Bharat's FastPitch and HiFi-GAN for Telugu (Kumar et al. 2023), 22,050 Hz, a man and a
+    woman, run by coqui-tts.
+
+    `model` is the folder that te.zip unpacks to: fastpitch/ and hifigan/, each with config.json
+    and best_model.pth. The rate is FastPitch's own length scale.
+    """
+
+    def __init__(self, model: str, device: str) -> None:
+        folder = Path(model)
+        needed = [folder / part / name for part in ("fastpitch", "hifigan")
+                  for name in ("best_model.pth", "config.json")]  # fmt: skip
+        missing = [path for path in needed if not path.is_file()]
+        if missing:
+            raise UserError(
+                f"{missing[0]}: not there; fetch the voices: mkdir -p {folder.parent} && "
+                f"(cd {folder.parent} && wget -c {INDICTTS_URL}/te.zip && unzip -o te.zip)"
+            )
+        coqui = _import("TTS.utils.synthesizer", ENGINES["indictts"].pip)
+        acoustic, config, vocoder, vocoder_config = needed
+        with tempfile.TemporaryDirectory() as temporary:
+            own = Path(temporary) / "config.json"
+            own.write_text(json.dumps(_local_paths(config, acoustic.parent)), encoding="utf-8")
+            self._model = coqui.Synthesizer(
+                tts_checkpoint=str(acoustic),
+                tts_config_path=str(own),
+                vocoder_checkpoint=str(vocoder),
+                vocoder_config=str(vocoder_config),
+                use_cuda=device.startswith("cuda"),
+            )
+        self.voices = tuple(self._model.tts_model.speaker_manager.speaker_names)
+
+    def say(self, lines: Sequence[Line]) -> list[Said | None]:
+        return [self._say(line) for line in lines]
+
+    def _say(self, line: Line) -> Said | None:
+        torch.manual_seed(line.seed)
+        self._model.tts_model.length_scale = 1 / line.rate
+        audio = self._model.tts(line.text, speaker_name=line.voice, split_sentences=False)
+        return _finished(np.asarray(audio), int(self._model.output_sample_rate), line)
+
+
+def _local_paths(config: Path, folder: Path) -> dict:
+    """The config of a voice with the speakers' file where it is here, not where it was trained."""
+    try:
+        fields = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{config}: not a voice's config ({error}); unzip it again") from error
+    for where in (fields, fields.get("model_args") or {}):
+        for key in ("speakers_file", "speaker_file"):
+            if where.get(key):
+                where[key] = str((folder / Path(where[key]).name).resolve())
+    return fields
+
+
+class Parler:
+    """AI4Bharat's Indic Parler-TTS (Apache-2.0, gated): voices and styles told in words, 44.1 kHz.
+
+    parler-tts pins an old transformers, so this engine runs in an environment of its own. Rate and
+    pitch are asked for in words (`parler_style`) and not changed afterwards: the manifest has what
+    was drawn. A batch is generated at once, so its noise depends on all of its sentences.
+    """
+
+    voices = ("Prakash", "Lalitha", "Kiran")
+
+    def __init__(self, model: str, device: str) -> None:
+        parler = _import("parler_tts", ENGINES["parler"].pip)
+        transformers = _import("transformers", ENGINES["parler"].pip)
+        with _Loading(model):
+            self._model = parler.ParlerTTSForConditionalGeneration.from_pretrained(model)
+            described = self._model.config.text_encoder._name_or_path
+            self._prompts = transformers.AutoTokenizer.from_pretrained(model, padding_side="left")
+            self._styles = transformers.AutoTokenizer.from_pretrained(described)
+        half = torch.bfloat16 if device.startswith("cuda") else torch.float32
+        self._model = self._model.to(device, dtype=half).eval()
+        self._device = device
+
+    def say(self, lines: Sequence[Line]) -> list[Said | None]:
+        styles = self._tokens(self._styles, [parler_style(line) for line in lines])
+        prompts = self._tokens(self._prompts, [line.text for line in lines])
+        torch.manual_seed(lines[0].seed)
+        with torch.inference_mode():
+            made = self._model.generate(
+                input_ids=styles.input_ids,
+                attention_mask=styles.attention_mask,
+                prompt_input_ids=prompts.input_ids,
+                prompt_attention_mask=prompts.attention_mask,
+                do_sample=True,
+                return_dict_in_generate=True,
+            )
+        rate = int(self._model.config.sampling_rate)
+        return [
+            _finished(audio[: int(length)].float().cpu().numpy(), rate, replace(line, semitones=0))
+            for audio, length, line in zip(made.sequences, made.audios_length, lines, strict=True)
+        ]
+
+    def _tokens(self, tokenizer, texts: list[str]):
+        return tokenizer(texts, return_tensors="pt", padding=True).to(self._device)
+
+
+def parler_style(line: Line) -> str:
+    """What Parler is told about voice, pitch and pace."""
+    pitch = "low" if line.semitones < -0.7 else "high" if line.semitones > 0.7 else "moderate"
+    pace = "slow" if line.rate < 0.96 else "fast" if line.rate > 1.06 else "moderate"
+    return (
+        f"{line.voice} speaks with a {pitch} pitch at a {pace} pace, in an expressive voice. "
+        "The recording is of very high quality, close up, with no background noise."
+    )
+
+
+class Mms:
+    """Meta's MMS voice for Telugu (VITS, 16 kHz, one speaker; Pratap et al. 2023). Not for
+    commercial use (CC BY-NC 4.0)."""
+
+    voices = ("mms",)
+
+    def __init__(self, model: str, device: str) -> None:
+        transformers = _import("transformers", ENGINES["mms"].pip)
+        with _Loading(model):
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+            self._model = transformers.VitsModel.from_pretrained(model).to(device).eval()
+        self._rate = float(self._model.config.speaking_rate)
+
+    def say(self, lines: Sequence[Line]) -> list[Said | None]:
+        return [self._say(line) for line in lines]
+
+    def _say(self, line: Line) -> Said | None:
+        tokens = self._tokenizer(line.text, return_tensors="pt").to(self._model.device)
+        if not tokens["input_ids"].shape[-1]:
+            return None
+        self._model.speaking_rate = self._rate * line.rate
+        torch.manual_seed(line.seed)
+        with torch.inference_mode():
+            audio = self._model(**tokens).waveform[0].float().cpu().numpy()
+        return _finished(audio, int(self._model.config.sampling_rate), line)
+
+
+class Piper:
+    """Piper's Telugu voices (VITS by onnxruntime). `model` is a folder of .onnx voices.
+
+    Its noise cannot be seeded: the same command says the same, in other samples.
+    """
+
+    def __init__(self, model: str, device: str) -> None:
+        piper = _import("piper", ENGINES["piper"].pip)
+        found = sorted(Path(model).glob("*.onnx"))
+        if not found:
+            raise UserError(
+                f"{model}: no voice there; fetch some: mkdir -p {model} && python -m "
+                f"piper.download_voices {' '.join(PIPER_VOICES)} --data-dir {model}"
+            )
+        cuda = device.startswith("cuda")
+        self._voices = {p.stem: piper.PiperVoice.load(str(p), use_cuda=cuda) for p in found}
+        self._config = piper.SynthesisConfig
+        self.voices = tuple(self._voices)
+
+    def say(self, lines: Sequence[Line]) -> list[Said | None]:
+        return [self._say(line) for line in lines]
+
+    def _say(self, line: Line) -> Said | None:
+        voice = self._voices[line.voice]
+        config = self._config(length_scale=1 / line.rate)
+        chunks = list(voice.synthesize(line.text, syn_config=config))
+        data = b"".join(chunk.audio_int16_bytes for chunk in chunks)
+        audio = np.frombuffer(data, np.int16).astype(np.float32) / 32768
+        return _finished(audio, chunks[0].sample_rate, line) if chunks else None
+
+
+class Packaged:
+    """espeak's and Festival's training voices through speech.Synthesizer: for tests and tiny
+    models. They give the times of the phones, which the manifest keeps."""
+
+    def __init__(self, name: str) -> None:
+        found = [v for v in speech.voices("telugu", "user", "train") if v.engine == name]
+        if not found:
+            raise UserError(f"{name} is not installed: {speech.INSTALL[name]}")
+        self._voices = {voice.id: voice for voice in found}
+        self._synthesizer = speech.Synthesizer()
+        self.voices = tuple(self._voices)
+
+    def say(self, lines: Sequence[Line]) -> list[Said | None]:
+        try:
+            return self._say(lines)
+        except UserError:
+            if len(lines) == 1:
+                return [None]
+            return [said for line in lines for said in self.say([line])]
+
+    def _say(self, lines: Sequence[Line]) -> list[Said | None]:
+        requests = []
+        for line in lines:
+            voice = self._voices[line.voice]
+            voice = replace(voice, pitch=voice.pitch * 2 ** (line.semitones / 12))
+            requests.append(speech.Request(line.text, "telugu", voice, line.rate, seed=line.seed))
+        return [
+            Said(
+                made.audio,
+                SAMPLE_RATE,
+                made.phones and _scaled(made.phones),
+            )
+            for made in self._synthesizer.synthesize(requests)
+        ]
+
+
+class _Loading:
+    """Turns what a hub or a folder answers to `from_pretrained` into one line."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, (OSError, ValueError)):
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else kind.__name__
+            raise UserError(
+                f"{self.model}: cannot be loaded ({reason}); accept its licence on Hugging Face "
+                "and `hf auth login` where it is gated, or give a folder by --model"
+            ) from error
+
+
+def _finished(audio: np.ndarray, sample_rate: int, line: Line) -> Said | None:
+    """At most 24 kHz, silent edges cut to 0.1 s, pitch moved; None for silence."""
+    audio = audio.astype(np.float32).reshape(-1)
+    if sample_rate > SAMPLE_RATE and len(audio):
+        audio, sample_rate = soxr.resample(audio, sample_rate, SAMPLE_RATE), SAMPLE_RATE
+    audio = _trimmed(audio, sample_rate)
+    if len(audio) < sample_rate // 10:
+        return None
+    if abs(line.semitones) > 0.05:
+        try:
+            audio = shift_pitch(audio, sample_rate, line.semitones)
+        except AudioError:
+            return None
+    return Said(_unclipped(audio), sample_rate)
+
+
+def _trimmed(audio: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Without the silence at both ends but 0.1 s; empty where nothing is loud or a number."""
+    if not len(audio) or not np.isfinite(audio).all():
+        return audio[:0]
+    loud = np.flatnonzero(np.abs(audio) > max(0.02 * float(np.abs(audio).max()), 1e-3))
+    if not len(loud):
+        return audio[:0]
+    margin = sample_rate // 10
+    return audio[max(loud[0] - margin, 0) : loud[-1] + margin]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A row of the table of engines: how it is had, and what its speech may be used for."""
+
+    make: Callable[[str, str], object]
+    model: str
+    pip: str
+    license: str
+    commercial_ok: bool
+    note: str
+
+
+PACKAGED = ("espeak", "festival")
+INDICTTS_URL = "https://github.com/AI4Bharat/Indic-TTS/releases/download/v1-checkpoints-release"
+PIPER_VOICES = ("te_IN-maya-medium", "te_IN-padmavathi-medium", "te_IN-venkatesh-medium")
+ENGINES = {
+    "indictts": Engine(
+        IndicTts, "voices/te", "pip install coqui-tts", "MIT (AI4Bharat Indic-TTS)", True,
+        f"FastPitch + HiFi-GAN, a man and a woman: {INDICTTS_URL}/te.zip",
+    ),
+    "parler": Engine(
+        Parler, "ai4bharat/indic-parler-tts",
+        "python -m venv .venv-parler && .venv-parler/bin/pip install parler-tts torchaudio soxr "
+        "soundfile tqdm praat-parselmouth espeakng-loader, then run this with "
+        ".venv-parler/bin/python",
+        "Apache-2.0 (AI4Bharat Indic Parler-TTS)", True,
+        "voices and styles told in words; gated; slow without a GPU",
+    ),
+    "mms": Engine(
+        Mms, "facebook/mms-tts-tel", "pip install transformers",
+        "CC BY-NC 4.0 (Meta MMS)", False, "one voice, not for commercial use",
+    ),
+    "piper": Engine(
+        Piper, "voices/piper", "pip install piper-tts",
+        "as the voice's MODEL_CARD says (Piper)", False, "three voices; samples do not repeat",
+    ),
+    "espeak": Engine(
+        lambda model, device: Packaged("espeak"), "", speech.INSTALL["espeak"],
+        LICENSES["espeak"], True, "formant voices: tests and tiny models",
+    ),
+    "festival": Engine(
+        lambda model, device: Packaged("festival"), "", speech.INSTALL["festival"],
+        LICENSES["festival"], True, "diphone voices: tests and tiny models",
+    ),
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------- checks
+
+# Broad classes of phones: a recogniser that never heard Telugu mishears places and voicing, not
+# whether it heard a stop, a nasal or a vowel.
+_CLASSES = {
+    "V": "i ɪ e ɛ æ a aː ɑ ɔ o ʊ u ʌ ə ɚ ɝ eɪ aɪ ɔɪ aʊ oʊ ɜ ɒ ɐ",
+    "P": "p b f v ʋ w pʰ bʰ", "T": "t d ʈ ɖ θ ð tʰ dʰ ʈʰ ɖʰ ɾ", "K": "k g ɡ h kʰ ɡʰ x",
+    "C": "tʃ dʒ t͡ʃ d͡ʒ tʃʰ dʒʰ ʃ ʒ s z", "N": "m n ŋ ɳ ɲ", "R": "r ɹ ɽ ɽʰ l ɭ j",
+}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1)
+def _class_of() -> dict[str, str]:
+    return {phone: name for name, phones in _CLASSES.items() for phone in phones.split()}
+
+
+def broad(phones: Sequence[str]) -> str:
+    """Phones as a string of broad classes, runs joined (geminates and long vowels)."""
+    known = (_class_of().get(phone, "") for phone in phones)
+    return "".join(name for name, _ in itertools.groupby("".join(known)))
+
+
+class Plausible:
+    """`--check plausible`: does the length fit the sentence? Catches silence, sentences cut off and
+    babble, by seconds a phone (phones by espeak's rules). It hears no word: a clip that says
+    something else in the right time passes."""
+
+    def fault(self, said: Said, text: str, others: Sequence[str]) -> str | None:
+        """Why the clip is to be dropped, or None."""
+        count = len(speech.phonemize(text, "telugu"))
+        if not count:
+            return "no phones in the text"
+        seconds = len(_trimmed(said.audio, said.sample_rate)) / said.sample_rate / count
+        low, high = PHONE_SECONDS
+        return None if low <= seconds <= high else f"{seconds:.3f} s a phone"
+
+
+class Hama(Plausible):
+    """`--check hama`: as plausible, and a phone recogniser must find the sentence again.
+
+    The recogniser (package hama) knows English and Korean. What it hears, in broad classes, is
+    compared with the sentence and with DECOYS others of the same engine's batch; the clip is kept
+    where no other sentence is nearer. That finds wrong, missing and unintelligible words; it does
+    not judge accent, and costs some 20 times real time a core.
+    """
+
+    def __init__(self) -> None:
+        from evaluate_s2s import HamaJudge, relative_distance
+
+        self._judge, self._distance = HamaJudge(), relative_distance
+
+    def fault(self, said: Said, text: str, others: Sequence[str]) -> str | None:
+        fault = super().fault(said, text, others)
+        if fault:
+            return fault
+        audio = said.audio
+        if said.sample_rate != SAMPLE_RATE:
+            audio = soxr.resample(audio, said.sample_rate, SAMPLE_RATE)
+        heard = broad(self._judge.hear(audio))
+        own = self._distance(heard, broad(speech.phonemize(text, "telugu")))
+        for other in others:
+            if self._distance(heard, broad(speech.phonemize(other, "telugu"))) < own:
+                return f"its phones are not found again (distance {own:.2f})"
+        return None
+
+
+class Unchecked:
+    """`--check none`."""
+
+    def fault(self, said: Said, text: str, others: Sequence[str]) -> str | None:
+        return None
+
+
+CHECKS = {"plausible": Plausible, "hama": Hama, "none": Unchecked}
+
+
+# ------------------------------------------------------------------------------------ synthesis
+
+
+@dataclass(frozen=True)
+class Synthetic(Clip):
+    """A manifest line with how it was made."""
+
+    engine: str = ""
+    model: str = ""
+    rate: float = 1.0
+    semitones: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SynthesisOptions:
+    """What decides the speech that is made, and where it goes."""
+
+    folder: str
+    engine: str
+    model: str
+    device: str
+    seed: int
+    format: str
+    check: str
+    texts: str
+    part_seconds: float
+
+
+@functools.lru_cache(maxsize=1)
+def _engine(name: str, model: str, device: str):
+    return ENGINES[name].make(model, device)
+
+
+@functools.lru_cache(maxsize=1)
+def _check(name: str):
+    return CHECKS[name]()
+
+
+@functools.lru_cache(maxsize=1)
+def _texts(path: str) -> tuple[str, ...]:
+    return tuple(Path(path).read_text(encoding="utf-8").splitlines())
+
+
+def choose_texts(clips: Sequence[Clip], text_file: str | None) -> tuple[list[str], int]:
+    """(sentences, how many were left out): in Telugu script alone, of 8 to 250 letters, each once.
+
+    Digits and Latin letters are left out because no engine here is sure to read them as a
+    Telugu speaker would.
+    """
+    if text_file is not None:
+        try:
+            found = Path(text_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--text_file {text_file}: cannot be read ({error})") from error
+    else:
+        found = [clip.text for clip in clips if clip.text and clip.language == "telugu"]
+    texts = {" ".join(text.split()) for text in found} - {""}
+    kept = sorted(t for t in texts if 8 <= len(t) <= 250 and TELUGU_TEXT.fullmatch(t))
+    return kept, len(texts) - len(kept)
+
+
+def draw_lines(texts: Sequence[str], voices: Sequence[str], rng: np.random.Generator) -> list[Line]:
+    """A batch: sentence, voice, rate and pitch of each drawn evenly."""
+    return [
+        Line(
+            text=texts[int(rng.integers(len(texts)))],
+            voice=voices[int(rng.integers(len(voices)))],
+            rate=round(float(rng.uniform(*RATE_RANGE)), 3),
+            semitones=round(float(rng.uniform(*SEMITONE_RANGE)), 2),
+            seed=int(rng.integers(2**31)),
+        )
+        for _ in range(BATCH)
+    ]
+
+
+def make_synthetic_part(options: SynthesisOptions, index: int) -> Made:
+    """Make one folder of at least `part_seconds` of speech with its own manifest."""
+    engine, check = _engine(options.engine, options.model, options.device), _check(options.check)
+    texts, rng = _texts(options.texts), np.random.default_rng([options.seed, index])
+    folder = Path(options.folder) / f"{index:05d}"
+    building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    clips: list[Synthetic] = []
+    dropped: list[str] = []
+    seconds, in_a_row = 0.0, 0
+    while seconds < options.part_seconds:
+        lines = draw_lines(texts, engine.voices, rng)
+        for line, said in zip(lines, engine.say(lines), strict=True):
+            others = [texts[int(i)] for i in rng.integers(len(texts), size=DECOYS)]
+            fault = "said nothing" if said is None else check.fault(said, line.text, others)
+            if fault:
+                dropped.append(f"{line.voice}: {fault}: {line.text}")
+                in_a_row += 1
+                continue
+            in_a_row = 0
+            path = building / f"{index:05d}-{len(clips):03d}.{options.format}"
+            clips.append(_write_synthetic(options, line, said, path))
+            seconds += clips[-1].duration
+        if in_a_row >= MAX_DROPS:
+            raise UserError(
+                f"{options.engine}: {in_a_row} sentences in a row dropped by --check "
+                f"{options.check}; last: {dropped[-1]}"
+            )
+    write_manifest(building / MANIFEST, clips)
+    os.replace(building, folder)
+    return Made(index, seconds, len(clips), tuple(dropped))
+
+
+def _write_synthetic(options: SynthesisOptions, line: Line, said: Said, path: Path) -> Synthetic:
+    info = ENGINES[options.engine]
+    audio, rate = said.audio, copy_rate(said.sample_rate, options.format)
+    if rate != said.sample_rate:
+        audio = soxr.resample(audio, said.sample_rate, rate)
+    write_audio(path, audio, rate)
+    return Synthetic(
+        path=path,
+        duration=len(audio) / rate,
+        sample_rate=rate,
+        language="telugu",
+        speaker=line.voice if "/" in line.voice else f"{options.engine}/{line.voice}",
+        text=line.text,
+        license=info.license,
+        commercial_ok=info.commercial_ok,
+        phones=said.phones,
+        engine=options.engine,
+        model=options.model,
+        rate=line.rate,
+        semitones=line.semitones,
+        seed=line.seed,
+    )
+
+
+def synthesize(args: argparse.Namespace) -> None:
+    """Job 2: --synthesize_hours of Telugu speech into --synthetic_dir."""
+    root = _input_folder(args.input_dir)
+    info = ENGINES[args.engine]
+    # Engines that are programs leave a GPU alone, and are spread over the processes.
+    device = "cpu" if args.engine in PACKAGED else str(setup_distributed(args.device).device)
+    model = args.model or info.model
+    folder = Path(args.synthetic_dir or root / f"synthetic_{args.engine}")
+    clips = _training_clips(root, args.text_file is not None)
+    texts, left_out = choose_texts(clips, args.text_file)
+    if not texts:
+        where = f"--text_file {args.text_file}" if args.text_file else f"the manifests of {root}"
+        raise UserError(f"{where}: no Telugu sentence there; give a --text_file, one a line")
+    print_hours("before", clips, root, args.goal_hours)
+    print(f"texts: {len(texts):,}; {left_out:,} left out (digits, Latin letters, length)")
+    engine = _engine(args.engine, model, device)  # says what is missing before anything is made
+    _check(args.check)
+    print(f"engine {args.engine}: {len(engine.voices)} voices on {device}, {info.license}")
+    size = min(SYNTHETIC_PART_SECONDS, args.synthesize_hours * 3600)
+    count = math.ceil(args.synthesize_hours * 3600 / size - 1e-9)
+    missing = [i for i in range(count) if not (folder / f"{i:05d}" / MANIFEST).exists()]
+    hours = len(missing) * size / 3600
+    check_disk(folder, _synthetic_bytes(hours, args.format), hours, args.format)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.part"):
+        shutil.rmtree(leftover)
+    text_file = folder / ".texts"
+    text_file.write_text("\n".join(texts), encoding="utf-8")
+    options = SynthesisOptions(
+        str(folder), args.engine, model, device, args.seed, args.format, args.check,
+        str(text_file), size,
+    )  # fmt: skip
+    # A GPU is fed by one process.
+    workers, started = 0 if device != "cpu" else args.num_workers, time.monotonic()
+    if missing:
+        made = run_parts(make_synthetic_part, options, missing, workers, count)
+        _report(made, folder, time.monotonic() - started)
+    _publish_synthetic(folder)
+    print_hours("after", _training_clips(root, True), root, args.goal_hours)
+
+
+def _training_clips(root: Path, may_be_empty: bool) -> list[Clip]:
+    """The training clips. With sentences from a file there need not be any yet: they are needed
+    for the table alone, and what is wrong with them is only told."""
+    try:
+        return load_clips([root], "train")
+    except UserError as error:
+        if not may_be_empty:
+            raise
+        print(f"note: {error}")
+        return []
+
+
+def _synthetic_bytes(hours: float, suffix: str) -> float:
+    per_sample, per_file = FORMATS[suffix]
+    return hours * 3600 * (SAMPLE_RATE * per_sample + per_file / 5)
+
+
+def _publish_synthetic(folder: Path) -> None:
+    """One manifest for all parts, with everything their own say of how clips were made."""
+    lines = []
+    for manifest in sorted(folder.glob(f"[0-9]*/{MANIFEST}")):
+        for line in manifest.read_text(encoding="utf-8").splitlines():
+            fields = json.loads(line)
+            fields["path"] = f"{manifest.parent.name}/{fields['path']}"
+            lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
+    part = folder / f"{MANIFEST}.part"
+    with open(part, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, folder / MANIFEST)
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def print_engines() -> None:
+    """The table of engines."""
+    for name, row in ENGINES.items():
+        use = "commercial use" if row.commercial_ok else "no commercial use"
+        print(f"{name:<9} {row.license}, {use}\n          {row.note}\n          {row.pip}")
+
+
+def _hours_flag(value: str) -> str:
+    if value not in ("gap", "all"):
+        try:
+            good = 0 < float(value) < math.inf
+        except ValueError:
+            good = False
+        if not good:
+            raise argparse.ArgumentTypeError(f"{value!r} is not gap, all or hours above zero")
+    return value
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input_dir", default="data/telugu", help="corpora to copy, sub-folders included")
+    add("--output_dir", default="data/telugu/augmented", help="of the copies")
+    add("--hours", type=_hours_flag, default="gap", metavar="H",
+        help="of copies: a number, all, or gap (default): what --goal_hours lacks")  # fmt: skip
+    add("--synthesize_hours", type=float, help="make so much synthetic speech instead")
+    add("--engine", choices=ENGINES, default="indictts", help="that speaks; see --list_engines")
+    add("--text_file", help="sentences to say, one a line; default: the transcripts")
+    add("--list_engines", action="store_true", help="show the table of engines and stop")
+    add = parser.add_argument_group("advanced").add_argument
+    add("--goal_hours", type=float, default=GOAL_HOURS)
+    add("--speeds", type=float, nargs="*", default=list(SPEEDS))
+    add("--semitones", type=float, nargs="*", default=list(SEMITONES))
+    add("--noise_copies", type=int, default=1, help="noisy copies of each clip")
+    add("--snr_db", type=float, nargs=2, default=list(SNR_DB), metavar=("LOW", "HIGH"))
+    add("--noise_dir", help="recordings of noise; default: white and pink noise")
+    add("--skip", nargs="*", default=["synthetic*"], help="corpora not to copy (globs)")
+    add("--format", choices=FORMATS, default="ogg", help="of the files made")
+    add("--model", help="folder or Hugging Face id of the engine's voice")
+    add("--synthetic_dir", help="of synthetic speech; default: INPUT_DIR/synthetic_ENGINE")
+    add("--check", choices=CHECKS, default="plausible", help="of synthetic clips")
+    add("--device", default="auto", help="of engines that are neural")
+    add("--seed", type=int, default=0)
+    add("--num_workers", type=int, default=os.cpu_count() or 1, help="processes; 0: none")
+    return parser.parse_args(arguments)
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    if args.seed < 0 or args.num_workers < 0 or args.noise_copies < 0 or args.goal_hours < 0:
+        raise UserError("--seed, --num_workers, --noise_copies, --goal_hours: not below zero")
+    if any(not 0.5 <= speed <= 2 for speed in args.speeds):
+        raise UserError("--speeds must be from 0.5 to 2")
+    if any(not -12 <= shift <= 12 for shift in args.semitones):
+        raise UserError("--semitones must be from -12 to 12")
+    if args.snr_db[0] > args.snr_db[1]:
+        raise UserError(f"--snr_db {args.snr_db[0]:g} {args.snr_db[1]:g}: the lower one first")
+    if not (args.speeds or args.semitones or args.noise_copies):
+        raise UserError("no change is left: give --speeds, --semitones or --noise_copies")
+    if args.synthesize_hours is not None and not 0 < args.synthesize_hours < math.inf:
+        raise UserError("--synthesize_hours must be above zero")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    _check_arguments(args)
+    if args.list_engines:
+        print_engines()
+    elif args.synthesize_hours is not None:
+        synthesize(args)
+    else:
+        augment(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,808 @@
+"""Copies of speech against plain measurements, runs that are cut off, and voices behind fakes."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import augment_telugu as at
+import data
+import speech
+import training
+
+parselmouth = pytest.importorskip("parselmouth")
+ROOT = Path(__file__).resolve().parent.parent
+SENTENCES = [
+    "తెలుగు తియ్యని భాష.", "నాకు చాలా బాధగా ఉంది.", "మీకు నచ్చిన రంగు ఏది?",
+    "కర్ణాటకకి రాజధాని ఏమిటి?", "నేను మొదటిసారి మీతో మాట్లాడుతున్నాను.",
+    "అందులోంచి రెండు పోతే ఎంత మిగులుతుంది?", "నిన్న మాకు పాప పుట్టిందండి!",
+    "పర్వాలేదండి, మీకు సాయపడటం నాకిష్టం.", "ఆరు నుంచి పది దాకా లెక్కపెట్టండి.",
+]  # fmt: skip
+
+
+def voiced(hertz, seconds, rate, amplitude=0.4):
+    """A buzz whose pitch falls by a tenth, in syllables of 0.2 s: what Praat finds a pitch in."""
+    clock = np.arange(round(seconds * rate)) / rate
+    pitch = hertz * (1.05 - 0.1 * clock / seconds)
+    phase = 2 * np.pi * np.cumsum(pitch) / rate
+    top = int(0.4 * rate / hertz)
+    buzz = sum(np.sin(k * phase) / k for k in range(1, top))
+    syllables = 0.55 - 0.45 * np.cos(2 * np.pi * clock / 0.2)
+    return (amplitude * buzz / np.abs(buzz).max() * syllables).astype(np.float32)
+
+
+def pitch_of(audio, rate):
+    """Median fundamental in Hz by Praat's autocorrelation, at a finer step than the script's."""
+    found = parselmouth.Sound(audio.astype(np.float64), rate).to_pitch_ac(0.005, 70.0)
+    hertz = found.selected_array["frequency"]
+    return float(np.median(hertz[hertz > 0]))
+
+
+def peak_hertz(audio, rate):
+    spectrum = np.abs(np.fft.rfft(audio * np.hanning(len(audio))))
+    return spectrum.argmax() * rate / len(audio)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """data/telugu: a manifest of three splits, an unreadable file in it, loose files below."""
+    root = tmp_path / "data" / "telugu"
+    listed = root / "kathbath"
+    listed.mkdir(parents=True)
+    clips = []
+    for number, split in enumerate(["train", "train", "validation", "test", "train"]):
+        path, rate = listed / f"{number}.flac", (16000, 48000)[number % 2]
+        data.write_audio(path, voiced(110 + 10 * number, 2.0, rate), rate)
+        clips.append(
+            data.Clip(
+                path, 2.0, rate, "telugu", f"speaker-{number}", SENTENCES[number], "happy",
+                number == 4, "CC0", True, split, [["_", 0.0, 0.5], ["a", 0.5, 2.0]],
+            )
+        )  # fmt: skip
+    (listed / "bad.flac").write_text("no audio")
+    clips.append(replace(clips[0], path=listed / "bad.flac", augmented=False))
+    data.write_manifest(listed / data.MANIFEST, clips)
+    for number in range(6):
+        path = root / "loose" / "deep" / f"{number}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.write_audio(path, voiced(150, 1.0, 16000), 16000)
+    return root
+
+
+def augment(root, *more, workers=0):
+    output = root / "augmented"
+    arguments = ["--input_dir", str(root), "--output_dir", str(output), "--hours", "all"]
+    at.main([*arguments, "--num_workers", str(workers), *more])
+    return at.read_copies(output / data.MANIFEST)
+
+
+def digests(folder, suffixes=(".wav", ".flac", ".jsonl")):
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.suffix in suffixes and at.RECORDS not in path.parts
+    }
+
+
+# ------------------------------------------------------------------------------------- changes
+
+
+@pytest.mark.parametrize("speed", [0.9, 1.1])
+@pytest.mark.parametrize("rate", [16000, 24000])
+def test_speed_moves_length_and_pitch(speed, rate):
+    audio = voiced(120, 3.0, rate)
+    fast = at.change_speed(audio, rate, speed)
+    assert len(fast) == pytest.approx(len(audio) / speed, abs=1)
+    assert pitch_of(fast, rate) == pytest.approx(pitch_of(audio, rate) * speed, rel=0.005)
+    tone = np.sin(2 * np.pi * 1000 * np.arange(rate) / rate).astype(np.float32)
+    assert peak_hertz(at.change_speed(tone, rate, speed), rate) == pytest.approx(
+        1000 * speed, abs=1.5
+    )
+
+
+@pytest.mark.parametrize("semitones", [-2.0, 2.0, 5.0])
+@pytest.mark.parametrize("hertz", [95, 210])
+def test_pitch_moves_by_semitones_and_nothing_else(semitones, hertz):
+    audio = voiced(hertz, 2.0, 16000)
+    shifted = at.shift_pitch(audio, 16000, semitones)
+    moved = 12 * np.log2(pitch_of(shifted, 16000) / pitch_of(audio, 16000))
+    assert moved == pytest.approx(semitones, abs=0.1)
+    assert len(shifted) == len(audio) and shifted.dtype == np.float32
+    # Syllables stay in their place: the loudness over time is the same.
+    levels = [np.sqrt(np.mean(a.reshape(-1, 320) ** 2, axis=1)) for a in (audio, shifted)]
+    assert np.corrcoef(*levels)[0, 1] > 0.97
+    np.testing.assert_array_equal(shifted, at.shift_pitch(audio, 16000, semitones))
+
+
+def test_pitch_of_real_words_moves_and_formants_stay():
+    voice = speech.voices("telugu", "user", "train")
+    voice = next(v for v in voice if v.engine == "espeak")
+    said = speech.Synthesizer().synthesize([speech.Request(SENTENCES[4], "telugu", voice)])[0]
+    shifted = at.shift_pitch(said.audio, data.SAMPLE_RATE, 2.0)
+    ratio = pitch_of(shifted, data.SAMPLE_RATE) / pitch_of(said.audio, data.SAMPLE_RATE)
+    assert 12 * np.log2(ratio) == pytest.approx(2.0, abs=0.25)
+    tracks = [_first_formants(audio) for audio in (said.audio, shifted)]
+    both = np.isfinite(tracks).all(axis=0)
+    # Played 2 semitones faster every formant would rise by 12 %.
+    assert np.median(tracks[1][both] / tracks[0][both]) == pytest.approx(1.0, abs=0.03)
+
+
+def _first_formants(audio):
+    sound = parselmouth.Sound(audio.astype(np.float64), data.SAMPLE_RATE)
+    formants = sound.to_formant_burg()
+    moments = np.arange(0.1, sound.duration - 0.1, 0.01)
+    return np.array([formants.get_value_at_time(2, moment) for moment in moments])
+
+
+def test_silence_and_scraps_have_no_pitch_to_move():
+    silence = np.zeros(16000, np.float32)
+    np.testing.assert_array_equal(at.shift_pitch(silence, 16000, 2.0), silence)
+    with pytest.raises(data.AudioError, match="pitch"):
+        at.shift_pitch(silence[:100], 16000, 2.0)
+
+
+@pytest.mark.parametrize("snr_db", [5.0, 20.0])
+def test_noise_has_the_snr_asked_for(snr_db):
+    audio = voiced(120, 2.0, 16000)
+    noise = np.random.default_rng(0).standard_normal(len(audio)).astype(np.float32)
+    noisy = at.add_noise(audio, noise, snr_db)
+    assert _snr(audio, noisy) == pytest.approx(snr_db, abs=0.05)
+    loud = at.add_noise(audio / np.abs(audio).max(), noise, snr_db)
+    assert np.abs(loud).max() <= 1.0 and _snr(audio, loud) == pytest.approx(snr_db, abs=0.05)
+    np.testing.assert_array_equal(at.add_noise(audio, 0 * noise, 5.0), audio)
+
+
+def _snr(audio, noisy):
+    """In dB, whatever gain was applied to the sum."""
+    gain = np.dot(audio, noisy) / np.dot(audio, audio)
+    rest = noisy - gain * audio
+    return 10 * np.log10(np.sum((gain * audio) ** 2) / np.sum(rest**2))
+
+
+# --------------------------------------------------------------------------------------- copies
+
+
+def test_every_training_clip_is_copied_and_nobody_else(corpus, capsys):
+    before = digests(corpus)
+    held_out = {split: data.load_clips([corpus], split) for split in ("validation", "test")}
+    train = data.load_clips([corpus], "train")
+    copies = augment(corpus)
+    printed = capsys.readouterr().out
+
+    assert {k: v for k, v in digests(corpus).items() if not k.startswith("augmented/")} == before
+    for split, clips in held_out.items():
+        assert data.load_clips([corpus], split) == clips
+    sources = {at.source_name(c, corpus) for c in train if not c.augmented}
+    sources.discard("kathbath/bad.flac")
+    assert {copy.source for copy in copies} == sources and len(copies) == 5 * len(sources)
+    assert "loose/deep/0.wav" in sources or "loose/deep/1.wav" in sources
+    assert all(copy.augmented and copy.split == "train" for copy in copies)
+    assert "5 left out" not in printed and "1 left out" in printed and "bad.flac" in printed
+    assert "total" in printed and "2,000 h" in printed
+    assert printed.index("to make:") < printed.index("clips,")
+    now = data.load_clips([corpus], "train")
+    assert len(now) == len(train) + len(copies)
+    for copy in copies:
+        assert data.probe(copy.path) == (pytest.approx(copy.duration, abs=0.01), copy.sample_rate)
+
+
+def test_a_copy_says_where_it_came_from_and_is_what_it_says(corpus):
+    copies = {at.copy_name(c, corpus / "augmented"): c for c in augment(corpus, "--format", "flac")}
+    original = data.read_audio(corpus / "kathbath" / "0.flac", sample_rate=16000)
+    slow, high = copies["kathbath/0_speed0.9"], copies["kathbath/0_pitch+2"]
+    noisy = copies["kathbath/0_noise0"]
+    for copy in (slow, high, noisy):
+        assert (copy.speaker, copy.text, copy.emotion) == ("speaker-0", SENTENCES[0], "happy")
+        assert (copy.license, copy.commercial_ok, copy.language) == ("CC0", True, "telugu")
+        assert (copy.source, copy.start, copy.seed) == ("kathbath/0.flac", 0.0, 0)
+    assert (slow.change, slow.amount) == ("speed", 0.9)
+    assert slow.duration == pytest.approx(2.0 / 0.9, abs=0.001)
+    assert slow.phones == [["_", 0.0, 0.5556], ["a", 0.5556, 2.2222]]
+    assert (high.change, high.amount, high.duration) == ("pitch", 2.0, 2.0)
+    assert high.phones == [["_", 0.0, 0.5], ["a", 0.5, 2.0]]
+    heard = pitch_of(data.read_audio(high.path, sample_rate=16000), 16000)
+    assert 12 * np.log2(heard / pitch_of(original, 16000)) == pytest.approx(2.0, abs=0.1)
+    assert noisy.change in ("noise: white", "noise: pink") and 10 <= noisy.amount <= 30
+    found = _snr(original, data.read_audio(noisy.path, sample_rate=16000))
+    assert found == pytest.approx(noisy.amount, abs=0.1)
+    # The codec hears 24 kHz: a copy of 48 kHz would only be larger.
+    assert copies["kathbath/1_speed0.9"].sample_rate == 24000
+
+
+def test_the_seed_decides_and_processes_do_not(corpus, tmp_path):
+    other, third = tmp_path / "b" / "telugu", tmp_path / "c" / "telugu"
+    for copy in (other, third):
+        shutil.copytree(corpus, copy)
+    augment(corpus, "--format", "flac")
+    at.PART_SECONDS, whole = 8.0, at.PART_SECONDS
+    try:
+        augment(other, "--format", "flac", workers=2)
+    finally:
+        at.PART_SECONDS = whole
+    assert digests(other / "augmented") == digests(corpus / "augmented")
+    augment(third, "--format", "flac", "--seed", "1")
+    first, second = digests(corpus / "augmented"), digests(third / "augmented")
+    assert {k.split("_")[1] for k in first if first[k] != second[k] and "_" in k} == {"noise0.flac"}
+
+
+def test_ogg_repeats_sample_by_sample(corpus, tmp_path):
+    other = tmp_path / "b" / "telugu"
+    shutil.copytree(corpus, other)
+    for one, two in zip(augment(corpus), augment(other), strict=True):
+        assert one.path.name == two.path.name
+        np.testing.assert_array_equal(data.read_audio(one.path), data.read_audio(two.path))
+
+
+def test_the_same_command_again_makes_nothing(corpus, capsys, monkeypatch):
+    augment(corpus)
+    first = digests(corpus / "augmented", (".ogg", ".jsonl"))
+    (corpus / "kathbath" / "bad.flac").unlink()
+    monkeypatch.setattr(at, "write_audio", None)
+    capsys.readouterr()
+    copies = augment(corpus)
+    assert digests(corpus / "augmented", (".ogg", ".jsonl")) == first and len(copies) > 20
+    # A copy whose data were lost is not taken for made.
+    monkeypatch.undo()
+    copies[0].path.write_bytes(b"")
+    copies[1].path.unlink()
+    again = augment(corpus)
+    assert again == copies and all(copy.path.stat().st_size for copy in again)
+
+
+def test_more_corpora_and_more_hours_add_to_what_is_there(corpus, monkeypatch):
+    monkeypatch.setattr(at, "PART_SECONDS", 5.0)
+    manifest = corpus / "kathbath" / data.MANIFEST
+    good = [clip for clip in data.read_manifest(manifest) if clip.path.name != "bad.flac"]
+    data.write_manifest(manifest, good)
+    arguments = ["--input_dir", str(corpus), "--output_dir", str(corpus / "augmented")]
+    arguments += ["--num_workers", "0"]
+    at.main([*arguments, "--hours", str(10 / 3600)])
+    few = at.read_copies(corpus / "augmented" / data.MANIFEST)
+    assert 10 <= sum(copy.duration for copy in few) < 14
+    at.main([*arguments, "--hours", str(20 / 3600)])
+    more = at.read_copies(corpus / "augmented" / data.MANIFEST)
+    assert {copy.path for copy in few} < {copy.path for copy in more}
+    at.main([*arguments, "--hours", str(10 / 3600)])
+    assert at.read_copies(corpus / "augmented" / data.MANIFEST) == more
+    (corpus / "new").mkdir()
+    data.write_audio(corpus / "new" / "1-1-1.wav", voiced(130, 1, 16000), 16000)
+    at.main([*arguments, "--hours", "all", "--skip", "kathbath", "loose"])
+    last = {copy.source for copy in at.read_copies(corpus / "augmented" / data.MANIFEST)}
+    assert "new/1-1-1.wav" in last and {copy.source for copy in more} < last
+
+
+def test_the_gap_is_what_the_goal_lacks(corpus, capsys):
+    seconds = sum(c.duration for c in data.load_clips([corpus], "train") if not c.augmented)
+    arguments = ["--input_dir", str(corpus), "--output_dir", str(corpus / "augmented")]
+    arguments += ["--num_workers", "0", "--goal_hours"]
+    at.main([*arguments, str(seconds / 3600)])
+    assert "nothing to make" in capsys.readouterr().out
+    assert not (corpus / "augmented").exists()
+    at.main([*arguments, str((seconds + 12) / 3600)])
+    copies = at.read_copies(corpus / "augmented" / data.MANIFEST)
+    assert 10 <= sum(copy.duration for copy in copies) <= 15
+    assert len({copy.change.split(":")[0] for copy in copies}) > 1
+
+
+def test_long_recordings_are_copied_in_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(at, "PIECE_SECONDS", 2.0)
+    root = tmp_path / "telugu"
+    (root / "a").mkdir(parents=True)
+    audio = voiced(120, 5.0, 16000)
+    data.write_audio(root / "a" / "x.wav", audio, 16000)
+    long = data.Clip(root / "a" / "x.wav", 5.0, 16000, "telugu", "one", "a text")
+    data.write_manifest(root / "a" / data.MANIFEST, [long])
+    copies = augment(root, "--speeds", "--semitones", "--snr_db", "60", "60", "--format", "flac")
+    assert [round(copy.start, 2) for copy in copies] == [0.0, 1.67, 3.33]
+    joined = np.concatenate([data.read_audio(copy.path, sample_rate=16000) for copy in copies])
+    assert len(joined) == pytest.approx(len(audio), abs=2)
+    np.testing.assert_allclose(joined[: len(audio)], audio[: len(joined)], atol=0.01)
+    assert all(copy.text is None for copy in copies)
+
+
+def test_files_that_differ_in_their_suffix_alone_stay_two(tmp_path):
+    root = tmp_path / "telugu"
+    root.mkdir()
+    for suffix, hertz in ((".wav", 110), (".flac", 170)):
+        data.write_audio(root / f"1-1-1{suffix}", voiced(hertz, 1.0, 16000), 16000)
+    copies = augment(root, "--speeds", "0.9", "--semitones", "--noise_copies", "0")
+    assert [copy.path.name for copy in copies] == [
+        "1-1-1_flac_speed0.9.ogg",
+        "1-1-1_wav_speed0.9.ogg",
+    ]
+
+
+def test_noise_may_come_from_recordings(corpus, tmp_path):
+    noises = tmp_path / "noises"
+    noises.mkdir()
+    tone = np.sin(2 * np.pi * 3000 * np.arange(8000) / 16000)
+    data.write_audio(noises / "whistle.wav", tone, 16000)
+    copies = augment(
+        corpus, "--noise_dir", str(noises), "--speeds", "--semitones", "--snr_db", "0", "0",
+        "--skip", "loose",
+    )  # fmt: skip
+    assert {copy.change for copy in copies} == {"noise: whistle.wav"}
+    audio = data.read_audio(copies[0].path, sample_rate=16000)
+    assert peak_hertz(audio, 16000) == pytest.approx(3000, abs=5)
+
+
+# ------------------------------------------------------------------------- what may go wrong
+
+
+def test_a_killed_run_goes_on(corpus, tmp_path, capsys):
+    other = tmp_path / "b" / "telugu"
+    shutil.copytree(corpus, other)
+    augment(other, "--format", "flac")
+    code = (
+        "import sys, time, augment_telugu as at; at.PART_SECONDS = 4.0; write = at.write_audio\n"
+        "at.write_audio = lambda *a: (write(*a), time.sleep(0.05))\n"
+        "at.main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "--input_dir", str(corpus), "--hours", "all"]
+    command += ["--output_dir", str(corpus / "augmented"), "--num_workers", "0"]
+    process = subprocess.Popen(
+        [*command, "--format", "flac"], cwd=ROOT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    records = corpus / ".augmented.part" / at.RECORDS
+    deadline = time.monotonic() + 300  # a busy machine
+    while len(list(records.glob("*.jsonl"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(records.glob("*.jsonl")) and not (corpus / "augmented").exists()
+    # What a trainer would take for recordings of their own is out of its sight.
+    assert not any(".augmented" in str(c.path) for c in data.load_clips([corpus], "train"))
+    (corpus / ".augmented.part" / "kathbath" / "0_pitch+2.flac.1.part").write_bytes(b"half")
+    augment(corpus, "--format", "flac")
+    assert digests(corpus / "augmented") == digests(other / "augmented")
+    assert not list(corpus.rglob("*.part"))
+
+
+def test_a_full_disk_is_seen_before_and_during(corpus, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(corpus)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(training.UserError, match="1 h less") as caught:
+        augment(corpus)
+    assert "\n" not in str(caught.value) and not list(corpus.glob("*augmented*"))
+    monkeypatch.undo()
+    write, count = at.write_audio, []
+
+    def full(path, *more):
+        count.append(path)
+        if len(count) > 7:
+            raise data.AudioError(f"{path}: cannot be written; is the disk full?")
+        write(path, *more)
+
+    monkeypatch.setattr(at, "write_audio", full)
+    monkeypatch.setattr(at, "PART_SECONDS", 5.0)
+    with pytest.raises(training.UserError, match="disk full"):
+        augment(corpus)
+    monkeypatch.setattr(at, "write_audio", write)
+    assert len(augment(corpus)) % 5 == 0
+
+
+def test_a_really_full_disk(corpus, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = shutil.which("mount")
+    command = [mount or "mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(small)]
+    if mount is None or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("cannot mount a small disk here")
+    try:
+        output = ["--output_dir", str(small / "out" / "augmented"), "--format", "flac"]
+        arguments = ["--input_dir", str(corpus), "--hours", "all", "--num_workers", "0"]
+        at.check_disk, check = lambda *more: None, at.check_disk
+        try:
+            with pytest.raises((training.UserError, OSError)) as caught:
+                at.main([*arguments, *output])
+        finally:
+            at.check_disk = check
+        assert "disk" in str(caught.value) or "space" in str(caught.value)
+        leftovers = [p for p in small.rglob("*.flac") if soundfile.info(p).frames < 8000]
+        assert not leftovers
+    finally:
+        subprocess.run(["umount", str(small)], check=False)
+
+
+def test_bad_input_is_one_line(tmp_path, corpus, monkeypatch):
+    def refused(*arguments):
+        with pytest.raises(training.UserError) as caught:
+            at.main([*arguments, "--num_workers", "0"])
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    empty, root = tmp_path / "empty", str(corpus)
+    empty.mkdir()
+    assert "--input_dir" in refused("--input_dir", str(tmp_path / "nowhere"))
+    assert "no readable audio" in refused("--input_dir", str(empty))
+    assert "--skip" in refused("--input_dir", root, "--skip", "*", "--hours", "all")
+    strange = refused("--input_dir", root, "--output_dir", str(corpus / "kathbath"))
+    assert "--output_dir" in strange
+    assert "0.5 to 2" in refused("--speeds", "9")
+    assert "lower one first" in refused("--snr_db", "20", "10")
+    assert "no change" in refused("--speeds", "--semitones", "--noise_copies", "0")
+    assert "--noise_dir" in refused("--input_dir", root, "--noise_dir", str(tmp_path / "no"))
+    assert "above zero" in refused("--synthesize_hours", "0")
+    for clip in corpus.rglob("*"):
+        if clip.suffix in (".flac", ".wav"):
+            clip.write_text("no audio")
+    data.write_manifest(
+        corpus / "loose" / data.MANIFEST,
+        [data.Clip(corpus / "loose" / "deep" / "0.wav", 1.0, 16000, "telugu")],
+    )
+    assert "no copy" in refused("--input_dir", root, "--hours", "all")
+    assert not list(corpus.glob("*augmented*/"))
+    monkeypatch.setitem(sys.modules, "parselmouth", None)
+    assert "pip install praat-parselmouth" in refused("--input_dir", root)
+
+
+# ------------------------------------------------------------------------------------ synthesis
+
+
+def synthesize(root, *more):
+    arguments = ["--input_dir", str(root), "--synthesize_hours", "0.005", "--num_workers", "0"]
+    at.main([*arguments, *more])
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join([*SENTENCES, "నాకు 5 రూపాయలు", "hello there", "అ"]), "utf-8")
+    return path
+
+
+@pytest.fixture
+def empty_root(tmp_path):
+    root = tmp_path / "data" / "telugu"
+    root.mkdir(parents=True)
+    return root
+
+
+def test_espeak_says_sentences_and_goes_on(empty_root, texts, capsys, monkeypatch):
+    monkeypatch.setattr(at, "SYNTHETIC_PART_SECONDS", 9.0)
+    arguments = ("--engine", "espeak", "--text_file", str(texts), "--format", "flac")
+    synthesize(empty_root, *arguments)
+    printed = capsys.readouterr().out
+    assert "texts: 9; 3 left out" in printed and "synthetic_espeak" in printed
+    folder = empty_root / "synthetic_espeak"
+    clips = data.read_manifest(folder / data.MANIFEST)
+    assert sum(clip.duration for clip in clips) >= 18 and not list(folder.rglob("*.part"))
+    for clip in clips:
+        assert clip.text in SENTENCES and clip.split == "train" and not clip.augmented
+        assert data.probe(clip.path) == (pytest.approx(clip.duration, abs=1e-3), 24000)
+        assert clip.phones[-1][2] == pytest.approx(clip.duration, abs=0.01)
+    assert len({clip.speaker for clip in clips}) > 5
+    line = json.loads((folder / data.MANIFEST).read_text("utf-8").splitlines()[0])
+    assert line["engine"] == "espeak" and 0.87 <= line["rate"] <= 1.15
+    assert -2 <= line["semitones"] <= 2 and line["commercial_ok"]
+    assert sorted(data.load_clips([empty_root], "train"), key=str) == sorted(clips, key=str)
+    # A part that is lost, and one that was cut off, are made again as they were.
+    before = digests(folder)
+    shutil.rmtree(folder / "00001")
+    (folder / ".00001.1.part").mkdir()
+    synthesize(empty_root, *arguments)
+    assert digests(folder) == before and not list(folder.glob(".*.part"))
+
+
+def test_sentences_of_held_out_speakers_are_not_said(corpus):
+    synthesize(corpus, "--engine", "espeak", "--check", "none")
+    clips = data.read_manifest(corpus / "synthetic_espeak" / data.MANIFEST)
+    assert {clip.text for clip in clips} <= {SENTENCES[0], SENTENCES[1], SENTENCES[4]}
+    # Synthetic speech is not copied unless asked for.
+    copies = augment(corpus, "--speeds", "1.1", "--semitones", "--noise_copies", "0")
+    assert not any("synthetic" in copy.source for copy in copies)
+
+
+def test_synthesis_says_what_is_missing(tmp_path, empty_root, texts, monkeypatch):
+    def refused(*arguments):
+        with pytest.raises(training.UserError) as caught:
+            synthesize(empty_root, *arguments)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    file = ("--text_file", str(texts))
+    assert "cannot be read" in refused("--text_file", str(tmp_path / "no.txt"))
+    (tmp_path / "latin.txt").write_text("hello there my friend")
+    assert "no Telugu sentence" in refused("--text_file", str(tmp_path / "latin.txt"))
+    said = refused(*file)
+    assert "v1-checkpoints-release/te.zip" in said and "unzip" in said
+    for name, pip in (("parler_tts", "parler"), ("piper", "piper")):
+        monkeypatch.setitem(sys.modules, name, None)
+        assert at.ENGINES[pip].pip in refused(*file, "--engine", pip)
+    monkeypatch.setitem(sys.modules, "TTS.utils.synthesizer", None)
+    for part in ("fastpitch", "hifigan"):
+        (tmp_path / "te" / part).mkdir(parents=True)
+        for name in ("best_model.pth", "config.json"):
+            (tmp_path / "te" / part / name).write_text("{}")
+    assert "coqui-tts" in refused(*file, "--model", str(tmp_path / "te"))
+    gone = refused(*file, "--engine", "mms", "--model", str(tmp_path / "no"))
+    assert "cannot be loaded" in gone and "--model" in gone
+    assert not list(empty_root.iterdir())
+
+
+def test_an_engine_that_says_nothing_useful_ends(empty_root, texts, monkeypatch):
+    class Mute:
+        voices = ("mute",)
+
+        def say(self, lines):
+            return [None for _ in lines]
+
+    monkeypatch.setitem(
+        at.ENGINES, "espeak", replace(at.ENGINES["espeak"], make=lambda model, device: Mute())
+    )
+    at._engine.cache_clear()
+    with pytest.raises(training.UserError, match="in a row dropped"):
+        synthesize(empty_root, "--engine", "espeak", "--text_file", str(texts))
+    at._engine.cache_clear()
+
+
+# -------------------------------------------------------------------------------------- engines
+
+
+def line(text=SENTENCES[0], voice="female", rate=1.0, semitones=0.0, seed=3):
+    return at.Line(text, voice, rate, semitones, seed)
+
+
+@pytest.fixture
+def small_vits(tmp_path):
+    """A random VITS of MMS' shape, small, with a tokenizer of Telugu letters."""
+    transformers = pytest.importorskip("transformers")
+    letters = sorted(set("".join(SENTENCES)) - set(" .,!?"))
+    vocabulary = {letter: i for i, letter in enumerate(["<pad>", " ", *letters, "<unk>"])}
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = transformers.VitsTokenizer(
+        str(tmp_path / "vocab.json"), language="tel", phonemize=False, is_uroman=False
+    )
+    torch.manual_seed(0)
+    config = transformers.VitsConfig(
+        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, ffn_dim=16, flow_size=16,
+        spectrogram_bins=17, upsample_initial_channel=32, upsample_rates=[8, 8, 4],
+        upsample_kernel_sizes=[16, 16, 8], resblock_kernel_sizes=[3], resblock_dilation_sizes=[[1]],
+        prior_encoder_num_flows=1, prior_encoder_num_wavenet_layers=1,
+        posterior_encoder_num_wavenet_layers=1, duration_predictor_num_flows=1,
+        duration_predictor_filter_channels=16, sampling_rate=16000,
+    )  # fmt: skip
+    folder = tmp_path / "vits"
+    transformers.VitsModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_mms_speaks_through_transformers(small_vits, empty_root, texts, monkeypatch):
+    engine = at.Mms(str(small_vits), "cpu")
+    monkeypatch.setattr(at, "_trimmed", lambda audio, rate: audio)
+    plain, again, fast = engine.say([line(), line(), line(rate=1.6)])
+    assert plain.sample_rate == 16000 and np.array_equal(plain.audio, again.audio)
+    assert len(fast.audio) < 0.85 * len(plain.audio)
+    assert not np.array_equal(engine.say([line(seed=4)])[0].audio[:100], plain.audio[:100])
+    arguments = ("--engine", "mms", "--model", str(small_vits), "--text_file", str(texts))
+    synthesize(empty_root, *arguments, "--check", "none")
+    clips = data.read_manifest(empty_root / "synthetic_mms" / data.MANIFEST)
+    assert clips and not any(clip.commercial_ok for clip in clips)
+    assert {clip.speaker for clip in clips} == {"mms/mms"}
+
+
+@pytest.fixture
+def indictts(tmp_path, monkeypatch):
+    """te.zip's folders, and coqui-tts' Synthesizer as far as the engine uses it."""
+    folder = tmp_path / "te"
+    for part in ("fastpitch", "hifigan"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "best_model.pth").write_bytes(b"")
+        config = {"speakers_file": "/training/host/speakers.pth", "model_args": {"num_chars": 3}}
+        config["model_args"]["speakers_file"] = "/training/host/speakers.pth"
+        (folder / part / "config.json").write_text(json.dumps(config))
+    (folder / "fastpitch" / "speakers.pth").write_bytes(b"")
+
+    class Synthesizer:
+        output_sample_rate = 22050
+
+        def __init__(self, *, tts_checkpoint, tts_config_path, vocoder_checkpoint,
+                     vocoder_config, use_cuda):  # fmt: skip
+            self.config = json.loads(Path(tts_config_path).read_text())
+            self.files = (tts_checkpoint, vocoder_checkpoint, vocoder_config, use_cuda)
+            manager = types.SimpleNamespace(speaker_names=["female", "male"])
+            self.tts_model = types.SimpleNamespace(speaker_manager=manager, length_scale=1.0)
+
+        def tts(self, text, speaker_name, split_sentences):
+            assert text and speaker_name in ("female", "male") and not split_sentences
+            hertz = 200 if speaker_name == "female" else 110
+            said = voiced(hertz, 1.5 * self.tts_model.length_scale, 22050)
+            return [*said, *([0] * 10000)]
+
+    module = types.ModuleType("TTS.utils.synthesizer")
+    module.Synthesizer = Synthesizer
+    monkeypatch.setitem(sys.modules, "TTS", types.ModuleType("TTS"))
+    monkeypatch.setitem(sys.modules, "TTS.utils", types.ModuleType("TTS.utils"))
+    monkeypatch.setitem(sys.modules, "TTS.utils.synthesizer", module)
+    at._engine.cache_clear()
+    return folder
+
+
+def test_indictts_is_handed_its_own_files(indictts, empty_root, texts):
+    engine = at.IndicTts(str(indictts), "cpu")
+    assert engine.voices == ("female", "male")
+    speakers = str((indictts / "fastpitch" / "speakers.pth").resolve())
+    assert engine._model.config["speakers_file"] == speakers
+    assert engine._model.config["model_args"] == {"num_chars": 3, "speakers_file": speakers}
+    assert engine._model.files == (
+        str(indictts / "fastpitch" / "best_model.pth"),
+        str(indictts / "hifigan" / "best_model.pth"),
+        str(indictts / "hifigan" / "config.json"),
+        False,
+    )
+    plain, fast, high, man = engine.say(
+        [line(), line(rate=1.15), line(semitones=2.0), line(voice="male")]
+    )
+    assert plain.sample_rate == 22050
+    assert 1.3 < len(plain.audio) / 22050 < 1.7  # the second of silence behind it is cut
+    assert len(fast.audio) == pytest.approx(len(plain.audio) / 1.15, rel=0.05)
+    ratio = pitch_of(high.audio, 22050) / pitch_of(plain.audio, 22050)
+    assert 12 * np.log2(ratio) == pytest.approx(2.0, abs=0.1)
+    assert pitch_of(man.audio, 22050) < 130
+    synthesize(empty_root, "--model", str(indictts), "--text_file", str(texts), "--device", "cpu")
+    clips = data.read_manifest(empty_root / "synthetic_indictts" / data.MANIFEST)
+    assert {clip.speaker for clip in clips} == {"indictts/female", "indictts/male"}
+    assert {clip.license for clip in clips} == {"MIT (AI4Bharat Indic-TTS)"}
+
+
+def test_parler_is_told_in_words_and_cut_to_length(monkeypatch):
+    asked = {}
+
+    class Tokens(dict):
+        input_ids = attention_mask = "tokens"
+
+        def to(self, device):
+            return self
+
+    class Model:
+        config = types.SimpleNamespace(
+            sampling_rate=44100, text_encoder=types.SimpleNamespace(_name_or_path="flan")
+        )
+
+        def to(self, device, dtype):
+            assert dtype == torch.float32
+            return self
+
+        def eval(self):
+            return self
+
+        def generate(self, **more):
+            asked.update(more)
+            sound = torch.from_numpy(np.stack([voiced(150, 2.0, 44100)] * 2))
+            return types.SimpleNamespace(sequences=sound, audios_length=[88200, 44100])
+
+    def tokenizer(name, **more):
+        def tokens(texts, return_tensors, padding):
+            asked[name] = texts
+            return Tokens()
+
+        return tokens
+
+    fake = types.ModuleType("parler_tts")
+    fake.ParlerTTSForConditionalGeneration = types.SimpleNamespace(
+        from_pretrained=lambda model: Model()
+    )
+    others = types.ModuleType("transformers")
+    others.AutoTokenizer = types.SimpleNamespace(from_pretrained=tokenizer)
+    monkeypatch.setitem(sys.modules, "parler_tts", fake)
+    monkeypatch.setitem(sys.modules, "transformers", others)
+    engine = at.Parler("indic", "cpu")
+    first, second = engine.say(
+        [line(voice="Lalitha", rate=0.9, semitones=1.5), line(voice="Kiran", rate=1.1)]
+    )
+    assert asked["indic"] == [SENTENCES[0]] * 2 and asked["do_sample"]
+    assert "Lalitha speaks with a high pitch at a slow pace" in asked["flan"][0]
+    assert "Kiran speaks with a moderate pitch at a fast pace" in asked["flan"][1]
+    assert first.sample_rate == 24000
+    assert len(first.audio) / 24000 == pytest.approx(2.0, abs=0.1)
+    assert len(second.audio) / 24000 == pytest.approx(1.0, abs=0.1)
+
+
+def test_piper_reads_a_folder_of_voices(tmp_path, monkeypatch):
+    class Voice:
+        @staticmethod
+        def load(path, use_cuda):
+            assert path.endswith(".onnx") and not use_cuda
+            return Voice()
+
+        def synthesize(self, text, syn_config):
+            said = voiced(150, 1.2 * syn_config.length_scale, 22050)
+            sound = (said * 32767).astype(np.int16).tobytes()
+            return iter([types.SimpleNamespace(audio_int16_bytes=sound, sample_rate=22050)])
+
+    module = types.ModuleType("piper")
+    module.PiperVoice = Voice
+    module.SynthesisConfig = lambda length_scale: types.SimpleNamespace(length_scale=length_scale)
+    monkeypatch.setitem(sys.modules, "piper", module)
+    with pytest.raises(training.UserError, match="download_voices te_IN-maya-medium"):
+        at.Piper(str(tmp_path), "cpu")
+    (tmp_path / "te_IN-maya-medium.onnx").touch()
+    engine = at.Piper(str(tmp_path), "cpu")
+    assert engine.voices == ("te_IN-maya-medium",)
+    slow, plain = engine.say(
+        [line(voice="te_IN-maya-medium", rate=0.8), line(voice="te_IN-maya-medium")]
+    )
+    assert len(slow.audio) == pytest.approx(len(plain.audio) / 0.8, rel=0.05)
+    assert np.abs(plain.audio).max() == pytest.approx(0.4, abs=0.02)
+
+
+# --------------------------------------------------------------------------------------- checks
+
+
+def said_by_espeak(text):
+    voice = next(v for v in speech.voices("telugu", "user", "train") if v.engine == "espeak")
+    made = speech.Synthesizer().synthesize([speech.Request(text, "telugu", voice)])[0]
+    return at.Said(made.audio, data.SAMPLE_RATE)
+
+
+def test_the_plausible_check_finds_what_has_the_wrong_length():
+    check = at.Plausible()
+    for text in SENTENCES:
+        said = said_by_espeak(text)
+        assert check.fault(said, text, ()) is None
+        cut = replace(said, audio=said.audio[: len(said.audio) // 4])
+        assert "s a phone" in check.fault(cut, text, ())
+        babble = replace(said, audio=np.tile(said.audio, 5))
+        assert "s a phone" in check.fault(babble, text, ())
+        assert check.fault(replace(said, audio=0 * said.audio), text, ())
+    assert check.fault(said, "...", ()) == "no phones in the text"
+
+
+def test_the_recogniser_must_find_the_sentence_again(monkeypatch):
+    import evaluate_s2s
+
+    class Judge:
+        def hear(self, audio):
+            # Hears stops, nasals and vowels rightly, but voicing and place wrongly.
+            phones = speech.phonemize(SENTENCES[1], "telugu")
+            return tuple({"n": "m", "k": "ɡ", "aː": "ʌ", "d": "t"}.get(p, p) for p in phones)
+
+    monkeypatch.setattr(evaluate_s2s, "HamaJudge", Judge)
+    check = at.Hama()
+    others = [SENTENCES[0], *SENTENCES[2:]]
+    assert check.fault(said_by_espeak(SENTENCES[1]), SENTENCES[1], others) is None
+    wrong = check.fault(said_by_espeak(SENTENCES[2]), SENTENCES[2], SENTENCES)
+    assert "not found again" in wrong
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "hama", None)
+    with pytest.raises(training.UserError, match="pip install hama"):
+        at.Hama()
+
+
+def test_broad_classes_fold_what_a_foreign_ear_confuses():
+    assert at.broad(["t", "eɪ", "l", "ə", "g", "ə"]) == at.broad(["ʈ", "e", "l", "ʊ", "ɡ", "ʊ"])
+    assert at.broad(["p", "p", "aː", "a", "n"]) == "PVN"
+    assert set(speech.PHONES) - {speech.SILENCE} <= set(at._class_of())
+
+
+def test_texts_are_telugu_alone():
+    texts = (SENTENCES[0], f" {SENTENCES[0]} ", "2 రోజులు పట్టింది", "ok అన్నాడు రాజు", None)
+    clips = [data.Clip(Path("a"), 1.0, 16000, "telugu", text=text) for text in texts]
+    assert at.choose_texts(clips, None) == ([SENTENCES[0]], 2)
+
+
+def test_the_table_of_engines_is_printed(capsys):
+    at.main(["--list_engines"])
+    printed = capsys.readouterr().out
+    assert all(name in printed and row.pip in printed for name, row in at.ENGINES.items())
+    assert "no commercial use" in printed
+
+
+def test_every_flag_is_read():
+    source = (ROOT / "augment_telugu.py").read_text(encoding="utf-8")
+    for name in vars(at.parse_arguments([])):
+        assert f"args.{name}" in source
