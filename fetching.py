@@ -633,18 +633,21 @@ class Shard:
 
 
 def hub_access_problem(repo: str, endpoint: str | None) -> str:
-    """Why this dataset cannot be read with the token at hand; an empty string where it can."""
+    """Where to accept the licence of this dataset; an empty string where it can be read.
+
+    Raises UserError where the Hub does not answer.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     try:
         HfApi(endpoint=endpoint).auth_check(repo, repo_type="dataset")
     except (GatedRepoError, RepositoryNotFoundError):
-        return f"accept its licence at https://huggingface.co/datasets/{repo}"
+        return f"https://huggingface.co/datasets/{repo}"
     except HfHubHTTPError as error:
-        return f"{repo}: {_short(error)}"
+        raise UserError(f"{repo}: Hugging Face answers: {_short(error)}") from error
     except Exception as error:  # the HTTP library under huggingface_hub differs by version
-        return f"{repo}: {_short(error)}"
+        raise UserError(f"{repo}: Hugging Face cannot be reached ({_short(error)})") from error
     return ""
 
 
@@ -1042,7 +1045,8 @@ def fetch(
         raise UserError(f"{folder}: there without {data.MANIFEST}; move it away and run again")
     part.mkdir(parents=True, exist_ok=True)
     archives = data_dir / ".archives" / corpus.name
-    bar = Bar(corpus.name, round((corpus.download_gb or corpus.gigabytes) * GIGABYTE), stopped)
+    size = 0 if options.max_hours else (corpus.download_gb or corpus.gigabytes) * GIGABYTE
+    bar = Bar(corpus.name, round(size), stopped)
     try:
         found = FETCHERS[type(corpus)](Job(corpus, part, archives, bar, options))
         if not found.lines:

@@ -551,6 +551,8 @@ def test_all_missing_licences_are_told_at_once_before_anything_is_fetched(server
     server.gated = set()
     download_data.check_access(rows, mirrors)
     assert not any("resolve" in path for path, _ in server.log)
+    with pytest.raises(UserError, match="Hugging Face cannot be reached"):
+        download_data.check_access(rows, {row.name: "http://127.0.0.1:9" for row in rows})
 
 
 # -------------------------------------------------------------------------------- conversations
@@ -765,7 +767,7 @@ def test_verify_finds_what_is_missing(package, capsys):
     more = replace(CORPUS, hours=1.0)
     assert download_data.verify(more, package).problem == "hours missing"
     # Where the table's hours are an estimate, what was fetched counts.
-    assert download_data.verify(replace(more, exact=False), package).problem == ""
+    assert download_data.verify(replace(more, exact=False), package).state == "ok, small"
     folder = package / "other/voices/audio"
     shutil.copy(folder / "ann/1.wav", folder / "ann/2.wav")
     assert download_data.verify(CORPUS, package).duplicates == 1
@@ -912,6 +914,21 @@ def test_the_script_fetches_reports_and_verifies(server, tmp_path):
     absent = script(tmp_path, "--verify", "--languages", "telugu")
     assert absent.returncode == 1 and "not there" in absent.stdout
     assert max(len(line) for line in absent.stdout.splitlines()) <= 80
+
+
+def test_one_that_fails_does_not_stop_the_others(server, tmp_path, monkeypatch, capsys):
+    row = ROWS["fleurs-telugu"]
+    server.add_dataset(row.repo, dataset(row), row.revision)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["download_data.py", "--data_dir", str(tmp_path), "--corpora", row.name, "crema-d",
+         "--mirror", f"{row.name}={server.url}", f"crema-d={server.url}", "--jobs", "1"],
+    )
+    assert download_data.main() == 1
+    printed = capsys.readouterr()
+    assert f"{row.name}: fetched" in printed.out and "missing in" in printed.out
+    assert "error: " in printed.err and "SentenceFilenames.csv: not there" in printed.err
 
 
 def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys):
