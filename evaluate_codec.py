@@ -310,15 +310,16 @@ def code_opus(audio: np.ndarray, kbps: float, folder: Path) -> Coded:
 
 def code_speex(audio: np.ndarray, kbps: float, folder: Path) -> Coded:
     """Speex: narrowband up to 8 kbit/s, where it beats its own wideband in PESQ-WB and STOI."""
-    # Delays that its tools leave in, found by the highest STOI over a set of clips.
-    mode, rate, delay = ("-n", 8000, 10.0) if kbps <= 8 else ("-w", 16000, 14.0)
+    # Delays that its tools leave in: about these by the highest STOI, 3 ms more or less by clip.
+    mode, rate, delay = ("-n", 8000, 10.0) if kbps <= 8 else ("-w", 16000, 12.0)
     source, coded, heard = (folder / name for name in ("in.wav", "coded.spx", "out.wav"))
     write_audio(source, soxr.resample(audio, SAMPLE_RATE, rate), rate)
     # "This rate or lower": a little above, so that rounding does not choose the next mode down.
     _tool("speexenc", mode, "--comp", 10, "--bitrate", round(1000 * kbps) + 20, source, coded)
     _tool("speexdec", coded, heard)
-    data = coded.read_bytes()
-    return Coded(_place(read_audio(heard), delay, len(audio)), ogg_bits(data), 8 * len(data))
+    data, back = coded.read_bytes(), read_audio(heard)
+    delay = _delay_near(back, audio, delay)
+    return Coded(_place(back, delay, len(audio)), ogg_bits(data), 8 * len(data))
 
 
 def code_codec2(audio: np.ndarray, kbps: float, folder: Path) -> Coded:
@@ -385,6 +386,15 @@ def _place(audio: np.ndarray, delay_ms: float, length: int) -> np.ndarray:
     """Takes a codec's delay out and cuts or fills `[T]` to `length` samples at 24 kHz."""
     audio = audio[round(delay_ms / 1000 * SAMPLE_RATE) :][:length]
     return np.pad(audio, (0, length - len(audio))).astype(np.float32, copy=False)
+
+
+def _delay_near(audio: np.ndarray, reference: np.ndarray, guess_ms: float) -> float:
+    """The delay in ms, within 4 of the guess, at which two waveforms `[T]` fit each other best."""
+    around = round(0.004 * SAMPLE_RATE)
+    guess = round(guess_ms / 1000 * SAMPLE_RATE)
+    lags = range(max(0, guess - around), guess + around + 1)
+    fits = [float(_place(audio, 1000 * n / SAMPLE_RATE, len(reference)) @ reference) for n in lags]
+    return 1000 * lags[int(np.argmax(fits))] / SAMPLE_RATE
 
 
 def ogg_bits(data: bytes) -> int:
