@@ -214,9 +214,13 @@ def output_seconds(seconds: float, change: str, amount: float) -> float:
 
 
 def pieces(duration: float) -> list[tuple[float, float]]:
-    """(start, seconds) of equal pieces no longer than PIECE_SECONDS."""
+    """(start, seconds) of about equal pieces of PIECE_SECONDS at most (and half a second).
+
+    They meet at whole seconds, which are whole samples at any rate.
+    """
     count = max(1, math.ceil(duration / PIECE_SECONDS))
-    return [(i * duration / count, duration / count) for i in range(count)]
+    edges = [*(float(round(i * duration / count)) for i in range(count)), duration]
+    return [(start, end - start) for start, end in itertools.pairwise(edges)]
 
 
 def source_name(clip: Clip, root: Path) -> str:

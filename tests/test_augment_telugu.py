@@ -305,7 +305,7 @@ def test_long_recordings_are_copied_in_pieces(tmp_path, monkeypatch):
     long = data.Clip(root / "a" / "x.wav", 5.0, 16000, "telugu", "one", "a text")
     data.write_manifest(root / "a" / data.MANIFEST, [long])
     copies = augment(root, "--speeds", "--semitones", "--snr_db", "60", "60", "--format", "flac")
-    assert [round(copy.start, 2) for copy in copies] == [0.0, 1.67, 3.33]
+    assert [copy.start for copy in copies] == [0.0, 2.0, 3.0]
     joined = np.concatenate([data.read_audio(copy.path, sample_rate=16000) for copy in copies])
     assert len(joined) == pytest.approx(len(audio), abs=2)
     np.testing.assert_allclose(joined[: len(audio)], audio[: len(joined)], atol=0.01)
