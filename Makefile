@@ -56,21 +56,25 @@ lint: $(VENV)/installed-dev
 # The models in checkpoints/tiny, from nothing; each step resumes when the same line is given again.
 INTENTS := greeting,name,weather,capitals,colours,counting,small_talk,goodbye
 tiny: $(VENV)/installed-dev
-	$(BIN)/python download_data.py --data_dir data
-	$(BIN)/python make_conversations.py --clips_dir data --clips_hours 0.7
-	$(BIN)/python train_codec.py --data_dirs data/other data/english data/hindi data/telugu \
-	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.5 --num_epochs 15 \
-	  --gen_lr 1e-3 --warmup_steps 200 --disc_start 1 --language_temperature 5 \
-	  --num_workers 1 --seed 1 --checkpoint_dir runs/codec
+	$(BIN)/python download_data.py --corpora packages --data_dir data
+	$(BIN)/python make_conversations.py --clips_dir data --clips_hours 1.8
+	$(BIN)/python train_codec.py --data_dirs $(LANGUAGES:%=data/%/synthetic) \
+	  --preset tiny --batch_size 24 --window_seconds 2 --epoch_hours 1 --num_epochs 40 \
+	  --gen_lr 1e-3 --listen_share 1 --augment_share 0.4 \
+	  --num_workers 1 --seed 1 --checkpoint_dir runs/codec_listen
+	$(BIN)/python train_codec.py --data_dirs data/other $(LANGUAGES:%=data/%) \
+	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.5 --num_epochs 40 \
+	  --gen_lr 1e-3 --warmup_steps 200 --disc_start 1 --language_temperature 3 --listen_share 0 \
+	  --init_from runs/codec_listen --num_workers 1 --seed 1 --checkpoint_dir runs/codec
 	$(BIN)/python train_codec.py --checkpoint_dir runs/codec --export checkpoints/tiny/codec
-	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 2.5 \
+	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 3.3 \
 	  --intents $(INTENTS) --exchanges archetypes --output_dir data/conversations/scripted
-	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 0.05 \
+	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 0.06 \
 	  --split validation --intents $(INTENTS) --exchanges archetypes \
 	  --output_dir data/conversations/scripted_validation
 	$(BIN)/python train_s2s.py --data_dirs data/conversations/scripted \
 	  data/conversations/scripted_validation --codec checkpoints/tiny/codec --preset tiny \
-	  --batch_size 8 --epoch_hours 2 --num_epochs 36 --lr 8e-4 --warmup_steps 100 \
-	  --listen_share 0.4 --depth_fraction 0.2 --emotion_drop 0.5 --acoustic_drop 0.7 \
-	  --vocab_size 1024 --num_workers 1 --seed 1 --checkpoint_dir runs/s2s
+	  --batch_size 8 --epoch_hours 2 --num_epochs 44 --lr 8e-4 --warmup_steps 100 \
+	  --listen_share 0.4 --depth_fraction 0.3 --emotion_drop 0.5 --acoustic_drop 0.8 \
+	  --agent_deaf 1 --vocab_size 640 --num_workers 1 --seed 1 --checkpoint_dir runs/s2s
 	$(BIN)/python train_s2s.py --checkpoint_dir runs/s2s --export checkpoints/tiny/s2s

@@ -3,8 +3,8 @@
 A hybrid with almost all arithmetic in matrix products: frames of 120 samples (200 Hz) → causal
 ConvNeXt blocks (Liu et al. 2022) → frames of 480 samples (50 Hz) → a causal sliding-window
 transformer → a split quantizer (Défossez et al. 2024, Moshi: a semantic codebook beside an
-acoustic residual VQ, Zeghidour et al. 2021) → the same, mirrored. The algorithmic latency is one
-frame, 20 ms.
+acoustic residual VQ, Zeghidour et al. 2021) → the same, mirrored. Beside it a branch of the encoder
+that hears words, from log-mel spectra, for codebook 0. The algorithmic latency is one frame, 20 ms.
 
 Inside the model tensors are channels-last, `[B, time, C]`.
 """
@@ -12,7 +12,8 @@ Inside the model tensors are channels-last, `[B, time, C]`.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,8 +35,11 @@ class CodecConfig:
     front_stride: int = 120  # samples a front frame: 200 Hz
     front_dim: int = 192
     encoder_front_blocks: int = 1
-    encoder_dim: int = 320
-    encoder_layers: int = 2
+    encoder_dim: int = 256
+    encoder_layers: int = 1
+    semantic_mels: int = 80  # bands that the branch for codebook 0 hears, every 10 ms
+    semantic_width: int = 256
+    semantic_layers: int = 2
     decoder_front_dim: int = 256
     decoder_front_blocks: int = 2
     decoder_dim: int = 320
@@ -68,7 +72,9 @@ class CodecConfig:
             front_dim=384,
             encoder_front_blocks=4,
             encoder_dim=512,
-            encoder_layers=6,
+            encoder_layers=4,
+            semantic_width=512,
+            semantic_layers=4,
             decoder_front_dim=512,
             decoder_front_blocks=6,
             decoder_dim=512,
@@ -203,20 +209,79 @@ class CausalChain(nn.ModuleList):
         return x
 
 
-def build_encoder(config: CodecConfig) -> CausalChain:
-    """Front frames of samples `[B, T / 120, 120]` → `[B, F, D]`."""
+class LogMel(nn.Module):
+    """Causal log-mel spectra of front frames `[B, T / 120, 120]` → `[B, T / 240, mels]`, 100 Hz.
+
+    Each is of the last 20 ms (Hann window). Words are easier to hear in them than in the waveform.
+    """
+
+    window, hop, floor = 480, 240, 1e-5
+
+    def __init__(self, sample_rate: int, mels: int) -> None:
+        super().__init__()
+        filters = torchaudio.functional.melscale_fbanks(
+            self.window // 2 + 1, 40.0, 8000.0, mels, sample_rate, norm="slaney"
+        )
+        self.register_buffer("filters", filters * 1000, persistent=False)
+        self.register_buffer("taper", torch.hann_window(self.window), persistent=False)
+
+    def init_state(self, batch_size: int) -> ConvState:
+        return ConvState(batch_size, 1, self.hop, self.filters.device, self.filters.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._spectra(F.pad(self._fold(x), (0, 0, 1, 0)))
+
+    def step(self, x: Tensor, state: ConvState, active: Tensor | None = None) -> Tensor:
+        return self._spectra(state.extend(self._fold(x), active))
+
+    def _fold(self, x: Tensor) -> Tensor:
+        return x.flatten(1).unflatten(1, (-1, self.hop))
+
+    def _spectra(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            frames = torch.cat((x[:, :-1], x[:, 1:]), dim=-1).float() * self.taper
+            power = torch.fft.rfft(frames).abs().square()
+            # About zero mean and unit deviation for speech.
+            return ((power @ self.filters + self.floor).log() + 4.0) / 4.0
+
+
+class Fork(nn.ModuleList):
+    """Causal branches over the same input, their outputs side by side: `[B, F, sum of widths]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self], dim=-1)
+
+    def init_state(self, batch_size: int) -> StreamState:
+        return StreamState([branch.init_state(batch_size) for branch in self])
+
+    def step(self, x: Tensor, state: StreamState, active: Tensor | None = None) -> Tensor:
+        parts = [b.step(x, s, active) for b, s in zip(self, state.layers, strict=True)]
+        return torch.cat(parts, dim=-1)
+
+
+def build_encoder(config: CodecConfig) -> Fork:
+    """Front frames of samples `[B, T / 120, 120]` → semantic and acoustic `[B, F, S + D]`.
+
+    Two branches that share nothing. In one trunk the phone loss, whose gradient is ten times that
+    of the balanced reconstruction, left the acoustic levels untaught; a shared front of the
+    waveform, its gradient scaled down, heard 31 % of phones.
+    """
     c = config
+    semantic = [
+        LogMel(c.sample_rate, c.semantic_mels),
+        FrameConv(c.semantic_mels, c.semantic_width, in_frames=c.hop // LogMel.hop),
+        StreamingTransformer(c.transformer(c.semantic_width, c.semantic_layers)),
+    ]
     front = [
         ConvNeXtBlock(c.front_dim, c.kernel, c.expansion) for _ in range(c.encoder_front_blocks)
     ]
-    return CausalChain(
-        [
-            FrameConv(c.front_stride, c.front_dim),
-            *front,
-            FrameConv(c.front_dim, c.encoder_dim, in_frames=c.hop // c.front_stride),
-            StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers)),
-        ]
-    )
+    acoustic = [
+        FrameConv(c.front_stride, c.front_dim),
+        *front,
+        FrameConv(c.front_dim, c.encoder_dim, in_frames=c.hop // c.front_stride),
+        StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers)),
+    ]
+    return Fork([CausalChain(semantic), CausalChain(acoustic)])
 
 
 def build_decoder(config: CodecConfig) -> CausalChain:
@@ -252,6 +317,14 @@ class Codebook(nn.Module):
         self.register_buffer("half_norms", torch.empty(size), persistent=False)
         self.register_load_state_dict_post_hook(lambda book, _: book.refresh())
         self.refresh()
+        self._is_initialised = False
+
+    @property
+    def is_initialised(self) -> bool:
+        """Whether the codes stand for data; until then training goes on unquantized."""
+        if not self._is_initialised:
+            self._is_initialised = bool(self.cluster_size.sum() > 0)
+        return self._is_initialised
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -361,19 +434,20 @@ class SplitQuantizer(nn.Module):
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         c = config
-        self.semantic_in = nn.Linear(c.encoder_dim, c.semantic_dim)
+        self.widths = (c.semantic_width, c.encoder_dim)
+        self.semantic_in = nn.Linear(c.semantic_width, c.semantic_dim)
         self.acoustic_in = nn.Linear(c.encoder_dim, c.acoustic_dim)
         dims = [c.semantic_dim] + [c.acoustic_dim] * (c.num_codebooks - 1)
         self.codebooks = nn.ModuleList(
             Codebook(size, dim, c.codebook_decay)
             for size, dim in zip(c.codebook_sizes, dims, strict=True)
         )
-        self._is_initialised = False
 
     def encode(self, hidden: Tensor, num_codebooks: int) -> Tensor:
-        """`[B, F, D]` → codes `[B, K, F]` int64."""
-        codes = [self.codebooks[0](self.semantic_in(hidden))]
-        residual = self.acoustic_in(hidden)
+        """`[B, F, S + D]` → codes `[B, K, F]` int64."""
+        semantic, acoustic = hidden.split(self.widths, dim=-1)
+        codes = [self.codebooks[0](self.semantic_in(semantic))]
+        residual = self.acoustic_in(acoustic)
         for codebook in self.codebooks[1:num_codebooks]:
             codes.append(codebook(residual))
             residual = residual - codebook.lookup(codes[-1])
@@ -390,71 +464,82 @@ class SplitQuantizer(nn.Module):
     def forward(self, hidden: Tensor, num_codebooks: Tensor) -> tuple[Tensor, Tensor, Quantized]:
         """Quantizes with gradients; sample `b` uses its first `num_codebooks[b]` codebooks."""
         used = torch.arange(len(self.codebooks), device=hidden.device) < num_codebooks[:, None]
+        semantic, acoustic = hidden.split(self.widths, dim=-1)
+        heard = self.hear(semantic)
         with torch.autocast(hidden.device.type, enabled=False):
-            semantic_in = self.semantic_in(hidden.float())
-            acoustic_in = self.acoustic_in(hidden.float())
-            semantic, acoustic, info = self._quantize(semantic_in, acoustic_in, used)
-            if not self.is_initialised:  # vectors pass as they are until there are codes for them
-                return semantic_in, acoustic_in, replace(info, commitment=0 * info.commitment)
-            return semantic, acoustic, info
+            acoustic, info = self._quantize_acoustic(self.acoustic_in(acoustic.float()), used)
+        info = Quantized(
+            features=acoustic,
+            semantic=heard.semantic,
+            codes=torch.cat((heard.codes, info.codes), dim=1),
+            commitment=(heard.commitment + info.commitment * (used.shape[1] - 1)) / used.shape[1],
+            residuals=[*heard.residuals, *info.residuals],
+            used=used,
+        )
+        return heard.semantic, acoustic, info
 
-    @property
-    def is_initialised(self) -> bool:
-        """Whether the codebooks stand for data; until then training goes on unquantized."""
-        if not self._is_initialised:
-            self._is_initialised = bool(self.codebooks[-1].cluster_size.sum() > 0)
-        return self._is_initialised
+    def hear(self, semantic: Tensor) -> Quantized:
+        """The semantic codebook alone, with gradients: `[B, F, S]` → codes `[B, 1, F]`."""
+        with torch.autocast(semantic.device.type, enabled=False):
+            vectors = self.semantic_in(semantic.float())
+            codebook = self.codebooks[0]
+            codes = codebook(vectors)
+            used = torch.ones(len(codes), 1, dtype=torch.bool, device=codes.device)
+            quantized, commitment = vectors, 0 * vectors.sum()
+            if codebook.is_initialised:  # vectors pass as they are until there are codes for them
+                chosen = codebook.lookup(codes)
+                commitment = F.mse_loss(vectors, chosen)
+                quantized = vectors + (chosen - vectors).detach()
+        residuals = [vectors.detach()]
+        return Quantized(quantized, quantized, codes[:, None], commitment, residuals, used)
 
-    def _quantize(self, semantic_in: Tensor, acoustic_in: Tensor, used: Tensor):
-        codes = [self.codebooks[0](semantic_in)]
-        semantic = self.codebooks[0].lookup(codes[0])
-        residuals = [semantic_in]
-        losses = [F.mse_loss(semantic_in, semantic)]
-        total = torch.zeros_like(acoustic_in)
+    def _quantize_acoustic(self, vectors: Tensor, used: Tensor) -> tuple[Tensor, Quantized]:
+        """The residual VQ over `[B, F, d]`; `used` `[B, K]` counts the semantic codebook too."""
+        codes, residuals, losses = [], [], []
+        total = torch.zeros_like(vectors)
         for k, codebook in enumerate(self.codebooks[1:], start=1):
-            residual = acoustic_in - total
+            residual = vectors - total
             codes.append(codebook(residual))
-            residuals.append(residual)
+            residuals.append(residual.detach())
             chosen = codebook.lookup(codes[-1])
             weight = used[:, k, None, None].float()
             distance = (residual - chosen).pow(2).mean((1, 2))
             losses.append((distance * weight[:, 0, 0]).sum() / used[:, k].sum().clamp(min=1))
             total = total + chosen * weight
-        semantic = semantic_in + (semantic - semantic_in).detach()
-        acoustic = acoustic_in + (total - acoustic_in).detach()
-        info = Quantized(
-            features=acoustic,
-            semantic=semantic,
-            codes=torch.stack(codes, dim=1),
-            commitment=torch.stack(losses).mean(),
-            residuals=[r.detach() for r in residuals],
-            used=used,
-        )
-        return semantic, acoustic, info
+        commitment = torch.stack(losses).mean()
+        quantized = vectors + (total - vectors).detach()
+        if not self.codebooks[-1].is_initialised:
+            quantized, commitment = vectors, 0 * commitment
+        codes = torch.stack(codes, dim=1)
+        return quantized, Quantized(quantized, quantized, codes, commitment, residuals, used)
 
-    def resume_from_codes(self) -> None:
-        """Lets training go on from codes whose statistics were not stored, as in an export."""
-        if not self.is_initialised:
-            for codebook in self.codebooks:
+    @property
+    def is_initialised(self) -> bool:
+        """Whether every codebook stands for data."""
+        return all(codebook.is_initialised for codebook in self.codebooks)
+
+    def resume_from_codes(self, stored: Collection[str]) -> None:
+        """Lets training go on from codes whose statistics are not among the tensors `stored` (names
+        within the quantizer), as in an export."""
+        for k, codebook in enumerate(self.codebooks):
+            names = {name for name in stored if name.startswith(f"codebooks.{k}.")}
+            if names and f"codebooks.{k}.cluster_size" not in names:
                 codebook.restart_statistics()
 
     @torch.no_grad()
     def update(self, info: Quantized, generator: torch.Generator) -> None:
-        """Moves the codebooks by one EMA step, or starts them by k-means the first time."""
-        if not self.is_initialised:
-            return self._initialise(info, generator)
-        for k, codebook in enumerate(self.codebooks):
-            candidates = gather_candidates(info.residuals[k])
-            mask = info.used[:, k]
-            x = info.residuals[k][mask].flatten(0, 1)
-            codebook.update(x, info.codes[mask, k].flatten(), candidates, generator)
-
-    def _initialise(self, info: Quantized, generator: torch.Generator) -> None:
-        semantic, residual = (gather_candidates(x) for x in info.residuals[:2])
-        self.codebooks[0].initialise(semantic, generator)
-        for codebook in self.codebooks[1:]:
-            codebook.initialise(residual, generator)
-            residual = residual - codebook.lookup(codebook(residual))
+        """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first."""
+        left = None  # what a codebook that has just started leaves for the next one
+        for k, residual in enumerate(info.residuals):
+            codebook, candidates = self.codebooks[k], gather_candidates(residual)
+            if codebook.is_initialised:
+                mask = info.used[:, k]
+                x = residual[mask].flatten(0, 1)
+                codebook.update(x, info.codes[mask, k].flatten(), candidates, generator)
+                continue
+            left = candidates if k < 2 else left
+            codebook.initialise(left, generator)
+            left = left - codebook.lookup(codebook(left))
 
 
 class Codec(nn.Module):
@@ -540,6 +625,10 @@ class Codec(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `[B, K, F]`, any K from 1 → audio `[B, 1, F * 480]` float32."""
         return self._synthesize(self._hidden(codes))
+
+    def hear(self, audio: Tensor) -> Quantized:
+        """The training pass of codebook 0 alone, many times cheaper than the whole."""
+        return self.quantizer.hear(self.encoder[0](self._frames(audio)))
 
     def forward(self, audio: Tensor, num_codebooks: Tensor) -> tuple[Tensor, Quantized]:
         """The training pass: `[B, 1, T]` (T a multiple of 480) → reconstruction, `Quantized`."""

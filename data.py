@@ -532,7 +532,7 @@ class WindowDataset(torch.utils.data.Dataset):
     A language is drawn with p ~ hours ** (1 / language_temperature), a clip by its length, a
     place in it evenly. Clips shorter than the window are padded with zeros at the end. Items:
     `audio` float32 `[1, T]`, `language`, `speaker` ("" where unknown), `phones` int64 `[F]`
-    (-100 where unknown).
+    (-100 where unknown). `augment` is the chance of each change of `augment()`.
 
     An unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another
     window is drawn; UserError after 100 such draws in a row.
@@ -545,7 +545,7 @@ class WindowDataset(torch.utils.data.Dataset):
         seed: int = 0,
         epoch_items: int = 1000,
         language_temperature: float = 1.0,
-        augment: bool = False,
+        augment: float = 0.0,
         phone_ids: dict[str, int] | None = None,
         unreadable_log: str | Path | None = None,
     ) -> None:
@@ -585,7 +585,7 @@ class WindowDataset(torch.utils.data.Dataset):
         for _ in range(100):
             # Every try draws from the same generator: bad files stay part of what is repeatable.
             which = self._draw_clip(rng)
-            place, speed = rng.random(), draw_speed(rng)
+            place, speed = rng.random(), draw_speed(rng, self.augment)
             if self._bad[which]:
                 continue
             try:
@@ -602,7 +602,7 @@ class WindowDataset(torch.utils.data.Dataset):
         return int(members[min(at, len(members) - 1)])
 
     def _window(self, clip: Clip, place: float, speed: float, rng: np.random.Generator) -> dict:
-        augmented = self.augment and not clip.augmented
+        augmented = self.augment > 0 and not clip.augmented
         speed = speed if augmented else 1.0
         seconds = self.samples / SAMPLE_RATE * speed
         start = place * max(clip.duration - seconds, 0.0)
@@ -610,7 +610,7 @@ class WindowDataset(torch.utils.data.Dataset):
         if not len(audio):
             raise AudioError(f"{clip.path}: shorter than its manifest says; fetch it again")
         if augmented:
-            audio = _augment_in_place_of_time(audio, rng, SAMPLE_RATE, probability=0.3)
+            audio = _augment_in_place_of_time(audio, rng, SAMPLE_RATE, self.augment)
         frames = math.ceil(self.samples / HOP)
         end = start + len(audio) / SAMPLE_RATE * speed if len(audio) < self.samples else None
         labels = frame_labels(clip.phones, self.phone_ids, frames, start, speed, end)

@@ -18,9 +18,9 @@ Judges of the audio, by `--judge auto` the first of them that can be trusted: a 
 (Whisper, English, given by `--whisper`), a phone recogniser (`hama`), and templates (`dtw`), which
 tell whole replies apart by their sound but do not understand a word. Each is judged first, on the
 taught replies as the agent's own voice says them at another speed than it learnt them by, `clean`
-and through the codec (`coded`). One that finds fewer than 80 % of either cannot be trusted; with
-none, the text's figure stands alone. A recogniser that is deaf to coded replies says as much about
-the codec as about itself.
+and through the codec (`coded`), by the very rule it judges by. One that finds fewer than 80 % of
+either cannot be trusted; with none, the text's figure stands alone. A recogniser that is deaf to
+coded replies says as much about the codec as about itself.
 
 The last line of stdout is the summary as JSON; `--output` also holds every turn.
 """
@@ -492,10 +492,15 @@ class Ear:
 
     def right(self, audio: np.ndarray, reply: str) -> bool:
         """Whether what is heard in audio `[T]` is nearest to `reply`, and near."""
-        heard = self.judge.hear(audio)
-        if nearest(heard, self.templates, self.judge.distance) != reply:
-            return False
-        return self.judge.distance(heard, self.templates[reply]) < MAX_HEARD_ERROR
+        return finds(self.judge, self.templates, audio, reply)
+
+
+def finds(judge: Judge, templates: dict[str, Sequence], audio: np.ndarray, reply: str) -> bool:
+    """The rule by which a reply is right by ear, and by which the judge itself is examined."""
+    heard = judge.hear(audio)
+    if nearest(heard, templates, judge.distance) != reply:
+        return False
+    return judge.distance(heard, templates[reply]) < MAX_HEARD_ERROR
 
 
 def choose_judges(
@@ -539,8 +544,8 @@ def train_ears(
         templates = {t: judge.expects(t, a) for t, a in zip(texts, audio, strict=True)}
         shares = []
         for sounds in (clean, coded):
-            found = [nearest(judge.hear(a), templates, judge.distance) for a in sounds]
-            shares.append(float(np.mean([f == t for f, t in zip(found, asked, strict=True)])))
+            found = [finds(judge, templates, a, t) for a, t in zip(sounds, asked, strict=True)]
+            shares.append(float(np.mean(found)))
         ears.append(Ear(judge, templates, *shares))
     return ears
 

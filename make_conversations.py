@@ -80,6 +80,7 @@ MAX_PITCH_RANGE = {"agent": 1.4, "user": 1.1}
 # Timing in seconds, chances in [0, 1].
 LEAD_IN = (0.2, 1.5)
 ANSWER_GAP = (0.08, 0.24)
+AGENT_TICK = 0.04  # seconds: a patch of train_s2s.py
 EXCHANGE_GAP = (0.3, 1.5)
 LONG_GAP = (3.0, 8.0)
 OVERLAP = (0.05, 0.2)  # the user starts on the agent's last syllable
@@ -658,6 +659,9 @@ def lay_out(turns: Sequence[PlannedTurn], takes: Sequence[Take]) -> list[_Placed
                 _place_inside(placed, last, *pending)
             start = max(start, last.start + 0.1)
         pending = None
+        if turn.who == "agent":
+            earliest = clock + ANSWER_GAP[0]
+            start = take.onset + _on_the_tick(start - take.onset, earliest - take.onset)
         if turn.pause is not None:
             take = insert_pause(take, *turn.pause)
         last = _Placed(turn, take, start)
@@ -666,6 +670,15 @@ def lay_out(turns: Sequence[PlannedTurn], takes: Sequence[Take]) -> list[_Placed
     if pending is not None and last is not None:
         _place_inside(placed, last, *pending)
     return sorted(placed, key=lambda p: p.start)
+
+
+def _on_the_tick(start: float, earliest: float) -> float:
+    """The agent's tick at or before `start` (s), but none before `earliest`.
+
+    The same reply is then the same codes each time, as the agent begins on a tick in a call too.
+    """
+    ticks = math.floor(start / AGENT_TICK + 1e-6)
+    return AGENT_TICK * max(ticks, math.ceil(earliest / AGENT_TICK - 1e-6))
 
 
 def _place_inside(placed: list[_Placed], agent: _Placed, turn: PlannedTurn, take: Take) -> None:

@@ -27,6 +27,7 @@ from transformer import StreamingTransformer, TransformerConfig, TransformerStat
 
 PAD = 0  # text id of "no token in this patch"
 IGNORE = -100  # a label that is not known
+MAX_AGE = 31  # patches since the last token, beyond which it is just long ago
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,14 @@ class S2SConfig:
     num_layers: int = 6
     num_heads: int = 4
     context: int = 200  # attention window in patches
+    dropout: float = 0.1  # of the temporal transformer, in training
     depth_dim: int = 128
     depth_layers: int = 2
     depth_heads: int = 4
     code_dim: int = 64  # width of the factorised code tables
+    hear_self: bool = True  # whether the agent's own last codes are heard, or its words alone
     phones: tuple[str, ...] = ()  # what the listening head names; phones[0] is silence
-    listen_delay: int = 2  # patches by which the listening head follows the user
+    listen_delay: int = 2  # patches by which the heads for phones and words follow the user
     languages: tuple[str, ...] = ("english", "hindi", "telugu")
     emotions: tuple[str, ...] = (
         "neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm",
@@ -76,6 +79,7 @@ class S2SConfig:
         sizes = {
             "vocab_size": 32_000, "dim": 1024, "num_layers": 20, "num_heads": 16, "context": 1500,
             "depth_dim": 512, "depth_layers": 6, "depth_heads": 8, "code_dim": 128,
+            "dropout": 0.0,
         }  # fmt: skip
         return cls(**{**sizes, **changes})
 
@@ -104,7 +108,7 @@ class S2SConfig:
 class Sampling:
     """How text and codes are drawn; a temperature of 0 takes the likeliest."""
 
-    temperature: float = 0.7
+    temperature: float = 0.3
     top_k: int = 25
     text_temperature: float = 0.5
     text_top_k: int = 10
@@ -120,8 +124,9 @@ class Batch:
 
     `user_codes`, `agent_codes` `[B, P, p, K]` int64 (`IGNORE` where there is none), `text`
     `[B, P]` (`PAD` or a token), `agent_emotion` `[B, P]` and `language` `[B]` as inputs (0: not
-    told), and the labels: `user_speaking`, `turn_end`, `user_emotion`, `language_label` `[B, P]`,
-    `user_phones` `[B, P, p]`. `valid` `[B, P]` bool: not padding.
+    told), `agent_speaking` `[B, P]` bool, and the labels: `user_speaking`, `turn_end`,
+    `user_emotion`, `language_label` `[B, P]`, `user_words` `[B, P]` (`PAD` or a token of a word
+    that has ended), `user_phones` `[B, P, p]`. `valid` `[B, P]` bool: not padding.
     """
 
     user_codes: Tensor
@@ -129,10 +134,12 @@ class Batch:
     text: Tensor
     agent_emotion: Tensor
     language: Tensor
+    agent_speaking: Tensor
     user_speaking: Tensor
     turn_end: Tensor
     user_emotion: Tensor
     language_label: Tensor
+    user_words: Tensor
     user_phones: Tensor
     valid: Tensor
 
@@ -146,8 +153,9 @@ class StepOutput:
     """One patch of one tick, for every slot.
 
     `agent_codes` `[B, K, p]`, `text` `[B]`; what is heard of the user: `user_speaking`, `turn_end`
-    `[B]` and `user_emotion` `[B, 8]`, `language` `[B, 3]` as probabilities, `user_phones`
-    `[B, p, n]` logits of the phones of `listen_delay` patches ago.
+    `[B]` and `user_emotion` `[B, 8]`, `language` `[B, 3]` as probabilities, `user_words` `[B]` the
+    likeliest token of a word that ended `listen_delay` patches ago, or `PAD`, `user_phones`
+    `[B, p, n]` logits of the phones of then.
     """
 
     agent_codes: Tensor
@@ -156,11 +164,16 @@ class StepOutput:
     turn_end: Tensor
     user_emotion: Tensor
     language: Tensor
+    user_words: Tensor
     user_phones: Tensor
 
 
 class S2SState:
-    """A call's state: the temporal cache and the last patch, one row a slot, changed in place."""
+    """A call's state: the temporal cache and what the agent said last, one row a slot, in place.
+
+    `agent` `[B, p, K]` its last patch, `text` `[B]` its last token that is not `PAD`, `age` `[B]`
+    the patches since then.
+    """
 
     def __init__(self, model: S2S, batch_size: int, seed: int) -> None:
         c, device = model.config, model.text_embedding.weight.device
@@ -170,6 +183,7 @@ class S2SState:
             (batch_size, c.frames_per_step, c.num_codebooks), IGNORE, device=device
         )
         self.text = torch.full((batch_size,), PAD, device=device)
+        self.age = torch.full((batch_size,), MAX_AGE, device=device)
         # Semantic codes that wait for the acoustic ones of their frame.
         self.delayed = torch.full((batch_size, c.acoustic_delay), IGNORE, device=device)
         self.generator = torch.Generator(device).manual_seed(seed)
@@ -181,34 +195,32 @@ class S2SState:
         mask = everyone if mask is None else mask
         self.agent.masked_fill_(mask[:, None, None], IGNORE)
         self.text.masked_fill_(mask, PAD)
+        self.age.masked_fill_(mask, MAX_AGE)
         self.delayed.masked_fill_(mask[:, None], IGNORE)
 
 
-class CodeEmbedding(nn.Module):
-    """A patch of codes `[..., p, K]` → `[..., D]`.
+class CodeTables(nn.Module):
+    """A narrow table a codebook: codes `[..., K]` → `[..., K, d]`.
 
-    Factorised: a narrow table a codebook, then one projection of the concatenation, which is a
-    projection of its own for every frame slot and level, so that the order of frames is heard.
-    The last row of each table stands for "no code".
+    One set for both speakers and for the depth transformer: a code sounds the same whoever says
+    it. The last row of each table stands for "no code".
     """
 
-    def __init__(self, config: S2SConfig, dim: int) -> None:
+    def __init__(self, config: S2SConfig) -> None:
         super().__init__()
         self.sizes = config.codebook_sizes
         self.tables = nn.ModuleList(nn.Embedding(n + 1, config.code_dim) for n in self.sizes)
-        width = config.frames_per_step * config.num_codebooks * config.code_dim
-        self.project = nn.Linear(width, dim, bias=False)
 
-    def table(self, codes: Tensor, level: int) -> Tensor:
-        codes = torch.where(codes < 0, self.sizes[level], codes)
-        return self.tables[level](codes)
+    def level(self, codes: Tensor, level: int) -> Tensor:
+        """Codes `[...]` of one level → `[..., d]`."""
+        return self.tables[level](torch.where(codes < 0, self.sizes[level], codes))
 
     def forward(self, codes: Tensor) -> Tensor:
-        parts = [self.table(codes[..., k], k) for k in range(len(self.sizes))]  # [..., p, d] each
-        return self.project(torch.stack(parts, dim=-2).flatten(-3))
+        levels = range(len(self.sizes))
+        return torch.stack([self.level(codes[..., k], k) for k in levels], dim=-2)
 
     @torch.no_grad()
-    def set_tables(self, codebooks: Sequence[Tensor]) -> None:
+    def start_from(self, codebooks: Sequence[Tensor]) -> None:
         """Starts from the codec's own vectors: neighbouring codes sound alike from step 1 on."""
         for table, vectors in zip(self.tables, codebooks, strict=False):
             if vectors.shape[1] == table.embedding_dim:
@@ -249,12 +261,19 @@ class S2S(nn.Module):
         self.config = c
         self.tokenizer: Tokenizer | None = None
         self.text_embedding = nn.Embedding(c.vocab_size, c.dim)
-        self.agent_embedding = CodeEmbedding(c, c.dim)
-        self.user_embedding = CodeEmbedding(c, c.dim)
+        self.age_embedding = nn.Embedding(MAX_AGE + 1, c.dim)
+        # A projection of the concatenated codes is one of its own for every frame slot and level,
+        # so that the order of frames is heard.
+        self.code_tables = CodeTables(c)
+        patch_width = c.frames_per_step * c.num_codebooks * c.code_dim
+        self.agent_projection = (
+            nn.Linear(patch_width, c.dim, bias=False) if c.hear_self else None
+        )
+        self.user_projection = nn.Linear(patch_width, c.dim, bias=False)
         self.emotion_embedding = nn.Embedding(len(c.emotions) + 1, c.dim)  # 0: not told
         self.language_embedding = nn.Embedding(len(c.languages) + 1, c.dim)  # 0: not told
         self.temporal = StreamingTransformer(
-            TransformerConfig(c.dim, c.num_layers, c.num_heads, c.context)
+            TransformerConfig(c.dim, c.num_layers, c.num_heads, c.context, dropout=c.dropout)
         )
         self.text_head = nn.Linear(c.dim, c.vocab_size)
         heads = {
@@ -265,9 +284,10 @@ class S2S(nn.Module):
             "user_phones": c.frames_per_step * max(1, len(c.phones)),
         }
         self.heads = nn.ModuleDict({name: nn.Linear(c.dim, size) for name, size in heads.items()})
+        # What the user says is read with the same vocabulary as what the agent says.
+        self.words_projection = nn.Linear(c.dim, c.dim)
         self.schedule = c.depth_schedule()
         self.depth_text = nn.Embedding(c.vocab_size, c.depth_dim)
-        self.depth_tables = nn.ModuleList(nn.Embedding(n, c.code_dim) for n in c.codebook_sizes)
         self.depth_context = nn.ModuleList(nn.Linear(c.dim, c.depth_dim) for _ in self.schedule)
         self.depth_input = nn.ModuleList(
             nn.Linear(len(places) * c.code_dim, c.depth_dim, bias=False)
@@ -311,22 +331,20 @@ class S2S(nn.Module):
             first = str(error).splitlines()[-1].strip()
             raise UserError(f"{path}: weights do not fit the config: {first}") from error
 
-    @torch.no_grad()
-    def set_code_tables(self, codebooks: Sequence[Tensor]) -> None:
-        """Starts all code embeddings from the codec's codebooks `[size, d]` where widths agree."""
-        self.agent_embedding.set_tables(codebooks)
-        self.user_embedding.set_tables(codebooks)
-        for table, source in zip(self.depth_tables, self.agent_embedding.tables, strict=True):
-            table.weight.copy_(source.weight[:-1])
-
     # -- training ------------------------------------------------------------------------------
 
-    def _temporal_input(self, text, agent, user, emotion, language) -> Tensor:
-        """Sum of embeddings: last text `[B, P]`, last agent patch and this user patch
-        `[B, P, p, K]`, emotion `[B, P]`, language `[B]` → `[B, P, D]`."""
-        x = self.agent_embedding(agent) + self.user_embedding(user)
-        x = x + self.text_embedding(text) + self.emotion_embedding(emotion)
-        return x + self.language_embedding(language)[:, None]
+    def _temporal_input(self, text, age, agent, user, emotion, language) -> Tensor:
+        """Sum of embeddings: last token said and its age `[B, P]`, last agent patch and this user
+        patch `[B, P, p, K]`, emotion `[B, P]`, language `[B]` → `[B, P, D]`.
+
+        The last token, not the last patch's (mostly `PAD`): where the agent is in its sentence
+        must not hang on how well it hears its own voice.
+        """
+        x = self.user_projection(self.code_tables(user).flatten(-3))
+        if self.agent_projection is not None:
+            x = x + self.agent_projection(self.code_tables(agent).flatten(-3))
+        x = x + self.text_embedding(text) + self.age_embedding(age)
+        return x + self.emotion_embedding(emotion) + self.language_embedding(language)[:, None]
 
     def hidden(self, batch: Batch, said: Tensor | None = None) -> Tensor:
         """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t.
@@ -335,15 +353,18 @@ class S2S(nn.Module):
         """
         said = batch.agent_codes if said is None else said
         agent = F.pad(said[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
-        text = F.pad(batch.text[:, :-1], (1, 0), value=PAD)
-        x = self._temporal_input(text, agent, batch.user_codes, batch.agent_emotion, batch.language)
-        return self.temporal(x)
+        text, age = last_tokens(F.pad(batch.text[:, :-1], (1, 0), value=PAD))
+        emotion, language = batch.agent_emotion, batch.language
+        return self.temporal(
+            self._temporal_input(text, age, agent, batch.user_codes, emotion, language)
+        )
 
     def listen(self, hidden: Tensor) -> dict[str, Tensor]:
         """Logits of the heads, `[B, P, n]`; `user_phones` `[B, P, p, n]`."""
         logits = {name: head(hidden) for name, head in self.heads.items()}
         phones = logits["user_phones"].unflatten(-1, (self.config.frames_per_step, -1))
-        return {**logits, "user_phones": phones}
+        words = self.text_head(self.words_projection(hidden))
+        return {**logits, "user_phones": phones, "user_words": words}
 
     def depth_logits(self, hidden: Tensor, text: Tensor, codes: Tensor) -> list[list[Tensor]]:
         """Teacher-forced logits of patches.
@@ -366,7 +387,7 @@ class S2S(nn.Module):
 
     def _depth_codes(self, codes: Tensor, step: int) -> Tensor:
         """Embeds the codes `[N, p, K]` that depth step `step` wrote → `[N, depth_dim]`."""
-        parts = [self.depth_tables[k](codes[:, f, k]) for f, k in self.schedule[step]]
+        parts = [self.code_tables.level(codes[:, f, k], k) for f, k in self.schedule[step]]
         return self.depth_input[step](torch.cat(parts, dim=-1))
 
     def losses(
@@ -386,15 +407,13 @@ class S2S(nn.Module):
         hidden = self.hidden(batch, said)
         logits = self.listen(hidden)
         losses, metrics = listening_losses(logits, batch)
-        text_logits = self.text_head(hidden)
         text = torch.where(batch.valid, batch.text, IGNORE)
-        weights = torch.ones(self.config.vocab_size, device=text.device)
-        weights[PAD] = 1.0 / text_weight
-        losses["text"] = F.cross_entropy(
-            text_logits.flatten(0, 1).float(), text.flatten(), weights, ignore_index=IGNORE
-        )
-        spoken = text > PAD
-        metrics["text_accuracy"] = accuracy(text_logits, torch.where(spoken, text, IGNORE))
+        read = {"text": (self.text_head(hidden), text)}
+        read["user_words"] = (logits["user_words"], batch.user_words)
+        for name, (scores, labels) in read.items():
+            losses[name] = token_loss(scores, labels, text_weight)
+            spoken = torch.where(labels > PAD, labels, IGNORE)
+            metrics[f"{name}_accuracy"] = accuracy(scores, spoken)
         if depth_patches is not None:
             chosen = depth_patches & batch.valid
             targets = batch.agent_codes[chosen]
@@ -436,6 +455,7 @@ class S2S(nn.Module):
         none = torch.zeros_like(state.text)
         x = self._temporal_input(
             state.text[:, None],
+            state.age[:, None],
             state.agent[:, None],
             user_codes.transpose(1, 2)[:, None],
             (none if emotion is None else emotion)[:, None],
@@ -463,6 +483,7 @@ class S2S(nn.Module):
             turn_end=listened["turn_end"][:, 0, 0].sigmoid(),
             user_emotion=listened["user_emotion"][:, 0].softmax(-1),
             language=listened["language"][:, 0].softmax(-1),
+            user_words=listened["user_words"][:, 0].argmax(-1),
             user_phones=listened["user_phones"][:, 0],
         )
 
@@ -486,12 +507,16 @@ class S2S(nn.Module):
         aligned = codes.clone()
         aligned[:, :, 0] = semantic[:, : codes.shape[1]].clamp(min=0)
         waiting = semantic[:, codes.shape[1] :]
+        age = torch.where(text != PAD, 0, (state.age + 1).clamp(max=MAX_AGE))
+        text = torch.where(text != PAD, text, state.text)
         if active is not None:
             codes = torch.where(active[:, None, None], codes, state.agent)
             text = torch.where(active, text, state.text)
+            age = torch.where(active, age, state.age)
             waiting = torch.where(active[:, None], waiting, state.delayed)
         state.agent.copy_(codes)
         state.text.copy_(text)
+        state.age.copy_(age)
         state.delayed.copy_(waiting)
         return aligned
 
@@ -520,6 +545,27 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     logits, labels = logits.flatten(0, -2).float(), labels.flatten()
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+def token_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """Weighted mean cross-entropy of tokens `[B, P]`, one counting `weight` times a `PAD`."""
+    weights = torch.ones(logits.shape[-1], device=logits.device)
+    weights[PAD] = 1.0 / weight
+    counted = torch.where(labels == IGNORE, 0.0, weights[labels.clamp(min=0)])
+    raw = F.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
+    )
+    return (raw * counted.flatten()).sum() / counted.sum().clamp(min=1e-6)
+
+
+def last_tokens(text: Tensor) -> tuple[Tensor, Tensor]:
+    """For each patch of `[B, P]` the last token up to it (`PAD` before the first), and the
+    patches since it, at most `MAX_AGE`."""
+    places = torch.arange(text.shape[1], device=text.device)
+    last = torch.where(text != PAD, places, -1).cummax(dim=1).values
+    held = torch.where(last < 0, PAD, text.gather(1, last.clamp(min=0)))
+    age = torch.where(last < 0, MAX_AGE, (places - last).clamp(max=MAX_AGE))
+    return held, age
 
 
 def listening_losses(
@@ -552,19 +598,54 @@ def depth_losses(depth: list[list[Tensor]], schedule, targets: Tensor) -> dict[s
     return {name: torch.stack(values).mean() for name, values in parts.items()}
 
 
-def corrupt(codes: Tensor, generator: torch.Generator, acoustic: float, frames: float) -> Tensor:
-    """User codes `[B, P, p, K]` with parts gone, so that unheard voices and rooms make sense.
+def corrupt(
+    codes: Tensor,
+    generator: torch.Generator,
+    acoustic: float,
+    frames: float,
+    everything: float = 0.0,
+) -> Tensor:
+    """Codes `[B, P, p, K]` with parts gone, so that unheard voices and rooms make sense.
 
     With probability `acoustic` a sequence keeps only its first few levels (at least the semantic
-    one); each frame loses all its codes with probability `frames`.
+    one), with probability `everything` it keeps none; each frame loses all its codes with
+    probability `frames`.
     """
     batch, _, _, levels = codes.shape
     keep = torch.randint(1, levels + 1, (batch,), generator=generator)
     dropped = torch.rand(batch, generator=generator) < acoustic
-    keep = torch.where(dropped, keep, levels).to(codes.device)
+    keep = torch.where(dropped, keep, levels)
+    deaf = torch.rand(batch, generator=generator) < everything
+    keep = torch.where(deaf, 0, keep).to(codes.device)
     gone = torch.arange(levels, device=codes.device) >= keep[:, None]
     lost = torch.rand(codes.shape[:3], generator=generator).to(codes.device) < frames
     return codes.masked_fill(gone[:, None, None] | lost[..., None], IGNORE)
+
+
+def code_neighbours(codebooks: Sequence[Tensor], count: int = 8) -> Tensor:
+    """The nearest other codes of each, nearest first: codebooks `[n, d]` → `[K, n, count]`.
+
+    Codebooks smaller than the largest are filled up with code 0.
+    """
+    size = max(len(book) for book in codebooks)
+    table = torch.zeros(len(codebooks), size, count, dtype=torch.long)
+    for k, book in enumerate(codebooks):
+        near = torch.cdist(book.float(), book.float()).fill_diagonal_(float("inf"))
+        near = near.topk(min(count, len(book) - 1), largest=False).indices
+        table[k, : len(book)] = near[:, torch.arange(count) % near.shape[1]]
+    return table
+
+
+def blur(codes: Tensor, neighbours: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Codes `[..., K]` of which a `share` is replaced by one of its neighbours `[K, n, count]`.
+
+    As the same sound in another voice would be heard.
+    """
+    hit = torch.rand(codes.shape, generator=generator).to(codes.device) < share
+    which = torch.randint(neighbours.shape[-1], codes.shape, generator=generator)
+    levels = torch.arange(codes.shape[-1], device=codes.device)
+    others = neighbours[levels, codes.clamp(min=0), which.to(codes.device)]
+    return torch.where(hit & (codes >= 0), others, codes)
 
 
 def delay_acoustic(codes: Tensor, delay: int) -> Tensor:

@@ -290,15 +290,16 @@ def _order(item: Request) -> _Order:
         raise UserError(f"no emotion {item.emotion!r}: emotions are {', '.join(STYLES)}")
     _espeak_language(item.language)
     voice, style = item.voice, STYLES[item.emotion]
-    jitter = np.ones(3)
+    jitter = np.ones(4)
     if voice.role == "user":
         rng = np.random.default_rng([item.seed & 0xFFFFFFFF, len(item.text)])
-        jitter = np.exp(rng.normal(0.0, (0.05, 0.12, 0.06)).clip(-0.25, 0.25))
+        jitter = np.exp(rng.normal(0.0, (0.05, 0.12, 0.06, 0.03)).clip(-0.25, 0.25))
     return _Order(
         text=clean_text(item.text),
         language=item.language,
         name=voice.name,
-        formant=voice.formant,
+        # Held-out speakers keep their own head; more heads than there are voices help to train.
+        formant=float(voice.formant * (jitter[3] if voice.split == "train" else 1.0)),
         pitch=float(voice.pitch * style.pitch * jitter[0]),
         pitch_range=float(voice.pitch_range * style.pitch_range * jitter[1]),
         rate=float(np.clip(voice.rate * style.rate * item.speed * jitter[2], 0.5, 2.0)),

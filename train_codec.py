@@ -6,7 +6,8 @@
         --num_workers 12
 
 The same command goes on from the last complete checkpoint. An epoch is `--epoch_hours` of audio
-drawn at random. Under `torchrun` the ranks share the batch.
+drawn at random. Under `torchrun` the ranks share the batch. The first `--listen_share` of the steps
+teaches the encoder's branch for words alone, which costs a fifth as much; then the rest joins.
 """
 
 from __future__ import annotations
@@ -72,11 +73,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--window_seconds", type=whole_frames, default=2.0, help="length of a clip")
     more.add_argument("--language_temperature", type=float, default=2.0, help="1: by hours")
     more.add_argument("--commercial_only", action="store_true", help="skip non-commercial audio")
+    more.add_argument("--augment_share", type=float, default=0.3, help="chance of each change")
     more.add_argument("--no_augment", action="store_true", help="train on the audio as it is")
+    more.add_argument("--listen_share", type=float, default=0.1, help="of the steps: phones alone")
+    more.add_argument("--decoder_only", action="store_true", help="keep every code as it is")
     more.add_argument("--disc_start", type=float, default=0.1, help="share of the steps; 1: no GAN")
     more.add_argument("--full_rate", type=float, default=0.7, help="share that uses all codebooks")
     more.add_argument("--commitment_weight", type=float, default=0.25)
-    more.add_argument("--phone_weight", type=float, default=6.0)
+    more.add_argument("--phone_weight", type=float, default=1.0)
     more.add_argument("--quantizer_start", type=int, default=200, help="steps before k-means")
     more.add_argument("--warmup_steps", type=int, default=500)
     training.add_run_flags(more)
@@ -116,7 +120,9 @@ def training_losses(model: Codec, mel: MelLoss, audio: Tensor, counts: Tensor):
     return estimate, info, {"mel": mel(estimate, audio), "waveform": waveform_loss(estimate, audio)}
 
 
-def seconds_per_step(model: Codec, mel: MelLoss, args, device: torch.device) -> float:
+def seconds_per_step(
+    model: Codec, mel: MelLoss, args, device: torch.device, listening: bool
+) -> float:
     """The median of three steps on noise, without any update: the estimate before step 1."""
     samples = int(args.window_seconds * SAMPLE_RATE) // model.config.hop * model.config.hop
     audio = 0.05 * torch.randn(args.batch_size, 1, samples, device=device)
@@ -124,8 +130,12 @@ def seconds_per_step(model: Codec, mel: MelLoss, args, device: torch.device) -> 
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        _, info, losses = training_losses(model, mel, audio, counts)
-        (sum(losses.values()) + info.commitment).backward()
+        if listening:
+            info = model.hear(audio)
+            info.semantic.square().mean().backward()
+        else:
+            _, info, losses = training_losses(model, mel, audio, counts)
+            (sum(losses.values()) + info.commitment).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
@@ -168,24 +178,25 @@ def codebook_metrics(info) -> dict[str, float]:
     """Perplexity (in codes) of the semantic and the acoustic codebooks in this batch."""
     values = {}
     for name, codes in (("semantic", info.codes[:, :1]), ("acoustic", info.codes[:, 1:])):
+        if not codes.numel():
+            continue
         shares = [c.flatten().bincount().float() / c.numel() for c in codes.unbind(1)]
         entropies = [-(s[s > 0] * s[s > 0].log()).sum() for s in shares]
         values[f"perplexity_{name}"] = float(torch.stack(entropies).exp().mean())
     return values
 
 
-def describe(args, model: Codec, clips: list[Clip], seconds: float, steps: int) -> None:
-    """What the user reads before step 1."""
+def describe(args, model: Codec, clips: list[Clip], total: float, steps: int) -> None:
+    """What the user reads before step 1; `total` is the estimate in hours."""
     config = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     hours = ", ".join(f"{name} {h:.1f} h" for name, h in hours_by_language(clips).items())
     labelled = sum(c.duration for c in clips if c.phones) / 3600
-    total = steps * seconds / 3600
     price = ""
     if next(model.parameters()).is_cuda:
         price = f" = {training.format_dollars(total * args.usd_per_hour)}"
     epoch_hours = steps / args.num_epochs * args.batch_size * args.window_seconds / 3600
-    rate = args.batch_size * args.window_seconds / seconds
+    rate = args.num_epochs * epoch_hours / total
     print(
         f"preset {args.preset}: codec {parameters:.1f}M parameters, "
         f"{config.num_codebooks} codebooks, device {next(model.parameters()).device}\n"
@@ -238,7 +249,7 @@ def main() -> None:
         args.seed,
         steps_per_epoch * args.batch_size,
         args.language_temperature,
-        not args.no_augment,
+        0.0 if args.no_augment else args.augment_share,
         phone_ids,
         unreadable,
     )
@@ -256,9 +267,17 @@ def main() -> None:
     ).to(device)
     mel = MelLoss(config.sample_rate).to(device)
     if args.init_from and checkpoint is None:
-        training.inherit_weights(model, args.init_from)
-        model.quantizer.resume_from_codes()
-    generator_parameters = [*model.parameters(), *head.parameters()]
+        inherited = training.inherit_weights(model, args.init_from)
+        prefix = "quantizer."
+        model.quantizer.resume_from_codes(
+            [name.removeprefix(prefix) for name in inherited if name.startswith(prefix)]
+        )
+    if args.decoder_only:  # a better voice for an LM that was trained on these codes
+        if checkpoint is None and not args.init_from:
+            raise UserError("--decoder_only needs --init_from, the codec whose codes are kept")
+        for part in (model.encoder, model.quantizer, head):
+            part.requires_grad_(False)
+    generator_parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(
         generator_parameters, args.gen_lr, (0.8, 0.99), fused=True, weight_decay=0.01
     )
@@ -294,9 +313,12 @@ def main() -> None:
         step, epoch, consumed = (checkpoint.trainer[k] for k in ("step", "epoch", "consumed"))
         best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
 
+    listen_steps = 0 if args.decoder_only else int(args.listen_share * total_steps)
     if process.is_main:
-        seconds = seconds_per_step(model, mel, args, device)
-        describe(args, model, clips, seconds, total_steps)
+        total = (total_steps - listen_steps) * seconds_per_step(model, mel, args, device, False)
+        if listen_steps:
+            total += listen_steps * seconds_per_step(model, mel, args, device, True)
+        describe(args, model, clips, total / 3600, total_steps)
         if checkpoint is not None:
             print(f"resuming {checkpoint.path} at step {step}", flush=True)
     metrics = None
@@ -336,8 +358,12 @@ def main() -> None:
         ).to(device)
 
         # Generator: balanced losses on the waveform, the rest beside them.
-        estimate, info, losses = training_losses(model, mel, audio, counts)
-        adversarial = step >= disc_start
+        listening = step < listen_steps
+        adversarial = not listening and step >= disc_start
+        if listening:
+            info, losses = model.hear(audio), {}
+        else:
+            estimate, info, losses = training_losses(model, mel, audio, counts)
         if adversarial:
             fake_logits, fake_features = disc(estimate)
             with torch.no_grad():
@@ -347,12 +373,18 @@ def main() -> None:
         phones, phone_accuracy = phone_loss(head(info.semantic), labels)
         others = args.commitment_weight * info.commitment + args.phone_weight * phones
         optimizer.zero_grad(set_to_none=True)
-        shares = balancer.backward(losses, estimate, others)
+        shares = {}
+        if listening:
+            others.backward()
+        else:
+            shares = balancer.backward(losses, estimate, others)
         training.average_gradients(generator_parameters)
         norm = nn.utils.clip_grad_norm_(generator_parameters, args.grad_clip)
         if guard.check((sum(losses.values()) + others).detach(), norm):
             optimizer.step()
-            if step >= args.quantizer_start:
+            # Each part is quantized once its vectors have settled a little.
+            settled = step - (0 if listening else listen_steps) >= args.quantizer_start
+            if settled and not args.decoder_only:
                 model.quantizer.update(info, training.keyed_generator(args.seed, step, 1 << 20))
 
         # Discriminator, on the same reconstruction.
@@ -383,8 +415,9 @@ def main() -> None:
             row |= {"unreadable": dataset.unreadable, "audio_seconds_per_second": throughput}
             row |= codebook_metrics(info)
             metrics.log(step, **row)
+            sound = "".join(f"{n} {row[n]:.4f} " for n in ("mel", "waveform") if n in row)
             tqdm.write(
-                f"step {step}/{total_steps} mel {row['mel']:.4f} waveform {row['waveform']:.3f} "
+                f"step {step}/{total_steps} {sound}"
                 f"phones {row['phone_accuracy']:.2f} {throughput:.0f}x real time, {meter.line()}"
             )
             last_log, samples_logged = now, 0

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import itertools
 import statistics
+import string
 import time
 from collections.abc import Sequence
 
@@ -38,11 +39,21 @@ WEIGHTS = {
     "semantic": 1.0,
     "acoustic": 1.0,
     "user_phones": 1.0,
+    "user_words": 1.0,
     "user_speaking": 0.2,
     "turn_end": 0.2,
     "user_emotion": 0.1,
     "language": 0.1,
 }
+
+
+# What is not known behind the end of a conversation; everything else is nothing there.
+UNKNOWN = (
+    "user_codes", "agent_codes", "user_speaking", "turn_end", "user_emotion", "language_label",
+    "user_words", "user_phones",
+)  # fmt: skip
+# Patches in which the agent is silent are soon learnt: fewer of them are spoken in training.
+SILENT_SHARE = 0.25
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,11 +78,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--epoch_hours", type=float, default=60.0, help="audio drawn an epoch")
     more.add_argument("--window_seconds", type=float, default=12.0)
     more.add_argument("--listen_share", type=float, default=0.3, help="of the steps, without codes")
-    more.add_argument("--depth_fraction", type=float, default=0.25, help="patches spoken a step")
+    more.add_argument("--depth_fraction", type=float, default=0.25, help="of its patches learnt")
     more.add_argument("--text_weight", type=float, default=10.0, help="of a token against a PAD")
     more.add_argument("--acoustic_drop", type=float, default=0.6, help="user windows cut in levels")
+    more.add_argument("--code_noise", type=float, default=0.1, help="user codes made near ones")
     more.add_argument("--frame_drop", type=float, default=0.05, help="user frames lost")
     more.add_argument("--agent_drop", type=float, default=0.3, help="as both, of its own past")
+    more.add_argument("--agent_deaf", type=float, default=0.5, help="windows without; 1: never any")
     more.add_argument("--emotion_drop", type=float, default=0.1, help="windows not told it")
     more.add_argument("--language_drop", type=float, default=0.5, help="windows not told it")
     more.add_argument("--warmup_steps", type=int, default=300)
@@ -133,7 +146,7 @@ class Conversations(Dataset):
                 continue
             part = values[first : first + self.patches]
             padding = [0, 0] * (part.dim() - 1) + [0, self.patches - len(part)]
-            fill = 0 if name in ("text", "valid", "agent_emotion") else IGNORE
+            fill = IGNORE if name in UNKNOWN else 0
             window[name] = nn.functional.pad(part, padding, value=fill)
         return window
 
@@ -149,6 +162,7 @@ class Conversations(Dataset):
         patches = {n: v[: count * p].unflatten(0, (count, p)) for n, v in codes.items()}
         language = c.languages.index(row["language"]) if row["language"] in c.languages else None
         labels = turn_labels(row["turns"], count, c, language, self.phone_ids)
+        labels["user_words"] = self.user_words(row["turns"], count)
         stream = TextStream(count, c.patch_rate)
         for turn in row["turns"]:
             if turn["who"] == "agent" and turn["text"]:
@@ -161,6 +175,28 @@ class Conversations(Dataset):
             "valid": torch.ones(count, dtype=torch.bool),
             "overflow": torch.tensor(stream.overflow),
         }
+
+    def user_words(self, turns: list[dict], count: int) -> Tensor:
+        """Tokens `[count]` of the user's words, each from `listen_delay` patches after its end on;
+        unknown during a turn whose words have no times."""
+        c = self.config
+        stream = TextStream(count, c.patch_rate)
+        unknown = []
+        for turn in turns:
+            if turn["who"] != "user":
+                continue
+            if not turn["words"]:
+                unknown.append((turn["start"], turn["end"]))
+            for word, _, end in turn["words"] or ():
+                # Capitals and full stops cannot be heard; the place in the sentence hardly.
+                plain = word.strip(string.punctuation + "।…—").lower()
+                ids = self.tokenizer.encode(f" {plain}").ids
+                stream.add(ids, end + c.listen_delay / c.patch_rate)
+        tokens = torch.tensor(stream.tokens)
+        for start, end in unknown:
+            last = round(end * c.patch_rate) + c.listen_delay
+            tokens[round(start * c.patch_rate) : last] = IGNORE
+        return tokens
 
 
 def turn_labels(
@@ -177,6 +213,7 @@ def turn_labels(
     user_emotion = torch.full((count,), IGNORE)
     heard = torch.full((count,), IGNORE)
     agent_emotion = torch.zeros(count, dtype=torch.long)
+    agent_speaking = torch.zeros(count, dtype=torch.bool)
     phones = np.zeros(frames, np.int64)
     before = 0
     for i, turn in enumerate(turns):
@@ -185,6 +222,7 @@ def turn_labels(
         if turn["who"] == "agent":
             if emotion is not None:
                 agent_emotion[before:end] = emotion + 1
+            agent_speaking[start : end + 1] = True
             before = end
             continue
         speaking[start:end] = 1
@@ -205,6 +243,7 @@ def turn_labels(
         "user_emotion": user_emotion,
         "language_label": heard,
         "agent_emotion": agent_emotion,
+        "agent_speaking": agent_speaking,
         "user_phones": torch.from_numpy(late).unflatten(0, (count, c.frames_per_step)),
     }
 
@@ -253,14 +292,20 @@ def all_texts(rows) -> list[str]:
     return sorted({turn["text"] for conversation in turns for turn in conversation if turn["text"]})
 
 
-def batch_losses(model: S2S, batch: Batch, args, speak: bool, generator: torch.Generator):
+def batch_losses(
+    model: S2S, batch: Batch, neighbours: Tensor, args, speak: bool, generator: torch.Generator
+):
     """Corrupts what is heard, draws the patches whose codes are learnt, and takes the losses."""
-    heard = s2s.corrupt(batch.user_codes, generator, args.acoustic_drop, args.frame_drop)
+    heard = s2s.blur(batch.user_codes, neighbours, args.code_noise, generator)
+    heard = s2s.corrupt(heard, generator, args.acoustic_drop, args.frame_drop)
     # Its own past codes too: what it says in a call is not what it was taught, and the words
     # must not follow a slip of the voice.
-    said = s2s.corrupt(batch.agent_codes, generator, args.agent_drop, args.agent_drop)
-    chosen = torch.rand(batch.text.shape, generator=generator) < args.depth_fraction
-    depth_patches = chosen.to(batch.text.device) if speak else None
+    said = s2s.corrupt(
+        batch.agent_codes, generator, args.agent_drop, args.agent_drop, args.agent_deaf
+    )
+    drawn = torch.rand(batch.text.shape, generator=generator).to(batch.text.device)
+    share = torch.where(batch.agent_speaking, 1.0, SILENT_SHARE) * args.depth_fraction
+    depth_patches = drawn < share if speak else None
     device = batch.text.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         heard_batch = dataclasses.replace(batch, user_codes=heard)
@@ -312,12 +357,13 @@ def describe(args, model: S2S, rows, hours: float, total_steps: int, seconds: fl
     )
 
 
-def seconds_per_step(model: S2S, batch: Batch, args) -> float:
+def seconds_per_step(model: S2S, batch: Batch, neighbours: Tensor, args) -> float:
     """The median of three steps without any update: the estimate before step 1."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        batch_losses(model, batch, args, True, torch.Generator().manual_seed(0))[0].backward()
+        generator = torch.Generator().manual_seed(0)
+        batch_losses(model, batch, neighbours, args, True, generator)[0].backward()
         if batch.text.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -335,6 +381,7 @@ def new_config(args, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
         depth_order=args.depth_order,
         acoustic_delay=args.acoustic_delay,
         vocab_size=tokenizer.get_vocab_size(),
+        hear_self=args.agent_deaf < 1,
         phones=PHONES,
     )
 
@@ -387,8 +434,10 @@ def main() -> None:
     ]
 
     model = S2S(config).to(device).train()
+    codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
+    neighbours = s2s.code_neighbours(codebooks).to(device)
     if checkpoint is None:
-        model.set_code_tables([book.embedding for book in codec.quantizer.codebooks[:8]])
+        model.code_tables.start_from(codebooks)
         if args.init_from:
             inherit(model, args.init_from, tokenizer)
     optimizer = torch.optim.AdamW(
@@ -415,7 +464,8 @@ def main() -> None:
         best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
 
     if process.is_main:
-        seconds = seconds_per_step(model, validation[0].to(device), args) * args.batch_size / 8
+        seconds = seconds_per_step(model, validation[0].to(device), neighbours, args)
+        seconds *= args.batch_size / len(validation[0].text)
         describe(args, model, rows, hours, total_steps, seconds)
         if checkpoint is not None:
             print(f"resuming {checkpoint.path} at step {step}", flush=True)
@@ -459,7 +509,9 @@ def main() -> None:
         rate = training.learning_rate(step, total_steps, args.lr, args.warmup_steps, 0.05)
         optimizer.param_groups[0]["lr"] = rate
         generator = training.keyed_generator(args.seed, step, process.rank)
-        loss, losses, metrics = batch_losses(model, batch, args, step >= listen_steps, generator)
+        torch.manual_seed(generator.initial_seed())  # dropout: a resumed run draws the same
+        speak = step >= listen_steps
+        loss, losses, metrics = batch_losses(model, batch, neighbours, args, speak, generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         training.average_gradients(model.parameters())
@@ -485,6 +537,7 @@ def main() -> None:
             tqdm.write(
                 f"step {step}/{total_steps} loss {row['loss']:.3f} text {row['text']:.3f} "
                 f"hit {row['text_accuracy']:.2f} phones {row['user_phones_accuracy']:.2f} "
+                f"words {row['user_words_accuracy']:.2f} "
                 f"{throughput:.0f}x real time, {meter.line()}"
             )
             last_log, samples_logged = now, 0

@@ -327,10 +327,10 @@ def open_run(
 
 def inherit_weights(
     model: torch.nn.Module, path: str | Path, skip: tuple[str, ...] = ()
-) -> None:
+) -> list[str]:
     """Start from the weights of another checkpoint wherever name and shape agree; say so.
 
-    Tensors whose name starts with one of `skip` are left as they are.
+    Tensors whose name starts with one of `skip` are left as they are. Returns the names taken.
     """
     tensors = load_checkpoint(path, with_trainer=False).tensors
     own = model.state_dict()
@@ -343,6 +343,7 @@ def inherit_weights(
         raise UserError(f"--init_from {path}: no tensor fits; give a checkpoint of the same model")
     model.load_state_dict(fitting, strict=False)
     print(f"init_from {path}: inherited {len(fitting)} of {len(own)} tensors")
+    return list(fitting)
 
 
 def find_checkpoint(path: str | Path) -> Path:

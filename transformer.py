@@ -32,6 +32,7 @@ class TransformerConfig:
     ffn_dim: int | None = None
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    dropout: float = 0.0  # of what a layer adds to its residual stream, in training
 
     def __post_init__(self) -> None:
         if min(self.dim, self.num_layers, self.num_heads, self.context) < 1:
@@ -228,10 +229,11 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.ffn_norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
+        return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
     def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: _StepPlan, slots: Tensor):
         x = x + self.attention.step(self.attention_norm(x), keys, values, plan, slots)

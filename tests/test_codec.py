@@ -16,6 +16,7 @@ from codec import (
     Codec,
     CodecConfig,
     FrameConv,
+    LogMel,
     MelLoss,
     codec_fingerprint,
     si_sdr,
@@ -28,6 +29,7 @@ CONTEXT = 6
 SMALL = CodecConfig(
     front_dim=16,
     encoder_dim=16,
+    semantic_width=24,
     decoder_front_dim=24,
     decoder_front_blocks=1,
     decoder_dim=16,
@@ -214,6 +216,37 @@ def test_frame_conv_is_a_trimmed_transposed_convolution(stride):
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_log_mel_is_the_short_time_spectrum_of_the_last_20_ms():
+    audio = noise(2, 4800)
+    layer = LogMel(24_000, 80)
+    spectrum = torch.stft(
+        nn.functional.pad(audio, (240, 0)), 480, 240, window=torch.hann_window(480), center=False,
+        return_complex=True,
+    )  # fmt: skip
+    scale = torchaudio.transforms.MelScale(80, 24_000, 40.0, 8000.0, 241, norm="slaney")
+    mels = scale(spectrum.abs().square()).transpose(1, 2)
+    expected = ((1000 * mels + 1e-5).log() + 4) / 4
+    torch.testing.assert_close(layer(audio.unflatten(1, (-1, 120))), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_hearing_alone_is_the_semantic_part_of_the_whole(model):
+    audio = noise(2, 1, 12 * 480)
+    _, whole = model(audio, torch.full((2,), 4))
+    heard = model.hear(audio)
+    assert torch.equal(heard.codes, whole.codes[:, :1])
+    torch.testing.assert_close(heard.semantic, whole.semantic)
+    torch.testing.assert_close(heard.residuals[0], whole.residuals[0])
+
+
+def test_codebooks_that_came_without_statistics_go_on_and_others_start_by_kmeans():
+    torch.manual_seed(0)
+    quantizer = Codec(SMALL).quantizer
+    quantizer.resume_from_codes(["codebooks.0.embedding", "semantic_in.weight"])
+    assert [book.is_initialised for book in quantizer.codebooks] == [True, False, False, False]
+    quantizer.resume_from_codes(["codebooks.1.embedding", "codebooks.1.cluster_size"])
+    assert not quantizer.codebooks[1].is_initialised
+
+
 # -- quantizer ---------------------------------------------------------------------------------
 
 
@@ -310,7 +343,7 @@ def test_codebooks_start_by_kmeans_on_data():
 
 def test_each_level_lowers_the_quantization_error(model):
     hidden = model.encoder(model._frames(noise(4, 1, 48 * 480)))
-    target = model.quantizer.acoustic_in(hidden)
+    target = model.quantizer.acoustic_in(hidden[..., -SMALL.encoder_dim :])
     codes = model.quantizer.encode(hidden, 4)
     errors = [
         float((target - model.quantizer.lookup(codes[:, :levels])[1]).square().mean())
@@ -411,7 +444,7 @@ def test_fingerprint_names_what_codes_mean(model):
     decoder = [n for n in model.export_tensors() if n.startswith(("decoder.", "semantic_out"))]
     assert changed(decoder[0]) == changed(decoder[-1]) == base
     assert changed("quantizer.codebooks.0.embedding") != base
-    assert changed("encoder.0.linear.weight") != base
+    assert changed("encoder.1.0.linear.weight") != base
     other = dataclasses.replace(SMALL, decoder_layers=3, decoder_front_dim=32)
     assert codec_fingerprint(other, model.export_tensors()) == base
     other = dataclasses.replace(SMALL, context=9)
@@ -444,10 +477,10 @@ def test_wrong_checkpoints_are_refused_in_one_line(model, tmp_path):
     assert "cut" in one_line(error)
 
     fewer = model.export_tensors()
-    del fewer["encoder.0.linear.weight"]
+    del fewer["encoder.1.0.linear.weight"]
     with pytest.raises(UserError) as error:
         Codec.from_checkpoint(save("fewer", stored, fewer))
-    assert "encoder.0.linear.weight" in one_line(error)
+    assert "encoder.1.0.linear.weight" in one_line(error)
 
     wide = {**stored, "encoder_dim": 32}
     with pytest.raises(UserError) as error:

@@ -530,7 +530,10 @@ def small_pair() -> tuple[Codec, S2S]:
     """Random weights at real shapes; the LM has a tokenizer of a few words."""
     torch.manual_seed(0)
     codec = Codec(
-        CodecConfig(front_dim=16, encoder_dim=32, decoder_front_dim=16, decoder_dim=32, num_heads=2)
+        CodecConfig(
+            front_dim=16, encoder_dim=32, semantic_width=32, decoder_front_dim=16, decoder_dim=32,
+            num_heads=2,
+        )
     ).eval()
     lm = S2S(
         S2SConfig(

@@ -136,6 +136,18 @@ def test_bad_scripts_are_named(tmp_path, line):
 # ---------------------------------------------------------------------------------- timing
 
 
+def test_a_reply_begins_on_a_tick_so_that_its_codes_are_the_same_each_time(mixed):
+    replies = {}
+    for plan, conversation, takes in mixed:
+        onsets = {t.request.text: k.onset for t, k in zip(plan.turns, takes, strict=True)}
+        for turn in conversation.turns:
+            if turn["who"] == "agent" and not turn["interrupted"]:
+                first = round((turn["start"] - onsets[turn["text"]]) * SAMPLE_RATE)
+                assert first % 960 <= 2 or first % 960 >= 958
+                replies[turn["text"]] = replies.get(turn["text"], 0) + 1
+    assert max(replies.values()) > 1
+
+
 def test_answers_come_after_80_to_240_ms(mixed):
     gaps = [b["start"] - a["end"] for _, c, _ in mixed for a, b in answers(c.turns)]
     assert len(gaps) > 300
@@ -310,8 +322,8 @@ def quick(monkeypatch):
 def codec_path(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     config = CodecConfig(
-        front_dim=24, encoder_dim=32, encoder_layers=1, decoder_front_dim=24, decoder_dim=32,
-        decoder_layers=1, num_heads=2, context=16, semantic_dim=8, acoustic_dim=8,
+        front_dim=24, encoder_dim=32, semantic_width=32, encoder_layers=1, decoder_front_dim=24,
+        decoder_dim=32, decoder_layers=1, num_heads=2, context=16, semantic_dim=8, acoustic_dim=8,
         codebook_sizes=(64,) * 8,
     )  # fmt: skip
     codec, folder = Codec(config), tmp_path_factory.mktemp("codec")

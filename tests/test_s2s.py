@@ -19,6 +19,8 @@ from s2s import (
     Sampling,
     TextStream,
     add_turn,
+    blur,
+    code_neighbours,
     corrupt,
     delay_acoustic,
     draw,
@@ -72,9 +74,11 @@ def make_batch(config, batch=2, patches=9, seed=0) -> Batch:
         agent_emotion=integers(9, batch, patches),
         language=integers(4, batch),
         user_speaking=integers(2, batch, patches),
+        agent_speaking=torch.ones(batch, patches, dtype=torch.bool),
         turn_end=integers(2, batch, patches),
         user_emotion=integers(8, batch, patches),
         language_label=integers(3, batch, patches),
+        user_words=integers(config.vocab_size, batch, patches),
         user_phones=integers(3, batch, patches, p),
         valid=torch.ones(batch, patches, dtype=torch.bool),
     )
@@ -98,7 +102,7 @@ def forced_step(model, batch, patch, state, rows=slice(None), active=None):
 
 def heard(out) -> torch.Tensor:
     """Everything that the heads say in a step, `[B, n]`."""
-    flags = torch.stack((out.user_speaking, out.turn_end), dim=1)
+    flags = torch.stack((out.user_speaking, out.turn_end, out.user_words.float()), dim=1)
     return torch.cat((flags, out.user_emotion, out.language, out.user_phones.flatten(1)), dim=1)
 
 
@@ -106,6 +110,8 @@ def heard_offline(model, batch) -> torch.Tensor:
     """The same from the offline pass, `[B, P, n]`."""
     logits = model.listen(model.hidden(batch))
     flags = torch.cat((logits["user_speaking"], logits["turn_end"]), dim=-1).sigmoid()
+    words = logits["user_words"].argmax(-1, keepdim=True).float()
+    flags = torch.cat((flags, words), dim=-1)
     emotion, language = logits["user_emotion"].softmax(-1), logits["language"].softmax(-1)
     return torch.cat((flags, emotion, language, logits["user_phones"].flatten(2)), dim=-1)
 
@@ -410,6 +416,41 @@ def test_corruption_keeps_the_semantic_level():
     assert (lost.all(-1) == lost.any(-1)).all()  # a frame as a whole
     assert abs(float(lost.float().mean()) - 0.25) < 0.05
     assert torch.equal(corrupt(clean, generator(), 0.0, 0.0), clean)
+    deaf = corrupt(clean, generator(), 0.0, 0.0, everything=0.5)
+    gone = (deaf == IGNORE).flatten(1)
+    assert 0.3 < float(gone.float().mean()) < 0.7 and (gone.all(1) | ~gone.any(1)).all()
+
+
+def test_an_agent_that_does_not_hear_itself_goes_by_its_words_alone():
+    model = build(hear_self=False)
+    batch = make_batch(model.config)
+    others = (batch.agent_codes + 1) % min(SIZES)
+    torch.testing.assert_close(model.hidden(batch), model.hidden(batch, others), atol=0, rtol=0)
+    batch.text[:, 0] = 3
+    said = model.hidden(batch)
+    batch.text[:, 0] = 4
+    assert not torch.equal(model.hidden(batch)[:, 1:], said[:, 1:])
+    state = model.init_state(2)
+    model.step(batch.user_codes[:, 0].transpose(1, 2), state)
+
+
+def test_codes_are_exchanged_for_their_neighbours():
+    books = [torch.randn(n, 4, generator=generator(n)) for n in (12, 6)]
+    near = code_neighbours(books, 3)
+    for book, table in zip(books, near, strict=True):
+        for code in range(len(book)):
+            distances = [float((book[code] - other).norm()) for other in book]
+            order = sorted(range(len(book)), key=distances.__getitem__)
+            assert table[code].tolist() == order[1:4]
+    codes = torch.randint(6, (200, 5, 2, 2), generator=generator())
+    codes[0] = IGNORE
+    blurred = blur(codes, near, 0.3, generator())
+    changed = blurred != codes
+    assert (blurred[0] == IGNORE).all() and 0.25 < float(changed[1:].float().mean()) < 0.35
+    for level in (0, 1):
+        old, new = codes[..., level][changed[..., level]], blurred[..., level][changed[..., level]]
+        assert all(int(b) in near[level, int(a)].tolist() for a, b in zip(old, new, strict=True))
+    assert torch.equal(blur(codes, near, 0.0, generator()), codes)
 
 
 def test_models_take_codes_that_are_gone():
@@ -424,6 +465,10 @@ def test_models_take_codes_that_are_gone():
 
 # -- losses --------------------------------------------------------------------------------------
 
+LABELS = (
+    "user_speaking", "turn_end", "user_emotion", "language_label", "user_words", "user_phones",
+)  # fmt: skip
+
 
 def nll(logits, label):
     return float(-logits.double().log_softmax(-1)[label])
@@ -437,7 +482,7 @@ def test_losses_are_a_slow_loop():
     model = build()
     batch = make_batch(model.config, patches=6)
     batch.valid[1, 4:] = False
-    for name in ("user_speaking", "turn_end", "user_emotion", "language_label", "user_phones"):
+    for name in LABELS:
         getattr(batch, name)[1, 3:] = IGNORE
     batch.agent_codes[0, 0, :, 1:] = IGNORE
     chosen = torch.rand(2, 6, generator=generator()) < 0.7
@@ -448,14 +493,19 @@ def test_losses_are_a_slow_loop():
     hidden = model.hidden(batch)
     heads, text_logits = model.listen(hidden), model.text_head(hidden)
     places = [(b, t) for b in range(2) for t in range(6)]
-    total = norm = 0.0
-    for b, t in places:
-        if batch.valid[b, t]:
-            token = int(batch.text[b, t])
-            share = 1 / weight if token == PAD else 1.0
-            total += share * nll(text_logits[b, t], token)
-            norm += share
-    assert float(losses["text"]) == pytest.approx(total / norm, rel=1e-4)
+    tokens = {
+        "text": (text_logits, batch.text.masked_fill(~batch.valid, IGNORE)),
+        "user_words": (heads["user_words"], batch.user_words),
+    }
+    for name, (scores, labels) in tokens.items():
+        total = norm = 0.0
+        for b, t in places:
+            token = int(labels[b, t])
+            if token != IGNORE:
+                share = 1 / weight if token == PAD else 1.0
+                total += share * nll(scores[b, t], token)
+                norm += share
+        assert float(losses[name]) == pytest.approx(total / norm, rel=1e-4)
 
     for name in ("user_speaking", "turn_end"):
         values = []
@@ -504,10 +554,10 @@ def test_unknown_labels_cost_nothing_and_stay_finite():
     torch.manual_seed(0)
     model = S2S(small())
     batch = make_batch(model.config)
-    for name in ("user_speaking", "turn_end", "user_emotion", "language_label", "user_phones"):
+    for name in LABELS:
         getattr(batch, name).fill_(IGNORE)
     losses, _ = model.losses(batch, torch.zeros(2, 9, dtype=torch.bool))
-    for name in ("user_speaking", "turn_end", "user_emotion", "language", "user_phones"):
+    for name in (*LABELS[:3], "language", "user_words", "user_phones"):
         assert float(losses[name].detach()) == 0
     for name in ("semantic", "acoustic"):
         assert float(losses[name].detach()) == 0, f"{name} without a patch chosen"
@@ -553,12 +603,11 @@ def test_configs_that_cannot_work_are_refused(wrong):
 def test_code_tables_start_from_the_codec():
     model = build()
     books = [torch.randn(n, 8, generator=generator(i)) for i, n in enumerate(SIZES)]
-    model.set_code_tables(books)
+    model.code_tables.start_from(books)
     for k, book in enumerate(books):
-        table = model.user_embedding.tables[k].weight
+        table = model.code_tables.tables[k].weight
         scaled = (book - book.mean(0)) / book.std()
         torch.testing.assert_close(table[:-1], scaled)
-        torch.testing.assert_close(model.depth_tables[k].weight, scaled)
         assert (table[-1] == 0).all()
 
 

@@ -33,6 +33,7 @@ SMALL = {
     "threads": 1,
     "warmup_steps": 2,
     "quantizer_start": 2,
+    "listen_share": 0.25,
     "save_every_epochs": 1,
     "log_every": 1,
     "disc_start": 1,
@@ -155,11 +156,13 @@ def test_a_run_says_what_it_will_do_and_logs_what_it_did(whole_run):
     for said in ("preset tiny", "teacher", "2 speakers", "english", "an epoch is", "8 steps = "):
         assert said in before, said
     rows = metrics(folder)
-    steps = [row for row in rows if "mel" in row]
+    steps = [row for row in rows if "phones" in row]
     assert [row["step"] for row in steps] == list(range(1, 9))
-    assert all(row["waveform"] > 0 and row["phones"] > 0 and row["skipped"] == 0 for row in steps)
-    assert [row["commitment"] > 0 for row in steps] == [False] * 3 + [True] * 5
-    assert steps[-1]["mel"] < steps[0]["mel"] and steps[-1]["phones"] < steps[0]["phones"]
+    assert all(row["phones"] > 0 and row["skipped"] == 0 for row in steps)
+    # A quarter of the steps listens only; two steps later the codebooks start.
+    assert ["mel" in row and row["waveform"] > 0 for row in steps] == [False] * 2 + [True] * 6
+    assert [row["commitment"] > 0 for row in steps] == [False] * 5 + [True] * 3
+    assert steps[-1]["mel"] < steps[2]["mel"] and steps[-1]["phones"] < steps[0]["phones"]
     assert [row["step"] for row in rows if "validation_mel_8" in row] == [4, 8]
     assert all("adversarial" not in row for row in steps)
 
@@ -203,6 +206,32 @@ def test_a_killed_run_goes_on_with_its_gan(corpus, tmp_path):
     assert rows == metrics(whole)
     assert all(row["discriminator"] > 0 for row in rows if "mel" in row)
     assert_same_state(folder, whole)
+
+
+def test_listening_first_leaves_the_rest_as_it_was(corpus, tmp_path):
+    train(corpus, tmp_path / "start", gen_lr=0, max_steps=1, listen_share=1)
+    train(corpus, tmp_path / "run", num_epochs=1, listen_share=1)
+    start, run = (training.load_checkpoint(tmp_path / f).tensors for f in ("start", "run"))
+    heard = ("encoder.0.", "quantizer.semantic_in", "quantizer.codebooks.0.")
+    for name, tensor in start.items():
+        assert name.startswith(heard) or torch.equal(tensor, run[name]), name
+    assert not torch.equal(start["encoder.0.1.linear.weight"], run["encoder.0.1.linear.weight"])
+    sizes = [float(run[f"quantizer.codebooks.{k}.cluster_size"].sum()) for k in (0, 1)]
+    assert sizes[0] > 0 and sizes[1] == 0  # by k-means, and not yet
+    train(corpus, tmp_path / "heir", num_epochs=1, listen_share=0, init_from=tmp_path / "run")
+    heir = training.load_checkpoint(tmp_path / "heir").tensors
+    assert float(heir["quantizer.codebooks.7.cluster_size"].sum()) > 0
+
+
+def test_a_decoder_learns_alone_and_keeps_every_code(corpus, whole_run, tmp_path, capsys):
+    assert "--init_from" in refused(corpus, tmp_path / "none", capsys, "--decoder_only")
+    train(corpus, tmp_path / "run", "--decoder_only", num_epochs=1, init_from=whole_run[0])
+    start, run = (training.load_checkpoint(f).tensors for f in (whole_run[0], tmp_path / "run"))
+    kept = ("encoder.", "quantizer.")
+    for name, tensor in start.items():
+        assert torch.equal(tensor, run[name]) == name.startswith(kept), name
+    before, after = (Codec.from_checkpoint(f) for f in (whole_run[0], tmp_path / "run"))
+    assert before.fingerprint == after.fingerprint
 
 
 def test_two_ranks_learn_as_one_process(corpus, tmp_path):

@@ -51,9 +51,9 @@ SMALL = {
 def make_codec(folder: Path, seed: int) -> Codec:
     torch.manual_seed(seed)
     config = CodecConfig(
-        front_dim=16, encoder_dim=16, decoder_front_dim=16, decoder_front_blocks=1,
-        decoder_dim=16, num_heads=2, context=6, semantic_dim=8, acoustic_dim=8,
-        codebook_sizes=(16,) * 8,
+        front_dim=16, encoder_dim=16, semantic_width=16, decoder_front_dim=16,
+        decoder_front_blocks=1, decoder_dim=16, num_heads=2, context=6, semantic_dim=8,
+        acoustic_dim=8, codebook_sizes=(16,) * 8,
     )  # fmt: skip
     model = Codec(config)
     training.save_export(folder, 1, codec_module.stored_config(config), model.export_tensors())
