@@ -67,6 +67,7 @@ from make_conversations import (
     draw_voice,
     insert_pause,
     load_scripts,
+    say_what_can_be_said,
     user_voices,
 )
 from s2s import PAD, S2S, Sampling
@@ -226,8 +227,11 @@ def ask(
         wordings = exchange.lines[0].texts
         for first in rng.permutation(len(wordings))[: asking.questions_per_exchange]:
             plans.append((exchange, _requests(exchange, int(first), voices, asking, rng)))
-    said = (say or speech.Synthesizer().synthesize)([r for _, row in plans for r in row])
-    takes = iter(cut_take(utterance) for utterance in said)
+    requests, dropped = [r for _, row in plans for r in row], []
+    said = say_what_can_be_said(say or speech.Synthesizer().synthesize, requests, dropped)
+    if dropped:
+        print(f"{language}: {len(dropped)} questions not spoken, first: {dropped[0]}")
+    takes = iter(None if utterance is None else cut_take(utterance) for utterance in said)
     calls = []
     for number, (exchange, requests) in enumerate(plans):
         row = [next(takes) for _ in requests]

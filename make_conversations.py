@@ -919,6 +919,23 @@ def _within_range(request: speech.Request) -> speech.Request:
     return replace(request, voice=replace(voice, pitch_range=limit))
 
 
+def say_what_can_be_said(
+    synthesize: Callable, requests: Sequence[speech.Request], dropped: list[str]
+) -> list[speech.Utterance | None]:
+    """Utterances, or None for what an engine could not say, with the reason in `dropped`."""
+    try:
+        return synthesize(requests)
+    except UserError:
+        said = []
+        for request in requests:
+            try:
+                said += synthesize([request])
+            except UserError as error:
+                dropped.append(f"{request.voice.id}: {error}")
+                said.append(None)
+        return said
+
+
 class Studio:
     """The engines, the codec and the agent's replies that one process holds."""
 
@@ -936,17 +953,7 @@ class Studio:
     def say(self, requests: Sequence[speech.Request], dropped: list[str]):
         """Utterances, or None for what an engine could not say, with the reason in `dropped`."""
         requests = [_within_range(request) for request in requests]
-        try:
-            return self.synthesizer.synthesize(requests)
-        except UserError:
-            said = []
-            for request in requests:
-                try:
-                    said += self.synthesizer.synthesize([request])
-                except UserError as error:
-                    dropped.append(f"{request.voice.id}: {error}")
-                    said.append(None)
-            return said
+        return say_what_can_be_said(self.synthesizer.synthesize, requests, dropped)
 
     def takes(self, requests: Sequence[speech.Request], dropped: list[str]) -> list[Take | None]:
         """Takes of any requests; the agent's are made once."""

@@ -233,6 +233,20 @@ def test_emotions_and_ranges_of_pitch_are_those_praat_is_safe_in(fake_voices, mo
         assert 0.95 <= request.speed <= 1.05
 
 
+def test_a_question_that_no_engine_can_say_is_left_out(fake_voices, capsys):
+    scripts = [exchange(held_out=True, wordings=3)]
+    silent = scripts[0].lines[0].texts[1]
+
+    def say(requests):
+        if any(r.text == silent for r in requests):
+            raise UserError("festival failed")
+        return fake_say(requests)
+
+    calls = ask(scripts, "english", Asking(), say)
+    assert len(calls) == 2 and silent not in [c.turns[0].text for c in calls]
+    assert "1 questions not spoken" in capsys.readouterr().out
+
+
 def test_the_same_seed_asks_the_same(fake_voices):
     scripts = [exchange(held_out=True, wordings=9)]
     texts = [
