@@ -467,16 +467,16 @@ class SplitQuantizer(nn.Module):
         semantic, acoustic = hidden.split(self.widths, dim=-1)
         heard = self.hear(semantic)
         with torch.autocast(hidden.device.type, enabled=False):
-            acoustic, info = self._quantize_acoustic(self.acoustic_in(acoustic.float()), used)
+            info = self._quantize_acoustic(self.acoustic_in(acoustic.float()), used)
         info = Quantized(
-            features=acoustic,
+            features=info.features,
             semantic=heard.semantic,
             codes=torch.cat((heard.codes, info.codes), dim=1),
             commitment=(heard.commitment + info.commitment * (used.shape[1] - 1)) / used.shape[1],
             residuals=[*heard.residuals, *info.residuals],
             used=used,
         )
-        return heard.semantic, acoustic, info
+        return info.semantic, info.features, info
 
     def hear(self, semantic: Tensor) -> Quantized:
         """The semantic codebook alone, with gradients: `[B, F, S]` → codes `[B, 1, F]`."""
@@ -493,7 +493,7 @@ class SplitQuantizer(nn.Module):
         residuals = [vectors.detach()]
         return Quantized(quantized, quantized, codes[:, None], commitment, residuals, used)
 
-    def _quantize_acoustic(self, vectors: Tensor, used: Tensor) -> tuple[Tensor, Quantized]:
+    def _quantize_acoustic(self, vectors: Tensor, used: Tensor) -> Quantized:
         """The residual VQ over `[B, F, d]`; `used` `[B, K]` counts the semantic codebook too."""
         codes, residuals, losses = [], [], []
         total = torch.zeros_like(vectors)
@@ -511,7 +511,7 @@ class SplitQuantizer(nn.Module):
         if not self.codebooks[-1].is_initialised:
             quantized, commitment = vectors, 0 * commitment
         codes = torch.stack(codes, dim=1)
-        return quantized, Quantized(quantized, quantized, codes, commitment, residuals, used)
+        return Quantized(quantized, quantized, codes, commitment, residuals, used)
 
     @property
     def is_initialised(self) -> bool:
