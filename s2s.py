@@ -463,9 +463,7 @@ class S2S(nn.Module):
         )
         hidden = self.temporal.step(x, state.temporal, active)[:, 0]
         listened = self.listen(hidden[:, None])
-        text = draw(
-            self.text_head(hidden), sampling.text_temperature, sampling.text_top_k, state.generator
-        )
+        text = draw_text(self.text_head(hidden), sampling, state.generator)
         if forced is not None:
             text = torch.where(forced, forced_text, text)
         if timer:
@@ -519,6 +517,19 @@ class S2S(nn.Module):
         state.age.copy_(age)
         state.delayed.copy_(waiting)
         return aligned
+
+
+def draw_text(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """PAD or a token for each row of `[B, V]`: whether to speak first, then what to say.
+
+    Drawn at once, a low temperature favours silence whenever several replies are possible: each of
+    them alone is less likely than PAD, though all of them together are not.
+    """
+    words = logits[:, PAD + 1 :]  # PAD comes first
+    silent_or_not = torch.stack((logits[:, PAD], words.logsumexp(1)), dim=1)
+    speaks = draw(silent_or_not, sampling.text_temperature, 2, generator)
+    token = draw(words, sampling.text_temperature, sampling.text_top_k, generator)
+    return torch.where(speaks == 1, token + PAD + 1, PAD)
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
