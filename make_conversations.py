@@ -64,11 +64,11 @@ AGENT_SHARE = 1 / 3  # of the seconds of clips
 VALIDATION_SHARE = 0.06  # of the user clips
 # How often each engine is drawn: by how natural it sounds and how unlike the others, not by the
 # number of its voices. espeak is cheap and varied, but no person sounds like it.
-ENGINE_WEIGHTS = {"hibari": 0.35, "flite": 0.25, "festival": 0.2, "espeak": 0.2}
+ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "espeak": 0.2}
 LICENSES = {
     "hibari": "Apache-2.0 (hibari-tts)",
     "flite": "BSD-like (CMU Flite)",
-    "festival": "free (Festival voices of Debian; NSK: GPL-2+)",
+    "festival": "free (Festival voices of Debian; NSK, Czech, Italian: GPL; Finnish: LGPL-2+)",
     "espeak": "output of espeak-ng (GPL-3.0+)",
 }
 

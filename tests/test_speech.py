@@ -21,6 +21,12 @@ TEXTS = {
 ODD = '25% of [1/2] — café \\ "quote" (x) ☂ नमस्ते మీరు #!? 3.14'
 ENGINES = ("espeak", "hibari", "flite", "festival")
 CASES = [(engine, language) for engine in ENGINES for language in TEXTS]
+FOREIGN = [
+    (name, language)
+    for _, name, _, languages in speech._RECORDED
+    if name in speech._FOREIGN
+    for language in languages
+]
 
 
 def a_voice(engine: str, language: str) -> speech.Voice:
@@ -39,6 +45,14 @@ def needs_espeak() -> None:
         speech.phonemize("a", "english")
     except UserError as error:
         pytest.skip(str(error))
+
+
+def a_foreign_voice(name: str, language: str) -> speech.Voice:
+    """A Czech, Italian or Finnish speaker of a language, or a skip that says what is missing."""
+    needs_espeak()
+    if not speech._installed("festival", name):
+        pytest.skip(f"no {name}: {speech.INSTALL['festival']}")
+    return next(v for v in speech.voices(language) if v.name == name)
 
 
 def say(voice: speech.Voice, texts: list[str], **changes) -> list[speech.Utterance]:
@@ -189,6 +203,74 @@ def test_speed_and_emotion_change_the_speech(engine):
     (sad,) = say(voice, TEXTS["english"][:1], emotion="sad")
     assert len(sad.audio) > len(plain.audio)
     assert np.sqrt(np.mean(sad.audio**2)) < np.sqrt(np.mean(plain.audio**2))
+
+
+@pytest.mark.parametrize("name", speech._FOREIGN)
+def test_every_phone_can_be_said_by_foreign_voices(name):
+    for language in TEXTS:
+        table = speech._phone_set(name).of(language)
+        for phone in speech.PHONES[1:]:
+            assert speech._engine_phones(phone, table)
+    if not speech._installed("festival", name):
+        pytest.skip(f"no {name}: {speech.INSTALL['festival']}")
+    known = {unit for diphone in speech._diphones(name) for unit in diphone.split("-")}
+    asked = {unit for p in speech.PHONES[1:] for unit in speech._engine_phones(p, table)}
+    instead = speech._phone_set(name).instead
+    assert all({unit, *instead.get(unit, "").split()} & known for unit in asked)
+
+
+@pytest.mark.parametrize(("name", "language"), FOREIGN)
+def test_foreign_voices_say_the_phones_of_the_text(name, language):
+    voice = a_foreign_voice(name, language)
+    assert voice.split == "train"
+    for text, utterance in zip(TEXTS[language], say(voice, TEXTS[language]), strict=True):
+        said = [p for p, _, _ in utterance.phones if p != speech.SILENCE]
+        assert said == speech.phonemize(text, language)
+        assert len(utterance.words) == len(text.split())
+        assert np.sqrt(np.mean(utterance.audio**2)) > 0.02 and np.abs(utterance.audio).max() < 1
+        assert 0.04 < len(utterance.audio) / SAMPLE_RATE / len(said) < 0.2
+
+
+@pytest.mark.parametrize(("name", "language"), FOREIGN)
+def test_odd_characters_do_no_harm_to_foreign_voices(name, language):
+    for utterance in say(a_foreign_voice(name, language), [ODD, "", "..."]):
+        assert len(utterance.audio) > 0 and utterance.phones
+
+
+def test_a_missing_diphone_is_stood_for_or_heard_as_two(monkeypatch):
+    diphones = {"#-s", "s-a:", "a:-#", "a:-z", "z-#", "#-z"}
+    monkeypatch.setattr(speech, "_diphones", lambda name: frozenset(diphones))
+    asked = [(unit, 0.1, 100.0) for unit in ("#", "s", "a", "z", "z", "#")]
+    said = [unit for unit, _, _ in speech._recorded_units(asked, "czech_dita")]
+    assert said == ["#", "s", "a:", "z", "#", "z", "#"]
+
+
+def test_units_that_were_not_asked_for_are_refused():
+    words = [speech._Word("sa", ("s", "a"), "")]
+    units = [("#", 0.0, 0.1), ("s", 0.1, 0.2), ("a:", 0.2, 0.3), ("#", 0.3, 0.4)]
+    table = speech._TO_CZECH
+    assert speech._units_to_phones(units, words, table) is None
+    assert speech._units_to_phones(units, words, table, ["s", "a"]) is None
+    phones = speech._units_to_phones(units, words, table, ["s", "a:"])
+    assert [p for p, _, _ in phones] == ["_", "s", "a", "_"]
+
+
+def test_festival_says_why_it_failed():
+    said = "SIOD ERROR: could not open file hindi_phones.scm\nclosing a file left open: x.scm\n"
+    assert speech._festival_reason(said).endswith("hindi_phones.scm")
+    assert speech._festival_reason("") == "no reason given"
+
+
+@pytest.mark.parametrize("language", ["hindi", "telugu"])
+def test_nsk_says_the_phones_of_the_text_where_listed(language):
+    needs_espeak()
+    name = f"{language}_NSK_diphone"
+    if not speech._installed("festival", name):
+        pytest.skip(f"no {name}: {speech.INSTALL['festival']}")
+    voice = next(v for v in speech.voices(language, "user", "validation") if v.name == name)
+    for text, utterance in zip(TEXTS[language], say(voice, TEXTS[language]), strict=True):
+        said = [p for p, _, _ in utterance.phones if p != speech.SILENCE]
+        assert said == speech.phonemize(text, language)
 
 
 def test_hibari_durations_are_those_it_used():
