@@ -320,11 +320,11 @@ def test_draws_follow_the_softmax(temperature, top_k):
 def test_text_is_drawn_as_whether_to_speak_then_what_to_say():
     """At temperature 1 the softmax itself; colder, many unlikely replies still outweigh silence."""
     logits, count = 1.5 * torch.randn(6, generator=generator(3)), 40_000
-    drawn = draw_text(logits.expand(count, -1), Sampling(0, 1, 1.0, 50), generator(4))
+    drawn = draw_text(logits.expand(count, -1), Sampling(0, 1, 1.0, 50, 1.0), generator(4))
     observed = drawn.bincount(minlength=6).float() / count
     assert (observed - logits.softmax(-1)).abs().max() < 0.015
     unsure = torch.cat((torch.tensor([0.3]), torch.full((20,), 0.7 / 20))).log()
-    drawn = draw_text(unsure.expand(count, -1), Sampling(0, 1, 0.5, 50), generator(4))
+    drawn = draw_text(unsure.expand(count, -1), Sampling(0, 1, 0.5, 50, 0.5), generator(4))
     speaks = 0.7**2 / (0.7**2 + 0.3**2)
     assert abs(float((drawn != PAD).float().mean()) - speaks) < 0.015
     assert len(drawn.unique()) == 21
@@ -344,7 +344,8 @@ def test_seeds_repeat_and_differ():
 
 
 def test_sampling_refuses_what_cannot_be():
-    for wrong in ({"temperature": -0.1}, {"top_k": 0}, {"text_temperature": -1}, {"text_top_k": 0}):
+    negative = [{f"{name}temperature": -0.1} for name in ("", "text_", "speak_")]
+    for wrong in (*negative, {"top_k": 0}, {"text_top_k": 0}):
         with pytest.raises(UserError):
             Sampling(**wrong)
 
