@@ -108,9 +108,9 @@ class S2SConfig:
 class Sampling:
     """How text and codes are drawn; a temperature of 0 takes the likeliest.
 
-    `speak_temperature` is that of the choice between a word and silence. At 0 the agent begins
-    when beginning is likelier than waiting, which keeps it from answering into a pause: gaps of
-    80 to 240 ms, evenly spread, make beginning likelier than not at 200 ms.
+    `speak_temperature` is that of the choice between a word and silence, where text is drawn. At 0
+    the agent begins when beginning is likelier than waiting, which keeps it from answering into a
+    pause: gaps of 80 to 240 ms, evenly spread, make beginning likelier than not at 200 ms.
     """
 
     temperature: float = 0.3
@@ -532,6 +532,8 @@ def draw_text(logits: Tensor, sampling: Sampling, generator: torch.Generator) ->
     Drawn at once, a low temperature favours silence whenever several replies are possible: each of
     them alone is less likely than PAD, though all of them together are not.
     """
+    if sampling.text_temperature == 0:
+        return logits.argmax(-1)
     words = logits[:, PAD + 1 :]  # PAD comes first
     silent_or_not = torch.stack((logits[:, PAD], words.logsumexp(1)), dim=1)
     speaks = draw(silent_or_not, sampling.speak_temperature, 2, generator)

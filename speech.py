@@ -1401,7 +1401,7 @@ _RECORDED = (  # engine, its name of the voice, speaker, languages
     ("festival", "ked_diphone", "ked", ("english", "hindi", "telugu")),
     ("festival", "cmu_us_slt_arctic_hts", "slt", ("english",)),
     # Their English is hard to understand: a phone recogniser errs on 14 (mv) to 31 (lp) points more
-    # of the phones than with kal. They are accents for a listener to learn from, not voices to ship.
+    # of the phones than with kal. They are accents for a listener to learn from.
     ("festival", "czech_dita", "dita", ("english", "hindi", "telugu")),
     ("festival", "czech_krb", "krb", ("english", "hindi", "telugu")),
     ("festival", "czech_machac", "machac", ("english", "hindi", "telugu")),
