@@ -1,27 +1,32 @@
-"""Phase 1: fill the Telugu gap: augmented copies of real speech, and synthetic speech.
+"""Phase 1: fill the Telugu gap: augmented copies of real speech, synthetic speech.
 
-    python augment_telugu.py                          # copies until 2,000 h are there
-    python augment_telugu.py --hours all              # every copy of every training clip
-    python augment_telugu.py --synthesize_hours 500   # Indic-TTS voices read the transcripts
-    python augment_telugu.py --list_engines           # what each voice needs and permits
+    python augment_telugu.py                         copies, up to 2,000 h
+    python augment_telugu.py --hours all             every copy of every clip
+    python augment_telugu.py --synthesize_hours 500  voices read the transcripts
+    python augment_telugu.py --list_engines          what each engine needs
 
-Copies (the plan's strategy 1): each training clip played 0.9 and 1.1 times as fast (pitch and
-length move), 2 semitones lower and higher (length and vocal tract stay), and with noise at a drawn
-SNR: five copies. Only the train split is copied and copies stay in it, so nobody who is held out
-is heard in training; copies are never copied again; originals are only read. Which copies are made,
-where fewer than all are wanted, is drawn evenly over corpora and changes from (seed, name).
+Copies (the plan's strategy 1): each training clip played 0.9 and 1.1 times as
+fast (pitch and length move), 2 semitones lower and higher (length and vocal
+tract stay), and with noise at a drawn SNR: five copies. Only the train split
+is copied and copies stay in it, so nobody who is held out is heard in training;
+copies are never copied again; originals are only read. Which copies are made,
+where fewer than all are wanted, is drawn evenly over corpora and changes from
+(seed, name).
 
-Synthetic speech (strategy 2): Telugu sentences, from the transcripts of the training clips or
---text_file, in the voices of an engine, at a rate and a pitch drawn per sentence. A clip is dropped
-and counted where --check cannot find its sentence in it again.
+Synthetic speech (strategy 2): Telugu sentences, from the transcripts of the
+training clips or --text_file, in the voices of an engine, at a rate and a pitch
+drawn per sentence. A clip is dropped and counted where --check cannot find its
+sentence in it again.
 
-Both can be stopped at any moment: the same command goes on. What is made depends on the seed, the
-corpora and the flags alone, not on the number of processes: samples repeat bit for bit (an Ogg
-file's serial number, four bytes, does not; nor do the sounds of piper, whose noise has no seed).
+Both can be stopped at any moment: the same command goes on. What is made
+depends on the seed, the corpora and the flags alone, not on the number of
+processes: samples repeat bit for bit (an Ogg file's serial number, four bytes,
+does not; nor do the sounds of piper, whose noise has no seed).
 
-Why Ogg/Vorbis: a copy is made once and read many times, and a gap of 1,200 h (16 kHz) takes about
-28 GB where FLAC takes 90 (noise does not compress). Opus would take 17, but libsndfile encodes it
-at some 30 times real time a core, a tenth of Vorbis' speed, and at five sample rates only.
+Why Ogg/Vorbis: a copy is made once and read many times, and a gap of 1,200 h
+(16 kHz) takes about 28 GB where FLAC takes 90 (noise does not compress). Opus
+would take 17, but libsndfile encodes it at some 30 times real time a core, a
+tenth of Vorbis' speed, and at five sample rates only.
 """
 
 from __future__ import annotations
@@ -37,7 +42,7 @@ import os
 import re
 import shutil
 import tempfile
-import time
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -475,10 +480,10 @@ def augment(args: argparse.Namespace) -> None:
         return
     noises = _noise_clips(args.noise_dir)
     options = Options(str(folder), args.seed, args.format, tuple(args.snr_db), noises)
-    parts, started = split_into_parts(tasks), time.monotonic()
+    parts, started = split_into_parts(tasks), os.times()
     if parts:
         results = run_parts(make_part, options, parts, args.num_workers, len(parts))
-        _report(results, final.parent, time.monotonic() - started)
+        _report(results, final.parent, started)
     _publish_copies(folder, final)
     print_hours("after", [*real, *made_copies(final)], root, args.goal_hours)
 
@@ -578,16 +583,19 @@ def print_hours(title: str, clips: Sequence[Clip], root: Path, goal: float) -> N
     print(f"{'total':<40} {total:>10,.2f}  {share}", flush=True)
 
 
-def _report(made: Sequence[Made], folder: Path, seconds: float) -> None:
+def _report(made: Sequence[Made], folder: Path, started: os.times_result) -> None:
+    """What was made since `started`, and how fast: by the clock, and by CPU time of all processes,
+    which is the rate of one core whatever else the machine does."""
     dropped = [reason for m in made for reason in m.dropped]
     if dropped:
         log = folder / "augment_dropped.txt"
         log.write_text("".join(f"{reason}\n" for reason in dropped), encoding="utf-8")
         print(f"{len(dropped)} left out, see {log}; first: {dropped[0]}")
-    audio = sum(m.seconds for m in made)
+    audio, now = sum(m.seconds for m in made), os.times()
+    seconds, cpu = now.elapsed - started.elapsed, sum(now[:4]) - sum(started[:4])
     print(
         f"{sum(m.count for m in made)} clips, {audio / 3600:,.2f} h in {seconds:,.0f} s "
-        f"({audio / max(seconds, 1e-3):,.0f}x real time)"
+        f"({audio / max(seconds, 1e-3):,.0f}x real time, {audio / max(cpu, 1e-3):,.0f}x a core)"
     )
 
 
@@ -880,14 +888,16 @@ INDICTTS_URL = "https://github.com/AI4Bharat/Indic-TTS/releases/download/v1-chec
 PIPER_VOICES = ("te_IN-maya-medium", "te_IN-padmavathi-medium", "te_IN-venkatesh-medium")
 ENGINES = {
     "indictts": Engine(
-        IndicTts, "voices/te", "pip install coqui-tts", "MIT (AI4Bharat Indic-TTS)", True,
-        f"FastPitch + HiFi-GAN, a man and a woman: {INDICTTS_URL}/te.zip",
+        IndicTts, "voices/te",
+        "pip install coqui-tts torchcodec six",  # the last two it needs and does not ask for
+        "MIT (AI4Bharat Indic-TTS)", True,
+        "FastPitch + HiFi-GAN, a man and a woman; without its voices it says how to fetch them",
     ),
     "parler": Engine(
         Parler, "ai4bharat/indic-parler-tts",
         "python -m venv .venv-parler && .venv-parler/bin/pip install parler-tts torchaudio soxr "
-        "soundfile tqdm praat-parselmouth espeakng-loader, then run this with "
-        ".venv-parler/bin/python",
+        "soundfile tqdm praat-parselmouth espeakng-loader && .venv-parler/bin/python "
+        "augment_telugu.py --engine parler --synthesize_hours 500",
         "Apache-2.0 (AI4Bharat Indic Parler-TTS)", True,
         "voices and styles told in words; gated; slow without a GPU",
     ),
@@ -1153,10 +1163,10 @@ def synthesize(args: argparse.Namespace) -> None:
         str(text_file), size,
     )  # fmt: skip
     # A GPU is fed by one process.
-    workers, started = 0 if device != "cpu" else args.num_workers, time.monotonic()
+    workers, started = 0 if device != "cpu" else args.num_workers, os.times()
     if missing:
         made = run_parts(make_synthetic_part, options, missing, workers, count)
-        _report(made, folder, time.monotonic() - started)
+        _report(made, folder, started)
     _publish_synthetic(folder)
     print_hours("after", _training_clips(root, True), root, args.goal_hours)
 
@@ -1198,10 +1208,13 @@ def _publish_synthetic(folder: Path) -> None:
 
 
 def print_engines() -> None:
-    """The table of engines."""
+    """The table of engines, 80 columns wide; a command goes on behind a backslash, to be pasted."""
     for name, row in ENGINES.items():
         use = "commercial use" if row.commercial_ok else "no commercial use"
-        print(f"{name:<9} {row.license}, {use}\n          {row.note}\n          {row.pip}")
+        lines = textwrap.wrap(row.pip, 67, break_long_words=False, break_on_hyphens=False)
+        for begin, text in ((f"{name:<9} ", f"{row.license}, {use}"), (" " * 10, row.note)):
+            print(textwrap.fill(text, 79, initial_indent=begin, subsequent_indent=" " * 10))
+        print(textwrap.indent(" \\\n".join(lines), " " * 10))
 
 
 def _hours_flag(value: str) -> str:

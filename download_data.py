@@ -1,13 +1,15 @@
 """Phase 1: fetch speech corpora into data/<language>/<corpus>/ and verify them.
 
     python download_data.py --list      what there is: hours, disk, licences
-    python download_data.py             the default set: over 2,000 real hours a language
-    python download_data.py --verify    what is on disk, against the table; exit 1 on a gap
+    python download_data.py             the default set: 2,000 real h a language
+    python download_data.py --verify    what is on disk; exit 1 on a gap
 
-Every corpus ends in a folder of audio with a `manifest.jsonl`. A folder is renamed into place
-only when it is complete; the same command goes on where a killed one stopped, by byte in an
-archive, by row in a shard. Emotional speech goes to data/emotion/, two-channel conversations to
-data/conversations/. How bytes arrive and are unpacked is in fetching.py.
+Every corpus ends in a folder of audio with a `manifest.jsonl`. A folder is
+renamed into place only when it is complete; the same command goes on where a
+killed one stopped, by byte in an archive, by row in a shard. Emotional speech
+goes to data/emotion/, two-channel conversations to data/conversations/. What
+is read from each kind of corpus is in corpora.py, how bytes arrive and are
+unpacked in fetching.py.
 """
 
 from __future__ import annotations
@@ -31,9 +33,7 @@ from tqdm import tqdm
 import data
 import fetching
 import training
-from fetching import (
-    FILE_THREADS,
-    GIGABYTE,
+from corpora import (
     Absent,
     Archive,
     Archives,
@@ -46,8 +46,10 @@ from fetching import (
     Options,
     Packages,
     fetch,
+    needs_fetching,
     read_record,
 )
+from fetching import FILE_THREADS, GIGABYTE
 from training import UserError
 
 GOAL_HOURS = 2000  # the plan's, a language
@@ -958,8 +960,9 @@ def check_disk(corpora: list[Corpus], data_dir: Path, options: Options, jobs: in
 
 
 def _scaled(row: Corpus, max_hours: float) -> Corpus:
-    """The row as --max_hours leaves it; archives are taken whole."""
-    if not max_hours or row.hours <= max_hours or isinstance(row, Packages):
+    """The row as --max_hours leaves it; archives are taken whole, some corpora too."""
+    whole = isinstance(row, (Packages, Files, DataCollective))
+    if not max_hours or row.hours <= max_hours or whole:
         return row
     hours, transient = max_hours, row.transient_gb
     if isinstance(row, Archives):
@@ -991,7 +994,18 @@ def _fetch_and_say(
 ) -> None:
     began = time.monotonic()
     fetch(corpus, data_dir, options, stopped)
-    tqdm.write(f"{corpus.name}: fetched in {(time.monotonic() - began) / 60:,.1f} min")
+    took = (time.monotonic() - began) / 60
+    record = read_record(data_dir / corpus.place / corpus.name)
+    tqdm.write(_wrapped(f"{corpus.name}: fetched in {took:,.1f} min{_unpacked(record)}"))
+
+
+def _unpacked(record: dict) -> str:
+    """How fast it was unpacked, packed as FLAC and probed; nothing where a killed run began it."""
+    hours, seconds = record.get("hours", 0.0), record.get("unpack_seconds", 0.0)
+    if not seconds:
+        return ""
+    times = hours * 3600 / seconds
+    return f"; unpacked {_figure(hours)} h in {seconds:,.1f} s ({times:,.0f}x real time)"
 
 
 def _pairs(flag: str, values: list[str] | None, names: Iterable[str]) -> dict[str, str]:
@@ -1011,7 +1025,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--languages", nargs="+", choices=data.LANGUAGES, help="only these")
+    add("--languages", nargs="+", choices=data.LANGUAGES, metavar="LANGUAGE",
+        help=f"only these of {', '.join(data.LANGUAGES)}")  # fmt: skip
     add("--corpora", nargs="+", metavar="NAME", help=f"rows of --list, or {', '.join(GROUPS)}")
     add("--data_dir", type=Path, default=Path("data"), help="default: data")
     add("--max_hours", type=float, default=0.0, help="of each corpus; archives are taken whole")
@@ -1055,7 +1070,7 @@ def main() -> int:
     if arguments.verify:
         return report(_with_present(corpora, names, arguments.languages, data_dir), arguments)
     corpora = without_forbidden(corpora, arguments.allow_noncommercial, options.fisher_dir)
-    absent = [row for row in corpora if fetching.needs_fetching(row, data_dir, options)]
+    absent = [row for row in corpora if needs_fetching(row, data_dir, options)]
     # The largest archives first, while the disk is empty.
     absent.sort(key=lambda row: -row.transient_gb)
     if absent:

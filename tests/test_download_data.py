@@ -1,753 +1,26 @@
-"""Every corpus of the table, small, from its address to a manifest; list, verify, the script."""
+"""The table of corpora, what the flags choose, --list, --verify and the script as it is pasted."""
 
-import gzip
-import importlib.util
-import io
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
-import soundfile
-from test_fetching import (
-    Server,
-    coded,
-    dies_at,
-    killed,
-    md5,
-    noise,
-    server,
-    small_disk,
-    sphere,
-    tar_of,
-    zip_of,
-)
+from test_corpora import CORPUS, ROOT, ROWS, dataset, needs_dpkg, package, served
+from test_fetching import Server, server
 
+import corpora
 import data
 import download_data
 import fetching
-from fetching import Options
+from corpora import Options
 from training import UserError
 
-__all__ = ["Server", "server", "small_disk"]  # fixtures, found by name
-
-ROOT = Path(__file__).resolve().parent.parent
-ROWS = {row.name: row for row in download_data.CORPORA}
-needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs Debian's dpkg-deb")
-needs_av = pytest.mark.skipif(
-    importlib.util.find_spec("av") is None, reason="needs PyAV: pip install av"
-)
-
-
-def manifest(folder, row):
-    """{path below audio/: clip} of a fetched corpus; every file is there and readable."""
-    root = folder / row.place / row.name
-    clips = data.read_manifest(root / data.MANIFEST)
-    for clip in clips:
-        assert data.probe(clip.path) == (pytest.approx(clip.duration, abs=1e-3), clip.sample_rate)
-        assert (clip.language, clip.license) == (row.language, row.license)
-        assert clip.commercial_ok == row.commercial_ok
-    assert not list((folder / row.place).glob(".*"))
-    assert not (folder / ".archives" / row.name).exists()
-    return {clip.path.relative_to(root / "audio").as_posix(): clip for clip in clips}
-
-
-def disjoint(clips):
-    """No speaker in two splits."""
-    splits = {}
-    for clip in clips:
-        if clip.speaker:
-            assert splits.setdefault(clip.speaker, clip.split) == clip.split
-    return True
-
-
-# ------------------------------------------------------------------------------------- archives
-
-
-def archive_files(row):
-    """{archive name: {member: bytes}} of a small corpus laid out like the real one."""
-    wav, flac, mp3 = coded(".wav"), coded(".flac"), coded(".mp3", rate=8000)
-    if row.layout == "librispeech":
-        return {
-            a.name: {
-                f"LibriSpeech/{a.stem}/{n}/7/{n}-7-0000.flac": flac,
-                f"LibriSpeech/{a.stem}/{n}/7/{n}-7.trans.txt": f"{n}-7-0000 HELLO YOU\n".encode(),
-            }
-            for n, a in enumerate(row.archives, start=100)
-        }
-    if row.layout == "libritts":
-        return {
-            a.name: {
-                f"LibriTTS_R/{a.stem}/{n}/7/{n}_7_000001_000000.wav": coded(".wav", rate=24000),
-                f"LibriTTS_R/{a.stem}/{n}/7/{n}_7_000001_000000.normalized.txt": b"Hello, you.\n",
-                f"LibriTTS_R/{a.stem}/{n}/7/{n}_7_000001_000000.original.txt": b"Hello, you.\n",
-            }
-            for n, a in enumerate(row.archives, start=100)
-        }
-    if row.layout == "librilight":
-        book = "small/100/a_book"
-        return {"small.tar": {f"{book}/ch_01.flac": coded(".flac", 2), f"{book}/x.json": b"{}"}}
-    if row.layout == "transcription":
-        return {
-            a.name: {
-                f"{part}/audio/{n}_001.wav": coded(".wav", rate=8000),
-                f"{part}/transcription.txt": f"{n}_001 नमस्ते जी\n".encode(),
-            }
-            for a, part, n in zip(row.archives, ("train", "test"), ("0116", "0200"), strict=True)
-        }
-    if row.layout == "kaldi":
-        return {
-            a.name: {
-                f"{a.stem}/Audio/02-1718{n}-01.mp3": mp3,
-                f"{a.stem}/text": f"02-1718{n}-01 हेलो\n".encode(),
-            }
-            for n, a in enumerate(row.archives)
-        }
-    if row.layout == "line_index":
-        return {
-            a.name: {
-                f"{sex}_0043{n}_0011.wav": coded(".wav", rate=48000),
-                "line_index.tsv": f"{sex}_0043{n}_0011\tనమస్కారం\n".encode(),
-            }
-            for n, (a, sex) in enumerate(zip(row.archives, ("tef", "tem"), strict=True))
-        }
-    return {
-        row.archives[0].name: {
-            f"Actor_{actor}/03-01-0{felt}-01-02-01-{actor}.wav": wav
-            for actor, felt in (("01", 5), ("02", 2))
-        }
-    }
-
-
-def served(server, row, files=None):
-    """The row, its small archives on the server, each with its true checksum."""
-    files = files or archive_files(row)
-    archives = []
-    for archive in row.archives:
-        body = files[archive.name]
-        if isinstance(body, dict):
-            body = zip_of(body) if archive.name.endswith(".zip") else tar_of(
-                body, archive.name.endswith("gz")
-            )
-        server.files[f"/{archive.name}"] = body
-        archives.append(replace(archive, checksum=md5(body) if archive.checksum else ""))
-    return replace(row, archives=tuple(archives), bases=(f"{server.url}/gone", server.url))
-
-
-ARCHIVE_ROWS = [row for row in ROWS.values() if isinstance(row, fetching.Archives)]
-EXPECTED = {
-    "librispeech": ({"librivox-100", "librivox-101", "librivox-102"}, "hello you", ".flac"),
-    "librilight-small": ({"librivox-100"}, None, ".flac"),
-    "libritts-r": ({"librivox-100", "librivox-101", "librivox-102"}, "Hello, you.", ".flac"),
-    "openslr-103": ({"openslr-103-0116", "openslr-103-0200"}, "नमस्ते जी", ".flac"),
-    "gramvaani": ({None}, "हेलो", ".mp3"),
-    "openslr-66": ({"tef-00430", "tem-00431"}, "నమస్కారం", ".flac"),
-    "ravdess": ({"ravdess-01", "ravdess-02"}, "Dogs are sitting by the door.", ".flac"),
-}
-
-
-@pytest.mark.parametrize("row", ARCHIVE_ROWS, ids=lambda row: row.name)
-def test_every_corpus_of_archives(server, tmp_path, row):
-    small = served(server, row)
-    assert download_data.fetch(small, tmp_path)
-    found = manifest(tmp_path, small)
-    speakers, text, suffix = EXPECTED[row.name]
-    assert {clip.speaker for clip in found.values()} == speakers
-    assert {clip.text for clip in found.values()} == {text}
-    assert {clip.path.suffix for clip in found.values()} == {suffix}
-    assert {name.split("/")[0] for name in found} == {a.stem for a in row.archives}
-    assert disjoint(found.values())
-    if row.name == "ravdess":
-        assert {clip.emotion for clip in found.values()} == {"angry", "calm"}
-    assert not download_data.fetch(small, tmp_path)
-    asked = len(server.log)
-    assert not fetching.needs_fetching(small, tmp_path, Options()) and len(server.log) == asked
-
-
-def test_the_same_libri_reader_is_in_one_split_everywhere(server, tmp_path):
-    clips = []
-    for name in ("librispeech", "librilight-small", "libritts-r"):
-        row = served(server, ROWS[name])
-        download_data.fetch(row, tmp_path)
-        clips += manifest(tmp_path, row).values()
-    assert disjoint(clips) and len({clip.speaker for clip in clips}) == 3
-
-
-def test_wav_stays_where_it_is_wanted(server, tmp_path):
-    row = served(server, ROWS["openslr-66"])
-    download_data.fetch(row, tmp_path, Options(keep_wav=True))
-    paths = [clip.path for clip in manifest(tmp_path, row).values()]
-    assert {path.read_bytes() for path in paths} == {coded(".wav", rate=48000)}
-
-
-def test_archives_are_taken_whole_up_to_max_hours_and_go_on_later(server, tmp_path):
-    row = served(server, ROWS["librispeech"])
-    download_data.fetch(row, tmp_path, Options(max_hours=100))
-    assert len(manifest(tmp_path, row)) == 1
-    record = fetching.read_record(tmp_path / "english/librispeech")
-    assert not record["whole"] and record["max_hours"] == 100
-    assert not download_data.fetch(row, tmp_path, Options(max_hours=50))
-    assert download_data.fetch(row, tmp_path)
-    assert len(manifest(tmp_path, row)) == 3
-    assert sum(path == "/train-clean-100.tar.gz" for path, _ in server.log) == 1
-
-
-def test_a_process_killed_in_mid_archive_goes_on(server, tmp_path):
-    files = {f"LibriSpeech/a/{n}/1/{n}-1-0.flac": coded(".flac", hertz=200 + n) for n in range(9)}
-    row = replace(ROWS["librispeech"], archives=ROWS["librispeech"].archives[:1])
-    row = served(server, row, {row.archives[0].name: files})
-    server.cuts = [1000]
-
-    def fetch():
-        dies_at(fetching, "_place", 6)
-        download_data.fetch(row, tmp_path)
-
-    killed(fetch)
-    assert not (tmp_path / "english/librispeech").exists()
-    # What the killed run left is hidden from a scan, and the archive is still there.
-    assert data.scan_folder(tmp_path / "english") == ([], [])
-    assert (tmp_path / ".archives/librispeech/train-clean-100.tar.gz").exists()
-    asked = len(server.log)
-    download_data.fetch(row, tmp_path)
-    found = manifest(tmp_path, row)
-    assert len(found) == 9 and len(server.log) == asked
-    written = {p.name: p.read_bytes() for p in (tmp_path / "english").rglob("*.flac")}
-    assert written == {Path(name).name: body for name, body in files.items()}
-
-
-def test_a_damaged_archive_without_checksum_is_fetched_anew(server, tmp_path):
-    row = served(server, ROWS["openslr-103"])
-    whole = server.files["/Hindi_train.tar.gz"]
-    server.files["/Hindi_train.tar.gz"] = whole[:-30]
-    with pytest.raises(UserError, match="damaged.*removed: run again to fetch it anew"):
-        download_data.fetch(row, tmp_path)
-    server.files["/Hindi_train.tar.gz"] = whole
-    assert download_data.fetch(row, tmp_path)
-    assert len(manifest(tmp_path, row)) == 2
-
-
-@pytest.mark.parametrize("member", ["../../out.wav", "/tmp/out.wav"])
-def test_an_archive_that_would_escape_is_one_line(server, tmp_path, member):
-    body = tar_of({"fine.wav": coded(".wav"), member: b"x"})
-    row = replace(ROWS["openslr-103"], archives=ROWS["openslr-103"].archives[:1])
-    row = served(server, row, {row.archives[0].name: body})
-    with pytest.raises(UserError, match="points outside its folder") as caught:
-        download_data.fetch(row, tmp_path)
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.rglob("out.wav")) and not list(tmp_path.rglob("fine.wav"))
-
-
-def test_unreadable_files_are_counted_and_listed(server, tmp_path, capsys):
-    files = archive_files(ROWS["openslr-103"])
-    files["Hindi_train.tar.gz"]["train/audio/0116_002.wav"] = b"no audio"
-    row = served(server, ROWS["openslr-103"], files)
-    download_data.fetch(row, tmp_path)
-    assert len(data.read_manifest(tmp_path / "hindi/openslr-103/manifest.jsonl")) == 2
-    assert "0116_002" in (tmp_path / "hindi/openslr-103/unreadable.txt").read_text()
-    assert "1 files left out" in capsys.readouterr().err
-
-
-def test_a_full_disk_is_one_line_and_no_loss(server, small_disk):
-    folder = small_disk(260)
-    files = {f"a/{n}-1-0.flac": coded(".flac", hertz=200 + n) + noise(30_000, n) for n in range(5)}
-    row = replace(ROWS["librispeech"], archives=ROWS["librispeech"].archives[:1])
-    row = served(server, row, {row.archives[0].name: files})
-    with pytest.raises(UserError, match="librispeech: the disk of .* is full .*goes on") as caught:
-        download_data.fetch(row, folder / "data")
-    assert "\n" not in str(caught.value)
-    small_disk(4000)
-    download_data.fetch(row, folder / "data")
-    written = {p.name: p.read_bytes() for p in (folder / "data").rglob("*.flac")}
-    assert written == {Path(name).name: body for name, body in files.items()}
-
-
-def test_single_files_and_those_that_are_not_there(server, tmp_path):
-    row = replace(ROWS["crema-d"], base=server.url)
-    names = ("1001_IEO_NEU_XX", "1001_DFA_ANG_HI", "1002_TSI_FEA_XX", "1003_ITS_SAD_XX")
-    listing = "".join(f'{n},"{name}"\n' for n, name in enumerate(names))
-    server.files["/SentenceFilenames.csv"] = f'"Stimulus_Number","Filename"\n{listing}'.encode()
-    for name in names[:3]:
-        server.files[f"/AudioWAV/{name}.wav"] = coded(".wav")
-    assert download_data.fetch(row, tmp_path)
-    found = manifest(tmp_path, row)
-    assert {name: (c.speaker, c.emotion, c.text) for name, c in found.items()} == {
-        "1001_IEO_NEU_XX.flac": ("crema-d-1001", "neutral", "It's eleven o'clock."),
-        "1001_DFA_ANG_HI.flac": ("crema-d-1001", "angry", "Don't forget a jacket."),
-        "1002_TSI_FEA_XX.flac": ("crema-d-1002", "fear", "The surface is slick."),
-    }
-    assert "1003_ITS" in (tmp_path / "emotion/crema-d/unreadable.txt").read_text()
-
-
-def test_common_voice_by_mozillas_client(tmp_path, monkeypatch):
-    row = ROWS["common-voice-telugu"]
-    header = "client_id\tpath\tsentence\tup_votes\n"
-    rows = "ann0123456789abcdefgh\tcv_1.mp3\tఒక \"మాట\n\t2\n".replace("\n\t", "\t")
-    body = tar_of(
-        {
-            "cv-corpus-23.0/te/clips/cv_1.mp3": coded(".mp3", rate=48000),
-            "cv-corpus-23.0/te/clips/cv_2.mp3": coded(".mp3", rate=48000),
-            "cv-corpus-23.0/te/validated.tsv": (header + rows).encode(),
-        }
-    )
-
-    def download_dataset(dataset, download_directory):
-        assert dataset == "cmabc"
-        path = Path(download_directory) / "te.tar.gz"
-        path.write_bytes(body)
-        return str(path)
-
-    options = Options(cv_dataset_ids={"telugu": "cmabc"})
-    monkeypatch.delenv("MDC_API_KEY", raising=False)
-    with pytest.raises(UserError, match="MDC_API_KEY"):
-        download_data.fetch(row, tmp_path, options)
-    monkeypatch.setenv("MDC_API_KEY", "key")
-    monkeypatch.setitem(sys.modules, "datacollective", None)
-    with pytest.raises(UserError, match="pip install datacollective"):
-        download_data.fetch(row, tmp_path, options)
-    module = types.SimpleNamespace(download_dataset=download_dataset)
-    monkeypatch.setitem(sys.modules, "datacollective", module)
-    assert download_data.fetch(row, tmp_path, options)
-    (clip,) = manifest(tmp_path, row).values()
-    assert (clip.speaker, clip.text) == ("common-voice-ann0123456789abc", 'ఒక "మాట')
-    with pytest.raises(UserError, match="--cv_dataset_id hindi=ID"):
-        download_data.fetch(ROWS["common-voice-hindi"], tmp_path, options)
-
-
-# ------------------------------------------------------------------------- Hugging Face datasets
-
-HUB_ROWS = [row for row in ROWS.values() if isinstance(row, fetching.Hub)]
-
-
-def hub_rows(row, count=6, suffix=".flac"):
-    """Rows with the columns of the real corpus."""
-    rows = []
-    for n in range(count):
-        body = coded(suffix, hertz=200 + 10 * n)
-        name, audio = row.name.rsplit("-", 1)[0], {"bytes": body, "path": f"a{n}{suffix}"}
-        if name == "shrutilipi":
-            audio["path"] = f"newsonair_{n // 3}_sent_{n}.wav"
-            rows.append({"audio_filepath": audio, "text": f"text {n}", "duration": 0.3})
-        elif name in ("indicvoices", "kathbath"):
-            more = {"lang": "x", "duration": 0.3, "gender": "F", "speaker_id": f"S{n // 2}"}
-            rows.append({"audio_filepath": audio, "text": f"text {n}", **more})
-        elif name == "vaani":
-            rows.append(
-                {
-                    "audio": audio,
-                    "language": "Telugu" if n else "Urdu",
-                    "gender": "Male",
-                    "state": "AndhraPradesh",
-                    "district": "Guntur",
-                    "pincode": 522000 + n // 3,
-                    "isTranscriptionAvailable": "Yes" if n == 1 else "No",
-                    "transcript": "<noise> text  {one} 1 --" if n == 1 else None,
-                    "referenceImage": "i.jpg",
-                }
-            )
-        elif name == "rasa":
-            style = ("HAPPY", "ANGER", "SURPRISE", "WIKI", "NEWS", "SAD")[n % 6]
-            rows.append(
-                {"filename": f"f{n}", "text": f"text {n}", "gender": "Female", "style": style,
-                 "duration": 0.3, "audio": audio}
-            )
-        elif name == "indictts":
-            rows.append({"audio": audio, "text": f"text {n}", "gender": n % 2})
-        else:
-            rows.append(
-                {"id": n, "num_samples": 4800, "path": "p", "audio": audio, "gender": 1,
-                 "transcription": f"text {n}", "raw_transcription": "T", "lang_id": 1}
-            )
-    return rows
-
-
-def parquet(rows, group=2):
-    buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer, row_group_size=group)
-    return buffer.getvalue()
-
-
-def dataset(row, **more):
-    """{path: bytes} of a small dataset laid out like the real one."""
-    files = {}
-    for folder in row.folders:
-        if row.official_splits:
-            names = [f"{folder}/{split}/0000.parquet" for split in ("train", "validation", "test")]
-        else:
-            names = [f"{folder}/train-0000{n}-of-00002.parquet" for n in range(2)]
-        files |= {name: parquet(hub_rows(row, **more)) for name in names}
-    return files
-
-
-@pytest.mark.parametrize("row", HUB_ROWS, ids=lambda row: row.name)
-def test_every_corpus_of_the_hub(server, tmp_path, row):
-    files = dataset(row)
-    server.add_dataset(row.repo, files, row.revision)
-    assert download_data.fetch(row, tmp_path, Options(mirrors={row.name: server.url}))
-    found = manifest(tmp_path, row)
-    vaani = row.keep is not None
-    assert len(found) == len(files) * (5 if vaani else 6)
-    assert disjoint(found.values())
-    for name, clip in found.items():
-        shard, number = re.sub(r"/\d+\.flac$", ".parquet", name), int(clip.path.stem)
-        source = hub_rows(row)[number]
-        assert shard in files and clip.path.read_bytes() == source[row.audio]["bytes"]
-        if not vaani:
-            assert clip.text == source[row.text]
-    texts = {clip.text for clip in found.values()}
-    speakers = {clip.speaker for clip in found.values()}
-    if vaani:
-        assert texts == {"text 1", None} and speakers == {None}
-        assert len({clip.split for clip in found.values() if int(clip.path.stem) >= 3}) == 1
-    elif row.name.startswith("rasa"):
-        assert {c.emotion for c in found.values()} == {
-            "happy", "angry", "surprise", "neutral", "sad", None,
-        }
-        assert {clip.split for clip in found.values()} == {"train"}
-    elif row.official_splits:
-        assert {name.split("/")[1]: c.split for name, c in found.items()} == {
-            "train": "train", "validation": "validation", "test": "test",
-        }
-    elif row.speakers == ("speaker_id",):
-        assert speakers == {f"{row.name}-s{n}" for n in range(3)}
-
-
-def test_a_local_folder_laid_out_like_the_dataset(tmp_path):
-    row = ROWS["kathbath-hindi"]
-    for name, body in dataset(row).items():
-        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "copy" / name).write_bytes(body)
-    options = Options(mirrors={row.name: str(tmp_path / "copy")})
-    assert download_data.fetch(row, tmp_path / "data", options)
-    assert len(manifest(tmp_path / "data", row)) == 12
-    assert len(list((tmp_path / "copy/hindi").iterdir())) == 2
-    with pytest.raises(UserError, match="no folder 'telugu' there"):
-        download_data.fetch(
-            ROWS["kathbath-telugu"], tmp_path / "data",
-            Options(mirrors={"kathbath-telugu": str(tmp_path / "copy")}),
-        )
-
-
-def test_a_process_killed_in_mid_shard_goes_on_at_the_next_row(server, tmp_path):
-    row = ROWS["indicvoices-telugu"]
-    files = {"telugu/train-00000-of-00001.parquet": parquet(hub_rows(row, count=90, suffix=".wav"))}
-    server.add_dataset(row.repo, files)
-    options = Options(mirrors={row.name: server.url})
-    server.cuts = [5000]
-
-    def fetch():
-        dies_at(data, "probe", 50)
-        download_data.fetch(row, tmp_path, options)
-
-    killed(fetch)
-    part = tmp_path / "telugu/.indicvoices-telugu.part"
-    (journal,) = (part / ".rows").iterdir()
-    done = journal.read_text().splitlines()
-    assert 0 < len(done) < 50
-    # A kill may also tear a line, and lose a file that the disk had not yet.
-    journal.write_text("\n".join(done) + '\n{"row": 3')
-    lost = json.loads(done[-1])["path"]
-    (part / lost).unlink()
-    before = {path: path.stat().st_mtime_ns for path in part.rglob("*.flac")}
-    asked = len(server.log)
-    download_data.fetch(row, tmp_path, options)
-    found = manifest(tmp_path, row)
-    assert sorted(int(clip.path.stem) for clip in found.values()) == list(range(90))
-    for clip in found.values():
-        audio, _ = soundfile.read(clip.path, dtype="int16")
-        source = hub_rows(row, 90, ".wav")[int(clip.path.stem)] if clip.path.stem in (
-            "000000", "000049", "000089") else None
-        if source:
-            wav, _ = soundfile.read(io.BytesIO(source[row.audio]["bytes"]), dtype="int16")
-            np.testing.assert_array_equal(audio, wav)
-    # The rows before were not written again, and the shard was not fetched again.
-    kept = tmp_path / "telugu/indicvoices-telugu"
-    same = [p for p, at in before.items() if (kept / p.relative_to(part)).stat().st_mtime_ns == at]
-    assert len(same) >= len(done) - 1
-    assert not any("resolve" in path for path, _ in server.log[asked:])
-
-
-def test_max_hours_ends_within_a_shard_and_goes_on_later(server, tmp_path):
-    row = ROWS["shrutilipi-telugu"]
-    server.add_dataset(row.repo, dataset(row))
-    mirrors = {row.name: server.url}
-    four = Options(mirrors=mirrors, max_hours=0.3 * 3.5 / 3600)
-    download_data.fetch(row, tmp_path, four)
-    assert len(manifest(tmp_path, row)) == 4
-    assert len(list((tmp_path / "telugu").rglob("*.flac"))) == 4
-    assert download_data.verify(row, tmp_path).problem == ""
-    assert not download_data.fetch(row, tmp_path, four)
-    assert download_data.fetch(row, tmp_path, Options(mirrors=mirrors))
-    found = manifest(tmp_path, row)
-    assert len(found) == 12
-    # Bulletins stay together.
-    splits = {}
-    for clip in found.values():
-        assert splits.setdefault(int(clip.path.stem) // 3, clip.split) == clip.split
-
-
-def test_a_damaged_shard_and_changed_columns_are_one_line(server, tmp_path):
-    row = ROWS["kathbath-hindi"]
-    options = Options(mirrors={row.name: server.url})
-    good = parquet(hub_rows(row))
-    server.add_dataset(row.repo, {"hindi/train-0.parquet": good[:-100]})
-    with pytest.raises(UserError, match="damaged.*run again to fetch it anew"):
-        download_data.fetch(row, tmp_path, options)
-    other = parquet([{"audio": {"bytes": b"x", "path": "p"}, "sentence": "s"}])
-    server.add_dataset(row.repo, {"hindi/train-0.parquet": other})
-    with pytest.raises(UserError, match="no column audio_filepath.*now has audio, sentence"):
-        download_data.fetch(row, tmp_path, options)
-    server.add_dataset(row.repo, {"hindi/train-0.parquet": good})
-    shutil.rmtree(tmp_path / ".archives")
-    assert download_data.fetch(row, tmp_path, options)
-    server.add_dataset(row.repo, {"elsewhere/train-0.parquet": good})
-    with pytest.raises(UserError, match="no folder 'telugu' there"):
-        download_data.fetch(
-            ROWS["kathbath-telugu"], tmp_path, Options(mirrors={"kathbath-telugu": server.url})
-        )
-
-
-def test_rows_without_readable_audio_are_left_out_and_listed(server, tmp_path):
-    row = ROWS["kathbath-hindi"]
-    rows = hub_rows(row)
-    rows[1]["audio_filepath"]["bytes"] = None
-    rows[2]["audio_filepath"]["bytes"] = b"no audio at all"
-    rows[3]["audio_filepath"]["bytes"] = rows[3]["audio_filepath"]["bytes"][:60]
-    server.add_dataset(row.repo, {"hindi/train-0.parquet": parquet(rows)})
-    download_data.fetch(row, tmp_path, Options(mirrors={row.name: server.url}))
-    numbers = [int(clip.path.stem) for clip in manifest(tmp_path, row).values()]
-    assert sorted(numbers) == [0, 4, 5]
-    listed = (tmp_path / "hindi/kathbath-hindi/unreadable.txt").read_text().splitlines()
-    assert len(listed) == 3 and "row 1: no audio" in listed[0]
-
-
-def test_bytes_alone_are_taken_too(server, tmp_path):
-    row = ROWS["shrutilipi-hindi"]
-    rows = [{**one, "audio_filepath": one["audio_filepath"]["bytes"]} for one in hub_rows(row)]
-    server.add_dataset(row.repo, {"hindi/train-0.parquet": parquet(rows)})
-    download_data.fetch(row, tmp_path, Options(mirrors={row.name: server.url}))
-    assert len(manifest(tmp_path, row)) == 6
-
-
-def test_all_missing_licences_are_told_at_once_before_anything_is_fetched(server):
-    rows = [ROWS[name] for name in ("kathbath-hindi", "kathbath-telugu", "vaani-telugu")]
-    rows.append(ROWS["fleurs-telugu"])
-    mirrors = {row.name: server.url for row in rows}
-    server.gated = {"ai4bharat/Kathbath", "ARTPARK-IISc/Vaani"}
-    with pytest.raises(UserError) as caught:
-        download_data.check_access(rows, mirrors)
-    told = str(caught.value)
-    for repo in server.gated:
-        assert told.count(f"https://huggingface.co/datasets/{repo}") == 1
-    assert "hf auth login" in told and "\n" not in told
-    server.gated = set()
-    download_data.check_access(rows, mirrors)
-    assert not any("resolve" in path for path, _ in server.log)
-    with pytest.raises(UserError, match="Hugging Face cannot be reached"):
-        download_data.check_access(rows, {row.name: "http://127.0.0.1:9" for row in rows})
-
-
-# -------------------------------------------------------------------------------- conversations
-
-
-def test_behavior_sd_becomes_conversations(server, tmp_path):
-    row = ROWS["behavior-sd"]
-    stereo = io.BytesIO()
-    soundfile.write(stereo, np.zeros((22050, 2)), 22050, format="FLAC")
-    about = {
-        "utterances": [
-            {"speaker_idx": 0, "tts_text": "Hi.", "start_time": 0.0, "end_time": 0.4,
-             "backchannels": [{"tts_text": "yeah", "start_time": 0.2, "end_time": 0.3}]},
-            {"speaker_idx": 1, "tts_text": "Hello.", "start_time": 0.5, "end_time": 0.9},
-        ]
-    }
-    bodies = {"0000000004.flac": stereo.getvalue(), "0000000004.json": json.dumps(about).encode()}
-    splits = ("train", "validation", "test")
-    server.add_dataset(row.repo, {f"{split}/0001.tar": tar_of(bodies, False) for split in splits})
-    options = Options(mirrors={row.name: server.url})
-    assert download_data.fetch(row, tmp_path, options)
-    folder = tmp_path / "conversations/behavior-sd"
-    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    assert [line["split"] for line in lines] == list(splits)
-    assert [(t["who"], t["text"]) for t in lines[0]["turns"]] == [
-        ("agent", "Hi."), ("user", "yeah"), ("user", "Hello."),
-    ]
-    assert all((folder / line["path"]).exists() for line in lines)
-    import make_conversations
-
-    recordings = make_conversations.read_recordings(folder)
-    assert len(recordings) == 3 and recordings[0].source == "behavior-sd"
-    found = download_data.verify(replace(row, hours=3 / 3600), tmp_path)
-    assert (found.problem, found.files) == ("", 3)
-    assert found.rates == ((22050, pytest.approx(3 / 3600)),)
-
-
-def test_fisher_as_the_ldc_ships_it(tmp_path):
-    row, ldc = ROWS["fisher"], tmp_path / "ldc"
-    calls = ldc / "fisher_eng_tr_sp_d1/audio/000"
-    calls.mkdir(parents=True)
-    tone = (np.arange(8000) % 100 * 50).astype("<i2")
-    (calls / "fe_03_00001.sph").write_bytes(sphere(np.stack([tone, -tone], axis=1)))
-    (calls / "fe_03_00002.sph").write_bytes(b"damaged")
-    texts = ldc / "fe_03_p1_tran/data/trans/000"
-    texts.mkdir(parents=True)
-    (texts / "fe_03_00001.txt").write_text(
-        "# fe_03_00001.sph\n\n0.10 0.50 A: hello there\n0.60 0.90 B: hi ((you))\n"
-    )
-    assert download_data.fetch(row, tmp_path / "data", Options(fisher_dir=ldc))
-    folder = tmp_path / "data/conversations/fisher"
-    (line,) = [json.loads(text) for text in (folder / "manifest.jsonl").read_text().splitlines()]
-    audio, rate = soundfile.read(folder / line["path"], dtype="int16")
-    assert rate == 8000
-    np.testing.assert_allclose(audio, np.stack([tone, -tone], axis=1), atol=1)
-    assert [(t["who"], t["start"], t["text"]) for t in line["turns"]] == [
-        ("agent", 0.1, "hello there"), ("user", 0.6, "hi ((you))"),
-    ]
-    assert (line["commercial_ok"], line["sample_rate"]) == (False, 8000)
-    assert "fe_03_00002" in (folder / "unreadable.txt").read_text()
-    with pytest.raises(UserError, match="--fisher_dir"):
-        download_data.fetch(row, tmp_path / "other")
-    with pytest.raises(UserError, match="no .sph files"):
-        download_data.fetch(row, tmp_path / "other", Options(fisher_dir=texts))
-
-
-# ------------------------------------------------------------------------------ Debian packages
-
-CORPUS = fetching.Packages(
-    name="voices",
-    language="other",
-    packages=("voices-pkg",),
-    root="usr/share/voices",
-    include=("*.wav", "*.raw"),
-    exclude=("beep.*",),
-    license="GPL-2",
-    hours=4 / 3600,
-    kilohertz="16",
-    speaker_pattern=r"^([^/]+)/",
-    validation=("bo",),
-    test=("cy",),
-)
-
-
-@pytest.fixture
-def package(tmp_path):
-    """A .deb of six recordings: two of Ann, one of Bo, one of Cy, a copy and a beep."""
-    tree = tmp_path / "tree"
-    voices = tree / "usr/share/voices"
-    for number, name in enumerate(("ann/1", "ann/2", "bo/1")):
-        (voices / name).parent.mkdir(parents=True, exist_ok=True)
-        data.write_audio(voices / f"{name}.wav", np.full(16000, 0.1 * (number + 1)), 16000)
-    (voices / "cy").mkdir()
-    (voices / "cy/1.raw").write_bytes(np.full(16000, 1000, "<i2").tobytes())
-    shutil.copy(voices / "ann/1.wav", voices / "ann/copy.wav")
-    shutil.copy(voices / "ann/1.wav", voices / "beep.wav")
-    (voices / "ann/3.wav").write_text("no audio")
-    (voices / "readme.txt").write_text("not wanted")
-    (tree / "usr/share/doc/voices-pkg").mkdir(parents=True)
-    (tree / "usr/share/doc/voices-pkg/copyright").write_text("GPL-2")
-    (tree / "DEBIAN").mkdir()
-    (tree / "DEBIAN/control").write_text(
-        "Package: voices-pkg\nVersion: 1\nArchitecture: all\nMaintainer: T <t@t>\nDescription: t\n"
-    )
-    archives = tmp_path / "data/.archives/voices"
-    archives.mkdir(parents=True)
-    command = ["dpkg-deb", "--build", "--root-owner-group", tree, archives / "voices-pkg_1_all.deb"]
-    subprocess.run(command, check=True, capture_output=True)
-    return tmp_path / "data"
-
-
-@needs_dpkg
-def test_a_corpus_lands_whole_with_speakers_splits_and_licence(package, capsys):
-    assert download_data.fetch(CORPUS, package)
-    folder = package / "other/voices"
-    clips = data.read_manifest(folder / data.MANIFEST)
-    found = {str(one.path.relative_to(folder / "audio")): one for one in clips}
-    assert sorted(found) == ["ann/1.wav", "ann/2.wav", "bo/1.wav", "cy/1.flac"]
-    assert {name: (one.speaker, one.split) for name, one in found.items()} == {
-        "ann/1.wav": ("voices-ann", "train"),
-        "ann/2.wav": ("voices-ann", "train"),
-        "bo/1.wav": ("voices-bo", "validation"),
-        "cy/1.flac": ("voices-cy", "test"),
-    }
-    assert all((one.duration, one.sample_rate, one.license) == (1, 16000, "GPL-2") for one in clips)
-    cy = data.read_audio(found["cy/1.flac"].path, sample_rate=16000)
-    np.testing.assert_allclose(cy, 1000 / 32768, atol=1e-4)
-    assert (folder / "copyright.voices-pkg").read_text() == "GPL-2"
-    assert "3.wav" in (folder / "unreadable.txt").read_text()
-    assert "1 files left out" in capsys.readouterr().err
-    assert sorted(path.name for path in (package / "other").iterdir()) == ["voices"]
-    assert not (package / ".archives/voices").exists()
-    assert not download_data.fetch(CORPUS, package)
-
-
-@needs_dpkg
-def test_a_killed_run_leaves_nothing_half_done_and_the_next_completes(package, monkeypatch):
-    def die(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "probe", die)
-        with pytest.raises(KeyboardInterrupt):
-            download_data.fetch(CORPUS, package)
-    assert not (package / "other/voices").exists()
-    # What the killed run left is hidden from a scan.
-    assert data.scan_folder(package / "other") == ([], [])
-    assert download_data.fetch(CORPUS, package)
-    assert len(data.read_manifest(package / "other/voices" / data.MANIFEST)) == 4
-
-
-@needs_dpkg
-def test_a_damaged_package_is_one_line(package):
-    archive = next((package / ".archives/voices").iterdir())
-    archive.write_bytes(archive.read_bytes()[:-200])
-    with pytest.raises(UserError, match="damaged"):
-        download_data.fetch(CORPUS, package)
-    assert not (package / "other/voices").exists()
-
-
-@needs_dpkg
-def test_a_package_without_the_audio_is_told(package):
-    with pytest.raises(UserError, match="no audio in voices-pkg"):
-        download_data.fetch(replace(CORPUS, root="usr/share/elsewhere"), package)
-
-
-def test_a_folder_of_something_else_is_not_touched(tmp_path):
-    (tmp_path / "other/voices").mkdir(parents=True)
-    with pytest.raises(UserError, match="move it away"):
-        download_data.fetch(CORPUS, tmp_path)
-
-
-def test_transcripts_leave_sounds_out(tmp_path):
-    with gzip.open(tmp_path / "t.gz", "wt") as file:
-        file.write("; title: x\n\nhello: Hello:  you.\nbeep: [a tone]\ndigits/1: one\nnone:\n")
-    texts = fetching._read_transcripts(tmp_path / "t.gz")
-    assert texts == {"hello": "Hello: you.", "digits/1": "one"}
-
-
-@pytest.mark.parametrize(
-    "corpus, name, expected",
-    [
-        ("tuxpaint-stamps", "animals/birds/robin_desc_fr.ogg", (None, "train")),
-        ("tuxpaint-stamps", "animals/birds/robin_desc_da.ogg", (None, "validation")),
-        ("tuxpaint-stamps", "animals/birds/robin_desc.ogg", (None, "test")),
-        ("klettres", "ml/syllab/a.ogg", ("klettres-ml", "train")),
-        ("klettres", "uk/syllab/a.ogg", ("klettres-uk", "test")),
-        ("fillets-cs", "gods/cs/lod-m-pravda1.ogg", ("fillets-cs-m", "train")),
-        ("fillets-cs", "keys/cs/init-0-6.ogg", (None, "train")),
-        ("pocketsphinx-testdata", "goforward.raw", (None, "validation")),
-        ("asterisk-core-en", "digits/1.g722", ("allison-smith", "test")),
-    ],
-)
-def test_speakers_and_splits_of_the_packages(corpus, name, expected):
-    assert fetching.speaker_and_split(ROWS[corpus], name) == expected
+__all__ = ["Server", "server", "package"]  # fixtures, found by name
 
 
 # ------------------------------------------------------------------------ table, list and verify
@@ -803,13 +76,13 @@ def test_the_table_holds_what_the_design_demands(capsys):
     names = [row.name for row in download_data.CORPORA]
     assert len(names) == len(set(names))
     for row in download_data.CORPORA:
-        assert row.language in data.LANGUAGES and type(row) in fetching.FETCHERS
-        assert row.license and (row.hours > 0 or isinstance(row, fetching.Absent))
+        assert row.language in data.LANGUAGES and type(row) in corpora.FETCHERS
+        assert row.license and (row.hours > 0 or isinstance(row, corpora.Absent))
         assert row.name not in download_data.GROUPS
-        if isinstance(row, fetching.Archives):
-            assert row.layout in fetching.LAYOUTS
+        if isinstance(row, corpora.Archives):
+            assert row.layout in corpora.LAYOUTS
             assert sum(a.hours for a in row.archives) == pytest.approx(row.hours, rel=0.01)
-        if isinstance(row, fetching.Packages):
+        if isinstance(row, corpora.Packages):
             assert row.speaker or row.speaker_pattern
             # One actress speaks both evaluation sets, and nothing else.
             evaluation = row.name in ("asterisk-core-en", "asterisk-core-es")
@@ -852,6 +125,24 @@ def test_what_the_flags_choose():
         names(["klettres"], ["telugu"])
 
 
+def test_all_missing_licences_are_told_at_once_before_anything_is_fetched(server):
+    rows = [ROWS[name] for name in ("kathbath-hindi", "kathbath-telugu", "vaani-telugu")]
+    rows.append(ROWS["fleurs-telugu"])
+    mirrors = {row.name: server.url for row in rows}
+    server.gated = {"ai4bharat/Kathbath", "ARTPARK-IISc/Vaani"}
+    with pytest.raises(UserError) as caught:
+        download_data.check_access(rows, mirrors)
+    told = str(caught.value)
+    for repo in server.gated:
+        assert told.count(f"https://huggingface.co/datasets/{repo}") == 1
+    assert "hf auth login" in told and "\n" not in told
+    server.gated = set()
+    download_data.check_access(rows, mirrors)
+    assert not any("resolve" in path for path, _ in server.log)
+    with pytest.raises(UserError, match="Hugging Face cannot be reached"):
+        download_data.check_access(rows, {row.name: "http://127.0.0.1:9" for row in rows})
+
+
 def test_what_may_not_be_fetched_is_skipped_with_its_reason(capsys):
     rows = download_data.choose(["emotion", "spring-inx", "fisher"], None)
     left = download_data.without_forbidden(rows, False, None)
@@ -877,6 +168,9 @@ def test_disk_and_money_are_told_first_and_a_small_disk_refused(tmp_path, monkey
     download_data.check_disk(rows, tmp_path, Options(max_hours=10), 2)
     short = download_data._scaled(ROWS["librispeech"], 200)
     assert (short.hours, short.transient_gb) == (pytest.approx(464.2), pytest.approx(23.0))
+    # One archive: --max_hours cannot cut it.
+    release = ROWS["common-voice-english"]
+    assert download_data._scaled(release, 1) == release
     # What an earlier run has brought needs no room any more.
     part = tmp_path / "telugu/.openslr-66.part"
     part.mkdir(parents=True)
@@ -907,6 +201,7 @@ def test_the_script_fetches_reports_and_verifies(server, tmp_path):
     made = script(tmp_path, *flags, *mirrors, "--json", "found.json")
     assert made.returncode == 0, made.stderr
     assert "to fetch: 2 corpora" in made.stdout and f"{row.name}: fetched" in made.stdout
+    assert re.search(r"; unpacked [\d.]+ h in [\d.]+ s \([\d,]+x\s+real time\)", made.stdout)
     found = {one["corpus"]: one for one in json.loads((tmp_path / "found.json").read_text())}
     assert found["openslr-66"]["files"] == 1 and found[row.name]["state"] == "ok"
     again = script(tmp_path, *flags, *mirrors)

@@ -1,0 +1,1107 @@
+"""The kinds of corpora: each from what was fetched to a folder of audio with a manifest.
+
+A row of download_data.py's table is one of the classes below; a fetcher a class turns its files
+into clips or conversations, and `fetch` renames the folder into place when it is whole. How the
+bytes arrive is in fetching.py.
+"""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+import data
+from fetching import (
+    FILE_THREADS,
+    GIGABYTE,
+    Bar,
+    Damaged,
+    Shard,
+    audio_suffix,
+    decode_g722,
+    decode_gsm,
+    decode_raw,
+    disk_full,
+    download,
+    download_deb,
+    fetch_shard,
+    free_bytes,
+    hub_shards,
+    make_readable,
+    parquet_columns,
+    parquet_rows,
+    read_sphere,
+    unpack,
+    unpack_deb,
+    write_bytes,
+)
+from training import UserError
+
+RECORD = "corpus.json"
+UNREADABLE = "unreadable.txt"
+
+
+# ---------------------------------------------------------------------------- kinds of corpora
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """One row of the table; each subclass is one way of getting it.
+
+    `hours` and `gigabytes` are what lies on disk in the end, `download_gb` what comes over the
+    network (where it differs), `transient_gb` what is needed beside it for a while. `exact` says
+    that `hours` was counted by its authors; else --verify trusts what was fetched. `split` puts
+    all of a corpus of one or two voices into one split. `note` says why it is in the default
+    set or not, `plan` which of the plan's lines it stands for.
+    """
+
+    name: str
+    language: str
+    license: str
+    hours: float
+    kilohertz: str
+    gigabytes: float = 0.1
+    download_gb: float = 0.0
+    transient_gb: float = 0.0
+    commercial_ok: bool = True
+    default: bool = False
+    exact: bool = True
+    gated: bool = False
+    group: str = ""
+    split: str = ""
+    plan: str = ""
+    note: str = ""
+
+    @property
+    def place(self) -> str:
+        """The folder below --data_dir that holds this corpus' folder."""
+        return self.group if self.group in ("emotion", "conversations") else self.language
+
+    @property
+    def section(self) -> str:
+        """Where --list shows it."""
+        return self.group or self.language
+
+    @property
+    def marks(self) -> str:
+        """One letter a property, for --list."""
+        pairs = (("d", self.default), ("g", self.gated), ("n", not self.commercial_ok))
+        return " ".join(mark for mark, holds in pairs if holds)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packages(Corpus):
+    """Recordings inside Debian packages, fetched by apt without root.
+
+    `include` and `exclude` are globs below `root`, a folder inside the package. Who speaks: one
+    person (`speaker`), or whoever group 1 of `speaker_pattern` names in the path; those names
+    ("*" for all) are what `validation` and `test` hold out. With `speakers_known` false the
+    names are groups that share no speaker (languages), and the speaker stays unknown.
+    """
+
+    packages: tuple[str, ...]
+    root: str
+    include: tuple[str, ...]
+    speaker: str | None = None
+    speaker_pattern: str = ""
+    speakers_known: bool = True
+    validation: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    transcripts: str = ""
+    group: str = "packages"
+
+    @property
+    def marks(self) -> str:
+        if "*" in self.test:
+            return "test only"
+        return "dev only" if "*" in self.validation else ""
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A tar or zip: name, hours inside, size in GB, checksum where its authors publish one."""
+
+    name: str
+    hours: float
+    gigabytes: float
+    checksum: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The folder it is unpacked into."""
+        return re.sub(r"\.(tar\.gz|tgz|tar|zip)$", "", self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archives(Corpus):
+    """Archives on the web below one of `bases`, tried in turn; `layout` names a reader."""
+
+    bases: tuple[str, ...]
+    archives: tuple[Archive, ...]
+    layout: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub(Corpus):
+    """Parquet shards on the Hugging Face Hub, in `folders` (a config each) of `repo`.
+
+    `audio` holds the coded bytes, alone or as {bytes, path}. `speakers` and `keys` are columns:
+    the first of `speakers` that a row fills names the speaker, where there is none the split
+    hangs on all of `keys`, or on group 1 of `recording` in the audio's path. `keep` is (column,
+    value) of the rows to take. `tagged` text loses its <noise>, [marks] and {glosses}.
+    """
+
+    repo: str
+    folders: tuple[str, ...]
+    audio: str = "audio_filepath"
+    text: str = "text"
+    speakers: tuple[str, ...] = ("speaker_id",)
+    keys: tuple[str, ...] = ()
+    recording: str = ""
+    style: str = ""
+    keep: tuple[str, str] | None = None
+    tagged: bool = False
+    official_splits: bool = False
+    revision: str = "main"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubTars(Corpus):
+    """Two-channel conversations on the Hub: tars of <id>.flac and <id>.json."""
+
+    repo: str
+    folders: tuple[str, ...]
+    revision: str = "main"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files(Corpus):
+    """Single files on the web: `listing` is a CSV whose column `column` names them."""
+
+    base: str
+    listing: str
+    column: str
+    pattern: str
+    layout: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCollective(Corpus):
+    """Common Voice at the Mozilla Data Collective, by the id of one release."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fisher(Corpus):
+    """Fisher as the LDC ships it; read from --fisher_dir, never downloaded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Absent(Corpus):
+    """A corpus of the plan that does not exist; `note` says so."""
+
+    @property
+    def marks(self) -> str:
+        return "none"
+
+
+# ------------------------------------------------------------------------- a corpus on its way
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the flags say about how to fetch. `max_hours` is per corpus, 0 for no limit."""
+
+    max_hours: float = 0.0
+    mirrors: dict[str, str] = field(default_factory=dict)
+    keep_wav: bool = False
+    cv_dataset_ids: dict[str, str] = field(default_factory=dict)
+    fisher_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """One corpus on its way: `part` becomes its folder, `archives` is removed in the end."""
+
+    corpus: Corpus
+    part: Path
+    archives: Path
+    bar: Bar
+    options: Options
+
+    @property
+    def audio(self) -> Path:
+        """Where its recordings go."""
+        return self.part / "audio"
+
+    @property
+    def mirror(self) -> str | None:
+        """What --mirror says in place of the table's address."""
+        return self.options.mirrors.get(self.corpus.name)
+
+    def enough(self, hours: float) -> bool:
+        """Whether --max_hours is reached."""
+        return bool(self.options.max_hours) and hours >= self.options.max_hours
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """What a fetcher brings: clips or conversations, and files or rows that cannot be read."""
+
+    lines: list[data.Clip] | list[dict]
+    unreadable: list[str] = field(default_factory=list)
+    whole: bool = True
+
+
+def fetch(
+    corpus: Corpus,
+    data_dir: Path,
+    options: Options | None = None,
+    stopped: threading.Event | None = None,
+) -> bool:
+    """Bring one corpus into place; False where it was there already. Raises UserError.
+
+    A corpus that an earlier --max_hours had cut short goes on where this call allows more.
+    """
+    options = options or Options()
+    folder = data_dir / corpus.place / corpus.name
+    # Hidden, so that no trainer scans it while it grows.
+    part = folder.with_name(f".{corpus.name}.part")
+    if (folder / data.MANIFEST).exists():
+        if not _wants_more(folder, options):
+            return False
+        shutil.rmtree(part, ignore_errors=True)
+        folder.rename(part)
+    elif folder.exists():
+        raise UserError(f"{folder}: there without {data.MANIFEST}; move it away and run again")
+    from_nothing = not part.exists()
+    part.mkdir(parents=True, exist_ok=True)
+    archives = data_dir / ".archives" / corpus.name
+    size = 0 if options.max_hours else (corpus.download_gb or corpus.gigabytes) * GIGABYTE
+    bar = Bar(corpus.name, round(size), stopped)
+    try:
+        found = FETCHERS[type(corpus)](Job(corpus, part, archives, bar, options))
+        if not found.lines:
+            raise UserError(f"{corpus.name}: no audio in {_origin(corpus)}; new layout?")
+        # What an earlier run unpacked is in the hours and not in the seconds.
+        seconds = bar.unpack_seconds if from_nothing else 0.0
+        _write_folder(corpus, part, found, options, seconds)
+        part.rename(folder)
+        shutil.rmtree(archives, ignore_errors=True)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        free = free_bytes(part) / GIGABYTE
+        raise UserError(
+            f"{corpus.name}: the disk of {data_dir} is full ({free:.2f} GB free); free some space "
+            "and run again: it goes on where it was"
+        ) from error
+    finally:
+        bar.close()
+    return True
+
+
+def _origin(corpus: Corpus) -> str:
+    if isinstance(corpus, Packages):
+        return ", ".join(corpus.packages)
+    if isinstance(corpus, Archives):
+        return corpus.bases[0]
+    return getattr(corpus, "repo", "") or getattr(corpus, "base", "") or corpus.name
+
+
+def needs_fetching(corpus: Corpus, data_dir: Path, options: Options) -> bool:
+    """Whether `fetch` would do anything."""
+    folder = data_dir / corpus.place / corpus.name
+    return not (folder / data.MANIFEST).exists() or _wants_more(folder, options)
+
+
+def _wants_more(folder: Path, options: Options) -> bool:
+    record = read_record(folder)
+    if record.get("whole", True):
+        return False
+    return not options.max_hours or options.max_hours > record.get("max_hours", 0)
+
+
+def read_record(folder: Path) -> dict:
+    """What `corpus.json` says of how the folder was fetched; empty where there is none."""
+    try:
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _write_folder(
+    corpus: Corpus, part: Path, found: Fetched, options: Options, unpack_seconds: float
+) -> None:
+    """The manifest, the list of what could not be read, and how the folder came to be."""
+    seconds = sum(
+        line["duration"] if isinstance(line, dict) else line.duration for line in found.lines
+    )
+    record = {
+        "name": corpus.name,
+        "source": _origin(corpus),
+        "license": corpus.license,
+        "commercial_ok": corpus.commercial_ok,
+        "hours": seconds / 3600,
+        "files": len(found.lines),
+        "unreadable": len(found.unreadable),
+        "whole": found.whole,
+        "max_hours": options.max_hours,
+        "unpack_seconds": round(unpack_seconds, 3),
+    }
+    if found.unreadable:
+        write_bytes(part / UNREADABLE, ("\n".join(found.unreadable) + "\n").encode())
+        tqdm.write(
+            f"{corpus.name}: {len(found.unreadable)} files left out, unreadable or listed but "
+            f"not there: see {UNREADABLE} in its folder",
+            file=sys.stderr,
+        )
+    write_bytes(part / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    if isinstance(found.lines[0], dict):
+        lines = [json.dumps(line, ensure_ascii=False) for line in found.lines]
+        write_bytes(part / data.MANIFEST, ("\n".join(lines) + "\n").encode())
+    else:
+        data.write_manifest(part / data.MANIFEST, found.lines)
+
+
+# ---------------------------------------------------------------------------- Debian's packages
+
+
+def fetch_packages(job: Job) -> Fetched:
+    """Audio of Debian packages, without installing them: no root, nothing outside the folder."""
+    shutil.rmtree(job.part)
+    archives = [download_deb(package, job.archives) for package in job.corpus.packages]
+    with job.bar.unpacking():
+        return _unpack_packages(job, archives, job.part / ".raw")
+
+
+def _unpack_packages(job: Job, archives: list[Path], raw: Path) -> Fetched:
+    corpus = job.corpus
+    for archive in archives:
+        unpack_deb(archive, raw, lambda name: _wanted(corpus, name))
+    texts = _read_transcripts(raw / corpus.transcripts) if corpus.transcripts else {}
+    files = sorted(path for path in (raw / corpus.root).rglob("*") if path.is_file())
+    clips, unreadable, seen = [], [], set()
+    for source in files:
+        digest = hashlib.sha256(source.read_bytes()).digest()
+        name = source.relative_to(raw / corpus.root)
+        if digest in seen:
+            continue
+        seen.add(digest)
+        job.bar.advance(source.stat().st_size)
+        text = texts.get(name.with_suffix("").as_posix())
+        clip = _take_recording(corpus, source, job.audio / name, name.as_posix(), text)
+        (unreadable if isinstance(clip, str) else clips).append(clip)
+    for package in corpus.packages:
+        notice = raw / f"usr/share/doc/{package}/copyright"
+        if notice.exists():
+            notice.replace(job.part / f"copyright.{package}")
+    shutil.rmtree(raw)
+    return Fetched(clips, unreadable)
+
+
+def _wanted(corpus: Packages, name: str) -> bool:
+    if name == corpus.transcripts or name in {
+        f"usr/share/doc/{package}/copyright" for package in corpus.packages
+    }:
+        return True
+    if not name.startswith(f"{corpus.root}/"):
+        return False
+    below = name.removeprefix(f"{corpus.root}/")
+    return _matches(below, corpus.include) and not _matches(below, corpus.exclude)
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def _read_transcripts(path: Path) -> dict[str, str]:
+    """`name: text` lines; a text in brackets tells of a sound, not of words."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        pairs = [line.strip().split(":", 1) for line in file if ":" in line and line[0] != ";"]
+    texts = {name.strip(): " ".join(text.split()) for name, text in pairs}
+    return {name: text for name, text in texts.items() if text and text[0] not in "[(<"}
+
+
+def _take_recording(
+    corpus: Packages, source: Path, target: Path, name: str, text: str | None
+) -> data.Clip | str:
+    """Move or decode one file into place; the reason where it cannot be read."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if source.suffix in DECODERS:
+            target = target.with_suffix(".flac")
+            data.write_audio(target, *DECODERS[source.suffix](source))
+        else:
+            source.replace(target)
+        duration, sample_rate = data.probe(target)
+    except data.AudioError as error:
+        target.unlink(missing_ok=True)
+        return str(error)
+    speaker, split = speaker_and_split(corpus, name)
+    return replace(
+        _clip(corpus, target, duration, sample_rate, ""), speaker=speaker, text=text, split=split
+    )
+
+
+def speaker_and_split(corpus: Packages, name: str) -> tuple[str | None, str]:
+    """Who speaks in the file `name` (below the corpus's root), and the split that follows."""
+    match = re.search(corpus.speaker_pattern, name) if corpus.speaker_pattern else None
+    group = match.group(1) if match else None
+    split = "train"
+    for held_out, groups in (("validation", corpus.validation), ("test", corpus.test)):
+        if "*" in groups or group in groups:
+            split = held_out
+    named = f"{corpus.name}-{group}" if group is not None and corpus.speakers_known else None
+    return corpus.speaker or named, split
+
+
+DECODERS: dict[str, Callable] = {
+    ".g722": decode_g722,
+    ".gsm": decode_gsm,
+    ".raw": decode_raw,
+}
+
+
+def _clip(corpus: Corpus, path: Path, duration: float, sample_rate: int, key: str) -> data.Clip:
+    """A clip with what its corpus says of it, its split hanging on `key`."""
+    return data.Clip(
+        path=path,
+        duration=duration,
+        sample_rate=sample_rate,
+        language=corpus.language,
+        license=corpus.license,
+        commercial_ok=corpus.commercial_ok,
+        split=corpus.split or data.split_for(key),
+    )
+
+
+# ------------------------------------------------------------------------------ archives, files
+
+
+@dataclass(frozen=True)
+class About:
+    """What a layout knows of one file. `key` is what the split hangs on, else the speaker."""
+
+    speaker: str | None = None
+    text: str | None = None
+    emotion: str | None = None
+    key: str = ""
+
+
+def fetch_archives(job: Job) -> Fetched:
+    """Each archive: downloaded, checked, unpacked into a folder of its own, removed."""
+    hours, whole = 0.0, True
+    for archive in job.corpus.archives:
+        if job.enough(hours):
+            whole = False
+            break
+        file, target = job.archives / archive.name, job.audio / archive.stem
+        if not target.exists():
+            _download_from_any(job, archive, file)
+            _unpack_apart(file, target, job.bar)
+        file.unlink(missing_ok=True)
+        hours += archive.hours
+    return _clips_of(job, job.corpus.layout, whole)
+
+
+def _download_from_any(job: Job, archive: Archive, file: Path) -> None:
+    bases = (job.mirror,) if job.mirror else job.corpus.bases
+    for number, base in enumerate(bases, start=1):
+        url = f"{base.rstrip('/')}/{archive.name}"
+        try:
+            download(url, file, job.bar, checksum=archive.checksum)
+            return
+        except UserError as error:
+            if number == len(bases):
+                raise
+            tqdm.write(f"{error}; trying {bases[number]}", file=sys.stderr)
+
+
+def _unpack_apart(file: Path, target: Path, bar: Bar) -> None:
+    """Unpack beside `target`, then rename: what has the final name is complete and checked."""
+    staging = target.with_name(f".{target.name}")
+    try:
+        with bar.unpacking():
+            unpack(file, staging, bar)
+    except Damaged as error:
+        # Without a checksum this is how a bad copy shows: the next run fetches it anew.
+        file.unlink()
+        raise UserError(f"{error}; removed: run again to fetch it anew") from error
+    except UserError:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    staging.rename(target)
+
+
+def fetch_files(job: Job) -> Fetched:
+    """Every file that a CSV names, a few at a time. One that is not there is listed."""
+    base = (job.mirror or job.corpus.base).rstrip("/")
+    listing = job.archives / job.corpus.listing
+    download(f"{base}/{job.corpus.listing}", listing, job.bar)
+    with open(listing, encoding="utf-8", newline="") as file:
+        names = [row[job.corpus.column] for row in csv.DictReader(file)]
+
+    def take(name: str) -> str:
+        below = job.corpus.pattern.format(name)
+        target = job.audio / Path(below).name
+        if target.with_suffix(".flac").exists():
+            return ""
+        try:
+            download(f"{base}/{below}", target, job.bar)
+        except UserError as error:
+            if "HTTP 404" not in str(error):
+                raise
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(FILE_THREADS) as pool:
+        missing = [problem for problem in pool.map(take, names) if problem]
+    found = _clips_of(job, job.corpus.layout, whole=True)
+    return replace(found, unreadable=missing + found.unreadable)
+
+
+def fetch_common_voice(job: Job) -> Fetched:
+    """One release, by Mozilla's own client, then unpacked like any archive."""
+    dataset = job.options.cv_dataset_ids.get(job.corpus.language)
+    if not dataset:
+        raise UserError(f"{job.corpus.name}: {job.corpus.note}")
+    if not os.environ.get("MDC_API_KEY"):
+        raise UserError(f"{job.corpus.name}: set MDC_API_KEY, from your Data Collective account")
+    try:
+        import datacollective
+    except ImportError as error:
+        raise UserError(f"{job.corpus.name}: pip install datacollective") from error
+    target = job.audio / "clips"
+    if not target.exists():
+        job.archives.mkdir(parents=True, exist_ok=True)
+        # The call was renamed in 0.4.2.
+        call = getattr(datacollective, "download_dataset", None)
+        call = call or datacollective.save_dataset_to_disk
+        try:
+            file = Path(call(dataset, download_directory=str(job.archives)))
+        except Exception as error:  # whatever its HTTP client raises
+            raise UserError(f"{job.corpus.name}: the Data Collective says: {error}") from error
+        _unpack_apart(file, target, job.bar)
+    return _clips_of(job, "common_voice", whole=True)
+
+
+def _clips_of(job: Job, layout: str, whole: bool) -> Fetched:
+    """Clips of everything below the audio folder that the layout knows."""
+    load, describe = LAYOUTS[layout]
+    texts = load(job.audio)
+    suffixes = data.AUDIO_SUFFIXES
+    paths = sorted(path for path in job.audio.rglob("*") if path.suffix.lower() in suffixes)
+
+    def take(path: Path) -> data.Clip | str | None:
+        about = describe(path, texts)
+        job.bar.advance(0)
+        return None if about is None else _clip_of_file(job, path, about)
+
+    with job.bar.unpacking(), ThreadPoolExecutor(FILE_THREADS) as pool:
+        taken = [found for found in pool.map(take, paths) if found is not None]
+    unreadable = [found for found in taken if isinstance(found, str)]
+    # By path: a kill between packing a WAV and removing it leaves both.
+    clips = {found.path: found for found in taken if not isinstance(found, str)}
+    return Fetched(list(clips.values()), unreadable, whole)
+
+
+def _clip_of_file(job: Job, path: Path, about: About) -> data.Clip | str:
+    try:
+        path = make_readable(path, job.options.keep_wav)
+        duration, sample_rate = data.probe(path)
+    except data.AudioError as error:
+        return str(error)
+    key = about.speaker or about.key or path.relative_to(job.audio).as_posix()
+    clip = _clip(job.corpus, path, duration, sample_rate, key)
+    return replace(clip, speaker=about.speaker, text=about.text or None, emotion=about.emotion)
+
+
+def _spaced_lines(root: Path, name: str) -> dict[str, str]:
+    """`id text` lines of every file of that name (a glob) below `root`."""
+    texts = {}
+    for path in sorted(root.rglob(name)):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            key, _, text = line.strip().partition(" ")
+            texts[key] = text.strip()
+    return texts
+
+
+def _tab_lines(root: Path) -> dict[str, str]:
+    """`id<tab>text` lines of every line_index.tsv below `root`."""
+    texts = {}
+    for path in sorted(root.rglob("line_index.tsv")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            key, _, text = line.partition("\t")
+            texts[key.strip()] = text.strip()
+    return texts
+
+
+def _validated(root: Path) -> dict[str, dict[str, str]]:
+    """Rows of Common Voice's validated.tsv by file name."""
+    rows = {}
+    for path in sorted(root.rglob("validated.tsv")):
+        with open(path, encoding="utf-8", newline="") as file:
+            rows |= {row["path"]: row for row in csv.DictReader(file, delimiter="\t", quoting=3)}
+    return rows
+
+
+def _librispeech(path: Path, texts: dict) -> About:
+    # Readers are numbered alike in all three LibriVox corpora: one name keeps each in one split.
+    return About(f"librivox-{path.stem.split('-')[0]}", texts.get(path.stem, "").lower())
+
+
+def _libritts(path: Path, _: dict) -> About:
+    text = path.with_suffix(".normalized.txt")
+    said = text.read_text(encoding="utf-8").strip() if text.exists() else None
+    return About(f"librivox-{path.stem.split('_')[0]}", said)
+
+
+def _librilight(path: Path, _: dict) -> About:
+    return About(f"librivox-{path.parts[-3]}")
+
+
+def _line_index(path: Path, texts: dict) -> About:
+    return About("-".join(path.stem.split("_")[:2]), texts.get(path.stem))
+
+
+def _transcription(path: Path, texts: dict) -> About:
+    return About(f"openslr-103-{path.stem.split('_')[0]}", texts.get(path.stem))
+
+
+def _kaldi(path: Path, texts: dict) -> About:
+    # Callers are not named: the parts of a call, <call>-<part>, stay together.
+    return About(text=texts.get(path.stem), key=path.stem.rpartition("-")[0] or path.stem)
+
+
+def _common_voice_clip(path: Path, rows: dict) -> About | None:
+    row = rows.get(path.name)
+    return About(f"common-voice-{row['client_id'][:16]}", row["sentence"]) if row else None
+
+
+CREMA_D_EMOTIONS = {
+    "ANG": "angry",
+    "DIS": "disgust",
+    "FEA": "fear",
+    "HAP": "happy",
+    "NEU": "neutral",
+    "SAD": "sad",
+}
+CREMA_D_SENTENCES = {
+    "IEO": "It's eleven o'clock.",
+    "TIE": "That is exactly what happened.",
+    "IOM": "I'm on my way to the meeting.",
+    "IWW": "I wonder what this is about.",
+    "TAI": "The airplane is almost full.",
+    "MTI": "Maybe tomorrow it will be cold.",
+    "IWL": "I would like a new alarm clock.",
+    "ITH": "I think I have a doctor's appointment.",
+    "DFA": "Don't forget a jacket.",
+    "ITS": "I think I've seen this before.",
+    "TSI": "The surface is slick.",
+    "WSI": "We'll stop in a couple of minutes.",
+}
+RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
+RAVDESS_SENTENCES = ("Kids are talking by the door.", "Dogs are sitting by the door.")
+# Rasa's other styles (commands, conversation, news, books) are no emotion: they stay unlabelled.
+RASA_EMOTIONS = {
+    "happy": "happy",
+    "happiness": "happy",
+    "sad": "sad",
+    "sadness": "sad",
+    "anger": "angry",
+    "angry": "angry",
+    "fear": "fear",
+    "disgust": "disgust",
+    "surprise": "surprise",
+    "neutral": "neutral",
+    "wiki": "neutral",
+    "indic": "neutral",
+}
+
+
+def _crema_d(path: Path, _: dict) -> About | None:
+    parts = path.stem.split("_")
+    if len(parts) != 4 or parts[2] not in CREMA_D_EMOTIONS:
+        return None
+    said = CREMA_D_SENTENCES.get(parts[1])
+    return About(f"crema-d-{parts[0]}", said, CREMA_D_EMOTIONS[parts[2]])
+
+
+def _ravdess(path: Path, _: dict) -> About | None:
+    parts = path.stem.split("-")
+    if len(parts) != 7 or not all(part.isdigit() for part in parts):
+        return None
+    emotion, sentence = int(parts[2]), int(parts[4])
+    said, felt = RAVDESS_SENTENCES[sentence - 1], RAVDESS_EMOTIONS[emotion - 1]
+    return About(f"ravdess-{parts[6]}", said, felt)
+
+
+def _no_texts(_: Path) -> dict:
+    return {}
+
+
+# Name of a layout -> (texts of a folder, what is known of a file; None where it is no clip).
+LAYOUTS: dict[str, tuple[Callable[[Path], dict], Callable[[Path, dict], About | None]]] = {
+    "librispeech": (lambda root: _spaced_lines(root, "*.trans.txt"), _librispeech),
+    "libritts": (_no_texts, _libritts),
+    "librilight": (_no_texts, _librilight),
+    "line_index": (_tab_lines, _line_index),
+    "transcription": (lambda root: _spaced_lines(root, "transcription.txt"), _transcription),
+    "kaldi": (lambda root: _spaced_lines(root, "text"), _kaldi),
+    "common_voice": (_validated, _common_voice_clip),
+    "crema_d": (_no_texts, _crema_d),
+    "ravdess": (_no_texts, _ravdess),
+}
+
+
+# ------------------------------------------------------------------------- Hugging Face datasets
+
+
+def fetch_hub(job: Job) -> Fetched:
+    """Parquet shards one after another; what each row became is written down as it happens."""
+    corpus = job.corpus
+    shards = hub_shards(corpus.repo, corpus.revision, corpus.folders, ".parquet", job.mirror)
+    records: list[dict] = []
+    hours, whole = 0.0, True
+    for shard in shards:
+        if job.enough(hours):
+            whole = False
+            break
+        taken, finished = _take_shard(job, shard, hours)
+        records += taken
+        whole &= finished
+        hours += sum(record.get("duration", 0.0) for record in taken) / 3600
+    lines = [_clip_of_record(job, record) for record in records if "path" in record]
+    bad = [record["unreadable"] for record in records if "unreadable" in record]
+    return Fetched(lines, bad, whole)
+
+
+def _take_shard(job: Job, shard: Shard, hours: float) -> tuple[list[dict], bool]:
+    """(records of the rows, whether all of them are there). Goes on at the first missing row."""
+    journal = job.part / ".rows" / f"{shard.path.replace('/', '__')}.rows"
+    records, finished = _read_journal(journal, job.part)
+    if finished:
+        job.bar.advance(shard.size)
+        return records, True
+    path = fetch_shard(shard, job.archives, job.bar)
+    coming = _new_records(job, shard, path, len(records))
+    try:
+        with job.bar.unpacking(), open(journal, "a", encoding="utf-8") as file:
+            for record in coming:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                records.append(record)
+                hours += record.get("duration", 0.0) / 3600
+                if job.enough(hours):
+                    coming.close()
+                    _remove_later_rows(job, shard, len(records))
+                    return records, False
+            file.write(json.dumps({"end": len(records)}) + "\n")
+    except Damaged as error:
+        if shard.local is None:
+            path.unlink()
+        raise UserError(f"{error}; run again to fetch it anew") from error
+    if shard.local is None:
+        path.unlink()
+    return records, True
+
+
+def _folder_of(job: Job, shard: Shard) -> Path:
+    return job.audio / re.sub(r"\.parquet$", "", shard.path)
+
+
+def _remove_later_rows(job: Job, shard: Shard, count: int) -> None:
+    """Recordings that were written ahead of --max_hours' end."""
+    for path in _folder_of(job, shard).iterdir():
+        if not path.stem.isdigit() or int(path.stem) >= count:
+            path.unlink()
+
+
+def _read_journal(journal: Path, part: Path) -> tuple[list[dict], bool]:
+    """(records of a shard's rows so far, whether it is finished).
+
+    Cut off at the first line that a kill tore, or whose recording is not on the disk in full:
+    a lost machine may have written the word down and not yet the recording.
+    """
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    if not journal.exists():
+        return [], False
+    records, good = [], 0
+    with open(journal, "rb") as file:
+        for line in file:
+            record = _parsed(line)
+            if record is None:
+                break
+            if "end" in record:
+                return records, True
+            if "path" in record and not _has_size(part / record["path"], record["bytes"]):
+                break
+            records.append(record)
+            good += len(line)
+    os.truncate(journal, good)
+    return records, False
+
+
+def _parsed(line: bytes) -> dict | None:
+    try:
+        return json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
+
+
+def _new_records(job: Job, shard: Shard, path: Path, first: int) -> Iterator[dict]:
+    """Write the audio of every row from `first` on and tell what became of it, in order."""
+    columns = _columns_of(job.corpus, path)
+    with ThreadPoolExecutor(FILE_THREADS) as pool:
+        for rows in parquet_rows(path, columns, first):
+            job.bar.stage(f"unpacking row {rows[-1][0]}" if rows else "")
+            yield from pool.map(lambda row: _record_of_row(job, shard, *row), rows)
+    job.bar.stage("")
+
+
+def _columns_of(corpus: Hub, path: Path) -> list[str]:
+    """The columns to read. Raises UserError where the one with the audio is not there."""
+    there = parquet_columns(path)
+    needed = [corpus.audio] + ([corpus.keep[0]] if corpus.keep else [])
+    missing = [name for name in needed if name not in there]
+    if missing:
+        raise UserError(
+            f"{corpus.name}: no column {', '.join(missing)}; it has changed and now has "
+            f"{', '.join(there)}"
+        )
+    useful = {*needed, corpus.text, corpus.style, *corpus.speakers, *corpus.keys}
+    return [name for name in there if name in useful]
+
+
+def _record_of_row(job: Job, shard: Shard, number: int, row: dict) -> dict:
+    """What becomes of one row, its audio written: {path, bytes, duration, …}, or why not."""
+    corpus = job.corpus
+    if corpus.keep and row[corpus.keep[0]] != corpus.keep[1]:
+        return {"row": number, "other": row[corpus.keep[0]]}
+    cell = row[corpus.audio]
+    coded, named = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, "")
+    where = f"{shard.path} row {number}"
+    if not coded:
+        return {"row": number, "unreadable": f"{where}: no audio"}
+    target = _folder_of(job, shard) / f"{number:06d}"
+    try:
+        target = target.with_suffix(audio_suffix(coded))
+        write_bytes(target, coded)
+        target = make_readable(target, job.options.keep_wav)
+        duration, sample_rate = data.probe(target)
+    except data.AudioError as error:
+        target.unlink(missing_ok=True)
+        return {"row": number, "unreadable": f"{where}: {error}"}
+    speaker, key = _speaker_and_key(corpus, row, named or "", shard)
+    return {
+        "row": number,
+        "path": target.relative_to(job.part).as_posix(),
+        "bytes": target.stat().st_size,
+        "duration": duration,
+        "sample_rate": sample_rate,
+        "speaker": speaker,
+        "text": _clean(row.get(corpus.text), corpus.tagged),
+        "emotion": RASA_EMOTIONS.get(str(row.get(corpus.style)).lower()),
+        "split": _official_split(shard.path) if corpus.official_splits else data.split_for(key),
+    }
+
+
+def _speaker_and_key(corpus: Hub, row: dict, named: str, shard: Shard) -> tuple[str | None, str]:
+    """(speaker or None, what the split hangs on)."""
+    for column in corpus.speakers:
+        if row.get(column) not in (None, ""):
+            speaker = f"{corpus.name}-{str(row[column]).lower()}"
+            return speaker, speaker
+    if corpus.keys and any(row.get(column) not in (None, "") for column in corpus.keys):
+        return None, "-".join(str(row.get(column)) for column in corpus.keys)
+    match = re.search(corpus.recording, named) if corpus.recording and named else None
+    # Rows of one shard lie side by side in the corpus, and so may share a voice.
+    return None, match.group(1) if match else shard.path
+
+
+def _clean(text: str | None, tagged: bool) -> str | None:
+    if text and tagged:
+        text = re.sub(r"<[^>]*>|\[[^\]]*\]|\{[^}]*\}|--+", " ", text)
+    return " ".join(text.split()) or None if text else None
+
+
+def _official_split(path: str) -> str:
+    match = re.search(r"(train|valid|dev|test)", path.rsplit("/", 2)[-2] + path.rsplit("/")[-1])
+    found = match.group(1) if match else "train"
+    return "validation" if found in ("valid", "dev") else found
+
+
+def _clip_of_record(job: Job, record: dict) -> data.Clip:
+    path = job.part / record["path"]
+    clip = _clip(job.corpus, path, record["duration"], record["sample_rate"], "")
+    return replace(
+        clip,
+        speaker=record["speaker"],
+        text=record["text"],
+        emotion=record["emotion"],
+        split=job.corpus.split or record["split"],
+    )
+
+
+# -------------------------------------------------------------------------------- conversations
+
+
+def fetch_hub_tars(job: Job) -> Fetched:
+    """Tars of two-channel dialogues with their annotations, unpacked one by one."""
+    corpus = job.corpus
+    shards = hub_shards(corpus.repo, corpus.revision, corpus.folders, ".tar", job.mirror)
+    lines, bad, whole, hours = [], [], True, 0.0
+    for shard in shards:
+        if job.enough(hours):
+            whole = False
+            break
+        target = job.audio / re.sub(r"\.tar$", "", shard.path)
+        if target.exists():
+            job.bar.advance(shard.size)
+        else:
+            file = fetch_shard(shard, job.archives, job.bar)
+            _unpack_apart(file, target, job.bar)
+            if shard.local is None:
+                file.unlink()
+        with job.bar.unpacking():
+            paths = sorted(target.rglob("*.flac"))
+            dialogues = [_dialogue(corpus, path, _official_split(shard.path)) for path in paths]
+        for line in dialogues:
+            (bad if isinstance(line, str) else lines).append(line)
+        hours = sum(line["duration"] for line in lines) / 3600
+    return Fetched(lines, bad, whole)
+
+
+def _dialogue(corpus: Corpus, path: Path, split: str) -> dict | str:
+    """A manifest line of Behavior-SD: channel k is speaker k, listeners' sounds are turns too."""
+    try:
+        duration, sample_rate = data.probe(path)
+        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        turns = []
+        for said in about["utterances"]:
+            turns.append(_turn(said["speaker_idx"], said))
+            sounds = said.get("backchannels") or []
+            turns += [_turn(1 - said["speaker_idx"], sound) for sound in sounds]
+    except (data.AudioError, OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path}: {error}"
+    turns.sort(key=lambda turn: turn["start"])
+    return _conversation(corpus, path, duration, sample_rate, turns, split)
+
+
+def _turn(channel: int, said: dict) -> dict:
+    return {
+        "who": "user" if channel else "agent",
+        "start": float(said["start_time"]),
+        "end": max(float(said["end_time"]), float(said["start_time"])),
+        "text": said.get("tts_text") or "",
+    }
+
+
+def _conversation(
+    corpus: Corpus, path: Path, duration: float, rate: int, turns: list[dict], split: str
+) -> dict:
+    """A line of a manifest of conversations; its path is relative to the corpus' folder."""
+    root = next(parent for parent in path.parents if parent.name == "audio").parent
+    return {
+        "id": f"{corpus.name}-{path.stem}",
+        "path": path.relative_to(root).as_posix(),
+        "agent_channel": 0,
+        "user_channel": 1,
+        "language": corpus.language,
+        "source": corpus.name,
+        "license": corpus.license,
+        "commercial_ok": corpus.commercial_ok,
+        "split": split,
+        "duration": round(duration, 4),
+        "sample_rate": rate,
+        "turns": turns,
+    }
+
+
+def fetch_fisher(job: Job) -> Fetched:
+    """The LDC's folders as they are: SPHERE files become two-channel FLAC, side A the agent."""
+    folder = job.options.fisher_dir
+    if folder is None:
+        raise UserError(f"fisher: {job.corpus.note}")
+    if not folder.is_dir():
+        raise UserError(f"--fisher_dir {folder}: no such folder")
+    calls = sorted(folder.rglob("*.sph"))
+    scripts = {path.stem: path for path in folder.rglob("fe_*.txt")}
+    if not calls:
+        raise UserError(f"--fisher_dir {folder}: no .sph files there; give the LDC's own folders")
+    lines, bad, hours = [], [], 0.0
+    for call in calls:
+        if job.enough(hours):
+            return Fetched(lines, bad, whole=False)
+        job.bar.advance(call.stat().st_size)
+        with job.bar.unpacking():
+            line = _call(job, call, scripts.get(call.stem))
+        (bad if isinstance(line, str) else lines).append(line)
+        hours += 0 if isinstance(line, str) else line["duration"] / 3600
+    return Fetched(lines, bad)
+
+
+def _call(job: Job, call: Path, script: Path | None) -> dict | str:
+    target = job.audio / call.parent.name / f"{call.stem}.flac"
+    try:
+        if not target.exists():
+            samples, rate = read_sphere(call)
+            if samples.shape[1] != 2:
+                raise data.AudioError(f"{call}: {samples.shape[1]} channels, not 2")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            data.write_audio(target, samples.astype("float32") / 32768, rate)
+        duration, rate = data.probe(target)
+    except data.AudioError as error:
+        return str(error)
+    turns = _fisher_turns(script) if script else []
+    split = data.split_for(call.stem)
+    return _conversation(job.corpus, target, duration, rate, turns, split)
+
+
+def _fisher_turns(script: Path) -> list[dict]:
+    """`start end A: words` lines; side A is the agent."""
+    turns = []
+    for line in script.read_text(encoding="utf-8", errors="replace").splitlines():
+        match = re.match(r"\s*([\d.]+)\s+([\d.]+)\s+([AB])\d*:\s*(.*)", line)
+        if match and float(match[1]) <= float(match[2]):
+            who = "agent" if match[3] == "A" else "user"
+            turns.append(
+                {"who": who, "start": float(match[1]), "end": float(match[2]), "text": match[4]}
+            )
+    return turns
+
+
+def fetch_nothing(job: Job) -> Fetched:
+    """For rows that say why there is nothing to fetch."""
+    raise UserError(f"{job.corpus.name}: {job.corpus.note}")
+
+
+FETCHERS: dict[type[Corpus], Callable[[Job], Fetched]] = {
+    Packages: fetch_packages,
+    Archives: fetch_archives,
+    Files: fetch_files,
+    DataCollective: fetch_common_voice,
+    Hub: fetch_hub,
+    HubTars: fetch_hub_tars,
+    Fisher: fetch_fisher,
+    Absent: fetch_nothing,
+}
