@@ -11,6 +11,7 @@ Inside the model tensors are channels-last, `[B, time, C]`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -67,16 +68,16 @@ class CodecConfig:
 
     @classmethod
     def base(cls) -> CodecConfig:
-        """About 65M parameters, 64 codebooks: the full recipe, for one H200."""
+        """66M parameters, 64 codebooks: the full recipe, for one H200. See train_codec.py."""
         return cls(
             front_dim=384,
-            encoder_front_blocks=4,
+            encoder_front_blocks=2,
             encoder_dim=512,
-            encoder_layers=4,
+            encoder_layers=6,
             semantic_width=512,
-            semantic_layers=4,
+            semantic_layers=3,
             decoder_front_dim=512,
-            decoder_front_blocks=6,
+            decoder_front_blocks=4,
             decoder_dim=512,
             decoder_layers=8,
             num_heads=8,
@@ -364,13 +365,16 @@ class Codebook(nn.Module):
         self.embedding_sum.copy_(self.embedding * mean_size)
 
     @torch.no_grad()
-    def update(self, x: Tensor, codes: Tensor, candidates: Tensor, generator) -> None:
+    def update(self, x: Tensor, codes: Tensor, candidates: Tensor, generator) -> Tensor:
         """One EMA step; unused codes restart from `candidates`, with fresh statistics.
 
         Args:
             x: `[N, d]` vectors of this rank, codes: `[N]` theirs.
             candidates: `[M, d]` vectors of all ranks, the same on every rank.
             generator: in the same state on every rank.
+
+        Returns:
+            `[size]` bool, the codes that restarted.
         """
         counts, sums = self._statistics(x, codes)
         if torch.distributed.is_initialized():
@@ -383,6 +387,22 @@ class Codebook(nn.Module):
         fresh = _draw(candidates, self.embedding.shape[0], generator)
         self.cluster_size.copy_(torch.where(dead, mean_size, self.cluster_size))
         self.embedding_sum.copy_(torch.where(dead[:, None], fresh * mean_size, self.embedding_sum))
+        self.embedding.copy_(self.embedding_sum / self.cluster_size[:, None])
+        self.refresh()
+        return dead
+
+    @torch.no_grad()
+    def follow(self, other: Codebook, weight: float, restarted: Tensor) -> None:
+        """Moves by `weight` towards `other`'s statistics; takes codes over that just `restarted`.
+
+        The code is then the mean of all vectors that it stood for within both averages. Between
+        the old and the new place of a code that jumped there would be nothing.
+        """
+        for name in ("cluster_size", "embedding_sum"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            mine.lerp_(theirs, weight)
+            mask = restarted.view(-1, *[1] * (mine.dim() - 1))
+            mine.copy_(torch.where(mask, theirs, mine))
         self.embedding.copy_(self.embedding_sum / self.cluster_size[:, None])
         self.refresh()
 
@@ -527,19 +547,41 @@ class SplitQuantizer(nn.Module):
                 codebook.restart_statistics()
 
     @torch.no_grad()
-    def update(self, info: Quantized, generator: torch.Generator) -> None:
-        """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first."""
+    def update(self, info: Quantized, generator: torch.Generator) -> list[Tensor]:
+        """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first.
+
+        Returns, per codebook of `info`, `[size]` bool: the codes that began anew.
+        """
+        restarted = []
         left = None  # what a codebook that has just started leaves for the next one
         for k, residual in enumerate(info.residuals):
             codebook, candidates = self.codebooks[k], gather_candidates(residual)
             if codebook.is_initialised:
                 mask = info.used[:, k]
                 x = residual[mask].flatten(0, 1)
-                codebook.update(x, info.codes[mask, k].flatten(), candidates, generator)
+                codes = info.codes[mask, k].flatten()
+                restarted.append(codebook.update(x, codes, candidates, generator))
                 continue
             left = candidates if k < 2 else left
             codebook.initialise(left, generator)
+            restarted.append(torch.ones_like(codebook.cluster_size, dtype=torch.bool))
             left = left - codebook.lookup(codebook(left))
+        return restarted
+
+
+def count_parameters(model: Codec) -> dict[str, float]:
+    """Millions of numbers by part: what gradients teach, and the codes, which averages do."""
+    parts = {
+        "words' encoder": [model.encoder[0], model.quantizer.semantic_in],
+        "sound's encoder": [model.encoder[1], model.quantizer.acoustic_in],
+        "decoder": [model.semantic_out, model.acoustic_out, model.decoder],
+    }
+    counts = {
+        name: sum(p.numel() for module in modules for p in module.parameters()) / 1e6
+        for name, modules in parts.items()
+    }
+    counts["codebooks"] = sum(b.embedding.numel() for b in model.quantizer.codebooks) / 1e6
+    return counts
 
 
 class Codec(nn.Module):
@@ -670,6 +712,40 @@ class Codec(nn.Module):
         return self.decoder.step(self._hidden(codes), state, active).flatten(1)[:, None]
 
 
+class AveragedCodec:
+    """An exponential average of a codec's weights over the steps, with codebooks that fit it.
+
+    Its codebooks average the statistics of the trained ones, not their codes: a code is the mean of
+    the vectors that it stood for while these weights were averaged. `model` is for inference.
+    """
+
+    def __init__(self, model: Codec, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self.steps = 0
+
+    @torch.no_grad()
+    def update(self, model: Codec, restarted: list[Tensor]) -> None:
+        """Call after a step; `restarted` is what the quantizer's `update` returned, none if it
+        stood still."""
+        self.steps += 1
+        # A short run, or the start of one, must not average in the random weights of step 0.
+        weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
+        books = zip(
+            self.model.quantizer.codebooks, model.quantizer.codebooks, restarted, strict=False
+        )
+        for mine, theirs, mask in books:
+            mine.follow(theirs, weight, mask)
+
+    def state_dict(self) -> dict:
+        """Without the weights: they are the checkpoint's own."""
+        return {"steps": self.steps, "decay": self.decay}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps, self.decay = state["steps"], state["decay"]
+
+
 def codec_config(stored: dict, path: str | Path) -> CodecConfig:
     """The config of a checkpoint's `config.json`. Raises UserError for another kind of model."""
     return training.config_of(CodecConfig, "codec", stored, path)
@@ -754,14 +830,16 @@ class MelLoss(nn.Module):
         return F.l1_loss(estimate, target)
 
 
-def waveform_loss(estimate: Tensor, target: Tensor) -> Tensor:
+def waveform_loss(estimate: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """‖x − y‖² / ‖x‖² per sample, averaged: it makes phase learnable. Audio `[B, 1, T]` twice.
 
     The floor under the denominator (−40 dB RMS) keeps near-silence from dominating the batch.
+    `weights` `[B]` multiply the samples' errors (1 by default).
     """
     estimate, target = estimate.float(), target.float()
     energy = target.square().mean((1, 2)).clamp(min=1e-4)
-    return ((estimate - target).square().mean((1, 2)) / energy).mean()
+    errors = (estimate - target).square().mean((1, 2)) / energy
+    return (errors if weights is None else weights * errors).mean()
 
 
 def si_sdr(estimate: Tensor, target: Tensor) -> Tensor:

@@ -532,7 +532,8 @@ class WindowDataset(torch.utils.data.Dataset):
     A language is drawn with p ~ hours ** (1 / language_temperature), a clip by its length, a
     place in it evenly. Clips shorter than the window are padded with zeros at the end. Items:
     `audio` float32 `[1, T]`, `language`, `speaker` ("" where unknown), `phones` int64 `[F]`
-    (-100 where unknown). `augment` is the chance of each change of `augment()`.
+    (-100 where unknown), and where it lies: `path`, `start` in seconds, `speed`. `augment` is the
+    chance of each change of `augment()`.
 
     An unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another
     window is drawn; UserError after 100 such draws in a row.
@@ -621,6 +622,9 @@ class WindowDataset(torch.utils.data.Dataset):
             "language": clip.language,
             "speaker": clip.speaker or "",
             "phones": torch.from_numpy(labels),
+            "path": str(clip.path),
+            "start": start,
+            "speed": speed,
         }
 
     def _note_unreadable(self, which: int, error: AudioError) -> None:

@@ -46,9 +46,7 @@ class DiscriminatorConfig:
     @classmethod
     def tiny(cls) -> DiscriminatorConfig:
         """For two CPU cores: 0.09M parameters."""
-        return cls(
-            period_channels=(8, 16, 32, 64), stft_sizes=(1024, 512, 256), stft_channels=8
-        )
+        return cls(period_channels=(8, 16, 32, 64), stft_sizes=(1024, 512, 256), stft_channels=8)
 
     @classmethod
     def base(cls) -> DiscriminatorConfig:
@@ -185,6 +183,28 @@ def discriminator_loss(
         else:
             terms.append((1 - real).square().mean() + fake.square().mean())
     return torch.stack(terms).mean()
+
+
+@torch.no_grad()
+def verdict(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> dict[str, float]:
+    """Whether the discriminators still tell the two apart, for the metrics.
+
+    `disc_real` and `disc_fake` are mean logits; `disc_accuracy` is the share of logits on the right
+    side of 0, weakest sub-discriminator beside the mean. At 0.5 with equal logits they have
+    collapsed; at 1.0 for long, they have won and teach nothing.
+    """
+    real = torch.stack([logit.float().mean() for logit in real_logits])
+    fake = torch.stack([logit.float().mean() for logit in fake_logits])
+    pairs = zip(real_logits, fake_logits, strict=True)
+    right = torch.stack(
+        [0.5 * ((r > 0).float().mean() + (f <= 0).float().mean()) for r, f in pairs]
+    )
+    return {
+        "disc_real": float(real.mean()),
+        "disc_fake": float(fake.mean()),
+        "disc_accuracy": float(right.mean()),
+        "disc_accuracy_weakest": float(right.min()),
+    }
 
 
 def generator_loss(fake_logits: Sequence[Tensor], kind: str = "hinge") -> Tensor:

@@ -3,6 +3,7 @@
     python evaluate_codec.py --data_dirs data/english data/hindi data/telugu --split test
     python evaluate_codec.py --data_dirs data/english --against opus,codec2,speex --plot rate.png
     python evaluate_codec.py --data_dirs data/english --against mimi     # times Mimi beside it
+    python evaluate_codec.py --split validation --probe --probe_against untaught/  # hears words?
 
 Clips are drawn evenly over the speakers of a language, coded once and decoded at each of
 `--codebooks`; codecs named by `--against` code the same clips at the nearest rates they have.
@@ -18,6 +19,7 @@ Clips are drawn evenly over the speakers of a language, coded once and decoded a
 Means over clips; the line `uncoded` is what the judges say of the recordings themselves. A judge
 whose package is missing is left out, and so is a clip that a judge cannot measure, for it alone.
 Rates are measured: `net` is what the codes take, `file` the whole file with its container.
+`--probe` reads phones off codebook 0 by a linear classifier fitted on the training speakers.
 
 The last line of stdout is the summary as JSON; `--output` also holds every clip.
 """
@@ -45,6 +47,7 @@ import soxr
 import torch
 from tqdm import tqdm
 
+import phone_probe
 import training
 from codec import Codec, CodecConfig, si_sdr
 from data import (
@@ -957,12 +960,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--against", default="", help="opus, codec2, speex, mimi; comma-separated")
     add("--output", type=Path, help="file for the summary and every clip, as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="rate-distortion curves")
+    add("--probe", action="store_true", help="phone errors of a linear probe on codebook 0")
+    add("--probe_against", nargs="+", type=Path, default=[], metavar="CHECKPOINT",
+        help="codecs to probe beside it")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument
     add("--codebooks", type=int, nargs="+", help="how many to decode [2 4 8 16 32 64, and all]")
     add("--judges", nargs="+", choices=("auto", *JUDGES), default=["auto"],
         help="auto: all but dnsmos, which is slow")  # fmt: skip
     add("--min_seconds", type=float, default=1.0, help="shorter clips are skipped [1]")
     add("--max_seconds", type=float, default=10.0, help="of a clip, from its start [10]")
+    add("--probe_clips", type=int, default=200, help="a language, to fit and to score [200]")
     add("--commercial_only", action="store_true")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -978,7 +985,9 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
     unknown = [name for name in args.against if name not in known]
     if unknown:
         raise UserError(f"--against {unknown[0]}: not one of {', '.join(known)}")
-    for name in ("max_clips", "threads"):
+    if args.probe_against and not args.probe:
+        raise UserError("--probe_against needs --probe")
+    for name in ("max_clips", "probe_clips", "threads"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1")
     if args.seed < 0:
@@ -1006,6 +1015,23 @@ def choose_counts(asked: Sequence[int] | None, config: CodecConfig) -> list[int]
     return counts
 
 
+def probe_codecs(args: argparse.Namespace, codec: Codec, found: Sequence[Clip]) -> dict:
+    """Results and table of a linear probe on codebook 0 of the codec and of --probe_against.
+
+    Fitted on the training split, scored on the clips `found`. Raises UserError without labels.
+    """
+    fit = load_clips(args.data_dirs, "train", args.commercial_only)
+    chosen = phone_probe.probe_clips(fit, found, " ".join(map(str, args.data_dirs)))
+    fit, scored = (draw_clips(clips, args.probe_clips, args.seed) for clips in chosen)
+    device = next(codec.parameters()).device
+    results = {}
+    for path in dict.fromkeys((args.codec, *args.probe_against)):
+        probed = codec if path == args.codec else Codec.from_checkpoint(path, device)
+        results[str(path)] = phone_probe.probe_codec(probed, fit, scored, args.max_seconds)
+    names = (f"{count_speakers(clips)} speakers" for clips in (fit, scored))
+    return {"codecs": results, "table": phone_probe.probe_table(results, *names)}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
@@ -1027,6 +1053,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     long_enough = [clip for clip in found if clip.duration * SAMPLE_RATE >= least - 1]
     skipped, noted = Counter({"too short": len(found) - len(long_enough)}), Counter()
     drawn = draw_clips(long_enough, args.max_clips, args.seed)
+    probed = probe_codecs(args, codec, found) if args.probe else None
 
     times = real_time_factors(codec, "mimi" in args.against)
     judges = load_judges(args.judges)
@@ -1071,6 +1098,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{title}: " + ", ".join(f"{n} {what}" for what, n in sorted(counter.items())))
     print(f"\n{codebook_table(groups['all']['codebooks'])}\n\n{time_table(times)}\n")
     print(criteria_table(verdicts))
+    if probed:
+        print(f"\n{probed['table']}\n")
     absent = [language for language in SPOKEN if language not in groups]
     if absent:
         print(f"not measured, for want of clips: {', '.join(absent)}")
@@ -1088,6 +1117,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "real_time": times,
         "criteria": verdicts,
     }
+    if probed:
+        result["probe"] = probed["codecs"]
     if args.output:
         text = json.dumps({**result, "rows": [vars(row) for row in rows]}, indent=1)
         args.output.write_text(text, encoding="utf-8")

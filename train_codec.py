@@ -8,6 +8,25 @@
 The same command goes on from the last complete checkpoint. An epoch is `--epoch_hours` of audio
 drawn at random. Under `torchrun` the ranks share the batch. The first `--listen_share` of the steps
 teaches the encoder's branch for words alone, which costs a fifth as much; then the rest joins.
+
+Checkpoints show the average of the weights over the last steps, with codebooks that fit it; it is
+what validates, ships and is inherited. The weights that go on learning are in `trainer.pt`.
+bf16 is for the layers: quantizer, codebook statistics, STFTs and losses stay in fp32.
+
+The sizes of `base`, among what else would make 60 to 70M parameters (ConvNeXt blocks of encoder +
+decoder x their widths; transformer layers of encoder + decoder; of the arithmetic, in millions of
+multiplications a 20 ms frame, what the blocks take; CPU ms a 40 ms step, one busy x86 core):
+
+    blocks x widths      layers  parameters  decoder  M / frame  blocks   ms
+    2 + 4 x 384, 512     6 + 8      66.5M     51 %       91       36 %    65   <- base
+    4 + 6 x 384, 512     4 + 8      68.2M     54 %      107       48 %    64
+    1 + 2 x 384, 512     6 + 8      62.4M     49 %       75       22 %    62
+    4 + 8 x 256, 384     6 + 8      66.0M     52 %       92       38 %    67
+    4 + 8 x 384, 512     4 + 6      61.9M     55 %      110       59 %    60
+
+A stream of one caller costs what reading the weights costs, whatever the blocks' share; in
+training, where the arithmetic counts, blocks at 200 Hz cost four times what a layer of as many
+parameters does at 50 Hz. How they sound after equal training has not been compared at this size.
 """
 
 from __future__ import annotations
@@ -25,13 +44,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import discriminator
+import teachers
 import training
 from codec import (
+    AveragedCodec,
     Codec,
     CodecConfig,
     MelLoss,
     PhoneHead,
     codec_config,
+    count_parameters,
     si_sdr,
     stored_config,
     waveform_loss,
@@ -49,6 +71,8 @@ from speech import PHONES
 from training import UserError
 
 UNKNOWN_PHONE = -100
+LM_CODEBOOKS = 8
+LISTENED = 4  # held-out windows whose sound goes to TensorBoard
 BALANCE = {"mel": 1.0, "waveform": 1.0, "adversarial": 1.0, "features": 2.0}
 
 
@@ -78,9 +102,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--listen_share", type=float, default=0.1, help="of the steps: phones alone")
     more.add_argument("--decoder_only", action="store_true", help="keep every code as it is")
     more.add_argument("--disc_start", type=float, default=0.1, help="share of the steps; 1: no GAN")
-    more.add_argument("--full_rate", type=float, default=0.7, help="share that uses all codebooks")
+    more.add_argument("--disc_seconds", type=float, default=1.0, help="of a window that they judge")
+    more.add_argument("--lm_rate", type=float, default=0.5, help="share that uses the LM's 8")
+    more.add_argument("--full_rate", type=float, default=0.2, help="share that uses all codebooks")
     more.add_argument("--commitment_weight", type=float, default=0.25)
     more.add_argument("--phone_weight", type=float, default=1.0)
+    more.add_argument(
+        "--teacher",
+        default="auto",
+        help="none, wavlm, whisper, or the folder or id of such a model; auto: WavLM-large on CUDA",
+    )
+    more.add_argument("--teacher_weight", type=float, default=1.0, help="cosine on codebook 0")
+    more.add_argument(
+        "--ssl_loss_weight",
+        type=float,
+        default=1.0,
+        help="share, in the balance, of the teacher's view of the output; mel has 1",
+    )
+    more.add_argument("--teacher_cache", metavar="FOLDER", help="keep the targets of whole clips")
+    more.add_argument("--teacher_cache_gib", type=float, default=100.0, help="at most")
+    more.add_argument(
+        "--ema_decay",
+        type=float,
+        help="of the weights that validate and ship; 0: none; by default over 2%% of the steps",
+    )
+    more.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     more.add_argument("--quantizer_start", type=int, default=200, help="steps before k-means")
     more.add_argument("--warmup_steps", type=int, default=500)
     training.add_run_flags(more)
@@ -92,15 +138,40 @@ def whole_frames(seconds: str) -> float:
     return max(1, round(float(seconds) * 50)) / 50
 
 
-def draw_num_codebooks(batch: int, total: int, full_rate: float, seed: tuple[int, ...]) -> Tensor:
-    """How many codebooks each sample uses, `[B]`: all with `full_rate`, else 1 … total evenly.
+def draw_num_codebooks(
+    batch: int, total: int, lm_rate: float, full_rate: float, seed: tuple[int, ...]
+) -> Tensor:
+    """How many codebooks each sample uses, `[B]`: the LM's 8 with `lm_rate`, all with `full_rate`,
+    else 1 … total evenly.
 
-    Quantizer dropout (Zeghidour et al. 2021, section III-C): one model serves every bitrate.
+    Quantizer dropout (Zeghidour et al. 2021, section III-C): one model serves every bitrate. Drawn
+    evenly, 64 codebooks would leave the rate that is spoken a 64th of the training.
     """
     generator = training.keyed_generator(*seed)
-    full = torch.rand(batch, generator=generator) < full_rate
+    kind = torch.rand(batch, generator=generator)
     drawn = torch.randint(1, total + 1, (batch,), generator=generator)
-    return torch.where(full, total, drawn)
+    drawn = torch.where(kind < full_rate + lm_rate, min(LM_CODEBOOKS, total), drawn)
+    return torch.where(kind < full_rate, total, drawn)
+
+
+def average_decay(asked: float | None, total_steps: int) -> float:
+    """The decay of the weights' average: over the last 2 % of the run, 10,000 steps at most."""
+    return min(0.9999, max(0.0, 1 - 50 / total_steps)) if asked is None else asked
+
+
+def judged_part(samples: int, seconds: float, seed: tuple[int, ...]) -> slice:
+    """The slice of the windows that the discriminators hear in this step, on every rank the same.
+
+    They cost more than the codec, and a slice drawn anew each step teaches the same.
+    """
+    length = min(samples, int(seconds * SAMPLE_RATE))
+    start = torch.randint(samples - length + 1, (1,), generator=training.keyed_generator(*seed))
+    return slice(int(start), int(start) + length)
+
+
+def precision(device: torch.device) -> torch.autocast:
+    """bf16 on CUDA; quantizer, STFT and losses go on in fp32 within it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,13 +186,23 @@ def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def training_losses(model: Codec, mel: MelLoss, audio: Tensor, counts: Tensor):
     """The reconstruction, its losses and what the quantizer did."""
-    with torch.autocast(audio.device.type, torch.bfloat16, enabled=audio.is_cuda):
+    with precision(audio.device):
         estimate, info = model(audio, counts)
-    return estimate, info, {"mel": mel(estimate, audio), "waveform": waveform_loss(estimate, audio)}
+    estimate = estimate.float()
+    # At high rates the goal is SNR, at the LM's it is how it sounds.
+    weights = (counts / LM_CODEBOOKS).clamp(min=1).sqrt()
+    losses = {"mel": mel(estimate, audio), "waveform": waveform_loss(estimate, audio, weights)}
+    return estimate, info, losses
 
 
 def seconds_per_step(
-    model: Codec, mel: MelLoss, args, device: torch.device, listening: bool
+    model: Codec,
+    mel: MelLoss,
+    args,
+    device: torch.device,
+    listening: bool,
+    teacher: teachers.Teacher | None = None,
+    disc: nn.Module | None = None,
 ) -> float:
     """The median of three steps on noise, without any update: the estimate before step 1."""
     samples = int(args.window_seconds * SAMPLE_RATE) // model.config.hop * model.config.hop
@@ -130,17 +211,79 @@ def seconds_per_step(
     times = []
     for _ in range(3):
         start = time.perf_counter()
+        if teacher is not None and not args.teacher_cache:
+            with torch.no_grad():
+                reference = teacher(audio)
         if listening:
             info = model.hear(audio)
             info.semantic.square().mean().backward()
         else:
-            _, info, losses = training_losses(model, mel, audio, counts)
+            estimate, info, losses = training_losses(model, mel, audio, counts)
+            if teacher is not None and args.ssl_loss_weight:
+                losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
+            if disc is not None:
+                part = judged_part(samples, args.disc_seconds, (0, 0, 0))
+                with precision(device):
+                    (real, features), (fake, others) = (
+                        disc(sound[..., part]) for sound in (audio, estimate)
+                    )
+                losses["adversarial"] = discriminator.discriminator_loss(real, fake)
+                losses["features"] = discriminator.feature_matching_loss(features, others)
             (sum(losses.values()) + info.commitment).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-        model.zero_grad(set_to_none=True)
+        for part in filter(None, (model, disc)):
+            part.zero_grad(set_to_none=True)
     return statistics.median(times)
+
+
+def phases(args, total_steps: int) -> tuple[int, int]:
+    """The steps at which listening ends and the discriminators join in."""
+    listen_steps = 0 if args.decoder_only else int(args.listen_share * total_steps)
+    return listen_steps, int(args.disc_start * total_steps)
+
+
+def estimated_hours(model, disc, mel, teacher, args, device: torch.device, steps: int) -> float:
+    """Hours of `steps` steps, each of its three kinds measured."""
+    listen_steps, disc_start = phases(args, steps)
+    kinds = {"listening": listen_steps, "plain": max(0, disc_start - listen_steps)}
+    kinds["adversarial"] = steps - sum(kinds.values())
+    seconds = 0.0
+    for kind, count in kinds.items():
+        if count:
+            judges = disc if kind == "adversarial" else None
+            listening = kind == "listening"
+            pace = seconds_per_step(model, mel, args, device, listening, teacher, judges)
+            seconds += count * pace
+    return seconds / 3600
+
+
+def budget_line(budget: float, steps: int, planned: int) -> str:
+    return (
+        f"budget {training.format_dollars(budget)}: {steps} of {planned} steps, "
+        "and the learning rate ends with them"
+    )
+
+
+def validated_rates(config: CodecConfig) -> list[int]:
+    """The LM's number of codebooks and all of them."""
+    return sorted({min(LM_CODEBOOKS, config.num_codebooks), config.num_codebooks})
+
+
+@torch.no_grad()
+def log_audio(metrics: training.Metrics, step: int, model: Codec, batches: list[dict], device):
+    """The first held-out windows to TensorBoard: the recordings before step 1, then what became of
+    them at each rate."""
+    audio = batches[0]["audio"][:LISTENED].to(device)
+    sounds = {"reference": audio}
+    if step > 0:
+        rates = validated_rates(model.config)
+        sounds = {f"{k}_codebooks": model.decode(model.encode(audio, k)) for k in rates}
+    for name, clips in sounds.items():
+        for i, clip in enumerate(clips):
+            clip = clip.clamp(-1, 1)
+            metrics.log_audio(step, f"held_out_{i}/{name}", clip, model.config.sample_rate)
 
 
 @torch.no_grad()
@@ -150,7 +293,7 @@ def validate(model: Codec, head: PhoneHead, mel: MelLoss, batches: list[dict], d
     rows = []
     for batch in batches:
         audio, labels = batch["audio"].to(device), batch["phones"].to(device)
-        for rate in sorted({min(8, model.config.num_codebooks), model.config.num_codebooks}):
+        for rate in validated_rates(model.config):
             counts = torch.full((len(audio),), rate, device=device)
             estimate, info, losses = training_losses(model, mel, audio, counts)
             row = {f"{name}_{rate}": float(loss) for name, loss in losses.items()}
@@ -186,21 +329,32 @@ def codebook_metrics(info) -> dict[str, float]:
     return values
 
 
-def describe(args, model: Codec, clips: list[Clip], total: float, steps: int) -> None:
+def describe(
+    args,
+    model: Codec,
+    teacher: teachers.Teacher | None,
+    clips: list[Clip],
+    total: float,
+    steps: int,
+) -> None:
     """What the user reads before step 1; `total` is the estimate in hours."""
     config = model.config
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    counts = count_parameters(model)
+    codes = counts.pop("codebooks")
+    parts = ", ".join(f"{name} {count:.1f}" for name, count in counts.items())
     hours = ", ".join(f"{name} {h:.1f} h" for name, h in hours_by_language(clips).items())
     labelled = sum(c.duration for c in clips if c.phones) / 3600
+    taught = f"{teacher.source} ({teacher.name}), " if teacher else ""
     price = ""
     if next(model.parameters()).is_cuda:
         price = f" = {training.format_dollars(total * args.usd_per_hour)}"
     epoch_hours = steps / args.num_epochs * args.batch_size * args.window_seconds / 3600
     rate = args.num_epochs * epoch_hours / total
     print(
-        f"preset {args.preset}: codec {parameters:.1f}M parameters, "
-        f"{config.num_codebooks} codebooks, device {next(model.parameters()).device}\n"
-        f"teacher: phone labels, {labelled:.1f} h\n"
+        f"preset {args.preset}: codec {sum(counts.values()):.1f}M parameters ({parts}), "
+        f"{config.num_codebooks} codebooks ({codes:.1f}), device "
+        f"{next(model.parameters()).device}\n"
+        f"teacher: {taught}phone labels, {labelled:.1f} h\n"
         f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}\n"
         f"an epoch is {epoch_hours:.1f} h of audio; {args.num_epochs} epochs = {steps} steps = "
         f"{training.format_hours(total)}{price} at {rate:.0f} audio seconds a second (estimate)",
@@ -230,6 +384,12 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     process = training.setup_distributed(args.device)
     device = process.device
+    if args.teacher_cache and args.ssl_loss_weight:
+        raise UserError("--teacher_cache saves nothing while the output is heard as well: "
+                        "add --ssl_loss_weight 0")  # fmt: skip
+    teacher = teachers.load_teacher(args.teacher, device)  # draws nothing after the seed
+    if args.teacher_cache and teacher is None:
+        raise UserError("--teacher_cache needs a --teacher")
     training.seed_everything(args.seed)
     args.preset = training.choose_preset(args.preset, device)
 
@@ -266,6 +426,11 @@ def main() -> None:
         sizes.base() if config == CodecConfig.base() else sizes.tiny()
     ).to(device)
     mel = MelLoss(config.sample_rate).to(device)
+    projection, cache = None, None  # beside the head, as training only: codebook 0 to the teacher
+    if teacher is not None:
+        projection = nn.Linear(config.semantic_dim, teacher.width).to(device)
+    if args.teacher_cache:
+        cache = teachers.FeatureCache(args.teacher_cache, teacher, args.teacher_cache_gib)
     if args.init_from and checkpoint is None:
         inherited = training.inherit_weights(model, args.init_from)
         prefix = "quantizer."
@@ -275,22 +440,26 @@ def main() -> None:
     if args.decoder_only:  # a better voice for an LM that was trained on these codes
         if checkpoint is None and not args.init_from:
             raise UserError("--decoder_only needs --init_from, the codec whose codes are kept")
-        for part in (model.encoder, model.quantizer, head):
+        for part in filter(None, (model.encoder, model.quantizer, head, projection)):
             part.requires_grad_(False)
-    generator_parameters = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
+    generator_parameters = [
+        parameter
+        for part in filter(None, (model, head, projection))
+        for parameter in part.parameters()
+        if parameter.requires_grad
+    ]
     optimizer = torch.optim.AdamW(
         generator_parameters, args.gen_lr, (0.8, 0.99), fused=True, weight_decay=0.01
     )
     disc_optimizer = torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.8, 0.99), fused=True)
-    balancer = training.Balancer(BALANCE)
-    guard, meter = (
-        training.StepGuard(),
-        training.CostMeter(
-            "codec",
-            usd_per_hour=args.usd_per_hour,
-            budget_usd=args.budget_usd,
-            enabled=device.type == "cuda" and process.is_main,
-        ),
+    balancer = training.Balancer({**BALANCE, "ssl": args.ssl_loss_weight})
+    # One guard each: healthy steps of the one must not hide that the other stands still.
+    guard, disc_guard = training.StepGuard(), training.StepGuard()
+    meter = training.CostMeter(
+        "codec",
+        usd_per_hour=args.usd_per_hour,
+        budget_usd=args.budget_usd,
+        enabled=process.is_main and (device.type == "cuda" or args.budget_usd is not None),
     )
     total_steps = args.num_epochs * steps_per_epoch
     step, epoch, consumed, best = 0, 0, 0, float("inf")
@@ -302,40 +471,67 @@ def main() -> None:
         "disc_optimizer": disc_optimizer,
         "balancer": balancer,
         "guard": guard,
+        "disc_guard": disc_guard,
         "meter": meter,
     }
+    if projection is not None:
+        stateful["projection"] = projection
     if checkpoint is not None:
         if checkpoint.trainer is None:
             raise UserError(f"{checkpoint.path}: an export has no trainer state; use --init_from")
-        model.load_tensors(checkpoint.tensors, checkpoint.path)
+        stored_teacher = checkpoint.trainer.get("teacher", "none")
+        teachers.check_same_teacher(stored_teacher, teacher, checkpoint.path)
+        # Where weights are averaged, the model that a checkpoint shows is their average.
+        trained = checkpoint.trainer.get("trained_weights", checkpoint.tensors)
+        model.load_tensors(trained, checkpoint.path)
+        checkpoint.trainer.setdefault("disc_guard", disc_guard.state_dict())  # older ones had one
         for name, part in stateful.items():
             part.load_state_dict(checkpoint.trainer[name])
         step, epoch, consumed = (checkpoint.trainer[k] for k in ("step", "epoch", "consumed"))
         best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
+    average = None
+    decay = average_decay(args.ema_decay, total_steps)
+    if decay > 0:
+        average = AveragedCodec(model, decay)
+        if checkpoint is not None and "average" in checkpoint.trainer:
+            average.model.load_tensors(checkpoint.tensors, checkpoint.path)
+            average.load_state_dict(checkpoint.trainer["average"])
+    if args.compile:  # the forward passes alone; a stream goes step by step
+        for part in (*model.encoder, model.decoder):
+            part.compile()
 
-    listen_steps = 0 if args.decoder_only else int(args.listen_share * total_steps)
+    listen_steps, disc_start = phases(args, total_steps)
     if process.is_main:
-        total = (total_steps - listen_steps) * seconds_per_step(model, mel, args, device, False)
-        if listen_steps:
-            total += listen_steps * seconds_per_step(model, mel, args, device, True)
-        describe(args, model, clips, total / 3600, total_steps)
+        hours = estimated_hours(model, disc, mel, teacher, args, device, total_steps)
+        describe(args, model, teacher, clips, hours, total_steps)
         if checkpoint is not None:
             print(f"resuming {checkpoint.path} at step {step}", flush=True)
+    if args.budget_usd is not None and checkpoint is None:
+        dollars = hours * args.usd_per_hour if process.is_main else 1.0
+        affordable = int(min(1.0, args.budget_usd / dollars) * total_steps)
+        total_steps = max(1, training.from_main_rank(affordable))
+        listen_steps, disc_start = phases(args, total_steps)
+        if process.is_main:
+            print(budget_line(args.budget_usd, total_steps, args.num_epochs * steps_per_epoch))
     metrics = None
     if process.is_main:
         metrics = training.Metrics(args.checkpoint_dir, step, args.tensorboard)
+        if args.tensorboard and validation and checkpoint is None:
+            log_audio(metrics, 0, model, validation, device)
     meter.start(total_steps, step)
-    disc_start = int(args.disc_start * total_steps)
 
     def save(is_best: bool = False) -> None:
         trainer = {name: part.state_dict() for name, part in stateful.items()}
         trainer |= {"step": step, "epoch": epoch, "consumed": consumed}
         trainer |= {"best": best, "total_steps": total_steps}
+        trainer |= {"teacher": teacher.name if teacher else "none"}
+        if average:
+            trainer |= {"average": average.state_dict(), "trained_weights": model.state_dict()}
         training.save_checkpoint(
             args.checkpoint_dir,
             step,
             stored_config(config),
-            model.state_dict(),
+            (average.model if average else model).state_dict(),
             trainer,
             keep_last=args.keep_last,
             best=is_best,
@@ -353,9 +549,20 @@ def main() -> None:
         rate = training.learning_rate(step, total_steps, 1.0, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = rate * args.gen_lr
         disc_optimizer.param_groups[0]["lr"] = rate * args.disc_lr
+        key = (args.seed, step, process.rank)
         counts = draw_num_codebooks(
-            len(audio), config.num_codebooks, args.full_rate, (args.seed, step, process.rank)
+            len(audio), config.num_codebooks, args.lm_rate, args.full_rate, key
         ).to(device)
+        if step in (listen_steps, disc_start):
+            meter.measure_anew()
+
+        # What the teacher hears in the recording: of this window, or kept for the clip.
+        if cache is not None:
+            target, known = cache(batch, audio)
+        elif teacher is not None:
+            with torch.no_grad():
+                reference = teacher(audio)
+            target, known = teacher.target(reference), None
 
         # Generator: balanced losses on the waveform, the rest beside them.
         listening = step < listen_steps
@@ -364,14 +571,21 @@ def main() -> None:
             info, losses = model.hear(audio), {}
         else:
             estimate, info, losses = training_losses(model, mel, audio, counts)
+            if teacher is not None and args.ssl_loss_weight:
+                losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
         if adversarial:
-            fake_logits, fake_features = disc(estimate)
-            with torch.no_grad():
-                _, real_features = disc(audio)
+            # One pass serves both sides: nothing changes the judges before their own step below.
+            part = judged_part(audio.shape[-1], args.disc_seconds, (args.seed, step, 1 << 21))
+            with precision(device):
+                fake_logits, fake_features = disc(estimate[..., part])
+                real_logits, real_features = disc(audio[..., part])
             losses["adversarial"] = discriminator.generator_loss(fake_logits)
             losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
         phones, phone_accuracy = phone_loss(head(info.semantic), labels)
         others = args.commitment_weight * info.commitment + args.phone_weight * phones
+        if teacher is not None:
+            distillation = teachers.distillation_loss(projection(info.semantic), target, known)
+            others = others + args.teacher_weight * distillation
         optimizer.zero_grad(set_to_none=True)
         shares = {}
         if listening:
@@ -384,19 +598,21 @@ def main() -> None:
             optimizer.step()
             # Each part is quantized once its vectors have settled a little.
             settled = step - (0 if listening else listen_steps) >= args.quantizer_start
+            restarted = []
             if settled and not args.decoder_only:
-                model.quantizer.update(info, training.keyed_generator(args.seed, step, 1 << 20))
+                draw = training.keyed_generator(args.seed, step, 1 << 20)
+                restarted = model.quantizer.update(info, draw)
+            if average:
+                average.update(model, restarted)
 
         # Discriminator, on the same reconstruction.
         if adversarial:
-            real_logits, _ = disc(audio)
-            fake_logits, _ = disc(estimate.detach())
             disc_loss = discriminator.discriminator_loss(real_logits, fake_logits)
             disc_optimizer.zero_grad(set_to_none=True)
-            disc_loss.backward()
+            disc_loss.backward(inputs=list(disc.parameters()))  # and not through the codec
             training.average_gradients(disc.parameters())
             disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), args.grad_clip)
-            if guard.check(disc_loss.detach(), disc_norm):
+            if disc_guard.check(disc_loss.detach(), disc_norm):
                 disc_optimizer.step()
             losses["discriminator"] = disc_loss
 
@@ -404,6 +620,14 @@ def main() -> None:
         samples_logged += args.batch_size
         meter.tick()
         bar.update()
+        if args.budget_usd is not None and step % args.log_every == 0:
+            fitted = meter.fitted_steps(total_steps)
+            if fitted < total_steps:
+                if process.is_main:
+                    tqdm.write(budget_line(args.budget_usd, fitted, total_steps))
+                total_steps, stop_at = fitted, min(stop_at, fitted)
+                listen_steps, disc_start = phases(args, total_steps)
+                bar.total = total_steps
         if metrics and (step % args.log_every == 0 or step == stop_at):
             now = time.monotonic()
             throughput = samples_logged * args.window_seconds / (now - last_log)
@@ -411,7 +635,12 @@ def main() -> None:
             row |= {f"share_{name}": share for name, share in shares.items()}
             row |= {"commitment": float(info.commitment.detach()), "phones": float(phones.detach())}
             row |= {"phone_accuracy": float(phone_accuracy), "grad_norm": float(norm)}
-            row |= {"lr": rate * args.gen_lr, "skipped": guard.skipped, "epoch": epoch}
+            if teacher is not None:
+                row["distillation"] = float(distillation.detach())
+            if adversarial:
+                row |= discriminator.verdict(real_logits, fake_logits)
+            skipped = guard.skipped + disc_guard.skipped
+            row |= {"lr": rate * args.gen_lr, "skipped": skipped, "epoch": epoch}
             row |= {"unreadable": dataset.unreadable, "audio_seconds_per_second": throughput}
             row |= codebook_metrics(info)
             metrics.log(step, **row)
@@ -425,8 +654,11 @@ def main() -> None:
         end_of_epoch = consumed >= steps_per_epoch * args.batch_size
         is_best = False
         if end_of_epoch and process.is_main and validation:
-            scores = validate(model, head, mel, validation, device)
+            shown = average.model if average else model
+            scores = validate(shown, head, mel, validation, device)
             metrics.log(step, **scores)
+            if args.tensorboard:
+                log_audio(metrics, step, shown, validation, device)
             summary = ", ".join(f"{name[11:]} {value:.3f}" for name, value in scores.items())
             tqdm.write(f"epoch {epoch}: {summary}")
             loss = scores[f"validation_mel_{config.num_codebooks}"]
@@ -436,9 +668,7 @@ def main() -> None:
         if process.is_main and (due or is_best):
             save(is_best)
             last_save = time.monotonic()
-        if meter.remaining_steps_within_budget() == 0:
-            print("the budget is spent: stopping here, with a checkpoint")
-            save()
+        if step >= stop_at:
             break
     bar.close()
     meter.flush()

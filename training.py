@@ -160,6 +160,16 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         gradient.copy_(averaged.view_as(gradient))
 
 
+def from_main_rank(number: int) -> int:
+    """Rank 0's `number`, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return number
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    shared = torch.tensor(number, device=device)
+    dist.broadcast(shared, 0)
+    return int(shared)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and PyTorch (all devices)."""
     random.seed(seed)
@@ -198,7 +208,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--log_every", type=int, default=50, help="steps a line of metrics")
     group.add_argument("--max_steps", type=int, help="stop here, though the schedule goes on")
     group.add_argument("--usd_per_hour", type=float, default=3.39)
-    group.add_argument("--budget_usd", type=float, help="stop cleanly when it is spent")
+    group.add_argument("--budget_usd", type=float, help="most to spend: the run ends within it")
     group.add_argument("--tensorboard", action="store_true")
     group.add_argument("--export", metavar="FOLDER", help="write the newest checkpoint as shipped")
 
@@ -884,6 +894,25 @@ class CostMeter:
         left = self.budget_usd - self.elapsed_hours() * self.usd_per_hour
         affordable = int(max(0.0, left) / (seconds / 3600 * self.usd_per_hour))
         return min(affordable, max(0, self._total - self._done))
+
+    def measure_anew(self) -> None:
+        """Forget the pace so far: from here on a step is of another kind, dearer or cheaper."""
+        self._ticks = self._steps = 0
+        self._warm = None
+
+    def fitted_steps(self, total_steps: int) -> int:
+        """The total to which a schedule of `total_steps` shrinks so that it ends within the budget.
+
+        It never grows, so that a learning rate that follows it never rises again. One step in fifty
+        is held back for the last validation and checkpoint, and so that a pace that varies by less
+        changes nothing. The same number on every rank, though one alone measures: call on all.
+        """
+        affordable = self.remaining_steps_within_budget()
+        if affordable is not None and affordable < self._total - self._done:
+            total_steps = self._done + int(0.98 * affordable)
+        total_steps = from_main_rank(total_steps)
+        self._total = min(self._total, total_steps)
+        return total_steps
 
     def line(self) -> str:
         """`projected 41 h = $139 (spent $212 of $1,500)`; hours alone where disabled."""

@@ -1,5 +1,6 @@
 """discriminator.py: shapes, gradients, precision, and the losses against formulas by hand."""
 
+import copy
 import dataclasses
 import json
 
@@ -16,6 +17,7 @@ from discriminator import (
     discriminator_loss,
     feature_matching_loss,
     generator_loss,
+    verdict,
 )
 
 TINY = DiscriminatorConfig.tiny()
@@ -154,6 +156,44 @@ def test_real_features_are_targets_only():
     real, fake = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     feature_matching_loss([[real]], [[fake]]).backward()
     assert real.grad is None and fake.grad is not None
+
+
+def test_the_verdict_shows_a_collapse(judge):
+    real, fake = [torch.tensor([2.0, -1.0]), torch.tensor([[4.0]])], [torch.tensor([-3.0, -1.0])]
+    fake.append(torch.tensor([[2.0]]))
+    seen = verdict(real, fake)
+    assert seen == {
+        "disc_real": 2.25, "disc_fake": 0.0, "disc_accuracy": 0.625, "disc_accuracy_weakest": 0.5
+    }  # fmt: skip
+    collapsed = copy.deepcopy(judge)
+    for part in (*collapsed.periods.judges, *collapsed.stfts.judges):
+        part.last.parametrizations.weight.original0.data.zero_()  # says its bias, whatever comes
+    seen = verdict(collapsed(torch.randn(2, 1, 1200))[0], collapsed(torch.zeros(2, 1, 1200))[0])
+    assert seen["disc_accuracy"] == seen["disc_accuracy_weakest"] == 0.5
+    assert seen["disc_real"] == pytest.approx(seen["disc_fake"], abs=1e-6)
+
+
+def test_one_pass_serves_generator_and_discriminator():
+    """Gradients of the judges and of the audio, as from a pass each with detached audio."""
+    torch.manual_seed(0)
+    real = 0.1 * torch.randn(2, 1, 1200)
+    fake = 0.1 * torch.randn(2, 1, 1200)
+    gradients = []
+    for shared in (True, False):
+        torch.manual_seed(1)
+        judge = Discriminator(TINY)
+        weights = list(judge.parameters())
+        sound = fake.clone().requires_grad_()
+        logits, features = judge(sound)
+        real_logits, real_features = judge(real)
+        loss = generator_loss(logits) + feature_matching_loss(real_features, features)
+        (heard,) = torch.autograd.grad(loss, sound, retain_graph=True)
+        if not shared:
+            logits, real_logits = judge(fake)[0], judge(real)[0]
+        discriminator_loss(real_logits, logits).backward(inputs=weights)
+        assert sound.grad is None
+        gradients.append([heard, *(w.grad for w in weights)])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_learns_to_tell_noise_from_a_tone():

@@ -1,8 +1,10 @@
 """The codec trainer: interrupted runs against uninterrupted ones, two ranks, what it refuses."""
 
 import contextlib
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from speech import PHONES
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 3.0
+OLDER_LACK = ("average", "trained_weights", "disc_guard")
 # Four steps of two half-second windows an epoch.
 SMALL = {
     "preset": "tiny",
@@ -37,6 +40,7 @@ SMALL = {
     "save_every_epochs": 1,
     "log_every": 1,
     "disc_start": 1,
+    "ema_decay": 0.5,
 }
 
 
@@ -205,7 +209,147 @@ def test_a_killed_run_goes_on_with_its_gan(corpus, tmp_path):
     rows = metrics(folder)
     assert rows == metrics(whole)
     assert all(row["discriminator"] > 0 for row in rows if "mel" in row)
+    assert all(0 <= row["disc_accuracy"] <= 1 for row in rows if "mel" in row)
     assert_same_state(folder, whole)
+
+
+def test_a_step_that_is_not_finite_moves_nothing(corpus, tmp_path, monkeypatch):
+    """No weight, code, statistic or average; the discriminators' guard counts for itself."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    train(corpus, before, max_steps=6, disc_start=0)
+    shutil.copytree(before, after)
+
+    def broken(estimate, target, weights):
+        return estimate.sum() * float("nan")
+
+    monkeypatch.setattr(train_codec, "waveform_loss", broken)
+    monkeypatch.setattr(train_codec, "estimated_hours", lambda *_: 1.0)
+    train(corpus, after, max_steps=7, disc_start=0)
+    row = metrics(after)[-1]
+    assert row["step"] == 7 and row["skipped"] == 1 and row["waveform"] is None
+    a, b = (training.load_checkpoint(folder) for folder in (before, after))
+    assert a.tensors.keys() == b.tensors.keys() and b.step == 7
+    for name, tensor in a.tensors.items():
+        assert torch.equal(tensor, b.tensors[name]), name
+    kept = ("trained_weights", "optimizer", "average", "head", "balancer")
+    one, other = (dict(flat({k: c.trainer[k] for k in kept})) for c in (a, b))
+    for name, value in one.items():
+        same = torch.equal(value, other[name]) if torch.is_tensor(value) else value == other[name]
+        assert same or name.endswith(".lr"), name
+    skipped = [b.trainer[k]["skipped"] for k in ("guard", "disc_guard")]
+    assert skipped == [1, 0]
+    moved = dict(flat(b.trainer["disc"]))
+    assert any(not torch.equal(v, moved[k]) for k, v in flat(a.trainer["disc"]))
+
+
+def test_the_average_ships_and_the_weights_go_on(corpus, whole_run, tmp_path):
+    checkpoint = training.load_checkpoint(whole_run[0])
+    shown, trained = checkpoint.tensors, checkpoint.trainer["trained_weights"]
+    assert checkpoint.trainer["average"] == {"steps": 8, "decay": 0.5}
+    names = ("decoder.0.norm.weight", "quantizer.codebooks.3.embedding")
+    assert not any(torch.equal(shown[name], trained[name]) for name in names)
+    assert Codec.from_checkpoint(whole_run[0]).state_dict().keys() == trained.keys()
+
+    # From an older checkpoint, which has neither an average nor a second guard.
+    trainer = {k: v for k, v in checkpoint.trainer.items() if k not in OLDER_LACK}
+    training.save_checkpoint(tmp_path / "old", 8, checkpoint.config, trained, trainer)
+    train(corpus, tmp_path / "old", num_epochs=2)
+    again = training.load_checkpoint(tmp_path / "old")
+    assert all(torch.equal(again.tensors[name], trained[name]) for name in trained)
+
+    train(corpus, tmp_path / "off", max_steps=1, ema_decay=0)
+    assert not {"average", "trained_weights"} & set(
+        training.load_checkpoint(tmp_path / "off").trainer
+    )
+
+
+def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
+    corpus, tmp_path, capsys, monkeypatch
+):
+    """On a clock where a step costs a dollar: first by the estimate, then by what it measures."""
+    now = [0.0]
+    meter = functools.partial(training.CostMeter, clock=lambda: now[0])
+    monkeypatch.setattr(training, "CostMeter", meter)
+    tick = training.CostMeter.func.tick
+
+    def slow(self, steps=1):
+        now[0] += 3600
+        tick(self, steps)
+
+    monkeypatch.setattr(meter.func, "tick", slow)
+    monkeypatch.setattr(train_codec, "estimated_hours", lambda *args: args[-1] / 2)
+    monkeypatch.chdir(tmp_path)
+    changes = {"num_epochs": 10, "budget_usd": 12, "usd_per_hour": 1}  # 40 steps, thought $20
+    train(corpus, tmp_path / "run", listen_share=0, **changes)
+    said = capsys.readouterr().out
+    assert "budget $12: 24 of 40 steps" in said
+    rows = [row for row in metrics(tmp_path / "run") if "lr" in row]
+    last = rows[-1]["step"]
+    assert 10 <= last <= 12 and f"{last} of 24 steps" in said, said
+    assert training.load_checkpoint(tmp_path / "run").trainer["total_steps"] == last
+    rates = [row["lr"] for row in rows]
+    assert rates[-1] == pytest.approx(1e-4 * training.learning_rate(last - 1, last, 1.0, 2))
+    assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.2 * max(rates)
+    spent = [json.loads(x)["dollars"] for x in (tmp_path / "costs.jsonl").read_text().splitlines()]
+    assert sum(spent) == pytest.approx(last)
+    train(corpus, tmp_path / "run", listen_share=0, **changes)  # pasted again: there is no more
+    assert training.find_checkpoint(tmp_path / "run").name == f"step_{last:08d}"
+
+
+def test_held_out_windows_sound_in_tensorboard(corpus, tmp_path, monkeypatch):
+    """The recordings once, what became of them at each validation; also after a resume."""
+    heard = []
+
+    def listen(self, step, name, audio, sample_rate):
+        assert audio.shape == (1, 11_520) and sample_rate == 24_000
+        heard.append((step, name, float(audio.abs().max())))
+
+    monkeypatch.setattr(training, "_tensorboard", lambda *_: None)
+    monkeypatch.setattr(training.Metrics, "log_audio", listen)
+    for stop in (4, 8):
+        train(corpus, tmp_path, "--tensorboard", max_steps=stop)
+    clips = range(train_codec.LISTENED)
+    assert [h[:2] for h in heard] == [
+        (step, f"held_out_{i}/{name}")
+        for step, name in ((0, "reference"), (4, "8_codebooks"), (8, "8_codebooks"))
+        for i in clips
+    ]
+    assert all(0 < loudest <= 1 for _, _, loudest in heard)
+
+
+def test_quantizer_dropout_favours_the_rate_that_is_spoken():
+    draws = torch.cat(
+        [train_codec.draw_num_codebooks(64, 64, 0.5, 0.2, (0, i, 0)) for i in range(200)]
+    )
+    shares = draws.bincount(minlength=65) / len(draws)
+    assert float(shares[8]) == pytest.approx(0.5 + 0.3 / 64, abs=0.02)
+    assert float(shares[64]) == pytest.approx(0.2 + 0.3 / 64, abs=0.02)
+    others = shares[[k for k in range(1, 65) if k not in (8, 64)]]
+    assert (
+        shares[0] == 0
+        and others.min() > 0
+        and float(others.sum()) == pytest.approx(0.3 * 62 / 64, abs=0.02)
+    )
+    # With eight codebooks in all the two rates are one.
+    draws = torch.cat(
+        [train_codec.draw_num_codebooks(64, 8, 0.5, 0.2, (0, i, 0)) for i in range(200)]
+    )
+    assert float((draws == 8).float().mean()) == pytest.approx(0.7 + 0.3 / 8, abs=0.02)
+
+
+def test_the_judged_part_moves_and_stays_within():
+    parts = [train_codec.judged_part(48_000, 1.0, (0, step, 1)) for step in range(50)]
+    assert all(part.stop - part.start == 24_000 and 0 <= part.start <= 24_000 for part in parts)
+    assert len({part.start for part in parts}) > 40
+    assert parts == [train_codec.judged_part(48_000, 1.0, (0, step, 1)) for step in range(50)]
+    assert train_codec.judged_part(11_520, 1.0, (0, 0, 1)) == slice(0, 11_520)
+
+
+def test_the_average_spans_a_fiftieth_of_the_run_or_what_is_asked():
+    assert train_codec.average_decay(None, 10_000) == 1 - 1 / 200
+    assert train_codec.average_decay(None, 10_000_000) == 0.9999
+    assert train_codec.average_decay(None, 20) == 0 == train_codec.average_decay(0.0, 10_000)
+    assert train_codec.average_decay(0.99, 20) == 0.99
 
 
 def test_listening_first_leaves_the_rest_as_it_was(corpus, tmp_path):

@@ -359,6 +359,7 @@ half = audio[here.rank * 2 : here.rank * 2 + 2]
 joint = training.all_reduce_mean(gradient(half))
 state = balancer.state_dict()
 
+assert training.from_main_rank(7 + here.rank) == 7
 guard = training.StepGuard()
 assert guard.check(1.0, 1.0)
 assert not guard.check(float("nan") if here.rank else 1.0, 1.0)
@@ -588,7 +589,13 @@ def test_metrics_tensorboard_or_the_line_to_install_it(tmp_path):
     metrics.log(1, loss=1.0)
     metrics.log_audio(1, "reply", torch.zeros(1, 2400), 24000)
     metrics.close()
-    assert list((tmp_path / "tensorboard").iterdir())
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0)]
+    (sound,) = events.Audio("reply")
+    assert (sound.step, sound.sample_rate, sound.length_frames) == (1, 24000, 2400)
 
 
 # ----------------------------------------------------------------------------------- money
@@ -639,6 +646,36 @@ def test_cost_meter_projects_spends_and_resumes(tmp_path):
     resumed.flush()
     assert resumed.projected()[0] == pytest.approx((300 + 20 + 887 * 2) / 3600)
     assert resumed.spent_usd() == pytest.approx(100.32)
+
+
+def test_a_schedule_shrinks_to_its_budget_and_never_grows(tmp_path):
+    clock = Clock()
+    cost = meter(tmp_path, clock, budget_usd=0.2)  # pays for 200 s
+    cost.start(total_steps=1000)
+
+    def go(steps, seconds):
+        for _ in range(steps):
+            clock.now += seconds
+            cost.tick()
+
+    assert cost.fitted_steps(1000) == 1000  # nothing is measured yet
+    go(20, 0.1)
+    assert cost.fitted_steps(1000) == 1000  # 0.1 s a step: it fits
+    cost.measure_anew()  # the next kind of step is dearer
+    assert math.isnan(cost.projected()[0]) and cost.fitted_steps(1000) == 1000
+    go(10, 2)
+    total = cost.fitted_steps(1000)
+    assert total == 30 + int(0.98 * (200 - 2 - 20) / 2)
+    go(20, 2)
+    assert cost.fitted_steps(total) == total  # within the reserve
+    go(10, 1)
+    assert cost.fitted_steps(total) == total  # faster again
+    assert cost.projected()[1] < 0.2
+    go(5, 8)
+    assert (shorter := cost.fitted_steps(total)) < total
+    assert cost.fitted_steps(shorter) == shorter
+    clock.now += 1000
+    assert cost.fitted_steps(shorter) == 65  # spent: where it stands
 
 
 def test_cost_meter_disabled_writes_nothing(tmp_path):

@@ -1,0 +1,327 @@
+"""What codebook 0 and the output can learn from: a frozen WavLM or Whisper encoder.
+
+Both give 50 features a second and hear 16 kHz. Frame `t` of the codec covers samples
+[480 t, 480 t + 480) at 24 kHz, that is [320 t, 320 t + 320) at 16 kHz; the audio is padded so that
+feature `t` is centred on that frame. Two losses come from the features:
+
+- `distillation_loss` teaches codebook 0 words, after quantization, through a projection that only
+  training has (cosine: SpeechTokenizer, Zhang et al. 2024, 3.2; Mimi, Défossez et al. 2024, 3.3.2);
+- `ssl_loss` compares the features of the reconstruction and of the recording, and its gradient
+  flows through the teacher into the waveform (L1: JHCodec's "self-supervised representation
+  reconstruction", Lee et al. 2026).
+
+`FeatureCache` keeps the first loss' targets on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchaudio
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from data import FRAME_SECONDS, HOP, SAMPLE_RATE, AudioError, read_audio
+from training import UserError
+
+TEACHER_RATE = 16_000
+# What a feature of WavLM and a mel frame of Whisper hear (25 ms) reaches this far to each side of
+# a codec frame of 320 samples: (400 - 320) / 2.
+OVERHANG = 40
+KNOWN = {"wavlm": "microsoft/wavlm-large", "whisper": "openai/whisper-large-v3-turbo"}
+GIB = 2**30
+
+
+class Teacher(nn.Module):
+    """A frozen encoder; calling it keeps the graph from its features back to the audio.
+
+    `source` is the folder or id it came from; `width` that of its features.
+    """
+
+    kind = ""
+
+    def __init__(self, model: nn.Module, source: str) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.source = source
+        self.width = model.config.hidden_size
+        self.resample = torchaudio.transforms.Resample(SAMPLE_RATE, TEACHER_RATE)
+
+    @property
+    def name(self) -> str:
+        """Kind and sizes, as `wavlm, 24 layers of 1024`: what a resumed run must find again."""
+        return f"{self.kind}, {self.model.config.num_hidden_layers} layers of {self.width}"
+
+    def forward(self, audio: Tensor) -> list[Tensor]:
+        """Audio `[B, 1, T]` at 24 kHz → one `[B, ceil(T / 480), width]` fp32 a layer.
+
+        The first is what enters the first layer. Each is normalised to zero mean and unit
+        variance over its width, because the scale grows from layer to layer. bf16 on CUDA, but
+        resampling and spectra in fp32.
+        """
+        with torch.autocast(audio.device.type, enabled=False):
+            whole = F.pad(audio[:, 0].float(), (0, -audio.shape[-1] % HOP))
+            heard = self.prepare(self.resample(whole))
+        with torch.autocast(audio.device.type, torch.bfloat16, enabled=audio.is_cuda):
+            out = self.model(heard, output_hidden_states=True)
+        layers = (*out.hidden_states[:-1], out.last_hidden_state)
+        return [F.layer_norm(layer.float(), layer.shape[-1:]) for layer in layers]
+
+    def prepare(self, audio: Tensor) -> Tensor:
+        """16 kHz `[B, F * 320]` → the encoder's input for `F` features."""
+        raise NotImplementedError
+
+    def target(self, layers: list[Tensor]) -> Tensor:
+        """What codebook 0 is taught, `[B, F, width]`, from the features of all layers."""
+        raise NotImplementedError
+
+
+class WavLMTeacher(Teacher):
+    """WavLM (Chen et al. 2022); the target is the mean of all layers, as in SpeechTokenizer."""
+
+    kind = "wavlm"
+
+    def prepare(self, audio: Tensor) -> Tensor:
+        # Those with layer norm in their convolutions (large) were trained on normalised audio.
+        if self.model.config.feat_extract_norm == "layer":
+            deviation = (audio.var(-1, correction=0, keepdim=True) + 1e-7).sqrt()
+            audio = (audio - audio.mean(-1, keepdim=True)) / deviation
+        return F.pad(audio, (OVERHANG, OVERHANG))
+
+    def target(self, layers: list[Tensor]) -> Tensor:
+        return torch.stack(layers).mean(0)
+
+
+class WhisperTeacher(Teacher):
+    """The encoder of Whisper (Radford et al. 2023); the target is its last layer.
+
+    Whisper was trained on windows filled up to 30 s with silence, which all frames attend to. Here
+    its positions are cut to the window, which costs nothing for the rest; so features are those of
+    the full pass with the silence masked out, not exactly those of the full pass.
+    """
+
+    kind = "whisper"
+
+    def __init__(self, model: nn.Module, source: str) -> None:
+        super().__init__(model, source)
+        filters = torchaudio.functional.melscale_fbanks(
+            201, 0.0, 8000.0, model.config.num_mel_bins, TEACHER_RATE, "slaney", "slaney"
+        )
+        self.register_buffer("filters", filters)  # [bins, mels]
+        self.register_buffer("taper", torch.hann_window(400))
+        self.register_buffer("positions", model.embed_positions.weight.detach().clone())
+
+    def prepare(self, audio: Tensor) -> Tensor:
+        self._cut_positions(audio.shape[-1] // 320)
+        return self.log_mel(audio)
+
+    def log_mel(self, audio: Tensor) -> Tensor:
+        """`[B, F * 320]` → `[B, mels, 2 F]`, Whisper's own but for the place of the frames.
+
+        Whisper centres mel frame `m` on sample 160 m and feature `t` on mel frame 2 t, so on the
+        left edge of the codec's frame. Here mel frame `m` is centred on 160 (m + 1).
+        """
+        padded = F.pad(audio, (OVERHANG, 200))
+        spectrum = torch.stft(
+            padded, 400, 160, window=self.taper, center=False, return_complex=True
+        )
+        power = spectrum.real.square() + spectrum.imag.square()  # [B, bins, 2 F]
+        log = (self.filters.t() @ power).clamp(min=1e-10).log10()
+        return (torch.maximum(log, log.amax((1, 2), keepdim=True) - 8.0) + 4.0) / 4.0
+
+    def _cut_positions(self, frames: int) -> None:
+        config = self.model.config
+        if frames > len(self.positions):
+            limit = len(self.positions) * FRAME_SECONDS
+            raise UserError(
+                f"{self.source} hears {limit:g} s at once, not {frames * FRAME_SECONDS:g}: "
+                "lower --window_seconds"
+            )
+        if config.max_source_positions != frames:
+            config.max_source_positions = frames
+            self.model.embed_positions = nn.Embedding.from_pretrained(self.positions[:frames])
+
+    def target(self, layers: list[Tensor]) -> Tensor:
+        return layers[-1]
+
+
+# --------------------------------------------------------------------------------- loading
+
+
+def load_teacher(name: str, device: torch.device) -> Teacher | None:
+    """`none`, `wavlm`, `whisper`, or the folder or Hugging Face id of one of these two.
+
+    `auto` is WavLM-large on CUDA and none elsewhere.
+    Raises UserError for what cannot be had, or is neither.
+    """
+    if name == "auto":
+        name = "wavlm" if device.type == "cuda" else "none"
+    if name == "none":
+        return None
+    source = KNOWN.get(name, name)
+    try:
+        import transformers
+    except ImportError as error:
+        message = f"--teacher {name} needs a package ({error}): pip install transformers"
+        raise UserError(message) from error
+    kinds = {
+        "wavlm": (transformers.WavLMModel, WavLMTeacher),
+        "whisper": (transformers.WhisperModel, WhisperTeacher),
+    }
+    try:
+        kind = transformers.AutoConfig.from_pretrained(source).model_type
+        if kind not in kinds:
+            raise UserError(f"--teacher {source}: a {kind} model; WavLM or Whisper is needed")
+        model, found = kinds[kind][0].from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(_why_not(source, error)) from error
+    # A mask that only WavLM's own training uses. Anything else missing would be random numbers.
+    absent = sorted(set(found["missing_keys"]) - {"masked_spec_embed"})
+    if absent:
+        raise UserError(f"--teacher {source}: no weights for {absent[0]}; fetch the model again")
+    encoder = model.encoder if kind == "whisper" else model
+    return kinds[kind][1](encoder.float(), source).to(device)
+
+
+def _why_not(source: str, error: Exception) -> str:
+    """One line: what failed, and what to do."""
+    said = " ".join(str(error).split())
+    if Path(source).is_dir():
+        return f"--teacher {source}: not a WavLM or Whisper folder ({said[:150]})"
+    if source.startswith((".", "/", "~")):
+        return f"--teacher {source}: no such folder"
+    advice = "see the network or give a downloaded folder"
+    if "gated" in said:
+        advice = f"accept its terms at https://huggingface.co/{source}, then run: hf auth login"
+    return f"--teacher {source} cannot be had: {advice}; or --teacher none ({said[:150]})"
+
+
+def check_same_teacher(stored: str, teacher: Teacher | None, where: str | Path) -> None:
+    """Raises UserError where a run would go on with another kind or size than it began with."""
+    now = teacher.name if teacher else "none"
+    if stored != now:
+        raise UserError(
+            f"{where}: this run's teacher is {stored}, not {now}: give the same --teacher, or "
+            "start in a new --checkpoint_dir with --init_from"
+        )
+
+
+# --------------------------------------------------------------------------------- losses
+
+
+def distillation_loss(projected: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
+    """1 - cosine of `[B, F, width]` twice, over the frames of `known` `[B, F]` bool (None: all)."""
+    distance = 1 - F.cosine_similarity(projected.float(), target, dim=-1)
+    if known is None:
+        return distance.mean()
+    return (distance * known).sum() / known.sum().clamp(min=1)
+
+
+def ssl_loss(estimate: list[Tensor], reference: list[Tensor]) -> Tensor:
+    """Mean L1 distance of the features of two recordings, all layers counting alike."""
+    return torch.stack([F.l1_loss(x, y) for x, y in zip(estimate, reference, strict=True)]).mean()
+
+
+# --------------------------------------------------------------------------------- cache
+
+
+class FeatureCache:
+    """Targets of whole clips without augmentation, one fp16 file a clip, computed when first met.
+
+    Windows lie anywhere in a clip and may play faster, so that a window's own features would
+    never be met again. They are read off the clip's instead, linearly between its frames; noise
+    and band limits are not in them, so the student also learns to hear through those. Long clips
+    are heard in pieces. Beyond `limit_gib` (which counts what the folder holds) nothing is added:
+    other clips' windows are heard as they are, at each step.
+    """
+
+    piece, context = 1000, 50  # frames: 20 s, and 1 s heard on either side of it
+
+    def __init__(self, folder: str | Path, teacher: Teacher, limit_gib: float) -> None:
+        self.folder, self.teacher = Path(folder), teacher
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.left = limit_gib * GIB - sum(f.stat().st_size for f in self.folder.glob("*.npy"))
+
+    @torch.no_grad()
+    def __call__(self, batch: dict, audio: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets `[B, F, width]` of a WindowDataset's batch, and which are known, `[B, F]` bool.
+
+        Args:
+            batch: `path`, `start` (s) and `speed` of each window.
+            audio: its windows `[B, 1, T]`, on the teacher's device.
+        """
+        rows = []
+        for i, path in enumerate(batch["path"]):
+            features = self.clip_features(path)
+            if features is None:
+                target = self.teacher.target(self.teacher(audio[i : i + 1]))[0]
+                rows.append((target, torch.ones(len(target), dtype=torch.bool)))
+                continue
+            frames = math.ceil(audio.shape[-1] / HOP)
+            place = float(batch["start"][i]), float(batch["speed"][i])
+            rows.append(window_of(features, *place, frames))
+        targets, known = zip(*rows, strict=True)
+        return tuple(torch.stack([x.to(audio.device) for x in part]) for part in (targets, known))
+
+    def clip_features(self, path: str) -> np.ndarray | None:
+        """`[F, width]` fp16 of a whole clip; None where it does not fit or cannot be read whole."""
+        file = self.folder / f"{self._key(path)}.npy"
+        if not file.exists():
+            try:
+                audio = read_audio(path)
+            except AudioError:  # damaged outside of the window
+                return None
+            size = math.ceil(len(audio) / HOP) * self.teacher.width * 2
+            if size > self.left:
+                return None
+            self._write(file, self._hear(audio))
+            self.left -= size
+        return np.load(file, mmap_mode="r")
+
+    def _key(self, path: str) -> str:
+        stat = os.stat(path)
+        parts = (self.teacher.source, self.teacher.name, path, stat.st_size, stat.st_mtime_ns)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+    def _hear(self, audio: np.ndarray) -> np.ndarray:
+        device = self.teacher.resample.kernel.device
+        frames = math.ceil(len(audio) / HOP)
+        parts = []
+        for first in range(0, frames, self.piece):
+            begin, last = max(0, first - self.context), min(frames, first + self.piece)
+            heard = torch.from_numpy(audio[begin * HOP : (last + self.context) * HOP])
+            target = self.teacher.target(self.teacher(heard.to(device)[None, None]))[0]
+            parts.append(target[first - begin : last - begin].half().cpu().numpy())
+        return np.concatenate(parts)
+
+    def _write(self, file: Path, features: np.ndarray) -> None:
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")  # several ranks may write it
+        try:
+            with open(part, "wb") as open_file:
+                np.save(open_file, features)
+            os.replace(part, file)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def window_of(
+    features: np.ndarray, start: float, speed: float, frames: int
+) -> tuple[Tensor, Tensor]:
+    """Features at the middles of a window's frames, `[frames, width]`, and which are in the clip.
+
+    `features` `[F, width]` lie at the middles of the clip's 20 ms frames; the window begins at
+    `start` s and plays `speed` times as fast.
+    """
+    at = start / FRAME_SECONDS + (np.arange(frames) + 0.5) * speed - 0.5
+    last = len(features) - 1
+    low = np.clip(np.floor(at), 0, last).astype(np.int64)
+    high = np.minimum(low + 1, last)
+    part = np.clip(at - low, 0, 1)[:, None]
+    mixed = features[low].astype(np.float32) * (1 - part) + features[high].astype(np.float32) * part
+    return torch.from_numpy(mixed.astype(np.float32)), torch.from_numpy(at < last + 0.5)
