@@ -134,6 +134,9 @@ class Batch:
     told), `agent_speaking` `[B, P]` bool, and the labels: `user_speaking`, `turn_end`,
     `user_emotion`, `language_label` `[B, P]`, `user_words` `[B, P]` (`PAD` or a token of a word
     that has ended), `user_phones` `[B, P, p]`. `valid` `[B, P]` bool: not padding.
+
+    Turns of the user whose words have no times: `user_turn` `[B, P]`, 0 or the number of the turn
+    that a patch lies in, `user_text` `[B, P]`, the turn's tokens from its first patch on, then PAD.
     """
 
     user_codes: Tensor
@@ -149,10 +152,12 @@ class Batch:
     user_words: Tensor
     user_phones: Tensor
     valid: Tensor
+    user_turn: Tensor | None = None
+    user_text: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        moved = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
-        return Batch(**moved)
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return Batch(**{n: None if x is None else x.to(device) for n, x in fields.items()})
 
 
 @dataclass
@@ -421,6 +426,9 @@ class S2S(nn.Module):
             losses[name] = token_loss(scores, labels, text_weight)
             spoken = torch.where(labels > PAD, labels, IGNORE)
             metrics[f"{name}_accuracy"] = accuracy(scores, spoken)
+        if batch.user_turn is not None:
+            turns = batch.user_turn, batch.user_text
+            losses["user_text"] = untimed_words_loss(logits["user_words"], *turns)
         if depth_patches is not None:
             chosen = depth_patches & batch.valid
             targets = batch.agent_codes[chosen]
@@ -576,6 +584,32 @@ def token_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
     )
     return (raw * counted.flatten()).sum() / counted.sum().clamp(min=1e-6)
+
+
+def untimed_words_loss(logits: Tensor, turn: Tensor, text: Tensor) -> Tensor:
+    """CTC (Graves et al. 2006) of what was said in each turn, PAD as its blank, per token.
+
+    `logits` `[B, P, V]`; `turn`, `text` `[B, P]` as in `Batch`. Turns that touch an edge of the
+    window may be cut, and are left out. Zero (with a gradient of zero) where none is left.
+    """
+    spoken, said = [], []
+    for b, numbers in enumerate(turn):
+        edges = {0, int(numbers[0]), int(numbers[-1])}
+        for number in set(numbers.tolist()) - edges:
+            inside = numbers == number
+            tokens = text[b, inside]
+            spoken.append(logits[b, inside].float().log_softmax(-1))
+            said.append(tokens[tokens != PAD])
+    if not spoken:
+        return logits.sum() * 0.0
+    return F.ctc_loss(
+        nn.utils.rnn.pad_sequence(spoken),
+        nn.utils.rnn.pad_sequence(said, batch_first=True),
+        tuple(len(x) for x in spoken),
+        tuple(len(x) for x in said),
+        blank=PAD,
+        zero_infinity=True,
+    )
 
 
 def last_tokens(text: Tensor) -> tuple[Tensor, Tensor]:

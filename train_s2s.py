@@ -30,7 +30,7 @@ import training
 from codec import Codec
 from data import frame_labels, split_for, training_batches
 from make_conversations import load_code_dataset
-from s2s import IGNORE, S2S, Batch, S2SConfig, TextStream
+from s2s import IGNORE, PAD, S2S, Batch, S2SConfig, TextStream
 from speech import PHONES
 from training import UserError
 
@@ -40,6 +40,7 @@ WEIGHTS = {
     "acoustic": 1.0,
     "user_phones": 1.0,
     "user_words": 1.0,
+    "user_text": 1.0,
     "user_speaking": 0.2,
     "turn_end": 0.2,
     "user_emotion": 0.1,
@@ -163,6 +164,7 @@ class Conversations(Dataset):
         language = c.languages.index(row["language"]) if row["language"] in c.languages else None
         labels = turn_labels(row["turns"], count, c, language, self.phone_ids)
         labels["user_words"] = self.user_words(row["turns"], count)
+        labels |= self.untimed_words(row["turns"], count)
         stream = TextStream(count, c.patch_rate)
         for turn in row["turns"]:
             if turn["who"] == "agent" and turn["text"]:
@@ -188,15 +190,33 @@ class Conversations(Dataset):
             if not turn["words"]:
                 unknown.append((turn["start"], turn["end"]))
             for word, _, end in turn["words"] or ():
-                # Capitals and full stops cannot be heard; the place in the sentence hardly.
-                plain = word.strip(string.punctuation + "।…—").lower()
-                ids = self.tokenizer.encode(f" {plain}").ids
-                stream.add(ids, end + c.listen_delay / c.patch_rate)
+                stream.add(self.word_tokens(word), end + c.listen_delay / c.patch_rate)
         tokens = torch.tensor(stream.tokens)
         for start, end in unknown:
             last = round(end * c.patch_rate) + c.listen_delay
             tokens[round(start * c.patch_rate) : last] = IGNORE
         return tokens
+
+    def word_tokens(self, word: str) -> list[int]:
+        """Capitals and full stops cannot be heard; the place in the sentence hardly."""
+        plain = word.strip(string.punctuation + "।…—").lower()
+        return self.tokenizer.encode(f" {plain}").ids if plain else []
+
+    def untimed_words(self, turns: list[dict], count: int) -> dict[str, Tensor]:
+        """`user_turn` and `user_text` `[count]` of `Batch`, for the user's turns without times."""
+        c = self.config
+        number, text = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+        for i, turn in enumerate(turns, start=1):
+            if turn["who"] != "user" or turn["words"] or not turn["text"]:
+                continue
+            tokens = [t for word in turn["text"].split() for t in self.word_tokens(word)]
+            first = round(turn["start"] * c.patch_rate)
+            last = min(count, round(turn["end"] * c.patch_rate) + c.listen_delay)
+            if 0 < len(tokens) <= last - first:
+                number[first:last] = i
+                text[first:last] = PAD
+                text[first : first + len(tokens)] = torch.tensor(tokens)
+        return {"user_turn": number, "user_text": text}
 
 
 def turn_labels(

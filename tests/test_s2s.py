@@ -1,6 +1,7 @@
 """The dialogue LM: cached steps against the offline pass, losses and sampling against slow ones."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -26,6 +27,7 @@ from s2s import (
     draw,
     draw_text,
     stored_config,
+    untimed_words_loss,
 )
 from training import UserError
 
@@ -82,6 +84,8 @@ def make_batch(config, batch=2, patches=9, seed=0) -> Batch:
         user_words=integers(config.vocab_size, batch, patches),
         user_phones=integers(3, batch, patches, p),
         valid=torch.ones(batch, patches, dtype=torch.bool),
+        user_turn=torch.zeros(batch, patches, dtype=torch.long),
+        user_text=torch.zeros(batch, patches, dtype=torch.long),
     )
 
 
@@ -348,6 +352,44 @@ def test_sampling_refuses_what_cannot_be():
     for wrong in (*negative, {"top_k": 0}, {"text_top_k": 0}):
         with pytest.raises(UserError):
             Sampling(**wrong)
+
+
+# -- words without times ---------------------------------------------------------------------------
+
+
+def said_by(path: tuple[int, ...]) -> list[int]:
+    """What a CTC path says: repeats merged, blanks left out."""
+    merged = [token for i, token in enumerate(path) if i == 0 or token != path[i - 1]]
+    return [token for token in merged if token != PAD]
+
+
+def test_words_without_times_are_learnt_by_ctc():
+    """Against the sum over every path of three tokens through the turn's patches."""
+    logits = torch.randn(2, 7, 3, generator=generator(2), requires_grad=True)
+    turn, text = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
+    turn[0, 1:5], text[0, 1:3] = 3, torch.tensor([2, 1])
+    turn[1, 2:6], text[1, 2:5] = 1, torch.tensor([1, 1, 2])  # a repeat needs a blank between
+    expected = []
+    for b, first, last, tokens in ((0, 1, 5, [2, 1]), (1, 2, 6, [1, 1, 2])):
+        scores = logits[b, first:last].detach().softmax(-1)
+        total = sum(
+            math.prod(float(scores[t, token]) for t, token in enumerate(path))
+            for path in itertools.product(range(3), repeat=last - first)
+            if said_by(path) == tokens
+        )
+        expected.append(-math.log(total) / len(tokens))
+    loss = untimed_words_loss(logits, turn, text)
+    assert float(loss.detach()) == pytest.approx(sum(expected) / 2, rel=1e-5)
+    loss.backward()
+    assert (logits.grad.abs().sum(-1) > 0).equal(turn > 0)
+
+
+def test_turns_cut_by_the_window_say_nothing():
+    logits = torch.randn(1, 6, 4, generator=generator(5), requires_grad=True)
+    turn = torch.tensor([[1, 1, 0, 0, 2, 2]])
+    loss = untimed_words_loss(logits, turn, torch.tensor([[2, 0, 0, 0, 3, 0]]))
+    loss.backward()
+    assert float(loss) == 0.0 and not logits.grad.any()
 
 
 # -- streams of training -------------------------------------------------------------------------

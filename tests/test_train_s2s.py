@@ -312,6 +312,22 @@ def test_words_are_encoded_alone_as_in_the_sentence():
         assert tokenizer.decode(alone) == text and PAD not in alone
 
 
+def test_words_without_times_lie_at_the_start_of_their_turn():
+    """The user's, 0.2 to 1.0 s, with the patch by which the head is late; not where too many."""
+    conversations = reader()
+    row = conversations.rows[0]
+    whole = conversations.whole(row)
+    at = torch.arange(75)
+    assert torch.equal(whole["user_turn"], torch.where((at >= 5) & (at < 26), 1, 0))
+    tokens = whole["user_text"][whole["user_text"] != PAD].tolist()
+    words = [word.strip("?.,").lower() for word in row["turns"][0]["text"].split()]
+    assert conversations.tokenizer.decode(tokens).split() == words
+    assert torch.equal(whole["user_text"][5 : 5 + len(tokens)], torch.tensor(tokens))
+    assert (whole["user_words"][5:26] == IGNORE).all()
+    row["turns"][0]["text"] = " ".join(["word"] * 30)
+    assert not conversations.whole(row)["user_turn"].any()
+
+
 def test_labels_say_what_holds_at_each_patch():
     """User 0.2 to 1.0 s, agent 1.2 to 2.2 s; patches of 40 ms."""
     conversations = reader()
