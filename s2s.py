@@ -152,12 +152,12 @@ class Batch:
     user_words: Tensor
     user_phones: Tensor
     valid: Tensor
-    user_turn: Tensor | None = None
-    user_text: Tensor | None = None
+    user_turn: Tensor
+    user_text: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return Batch(**{n: None if x is None else x.to(device) for n, x in fields.items()})
+        moved = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
+        return Batch(**moved)
 
 
 @dataclass
@@ -426,9 +426,9 @@ class S2S(nn.Module):
             losses[name] = token_loss(scores, labels, text_weight)
             spoken = torch.where(labels > PAD, labels, IGNORE)
             metrics[f"{name}_accuracy"] = accuracy(scores, spoken)
-        if batch.user_turn is not None:
-            turns = batch.user_turn, batch.user_text
-            losses["user_text"] = untimed_words_loss(logits["user_words"], *turns)
+        losses["user_text"] = untimed_words_loss(
+            logits["user_words"], batch.user_turn, batch.user_text
+        )
         if depth_patches is not None:
             chosen = depth_patches & batch.valid
             targets = batch.agent_codes[chosen]

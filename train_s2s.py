@@ -183,19 +183,20 @@ class Conversations(Dataset):
         unknown during a turn whose words have no times."""
         c = self.config
         stream = TextStream(count, c.patch_rate)
-        unknown = []
-        for turn in turns:
-            if turn["who"] != "user":
-                continue
-            if not turn["words"]:
-                unknown.append((turn["start"], turn["end"]))
-            for word, _, end in turn["words"] or ():
-                stream.add(self.word_tokens(word), end + c.listen_delay / c.patch_rate)
+        spoken = [turn for turn in turns if turn["who"] == "user"]
+        for word, _, end in (word for turn in spoken for word in turn["words"] or ()):
+            stream.add(self.word_tokens(word), end + c.listen_delay / c.patch_rate)
         tokens = torch.tensor(stream.tokens)
-        for start, end in unknown:
-            last = round(end * c.patch_rate) + c.listen_delay
-            tokens[round(start * c.patch_rate) : last] = IGNORE
+        for turn in spoken:
+            if not turn["words"]:
+                tokens[self.heard(turn)] = IGNORE
         return tokens
+
+    def heard(self, turn: dict) -> slice:
+        """The patches in which the words of a turn are heard, `listen_delay` late at its end."""
+        c = self.config
+        last = round(turn["end"] * c.patch_rate) + c.listen_delay
+        return slice(round(turn["start"] * c.patch_rate), last)
 
     def word_tokens(self, word: str) -> list[int]:
         """Capitals and full stops cannot be heard; the place in the sentence hardly."""
@@ -204,18 +205,15 @@ class Conversations(Dataset):
 
     def untimed_words(self, turns: list[dict], count: int) -> dict[str, Tensor]:
         """`user_turn` and `user_text` `[count]` of `Batch`, for the user's turns without times."""
-        c = self.config
         number, text = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
         for i, turn in enumerate(turns, start=1):
             if turn["who"] != "user" or turn["words"] or not turn["text"]:
                 continue
             tokens = [t for word in turn["text"].split() for t in self.word_tokens(word)]
-            first = round(turn["start"] * c.patch_rate)
-            last = min(count, round(turn["end"] * c.patch_rate) + c.listen_delay)
-            if 0 < len(tokens) <= last - first:
-                number[first:last] = i
-                text[first:last] = PAD
-                text[first : first + len(tokens)] = torch.tensor(tokens)
+            room = len(number[self.heard(turn)])
+            if 0 < len(tokens) <= room:
+                number[self.heard(turn)] = i
+                text[self.heard(turn)] = torch.tensor(tokens + [PAD] * (room - len(tokens)))
         return {"user_turn": number, "user_text": text}
 
 
