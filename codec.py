@@ -1,10 +1,11 @@
 """The neural audio codec: 24 kHz mono speech ↔ 50 Hz codes, strictly causal, no look-ahead.
 
 A hybrid with almost all arithmetic in matrix products: frames of 120 samples (200 Hz) → causal
-ConvNeXt blocks (Liu et al. 2022) → frames of 480 samples (50 Hz) → a causal sliding-window
-transformer → a split quantizer (Défossez et al. 2024, Moshi: a semantic codebook beside an
-acoustic residual VQ, Zeghidour et al. 2021) → the same, mirrored. Beside it a branch of the encoder
-that hears words, from log-mel spectra, for codebook 0. The algorithmic latency is one frame, 20 ms.
+ConvNeXt blocks (Liu et al. 2022) → frames of 480 samples (50 Hz), log-mel spectra added → a causal
+sliding-window transformer → a split quantizer (Défossez et al. 2024, Moshi: a semantic codebook
+beside an acoustic residual VQ, Zeghidour et al. 2021) → the same, mirrored, and an inverse Fourier
+transform (Siuzdak 2023, Vocos). Beside it a branch of the encoder that hears words, from log-mel
+spectra, for codebook 0. The algorithmic latency is one frame, 20 ms.
 
 Inside the model tensors are channels-last, `[B, time, C]`.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,7 @@ class CodecConfig:
     encoder_front_blocks: int = 1
     encoder_dim: int = 256
     encoder_layers: int = 1
+    sound_mels: bool = False  # whether sound, too, is heard as log-mel spectra beside the waveform
     semantic_mels: int = 80  # bands that the branch for codebook 0 hears, every 10 ms
     semantic_width: int = 256
     semantic_layers: int = 2
@@ -45,6 +48,7 @@ class CodecConfig:
     decoder_front_blocks: int = 2
     decoder_dim: int = 320
     decoder_layers: int = 2
+    decoder_head: str = "patches"  # of samples, or "spectra" that overlap
     num_heads: int = 4
     context: int = 64  # attention window in frames
     kernel: int = 7  # of the ConvNeXt blocks, in front frames
@@ -58,18 +62,22 @@ class CodecConfig:
         object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
         if self.hop % self.front_stride:
             raise ValueError(f"hop {self.hop} must be a multiple of front_stride")
+        if self.decoder_head not in ("patches", "spectra"):
+            raise ValueError(f"decoder_head {self.decoder_head!r} is neither patches nor spectra")
         if len(self.codebook_sizes) < 2 or min(self.codebook_sizes) < 2:
             raise ValueError("a semantic and at least one acoustic codebook are needed")
 
     @classmethod
     def tiny(cls) -> CodecConfig:
-        """About 6M parameters: streams in a small part of real time on one CPU core."""
-        return cls()
+        """About 7M parameters: streams in a small part of real time on one CPU core."""
+        return cls(sound_mels=True, decoder_head="spectra")
 
     @classmethod
     def base(cls) -> CodecConfig:
         """66M parameters, 64 codebooks: the full recipe, for one H200. See train_codec.py."""
         return cls(
+            sound_mels=True,
+            decoder_head="spectra",
             front_dim=384,
             encoder_front_blocks=2,
             encoder_dim=512,
@@ -246,18 +254,75 @@ class LogMel(nn.Module):
             return ((power @ self.filters + self.floor).log() + 4.0) / 4.0
 
 
+class SpectralHead(nn.Module):
+    """Front frames → samples by way of short spectra: `[B, T, C]` → `[B, T, stride]`.
+
+    As in Vocos (Siuzdak 2023, section 3.3) each bin's magnitude is an exponential: from its low to
+    its high bins speech falls by 40 dB and more, which a linear layer cannot follow. A frame is two
+    strides long, under a Hann window, and overlaps the next one by half; its second half is the
+    head's guess of what follows, so that nothing waits.
+    """
+
+    def __init__(self, dim: int, stride: int) -> None:
+        super().__init__()
+        self.bins = stride + 1
+        self.linear = nn.Linear(dim, 3 * self.bins)
+        bins, samples = torch.arange(self.bins), torch.arange(2 * stride)
+        # Start quiet and tilted like speech: flat to about 600 Hz, then 6 dB less an octave.
+        self.linear.weight.data.mul_(0.5)
+        self.linear.bias.data.zero_()
+        self.linear.bias.data[: self.bins] = (0.03 / (1 + bins / 6) + 3e-4).log()
+        # The inverse real Fourier transform under the window, where learning starts.
+        angles = math.pi / stride * bins[:, None] * samples
+        twice = torch.full((self.bins, 1), 2.0)
+        twice[0] = twice[-1] = 1.0
+        waves = torch.cat((twice * angles.cos(), -twice * angles.sin()))
+        self.synthesis = nn.Parameter(waves * torch.hann_window(2 * stride) / (2 * stride) ** 0.5)
+
+    def init_state(self, batch_size: int) -> ConvState:
+        waves = self.synthesis
+        return ConvState(batch_size, 1, waves.shape[1] // 2, waves.device, waves.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        now, later = self._frames(x)
+        return now + F.pad(later, (0, 0, 1, 0))[:, :-1]
+
+    def step(self, x: Tensor, state: ConvState, active: Tensor | None = None) -> Tensor:
+        now, later = self._frames(x)
+        return now + state.extend(later, active)[:, :-1]
+
+    def _frames(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both halves of every windowed frame, `[B, T, stride]` each, in fp32."""
+        # In fp32: half precision would round a magnitude by as much as 3 %.
+        with torch.autocast(x.device.type, enabled=False):
+            spectra = self.linear(x.float())
+            magnitudes = spectra[..., : self.bins].clamp(max=4.0).exp()
+            parts = spectra[..., self.bins :].unflatten(-1, (2, -1)) * magnitudes[..., None, :]
+            return (parts.flatten(-2) @ self.synthesis).chunk(2, dim=-1)
+
+
 class Fork(nn.ModuleList):
     """Causal branches over the same input, their outputs side by side: `[B, F, sum of widths]`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([branch(x) for branch in self], dim=-1)
+        return self._join([branch(x) for branch in self])
 
     def init_state(self, batch_size: int) -> StreamState:
         return StreamState([branch.init_state(batch_size) for branch in self])
 
     def step(self, x: Tensor, state: StreamState, active: Tensor | None = None) -> Tensor:
         parts = [b.step(x, s, active) for b, s in zip(self, state.layers, strict=True)]
+        return self._join(parts)
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
         return torch.cat(parts, dim=-1)
+
+
+class SumFork(Fork):
+    """Causal branches over the same input, their outputs added: `[B, F, width of each]`."""
+
+    def _join(self, parts: list[Tensor]) -> Tensor:
+        return sum(parts[1:], start=parts[0])
 
 
 def build_encoder(config: CodecConfig) -> Fork:
@@ -280,8 +345,14 @@ def build_encoder(config: CodecConfig) -> Fork:
         FrameConv(c.front_stride, c.front_dim),
         *front,
         FrameConv(c.front_dim, c.encoder_dim, in_frames=c.hop // c.front_stride),
-        StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers)),
     ]
+    if c.sound_mels:
+        spectra = [
+            LogMel(c.sample_rate, c.semantic_mels),
+            FrameConv(c.semantic_mels, c.encoder_dim, in_frames=c.hop // LogMel.hop),
+        ]
+        acoustic = [SumFork([CausalChain(acoustic), CausalChain(spectra)])]
+    acoustic.append(StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers)))
     return Fork([CausalChain(semantic), CausalChain(acoustic)])
 
 
@@ -292,12 +363,18 @@ def build_decoder(config: CodecConfig) -> CausalChain:
         ConvNeXtBlock(c.decoder_front_dim, c.kernel, c.expansion)
         for _ in range(c.decoder_front_blocks)
     ]
+    if c.decoder_head == "spectra":
+        head = SpectralHead(c.decoder_front_dim, c.front_stride)
+    else:
+        head = FrameConv(c.decoder_front_dim, c.front_stride)
+        # Start near silence: an output louder than speech would cost the first steps.
+        head.linear.weight.data.mul_(0.1)
     return CausalChain(
         [
             StreamingTransformer(c.transformer(c.decoder_dim, c.decoder_layers)),
             FrameConv(c.decoder_dim, c.decoder_front_dim, out_frames=c.hop // c.front_stride),
             *front,
-            FrameConv(c.decoder_front_dim, c.front_stride),
+            head,
         ]
     )
 
@@ -547,14 +624,20 @@ class SplitQuantizer(nn.Module):
                 codebook.restart_statistics()
 
     @torch.no_grad()
-    def update(self, info: Quantized, generator: torch.Generator) -> list[Tensor]:
+    def update(
+        self, info: Quantized, generator: torch.Generator, keep_semantic: bool = False
+    ) -> list[Tensor]:
         """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first.
 
+        With `keep_semantic` codebook 0 stays as it is.
         Returns, per codebook of `info`, `[size]` bool: the codes that began anew.
         """
         restarted = []
         left = None  # what a codebook that has just started leaves for the next one
         for k, residual in enumerate(info.residuals):
+            if k == 0 and keep_semantic:
+                restarted.append(torch.zeros_like(self.codebooks[0].cluster_size, dtype=torch.bool))
+                continue
             codebook, candidates = self.codebooks[k], gather_candidates(residual)
             if codebook.is_initialised:
                 mask = info.used[:, k]
@@ -595,8 +678,6 @@ class Codec(nn.Module):
         self.semantic_out = nn.Linear(config.semantic_dim, config.decoder_dim)
         self.acoustic_out = nn.Linear(config.acoustic_dim, config.decoder_dim)
         self.decoder = build_decoder(config)
-        # Start near silence: an output louder than speech would cost the first steps.
-        self.decoder[-1].linear.weight.data.mul_(0.1)
         self._stored_fingerprint: str | None = None
 
     # -- checkpoints ---------------------------------------------------------------------------
@@ -761,7 +842,8 @@ def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:
     fields = {
         name: value
         for name, value in dataclasses.asdict(config).items()
-        if not name.startswith("decoder")
+        # A field that is off, as in every codec from before it, leaves their fingerprints alone.
+        if not name.startswith("decoder") and value is not False
     }
     statistics = ("cluster_size", "embedding_sum")
     parts = {

@@ -101,6 +101,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--augment_share", type=float, default=0.3, help="chance of each change")
     more.add_argument("--no_augment", action="store_true", help="train on the audio as it is")
     more.add_argument("--listen_share", type=float, default=0.1, help="of the steps: phones alone")
+    more.add_argument("--keep_words", action="store_true", help="codebook 0 as --init_from has it")
     more.add_argument("--decoder_only", action="store_true", help="keep every code as it is")
     more.add_argument("--disc_start", type=float, default=0.1, help="share of the steps; 1: no GAN")
     more.add_argument("--disc_seconds", type=float, default=1.0, help="of a window that they judge")
@@ -126,6 +127,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--ema_decay",
         type=float,
         help="of the weights that validate and ship; 0: none; by default over 2%% of the steps",
+    )
+    more.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
     )
     more.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     more.add_argument("--quantizer_start", type=int, default=200, help="steps before k-means")
@@ -170,9 +174,10 @@ def judged_part(samples: int, seconds: float, seed: tuple[int, ...]) -> slice:
     return slice(int(start), int(start) + length)
 
 
-def precision(device: torch.device) -> torch.autocast:
-    """bf16 on CUDA; quantizer, STFT and losses go on in fp32 within it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def precision(device: torch.device, asked: str) -> torch.autocast:
+    """bf16 on CUDA or where asked for; quantizer, STFT and losses go on in fp32 within it."""
+    enabled = device.type == "cuda" if asked == "auto" else asked == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,9 +190,11 @@ def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits[known], labels[known]), accuracy
 
 
-def training_losses(model: Codec, mel: MelLoss, audio: Tensor, counts: Tensor):
+def training_losses(
+    model: Codec, mel: MelLoss, audio: Tensor, counts: Tensor, cast: torch.autocast
+):
     """The reconstruction, its losses and what the quantizer did."""
-    with precision(audio.device):
+    with cast:
         estimate, info = model(audio, counts)
     estimate = estimate.float()
     # At high rates the goal is SNR, at the LM's it is how it sounds.
@@ -209,6 +216,7 @@ def seconds_per_step(
     samples = int(args.window_seconds * SAMPLE_RATE) // model.config.hop * model.config.hop
     audio = 0.05 * torch.randn(args.batch_size, 1, samples, device=device)
     counts = torch.full((args.batch_size,), model.config.num_codebooks, device=device)
+    cast = precision(device, args.precision)
     times = []
     for _ in range(3):
         start = time.perf_counter()
@@ -219,12 +227,12 @@ def seconds_per_step(
             info = model.hear(audio)
             info.semantic.square().mean().backward()
         else:
-            estimate, info, losses = training_losses(model, mel, audio, counts)
+            estimate, info, losses = training_losses(model, mel, audio, counts, cast)
             if teacher is not None and args.ssl_loss_weight:
                 losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
             if disc is not None:
                 part = judged_part(samples, args.disc_seconds, (0, 0, 0))
-                with precision(device):
+                with cast:
                     (real, features), (fake, others) = (
                         disc(sound[..., part]) for sound in (audio, estimate)
                     )
@@ -241,7 +249,8 @@ def seconds_per_step(
 
 def phases(args, total_steps: int) -> tuple[int, int]:
     """The steps at which listening ends and the discriminators join in."""
-    listen_steps = 0 if args.decoder_only else int(args.listen_share * total_steps)
+    words_learn = not (args.decoder_only or args.keep_words)
+    listen_steps = int(args.listen_share * total_steps) if words_learn else 0
     return listen_steps, int(args.disc_start * total_steps)
 
 
@@ -288,18 +297,27 @@ def log_audio(metrics: training.Metrics, step: int, model: Codec, batches: list[
 
 
 @torch.no_grad()
-def validate(model: Codec, head: PhoneHead, mel: MelLoss, batches: list[dict], device) -> dict:
-    """Mean losses, SI-SDR (dB) at the full and at the LM's rate and phone accuracy, held out."""
+def validate(
+    model: Codec,
+    head: PhoneHead | None,
+    mel: MelLoss,
+    batches: list[dict],
+    device: torch.device,
+    cast: torch.autocast,
+) -> dict[str, float]:
+    """Held out: mean losses and SI-SDR (dB) at the full and at the LM's rate, and, with a `head`,
+    phone accuracy."""
     model.eval()
     rows = []
     for batch in batches:
         audio, labels = batch["audio"].to(device), batch["phones"].to(device)
         for rate in validated_rates(model.config):
             counts = torch.full((len(audio),), rate, device=device)
-            estimate, info, losses = training_losses(model, mel, audio, counts)
+            estimate, info, losses = training_losses(model, mel, audio, counts, cast)
             row = {f"{name}_{rate}": float(loss) for name, loss in losses.items()}
             row[f"si_sdr_{rate}"] = float(si_sdr(estimate, audio).mean())
-            row["phone_accuracy"] = float(phone_loss(head(info.semantic), labels)[1])
+            if head is not None:
+                row["phone_accuracy"] = float(phone_loss(head(info.semantic), labels)[1])
             rows.append(row)
     model.train()
     names = {name for row in rows for name in row}
@@ -427,6 +445,7 @@ def main() -> None:
         sizes.base() if config == CodecConfig.base() else sizes.tiny()
     ).to(device)
     mel = MelLoss(config.sample_rate).to(device)
+    cast = precision(device, args.precision)
     projection, cache = None, None  # beside the head, as training only: codebook 0 to the teacher
     if teacher is not None:
         projection = nn.Linear(config.semantic_dim, teacher.width).to(device)
@@ -438,9 +457,14 @@ def main() -> None:
         model.quantizer.resume_from_codes(
             [name.removeprefix(prefix) for name in inherited if name.startswith(prefix)]
         )
+    words_learn = not (args.decoder_only or args.keep_words)
+    if not words_learn and checkpoint is None and not args.init_from:
+        flag = "--decoder_only" if args.decoder_only else "--keep_words"
+        raise UserError(f"{flag} needs --init_from, the codec whose codes are kept")
+    if args.keep_words:  # sound of its own beside words that were taught first
+        for part in filter(None, (model.encoder[0], model.quantizer.semantic_in, head, projection)):
+            part.requires_grad_(False)
     if args.decoder_only:  # a better voice for an LM that was trained on these codes
-        if checkpoint is None and not args.init_from:
-            raise UserError("--decoder_only needs --init_from, the codec whose codes are kept")
         for part in filter(None, (model.encoder, model.quantizer, head, projection)):
             part.requires_grad_(False)
     generator_parameters = [
@@ -545,7 +569,8 @@ def main() -> None:
     batches = training_batches(
         dataset, args.batch_size, args.num_workers, process, args.num_epochs, epoch, consumed
     )
-    for epoch, consumed, batch in itertools.islice(batches, max(0, stop_at - step)):
+    timed = training.TimedBatches(itertools.islice(batches, max(0, stop_at - step)))
+    for epoch, consumed, batch in timed:
         audio, labels = batch["audio"].to(device), batch["phones"].to(device)
         rate = training.learning_rate(step, total_steps, 1.0, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = rate * args.gen_lr
@@ -571,20 +596,22 @@ def main() -> None:
         if listening:
             info, losses = model.hear(audio), {}
         else:
-            estimate, info, losses = training_losses(model, mel, audio, counts)
+            estimate, info, losses = training_losses(model, mel, audio, counts, cast)
             if teacher is not None and args.ssl_loss_weight:
                 losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
         if adversarial:
             # One pass serves both sides: nothing changes the judges before their own step below.
             part = judged_part(audio.shape[-1], args.disc_seconds, (args.seed, step, 1 << 21))
-            with precision(device):
+            with cast:
                 fake_logits, fake_features = disc(estimate[..., part])
                 real_logits, real_features = disc(audio[..., part])
             losses["adversarial"] = discriminator.generator_loss(fake_logits)
             losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
-        phones, phone_accuracy = phone_loss(head(info.semantic), labels)
-        others = args.commitment_weight * info.commitment + args.phone_weight * phones
-        if teacher is not None:
+        others = args.commitment_weight * info.commitment
+        if words_learn:
+            phones, phone_accuracy = phone_loss(head(info.semantic), labels)
+            others = others + args.phone_weight * phones
+        if teacher is not None and words_learn:
             distillation = teachers.distillation_loss(projection(info.semantic), target, known)
             others = others + args.teacher_weight * distillation
         optimizer.zero_grad(set_to_none=True)
@@ -602,7 +629,7 @@ def main() -> None:
             restarted = []
             if settled and not args.decoder_only:
                 draw = training.keyed_generator(args.seed, step, 1 << 20)
-                restarted = model.quantizer.update(info, draw)
+                restarted = model.quantizer.update(info, draw, args.keep_words)
             if average:
                 average.update(model, restarted)
 
@@ -634,21 +661,24 @@ def main() -> None:
             throughput = samples_logged * args.window_seconds / (now - last_log)
             row = {name: float(loss.detach()) for name, loss in losses.items()}
             row |= {f"share_{name}": share for name, share in shares.items()}
-            row |= {"commitment": float(info.commitment.detach()), "phones": float(phones.detach())}
-            row |= {"phone_accuracy": float(phone_accuracy), "grad_norm": float(norm)}
-            if teacher is not None:
+            row |= {"commitment": float(info.commitment.detach()), "grad_norm": float(norm)}
+            if words_learn:
+                row |= {"phones": float(phones.detach()), "phone_accuracy": float(phone_accuracy)}
+            if teacher is not None and words_learn:
                 row["distillation"] = float(distillation.detach())
             if adversarial:
                 row |= discriminator.verdict(real_logits, fake_logits)
             skipped = guard.skipped + disc_guard.skipped
             row |= {"lr": rate * args.gen_lr, "skipped": skipped, "epoch": epoch}
             row |= {"unreadable": dataset.unreadable, "audio_seconds_per_second": throughput}
+            row["data_wait"] = timed.waited_share()
             row |= codebook_metrics(info)
             metrics.log(step, **row)
-            sound = "".join(f"{n} {row[n]:.4f} " for n in ("mel", "waveform") if n in row)
+            shown = {"mel": "mel", "waveform": "waveform", "phone_accuracy": "phones"}
+            learnt = "".join(f"{shown[n]} {row[n]:.4f} " for n in shown if n in row)
             tqdm.write(
-                f"step {step}/{total_steps} {sound}"
-                f"phones {row['phone_accuracy']:.2f} {throughput:.0f}x real time, {meter.line()}"
+                f"step {step}/{total_steps} {learnt}{throughput:.0f}x real time, "
+                f"{row['data_wait']:.0%} of it waiting for data, {meter.line()}"
             )
             last_log, samples_logged = now, 0
 
@@ -656,7 +686,8 @@ def main() -> None:
         is_best = False
         if end_of_epoch and process.is_main and validation:
             shown = average.model if average else model
-            scores = validate(shown, head, mel, validation, device)
+            taught = head if words_learn else None
+            scores = validate(shown, taught, mel, validation, device, cast)
             metrics.log(step, **scores)
             if args.tensorboard:
                 log_audio(metrics, step, shown, validation, device)

@@ -522,7 +522,8 @@ def main() -> None:
         consumed,
         collate,
     )
-    for epoch, consumed, (batch, overflow) in itertools.islice(batches, max(0, stop_at - step)):
+    timed = training.TimedBatches(itertools.islice(batches, max(0, stop_at - step)))
+    for epoch, consumed, (batch, overflow) in timed:
         batch = batch.to(device)
         rate = training.learning_rate(step, total_steps, args.lr, args.warmup_steps, 0.05)
         optimizer.param_groups[0]["lr"] = rate
@@ -550,13 +551,15 @@ def main() -> None:
                 "skipped": guard.skipped,
                 "text_overflow": overflow,
                 "audio_seconds_per_second": throughput,
+                "data_wait": timed.waited_share(),
             }
             metrics_file.log(step, epoch=epoch, **row)
             tqdm.write(
                 f"step {step}/{total_steps} loss {row['loss']:.3f} text {row['text']:.3f} "
                 f"hit {row['text_accuracy']:.2f} phones {row['user_phones_accuracy']:.2f} "
                 f"words {row['user_words_accuracy']:.2f} "
-                f"{throughput:.0f}x real time, {meter.line()}"
+                f"{throughput:.0f}x real time, {row['data_wait']:.0%} of it waiting for data, "
+                f"{meter.line()}"
             )
             last_log, samples_logged = now, 0
 

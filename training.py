@@ -20,11 +20,11 @@ import time
 import uuid
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -727,6 +727,35 @@ class Balancer:
 
 
 # --------------------------------------------------------------------------------- metrics
+
+
+class TimedBatches(Generic[T]):
+    """Batches as they come, and the share of the time that the loop stood waiting for them.
+
+    A share near zero: more workers would gain nothing. On CUDA, whose work goes on while the loop
+    waits, it is the most that loading can have cost.
+    """
+
+    def __init__(self, batches: Iterable[T]) -> None:
+        self.batches = batches
+        self._waited, self._since = 0.0, time.perf_counter()
+
+    def __iter__(self) -> Iterator[T]:
+        batches = iter(self.batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self._waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    def waited_share(self) -> float:
+        """The share since the last call, or since the beginning."""
+        now = time.perf_counter()
+        share = self._waited / (now - self._since)
+        self._waited, self._since = 0.0, now
+        return share
 
 
 class Metrics:

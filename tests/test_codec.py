@@ -19,6 +19,7 @@ from codec import (
     FrameConv,
     LogMel,
     MelLoss,
+    SpectralHead,
     codec_fingerprint,
     count_parameters,
     si_sdr,
@@ -31,6 +32,8 @@ CONTEXT = 6
 SMALL = CodecConfig(
     front_dim=16,
     encoder_dim=16,
+    sound_mels=True,
+    decoder_head="spectra",
     semantic_width=24,
     decoder_front_dim=24,
     decoder_front_blocks=1,
@@ -41,6 +44,7 @@ SMALL = CodecConfig(
     acoustic_dim=8,
     codebook_sizes=(16,) * 4,
 )
+WAVEFORM_ONLY = dataclasses.replace(SMALL, sound_mels=False, decoder_head="patches")
 
 
 def generator(seed=0):
@@ -58,7 +62,8 @@ def build(config=SMALL, seed=0):
     counts = torch.full((4,), config.num_codebooks)
     _, info = model(noise(4, 1, 48 * 480, seed=seed), counts)
     model.quantizer.update(info, generator(seed))
-    model.decoder[-1].linear.weight.data.mul_(10)  # as loud as after training
+    if config.decoder_head == "patches":
+        model.decoder[-1].linear.weight.data.mul_(10)  # as loud as after training
     return model.eval().requires_grad_(False)
 
 
@@ -88,6 +93,14 @@ def test_streaming_is_the_offline_pass_for_any_chunking(model, chunk):
     assert codes.unique().numel() > 8  # codes that never change would prove nothing
     streamed_codes, streamed = stream(model, audio, chunk)
     assert torch.equal(streamed_codes, codes)
+    torch.testing.assert_close(streamed, model.decode(codes), atol=1e-4, rtol=0)
+
+
+def test_streaming_is_the_offline_pass_without_spectra():
+    model, audio = build(WAVEFORM_ONLY), noise(2, 1, 40 * 480, seed=1)
+    codes = model.encode(audio, 4)
+    streamed_codes, streamed = stream(model, audio, 3)
+    assert codes.unique().numel() > 8 and torch.equal(streamed_codes, codes)
     torch.testing.assert_close(streamed, model.decode(codes), atol=1e-4, rtol=0)
 
 
@@ -229,6 +242,30 @@ def test_log_mel_is_the_short_time_spectrum_of_the_last_20_ms():
     mels = scale(spectrum.abs().square()).transpose(1, 2)
     expected = ((1000 * mels + 1e-5).log() + 4) / 4
     torch.testing.assert_close(layer(audio.unflatten(1, (-1, 120))), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_spectral_head_is_an_inverse_stft_whose_frames_start_where_they_are_known():
+    torch.manual_seed(0)
+    layer = SpectralHead(6, 120)
+    x = torch.randn(2, 9, 6)
+    spectra = layer.linear(x)
+    assert (spectra[..., :121] < 4).all()  # the limit plays no part here
+    magnitude, real, imaginary = spectra.split(121, dim=-1)
+    spectrum = torch.complex(real, imaginary) * magnitude.exp()
+    spectrum.imag[..., [0, -1]] = 0  # a real signal has none there
+    frames = torch.fft.irfft(spectrum, 240) * torch.hann_window(240) * 240**0.5
+    expected = torch.zeros(2, 10 * 120)
+    for i in range(9):
+        expected[:, i * 120 : (i + 2) * 120] += frames[:, i]
+    torch.testing.assert_close(layer(x).flatten(1), expected[:, : 9 * 120], atol=1e-5, rtol=1e-4)
+
+
+def test_the_spectral_head_begins_quiet_and_tilted_like_speech():
+    torch.manual_seed(0)
+    audio = SpectralHead(256, 120)(torch.randn(4, 400, 256)).flatten(1)
+    assert 0.001 < audio.square().mean().sqrt() < 0.01
+    low, high = (s.abs().square().mean() for s in torch.fft.rfft(audio).chunk(2, dim=-1))
+    assert high < low / 30
 
 
 def test_hearing_alone_is_the_semantic_part_of_the_whole(model):
@@ -553,9 +590,11 @@ def test_fingerprint_names_what_codes_mean(model):
     decoder = [n for n in model.export_tensors() if n.startswith(("decoder.", "semantic_out"))]
     assert changed(decoder[0]) == changed(decoder[-1]) == base
     assert changed("quantizer.codebooks.0.embedding") != base
-    assert changed("encoder.1.0.linear.weight") != base
+    assert changed("encoder.1.0.0.0.linear.weight") != base
     other = dataclasses.replace(SMALL, decoder_layers=3, decoder_front_dim=32)
     assert codec_fingerprint(other, model.export_tensors()) == base
+    other = dataclasses.replace(SMALL, sound_mels=False)
+    assert codec_fingerprint(other, model.export_tensors()) != base
     other = dataclasses.replace(SMALL, context=9)
     assert codec_fingerprint(other, model.export_tensors()) != base
 
@@ -586,10 +625,10 @@ def test_wrong_checkpoints_are_refused_in_one_line(model, tmp_path):
     assert "cut" in one_line(error)
 
     fewer = model.export_tensors()
-    del fewer["encoder.1.0.linear.weight"]
+    del fewer["encoder.1.0.0.0.linear.weight"]
     with pytest.raises(UserError) as error:
         Codec.from_checkpoint(save("fewer", stored, fewer))
-    assert "encoder.1.0.linear.weight" in one_line(error)
+    assert "encoder.1.0.0.0.linear.weight" in one_line(error)
 
     wide = {**stored, "encoder_dim": 32}
     with pytest.raises(UserError) as error:
@@ -611,6 +650,8 @@ def test_a_config_that_cannot_work_is_refused():
         CodecConfig(hop=481)
     with pytest.raises(ValueError):
         CodecConfig(codebook_sizes=(1024,))
+    with pytest.raises(ValueError, match="patches"):
+        CodecConfig(decoder_head="waves")
     assert CodecConfig.tiny().frame_rate == 50.0
 
 

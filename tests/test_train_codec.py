@@ -378,6 +378,21 @@ def test_a_decoder_learns_alone_and_keeps_every_code(corpus, whole_run, tmp_path
     assert before.fingerprint == after.fingerprint
 
 
+def test_sound_learns_beside_words_that_are_kept(corpus, tmp_path, capsys):
+    assert "--init_from" in refused(corpus, tmp_path / "none", capsys, "--keep_words")
+    train(corpus, tmp_path / "words", num_epochs=1, listen_share=1)
+    train(
+        corpus, tmp_path / "run", "--keep_words", num_epochs=1, init_from=tmp_path / "words",
+        precision="bf16",
+    )  # fmt: skip
+    words, run = (training.load_checkpoint(tmp_path / f).tensors for f in ("words", "run"))
+    kept = ("encoder.0.", "quantizer.semantic_in", "quantizer.codebooks.0.")
+    for name, tensor in words.items():
+        assert torch.equal(tensor, run[name]) == name.startswith(kept), name
+    assert all(tensor.dtype == torch.float32 for tensor in run.values())
+    assert not any("phone" in name for row in metrics(tmp_path / "run") for name in row)
+
+
 def test_two_ranks_learn_as_one_process(corpus, tmp_path):
     """torchrun on two gloo ranks, each half of the batch, against the joint batch.
 

@@ -578,6 +578,28 @@ def test_metrics_resume_drops_later_and_cut_lines(tmp_path):
     ]  # fmt: skip
 
 
+def test_the_share_of_the_time_that_a_loop_waits_for_data(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+
+    def spend(seconds):
+        clock[0] += seconds
+
+    def loaded():
+        for batch in range(4):
+            spend(1.0)
+            yield batch
+
+    timed, shares = training.TimedBatches(loaded()), []
+    seen = []
+    for batch in timed:
+        seen.append(batch)
+        spend(3.0 if batch < 2 else 0.0)
+        if batch % 2:
+            shares.append(timed.waited_share())
+    assert seen == [0, 1, 2, 3] and shares == [0.25, 1.0]
+
+
 def test_metrics_tensorboard_or_the_line_to_install_it(tmp_path):
     try:
         import tensorboard  # noqa: F401
