@@ -53,6 +53,8 @@ lint: $(VENV)/installed-dev
 	@if command -v shellcheck >/dev/null; then shellcheck runpod_setup.sh .ci/run; \
 	  else echo "shellcheck is not installed: shell scripts not checked (apt-get install shellcheck)"; fi
 
+# bf16 makes the codec's training a third faster on a CPU that multiplies it (avx512_bf16, AMX).
+PRECISION ?= bf16
 # The models in checkpoints/tiny, from nothing; each step resumes when the same line is given again.
 INTENTS := greeting,name,weather,capitals,colours,counting,small_talk,goodbye
 tiny: $(VENV)/installed-dev
@@ -63,9 +65,9 @@ tiny: $(VENV)/installed-dev
 	  --gen_lr 1e-3 --listen_share 1 --augment_share 0.4 \
 	  --num_workers 1 --seed 1 --checkpoint_dir runs/codec_listen
 	$(BIN)/python train_codec.py --data_dirs data/other $(LANGUAGES:%=data/%) \
-	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.5 --num_epochs 40 \
-	  --gen_lr 1e-3 --warmup_steps 200 --disc_start 1 --language_temperature 3 --listen_share 0 \
-	  --init_from runs/codec_listen --num_workers 1 --seed 1 --checkpoint_dir runs/codec
+	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.5 --num_epochs 84 \
+	  --gen_lr 8e-4 --warmup_steps 200 --disc_start 1 --language_temperature 3 --keep_words \
+	  --precision $(PRECISION) --init_from runs/codec_listen --num_workers 1 --seed 1 --checkpoint_dir runs/codec
 	$(BIN)/python train_codec.py --checkpoint_dir runs/codec --export checkpoints/tiny/codec
 	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 3.3 \
 	  --intents $(INTENTS) --exchanges archetypes --output_dir data/conversations/scripted

@@ -74,7 +74,7 @@ class CodecConfig:
 
     @classmethod
     def base(cls) -> CodecConfig:
-        """66M parameters, 64 codebooks: the full recipe, for one H200. See train_codec.py."""
+        """67M parameters, 64 codebooks: the full recipe, for one H200. See train_codec.py."""
         return cls(
             sound_mels=True,
             decoder_head="spectra",

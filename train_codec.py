@@ -28,6 +28,16 @@ held-out speech after 300 steps at a quarter of the width, two seeds):
 
 So short a training tells narrow fronts from wide ones and hardly more than that: seeds differ by
 .01. Blocks at 200 Hz cost four times what a layer of as many parameters does at 50 Hz.
+
+That was with a waveform in and patches of samples out. What `tiny` hears and how it speaks made a
+greater difference (mel error, STOI and PESQ-WB of held-out speech at 4 kbit/s, after 4 minutes from
+nothing on two cores, words kept; both cost 1 % more parameters):
+
+    in                      out                   mel   STOI  PESQ
+    waveform                patches              .183   .662  1.14
+    waveform                spectra, overlapped  .188   .635  1.13
+    waveform, log-mels      patches              .151   .725  1.24
+    waveform, log-mels      spectra, overlapped  .144   .729  1.24  <- tiny and base
 """
 
 from __future__ import annotations
