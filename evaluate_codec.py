@@ -47,6 +47,7 @@ import soxr
 import torch
 from tqdm import tqdm
 
+import hold_out
 import phone_probe
 import training
 from codec import Codec, CodecConfig, si_sdr
@@ -183,32 +184,21 @@ class SpeakerJudge:
     """Cosine of Resemblyzer's embeddings (Wan et al. 2018); None below 0.5 s of voice."""
 
     needs_reference = True
-    least = JUDGE_RATE // 2
 
     def __init__(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from resemblyzer import VoiceEncoder, preprocess_wav
-        self._encoder, self._prepare = VoiceEncoder("cpu", verbose=False), preprocess_wav
+        self._embed = hold_out.VoiceEmbedder()
         self._last: tuple[np.ndarray, np.ndarray | None] | None = None
 
     def __call__(self, audio: np.ndarray, reference: np.ndarray) -> float | None:
         if self._last is None or self._last[0] is not reference:
-            self._last = reference, self.embed(reference)
+            self._last = reference, self._embed(reference, JUDGE_RATE)
         known = self._last[1]
         if known is None:
             return None
-        coded = self.embed(audio)
+        coded = self._embed(audio, JUDGE_RATE)
         if coded is None:  # no voice found in it: judged as it is, silences and all
-            coded = self._encoder.embed_utterance(audio)
+            coded = self._embed.encoder.embed_utterance(audio)
         return float(known @ coded)
-
-    def embed(self, audio: np.ndarray) -> np.ndarray | None:
-        """16 kHz `[T]` → a unit vector `[256]` of its voiced parts, None where they are short."""
-        if len(audio) < self.least or not audio.any():
-            return None
-        voiced = self._prepare(audio, source_sr=JUDGE_RATE)
-        return self._encoder.embed_utterance(voiced) if len(voiced) >= self.least else None
 
 
 JUDGES = {  # name: (class, how to get it)
@@ -963,6 +953,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--probe", action="store_true", help="phone errors of a linear probe on codebook 0")
     add("--probe_against", nargs="+", type=Path, default=[], metavar="CHECKPOINT",
         help="codecs to probe beside it")  # fmt: skip
+    add("--check_speakers", nargs="+", type=Path, default=[], metavar="FOLDER",
+        help="trained on: is any of their voices among the evaluated ones?")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument
     add("--codebooks", type=int, nargs="+", help="how many to decode [2 4 8 16 32 64, and all]")
     add("--judges", nargs="+", choices=("auto", *JUDGES), default=["auto"],
@@ -1032,6 +1024,27 @@ def probe_codecs(args: argparse.Namespace, codec: Codec, found: Sequence[Clip]) 
     return {"codecs": results, "table": phone_probe.probe_table(results, *names)}
 
 
+def check_speakers(args: argparse.Namespace, heard: Sequence[Clip]) -> tuple[dict, str]:
+    """How near the evaluated speakers come to the training ones of --check_speakers, and a line.
+
+    Raises UserError without Resemblyzer.
+    """
+    known = load_clips(args.check_speakers, "train", args.commercial_only)
+    try:
+        found = hold_out.check_clips(heard, known)
+    except ImportError as error:
+        hint = JUDGES["speaker"][1]
+        raise UserError(f"--check_speakers needs a package ({error}): {hint}") from error
+    if found["max_cosine"] is None:
+        return found, "speakers: too little audio of named ones to compare them with training's"
+    line = (
+        f"speakers: {found['held_out']} is nearest to a training voice, cosine "
+        f"{found['max_cosine']:.2f} to {found['nearest']} ({found['known_voices']} compared); "
+        f"a training voice has {found['same_voice_cosine']:.2f} with itself"
+    )
+    return found, line
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     torch.set_num_threads(args.threads)
@@ -1054,6 +1067,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     skipped, noted = Counter({"too short": len(found) - len(long_enough)}), Counter()
     drawn = draw_clips(long_enough, args.max_clips, args.seed)
     probed = probe_codecs(args, codec, found) if args.probe else None
+    voices, voices_line = check_speakers(args, found) if args.check_speakers else (None, "")
 
     times = real_time_factors(codec, "mimi" in args.against)
     judges = load_judges(args.judges)
@@ -1100,6 +1114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(criteria_table(verdicts))
     if probed:
         print(f"\n{probed['table']}\n")
+    if voices:
+        print(voices_line)
     absent = [language for language in SPOKEN if language not in groups]
     if absent:
         print(f"not measured, for want of clips: {', '.join(absent)}")
@@ -1119,6 +1135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     if probed:
         result["probe"] = probed["codecs"]
+    if voices:
+        result["speakers"] = voices
     if args.output:
         text = json.dumps({**result, "rows": [vars(row) for row in rows]}, indent=1)
         args.output.write_text(text, encoding="utf-8")

@@ -43,6 +43,7 @@ import soxr
 import torch
 from tqdm import tqdm
 
+import hold_out
 import speech
 from codec import Codec
 from data import SAMPLE_RATE, SPLITS, write_audio
@@ -776,36 +777,27 @@ def check_speakers(languages: Sequence[str], split: str = "test", sentences: int
     voice, and for scale the median cosine of one training voice with itself, other sentences said.
     """
     try:
-        from resemblyzer import VoiceEncoder, preprocess_wav
+        embed = hold_out.VoiceEmbedder()
     except ImportError as error:
         raise UserError("--check_speakers needs resemblyzer: pip install resemblyzer") from error
-    encoder = VoiceEncoder("cpu", verbose=False)
-
-    def embed(audio: np.ndarray) -> np.ndarray:
-        return encoder.embed_utterance(preprocess_wav(audio, source_sr=SAMPLE_RATE))
-
     found = {}
     for language in languages:
         held_out, known = user_voices(language, split), user_voices(language, "train")
         voices = [*held_out, *known]
         halves = _speaker_samples(voices, language, sentences)
-        first, second = (np.stack([embed(a) for a in half]) for half in halves)
-        both = first + second
-        both /= np.linalg.norm(both, axis=1, keepdims=True)
-        cosines = both[: len(held_out)] @ both[len(held_out) :].T
-        nearest_voice = known[int(cosines.max(0).argmax())]
-        self_cosines = (first * second).sum(1)[len(held_out) :]
+        vectors = np.stack([[embed(audio, SAMPLE_RATE) for audio in pair] for pair in halves])
+        compared = hold_out.compare_voices(*np.split(vectors, [len(held_out)]))
         found[language] = {
-            "max_cosine": round(float(cosines.max()), 4),
-            "nearest_voice": nearest_voice.id,
-            "same_voice_cosine": round(float(np.median(self_cosines)), 4),
+            "max_cosine": compared["max_cosine"],
+            "nearest_voice": known[compared["nearest"]].id,
+            "same_voice_cosine": compared["same_voice_cosine"],
             "training_voices": len(known),
         }
     return found
 
 
 def _speaker_samples(voices, language: str, sentences: int) -> list[list[np.ndarray]]:
-    """Two halves of other sentences a voice, joined: [2][voices] audio `[T]`."""
+    """Two halves of other sentences a voice, joined: [voices][2] audio `[T]`."""
     scripts = choose_exchanges(load_scripts(HERE / "conversations"), language, "train")
     texts = [max(e.lines[0].texts, key=len) for e in scripts]
     texts = sorted(texts, key=len)[-2 * sentences :]
@@ -817,7 +809,7 @@ def _speaker_samples(voices, language: str, sentences: int) -> list[list[np.ndar
     ]
     said = [u.audio for u in speech.Synthesizer().synthesize(requests)]
     rows = [said[i : i + len(texts)] for i in range(0, len(said), len(texts))]
-    return [[np.concatenate(row[half::2]) for row in rows] for half in (0, 1)]
+    return [[np.concatenate(row[half::2]) for half in (0, 1)] for row in rows]
 
 
 # ---------------------------------------------------------------------------------- running

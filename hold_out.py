@@ -1,0 +1,107 @@
+"""Whether held-out voices are truly others: speaker embeddings of theirs and of training voices.
+
+Names tell speakers apart only as far as corpora name them; two corpora may hold one person.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from data import SAMPLE_RATE, AudioError, Clip, read_audio
+
+
+class VoiceEmbedder:
+    """Resemblyzer's speaker embedding (Wan et al. 2018). Raises ImportError without the package."""
+
+    least = 0.5  # s of voice
+
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from resemblyzer import VoiceEncoder, preprocess_wav, sampling_rate
+        self.encoder = VoiceEncoder("cpu", verbose=False)
+        self._prepare, self._rate = preprocess_wav, sampling_rate
+
+    def __call__(self, audio: np.ndarray, sample_rate: int) -> np.ndarray | None:
+        """`[T]` → a unit vector `[256]` of its voiced parts, None where they are short."""
+        if len(audio) < self.least * sample_rate or not audio.any():
+            return None
+        voiced = self._prepare(audio, source_sr=sample_rate)
+        long_enough = len(voiced) >= self.least * self._rate
+        return self.encoder.embed_utterance(voiced) if long_enough else None
+
+
+def compare_voices(held_out: np.ndarray, known: np.ndarray) -> dict:
+    """How much voices resemble `known` ones, by unit vectors of two halves of each: `[V, 2, d]`.
+
+    Returns `max_cosine` between a held-out and a known voice, `held_out` and `nearest`, their
+    indices, and for scale `same_voice_cosine`, the median between the halves of one known voice.
+    """
+    means = [voices.sum(1) for voices in (held_out, known)]
+    means = [m / np.linalg.norm(m, axis=1, keepdims=True) for m in means]
+    cosines = means[0] @ means[1].T
+    one, other = np.unravel_index(int(cosines.argmax()), cosines.shape)
+    same = (known[:, 0] * known[:, 1]).sum(1)
+    return {
+        "max_cosine": round(float(cosines.max()), 4),
+        "held_out": int(one),
+        "nearest": int(other),
+        "same_voice_cosine": round(float(np.median(same)), 4),
+    }
+
+
+def check_clips(held_out: Sequence[Clip], known: Sequence[Clip], seconds: float = 15.0) -> dict:
+    """`compare_voices` of the named speakers of two lists of clips, two halves of `seconds` each.
+
+    Returns its figures, with names for indices, and how many voices were compared; speakers with
+    less audio than three seconds a half are left out. `max_cosine` is None where nobody is left.
+    """
+    embed = VoiceEmbedder()
+    names, halves = [], []
+    for clips in (held_out, known):
+        voices = {
+            name: pair
+            for name, own in tqdm(_by_speaker(clips).items(), unit="voice", disable=None)
+            if (pair := _halves(own, embed, seconds)) is not None
+        }
+        names.append(list(voices))
+        halves.append(np.array(list(voices.values())))
+    found = {"voices": len(names[0]), "known_voices": len(names[1]), "max_cosine": None}
+    if all(names):
+        compared = compare_voices(*halves)
+        one, other = names[0][compared["held_out"]], names[1][compared["nearest"]]
+        found |= {**compared, "held_out": one, "nearest": other}
+    return found
+
+
+def _by_speaker(clips: Sequence[Clip]) -> dict[str, list[Clip]]:
+    groups = defaultdict(list)
+    for clip in clips:
+        if clip.speaker and not clip.augmented:  # copies at another pitch are nobody
+            groups[clip.speaker].append(clip)
+    return groups
+
+
+def _halves(clips: Sequence[Clip], embed: VoiceEmbedder, seconds: float) -> np.ndarray | None:
+    """Unit vectors `[2, d]` of every other clip of one speaker, None where there is too little."""
+    vectors = []
+    for half in (clips[::2], clips[1::2]):
+        parts, length = [], 0
+        for clip in half:
+            if length >= seconds * SAMPLE_RATE:
+                break
+            try:
+                parts.append(read_audio(clip.path, 0.0, seconds))
+            except AudioError:
+                continue
+            length += len(parts[-1])
+        vector = embed(np.concatenate(parts), SAMPLE_RATE) if length >= 3 * SAMPLE_RATE else None
+        if vector is None:
+            return None
+        vectors.append(vector)
+    return np.stack(vectors)
