@@ -277,7 +277,9 @@ class SpectralHead(nn.Module):
         twice = torch.full((self.bins, 1), 2.0)
         twice[0] = twice[-1] = 1.0
         waves = torch.cat((twice * angles.cos(), -twice * angles.sin()))
-        self.synthesis = nn.Parameter(waves * torch.hann_window(2 * stride) / (2 * stride) ** 0.5)
+        # Hann between the samples: the first one, too, is this frame's to form.
+        window = (math.pi / (2 * stride) * (samples + 0.5)).sin().square()
+        self.synthesis = nn.Parameter(waves * window / (2 * stride) ** 0.5)
 
     def init_state(self, batch_size: int) -> ConvState:
         waves = self.synthesis

@@ -253,7 +253,8 @@ def test_the_spectral_head_is_an_inverse_stft_whose_frames_start_where_they_are_
     magnitude, real, imaginary = spectra.split(121, dim=-1)
     spectrum = torch.complex(real, imaginary) * magnitude.exp()
     spectrum.imag[..., [0, -1]] = 0  # a real signal has none there
-    frames = torch.fft.irfft(spectrum, 240) * torch.hann_window(240) * 240**0.5
+    window = torch.hann_window(480)[1::2]  # between the samples
+    frames = torch.fft.irfft(spectrum, 240) * window * 240**0.5
     expected = torch.zeros(2, 10 * 120)
     for i in range(9):
         expected[:, i * 120 : (i + 2) * 120] += frames[:, i]
@@ -265,7 +266,7 @@ def test_the_spectral_head_begins_quiet_and_tilted_like_speech():
     audio = SpectralHead(256, 120)(torch.randn(4, 400, 256)).flatten(1)
     assert 0.001 < audio.square().mean().sqrt() < 0.01
     low, high = (s.abs().square().mean() for s in torch.fft.rfft(audio).chunk(2, dim=-1))
-    assert high < low / 30
+    assert high < low / 10
 
 
 def test_hearing_alone_is_the_semantic_part_of_the_whole(model):
@@ -410,7 +411,8 @@ def test_averaged_codebooks_fit_the_averaged_encoder(jumps):
     would be. `jumps`: a code of every acoustic level dies, and restarts elsewhere, every ten steps.
     """
     torch.manual_seed(0)
-    config = dataclasses.replace(SMALL, codebook_decay=0.8)
+    # Log-mels of noise have a mean, which a drift moves far from codes that follow it: not here.
+    config = dataclasses.replace(WAVEFORM_ONLY, codebook_decay=0.8)
     model = build(config)
     average = AveragedCodec(model, 0.97)
     start = {k: v.clone() for k, v in model.quantizer.acoustic_in.state_dict().items()}
@@ -704,8 +706,8 @@ def test_one_batch_is_learnt():
     audio = sum(torch.sin(2 * math.pi * k * pitch * time) / k for k in (1, 2, 3))[:, None] * 0.2
     sizes = {"encoder_dim": 32, "decoder_dim": 32, "front_dim": 32}
     model = Codec(dataclasses.replace(SMALL, codebook_sizes=(64,) * 4, **sizes))
-    train(model, audio, 150)
-    train(model, audio, 150, rate=5e-4)
+    train(model, audio, 300)
+    train(model, audio, 300, rate=5e-4)
     decoded = model.eval().decode(model.encode(audio, 4))
     snr = 10 * torch.log10(audio.square().sum() / (decoded - audio).square().sum())
     assert float(snr) > 20, float(snr)
