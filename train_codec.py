@@ -684,8 +684,8 @@ def main() -> None:
             row["data_wait"] = timed.waited_share()
             row |= codebook_metrics(info)
             metrics.log(step, **row)
-            shown = {"mel": "mel", "waveform": "waveform", "phone_accuracy": "phones"}
-            learnt = "".join(f"{shown[n]} {row[n]:.4f} " for n in shown if n in row)
+            told = {"mel": "mel", "waveform": "waveform", "phone_accuracy": "phones"}
+            learnt = "".join(f"{told[n]} {row[n]:.4f} " for n in told if n in row)
             tqdm.write(
                 f"step {step}/{total_steps} {learnt}{throughput:.0f}x real time, "
                 f"{row['data_wait']:.0%} of it waiting for data, {meter.line()}"
