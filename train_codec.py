@@ -257,10 +257,14 @@ def seconds_per_step(
     return statistics.median(times)
 
 
+def words_learn(args) -> bool:
+    """Whether codebook 0 and its branch move."""
+    return not (args.decoder_only or args.keep_words)
+
+
 def phases(args, total_steps: int) -> tuple[int, int]:
     """The steps at which listening ends and the discriminators join in."""
-    words_learn = not (args.decoder_only or args.keep_words)
-    listen_steps = int(args.listen_share * total_steps) if words_learn else 0
+    listen_steps = int(args.listen_share * total_steps) if words_learn(args) else 0
     return listen_steps, int(args.disc_start * total_steps)
 
 
@@ -467,16 +471,16 @@ def main() -> None:
         model.quantizer.resume_from_codes(
             [name.removeprefix(prefix) for name in inherited if name.startswith(prefix)]
         )
-    words_learn = not (args.decoder_only or args.keep_words)
-    if not words_learn and checkpoint is None and not args.init_from:
+    if not words_learn(args) and checkpoint is None and not args.init_from:
         flag = "--decoder_only" if args.decoder_only else "--keep_words"
         raise UserError(f"{flag} needs --init_from, the codec whose codes are kept")
+    kept = []
     if args.keep_words:  # sound of its own beside words that were taught first
-        for part in filter(None, (model.encoder[0], model.quantizer.semantic_in, head, projection)):
-            part.requires_grad_(False)
+        kept = [model.encoder[0], model.quantizer.semantic_in, head, projection]
     if args.decoder_only:  # a better voice for an LM that was trained on these codes
-        for part in filter(None, (model.encoder, model.quantizer, head, projection)):
-            part.requires_grad_(False)
+        kept = [model.encoder, model.quantizer, head, projection]
+    for part in filter(None, kept):
+        part.requires_grad_(False)
     generator_parameters = [
         parameter
         for part in filter(None, (model, head, projection))
@@ -618,10 +622,10 @@ def main() -> None:
             losses["adversarial"] = discriminator.generator_loss(fake_logits)
             losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
         others = args.commitment_weight * info.commitment
-        if words_learn:
+        if words_learn(args):
             phones, phone_accuracy = phone_loss(head(info.semantic), labels)
             others = others + args.phone_weight * phones
-        if teacher is not None and words_learn:
+        if teacher is not None and words_learn(args):
             distillation = teachers.distillation_loss(projection(info.semantic), target, known)
             others = others + args.teacher_weight * distillation
         optimizer.zero_grad(set_to_none=True)
@@ -672,9 +676,9 @@ def main() -> None:
             row = {name: float(loss.detach()) for name, loss in losses.items()}
             row |= {f"share_{name}": share for name, share in shares.items()}
             row |= {"commitment": float(info.commitment.detach()), "grad_norm": float(norm)}
-            if words_learn:
+            if words_learn(args):
                 row |= {"phones": float(phones.detach()), "phone_accuracy": float(phone_accuracy)}
-            if teacher is not None and words_learn:
+            if teacher is not None and words_learn(args):
                 row["distillation"] = float(distillation.detach())
             if adversarial:
                 row |= discriminator.verdict(real_logits, fake_logits)
@@ -696,7 +700,7 @@ def main() -> None:
         is_best = False
         if end_of_epoch and process.is_main and validation:
             shown = average.model if average else model
-            taught = head if words_learn else None
+            taught = head if words_learn(args) else None
             scores = validate(shown, taught, mel, validation, device, cast)
             metrics.log(step, **scores)
             if args.tensorboard:
