@@ -53,8 +53,9 @@ lint: $(VENV)/installed-dev
 	@if command -v shellcheck >/dev/null; then shellcheck runpod_setup.sh .ci/run; \
 	  else echo "shellcheck is not installed: shell scripts not checked (apt-get install shellcheck)"; fi
 
-# bf16 makes the codec's training a third faster on a CPU that multiplies it (avx512_bf16, AMX).
-PRECISION ?= bf16
+# bf16 makes the codec's training a third faster on a CPU that multiplies it, and ten times slower on
+# one that does not.
+PRECISION ?= $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
 # The models in checkpoints/tiny, from nothing; each step resumes when the same line is given again.
 INTENTS := greeting,name,weather,capitals,colours,counting,small_talk,goodbye
 tiny: $(VENV)/installed-dev

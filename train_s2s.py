@@ -75,7 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--frames_per_step", type=int, choices=(1, 2, 4), default=2)
     more.add_argument("--depth_order", choices=("level", "frame"), default="level")
     more.add_argument("--acoustic_delay", type=int, default=0, help="frames")
-    more.add_argument("--vocab_size", type=int, default=2048, help="of the tokenizer, at most")
+    more.add_argument("--vocab_size", type=int, default=2048, help="of a new tokenizer, at most")
     more.add_argument("--epoch_hours", type=float, default=60.0, help="audio drawn an epoch")
     more.add_argument("--window_seconds", type=float, default=12.0)
     more.add_argument("--listen_share", type=float, default=0.3, help="of the steps, without codes")
@@ -344,13 +344,28 @@ def validate(model: S2S, batches: list[Batch], args, device: torch.device) -> di
     return {f"validation_{name}": statistics.fmean(row[name] for row in rows) for name in rows[0]}
 
 
-def inherit(model: S2S, path: str, tokenizer: Tokenizer) -> None:
+def starting_tokenizer(
+    texts: Sequence[str], vocab_size: int, init_from: str | None
+) -> tuple[Tokenizer, bool]:
+    """The tokenizer, and whether it is that of `init_from`, so that its embeddings fit.
+
+    A new one is trained where none is there to inherit, or it cannot spell all of `texts`.
+    """
+    theirs = training.load_checkpoint(init_from, with_trainer=False).tokenizer if init_from else None
+    if theirs is not None:
+        tokenizer = Tokenizer.from_str(theirs)
+        unknown = tokenizer.token_to_id("<unk>")
+        lacking = [text for text in texts if unknown in tokenizer.encode(f" {text}").ids]
+        if not lacking:
+            return tokenizer, True
+        print(f"init_from {init_from}: its tokenizer cannot spell {lacking[0]!r}: a new one")
+    return train_tokenizer(texts, vocab_size), False
+
+
+def inherit(model: S2S, path: str, same_tokens: bool) -> None:
     """Starts from another LM's weights; those tied to token ids only with the same tokenizer."""
-    theirs = training.load_checkpoint(path, with_trainer=False).tokenizer
-    known = theirs is not None and Tokenizer.from_str(theirs).get_vocab() == tokenizer.get_vocab()
-    training.inherit_weights(
-        model, path, () if known else ("text_embedding", "text_head", "depth_text")
-    )
+    tied = () if same_tokens else ("text_embedding", "text_head", "depth_text")
+    training.inherit_weights(model, path, tied)
 
 
 def describe(args, model: S2S, rows, hours: float, total_steps: int, seconds: float) -> None:
@@ -439,7 +454,8 @@ def main() -> None:
                 f"--codec is {codec.fingerprint[:16]}; give the codec it was trained with"
             )
     else:
-        tokenizer = train_tokenizer(all_texts(rows), args.vocab_size)
+        texts = all_texts(rows)
+        tokenizer, same_tokens = starting_tokenizer(texts, args.vocab_size, args.init_from)
         config = new_config(args, codec, tokenizer)
     window_hours = args.batch_size * args.window_seconds / 3600
     steps_per_epoch = max(1, round(min(args.epoch_hours, hours) / window_hours))
@@ -457,7 +473,7 @@ def main() -> None:
     if checkpoint is None:
         model.code_tables.start_from(codebooks)
         if args.init_from:
-            inherit(model, args.init_from, tokenizer)
+            inherit(model, args.init_from, same_tokens)
     optimizer = torch.optim.AdamW(
         model.parameters(), args.lr, (0.9, 0.95), fused=True, weight_decay=0.05
     )
@@ -467,7 +483,7 @@ def main() -> None:
             "s2s",
             usd_per_hour=args.usd_per_hour,
             budget_usd=args.budget_usd,
-            enabled=device.type == "cuda" and process.is_main,
+            enabled=process.is_main and (device.type == "cuda" or args.budget_usd is not None),
         ),
     )
     stateful = {"optimizer": optimizer, "guard": guard, "meter": meter}
