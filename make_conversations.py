@@ -1087,7 +1087,12 @@ def make_clip_part(options: Options, part: Part) -> Made:
         if not clips and len(dropped) > 200:
             raise UserError(f"no {part.language} voice works: {dropped[-1]}")
     write_manifest(building / MANIFEST, clips)
-    os.replace(building, folder)
+    try:
+        os.replace(building, folder)
+    except OSError:
+        if not (folder / MANIFEST).exists():
+            raise
+        shutil.rmtree(building)  # the same command, run twice at once, made the same bytes first
     return Made(part, seconds, len(clips), tuple(dropped))
 
 

@@ -283,13 +283,6 @@ def estimated_hours(model, disc, mel, teacher, args, device: torch.device, steps
     return seconds / 3600
 
 
-def budget_line(budget: float, steps: int, planned: int) -> str:
-    return (
-        f"budget {training.format_dollars(budget)}: {steps} of {planned} steps, "
-        "and the learning rate ends with them"
-    )
-
-
 def validated_rates(config: CodecConfig) -> list[int]:
     """The LM's number of codebooks and all of them."""
     return sorted({min(LM_CODEBOOKS, config.num_codebooks), config.num_codebooks})
@@ -420,7 +413,8 @@ def main() -> None:
     if args.teacher_cache and args.ssl_loss_weight:
         raise UserError("--teacher_cache saves nothing while the output is heard as well: "
                         "add --ssl_loss_weight 0")  # fmt: skip
-    teacher = teachers.load_teacher(args.teacher, device)  # draws nothing after the seed
+    taught = words_learn(args) or args.ssl_loss_weight > 0  # else nobody listens to a teacher
+    teacher = teachers.load_teacher(args.teacher, device) if taught else None
     if args.teacher_cache and teacher is None:
         raise UserError("--teacher_cache needs a --teacher")
     training.seed_everything(args.seed)
@@ -547,11 +541,11 @@ def main() -> None:
             print(f"resuming {checkpoint.path} at step {step}", flush=True)
     if args.budget_usd is not None and checkpoint is None:
         dollars = hours * args.usd_per_hour if process.is_main else 1.0
-        affordable = int(min(1.0, args.budget_usd / dollars) * total_steps)
-        total_steps = max(1, training.from_main_rank(affordable))
+        planned = total_steps
+        total_steps = training.affordable_steps(args.budget_usd, planned, dollars)
         listen_steps, disc_start = phases(args, total_steps)
         if process.is_main:
-            print(budget_line(args.budget_usd, total_steps, args.num_epochs * steps_per_epoch))
+            print(training.budget_line(args.budget_usd, total_steps, planned))
     metrics = None
     if process.is_main:
         metrics = training.Metrics(args.checkpoint_dir, step, args.tensorboard)
@@ -666,7 +660,7 @@ def main() -> None:
             fitted = meter.fitted_steps(total_steps)
             if fitted < total_steps:
                 if process.is_main:
-                    tqdm.write(budget_line(args.budget_usd, fitted, total_steps))
+                    tqdm.write(training.budget_line(args.budget_usd, fitted, total_steps))
                 total_steps, stop_at = fitted, min(stop_at, fitted)
                 listen_steps, disc_start = phases(args, total_steps)
                 bar.total = total_steps
@@ -700,8 +694,8 @@ def main() -> None:
         is_best = False
         if end_of_epoch and process.is_main and validation:
             shown = average.model if average else model
-            taught = head if words_learn(args) else None
-            scores = validate(shown, taught, mel, validation, device, cast)
+            phone_head = head if words_learn(args) else None
+            scores = validate(shown, phone_head, mel, validation, device, cast)
             metrics.log(step, **scores)
             if args.tensorboard:
                 log_audio(metrics, step, shown, validation, device)

@@ -368,12 +368,11 @@ def inherit(model: S2S, path: str, same_tokens: bool) -> None:
     training.inherit_weights(model, path, tied)
 
 
-def describe(args, model: S2S, rows, hours: float, total_steps: int, seconds: float) -> None:
-    """What the user reads before step 1."""
+def describe(args, model: S2S, rows, hours: float, total_steps: int, total: float) -> None:
+    """What the user reads before step 1; `total` is the estimate in hours."""
     c = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     device = next(model.parameters()).device
-    total = total_steps * seconds / 3600
     price = ""
     if device.type == "cuda":
         price = f" = {training.format_dollars(total * args.usd_per_hour)}"
@@ -390,18 +389,27 @@ def describe(args, model: S2S, rows, hours: float, total_steps: int, seconds: fl
     )
 
 
-def seconds_per_step(model: S2S, batch: Batch, neighbours: Tensor, args) -> float:
+def seconds_per_step(model: S2S, batch: Batch, neighbours: Tensor, args, speak: bool) -> float:
     """The median of three steps without any update: the estimate before step 1."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(0)
-        batch_losses(model, batch, neighbours, args, True, generator)[0].backward()
+        batch_losses(model, batch, neighbours, args, speak, generator)[0].backward()
         if batch.text.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
         model.zero_grad(set_to_none=True)
-    return statistics.median(times)
+    return statistics.median(times) * args.batch_size / len(batch.text)
+
+
+def estimated_hours(model: S2S, batch: Batch, neighbours: Tensor, args, steps: int) -> float:
+    """Hours of `steps` steps, those without codes and those with them measured."""
+    listen_steps = int(args.listen_share * steps)
+    listening, speaking = (
+        seconds_per_step(model, batch, neighbours, args, speak) for speak in (False, True)
+    )
+    return (listen_steps * listening + (steps - listen_steps) * speaking) / 3600
 
 
 def new_config(args, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
@@ -498,14 +506,19 @@ def main() -> None:
         best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
 
     if process.is_main:
-        seconds = seconds_per_step(model, validation[0].to(device), neighbours, args)
-        seconds *= args.batch_size / len(validation[0].text)
-        describe(args, model, rows, hours, total_steps, seconds)
+        total = estimated_hours(model, validation[0].to(device), neighbours, args, total_steps)
+        describe(args, model, rows, hours, total_steps, total)
         if checkpoint is not None:
             print(f"resuming {checkpoint.path} at step {step}", flush=True)
     is_main, metrics_file = process.is_main, None
     if is_main:
         metrics_file = training.Metrics(args.checkpoint_dir, step, args.tensorboard)
+    if args.budget_usd is not None and checkpoint is None:
+        dollars = total * args.usd_per_hour if is_main else 1.0
+        planned = total_steps
+        total_steps = training.affordable_steps(args.budget_usd, planned, dollars)
+        if is_main:
+            print(training.budget_line(args.budget_usd, total_steps, planned))
     meter.start(total_steps, step)
     listen_steps = int(args.listen_share * total_steps)
 
@@ -545,6 +558,8 @@ def main() -> None:
         optimizer.param_groups[0]["lr"] = rate
         generator = training.keyed_generator(args.seed, step, process.rank)
         torch.manual_seed(generator.initial_seed())  # dropout: a resumed run draws the same
+        if step == listen_steps:
+            meter.measure_anew()
         speak = step >= listen_steps
         loss, losses, metrics = batch_losses(model, batch, neighbours, args, speak, generator)
         optimizer.zero_grad(set_to_none=True)
@@ -558,6 +573,14 @@ def main() -> None:
         samples_logged += args.batch_size
         meter.tick()
         bar.update()
+        if args.budget_usd is not None and step % args.log_every == 0:
+            fitted = meter.fitted_steps(total_steps)
+            if fitted < total_steps:
+                if is_main:
+                    tqdm.write(training.budget_line(args.budget_usd, fitted, total_steps))
+                total_steps, stop_at = fitted, min(stop_at, fitted)
+                listen_steps = int(args.listen_share * total_steps)
+                bar.total = total_steps
         if metrics_file and (step % args.log_every == 0 or step == stop_at):
             now = time.monotonic()
             throughput = samples_logged * args.window_seconds / (now - last_log)
@@ -593,9 +616,7 @@ def main() -> None:
         if is_main and (due or is_best):
             save(is_best)
             last_save = time.monotonic()
-        if meter.remaining_steps_within_budget() == 0:
-            print("the budget is spent: stopping here, with a checkpoint")
-            save()
+        if step >= stop_at:
             break
     bar.close()
     meter.flush()

@@ -847,6 +847,21 @@ def format_dollars(dollars: float) -> str:
     return f"${dollars:,.2f}" if dollars < 9.995 else f"${dollars:,.0f}"
 
 
+def affordable_steps(budget_usd: float, total_steps: int, dollars: float) -> int:
+    """How many of `total_steps`, estimated at `dollars`, the budget buys: one at least.
+
+    Of rank 0's estimate, on every rank: call on all.
+    """
+    return from_main_rank(max(1, int(min(1.0, budget_usd / dollars) * total_steps)))
+
+
+def budget_line(budget_usd: float, steps: int, planned: int) -> str:
+    return (
+        f"budget {format_dollars(budget_usd)}: {steps} of {planned} steps, "
+        "and the learning rate ends with them"
+    )
+
+
 class CostMeter:
     """Measures a command's pace; projects its hours and dollars; keeps the shared ledger.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -546,6 +547,21 @@ def test_clips(tmp_path, quick):
     mc._studio.cache_clear()
     mc.main([*arguments, "--num_workers", "0"])
     assert manifest.read_text() == text
+
+
+def test_a_part_that_another_run_finished_first_stands(tmp_path, quick, monkeypatch):
+    write = mc.write_manifest
+
+    def beaten(path, clips):
+        write(path, clips)
+        if path.parent.suffix == ".part":
+            shutil.copytree(path.parent, path.parent.with_name(path.parent.name.split(".")[1]))
+
+    monkeypatch.setattr(mc, "write_manifest", beaten)
+    mc.main(["--clips_dir", str(tmp_path), "--clips_hours", "0.01", "--languages", "telugu",
+             "--num_workers", "0"])  # fmt: skip
+    assert read_manifest(tmp_path / "telugu" / "synthetic" / "manifest.jsonl")
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_voice_that_fails_is_counted_not_fatal(quick, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -250,6 +251,34 @@ def test_exports_and_inherits(world, whole_run, tmp_path, capsys):
     heir = training.load_checkpoint(tmp_path / "heir").tensors
     for name, tensor in model.named_parameters():
         torch.testing.assert_close(heir[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
+    world, tmp_path, capsys, monkeypatch
+):
+    """On a clock where a step costs a dollar: first by the estimate, then by what it measures."""
+    now, tick = [0.0], training.CostMeter.tick
+
+    def slow(self, steps=1):
+        now[0] += 3600
+        tick(self, steps)
+
+    monkeypatch.setattr(training.CostMeter, "tick", slow)
+    meter = functools.partial(training.CostMeter, clock=lambda: now[0])
+    monkeypatch.setattr(training, "CostMeter", meter)
+    monkeypatch.setattr(train_s2s, "estimated_hours", lambda *args: args[-1] / 2)
+    monkeypatch.chdir(tmp_path)
+    changes = {"num_epochs": 10, "budget_usd": 12, "usd_per_hour": 1}  # 40 steps, thought $20
+    train(world, tmp_path / "run", **changes)
+    said = capsys.readouterr().out
+    assert "budget $12: 24 of 40 steps" in said
+    rows = [row for row in metrics(tmp_path / "run") if "lr" in row]
+    last = rows[-1]["step"]
+    assert 8 <= last <= 12 and f"{last} of 24 steps" in said, said
+    assert training.load_checkpoint(tmp_path / "run").trainer["total_steps"] == last
+    assert rows[-1]["lr"] < 0.2 * max(row["lr"] for row in rows)
+    train(world, tmp_path / "run", **changes)  # pasted again: there is no more
+    assert training.find_checkpoint(tmp_path / "run").name == f"step_{last:08d}"
 
 
 def test_a_tokenizer_goes_on_where_it_can_spell_the_new_texts(world, whole_run, tmp_path, capsys):
