@@ -69,7 +69,12 @@ tiny: $(VENV)/installed-dev
 	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.5 --num_epochs 84 \
 	  --gen_lr 8e-4 --warmup_steps 200 --disc_start 1 --language_temperature 3 --keep_words \
 	  --precision $(PRECISION) --init_from runs/codec_listen --num_workers 1 --seed 1 --checkpoint_dir runs/codec
-	$(BIN)/python train_codec.py --checkpoint_dir runs/codec --export checkpoints/tiny/codec
+	$(BIN)/python train_codec.py --data_dirs data/other $(LANGUAGES:%=data/%) \
+	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.25 --num_epochs 18 \
+	  --gen_lr 5e-4 --disc_lr 1e-3 --warmup_steps 30 --disc_start 0 --disc_seconds 0.75 \
+	  --mel_weight 2 --language_temperature 3 --decoder_only \
+	  --init_from runs/codec --num_workers 1 --seed 3 --checkpoint_dir runs/codec_voice
+	$(BIN)/python train_codec.py --checkpoint_dir runs/codec_voice --export checkpoints/tiny/codec
 	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 3.3 \
 	  --intents $(INTENTS) --exchanges archetypes --output_dir data/conversations/scripted
 	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 0.06 \

@@ -814,7 +814,10 @@ class AveragedCodec:
         self.steps += 1
         # A short run, or the start of one, must not average in the random weights of step 0.
         weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
+        # What is frozen stays bit for bit: a mean loses the sign of a zero, and so the fingerprint.
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        moving = [pair for pair in pairs if pair[1].requires_grad]
+        torch._foreach_lerp_([own for own, _ in moving], [theirs for _, theirs in moving], weight)
         books = zip(
             self.model.quantizer.codebooks, model.quantizer.codebooks, restarted, strict=False
         )

@@ -404,6 +404,7 @@ def test_a_sample_is_decoded_from_the_codebooks_it_uses(model):
 
 
 @pytest.mark.parametrize("jumps", [False, True])
+@torch.no_grad()
 def test_averaged_codebooks_fit_the_averaged_encoder(jumps):
     """An encoder that drifts and trembles: its average is quantized no worse than it is itself.
 
@@ -413,7 +414,7 @@ def test_averaged_codebooks_fit_the_averaged_encoder(jumps):
     torch.manual_seed(0)
     # Log-mels of noise have a mean, which a drift moves far from codes that follow it: not here.
     config = dataclasses.replace(WAVEFORM_ONLY, codebook_decay=0.8)
-    model = build(config)
+    model = build(config).requires_grad_(True)
     average = AveragedCodec(model, 0.97)
     start = {k: v.clone() for k, v in model.quantizer.acoustic_in.state_dict().items()}
     drift = torch.randn_like(start["weight"])
@@ -439,9 +440,21 @@ def test_averaged_codebooks_fit_the_averaged_encoder(jumps):
     assert error(average.model, model) > 1.03 * own
 
 
+def test_an_average_leaves_frozen_weights_bit_for_bit():
+    model = build().requires_grad_(True)
+    model.encoder.requires_grad_(False)
+    weight = next(model.encoder.parameters())
+    weight.view(-1)[0] = -0.0
+    average = AveragedCodec(model, 0.9)
+    average.update(model, [])
+    kept = next(average.model.encoder.parameters())
+    assert torch.equal(kept.view(torch.int32), weight.view(torch.int32))
+
+
+@torch.no_grad()
 def test_an_average_is_its_formula_and_takes_restarted_codes_over():
     torch.manual_seed(0)
-    model = build()
+    model = build().requires_grad_(True)
     average = AveragedCodec(model, 0.9)
     weight, book = model.semantic_out.weight, model.quantizer.codebooks[1]
     expected, sums = weight.clone(), book.embedding_sum.clone()

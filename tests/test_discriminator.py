@@ -6,11 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import scipy.signal
 import torch
 
 from discriminator import (
     Discriminator,
     DiscriminatorConfig,
+    LogMelDiscriminator,
     MultiPeriodDiscriminator,
     MultiScaleSTFTDiscriminator,
     STFTDiscriminator,
@@ -20,7 +22,14 @@ from discriminator import (
     verdict,
 )
 
-TINY = DiscriminatorConfig.tiny()
+# Every kind, small.
+TINY = DiscriminatorConfig(
+    period_channels=(8, 16, 32, 64),
+    stft_sizes=(1024, 512, 256),
+    stft_channels=8,
+    mel_sizes=(512, 256),
+    mel_bands=(40, 20),
+)
 
 
 def parameters(module):
@@ -35,6 +44,8 @@ def judge():
 
 def test_sizes(judge):
     assert parameters(judge) < 1_000_000
+    tiny = Discriminator(DiscriminatorConfig.tiny())
+    assert parameters(tiny) < 110_000 and len(tiny(torch.randn(1, 1, 999))[0]) == 3
     with torch.device("meta"):
         base = Discriminator(DiscriminatorConfig.base())
     assert 35e6 < parameters(base) < 50e6
@@ -45,7 +56,7 @@ def test_config_survives_json_and_refuses_nonsense():
     assert DiscriminatorConfig(**json.loads(json.dumps(dataclasses.asdict(config)))) == config
     bad_fields = [
         {"loss": "wgan"}, {"stft_sizes": (10,)}, {"periods": (), "stft_sizes": ()},
-        {"period_channels": ()},
+        {"period_channels": ()}, {"mel_sizes": (512,)}, {"mel_sizes": (10,), "mel_bands": (4,)},
     ]  # fmt: skip
     for bad in bad_fields:
         with pytest.raises(ValueError):
@@ -75,9 +86,10 @@ def test_shapes(samples):
         assert logit.shape == (2, 1, frames, bins)
 
 
-def test_both_together_one_entry_each(judge):
+def test_all_together_one_entry_each(judge):
     logits, features = judge(torch.randn(1, 1, 1000))
-    assert len(logits) == len(features) == len(TINY.periods) + len(TINY.stft_sizes)
+    entries = len(TINY.periods) + len(TINY.stft_sizes) + len(TINY.mel_sizes)
+    assert len(logits) == len(features) == entries
     assert all(torch.isfinite(logit).all() for logit in logits)
 
 
@@ -92,6 +104,31 @@ def test_spectrum_against_numpy():
         bins = np.fft.rfft(padded[frame * 16 : frame * 16 + 64] * window)
         assert np.allclose(spectrum[0, 0, frame].numpy(), bins.real, atol=1e-5)
         assert np.allclose(spectrum[0, 1, frame].numpy(), bins.imag, atol=1e-5)
+
+
+def test_log_mels_against_librosa_filters_by_hand():
+    """Against scipy's STFT and the filters' formula: triangles on Slaney-normalized mel bands."""
+    judge = LogMelDiscriminator(256, 20, 4, 24_000)
+    audio = 0.1 * torch.randn(1, 1, 2000, generator=torch.Generator().manual_seed(0))
+    padded = np.pad(audio.numpy().reshape(-1).astype(np.float64), 128)
+    window = scipy.signal.get_window("hann", 256)
+    window /= np.sqrt((window**2).sum())
+
+    def hz(mel):
+        return 700 * (10 ** (mel / 2595) - 1)
+
+    low, high = (2595 * np.log10(1 + f / 700) for f in (40, 11_000))
+    edges, bins = hz(np.linspace(low, high, 22)), np.linspace(0, 12_000, 129)
+    spectrum = judge.spectrum(audio)[0, 0].numpy()
+    assert spectrum.shape == (2000 // 64 + 1, 20)
+    for frame in range(0, len(spectrum), 5):
+        power = np.abs(np.fft.rfft(padded[frame * 64 : frame * 64 + 256] * window)) ** 2
+        for band in range(20):
+            left, middle, right = edges[band : band + 3]
+            triangle = np.minimum((bins - left) / (middle - left), (right - bins) / (right - middle))
+            area = 1000 * triangle.clip(0) * 2 / (right - left)
+            expected = (np.log(power @ area + 1e-5) + 4) / 4
+            assert spectrum[frame, band] == pytest.approx(expected, abs=1e-4)
 
 
 def test_every_sample_and_every_weight_gets_a_gradient(judge):
@@ -166,6 +203,8 @@ def test_the_verdict_shows_a_collapse(judge):
         "disc_real": 2.25, "disc_fake": 0.0, "disc_accuracy": 0.625, "disc_accuracy_weakest": 0.5
     }  # fmt: skip
     collapsed = copy.deepcopy(judge)
+    for part in collapsed.mels.judges:
+        part.last.weight.data.zero_()
     for part in (*collapsed.periods.judges, *collapsed.stfts.judges):
         part.last.parametrizations.weight.original0.data.zero_()  # says its bias, whatever comes
     seen = verdict(collapsed(torch.randn(2, 1, 1200))[0], collapsed(torch.zeros(2, 1, 1200))[0])

@@ -1,6 +1,7 @@
 """The codec trainer: interrupted runs against uninterrupted ones, two ranks, what it refuses."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ import torch
 
 import train_codec
 import training
-from codec import Codec
+from codec import Codec, CodecConfig, stored_config
 from data import Clip, write_audio, write_manifest
 from speech import PHONES
 
@@ -377,6 +378,22 @@ def test_a_decoder_learns_alone_and_keeps_every_code(corpus, whole_run, tmp_path
         assert torch.equal(tensor, run[name]) == name.startswith(kept), name
     before, after = (Codec.from_checkpoint(f) for f in (whole_run[0], tmp_path / "run"))
     assert before.fingerprint == after.fingerprint
+
+
+def test_codes_are_kept_whole_or_not_at_all(whole_run, corpus, tmp_path, capsys):
+    """A decoder alone takes the sizes of its codec; words of other sizes are refused."""
+    small = dataclasses.replace(CodecConfig.tiny(), semantic_layers=1)
+    model = Codec(small)
+    training.save_export(tmp_path / "small", 1, stored_config(small), model.export_tensors())
+    train(corpus, tmp_path / "run", "--decoder_only", max_steps=1, init_from=tmp_path / "small")
+    heir = Codec.from_checkpoint(tmp_path / "run")
+    assert heir.config == small
+    for name, tensor in Codec.from_checkpoint(tmp_path / "small").encoder.state_dict().items():
+        assert torch.equal(heir.encoder.state_dict()[name], tensor), name
+    said = refused(
+        corpus, tmp_path / "other", capsys, "--keep_words", init_from=tmp_path / "small"
+    )
+    assert "encoder.0" in said and "to be kept" in said
 
 
 def test_sound_learns_beside_words_that_are_kept(corpus, tmp_path, capsys):
