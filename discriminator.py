@@ -23,7 +23,7 @@ SLOPE = 0.1
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """`periods` and sizes in samples, one width of `period_channels` a layer, `mel_bands` a size."""
+    """Periods and sizes in samples; `period_channels` is a width a layer, `mel_bands` by size."""
 
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     period_channels: tuple[int, ...] = (32, 128, 512, 1024, 1024)
@@ -93,7 +93,6 @@ class STFTDiscriminator(nn.Module):
 
     def __init__(self, size: int, channels: int, dilations: Sequence[int]) -> None:
         super().__init__()
-        self.size = size
         window = torch.hann_window(size)
         self.register_buffer("window", window / window.square().sum().sqrt(), persistent=False)
         layers = [nn.Conv2d(2, channels, (3, 9), padding=(1, 4))]
@@ -111,14 +110,8 @@ class STFTDiscriminator(nn.Module):
 
     def spectrum(self, audio: Tensor) -> Tensor:
         """`[B, 1, T]` → `[B, 2, frames, bins]` float32, white noise at the noise's own scale."""
-        # Half precision would drown the quiet bins; cuFFT takes powers of two only there.
-        with torch.autocast(audio.device.type, enabled=False):
-            # Zero padding: slices shorter than the window are welcome.
-            complex_bins = torch.stft(
-                audio.squeeze(1).float(), self.size, self.size // 4, window=self.window.float(),
-                center=True, pad_mode="constant", return_complex=True,
-            )  # fmt: skip
-            return torch.view_as_real(complex_bins).permute(0, 3, 2, 1).contiguous()
+        bins = _complex_spectrum(audio, self.window)
+        return torch.view_as_real(bins).permute(0, 3, 2, 1).contiguous()
 
 
 class LogMelDiscriminator(nn.Module):
@@ -131,7 +124,6 @@ class LogMelDiscriminator(nn.Module):
 
     def __init__(self, size: int, bands: int, channels: int, sample_rate: int) -> None:
         super().__init__()
-        self.size = size
         window = torch.hann_window(size)
         self.register_buffer("window", window / window.square().sum().sqrt(), persistent=False)
         filters = torchaudio.functional.melscale_fbanks(
@@ -155,14 +147,22 @@ class LogMelDiscriminator(nn.Module):
 
     def spectrum(self, audio: Tensor) -> Tensor:
         """`[B, 1, T]` → `[B, 1, frames, bands]` float32, about zero mean and unit deviation."""
+        bins = _complex_spectrum(audio, self.window)
         with torch.autocast(audio.device.type, enabled=False):
-            complex_bins = torch.stft(
-                audio.squeeze(1).float(), self.size, self.size // 4, window=self.window.float(),
-                center=True, pad_mode="constant", return_complex=True,
-            )  # fmt: skip
-            power = complex_bins.real.square() + complex_bins.imag.square()
+            power = bins.real.square() + bins.imag.square()
             mel = power.transpose(1, 2) @ self.filters.float() + self.floor
             return ((mel.log() + 4.0) / 4.0)[:, None]
+
+
+def _complex_spectrum(audio: Tensor, window: Tensor) -> Tensor:
+    """`[B, 1, T]` → complex64 `[B, bins, frames]`, hop a quarter of the window."""
+    # Half precision would drown the quiet bins; cuFFT takes powers of two only there.
+    with torch.autocast(audio.device.type, enabled=False):
+        # Zero padding: slices shorter than the window are welcome.
+        return torch.stft(
+            audio.squeeze(1).float(), len(window), len(window) // 4, window=window.float(),
+            center=True, pad_mode="constant", return_complex=True,
+        )  # fmt: skip
 
 
 def _judge(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> tuple[Tensor, list[Tensor]]:

@@ -509,9 +509,7 @@ def main() -> None:
         generator_parameters, args.gen_lr, (0.8, 0.99), fused=True, weight_decay=0.01
     )
     disc_optimizer = torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.8, 0.99), fused=True)
-    balancer = training.Balancer(
-        {**BALANCE, "mel": args.mel_weight, "ssl": args.ssl_loss_weight}
-    )
+    balancer = training.Balancer({**BALANCE, "mel": args.mel_weight, "ssl": args.ssl_loss_weight})
     # One guard each: healthy steps of the one must not hide that the other stands still.
     guard, disc_guard = training.StepGuard(), training.StepGuard()
     meter = training.CostMeter(

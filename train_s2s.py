@@ -351,7 +351,9 @@ def starting_tokenizer(
 
     A new one is trained where none is there to inherit, or it cannot spell all of `texts`.
     """
-    theirs = training.load_checkpoint(init_from, with_trainer=False).tokenizer if init_from else None
+    theirs = None
+    if init_from:
+        theirs = training.load_checkpoint(init_from, with_trainer=False).tokenizer
     if theirs is not None:
         tokenizer = Tokenizer.from_str(theirs)
         unknown = tokenizer.token_to_id("<unk>")
