@@ -40,8 +40,8 @@ nothing on two cores, words kept; both cost 1 % more parameters):
     waveform, log-mels      spectra, overlapped  .144   .729  1.24  <- tiny and base
 
 `tiny` has discriminators of its own, which see log-mel spectrograms: those of `base`, made narrow
-enough for two cores, told real from decoded in no more than half of the cases after 360 steps
-(--disc_lr 1e-4; after 46 with 1e-3), these in 60 % after 75 steps and 83 % after 1,000.
+enough for two cores, told real from decoded no better than chance after 360 steps (--disc_lr 1e-4;
+after 46 with 1e-3), these in 60 % of cases after 75 steps and about 80 % after 1,000.
 """
 
 from __future__ import annotations
