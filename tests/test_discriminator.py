@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import scipy.signal
 import torch
 
 from discriminator import (
@@ -111,7 +110,7 @@ def test_log_mels_by_hand():
     judge = LogMelDiscriminator(256, 20, 4, 24_000)
     audio = 0.1 * torch.randn(1, 1, 2000, generator=torch.Generator().manual_seed(0))
     padded = np.pad(audio.numpy().reshape(-1).astype(np.float64), 128)
-    window = scipy.signal.get_window("hann", 256)
+    window = np.hanning(257)[:-1]
     window /= np.sqrt((window**2).sum())
 
     def hz(mel):
