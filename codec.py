@@ -70,7 +70,7 @@ class CodecConfig:
     @classmethod
     def tiny(cls) -> CodecConfig:
         """About 7M parameters: streams in a small part of real time on one CPU core."""
-        return cls(sound_mels=True, decoder_head="spectra")
+        return cls(sound_mels=True, decoder_head="spectra", encoder_layers=2, decoder_layers=3)
 
     @classmethod
     def base(cls) -> CodecConfig:
@@ -395,16 +395,15 @@ class Codebook(nn.Module):
         self.register_buffer("embedding_sum", torch.zeros(size, dim))
         # ‖e‖² / 2, kept because a streaming step would spend more on it than on the search itself.
         self.register_buffer("half_norms", torch.empty(size), persistent=False)
-        self.register_load_state_dict_post_hook(lambda book, _: book.refresh())
+        # Whether the codes stand for data; until then training goes on unquantized. Known to the
+        # host, which would otherwise wait for the device.
+        self.is_initialised = False
+        self.register_load_state_dict_post_hook(lambda book, _: book._take_over())
         self.refresh()
-        self._is_initialised = False
 
-    @property
-    def is_initialised(self) -> bool:
-        """Whether the codes stand for data; until then training goes on unquantized."""
-        if not self._is_initialised:
-            self._is_initialised = bool(self.cluster_size.sum() > 0)
-        return self._is_initialised
+    def _take_over(self) -> None:
+        self.refresh()
+        self.is_initialised = bool(self.cluster_size.sum() > 0)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -426,12 +425,14 @@ class Codebook(nn.Module):
         """Statistics that stand for the codes as they are, as after an export."""
         self.cluster_size.fill_(1.0)
         self.embedding_sum.copy_(self.embedding)
+        self.is_initialised = True
 
     @torch.no_grad()
-    def initialise(self, candidates: Tensor, generator: torch.Generator) -> None:
-        """k-means (Lloyd) on `candidates` `[N, d]`; ranks that have the same get the same."""
+    def initialise(self, candidates: Tensor, draws: Tensor) -> None:
+        """k-means (Lloyd) on `candidates` `[N, d]`, starting from those at `draws` `[size or more]`
+        in [0, 1); ranks that have the same get the same."""
         size = self.embedding.shape[0]
-        self.embedding.copy_(_draw(candidates, size, generator))
+        self.embedding.copy_(_draw(candidates, draws[:size]))
         self.refresh()
         for _ in range(10):
             codes = self(candidates)
@@ -442,37 +443,60 @@ class Codebook(nn.Module):
         mean_size = candidates.shape[0] / size
         self.cluster_size.fill_(mean_size)
         self.embedding_sum.copy_(self.embedding * mean_size)
+        self.is_initialised = True
 
     @torch.no_grad()
-    def update(self, x: Tensor, codes: Tensor, candidates: Tensor, generator) -> Tensor:
+    def update(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        candidates: Tensor,
+        draws: Tensor,
+        counted: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> Tensor:
         """One EMA step; unused codes restart from `candidates`, with fresh statistics.
+
+        Nothing waits for the device, so that a CUDA graph can hold it.
 
         Args:
             x: `[N, d]` vectors of this rank, codes: `[N]` theirs.
-            candidates: `[M, d]` vectors of all ranks, the same on every rank.
-            generator: in the same state on every rank.
+            candidates: `[M, d]` vectors of all ranks, draws: `[size or more]` in [0, 1), which of
+                them to take; the same on every rank.
+            counted: `[N]` bool, those that count; all of them if None.
+            skip: scalar; if not 0 nothing changes.
 
         Returns:
             `[size]` bool, the codes that restarted.
         """
-        counts, sums = self._statistics(x, codes)
+        counts, sums = self._statistics(x, codes, counted)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(counts)
             torch.distributed.all_reduce(sums)
-        self.cluster_size.lerp_(counts, 1 - self.decay)
-        self.embedding_sum.lerp_(sums, 1 - self.decay)
-        mean_size = self.cluster_size.mean()
-        dead = self.cluster_size < 0.1 * mean_size
-        fresh = _draw(candidates, self.embedding.shape[0], generator)
-        self.cluster_size.copy_(torch.where(dead, mean_size, self.cluster_size))
-        self.embedding_sum.copy_(torch.where(dead[:, None], fresh * mean_size, self.embedding_sum))
-        self.embedding.copy_(self.embedding_sum / self.cluster_size[:, None])
+        sizes = self.cluster_size.lerp(counts, 1 - self.decay)
+        sums = self.embedding_sum.lerp(sums, 1 - self.decay)
+        mean_size = sizes.mean()
+        dead = sizes < 0.1 * mean_size
+        fresh = _draw(candidates, draws[: len(sizes)])
+        sizes = torch.where(dead, mean_size, sizes)
+        sums = torch.where(dead[:, None], fresh * mean_size, sums)
+        codes = sums / sizes[:, None]
+        if skip is not None:
+            kept = skip != 0
+            dead = dead & ~kept
+            sizes = torch.where(kept, self.cluster_size, sizes)
+            sums = torch.where(kept, self.embedding_sum, sums)
+            codes = torch.where(kept, self.embedding, codes)
+        self.cluster_size.copy_(sizes)
+        self.embedding_sum.copy_(sums)
+        self.embedding.copy_(codes)
         self.refresh()
         return dead
 
     @torch.no_grad()
-    def follow(self, other: Codebook, weight: float, restarted: Tensor) -> None:
-        """Moves by `weight` towards `other`'s statistics; takes codes over that just `restarted`.
+    def follow(self, other: Codebook, weight: Tensor, restarted: Tensor) -> None:
+        """Moves by the scalar `weight` towards `other`'s statistics; takes codes over that just
+        `restarted`.
 
         The code is then the mean of all vectors that it stood for within both averages. Between
         the old and the new place of a code that jumped there would be nothing.
@@ -484,17 +508,22 @@ class Codebook(nn.Module):
             mine.copy_(torch.where(mask, theirs, mine))
         self.embedding.copy_(self.embedding_sum / self.cluster_size[:, None])
         self.refresh()
+        self.is_initialised = other.is_initialised
 
-    def _statistics(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        counts = torch.zeros_like(self.cluster_size)
-        counts.index_add_(0, codes, torch.ones_like(codes, dtype=counts.dtype))
-        sums = torch.zeros_like(self.embedding_sum).index_add_(0, codes, x.float())
+    def _statistics(
+        self, x: Tensor, codes: Tensor, counted: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x, ones = x.float(), torch.ones_like(codes, dtype=self.cluster_size.dtype)
+        if counted is not None:
+            x, ones = x * counted[:, None], ones * counted
+        counts = torch.zeros_like(self.cluster_size).index_add_(0, codes, ones)
+        sums = torch.zeros_like(self.embedding_sum).index_add_(0, codes, x)
         return counts, sums
 
 
-def _draw(candidates: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    index = torch.randint(candidates.shape[0], (size,), generator=generator)
-    return candidates[index.to(candidates.device)]
+def _draw(candidates: Tensor, draws: Tensor) -> Tensor:
+    """Those of `candidates` `[N, d]` at `draws` `[size]` in [0, 1): `[size, d]`."""
+    return candidates[(draws * len(candidates)).long().clamp(max=len(candidates) - 1)]
 
 
 def gather_candidates(x: Tensor, limit: int = 8192) -> Tensor:
@@ -627,14 +656,22 @@ class SplitQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, info: Quantized, generator: torch.Generator, keep_semantic: bool = False
+        self,
+        info: Quantized,
+        draws: Tensor,
+        keep_semantic: bool = False,
+        skip: Tensor | None = None,
     ) -> list[Tensor]:
         """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first.
 
-        With `keep_semantic` codebook 0 stays as it is.
+        `draws` `[K, size of the largest]` in [0, 1), the same on every rank, choose the vectors
+        that codes start from. With `keep_semantic` codebook 0 stays as it is; where the scalar
+        `skip` is not 0, all of them, once they have started.
         Returns, per codebook of `info`, `[size]` bool: the codes that began anew.
         """
         restarted = []
+        if skip is not None and not self.is_initialised and bool(skip):
+            return restarted
         left = None  # what a codebook that has just started leaves for the next one
         for k, residual in enumerate(info.residuals):
             if k == 0 and keep_semantic:
@@ -642,13 +679,12 @@ class SplitQuantizer(nn.Module):
                 continue
             codebook, candidates = self.codebooks[k], gather_candidates(residual)
             if codebook.is_initialised:
-                mask = info.used[:, k]
-                x = residual[mask].flatten(0, 1)
-                codes = info.codes[mask, k].flatten()
-                restarted.append(codebook.update(x, codes, candidates, generator))
+                x, codes = residual.flatten(0, 1), info.codes[:, k].flatten()
+                counted = info.used[:, k].repeat_interleave(residual.shape[1])
+                restarted.append(codebook.update(x, codes, candidates, draws[k], counted, skip))
                 continue
             left = candidates if k < 2 else left
-            codebook.initialise(left, generator)
+            codebook.initialise(left, draws[k])
             restarted.append(torch.ones_like(codebook.cluster_size, dtype=torch.bool))
             left = left - codebook.lookup(codebook(left))
         return restarted
@@ -805,19 +841,24 @@ class AveragedCodec:
     def __init__(self, model: Codec, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
-        self.steps = 0
+        self.steps = torch.zeros((), device=next(model.parameters()).device)
 
     @torch.no_grad()
-    def update(self, model: Codec, restarted: list[Tensor]) -> None:
+    def update(self, model: Codec, restarted: list[Tensor], skip: Tensor | None = None) -> None:
         """Call after a step; `restarted` is what the quantizer's `update` returned, none if it
-        stood still."""
-        self.steps += 1
-        # A short run, or the start of one, must not average in the random weights of step 0.
-        weight = 1 - min(self.decay, (1 + self.steps) / (10 + self.steps))
+        stood still. Where the scalar `skip` is not 0 nothing moves."""
+        moves = 1 if skip is None else (skip == 0).to(self.steps.dtype)
+        self.steps += moves
+        # A short run, or the start of one, must not average in the random weights of step 0: until
+        # the decay is reached it is (1 + steps) / (10 + steps).
+        weight = (9 / (10 + self.steps)).clamp(min=1 - self.decay) * moves
         # What is frozen stays bit for bit: a mean loses the sign of a zero, and so the fingerprint.
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
         moving = [pair for pair in pairs if pair[1].requires_grad]
-        torch._foreach_lerp_([own for own, _ in moving], [theirs for _, theirs in moving], weight)
+        own, theirs = [own for own, _ in moving], [theirs for _, theirs in moving]
+        steps = torch._foreach_sub(theirs, own)
+        torch._foreach_mul_(steps, weight)
+        torch._foreach_add_(own, steps)
         books = zip(
             self.model.quantizer.codebooks, model.quantizer.codebooks, restarted, strict=False
         )
@@ -826,10 +867,11 @@ class AveragedCodec:
 
     def state_dict(self) -> dict:
         """Without the weights: they are the checkpoint's own."""
-        return {"steps": self.steps, "decay": self.decay}
+        return {"steps": int(self.steps), "decay": self.decay}
 
     def load_state_dict(self, state: dict) -> None:
-        self.steps, self.decay = state["steps"], state["decay"]
+        self.steps.fill_(state["steps"])
+        self.decay = state["decay"]
 
 
 def codec_config(stored: dict, path: str | Path) -> CodecConfig:

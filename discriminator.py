@@ -62,6 +62,16 @@ class DiscriminatorConfig:
         return cls(periods=(), stft_sizes=(), mel_sizes=(1024, 512, 256), mel_bands=(80, 64, 40))
 
     @classmethod
+    def small(cls) -> DiscriminatorConfig:
+        """For minutes on a GPU: half of base's widths, and log-mels; 10.5M parameters."""
+        return cls(
+            period_channels=(16, 64, 256, 512, 512),
+            stft_channels=16,
+            mel_sizes=(1024, 512, 256),
+            mel_bands=(80, 64, 40),
+        )
+
+    @classmethod
     def base(cls) -> DiscriminatorConfig:
         """HiFi-GAN's and EnCodec's own widths: 42M parameters."""
         return cls()
@@ -257,8 +267,8 @@ def discriminator_loss(
 
 
 @torch.no_grad()
-def verdict(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> dict[str, float]:
-    """Whether the discriminators still tell the two apart, for the metrics.
+def verdict(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Whether the discriminators still tell the two apart, for the metrics, as scalars.
 
     `disc_real` and `disc_fake` are mean logits; `disc_accuracy` is the share of logits on the right
     side of 0, weakest sub-discriminator beside the mean. At 0.5 with equal logits they have
@@ -271,10 +281,10 @@ def verdict(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> dic
         [0.5 * ((r > 0).float().mean() + (f <= 0).float().mean()) for r, f in pairs]
     )
     return {
-        "disc_real": float(real.mean()),
-        "disc_fake": float(fake.mean()),
-        "disc_accuracy": float(right.mean()),
-        "disc_accuracy_weakest": float(right.min()),
+        "disc_real": real.mean(),
+        "disc_fake": fake.mean(),
+        "disc_accuracy": right.mean(),
+        "disc_accuracy_weakest": right.min(),
     }
 
 

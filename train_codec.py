@@ -47,6 +47,7 @@ after 46 with 1e-3), these in 60 % of cases after 75 steps and about 80 % after 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import time
@@ -118,6 +119,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--keep_words", action="store_true", help="codebook 0 as --init_from has it")
     more.add_argument("--decoder_only", action="store_true", help="keep every code as it is")
     more.add_argument("--disc_start", type=float, default=0.1, help="share of the steps; 1: no GAN")
+    more.add_argument(
+        "--disc_preset",
+        choices=("auto", "tiny", "small", "base"),
+        default="auto",
+        help="their sizes; auto: base for base, tiny on a CPU, small between",
+    )
     more.add_argument("--disc_seconds", type=float, default=1.0, help="of a window that they judge")
     more.add_argument("--mel_weight", type=float, default=1.0, help="share; the waveform has 1")
     more.add_argument("--lm_rate", type=float, default=0.5, help="share that uses the LM's 8")
@@ -145,6 +152,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     more.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
+    )
+    more.add_argument(
+        "--cuda_graph",
+        action="store_true",
+        help="replay the step as a CUDA graph: one GPU, no teacher; pays where models are small",
     )
     more.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     more.add_argument("--quantizer_start", type=int, default=200, help="steps before k-means")
@@ -179,14 +191,15 @@ def average_decay(asked: float | None, total_steps: int) -> float:
     return min(0.9999, max(0.0, 1 - 50 / total_steps)) if asked is None else asked
 
 
-def judged_part(samples: int, seconds: float, seed: tuple[int, ...]) -> slice:
-    """The slice of the windows that the discriminators hear in this step, on every rank the same.
+def judged_part(samples: int, seconds: float, seed: tuple[int, ...]) -> Tensor:
+    """Which samples of the windows the discriminators hear in this step, `[n]`, on every rank the
+    same.
 
-    They cost more than the codec, and a slice drawn anew each step teaches the same.
+    They cost more than the codec, and a part drawn anew each step teaches the same.
     """
     length = min(samples, int(seconds * SAMPLE_RATE))
     start = torch.randint(samples - length + 1, (1,), generator=training.keyed_generator(*seed))
-    return slice(int(start), int(start) + length)
+    return start + torch.arange(length)
 
 
 def precision(device: torch.device, asked: str) -> torch.autocast:
@@ -198,11 +211,9 @@ def precision(device: torch.device, asked: str) -> torch.autocast:
 def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy and accuracy over the frames whose phone is known; zeros without any."""
     logits, labels = logits.flatten(0, 1).float(), labels.flatten()
-    known = labels != UNKNOWN_PHONE
-    if not known.any():
-        return logits.sum() * 0.0, logits.new_zeros(())
-    accuracy = (logits[known].argmax(-1) == labels[known]).float().mean()
-    return F.cross_entropy(logits[known], labels[known]), accuracy
+    known = (labels != UNKNOWN_PHONE).sum().clamp(min=1)
+    total = F.cross_entropy(logits, labels, ignore_index=UNKNOWN_PHONE, reduction="sum")
+    return total / known, (logits.argmax(-1) == labels).sum() / known
 
 
 def training_losses(
@@ -246,10 +257,10 @@ def seconds_per_step(
             if teacher is not None and args.ssl_loss_weight:
                 losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
             if disc is not None:
-                part = judged_part(samples, args.disc_seconds, (0, 0, 0))
+                part = judged_part(samples, args.disc_seconds, (0, 0, 0)).to(device)
                 with cast:
                     (real, features), (fake, others) = (
-                        disc(sound[..., part]) for sound in (audio, estimate)
+                        disc(sound.index_select(-1, part)) for sound in (audio, estimate)
                     )
                 losses["adversarial"] = discriminator.discriminator_loss(real, fake)
                 losses["features"] = discriminator.feature_matching_loss(features, others)
@@ -279,6 +290,16 @@ def check_kept(args, model: Codec, inherited: list[str]) -> None:
     if lacking:
         raise UserError(f"--init_from {args.init_from}: {lacking[0]} is not there or of another "
                         f"size, and codes that depend on it were to be kept")  # fmt: skip
+
+
+def discriminator_config(
+    asked: str, config: CodecConfig, device: torch.device
+) -> discriminator.DiscriminatorConfig:
+    """The discriminators' sizes: those asked for, or what fits the codec and the device."""
+    if asked == "auto":
+        small = "tiny" if device.type == "cpu" else "small"
+        asked = "base" if config == CodecConfig.base() else small
+    return getattr(discriminator.DiscriminatorConfig, asked)()
 
 
 def phases(args, total_steps: int) -> tuple[int, int]:
@@ -362,10 +383,21 @@ def validation_batches(clips: list[Clip], args, phone_ids: dict[str, int]) -> li
     return list(DataLoader(dataset, batch_size=16))
 
 
-def codebook_metrics(info) -> dict[str, float]:
-    """Perplexity (in codes) of the semantic and the acoustic codebooks in this batch."""
+def step_draws(args, config: CodecConfig, audio: Tensor, step: int, rank: int) -> dict[str, Tensor]:
+    """What a step draws at random: by (seed, step) alone, and for `counts` by rank."""
+    counts = draw_num_codebooks(
+        len(audio), config.num_codebooks, args.lm_rate, args.full_rate, (args.seed, step, rank)
+    )
+    generator = training.keyed_generator(args.seed, step, 1 << 20)
+    draws = torch.rand(config.num_codebooks, max(config.codebook_sizes), generator=generator)
+    part = judged_part(audio.shape[-1], args.disc_seconds, (args.seed, step, 1 << 21))
+    return {"counts": counts, "draws": draws, "part": part}
+
+
+def codebook_metrics(all_codes: Tensor) -> dict[str, float]:
+    """Perplexity (in codes) of the semantic and the acoustic codebooks of a batch `[B, K, F]`."""
     values = {}
-    for name, codes in (("semantic", info.codes[:, :1]), ("acoustic", info.codes[:, 1:])):
+    for name, codes in (("semantic", all_codes[:, :1]), ("acoustic", all_codes[:, 1:])):
         if not codes.numel():
             continue
         shares = [c.flatten().bincount().float() / c.numel() for c in codes.unbind(1)]
@@ -429,6 +461,10 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     process = training.setup_distributed(args.device)
     device = process.device
+    if args.cuda_graph and (device.type != "cuda" or process.world_size > 1):
+        raise UserError("--cuda_graph needs a CUDA GPU, and one alone")
+    if args.cuda_graph and args.teacher != "none":
+        raise UserError("--cuda_graph holds no teacher: add --teacher none")
     if args.teacher_cache and args.ssl_loss_weight:
         raise UserError("--teacher_cache saves nothing while the output is heard as well: "
                         "add --ssl_loss_weight 0")  # fmt: skip
@@ -438,6 +474,8 @@ def main() -> None:
         raise UserError("--teacher_cache needs a --teacher")
     training.seed_everything(args.seed)
     args.preset = training.choose_preset(args.preset, device)
+    if args.cuda_graph:  # what it holds must live on a stream of its own from the start
+        torch.cuda.set_stream(torch.cuda.Stream(device))
 
     # First of all: listing unreadable files would make a new run's folder look used.
     checkpoint = training.open_run(args.checkpoint_dir, "codec", args.fresh, device)
@@ -471,10 +509,10 @@ def main() -> None:
         config = codec_config(source.config, source.path)
     model = Codec(config).to(device).train()
     head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
-    sizes = discriminator.DiscriminatorConfig
-    disc = discriminator.Discriminator(
-        sizes.base() if config == CodecConfig.base() else sizes.tiny()
-    ).to(device)
+    judges = discriminator_config(args.disc_preset, config, device)
+    if checkpoint is not None and checkpoint.trainer and "judges" in checkpoint.trainer:
+        judges = discriminator.DiscriminatorConfig(**checkpoint.trainer["judges"])
+    disc = discriminator.Discriminator(judges).to(device)
     mel = MelLoss(config.sample_rate).to(device)
     cast = precision(device, args.precision)
     projection, cache = None, None  # beside the head, as training only: codebook 0 to the teacher
@@ -546,6 +584,8 @@ def main() -> None:
             part.load_state_dict(checkpoint.trainer[name])
         step, epoch, consumed = (checkpoint.trainer[k] for k in ("step", "epoch", "consumed"))
         best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
+    for each in (optimizer, disc_optimizer):
+        training.make_capturable(each, args.cuda_graph, device)
     average = None
     decay = average_decay(args.ema_decay, total_steps)
     if decay > 0:
@@ -582,6 +622,7 @@ def main() -> None:
         trainer |= {"step": step, "epoch": epoch, "consumed": consumed}
         trainer |= {"best": best, "total_steps": total_steps}
         trainer |= {"teacher": teacher.name if teacher else "none"}
+        trainer |= {"judges": dataclasses.asdict(judges)}
         if average:
             trainer |= {"average": average.state_dict(), "trained_weights": model.state_dict()}
         training.save_checkpoint(
@@ -594,76 +635,62 @@ def main() -> None:
             best=is_best,
         )
 
-    bar = tqdm(total=total_steps, initial=step, disable=None if process.is_main else True)
-    last_save = last_log = time.monotonic()
-    samples_logged = 0
-    stop_at = min(total_steps, args.max_steps or total_steps)
-    batches = training_batches(
-        dataset, args.batch_size, args.num_workers, process, args.num_epochs, epoch, consumed
-    )
-    timed = training.TimedBatches(itertools.islice(batches, max(0, stop_at - step)))
-    for epoch, consumed, batch in timed:
-        audio, labels = batch["audio"].to(device), batch["phones"].to(device)
-        rate = training.learning_rate(step, total_steps, 1.0, args.warmup_steps)
-        optimizer.param_groups[0]["lr"] = rate * args.gen_lr
-        disc_optimizer.param_groups[0]["lr"] = rate * args.disc_lr
-        key = (args.seed, step, process.rank)
-        counts = draw_num_codebooks(
-            len(audio), config.num_codebooks, args.lm_rate, args.full_rate, key
-        ).to(device)
-        if step in (listen_steps, disc_start):
-            meter.measure_anew()
+    def learn(
+        mode: tuple[bool, bool, bool, bool],
+        audio: Tensor,
+        labels: Tensor,
+        counts: Tensor,
+        draws: Tensor,
+        part: Tensor,
+        taught: tuple | None = None,
+    ) -> dict[str, Tensor]:
+        """One step: everything that the device does; gives what there is to log, as tensors.
 
-        # What the teacher hears in the recording: of this window, or kept for the clip.
-        if cache is not None:
-            target, known = cache(batch, audio)
-        elif teacher is not None:
-            with torch.no_grad():
-                reference = teacher(audio)
-            target, known = teacher.target(reference), None
-
+        `mode`: whether it listens only, with discriminators, moving the codebooks, which have
+        started. Nothing here waits for the device, once they have.
+        """
+        listening, adversarial, settled, _ = mode
         # Generator: balanced losses on the waveform, the rest beside them.
-        listening = step < listen_steps
-        adversarial = not listening and step >= disc_start
         if listening:
             info, losses = model.hear(audio), {}
         else:
             estimate, info, losses = training_losses(model, mel, audio, counts, cast)
-            if teacher is not None and args.ssl_loss_weight:
-                losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
+            if taught is not None and args.ssl_loss_weight:
+                losses["ssl"] = teachers.ssl_loss(teacher(estimate), taught[0])
+        row = {}
         if adversarial:
             # One pass serves both sides: nothing changes the judges before their own step below.
-            part = judged_part(audio.shape[-1], args.disc_seconds, (args.seed, step, 1 << 21))
             with cast:
-                fake_logits, fake_features = disc(estimate[..., part])
-                real_logits, real_features = disc(audio[..., part])
+                fake_logits, fake_features = disc(estimate.index_select(-1, part))
+                real_logits, real_features = disc(audio.index_select(-1, part))
             losses["adversarial"] = discriminator.generator_loss(fake_logits)
             losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
+            row |= discriminator.verdict(real_logits, fake_logits)
         others = args.commitment_weight * info.commitment
         if words_learn(args):
-            phones, phone_accuracy = phone_loss(head(info.semantic), labels)
+            phones, row["phone_accuracy"] = phone_loss(head(info.semantic), labels)
             others = others + args.phone_weight * phones
-        if teacher is not None and words_learn(args):
-            distillation = teachers.distillation_loss(projection(info.semantic), target, known)
+            row["phones"] = phones
+        if taught is not None and words_learn(args):
+            distillation = teachers.distillation_loss(projection(info.semantic), *taught[1:])
             others = others + args.teacher_weight * distillation
+            row["distillation"] = distillation
         optimizer.zero_grad(set_to_none=True)
-        shares = {}
         if listening:
             others.backward()
         else:
             shares = balancer.backward(losses, estimate, others)
+            row |= {f"share_{name}": share for name, share in shares.items()}
         training.average_gradients(generator_parameters)
         norm = nn.utils.clip_grad_norm_(generator_parameters, args.grad_clip)
-        if guard.check((sum(losses.values()) + others).detach(), norm):
-            optimizer.step()
-            # Each part is quantized once its vectors have settled a little.
-            settled = step - (0 if listening else listen_steps) >= args.quantizer_start
-            restarted = []
-            if settled and not args.decoder_only:
-                draw = training.keyed_generator(args.seed, step, 1 << 20)
-                restarted = model.quantizer.update(info, draw, args.keep_words)
-            if average:
-                average.update(model, restarted)
+        # Fused optimizers, codebooks and average stand still where this is 1.
+        optimizer.found_inf = guard.watch(sum(losses.values()) + others, norm)
+        optimizer.step()
+        restarted = []
+        if settled:
+            restarted = model.quantizer.update(info, draws, args.keep_words, optimizer.found_inf)
+        if average:
+            average.update(model, restarted, optimizer.found_inf)
 
         # Discriminator, on the same reconstruction.
         if adversarial:
@@ -672,14 +699,52 @@ def main() -> None:
             disc_loss.backward(inputs=list(disc.parameters()))  # and not through the codec
             training.average_gradients(disc.parameters())
             disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), args.grad_clip)
-            if disc_guard.check(disc_loss.detach(), disc_norm):
-                disc_optimizer.step()
+            disc_optimizer.found_inf = disc_guard.watch(disc_loss, disc_norm)
+            disc_optimizer.step()
             losses["discriminator"] = disc_loss
+        row |= {**losses, "commitment": info.commitment, "grad_norm": norm}
+        return {name: value.detach() for name, value in row.items()} | {"codes": info.codes}
+
+    bar = tqdm(total=total_steps, initial=step, disable=None if process.is_main else True)
+    last_save = last_log = time.monotonic()
+    samples_logged = 0
+    stop_at = min(total_steps, args.max_steps or total_steps)
+    batches = training_batches(
+        dataset, args.batch_size, args.num_workers, process, args.num_epochs, epoch, consumed
+    )
+    timed = training.TimedBatches(itertools.islice(batches, max(0, stop_at - step)))
+    take_step = training.StepGraph(learn) if args.cuda_graph else learn
+    for epoch, consumed, batch in timed:
+        rate = training.learning_rate(step, total_steps, 1.0, args.warmup_steps)
+        training.set_learning_rate(optimizer, rate * args.gen_lr)
+        training.set_learning_rate(disc_optimizer, rate * args.disc_lr)
+        listening = step < listen_steps
+        adversarial = not listening and step >= disc_start
+        # Each part is quantized once its vectors have settled a little.
+        settled = step - (0 if listening else listen_steps) >= args.quantizer_start
+        settled = settled and not args.decoder_only
+        if step in (listen_steps, disc_start):
+            meter.measure_anew()
+        chosen = step_draws(args, config, batch["audio"], step, process.rank)
+        inputs = {"audio": batch["audio"], "labels": batch["phones"], **chosen}
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+        # What the teacher hears in the recording: of this window, or kept for the clip.
+        if cache is not None:
+            inputs["taught"] = (None, *cache(batch, inputs["audio"]))
+        elif teacher is not None:
+            with torch.no_grad():
+                reference = teacher(inputs["audio"])
+            inputs["taught"] = (reference, teacher.target(reference), None)
+        mode = (listening, adversarial, settled, model.quantizer.is_initialised)
+        row = take_step(mode, **inputs)
 
         step += 1
         samples_logged += args.batch_size
         meter.tick()
         bar.update()
+        if device.type != "cuda" or step % args.log_every == 0:  # a GPU would be waited for
+            for each in (guard, disc_guard):
+                each.settle()
         if args.budget_usd is not None and step % args.log_every == 0:
             fitted = meter.fitted_steps(total_steps)
             if fitted < total_steps:
@@ -689,22 +754,14 @@ def main() -> None:
                 listen_steps, disc_start = phases(args, total_steps)
                 bar.total = total_steps
         if metrics and (step % args.log_every == 0 or step == stop_at):
+            codes = row.pop("codes")
+            row = {name: float(value) for name, value in row.items()} | codebook_metrics(codes)
             now = time.monotonic()
             throughput = samples_logged * args.window_seconds / (now - last_log)
-            row = {name: float(loss.detach()) for name, loss in losses.items()}
-            row |= {f"share_{name}": share for name, share in shares.items()}
-            row |= {"commitment": float(info.commitment.detach()), "grad_norm": float(norm)}
-            if words_learn(args):
-                row |= {"phones": float(phones.detach()), "phone_accuracy": float(phone_accuracy)}
-            if teacher is not None and words_learn(args):
-                row["distillation"] = float(distillation.detach())
-            if adversarial:
-                row |= discriminator.verdict(real_logits, fake_logits)
             skipped = guard.skipped + disc_guard.skipped
             row |= {"lr": rate * args.gen_lr, "skipped": skipped, "epoch": epoch}
             row |= {"unreadable": dataset.unreadable, "audio_seconds_per_second": throughput}
             row["data_wait"] = timed.waited_share()
-            row |= codebook_metrics(info)
             metrics.log(step, **row)
             told = {"mel": "mel", "waveform": "waveform", "phone_accuracy": "phones"}
             learnt = "".join(f"{told[n]} {row[n]:.4f} " for n in told if n in row)

@@ -103,6 +103,7 @@ def setup_distributed(device: str = "auto") -> Distributed:
     chosen = _resolve_device(device, local_rank, world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        torch.backends.cudnn.benchmark = True  # windows have one length: the fastest kernels pay
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     return Distributed(rank, world_size, local_rank, chosen)
@@ -598,41 +599,123 @@ def learning_rate(
 class StepGuard:
     """Tells which steps to skip: those whose loss or gradient norm is not finite on any rank.
 
-    `skipped` counts them. Check before the optimizer steps and before any codebook moves.
+    `watch` gives the answer on the device, where optimizer and codebooks can heed it without a wait
+    (and within a CUDA graph); `settle` tells the host. `check` is both. `skipped` counts them.
     """
 
     def __init__(self, max_consecutive: int = 5) -> None:
         self.max_consecutive = max_consecutive
         self.skipped = 0
         self.consecutive = 0
+        self._counts: Tensor | None = None  # skipped since the last settling, in a row by now
+        self._last: Tensor | None = None  # loss and gradient norm
+
+    def watch(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """1.0 where this step must be skipped, else 0.0: a scalar, the same on all ranks."""
+        last = torch.stack([loss.detach().float(), grad_norm.detach().float()])
+        skip = (all_reduce_mean((~last.isfinite()).any().float()) > 0).float()
+        if self._counts is None or self._counts.device != last.device:
+            self._counts = torch.tensor([0.0, self.consecutive], device=last.device)
+            self._last = torch.zeros_like(last)
+        self._last.copy_(last)
+        # Skipped, one more in each count; else the run of skipped ones ends.
+        self._counts.mul_(torch.stack([torch.ones_like(skip), skip])).add_(skip)
+        return skip
+
+    def settle(self) -> None:
+        """Brings the counts to the host; waits for the device.
+
+        Raises UserError after `max_consecutive` skipped steps in a row.
+        """
+        if self._counts is None:
+            return
+        skipped, consecutive = self._counts.tolist()
+        self._counts[0] = 0
+        self.skipped += int(skipped)
+        self.consecutive = int(consecutive)
+        if self.consecutive >= self.max_consecutive:
+            loss, grad_norm = self._last.tolist()
+            raise UserError(
+                f"{self.consecutive} steps in a row were not finite (loss {loss:g}, gradient norm "
+                f"{grad_norm:g}): lower the learning rate, then run the same command again; "
+                "it goes on from the last complete checkpoint"
+            )
 
     def check(self, loss: float | Tensor, grad_norm: float | Tensor) -> bool:
         """True to go on, False to skip this step; all ranks get the same answer.
 
         Raises UserError after `max_consecutive` skipped steps in a row.
         """
-        loss, grad_norm = float(loss), float(grad_norm)
-        bad = torch.tensor(float(not (math.isfinite(loss) and math.isfinite(grad_norm))))
-        if dist.is_available() and dist.is_initialized() and dist.get_backend() == "nccl":
-            bad = bad.cuda()
-        if all_reduce_mean(bad).item() == 0:
-            self.consecutive = 0
-            return True
-        self.skipped += 1
-        self.consecutive += 1
-        if self.consecutive >= self.max_consecutive:
-            raise UserError(
-                f"{self.consecutive} steps in a row were not finite (loss {loss:g}, gradient norm "
-                f"{grad_norm:g}): lower the learning rate, then run the same command again; "
-                "it goes on from the last complete checkpoint"
-            )
-        return False
+        skip = self.watch(*(torch.as_tensor(value) for value in (loss, grad_norm)))
+        self.settle()
+        return not skip
 
     def state_dict(self) -> dict:
+        self.settle()
         return {"skipped": self.skipped, "consecutive": self.consecutive}
 
     def load_state_dict(self, state: dict) -> None:
         self.skipped, self.consecutive = state["skipped"], state["consecutive"]
+        self._counts = None
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of every group, in place where a CUDA graph reads it (see `make_capturable`)."""
+    for group in optimizer.param_groups:
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def make_capturable(
+    optimizer: torch.optim.Optimizer, capturable: bool, device: torch.device
+) -> None:
+    """Lets a CUDA graph hold `optimizer.step()`, its learning rate a tensor; or the reverse.
+
+    Call it after loading state too: that brings the flags of the run which saved it.
+    """
+    for group in optimizer.param_groups:
+        group["capturable"] = capturable
+        rate = float(group["lr"])
+        group["lr"] = torch.tensor(rate, device=device) if capturable else rate
+
+
+class StepGraph:
+    """Replays a training step as one CUDA graph: Python is met once, not at every kernel.
+
+    `function(mode, **inputs)` takes tensors of fixed shapes and gives a dict of tensors. It must
+    read and write the same memory at every call, draw nothing at random and never wait for the
+    device. Each mode is called as it is `warmup` times (optimizers make their state then, libraries
+    choose their kernels), then captured. Results are overwritten by the next call. Everything, the
+    models' making included, belongs on one stream that is not the default one.
+    """
+
+    def __init__(self, function: Callable[..., dict[str, Tensor]], warmup: int = 5) -> None:
+        self.function, self.warmup = function, warmup
+        self._mode: object = None
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: dict[str, Tensor] = {}
+        self._results: dict[str, Tensor] = {}
+
+    def __call__(self, mode: object, **inputs: Tensor) -> dict[str, Tensor]:
+        if mode != self._mode:
+            self._mode, self._calls, self._graph = mode, 0, None
+        self._calls += 1
+        if self._calls <= self.warmup:
+            return self.function(mode, **inputs)
+        if self._graph is None:
+            self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+            self._results = {}
+            torch.cuda.synchronize()
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
+                self._results = self.function(mode, **self._inputs)
+        for name, tensor in inputs.items():
+            self._inputs[name].copy_(tensor, non_blocking=True)
+        self._graph.replay()
+        return self._results
 
 
 # ---------------------------------------------------------------------------- loss balance
@@ -654,12 +737,12 @@ class Balancer:
         self.weights = dict(weights)
         self.decay = decay
         self.total_norm = total_norm
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, float] = {}  # removes the bias of starting the means at zero
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}  # removes the bias of starting the means at zero
 
     def backward(
         self, losses: dict[str, Tensor], output: Tensor, others: Tensor | None = None
-    ) -> dict[str, float]:
+    ) -> dict[str, Tensor]:
         """Send balanced gradients through the model in one backward pass.
 
         `losses`: scalars computed from `output` `[B, 1, T]`, names known to `weights` (any
@@ -667,23 +750,25 @@ class Balancer:
         (commitment, teacher, phones). Losses whose gradient is zero, or which do not depend on
         the output, are harmless. Nothing but the model gets gradients (discriminators do not).
         A non-finite gradient is passed on for StepGuard to see and leaves the means alone.
-        Returns each loss' share of the output gradient's norm in this step.
+        Returns each loss' share of the output gradient's norm in this step, as scalars. Nothing
+        waits for the device.
         """
         gradients = self._gradients(losses, output)
         names = list(gradients)
         local = torch.stack([g.flatten(1).norm(dim=1).mean() for g in gradients.values()])
-        norms = dict(zip(names, local.tolist(), strict=True))
-        self._update(dict(zip(names, all_reduce_mean(local).tolist(), strict=True)))
+        norms = dict(zip(names, local.unbind(), strict=True))
+        self._update(dict(zip(names, all_reduce_mean(local).unbind(), strict=True)))
         scales = self._scales(names)
         total = torch.zeros_like(output, dtype=torch.float32)
         for name in names:
-            total.add_(gradients[name], alpha=scales[name] / output.shape[0])
+            total.addcmul_(gradients[name], scales[name] / output.shape[0])
         tensors, seeds = [output], [total.to(output.dtype)]
         if others is not None and others.requires_grad:
             tensors, seeds = [output, others], [seeds[0], torch.ones_like(others)]
         torch.autograd.backward(tensors, seeds)
         parts = {name: norms[name] * scales[name] for name in names}
-        whole = sum(parts.values()) or 1.0
+        whole = torch.stack(list(parts.values())).sum()
+        whole = torch.where(whole == 0, 1.0, whole)
         return {name: part / whole for name, part in parts.items()}
 
     def _gradients(self, losses: dict[str, Tensor], output: Tensor) -> dict[str, Tensor]:
@@ -701,29 +786,42 @@ class Balancer:
             gradients[name] = (torch.zeros_like(output) if gradient is None else gradient).float()
         return gradients
 
-    def _update(self, norms: dict[str, float]) -> None:
-        if not all(math.isfinite(norm) for norm in norms.values()):
-            return
+    def _update(self, norms: dict[str, Tensor]) -> None:
+        finite = torch.stack(list(norms.values())).isfinite().all()
         for name, norm in norms.items():
+            sums, counts = self._means(name, norm)
             # A loss at exactly zero (not yet started) would pull its mean down, and its first
             # real gradient would arrive many times too large.
-            if norm > 0:
-                self._sums[name] = self.decay * self._sums.get(name, 0.0) + norm
-                self._counts[name] = self.decay * self._counts.get(name, 0.0) + 1.0
+            counts_in = finite & (norm > 0)
+            sums.copy_(torch.where(counts_in, self.decay * sums + norm, sums))
+            counts.copy_(torch.where(counts_in, self.decay * counts + 1.0, counts))
 
-    def _scales(self, names: list[str]) -> dict[str, float]:
+    def _means(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum and count of a loss' norms, where `like` lives."""
+        for store in (self._sums, self._counts):
+            there = store.get(name)
+            if there is None or there.device != like.device:
+                store[name] = torch.full_like(like, 0.0 if there is None else float(there))
+        return self._sums[name], self._counts[name]
+
+    def _scales(self, names: list[str]) -> dict[str, Tensor]:
         whole = sum(self.weights[name] for name in names) or 1.0
         scales = {}
         for name in names:
-            mean = self._sums.get(name, 0.0) / self._counts.get(name, 1.0)
-            scales[name] = self.total_norm * self.weights[name] / whole / mean if mean else 1.0
+            sums, counts = self._sums[name], self._counts[name]
+            scale = self.total_norm * self.weights[name] / whole * counts / sums
+            scales[name] = torch.where(sums > 0, scale, 1.0)
         return scales
 
     def state_dict(self) -> dict:
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+        sums, counts = ({n: float(v) for n, v in d.items()} for d in (self._sums, self._counts))
+        return {"sums": sums, "counts": counts}
 
     def load_state_dict(self, state: dict) -> None:
-        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
+        self._sums, self._counts = (
+            {name: torch.tensor(value) for name, value in state[kind].items()}
+            for kind in ("sums", "counts")
+        )
 
 
 # --------------------------------------------------------------------------------- metrics

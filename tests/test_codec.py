@@ -51,6 +51,11 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def draws(seed=0, codebooks=4, size=64):
+    """From which vectors codes start."""
+    return torch.rand(codebooks, size, generator=generator(seed))
+
+
 def noise(*shape, seed=0, scale=0.3):
     return scale * torch.randn(*shape, generator=generator(seed))
 
@@ -61,7 +66,7 @@ def build(config=SMALL, seed=0):
     model = Codec(config)
     counts = torch.full((4,), config.num_codebooks)
     _, info = model(noise(4, 1, 48 * 480, seed=seed), counts)
-    model.quantizer.update(info, generator(seed))
+    model.quantizer.update(info, draws(seed))
     if config.decoder_head == "patches":
         model.decoder[-1].linear.weight.data.mul_(10)  # as loud as after training
     return model.eval().requires_grad_(False)
@@ -307,9 +312,9 @@ def test_kept_norms_follow_the_codes():
 
     torch.manual_seed(0)
     codebook, other = Codebook(16, 8, 0.5), Codebook(16, 8, 0.5)
-    codebook.initialise(x, generator())
+    codebook.initialise(x, draws()[0])
     check(codebook)
-    codebook.update(x, codebook(x), x, generator())
+    codebook.update(x, codebook(x), x, draws()[0])
     check(codebook)
     other.load_state_dict({"embedding": 3 * codebook.embedding}, strict=False)
     check(other)
@@ -322,13 +327,13 @@ def test_update_is_the_ema_formula():
     torch.manual_seed(0)
     size, dim, decay = 8, 3, 0.9
     codebook = Codebook(size, dim, decay)
-    codebook.initialise(torch.randn(200, dim), generator())
+    codebook.initialise(torch.randn(200, dim), draws()[0])
     counts = codebook.cluster_size.tolist()
     sums = codebook.embedding_sum.clone()
     for step in range(10):
         x = torch.randn(64, dim)
         codes = torch.arange(64) % size  # every code in use: none restarts
-        codebook.update(x, codes, x, generator(step))
+        codebook.update(x, codes, x, draws(step)[0])
         for code in range(size):
             mine = [x[i] for i in range(64) if codes[i] == code]
             counts[code] = decay * counts[code] + (1 - decay) * len(mine)
@@ -342,14 +347,14 @@ def test_update_is_the_ema_formula():
 def test_dead_codes_restart_with_fresh_statistics():
     torch.manual_seed(0)
     codebook = Codebook(8, 3, 0.5)
-    codebook.initialise(torch.randn(200, 3), generator())
+    codebook.initialise(torch.randn(200, 3), draws()[0])
     x = torch.randn(64, 3)
     candidates = torch.randn(32, 3) + 5
     for step in range(20):
         if codebook.cluster_size[7] * 0.5 < 0.1 * codebook.cluster_size.mean():
             break
-        codebook.update(x, torch.arange(64) % 7, candidates, generator(step))
-    codebook.update(x, torch.arange(64) % 7, candidates, generator(99))  # code 7 dies here
+        codebook.update(x, torch.arange(64) % 7, candidates, draws(step)[0])
+    codebook.update(x, torch.arange(64) % 7, candidates, draws(99)[0])  # code 7 dies here
     assert (candidates - codebook.embedding[7]).norm(dim=1).min() < 1e-5
     lived = codebook.cluster_size[:7].mean()
     assert codebook.cluster_size[7] > 0.5 * lived
@@ -365,7 +370,7 @@ def test_codebooks_start_by_kmeans_on_data():
     centres = 20 * torch.eye(4)
     x = centres.repeat(50, 1) + 0.1 * torch.randn(200, 4)
     codebook = Codebook(8, 4, 0.99)
-    codebook.initialise(x, generator(1))
+    codebook.initialise(x, draws(1)[0])
     assert torch.cdist(x, codebook.embedding).min(dim=1).values.max() < 1.0
 
     model = Codec(SMALL)
@@ -373,7 +378,7 @@ def test_codebooks_start_by_kmeans_on_data():
     _, info = model(noise(2, 1, 20 * 480), counts)
     assert not model.quantizer.is_initialised and float(info.commitment.detach()) == 0
     before = [c.embedding.clone() for c in model.quantizer.codebooks]
-    model.quantizer.update(info, generator())
+    model.quantizer.update(info, draws())
     assert model.quantizer.is_initialised
     for old, codebook in zip(before, model.quantizer.codebooks, strict=True):
         assert not torch.equal(old, codebook.embedding)
@@ -425,7 +430,7 @@ def test_averaged_codebooks_fit_the_averaged_encoder(jumps):
         if jumps and step % 10 == 0:
             for book in model.quantizer.codebooks[1:]:
                 book.cluster_size[0] = 0  # as if nothing had come near it for long
-        average.update(model, model.quantizer.update(info, generator(step)))
+        average.update(model, model.quantizer.update(info, draws(step)))
 
     def error(encoder, books):
         hidden = encoder.encoder(encoder._frames(noise(8, 1, 24 * 480, seed=999)))
@@ -487,14 +492,14 @@ def test_quantizer_statistics_and_losses_stay_in_float32_under_autocast():
         estimate, info = model(audio, torch.full((2,), 4))
         assert model.semantic_out(info.semantic).dtype == torch.bfloat16  # it is on
         losses = MelLoss()(estimate, audio), waveform_loss(estimate, audio)
-        model.quantizer.update(info, generator())
+        model.quantizer.update(info, draws())
     assert all(r.dtype == torch.float32 for r in info.residuals)
     assert info.semantic.dtype == info.features.dtype == info.commitment.dtype == torch.float32
     fresh = build()
     for k, book in enumerate(fresh.quantizer.codebooks):
         nearest = torch.cdist(info.residuals[k], book.embedding[None]).argmin(-1)
         assert torch.equal(info.codes[:, k], nearest)
-    fresh.quantizer.update(info, generator())
+    fresh.quantizer.update(info, draws())
     for mine, theirs in zip(fresh.quantizer.buffers(), model.quantizer.buffers(), strict=True):
         assert theirs.dtype == torch.float32 and torch.equal(mine, theirs)
     exact = MelLoss()(estimate.float(), audio), waveform_loss(estimate.float(), audio)
@@ -707,7 +712,8 @@ def train(model, audio, steps, rate=3e-3):
         loss.backward()
         training.average_gradients(model.parameters())
         optimizer.step()
-        model.quantizer.update(info, generator(step))
+        places = draws(step, model.config.num_codebooks, max(model.config.codebook_sizes))
+        model.quantizer.update(info, places)
     return estimate.detach()
 
 

@@ -197,7 +197,7 @@ def test_real_features_are_targets_only():
 def test_the_verdict_shows_a_collapse(judge):
     real, fake = [torch.tensor([2.0, -1.0]), torch.tensor([[4.0]])], [torch.tensor([-3.0, -1.0])]
     fake.append(torch.tensor([[2.0]]))
-    seen = verdict(real, fake)
+    seen = {name: float(value) for name, value in verdict(real, fake).items()}
     assert seen == {
         "disc_real": 2.25, "disc_fake": 0.0, "disc_accuracy": 0.625, "disc_accuracy_weakest": 0.5
     }  # fmt: skip
@@ -208,7 +208,7 @@ def test_the_verdict_shows_a_collapse(judge):
         part.last.parametrizations.weight.original0.data.zero_()  # says its bias, whatever comes
     seen = verdict(collapsed(torch.randn(2, 1, 1200))[0], collapsed(torch.zeros(2, 1, 1200))[0])
     assert seen["disc_accuracy"] == seen["disc_accuracy_weakest"] == 0.5
-    assert seen["disc_real"] == pytest.approx(seen["disc_fake"], abs=1e-6)
+    assert seen["disc_real"] == pytest.approx(float(seen["disc_fake"]), abs=1e-6)
 
 
 def test_one_pass_serves_generator_and_discriminator():

@@ -512,3 +512,16 @@ def test_bad_flags_end_in_one_line(flags, said, capsys):
 def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in refused(capsys, "--plot", "rates.png")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_step_captured_as_a_cuda_graph_says_what_the_eager_one_does(codec):
+    own = Codec(codec.config).eval().requires_grad_(False)
+    own.load_state_dict(codec.state_dict())
+    own.cuda()
+    audio = 0.1 * torch.randn(1, 1, 20 * SAMPLE_RATE // 25, device="cuda")
+    ear, mouth = own.init_encoder_state(1), own.init_decoder_state(1)
+    steps = audio.split(2 * own.config.hop, dim=-1)
+    eager = torch.cat([own.decode_step(own.encode_step(x, ear), mouth) for x in steps], dim=-1)
+    run = e.GraphedStep(own, 2, 8)
+    torch.testing.assert_close(run(audio), eager, rtol=0, atol=1e-4)
