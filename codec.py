@@ -680,7 +680,7 @@ class SplitQuantizer(nn.Module):
             codebook, candidates = self.codebooks[k], gather_candidates(residual)
             if codebook.is_initialised:
                 x, codes = residual.flatten(0, 1), info.codes[:, k].flatten()
-                counted = info.used[:, k].repeat_interleave(residual.shape[1])
+                counted = info.used[:, k, None].expand(residual.shape[:2]).flatten()
                 restarted.append(codebook.update(x, codes, candidates, draws[k], counted, skip))
                 continue
             left = candidates if k < 2 else left

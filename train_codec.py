@@ -754,8 +754,9 @@ def main() -> None:
                 listen_steps, disc_start = phases(args, total_steps)
                 bar.total = total_steps
         if metrics and (step % args.log_every == 0 or step == stop_at):
-            codes = row.pop("codes")
-            row = {name: float(value) for name, value in row.items()} | codebook_metrics(codes)
+            codes = row["codes"]
+            row = {name: float(value) for name, value in row.items() if name != "codes"}
+            row |= codebook_metrics(codes)
             now = time.monotonic()
             throughput = samples_logged * args.window_seconds / (now - last_log)
             skipped = guard.skipped + disc_guard.skipped

@@ -710,7 +710,9 @@ class StepGraph:
             self._results = {}
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=torch.cuda.current_stream()):
+            # Thread-local: the loader's thread goes on pinning memory meanwhile.
+            stream = torch.cuda.current_stream()
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self._results = self.function(mode, **self._inputs)
         for name, tensor in inputs.items():
             self._inputs[name].copy_(tensor, non_blocking=True)
