@@ -716,20 +716,34 @@ def training_batches(
     """
     if batch_size % process.world_size:
         raise UserError(f"--batch_size {batch_size} must divide by {process.world_size} ranks")
-    sampler = ResumableSampler(
-        len(dataset), batch_size // process.world_size, process.rank, process.world_size
+    ResumableSampler(len(dataset), batch_size)  # raises where an epoch holds no batch
+    if epoch < num_epochs and consumed > len(dataset) - batch_size:  # stopped at the epoch's end
+        epoch, consumed = epoch + 1, 0
+    # One loader for all epochs: its workers, started anew, would leave a GPU waiting each time.
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=_epochs_of_batches(
+            len(dataset), batch_size, process, num_epochs, epoch, consumed
+        ),
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=process.device.type == "cuda" and collate is None,
+        prefetch_factor=4 if num_workers else None,
     )
+    for batch in loader:
+        consumed += batch_size
+        yield epoch, consumed, batch
+        if consumed > len(dataset) - batch_size:
+            epoch, consumed = epoch + 1, 0
+
+
+def _epochs_of_batches(
+    items: int, batch_size: int, process: Distributed, num_epochs: int, epoch: int, consumed: int
+) -> Iterator[list[tuple[int, int]]]:
+    """This rank's batches of (epoch, index), from `consumed` samples into `epoch` to the last."""
+    share = batch_size // process.world_size
     for current in range(epoch, num_epochs):
-        sampler.set_epoch(current, consumed)
-        loader = torch.utils.data.DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            num_workers=num_workers,
-            collate_fn=collate,
-            pin_memory=process.device.type == "cuda" and collate is None,
-            prefetch_factor=4 if num_workers else None,
+        yield from ResumableSampler(
+            items, share, process.rank, process.world_size, current, consumed
         )
-        for batch in loader:
-            consumed += batch_size
-            yield current, consumed, batch
         consumed = 0

@@ -434,7 +434,8 @@ def describe(
         f"teacher: {taught}phone labels, {labelled:.1f} h\n"
         f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}\n"
         f"an epoch is {epoch_hours:.1f} h of audio; {args.num_epochs} epochs = {steps} steps = "
-        f"{training.format_hours(total)}{price} at {rate:.0f} audio seconds a second (estimate)",
+        f"{training.format_hours(total)}{price} at {rate:.0f} audio seconds a second "
+        f"({'at most' if args.cuda_graph else 'estimate'})",
         flush=True,
     )
 
@@ -603,7 +604,8 @@ def main() -> None:
         describe(args, model, teacher, clips, hours, total_steps)
         if checkpoint is not None:
             print(f"resuming {checkpoint.path} at step {step}", flush=True)
-    if args.budget_usd is not None and checkpoint is None:
+    # Steps that a CUDA graph replays cost a part of those that were measured: see later.
+    if args.budget_usd is not None and checkpoint is None and not args.cuda_graph:
         dollars = hours * args.usd_per_hour if process.is_main else 1.0
         planned = total_steps
         total_steps = training.affordable_steps(args.budget_usd, planned, dollars)
@@ -741,6 +743,8 @@ def main() -> None:
         step += 1
         samples_logged += args.batch_size
         meter.tick()
+        if args.cuda_graph and take_step.warming:
+            meter.measure_anew()
         bar.update()
         if device.type != "cuda" or step % args.log_every == 0:  # a GPU would be waited for
             for each in (guard, disc_guard):

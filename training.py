@@ -699,6 +699,11 @@ class StepGraph:
         self._inputs: dict[str, Tensor] = {}
         self._results: dict[str, Tensor] = {}
 
+    @property
+    def warming(self) -> bool:
+        """Whether the last call was of those that say nothing of the pace: eager, or captured."""
+        return self._calls <= self.warmup + 1
+
     def __call__(self, mode: object, **inputs: Tensor) -> dict[str, Tensor]:
         if mode != self._mode:
             self._mode, self._calls, self._graph = mode, 0, None
