@@ -56,6 +56,29 @@ lint: $(VENV)/installed-dev
 # bf16 makes the codec's training a third faster on a CPU that multiplies it, and ten times slower on
 # one that does not.
 PRECISION ?= $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
+# The codec's sound and voice: minutes on a GPU, hours on a CPU, which learns less in them.
+RECORDED := data/other $(LANGUAGES:%=data/%)
+ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
+define TEACH_SOUND
+	$(BIN)/python train_codec.py --data_dirs $(RECORDED) --preset tiny --teacher none \
+	  --batch_size 48 --window_seconds 1.5 --epoch_hours 19 --num_epochs 10 --augment_share 0.15 \
+	  --gen_lr 1e-3 --disc_lr 8e-4 --warmup_steps 200 --disc_start 0.75 --mel_weight 2 --lm_rate 0.65 \
+	  --keep_words --init_from runs/codec_listen --num_workers 13 --seed 5 --cuda_graph \
+	  --checkpoint_dir runs/codec_voice
+endef
+else
+define TEACH_SOUND
+	$(BIN)/python train_codec.py --data_dirs $(RECORDED) \
+	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.5 --num_epochs 84 \
+	  --gen_lr 8e-4 --warmup_steps 200 --disc_start 1 --language_temperature 3 --keep_words \
+	  --precision $(PRECISION) --init_from runs/codec_listen --num_workers 1 --seed 1 --checkpoint_dir runs/codec
+	$(BIN)/python train_codec.py --data_dirs $(RECORDED) \
+	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.25 --num_epochs 18 \
+	  --gen_lr 5e-4 --disc_lr 1e-3 --warmup_steps 30 --disc_start 0 --disc_seconds 0.75 \
+	  --mel_weight 2 --language_temperature 3 --decoder_only \
+	  --init_from runs/codec --num_workers 1 --seed 3 --checkpoint_dir runs/codec_voice
+endef
+endif
 # The models in checkpoints/tiny, from nothing; each step resumes when the same line is given again.
 INTENTS := greeting,name,weather,capitals,colours,counting,small_talk,goodbye
 tiny: $(VENV)/installed-dev
@@ -63,17 +86,9 @@ tiny: $(VENV)/installed-dev
 	$(BIN)/python make_conversations.py --clips_dir data --clips_hours 1.8
 	$(BIN)/python train_codec.py --data_dirs $(LANGUAGES:%=data/%/synthetic) \
 	  --preset tiny --batch_size 24 --window_seconds 2 --epoch_hours 1 --num_epochs 40 \
-	  --gen_lr 1e-3 --listen_share 1 --augment_share 0.4 \
+	  --gen_lr 1e-3 --listen_share 1 --augment_share 0.4 --teacher none \
 	  --num_workers 1 --seed 1 --checkpoint_dir runs/codec_listen
-	$(BIN)/python train_codec.py --data_dirs data/other $(LANGUAGES:%=data/%) \
-	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.5 --num_epochs 84 \
-	  --gen_lr 8e-4 --warmup_steps 200 --disc_start 1 --language_temperature 3 --keep_words \
-	  --precision $(PRECISION) --init_from runs/codec_listen --num_workers 1 --seed 1 --checkpoint_dir runs/codec
-	$(BIN)/python train_codec.py --data_dirs data/other $(LANGUAGES:%=data/%) \
-	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.25 --num_epochs 18 \
-	  --gen_lr 5e-4 --disc_lr 1e-3 --warmup_steps 30 --disc_start 0 --disc_seconds 0.75 \
-	  --mel_weight 2 --language_temperature 3 --decoder_only \
-	  --init_from runs/codec --num_workers 1 --seed 3 --checkpoint_dir runs/codec_voice
+	$(TEACH_SOUND)
 	$(BIN)/python train_codec.py --checkpoint_dir runs/codec_voice --export checkpoints/tiny/codec
 	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 3.3 \
 	  --intents $(INTENTS) --exchanges archetypes --output_dir data/conversations/scripted

@@ -39,16 +39,14 @@ class CodecConfig:
     front_dim: int = 192
     encoder_front_blocks: int = 1
     encoder_dim: int = 256
-    encoder_layers: int = 1
-    sound_mels: bool = False  # whether sound, too, is heard as log-mel spectra beside the waveform
-    semantic_mels: int = 80  # bands that the branch for codebook 0 hears, every 10 ms
+    encoder_layers: int = 2
+    num_mels: int = 80  # bands in which both branches of the encoder hear, every 10 ms
     semantic_width: int = 256
     semantic_layers: int = 2
     decoder_front_dim: int = 256
     decoder_front_blocks: int = 2
     decoder_dim: int = 320
-    decoder_layers: int = 2
-    decoder_head: str = "patches"  # of samples, or "spectra" that overlap
+    decoder_layers: int = 3
     num_heads: int = 4
     context: int = 64  # attention window in frames
     kernel: int = 7  # of the ConvNeXt blocks, in front frames
@@ -62,22 +60,18 @@ class CodecConfig:
         object.__setattr__(self, "codebook_sizes", tuple(self.codebook_sizes))
         if self.hop % self.front_stride:
             raise ValueError(f"hop {self.hop} must be a multiple of front_stride")
-        if self.decoder_head not in ("patches", "spectra"):
-            raise ValueError(f"decoder_head {self.decoder_head!r} is neither patches nor spectra")
         if len(self.codebook_sizes) < 2 or min(self.codebook_sizes) < 2:
             raise ValueError("a semantic and at least one acoustic codebook are needed")
 
     @classmethod
     def tiny(cls) -> CodecConfig:
-        """About 7M parameters: streams in a small part of real time on one CPU core."""
-        return cls(sound_mels=True, decoder_head="spectra", encoder_layers=2, decoder_layers=3)
+        """9M parameters: streams in a small part of real time on one CPU core."""
+        return cls()
 
     @classmethod
     def base(cls) -> CodecConfig:
         """67M parameters, 64 codebooks: the full recipe, for one H200. See train_codec.py."""
         return cls(
-            sound_mels=True,
-            decoder_head="spectra",
             front_dim=384,
             encoder_front_blocks=2,
             encoder_dim=512,
@@ -179,13 +173,16 @@ class ConvNeXtBlock(nn.Module):
         return ConvState(batch_size, length, dim, weight.device, weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._block(x, F.pad(x, (0, 0, self.depthwise.kernel_size[0] - 1, 0)))
+        extended = F.pad(x, (0, 0, self.depthwise.kernel_size[0] - 1, 0))
+        return self._block(x, self.depthwise(extended.transpose(1, 2)).transpose(1, 2))
 
     def step(self, x: Tensor, state: ConvState, active: Tensor | None = None) -> Tensor:
-        return self._block(x, state.extend(x, active))
+        # Products and a sum: for so few frames a convolution costs more to set up than to run.
+        windows = state.extend(x, active).unfold(1, self.depthwise.kernel_size[0], 1)
+        weight, bias = self.depthwise.weight[:, 0], self.depthwise.bias
+        return self._block(x, (windows * weight).sum(-1) + bias)
 
-    def _block(self, x: Tensor, extended: Tensor) -> Tensor:
-        y = self.depthwise(extended.transpose(1, 2)).transpose(1, 2)
+    def _block(self, x: Tensor, y: Tensor) -> Tensor:
         return x + self.scale * self.down(F.gelu(self.up(self.norm(y))))
 
 
@@ -336,24 +333,23 @@ def build_encoder(config: CodecConfig) -> Fork:
     """
     c = config
     semantic = [
-        LogMel(c.sample_rate, c.semantic_mels),
-        FrameConv(c.semantic_mels, c.semantic_width, in_frames=c.hop // LogMel.hop),
+        LogMel(c.sample_rate, c.num_mels),
+        FrameConv(c.num_mels, c.semantic_width, in_frames=c.hop // LogMel.hop),
         StreamingTransformer(c.transformer(c.semantic_width, c.semantic_layers)),
     ]
     front = [
         ConvNeXtBlock(c.front_dim, c.kernel, c.expansion) for _ in range(c.encoder_front_blocks)
     ]
-    acoustic = [
+    waveform = [
         FrameConv(c.front_stride, c.front_dim),
         *front,
         FrameConv(c.front_dim, c.encoder_dim, in_frames=c.hop // c.front_stride),
     ]
-    if c.sound_mels:
-        spectra = [
-            LogMel(c.sample_rate, c.semantic_mels),
-            FrameConv(c.semantic_mels, c.encoder_dim, in_frames=c.hop // LogMel.hop),
-        ]
-        acoustic = [SumFork([CausalChain(acoustic), CausalChain(spectra)])]
+    spectra = [
+        LogMel(c.sample_rate, c.num_mels),
+        FrameConv(c.num_mels, c.encoder_dim, in_frames=c.hop // LogMel.hop),
+    ]
+    acoustic = [SumFork([CausalChain(waveform), CausalChain(spectra)])]
     acoustic.append(StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers)))
     return Fork([CausalChain(semantic), CausalChain(acoustic)])
 
@@ -365,18 +361,12 @@ def build_decoder(config: CodecConfig) -> CausalChain:
         ConvNeXtBlock(c.decoder_front_dim, c.kernel, c.expansion)
         for _ in range(c.decoder_front_blocks)
     ]
-    if c.decoder_head == "spectra":
-        head = SpectralHead(c.decoder_front_dim, c.front_stride)
-    else:
-        head = FrameConv(c.decoder_front_dim, c.front_stride)
-        # Start near silence: an output louder than speech would cost the first steps.
-        head.linear.weight.data.mul_(0.1)
     return CausalChain(
         [
             StreamingTransformer(c.transformer(c.decoder_dim, c.decoder_layers)),
             FrameConv(c.decoder_dim, c.decoder_front_dim, out_frames=c.hop // c.front_stride),
             *front,
-            head,
+            SpectralHead(c.decoder_front_dim, c.front_stride),
         ]
     )
 
@@ -506,7 +496,8 @@ class Codebook(nn.Module):
             mine.lerp_(theirs, weight)
             mask = restarted.view(-1, *[1] * (mine.dim() - 1))
             mine.copy_(torch.where(mask, theirs, mine))
-        self.embedding.copy_(self.embedding_sum / self.cluster_size[:, None])
+        codes = self.embedding_sum / self.cluster_size[:, None]
+        self.embedding.copy_(torch.where(weight > 0, codes, self.embedding))  # bit for bit
         self.refresh()
         self.is_initialised = other.is_initialised
 
@@ -889,8 +880,7 @@ def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:
     fields = {
         name: value
         for name, value in dataclasses.asdict(config).items()
-        # A field that is off, as in every codec from before it, leaves their fingerprints alone.
-        if not name.startswith("decoder") and value is not False
+        if not name.startswith("decoder")
     }
     statistics = ("cluster_size", "embedding_sum")
     parts = {

@@ -39,9 +39,15 @@ nothing on two cores, words kept; both cost 1 % more parameters):
     waveform, log-mels      patches              .151   .725  1.24
     waveform, log-mels      spectra, overlapped  .144   .729  1.24  <- tiny and base
 
-`tiny` has discriminators of its own, which see log-mel spectrograms: those of `base`, made narrow
-enough for two cores, told real from decoded no better than chance after 360 steps (--disc_lr 1e-4;
-after 46 with 1e-3), these in 60 % of cases after 75 steps and about 80 % after 1,000.
+On a CPU `tiny` has discriminators of its own, which see log-mel spectrograms: those of `base`,
+narrow enough for two cores, told real from decoded no better than chance after 360 steps (--disc_lr
+1e-4; after 46 with 1e-3), these in 60 % of cases after 75 steps and about 80 % after 1,000. On CUDA
+they are twice as wide (--disc_preset small): 66 % after 2,300 steps, of a far better codec.
+
+A step of `tiny` is some thousand small kernels: an H200 waits for Python. With --cuda_graph the
+whole step is one launch, and nothing in it waits for the host: skipped steps, balancer, codebooks
+and average are decided on the device. There, at batch 32 x 1.5 s without discriminators, 919 audio
+seconds a second became 4,700 to 5,000, the mel error of the first 30 steps the same to 3 digits.
 """
 
 from __future__ import annotations
@@ -109,7 +115,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--num_workers", type=int, default=4)
     more = parser.add_argument_group("advanced")
     more.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto")
-    more.add_argument("--epoch_hours", type=float, default=60.0, help="audio drawn an epoch")
+    more.add_argument(
+        "--epoch_hours", type=float, help="audio drawn an epoch; by default all, 60 at most"
+    )
     more.add_argument("--window_seconds", type=whole_frames, default=2.0, help="length of a clip")
     more.add_argument("--language_temperature", type=float, default=2.0, help="1: by hours")
     more.add_argument("--commercial_only", action="store_true", help="skip non-commercial audio")
@@ -486,7 +494,7 @@ def main() -> None:
     unreadable = Path(args.checkpoint_dir) / "unreadable.txt"
     clips = load_clips(args.data_dirs, "train", args.commercial_only, unreadable)
     held_out = load_clips(args.data_dirs, "validation", args.commercial_only, unreadable)
-    hours = min(args.epoch_hours, sum(clip.duration for clip in clips) / 3600)
+    hours = args.epoch_hours or min(60.0, sum(clip.duration for clip in clips) / 3600)
     steps_per_epoch = max(1, round(hours * 3600 / args.window_seconds / args.batch_size))
     dataset = WindowDataset(
         clips,

@@ -76,7 +76,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--depth_order", choices=("level", "frame"), default="level")
     more.add_argument("--acoustic_delay", type=int, default=0, help="frames")
     more.add_argument("--vocab_size", type=int, default=2048, help="of a new tokenizer, at most")
-    more.add_argument("--epoch_hours", type=float, default=60.0, help="audio drawn an epoch")
+    more.add_argument(
+        "--epoch_hours", type=float, help="audio drawn an epoch; by default all, 60 at most"
+    )
     more.add_argument("--window_seconds", type=float, default=12.0)
     more.add_argument("--listen_share", type=float, default=0.3, help="of the steps, without codes")
     more.add_argument("--depth_fraction", type=float, default=0.25, help="of its patches learnt")
@@ -468,7 +470,7 @@ def main() -> None:
         tokenizer, same_tokens = starting_tokenizer(texts, args.vocab_size, args.init_from)
         config = new_config(args, codec, tokenizer)
     window_hours = args.batch_size * args.window_seconds / 3600
-    steps_per_epoch = max(1, round(min(args.epoch_hours, hours) / window_hours))
+    steps_per_epoch = max(1, round((args.epoch_hours or min(60.0, hours)) / window_hours))
     total_steps = args.num_epochs * steps_per_epoch
     dataset = Conversations(rows, config, tokenizer, args, steps_per_epoch * args.batch_size)
     quiet = argparse.Namespace(**{**vars(args), "emotion_drop": 1.0, "language_drop": 1.0})

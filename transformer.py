@@ -57,20 +57,22 @@ class TransformerConfig:
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE, `[..., head_dim / 2]` float32, for integer positions `[...]`.
+    """Cosines and signed sines of RoPE, `[..., head_dim]` float32, for integer positions `[...]`.
 
-    Angles are taken in float64: after hours at 50 Hz a float32 angle would be off by 0.1 rad.
+    The sines of the first half are negated, as `apply_rotary` wants them. Angles are taken in
+    float64: after hours at 50 Hz a float32 angle would be off by 0.1 rad.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
     angles = positions.to(torch.float64)[..., None] * theta ** (-exponents / head_dim)
-    return angles.cos().float(), angles.sin().float()
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the halves of the last axis of `x` `[B, T, H, D]`; tables `[B or 1, T, 1, D / 2]`."""
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x.dtype)
+    """Rotates the halves of the last axis of `x` `[B, T, H, D]`; tables `[B or 1, T, 1, D]`."""
+    whole = x.float()
+    swapped = torch.roll(whole, x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(whole * cos, swapped, sin).to(x.dtype)
 
 
 @functools.cache
@@ -146,8 +148,8 @@ class TransformerState:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.position = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.slots = torch.arange(batch_size, device=device)[:, None]
         self.ring = torch.arange(capacity, device=device)
+        self.rows = capacity * torch.arange(batch_size, device=device)[:, None]
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Forgets everything in the slots where `mask` `[B]` bool is true (all of them if None)."""
@@ -163,9 +165,9 @@ class _StepPlan:
 
     cos: Tensor
     sin: Tensor
-    index: Tensor  # [B, S] ring places of the new keys
-    mask: Tensor  # [B, 1, S, capacity]
-    active: Tensor | None  # [B, 1, 1, 1]
+    index: Tensor  # [B * S] places of the new keys, among those of all slots
+    mask: Tensor  # [B, 1, S, capacity]: 0, or -inf where a query must not look
+    active: Tensor | None  # [B * S, 1, 1]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -196,14 +198,13 @@ class Attention(nn.Module):
         q, k, v = self.project(x, cos, sin)
         return self.out(windowed_attention(q, k, v, self.config.context).flatten(2))
 
-    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: _StepPlan, slots: Tensor):
+    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: _StepPlan) -> Tensor:
         q, k, v = self.project(x, plan.cos, plan.sin)
-        k, v = k.to(keys.dtype), v.to(values.dtype)
-        if plan.active is not None:  # a slot that is not active keeps what it had
-            k = torch.where(plan.active, k, keys[slots, plan.index])
-            v = torch.where(plan.active, v, values[slots, plan.index])
-        keys[slots, plan.index] = k
-        values[slots, plan.index] = v
+        for cache, new in ((keys, k), (values, v)):
+            places, new = cache.flatten(0, 1), new.flatten(0, 1).to(cache.dtype)
+            if plan.active is not None:  # a slot that is not active keeps what it had
+                new = torch.where(plan.active, new, places[plan.index])
+            places.index_copy_(0, plan.index, new)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
             keys.transpose(1, 2).to(q.dtype),
@@ -242,8 +243,8 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: _StepPlan, slots: Tensor):
-        x = x + self.attention.step(self.attention_norm(x), keys, values, plan, slots)
+    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: _StepPlan) -> Tensor:
+        x = x + self.attention.step(self.attention_norm(x), keys, values, plan)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -289,29 +290,33 @@ class StreamingTransformer(nn.Module):
         return torch.cat([self._step_chunk(chunk, state, active) for chunk in chunks], dim=1)
 
     def _step_chunk(self, x: Tensor, state: TransformerState, active: Tensor | None) -> Tensor:
-        plan = self._plan(x.shape[1], state, active)
+        plan = self._plan(x, state, active)
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
-            x = block.step(x, keys, values, plan, state.slots)
+            x = block.step(x, keys, values, plan)
         advance = x.shape[1] if active is None else active.long() * x.shape[1]
         state.position.add_(advance)
         return self.norm(x)
 
-    def _plan(self, length: int, state: TransformerState, active: Tensor | None) -> _StepPlan:
-        capacity = state.ring.shape[0]
+    def _plan(self, x: Tensor, state: TransformerState, active: Tensor | None) -> _StepPlan:
+        length, capacity = x.shape[1], state.ring.shape[0]
         offsets = torch.arange(length, device=state.ring.device)
         positions = state.position[:, None] + offsets  # [B, S]
         last = positions[:, -1:]
         # The position that each ring place holds once this chunk is written; negative: nothing yet.
         held = last - (last - state.ring) % capacity  # [B, capacity]
         distance = positions[:, :, None] - held[:, None, :]
-        mask = (distance >= 0) & (distance < self.config.context) & (held >= 0)[:, None, :]
+        hidden = (distance < 0) | (distance >= self.config.context) | (held < 0)[:, None, :]
+        # Made a float here: a bool mask would be made one again in every layer.
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
         cos, sin = rotary_tables(
             positions[:, :, None], self.config.head_dim, self.config.rope_theta
         )
         return _StepPlan(
             cos=cos,
             sin=sin,
-            index=positions % capacity,
+            index=(state.rows + positions % capacity).flatten(),
             mask=mask[:, None],
-            active=None if active is None else active[:, None, None, None],
+            active=None if active is None else active[:, None].expand(-1, length).reshape(-1, 1, 1),
         )

@@ -452,6 +452,52 @@ def orthogonal_losses(output, scales):
     return {name: scale * (part**2).mean() for (name, scale), part in pairs}
 
 
+def test_step_guard_watches_without_the_host_and_settles_later():
+    guard, good, bad = StepGuard(max_consecutive=3), torch.tensor(1.0), torch.tensor(math.nan)
+    answers = [float(guard.watch(loss, good)) for loss in (good, bad, bad, good, bad)]
+    assert answers == [0, 1, 1, 0, 1] and guard.skipped == 0
+    guard.settle()
+    assert (guard.skipped, guard.consecutive) == (3, 1)
+    guard.settle()
+    assert guard.skipped == 3
+    guard.watch(good, bad)
+    assert guard.state_dict() == {"skipped": 4, "consecutive": 2}
+    guard.watch(bad, good)
+    with pytest.raises(UserError, match="3 steps in a row were not finite"):
+        guard.settle()
+
+
+def test_a_fused_optimizer_stands_still_where_a_step_is_to_be_skipped():
+    """What train_codec.py builds on: `found_inf`, which GradScaler uses, within the kernel."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], 0.1, fused=True, weight_decay=0.01)
+    weight.grad = torch.full((3,), math.nan)
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(weight.data, torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    plain = torch.nn.Parameter(torch.ones(3))
+    plain.grad = torch.ones(3)
+    torch.optim.AdamW([plain], 0.1, weight_decay=0.01).step()
+    assert torch.allclose(weight, plain)  # the first step, though one was skipped before it
+
+
+def test_a_learning_rate_is_set_in_place_where_a_graph_reads_it():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], 0.1)
+    training.set_learning_rate(optimizer, 0.2)
+    assert optimizer.param_groups[0]["lr"] == 0.2
+    training.make_capturable(optimizer, True, torch.device("cpu"))
+    rate = optimizer.param_groups[0]["lr"]
+    training.set_learning_rate(optimizer, 0.25)
+    assert optimizer.param_groups[0]["lr"] is rate and float(rate) == 0.25
+    training.make_capturable(optimizer, False, torch.device("cpu"))
+    group = optimizer.param_groups[0]
+    assert group["lr"] == 0.25 and not group["capturable"] and isinstance(group["lr"], float)
+
+
 def test_balancer_shares_follow_the_weights_whatever_the_scales():
     torch.manual_seed(0)
     balancer = Balancer({"a": 1.0, "b": 3.0}, total_norm=2.0)
