@@ -58,6 +58,7 @@ import itertools
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,15 @@ UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
 LISTENED = 4  # held-out windows whose sound goes to TensorBoard
 BALANCE = {"waveform": 1.0, "adversarial": 1.0, "features": 2.0}
+
+
+class Mode(NamedTuple):
+    """What kind of step: a CUDA graph holds one kind."""
+
+    listening: bool  # the words' branch alone
+    adversarial: bool
+    codebooks_move: bool
+    codebooks_started: bool
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -646,7 +656,7 @@ def main() -> None:
         )
 
     def learn(
-        mode: tuple[bool, bool, bool, bool],
+        mode: Mode,
         audio: Tensor,
         labels: Tensor,
         counts: Tensor,
@@ -656,19 +666,17 @@ def main() -> None:
     ) -> dict[str, Tensor]:
         """One step: everything that the device does; gives what there is to log, as tensors.
 
-        `mode`: whether it listens only, with discriminators, moving the codebooks, which have
-        started. Nothing here waits for the device, once they have.
+        Nothing here waits for the device, but for the start of the codebooks.
         """
-        listening, adversarial, settled, _ = mode
         # Generator: balanced losses on the waveform, the rest beside them.
-        if listening:
+        if mode.listening:
             info, losses = model.hear(audio), {}
         else:
             estimate, info, losses = training_losses(model, mel, audio, counts, cast)
             if taught is not None and args.ssl_loss_weight:
                 losses["ssl"] = teachers.ssl_loss(teacher(estimate), taught[0])
         row = {}
-        if adversarial:
+        if mode.adversarial:
             # One pass serves both sides: nothing changes the judges before their own step below.
             with cast:
                 fake_logits, fake_features = disc(estimate.index_select(-1, part))
@@ -686,7 +694,7 @@ def main() -> None:
             others = others + args.teacher_weight * distillation
             row["distillation"] = distillation
         optimizer.zero_grad(set_to_none=True)
-        if listening:
+        if mode.listening:
             others.backward()
         else:
             shares = balancer.backward(losses, estimate, others)
@@ -697,13 +705,13 @@ def main() -> None:
         optimizer.found_inf = guard.watch(sum(losses.values()) + others, norm)
         optimizer.step()
         restarted = []
-        if settled:
+        if mode.codebooks_move:
             restarted = model.quantizer.update(info, draws, args.keep_words, optimizer.found_inf)
         if average:
             average.update(model, restarted, optimizer.found_inf)
 
         # Discriminator, on the same reconstruction.
-        if adversarial:
+        if mode.adversarial:
             disc_loss = discriminator.discriminator_loss(real_logits, fake_logits)
             disc_optimizer.zero_grad(set_to_none=True)
             disc_loss.backward(inputs=list(disc.parameters()))  # and not through the codec
@@ -745,7 +753,7 @@ def main() -> None:
             with torch.no_grad():
                 reference = teacher(inputs["audio"])
             inputs["taught"] = (reference, teacher.target(reference), None)
-        mode = (listening, adversarial, settled, model.quantizer.is_initialised)
+        mode = Mode(listening, adversarial, settled, model.quantizer.is_initialised)
         row = take_step(mode, **inputs)
 
         step += 1

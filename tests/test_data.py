@@ -441,3 +441,32 @@ def test_a_loader_resumes_over_epochs_with_workers(tmp_path):
 def test_an_epoch_smaller_than_a_batch_is_refused():
     with pytest.raises(training.UserError, match="smaller than one batch"):
         data.ResumableSampler(5, 4, world_size=2)
+
+
+class Numbers(torch.utils.data.Dataset):
+    """Items that say which they are."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, key):
+        return torch.tensor(key)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_go_on_over_epochs_from_any_place(workers):
+    """One loader for all epochs: what a run that stopped anywhere has still to come."""
+
+    def batches(*start):
+        alone = training.Distributed(0, 1, 0, torch.device("cpu"))
+        found = data.training_batches(Numbers(), 4, workers, alone, 3, *start)
+        return [(epoch, consumed, batch.tolist()) for epoch, consumed, batch in found]
+
+    whole = batches()
+    assert [(epoch, consumed) for epoch, consumed, _ in whole] == [
+        (0, 4), (0, 8), (1, 4), (1, 8), (2, 4), (2, 8)
+    ]  # fmt: skip
+    for epoch, consumed, batch in whole:
+        assert batch == [[epoch, index] for index in range(consumed - 4, consumed)]
+    for done, (epoch, consumed, _) in enumerate(whole, start=1):
+        assert batches(epoch, consumed) == whole[done:]
