@@ -26,7 +26,12 @@ from torch import Tensor, nn
 
 import training
 from training import UserError, fingerprint, load_checkpoint
-from transformer import StreamingTransformer, TransformerConfig, TransformerState
+from transformer import (
+    StreamingTransformer,
+    TransformerConfig,
+    TransformerState,
+    stream_wide_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -722,6 +727,8 @@ class Codec(nn.Module):
         model = cls(codec_config(checkpoint.config, path))
         model.load_tensors(checkpoint.tensors, path)
         model._stored_fingerprint = codec_fingerprint(model.config, checkpoint.tensors)
+        if torch.device(device).type == "cpu":
+            stream_wide_weights(model)
         return model.to(device).eval().requires_grad_(False)
 
     def load_tensors(self, tensors: dict[str, Tensor], path: str | Path) -> None:

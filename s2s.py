@@ -23,7 +23,12 @@ from torch import Tensor, nn
 
 import training
 from training import UserError, load_checkpoint
-from transformer import StreamingTransformer, TransformerConfig, TransformerState
+from transformer import (
+    StreamingTransformer,
+    TransformerConfig,
+    TransformerState,
+    stream_wide_weights,
+)
 
 PAD = 0  # text id of "no token in this patch"
 IGNORE = -100  # a label that is not known
@@ -191,6 +196,7 @@ class S2SState:
         c, device = model.config, model.text_embedding.weight.device
         self.temporal: TransformerState = model.temporal.init_state(batch_size, max_chunk=1)
         self.depth: TransformerState = model.depth.init_state(batch_size, max_chunk=1)
+        self.depth_plans = model.depth.plans(self.depth, len(model.schedule))
         self.agent = torch.full(
             (batch_size, c.frames_per_step, c.num_codebooks), IGNORE, device=device
         )
@@ -334,6 +340,8 @@ class S2S(nn.Module):
         if checkpoint.tokenizer is None:
             raise UserError(f"{path}: tokenizer.json is missing; copy the whole folder again")
         model.tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
+        if torch.device(device).type == "cpu":
+            stream_wide_weights(model)
         return model.to(device).eval().requires_grad_(False)
 
     def load_tensors(self, tensors: dict[str, Tensor], path: str | Path) -> None:
@@ -503,13 +511,12 @@ class S2S(nn.Module):
     def _write_patch(self, hidden, text, state: S2SState, sampling: Sampling) -> Tensor:
         """The depth transformer's steps: codes `[B, p, K]`, each drawn given those before."""
         codes = torch.zeros_like(state.agent)
-        state.depth.reset()
         told = self.depth_text(text)
         for step, places in enumerate(self.schedule):
             x = self.depth_context[step](hidden) + told
             if step:
                 x = x + self._depth_codes(codes, step - 1)
-            out = self.depth.step(x[:, None], state.depth)[:, 0]
+            out = self.depth.step_by(x[:, None], state.depth, state.depth_plans[step])[:, 0]
             for (f, k), logits in zip(places, self.depth_heads(out, step), strict=True):
                 codes[:, f, k] = draw(logits, sampling.temperature, sampling.top_k, state.generator)
         return codes

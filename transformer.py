@@ -68,11 +68,16 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which costs a streaming step too much where nothing changes."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the halves of the last axis of `x` `[B, T, H, D]`; tables `[B or 1, T, 1, D]`."""
-    whole = x.float()
+    whole = _as(x, torch.float32)
     swapped = torch.roll(whole, x.shape[-1] // 2, dims=-1)
-    return torch.addcmul(whole * cos, swapped, sin).to(x.dtype)
+    return _as(torch.addcmul(whole * cos, swapped, sin), x.dtype)
 
 
 @functools.cache
@@ -160,7 +165,7 @@ class TransformerState:
 
 
 @dataclass
-class _StepPlan:
+class StepPlan:
     """What every layer of one step shares."""
 
     cos: Tensor
@@ -174,7 +179,7 @@ class RMSNorm(nn.RMSNorm):
     """With weights in the input's precision: under autocast mixed ones have no fused kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, _as(self.weight, x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -198,17 +203,17 @@ class Attention(nn.Module):
         q, k, v = self.project(x, cos, sin)
         return self.out(windowed_attention(q, k, v, self.config.context).flatten(2))
 
-    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: _StepPlan) -> Tensor:
+    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: StepPlan) -> Tensor:
         q, k, v = self.project(x, plan.cos, plan.sin)
         for cache, new in ((keys, k), (values, v)):
-            places, new = cache.flatten(0, 1), new.flatten(0, 1).to(cache.dtype)
+            places, new = cache.flatten(0, 1), _as(new.flatten(0, 1), cache.dtype)
             if plan.active is not None:  # a slot that is not active keeps what it had
                 new = torch.where(plan.active, new, places[plan.index])
             places.index_copy_(0, plan.index, new)
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2),
-            keys.transpose(1, 2).to(q.dtype),
-            values.transpose(1, 2).to(q.dtype),
+            _as(keys.transpose(1, 2), q.dtype),
+            _as(values.transpose(1, 2), q.dtype),
             attn_mask=plan.mask,
             enable_gqa=self.config.kv_heads != self.config.num_heads,
         )
@@ -243,7 +248,7 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: _StepPlan) -> Tensor:
+    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: StepPlan) -> Tensor:
         x = x + self.attention.step(self.attention_norm(x), keys, values, plan)
         return x + self.ffn(self.ffn_norm(x))
 
@@ -279,6 +284,26 @@ class StreamingTransformer(nn.Module):
         weight = self.blocks[0].attention.out.weight
         return TransformerState(self.config, batch_size, max_chunk, weight.device, weight.dtype)
 
+    def plans(self, state: TransformerState, steps: int) -> list[StepPlan]:
+        """What `step_by` needs for positions 0 … `steps` - 1, one at a time."""
+        plans = []
+        state.reset()
+        for _ in range(steps):
+            plans.append(self._plan(1, self.norm.weight.dtype, state, None))
+            state.position.add_(1)
+        state.reset()
+        return plans
+
+    def step_by(self, x: Tensor, state: TransformerState, plan: StepPlan) -> Tensor:
+        """The positions `[B, S, D]` → `[B, S, D]` that `plan` is for; those before it just done.
+
+        For sequences that begin anew over and over, where making the plan would take as long as the
+        step. `state` need not be reset: a plan sees what its own sequence has written, no more.
+        """
+        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
+            x = block.step(x, keys, values, plan)
+        return self.norm(x)
+
     def step(self, x: Tensor, state: TransformerState, active: Tensor | None = None) -> Tensor:
         """Continues each slot by the chunk `x` `[B, S, D]` → `[B, S, D]`; `state` moves on.
 
@@ -290,15 +315,17 @@ class StreamingTransformer(nn.Module):
         return torch.cat([self._step_chunk(chunk, state, active) for chunk in chunks], dim=1)
 
     def _step_chunk(self, x: Tensor, state: TransformerState, active: Tensor | None) -> Tensor:
-        plan = self._plan(x, state, active)
-        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
-            x = block.step(x, keys, values, plan)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        y = self.step_by(x, state, self._plan(x.shape[1], dtype, state, active))
         advance = x.shape[1] if active is None else active.long() * x.shape[1]
         state.position.add_(advance)
-        return self.norm(x)
+        return y
 
-    def _plan(self, x: Tensor, state: TransformerState, active: Tensor | None) -> _StepPlan:
-        length, capacity = x.shape[1], state.ring.shape[0]
+    def _plan(
+        self, length: int, dtype: torch.dtype, state: TransformerState, active: Tensor | None
+    ) -> StepPlan:
+        capacity = state.ring.shape[0]
         offsets = torch.arange(length, device=state.ring.device)
         positions = state.position[:, None] + offsets  # [B, S]
         last = positions[:, -1:]
@@ -307,16 +334,25 @@ class StreamingTransformer(nn.Module):
         distance = positions[:, :, None] - held[:, None, :]
         hidden = (distance < 0) | (distance >= self.config.context) | (held < 0)[:, None, :]
         # Made a float here: a bool mask would be made one again in every layer.
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
         cos, sin = rotary_tables(
             positions[:, :, None], self.config.head_dim, self.config.rope_theta
         )
-        return _StepPlan(
+        return StepPlan(
             cos=cos,
             sin=sin,
             index=(state.rows + positions % capacity).flatten(),
             mask=mask[:, None],
             active=None if active is None else active[:, None].expand(-1, length).reshape(-1, 1, 1),
         )
+
+
+def stream_wide_weights(model: nn.Module) -> None:
+    """Lays the weights of layers that widen out column by column, for steps on a CPU.
+
+    A product of one or two rows only reads the weights, and reads these two to three times as fast:
+    shapes and values stay. Columns that are longer than rows are left as they are.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear) and layer.out_features > layer.in_features:
+            layer.weight.data = layer.weight.data.t().contiguous().t()

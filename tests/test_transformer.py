@@ -1,12 +1,18 @@
 """The cached transformer against the offline one, and the offline one against a slow loop."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch.nn.functional import silu
 
-from transformer import StreamingTransformer, TransformerConfig, windowed_attention
+from transformer import (
+    StreamingTransformer,
+    TransformerConfig,
+    stream_wide_weights,
+    windowed_attention,
+)
 
 CONTEXT = 8
 
@@ -152,3 +158,29 @@ def test_hours_into_a_call(model):
 def test_config_refuses_nonsense(sizes):
     with pytest.raises(ValueError):
         TransformerConfig(**{"dim": 32, "num_layers": 1, "num_heads": 4, "context": 8, **sizes})
+
+
+@torch.no_grad()
+def test_steps_by_plans_are_steps_from_a_reset(model):
+    """Sequence after sequence, without a reset: nothing of the one before is seen."""
+    length = 5
+    state, fresh = model.init_state(2, max_chunk=1), model.init_state(2, max_chunk=1)
+    plans = model.plans(state, length)
+    for seed in range(3):
+        x = torch.randn(2, length, model.config.dim, generator=torch.Generator().manual_seed(seed))
+        fresh.reset()
+        for i, plan in enumerate(plans):
+            expected = model.step(x[:, i : i + 1], fresh)
+            assert torch.equal(model.step_by(x[:, i : i + 1], state, plan), expected)
+
+
+@torch.no_grad()
+def test_streamed_weights_are_the_same_weights(model):
+    wide = copy.deepcopy(model)
+    stream_wide_weights(wide)
+    assert not wide.blocks[0].ffn.gate_up.weight.is_contiguous()
+    assert wide.blocks[0].ffn.down.weight.is_contiguous()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(wide.state_dict()[name], weight)
+    x = torch.randn(2, 3, model.config.dim)
+    torch.testing.assert_close(wide(x), model(x), atol=1e-5, rtol=1e-5)
