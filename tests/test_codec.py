@@ -605,7 +605,8 @@ def test_an_export_comes_back(model, tmp_path):
     rounded.load_state_dict(model.export_tensors(), strict=False)
     codes = loaded.encode(audio, 4)
     assert torch.equal(codes, rounded.encode(audio, 4))
-    assert torch.equal(loaded.decode(codes), rounded.decode(codes))
+    # Its weights lie in another order in memory, and are summed in it.
+    torch.testing.assert_close(loaded.decode(codes), rounded.decode(codes), atol=1e-6, rtol=1e-5)
 
 
 def test_fingerprint_names_what_codes_mean(model):
@@ -732,7 +733,7 @@ def test_one_batch_is_learnt():
     audio = sum(torch.sin(2 * math.pi * k * pitch * time) / k for k in (1, 2, 3))[:, None] * 0.2
     sizes = {"encoder_dim": 32, "decoder_dim": 32, "front_dim": 32}
     model = Codec(dataclasses.replace(SMALL, codebook_sizes=(64,) * 4, **sizes))
-    train(model, audio, 300)
+    train(model, audio, 500)
     train(model, audio, 300, rate=5e-4)
     decoded = model.eval().decode(model.encode(audio, 4))
     snr = 10 * torch.log10(audio.square().sum() / (decoded - audio).square().sum())
