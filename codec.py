@@ -30,7 +30,7 @@ from transformer import (
     StreamingTransformer,
     TransformerConfig,
     TransformerState,
-    stream_wide_weights,
+    stream_weights,
 )
 
 
@@ -728,7 +728,7 @@ class Codec(nn.Module):
         model.load_tensors(checkpoint.tensors, path)
         model._stored_fingerprint = codec_fingerprint(model.config, checkpoint.tensors)
         if torch.device(device).type == "cpu":
-            stream_wide_weights(model)
+            stream_weights(model)
         return model.to(device).eval().requires_grad_(False)
 
     def load_tensors(self, tensors: dict[str, Tensor], path: str | Path) -> None:

@@ -27,7 +27,7 @@ from transformer import (
     StreamingTransformer,
     TransformerConfig,
     TransformerState,
-    stream_wide_weights,
+    stream_weights,
 )
 
 PAD = 0  # text id of "no token in this patch"
@@ -341,7 +341,7 @@ class S2S(nn.Module):
             raise UserError(f"{path}: tokenizer.json is missing; copy the whole folder again")
         model.tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
         if torch.device(device).type == "cpu":
-            stream_wide_weights(model)
+            stream_weights(model)
         return model.to(device).eval().requires_grad_(False)
 
     def load_tensors(self, tensors: dict[str, Tensor], path: str | Path) -> None:

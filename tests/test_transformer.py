@@ -5,12 +5,14 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import silu
 
 from transformer import (
+    StreamedLinear,
     StreamingTransformer,
     TransformerConfig,
-    stream_wide_weights,
+    stream_weights,
     windowed_attention,
 )
 
@@ -175,12 +177,30 @@ def test_steps_by_plans_are_steps_from_a_reset(model):
 
 
 @torch.no_grad()
-def test_streamed_weights_are_the_same_weights(model):
-    wide = copy.deepcopy(model)
-    stream_wide_weights(wide)
-    assert not wide.blocks[0].ffn.gate_up.weight.is_contiguous()
-    assert wide.blocks[0].ffn.down.weight.is_contiguous()
-    for name, weight in model.state_dict().items():
-        assert torch.equal(wide.state_dict()[name], weight)
-    x = torch.randn(2, 3, model.config.dim)
-    torch.testing.assert_close(wide(x), model(x), atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("bias", [True, False])
+def test_streamed_weights_are_the_same_weights(bias):
+    """Exact halves are packed, others laid out by columns; long inputs go the ordinary way."""
+    torch.manual_seed(0)
+    wide, narrow = nn.Linear(32, 96, bias=bias), nn.Linear(96, 32, bias=bias)
+    plain = nn.Sequential(wide, nn.ModuleList([narrow]))
+    plain[0].half().float()
+    fast = copy.deepcopy(plain)
+    stream_weights(fast)
+    packs = "fbgemm" in torch.backends.quantized.supported_engines
+    assert isinstance(fast[0], StreamedLinear) == packs
+    assert not isinstance(fast[1][0], StreamedLinear)
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(fast.state_dict()[name], weight)
+    for rows in (1, 2, StreamedLinear.FEW_ROWS + 1):
+        x = torch.randn(1, rows, 32)
+        torch.testing.assert_close(fast[0](x), plain[0](x), atol=1e-5, rtol=1e-5)
+        x = torch.randn(1, rows, 96)
+        torch.testing.assert_close(fast[1][0](x), plain[1][0](x), atol=1e-5, rtol=1e-5)
+
+
+def test_streamed_weights_without_packing_are_laid_out_by_columns(monkeypatch):
+    monkeypatch.delattr(torch, "fbgemm_linear_fp16_weight_fp32_activation", raising=False)
+    model = nn.Sequential(nn.Linear(32, 96), nn.Linear(96, 32)).half().float()
+    stream_weights(model)
+    assert not any(isinstance(layer, StreamedLinear) for layer in model)
+    assert not model[0].weight.is_contiguous() and model[1].weight.is_contiguous()
