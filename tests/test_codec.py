@@ -20,6 +20,7 @@ from codec import (
     LogMel,
     MelLoss,
     SpectralHead,
+    SpectralLoss,
     codec_fingerprint,
     count_parameters,
     si_sdr,
@@ -537,6 +538,42 @@ def test_compiled_layers_are_the_eager_ones():
 
 
 # -- losses ------------------------------------------------------------------------------------
+
+
+def test_spectral_loss_against_torchaudio():
+    estimate, target = noise(2, 1, 9600, seed=1), noise(2, 1, 9600, seed=2)
+    expected = []
+    for window in (2048, 1024, 512):
+        spectrogram = torchaudio.transforms.Spectrogram(window, hop_length=window // 4, power=1.0)
+        scale = torch.hann_window(window).sum()
+        a, b = (torch.log10(spectrogram(x[:, 0]) / scale + 1e-4) for x in (estimate, target))
+        expected.append((a - b).abs().mean())
+    spectral = SpectralLoss()
+    torch.testing.assert_close(
+        spectral(estimate, target), torch.stack(expected).mean(), rtol=1e-3, atol=0
+    )
+    assert float(spectral(target, target)) == 0
+    silence = torch.zeros(1, 1, 4800, requires_grad=True)
+    spectral(silence, target[:1, :, :4800]).backward()
+    assert silence.grad.isfinite().all()
+
+
+def test_single_bins_tell_harmonics_from_noise_in_the_same_bands():
+    """A voice at 200 Hz, of which only 3 to 8 kHz are left, beside noise there."""
+    hertz = torch.arange(12_001)
+    inside = (hertz > 2900) & (hertz < 7900)
+
+    def hiss(seed: int) -> torch.Tensor:
+        sound = torch.fft.irfft(torch.fft.rfft(noise(1, 1, 24_000, seed=seed)) * inside)
+        return 0.1 * sound / sound.std()
+
+    time = torch.arange(24_000) / 24_000
+    voice = sum(torch.sin(2 * math.pi * 200 * k * time + k * k) for k in range(15, 40))
+    voice = 0.1 * voice[None, None] / voice.std()
+    spectral, mel = (
+        float(loss(hiss(3), voice) / loss(hiss(3), hiss(4))) for loss in (SpectralLoss(), MelLoss())
+    )
+    assert spectral > 2 and spectral > mel
 
 
 def test_mel_loss_against_torchaudio():

@@ -171,6 +171,8 @@ def test_a_run_says_what_it_will_do_and_logs_what_it_did(whole_run):
     assert steps[-1]["mel"] < steps[2]["mel"] and steps[-1]["phones"] < steps[0]["phones"]
     assert [row["step"] for row in rows if "validation_mel_8" in row] == [4, 8]
     assert all("adversarial" not in row for row in steps)
+    assert steps[-1]["spectral"] < steps[2]["spectral"] and 0 < steps[-1]["share_spectral"] < 1
+    assert "validation_spectral_8" in rows[-1]
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(corpus, whole_run, tmp_path, capsys):
