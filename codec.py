@@ -919,45 +919,11 @@ class PhoneHead(nn.Module):
         return self.layers(semantic.transpose(1, 2)).transpose(1, 2)
 
 
-class MelLoss(nn.Module):
-    """Multi-scale log-mel L1 distance in fp32, after DAC (Kumar et al. 2023, section 3.4)."""
-
-    def __init__(
-        self,
-        sample_rate: int = 24_000,
-        windows: tuple[int, ...] = (2048, 1024, 512, 256, 128),
-        mels: tuple[int, ...] = (128, 96, 64, 32, 16),
-        floor: float = 1e-3,
-    ) -> None:
-        super().__init__()
-        self.windows, self.floor = windows, floor
-        for window, bands in zip(windows, mels, strict=True):
-            filters = torchaudio.functional.melscale_fbanks(
-                window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate
-            )
-            self.register_buffer(f"filters_{window}", filters, persistent=False)
-            self.register_buffer(f"window_{window}", torch.hann_window(window), persistent=False)
-
-    def forward(self, estimate: Tensor, target: Tensor) -> Tensor:
-        """Audio `[B, 1, T]` twice → a scalar, the mean over scales."""
-        with torch.autocast(estimate.device.type, enabled=False):
-            both = torch.cat((estimate.float(), target.float()))[:, 0]
-            return torch.stack([self._scale(both, window) for window in self.windows]).mean()
-
-    def _scale(self, both: Tensor, window: int) -> Tensor:
-        magnitude = _magnitudes(both, getattr(self, f"window_{window}"))
-        mel = torch.log10(
-            (magnitude @ getattr(self, f"filters_{window}")).clamp(min=0) + self.floor
-        )
-        estimate, target = mel.chunk(2)
-        return F.l1_loss(estimate, target)
-
-
 class SpectralLoss(nn.Module):
     """Multi-scale L1 distance of log magnitudes in fp32, bin by bin (Yamamoto et al. 2020, eq. 5).
 
-    Bands of mels are wider than the distance of two harmonics from about 2 kHz on, and cannot tell
-    a voice from noise there; bins of the longer windows can.
+    From about 2 kHz on bands of mels are wider than the distance of two harmonics, and cannot tell
+    a voice from noise; single bins of long windows can.
     """
 
     def __init__(self, windows: tuple[int, ...] = (2048, 1024, 512), floor: float = 1e-4) -> None:
@@ -973,18 +939,36 @@ class SpectralLoss(nn.Module):
             return torch.stack([self._scale(both, window) for window in self.windows]).mean()
 
     def _scale(self, both: Tensor, window: int) -> Tensor:
-        magnitude = _magnitudes(both, getattr(self, f"window_{window}"))
-        estimate, target = torch.log10(magnitude + self.floor).chunk(2)
+        taper = getattr(self, f"window_{window}")
+        spectrum = torch.stft(both, window, window // 4, window=taper, return_complex=True)
+        power = spectrum.real.square() + spectrum.imag.square()
+        magnitude = (power + 1e-9).sqrt().transpose(1, 2) / taper.sum()  # [2 B, frames, bins]
+        estimate, target = torch.log10(self._bands(magnitude, window) + self.floor).chunk(2)
         return F.l1_loss(estimate, target)
 
+    def _bands(self, magnitude: Tensor, window: int) -> Tensor:
+        return magnitude
 
-def _magnitudes(audio: Tensor, taper: Tensor) -> Tensor:
-    """Audio `[B, T]` → magnitudes `[B, frames, bins]`, hop a quarter of the window; a sine of
-    amplitude 1 has 0.5."""
-    size = taper.shape[0]
-    spectrum = torch.stft(audio, size, size // 4, window=taper, return_complex=True)
-    power = spectrum.real.square() + spectrum.imag.square()
-    return (power + 1e-9).sqrt().transpose(1, 2) / taper.sum()
+
+class MelLoss(SpectralLoss):
+    """The same over bands of mels, after DAC (Kumar et al. 2023, section 3.4)."""
+
+    def __init__(
+        self,
+        sample_rate: int = 24_000,
+        windows: tuple[int, ...] = (2048, 1024, 512, 256, 128),
+        mels: tuple[int, ...] = (128, 96, 64, 32, 16),
+        floor: float = 1e-3,
+    ) -> None:
+        super().__init__(windows, floor)
+        for window, bands in zip(windows, mels, strict=True):
+            filters = torchaudio.functional.melscale_fbanks(
+                window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate
+            )
+            self.register_buffer(f"filters_{window}", filters, persistent=False)
+
+    def _bands(self, magnitude: Tensor, window: int) -> Tensor:
+        return (magnitude @ getattr(self, f"filters_{window}")).clamp(min=0)
 
 
 def waveform_loss(estimate: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
