@@ -360,16 +360,15 @@ class StreamedLinear(nn.Linear):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
-        self.few = self.FEW_ROWS * layer.in_features
         self.offset = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.data
         # Both functions are deprecated; `quantized.linear_dynamic_fp16` costs 15 µs more a call.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self.packed = torch.fbgemm_pack_gemm_matrix_fp16(layer.weight.data)
-            self(layer.weight.new_zeros(1, layer.in_features))  # it warns once
+            self(layer.weight.new_zeros(1, layer.in_features))  # each warns once a process
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() > self.few or x.dtype != torch.float32 or not x.is_cpu:
+        if x.numel() > self.FEW_ROWS * self.in_features or x.dtype != torch.float32 or not x.is_cpu:
             return super().forward(x)
         return torch.fbgemm_linear_fp16_weight_fp32_activation(x, self.packed, self.offset)
 
