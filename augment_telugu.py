@@ -53,6 +53,7 @@ import soxr
 import torch
 
 import speech
+from command import UserError, run
 from data import (
     MANIFEST,
     SAMPLE_RATE,
@@ -66,7 +67,7 @@ from data import (
     write_manifest,
 )
 from make_conversations import LICENSES, Made, draw_noise, run_parts
-from training import UserError, run, setup_distributed
+from training import setup_distributed
 
 GOAL_HOURS = 2000.0
 SPEEDS = (0.9, 1.1)

@@ -25,7 +25,8 @@ import torchaudio
 from torch import Tensor, nn
 
 import training
-from training import UserError, fingerprint, load_checkpoint
+from command import UserError
+from training import fingerprint, load_checkpoint
 from transformer import (
     StreamingTransformer,
     TransformerConfig,

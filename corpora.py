@@ -25,6 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
+from command import UserError
 from fetching import (
     FILE_THREADS,
     GIGABYTE,
@@ -49,7 +50,6 @@ from fetching import (
     unpack_deb,
     write_bytes,
 )
-from training import UserError
 
 RECORD = "corpus.json"
 UNREADABLE = "unreadable.txt"

@@ -22,7 +22,8 @@ import soundfile
 import soxr
 import torch
 
-from training import Distributed, UserError, item_rng
+from command import UserError
+from training import Distributed, item_rng
 
 SAMPLE_RATE = 24000
 HOP = 480

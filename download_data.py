@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import fetching
-import training
+from command import UserError, run
 from corpora import (
     Absent,
     Archive,
@@ -50,7 +50,6 @@ from corpora import (
     read_record,
 )
 from fetching import FILE_THREADS, GIGABYTE
-from training import UserError
 
 GOAL_HOURS = 2000  # the plan's, a language
 PLAN_DISK_GB = 500  # the plan's network volume
@@ -1118,4 +1117,4 @@ def report(corpora: list[Corpus], arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

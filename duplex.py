@@ -25,9 +25,9 @@ import soxr
 import torch
 
 from codec import Codec
+from command import UserError
 from data import SAMPLE_RATE
 from s2s import PAD, S2S, Sampling
-from training import UserError
 
 LEVEL_SECONDS = 0.005
 MAX_QUEUED_PATCHES = 3

@@ -51,6 +51,7 @@ import hold_out
 import phone_probe
 import training
 from codec import Codec, CodecConfig, si_sdr
+from command import UserError, run
 from data import (
     LANGUAGES,
     SAMPLE_RATE,
@@ -62,7 +63,7 @@ from data import (
     read_audio,
     write_audio,
 )
-from training import PLAN_BUDGET_USD, UserError
+from training import PLAN_BUDGET_USD
 
 HERE = Path(__file__).resolve().parent
 SPOKEN = tuple(language for language in LANGUAGES if language != "other")
@@ -683,9 +684,9 @@ def real_time_factors(codec: Codec, against_mimi: bool = False, rounds: int = TI
 
 def _timed(runs: dict[str, Callable], audio: torch.Tensor) -> dict[str, tuple[float, float]]:
     times = {}
-    for name, run in runs.items():
+    for name, encode in runs.items():
         wall, cpu = time.perf_counter(), time.process_time()
-        run(audio)
+        encode(audio)
         if audio.is_cuda:
             torch.cuda.synchronize(audio.device)
         times[name] = time.perf_counter() - wall, time.process_time() - cpu
@@ -1187,4 +1188,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

@@ -46,6 +46,7 @@ from tqdm import tqdm
 import hold_out
 import speech
 from codec import Codec
+from command import UserError, run
 from data import SAMPLE_RATE, SPLITS, write_audio
 from duplex import (
     QUIET_DBFS,
@@ -72,7 +73,6 @@ from make_conversations import (
     user_voices,
 )
 from s2s import PAD, S2S, Sampling
-from training import UserError, run
 
 HERE = Path(__file__).resolve().parent
 LEAD_IN_SECONDS = 0.5

@@ -35,7 +35,7 @@ import urllib3
 from tqdm import tqdm
 
 import data
-from training import UserError
+from command import UserError
 
 # Seconds to wait before try 2, 3, …, counted from the last byte that arrived: half an hour in all.
 BACK_OFF_S = (1, 2, 4, 8, 15, 30) + (60,) * 29

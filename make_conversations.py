@@ -39,6 +39,7 @@ from tqdm import tqdm
 
 import speech
 from codec import Codec
+from command import UserError, run
 from data import (
     EMOTIONS,
     HOP,
@@ -52,7 +53,6 @@ from data import (
     write_audio,
     write_manifest,
 )
-from training import UserError, run
 
 SPOKEN = tuple(language for language in LANGUAGES if language != "other")
 INFO_FILE = "samvad.json"

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codec import Codec
+from command import UserError
 from data import FRAME_SECONDS, SAMPLE_RATE, AudioError, Clip, frame_labels, read_audio
 from speech import PHONES, SILENCE
-from training import UserError
 
 MAX_DELAY = 8  # frames
 

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import training
-from training import UserError, load_checkpoint
+from command import UserError
+from training import load_checkpoint
 from transformer import (
     StreamingTransformer,
     TransformerConfig,

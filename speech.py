@@ -40,8 +40,8 @@ import numpy as np
 import soundfile as sf
 import soxr
 
+from command import UserError
 from data import SAMPLE_RATE
-from training import UserError
 
 SILENCE = "_"
 

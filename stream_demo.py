@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from command import UserError, run
 from data import AUDIO_SUFFIXES, EMOTIONS, LANGUAGES, SAMPLE_RATE, read_audio, write_audio
 from duplex import (
     QUIET_DBFS,
@@ -40,7 +41,6 @@ from duplex import (
     load_models,
 )
 from s2s import PAD, S2S, Sampling
-from training import UserError, run
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 SPOKEN = LANGUAGES[:3]

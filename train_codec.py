@@ -89,6 +89,7 @@ from codec import (
     stored_config,
     waveform_loss,
 )
+from command import UserError, run
 from data import (
     SAMPLE_RATE,
     Clip,
@@ -99,7 +100,6 @@ from data import (
     training_batches,
 )
 from speech import PHONES
-from training import UserError
 
 UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
@@ -836,4 +836,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

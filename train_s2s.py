@@ -28,11 +28,11 @@ from tqdm import tqdm
 import s2s
 import training
 from codec import Codec
+from command import UserError, run
 from data import frame_labels, split_for, training_batches
 from make_conversations import load_code_dataset
 from s2s import IGNORE, PAD, S2S, Batch, S2SConfig, TextStream
 from speech import PHONES
-from training import UserError
 
 WEIGHTS = {
     "text": 1.0,
@@ -630,4 +630,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    training.run(main)
+    run(main)

@@ -1,11 +1,9 @@
-"""What the trainers share: torchrun set-up, seeds, checkpoints, schedule, metrics, money, balancer.
-
-The lowest layer: imports nothing else of the project.
-"""
+"""What the trainers share: torchrun, seeds, checkpoints, schedule, metrics, money, balancer."""
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import errno
 import hashlib
@@ -15,7 +13,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import time
 import uuid
 import zipfile
@@ -33,44 +30,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from command import UserError
+
 T = TypeVar("T")
 PLAN_BUDGET_USD = 1500.0
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _STEP_NAME = re.compile(r"step_(\d+)(\.replaced)?")
 _TEMPORARY = ".tmp-"
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype)
-
-
-# ---------------------------------------------------------------------------------- errors
-
-
-class UserError(Exception):
-    """A mistake or a shortage the user can mend. One line: what, where, what to do."""
-
-
-def run(main: Callable[[], int | None]) -> None:
-    """Run a script's `main`: bad input ends in one line on stderr and exit code 1.
-
-    Ctrl-C exits 130. Other exceptions keep their traceback: they are bugs.
-    """
-    try:
-        code = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        code = 130
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        print(f"error: the disk is full{where}; free some space and run again", file=sys.stderr)
-        code = 1
-    finally:
-        cleanup_distributed()
-    if code:
-        sys.exit(code)
 
 
 # ------------------------------------------------------------------------------- processes
@@ -106,6 +73,7 @@ def setup_distributed(device: str = "auto") -> Distributed:
         torch.backends.cudnn.benchmark = True  # windows have one length: the fastest kernels pay
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        atexit.register(cleanup_distributed)
     return Distributed(rank, world_size, local_rank, chosen)
 
 

@@ -18,9 +18,9 @@ import soundfile
 import torch
 
 import augment_telugu as at
+import command
 import data
 import speech
-import training
 
 parselmouth = pytest.importorskip("parselmouth")
 ROOT = Path(__file__).resolve().parent.parent
@@ -374,7 +374,7 @@ def test_a_killed_run_goes_on(corpus, tmp_path, capsys):
 def test_a_full_disk_is_seen_before_and_during(corpus, tmp_path, monkeypatch):
     usage = shutil.disk_usage(corpus)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(training.UserError, match="1 h less") as caught:
+    with pytest.raises(command.UserError, match="1 h less") as caught:
         augment(corpus)
     assert "\n" not in str(caught.value) and not list(corpus.glob("*augmented*"))
     monkeypatch.undo()
@@ -388,7 +388,7 @@ def test_a_full_disk_is_seen_before_and_during(corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(at, "write_audio", full)
     monkeypatch.setattr(at, "PART_SECONDS", 5.0)
-    with pytest.raises(training.UserError, match="disk full"):
+    with pytest.raises(command.UserError, match="disk full"):
         augment(corpus)
     monkeypatch.setattr(at, "write_audio", write)
     assert len(augment(corpus)) % 5 == 0
@@ -406,7 +406,7 @@ def test_a_really_full_disk(corpus, tmp_path):
         arguments = ["--input_dir", str(corpus), "--hours", "all", "--num_workers", "0"]
         at.check_disk, check = lambda *more: None, at.check_disk
         try:
-            with pytest.raises((training.UserError, OSError)) as caught:
+            with pytest.raises((command.UserError, OSError)) as caught:
                 at.main([*arguments, *output])
         finally:
             at.check_disk = check
@@ -419,7 +419,7 @@ def test_a_really_full_disk(corpus, tmp_path):
 
 def test_bad_input_is_one_line(tmp_path, corpus, monkeypatch):
     def refused(*arguments):
-        with pytest.raises(training.UserError) as caught:
+        with pytest.raises(command.UserError) as caught:
             at.main([*arguments, "--num_workers", "0"])
         assert "\n" not in str(caught.value)
         return str(caught.value)
@@ -508,7 +508,7 @@ def test_sentences_of_held_out_speakers_are_not_said(corpus):
 
 def test_synthesis_says_what_is_missing(tmp_path, empty_root, texts, monkeypatch):
     def refused(*arguments):
-        with pytest.raises(training.UserError) as caught:
+        with pytest.raises(command.UserError) as caught:
             synthesize(empty_root, *arguments)
         assert "\n" not in str(caught.value)
         return str(caught.value)
@@ -544,7 +544,7 @@ def test_an_engine_that_says_nothing_useful_ends(empty_root, texts, monkeypatch)
         at.ENGINES, "espeak", replace(at.ENGINES["espeak"], make=lambda model, device: Mute())
     )
     at._engine.cache_clear()
-    with pytest.raises(training.UserError, match="in a row dropped"):
+    with pytest.raises(command.UserError, match="in a row dropped"):
         synthesize(empty_root, "--engine", "espeak", "--text_file", str(texts))
     at._engine.cache_clear()
 
@@ -728,7 +728,7 @@ def test_piper_reads_a_folder_of_voices(tmp_path, monkeypatch):
     module.PiperVoice = Voice
     module.SynthesisConfig = lambda length_scale: types.SimpleNamespace(length_scale=length_scale)
     monkeypatch.setitem(sys.modules, "piper", module)
-    with pytest.raises(training.UserError, match="download_voices te_IN-maya-medium"):
+    with pytest.raises(command.UserError, match="download_voices te_IN-maya-medium"):
         at.Piper(str(tmp_path), "cpu")
     (tmp_path / "te_IN-maya-medium.onnx").touch()
     engine = at.Piper(str(tmp_path), "cpu")
@@ -779,7 +779,7 @@ def test_the_recogniser_must_find_the_sentence_again(monkeypatch):
     assert "not found again" in wrong
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "hama", None)
-    with pytest.raises(training.UserError, match="pip install hama"):
+    with pytest.raises(command.UserError, match="pip install hama"):
         at.Hama()
 
 

@@ -27,7 +27,7 @@ from codec import (
     stored_config,
     waveform_loss,
 )
-from training import UserError
+from command import UserError
 
 CONTEXT = 6
 SMALL = CodecConfig(

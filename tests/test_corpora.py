@@ -34,8 +34,8 @@ import corpora
 import data
 import download_data
 import fetching
+from command import UserError
 from corpora import Options
-from training import UserError
 
 __all__ = ["Server", "server", "small_disk"]  # fixtures, found by name
 

@@ -10,6 +10,7 @@ import pytest
 import soundfile
 import torch
 
+import command
 import data
 import training
 
@@ -107,7 +108,7 @@ def test_bad_audio_is_one_line_that_names_the_file(bad_folder, name):
     with pytest.raises(data.AudioError) as caught:
         data.read_audio(bad_folder / name)
     assert name in str(caught.value) and "\n" not in str(caught.value)
-    assert isinstance(caught.value, training.UserError)
+    assert isinstance(caught.value, command.UserError)
 
 
 def test_a_stereo_8_khz_mp3_is_read(bad_folder):
@@ -155,7 +156,7 @@ def test_a_manifest_comes_back_as_it_was(tmp_path):
 def test_a_bad_manifest_line_is_named(tmp_path, line, word):
     good = '{"path":"a.wav","duration":1,"sample_rate":16000,"language":"hindi"}'
     (tmp_path / data.MANIFEST).write_text(f"{good}\n{line}\n")
-    with pytest.raises(training.UserError, match="line 2") as caught:
+    with pytest.raises(command.UserError, match="line 2") as caught:
         data.read_manifest(tmp_path / data.MANIFEST)
     assert word in str(caught.value)
 
@@ -188,18 +189,18 @@ def test_load_clips_joins_manifests_and_loose_audio(tmp_path, bad_folder, capsys
 
 
 def test_load_clips_says_what_is_missing(tmp_path):
-    with pytest.raises(training.UserError, match="no such folder"):
+    with pytest.raises(command.UserError, match="no such folder"):
         data.load_clips([tmp_path / "nowhere"], "train")
-    with pytest.raises(training.UserError, match="no readable audio"):
+    with pytest.raises(command.UserError, match="no readable audio"):
         data.load_clips([tmp_path], "train")
     (tmp_path / data.MANIFEST).touch()
-    with pytest.raises(training.UserError, match="empty manifest"):
+    with pytest.raises(command.UserError, match="empty manifest"):
         data.load_clips([tmp_path], "train")
     data.write_manifest(tmp_path / data.MANIFEST, [clip(tmp_path / "a.wav", 1.0, split="test")])
-    with pytest.raises(training.UserError, match="none in the train split"):
+    with pytest.raises(command.UserError, match="none in the train split"):
         data.load_clips([tmp_path], "train")
     assert data.load_clips([tmp_path], "validation") == []
-    with pytest.raises(training.UserError, match="commercial_only"):
+    with pytest.raises(command.UserError, match="commercial_only"):
         data.load_clips([tmp_path], "test", commercial_only=True)
 
 
@@ -381,14 +382,14 @@ def test_unreadable_files_are_counted_and_listed_and_never_replaced(tmp_path, ba
 
 def test_nothing_but_bad_files_ends_in_one_line(bad_folder):
     windows = data.WindowDataset([clip(bad_folder / "text.wav", 2.0)], 1.0)
-    with pytest.raises(training.UserError, match="100 unreadable"):
+    with pytest.raises(command.UserError, match="100 unreadable"):
         windows[0]
-    with pytest.raises(training.UserError) as caught:
+    with pytest.raises(command.UserError) as caught:
         list(torch.utils.data.DataLoader(windows, 8, num_workers=1))
     assert str(caught.value).startswith("100 unreadable") and "\n" not in str(caught.value)
-    with pytest.raises(training.UserError, match="no clips"):
+    with pytest.raises(command.UserError, match="no clips"):
         data.WindowDataset([], 1.0)
-    with pytest.raises(training.UserError, match="durations are zero"):
+    with pytest.raises(command.UserError, match="durations are zero"):
         data.WindowDataset([clip(bad_folder / "good.wav", 0.0)], 1.0)
 
 
@@ -439,7 +440,7 @@ def test_a_loader_resumes_over_epochs_with_workers(tmp_path):
 
 
 def test_an_epoch_smaller_than_a_batch_is_refused():
-    with pytest.raises(training.UserError, match="smaller than one batch"):
+    with pytest.raises(command.UserError, match="smaller than one batch"):
         data.ResumableSampler(5, 4, world_size=2)
 
 

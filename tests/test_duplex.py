@@ -17,6 +17,7 @@ import codec as codec_module
 import duplex
 import s2s
 from codec import Codec, CodecConfig
+from command import UserError
 from data import EMOTIONS, LANGUAGES
 from duplex import (
     BargeInFlush,
@@ -37,7 +38,7 @@ from duplex import (
     response_latencies,
 )
 from s2s import S2S, S2SConfig, Sampling
-from training import UserError, save_checkpoint
+from training import save_checkpoint
 
 RATE = 24000
 PATCH = 0.04

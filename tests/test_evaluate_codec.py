@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+import command
 import evaluate_codec as e
 import training
 from codec import Codec, CodecConfig, stored_config
+from command import UserError
 from data import SAMPLE_RATE, Clip, read_audio, write_audio, write_manifest
 from evaluate_codec import CodebookUse, Coded, Peer, Row
-from training import UserError
 
 SPOKEN = e.HERE / "samples" / "question_english.wav"
 
@@ -83,7 +84,7 @@ def row(codec="samvad", kbps=4.0, clip="a", seconds=2.0, bits=8000, language="en
 def refused(capsys, *flags) -> str:
     """The one line that a run ends in."""
     with pytest.raises(SystemExit) as stop:
-        training.run(lambda: e.main([str(flag) for flag in flags]))
+        command.run(lambda: e.main([str(flag) for flag in flags]))
     assert stop.value.code == 1
     lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning:")]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines

@@ -13,6 +13,7 @@ from test_duplex import FakeClock, FakeCodec, FakeLM, save_pair, small_pair, ton
 
 import evaluate_s2s as e
 import speech
+from command import UserError
 from evaluate_s2s import (
     AskedTurn,
     Asking,
@@ -35,7 +36,6 @@ from evaluate_s2s import (
     taught_replies,
 )
 from make_conversations import Exchange, Line, load_scripts
-from training import UserError
 
 RATE = 24000
 SCRIPTS = e.HERE / "conversations"

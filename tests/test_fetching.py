@@ -27,8 +27,8 @@ import urllib3
 
 import data
 import fetching
+from command import UserError
 from fetching import Bar, Damaged
-from training import UserError
 
 
 class Server:

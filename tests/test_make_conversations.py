@@ -21,8 +21,9 @@ import torch
 import make_conversations as mc
 import speech
 from codec import Codec, CodecConfig, stored_config
+from command import UserError
 from data import HOP, SAMPLE_RATE, load_clips, read_manifest
-from training import UserError, save_checkpoint
+from training import save_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "conversations"
 CODES = ("agent_codes", "user_codes")

@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import training
+from command import UserError
 from s2s import (
     IGNORE,
     PAD,
@@ -29,7 +30,6 @@ from s2s import (
     stored_config,
     untimed_words_loss,
 )
-from training import UserError
 
 SIZES = (12, 10, 11)
 LEVELS = len(SIZES)

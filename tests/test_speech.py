@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import speech
+from command import UserError
 from data import SAMPLE_RATE
-from training import UserError
 
 TEXTS = {
     "english": ["Hello there, what is the weather like today?", "I lost my keys near the park."],

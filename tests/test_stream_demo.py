@@ -28,6 +28,7 @@ from test_duplex import (
 )
 
 import stream_demo
+from command import UserError
 from duplex import DuplexEngine, LatencyLedger, VoiceDetector
 from stream_demo import (
     MicrophoneCall,
@@ -39,7 +40,6 @@ from stream_demo import (
     main,
     parse_args,
 )
-from training import UserError
 
 RATE = 24000
 

@@ -12,9 +12,9 @@ import torch
 import transformers
 
 import teachers
+from command import UserError
 from data import SAMPLE_RATE, write_audio
 from teachers import FeatureCache, Teacher, distillation_loss, load_teacher, ssl_loss, window_of
-from training import UserError
 
 CPU = torch.device("cpu")
 FRAMES = 30

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import command
 import train_codec
 import training
 from codec import Codec, CodecConfig, stored_config
@@ -103,7 +104,7 @@ def refused(corpus, folder, capsys, *switches, **changes) -> str:
     """The one line that a run ends in."""
     main = lambda: train(corpus, folder, *switches, **changes)  # noqa: E731
     with pytest.raises(SystemExit) as stop:
-        training.run(main)
+        command.run(main)
     assert stop.value.code == 1
     lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning:")]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import codec as codec_module
+import command
 import train_s2s
 import training
 from codec import Codec, CodecConfig
@@ -128,7 +129,7 @@ def train(world, folder, *switches, **changes) -> None:
 def refused(world, folder, capsys, *switches, **changes) -> str:
     """The one line that a run ends in."""
     with pytest.raises(SystemExit) as stop:
-        training.run(lambda: train(world, folder, *switches, **changes))
+        command.run(lambda: train(world, folder, *switches, **changes))
     assert stop.value.code == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), lines

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import command
 import training
 from training import (
     Balancer,
@@ -311,16 +312,16 @@ def test_run_ends_in_one_line(capsys, error, code, message):
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        training.run(main)
+        command.run(main)
     assert caught.value.code == code
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1
 
 
 def test_run_passes_success_and_bugs_through():
-    assert training.run(lambda: None) is None
+    assert command.run(lambda: None) is None
     with pytest.raises(PermissionError):
-        training.run(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+        command.run(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
 
 
 def test_one_process_without_torchrun(monkeypatch):

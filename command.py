@@ -1,0 +1,264 @@
+"""What every script shares: flags, one-line errors, folders, JSON lines, cores.
+
+Needs the standard library alone, so that a wrong flag is told at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CGROUP = Path("/sys/fs/cgroup")
+_KINDS = {
+    "text": ("text", str),
+    "number": ("a finite number", (int, float)),
+    "whole": ("a whole number", int),
+    "flag": ("true or false", bool),
+    "list": ("a list", list),
+    "object": ("an object", dict),
+}
+
+
+class UserError(Exception):
+    """A mistake or a shortage the user can mend. One line: what, where, what to do."""
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's `main`: what the user can mend ends in one line on stderr and exit code 1.
+
+    Ctrl-C exits 130. A file or folder that the system refuses counts as the user's. Other
+    exceptions keep their traceback: they are bugs. Nothing that is printed can fail for the
+    terminal's encoding.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `| head`: nobody reads on
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the last flush)
+        code = 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        reason = error.strerror or str(error) or type(error).__name__
+        if error.errno in _DISK_FULL:
+            reason = "the disk is full; free some space and run again"
+        print(f"error: {where}{reason}", file=sys.stderr)
+        code = 1
+    if code:
+        sys.exit(code)
+
+
+# ----------------------------------------------------------------------------------- flags
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """With defaults in its help, one line for a wrong flag, and no abbreviated ones."""
+
+    def __init__(self, description: str, **settings) -> None:
+        settings.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message}; --help lists the flags\n")
+
+
+def number(
+    low: float = -math.inf, high: float = math.inf, above: float = -math.inf
+) -> Callable[[str], float]:
+    """A flag's `type`: a finite number of at least `low`, at most `high`, more than `above`."""
+    return _in_range(float, low, high, above)
+
+
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """A flag's `type`: a whole number from `low` to `high`."""
+    return _in_range(int, low, high, -math.inf)
+
+
+def share(text: str) -> float:
+    """A flag's `type`: from 0 to 1."""
+    return _in_range(float, 0.0, 1.0, -math.inf)(text)
+
+
+def _in_range(kind: type, low: float, high: float, above: float) -> Callable[[str], float]:
+    bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"more than {above:g}"] * (
+        above > -math.inf
+    )
+    bounds += [f"at most {high:g}"] * (high < math.inf)
+    wanted = " and ".join(bounds) or "finite"
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            name = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
+        if not (math.isfinite(value) and low <= value <= high and value > above):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {wanted}")
+        return value
+
+    return parse
+
+
+# ----------------------------------------------------------------------------------- cores
+
+
+def usable_cores() -> int:
+    """The CPU cores that this process may use: its affinity and the cgroup's quota, at least 1.
+
+    A rented pod shows all cores of its host; `os.cpu_count()` tells those.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(cores or 1, math.floor(_cgroup_quota() + 0.5)))
+
+
+def _cgroup_quota() -> float:
+    """Cores by the container's quota (cgroup v2, then v1); infinite where there is none."""
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        return 1e6 if quota == "max" else max(1.0, int(quota) / int(period))
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        folder = _CGROUP / "cpu"
+        quota, period = (
+            int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+        )
+        return 1e6 if quota < 0 else max(1.0, quota / period)
+    return 1e6
+
+
+def default_workers(most: int = 16) -> int:
+    """Processes to start where the user names no number: one a usable core, `most` at most."""
+    return min(most, usable_cores())
+
+
+# --------------------------------------------------------------------------------- folders
+
+
+def writable_folder(path: str | Path, flag: str) -> Path:
+    """`path` as a folder that exists and can be written, made where it is missing.
+
+    Call it before the work whose result goes there. Raises UserError naming `flag`.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{flag} {folder}: cannot be written ({reason})") from None
+    return folder
+
+
+def writable_file(path: str | Path, flag: str) -> Path:
+    """`path` as a file that can be written; what it holds stays. Raises UserError naming `flag`."""
+    file = Path(path)
+    writable_folder(file.parent, flag)
+    if file.is_dir():
+        raise UserError(f"{flag} {file}: is a folder; name a file")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise UserError(f"{flag} {file}: cannot be written (Permission denied)")
+    return file
+
+
+@contextlib.contextmanager
+def only_one(folder: str | Path) -> Iterator[None]:
+    """Holds `folder/.lock` for the time of the run: a second process there is told so.
+
+    The lock goes with the process, however it ends. Raises UserError where it is held.
+    """
+    path = Path(folder) / ".lock"
+    with open(path, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is at work in this folder; wait for it, or choose "
+                "another folder"
+            ) from None
+        except OSError:  # a network volume without locks: go on as before
+            pass
+        yield
+
+
+# ------------------------------------------------------------------------------ JSON lines
+
+
+def json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """(line number, object) of each line that is not blank.
+
+    Lines end at a line feed alone: U+2028, U+2029 and U+0085 are legal within a JSON string.
+    Raises UserError that names file and line for what is not UTF-8, not JSON or not an object.
+    """
+    with open(path, "rb") as file:
+        for number_, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number_ == 1 else "utf-8"))
+            except ValueError as error:
+                raise UserError(f"{path}:{number_}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number_}: not a JSON object")
+            yield number_, row
+
+
+def check_fields(row: dict, kinds: dict[str, str], where: str) -> None:
+    """Raises UserError that names place and field unless the fields of `row` are of these kinds.
+
+    kinds: name → text, number, whole, flag, list, object, or `list of` one of them; with `?` the
+    field may be missing or null. Numbers are finite. Fields that `kinds` does not name pass.
+    """
+    for name, kind in kinds.items():
+        value = row.get(name)
+        if value is None:
+            if kind.endswith("?"):
+                continue
+            state = "is null" if name in row else "is missing"
+            raise UserError(f"{where}: {name} {state}, {_told(kind)} is needed")
+        if not _is_kind(value, kind.rstrip("?")):
+            raise UserError(f"{where}: {name} is {_short(value)}, not {_told(kind)}")
+
+
+def _is_kind(value: object, kind: str) -> bool:
+    if kind.startswith("list of "):
+        inner = kind.removeprefix("list of ")
+        return isinstance(value, list) and all(_is_kind(item, inner) for item in value)
+    if kind in ("number", "whole"):
+        right = isinstance(value, _KINDS[kind][1]) and not isinstance(value, bool)
+        return right and math.isfinite(value)
+    return isinstance(value, _KINDS[kind][1])
+
+
+def _told(kind: str) -> str:
+    kind = kind.rstrip("?")
+    if kind.startswith("list of "):
+        return f"a list of {kind.removeprefix('list of ')}"
+    return _KINDS[kind][0]
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def first_line(error: BaseException, most: int = 160) -> str:
+    """An exception as a part of one line."""
+    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:most]
