@@ -9,9 +9,11 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -21,11 +23,13 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CGROUP = Path("/sys/fs/cgroup")
 _KINDS = {
     "text": ("text", str),
+    "path": ("a path", str),
     "number": ("a finite number", (int, float)),
     "whole": ("a whole number", int),
     "flag": ("true or false", bool),
     "list": ("a list", list),
     "object": ("an object", dict),
+    "span": ("a span of [text, start, end]", list),
 }
 
 
@@ -208,45 +212,69 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
     """
     with open(path, "rb") as file:
         for number_, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number_ == 1 else "utf-8"))
-            except ValueError as error:
-                raise UserError(f"{path}:{number_}: not JSON ({error})") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number_}: not a JSON object")
-            yield number_, row
+            if line.strip():
+                yield number_, json_line(line, f"{path}, line {number_}", first=number_ == 1)
 
 
-def check_fields(row: dict, kinds: dict[str, str], where: str) -> None:
+def json_line(line: bytes, where: str, first: bool = False) -> dict:
+    """The object that one line holds; the first of a file may begin with a byte order mark.
+
+    Raises UserError that names `where` for what is not UTF-8, not JSON or not an object.
+    """
+    try:
+        row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({first_line(error)})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object")
+    return row
+
+
+def check_fields(row: dict, kinds: dict[str, str | tuple], where: str) -> None:
     """Raises UserError that names place and field unless the fields of `row` are of these kinds.
 
-    kinds: name → text, number, whole, flag, list, object, or `list of` one of them; with `?` the
-    field may be missing or null. Numbers are finite. Fields that `kinds` does not name pass.
+    kinds: name → text, path, number, whole, flag, list, object, span ([text, start, end] in
+    seconds, 0 <= start <= end), or `list of` one of them; with `?` the field may be missing or
+    null. Or a tuple of the values that it may have: None among them is for missing or null.
+    Numbers are finite, text can be written as UTF-8, a path is not empty. Fields that `kinds` does
+    not name pass.
     """
     for name, kind in kinds.items():
         value = row.get(name)
         if value is None:
-            if kind.endswith("?"):
+            if None in kind if isinstance(kind, tuple) else kind.endswith("?"):
                 continue
             state = "is null" if name in row else "is missing"
             raise UserError(f"{where}: {name} {state}, {_told(kind)} is needed")
-        if not _is_kind(value, kind.rstrip("?")):
+        if not _is_kind(value, kind):
             raise UserError(f"{where}: {name} is {_short(value)}, not {_told(kind)}")
 
 
-def _is_kind(value: object, kind: str) -> bool:
+def _is_kind(value: object, kind: str | tuple) -> bool:
+    if isinstance(kind, tuple):
+        return isinstance(value, type(kind[0])) and value in kind
+    kind = kind.rstrip("?")
     if kind.startswith("list of "):
         inner = kind.removeprefix("list of ")
         return isinstance(value, list) and all(_is_kind(item, inner) for item in value)
+    if kind == "span":
+        if not (isinstance(value, list) and len(value) == 3 and isinstance(value[0], str)):
+            return False
+        return all(_is_kind(time, "number") for time in value[1:]) and 0 <= value[1] <= value[2]
     if kind in ("number", "whole"):
         right = isinstance(value, _KINDS[kind][1]) and not isinstance(value, bool)
-        return right and math.isfinite(value)
-    return isinstance(value, _KINDS[kind][1])
+        return right and abs(value) <= sys.float_info.max
+    if not isinstance(value, _KINDS[kind][1]):
+        return False
+    if kind == "path":
+        return value != "" and "\0" not in value
+    # JSON may hold half of a surrogate pair, which nothing that is printed or written can.
+    return kind != "text" or re.search("[\ud800-\udfff]", value) is None
 
 
-def _told(kind: str) -> str:
+def _told(kind: str | tuple) -> str:
+    if isinstance(kind, tuple):
+        return f"one of {', '.join(str(value) for value in kind if value is not None)}"
     kind = kind.rstrip("?")
     if kind.startswith("list of "):
         return f"a list of {kind.removeprefix('list of ')}"
@@ -256,6 +284,15 @@ def _told(kind: str) -> str:
 def _short(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def part_name(path: Path) -> Path:
+    """Where a file is written before it takes the name `path`: beside it, this process's own.
+
+    Short whatever the name, which may be as long as the system allows.
+    """
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(f".{digest}.{os.getpid()}.part")
 
 
 def first_line(error: BaseException, most: int = 160) -> str:

@@ -22,7 +22,7 @@ import soundfile
 import soxr
 import torch
 
-from command import UserError
+from command import UserError, check_fields, json_lines
 from training import Distributed, item_rng
 
 SAMPLE_RATE = 24000
@@ -40,6 +40,22 @@ SPEED_RANGE = (0.9, 1.1)
 SNR_RANGE_DB = (5.0, 30.0)
 GAIN_RANGE_DB = (-12.0, 6.0)
 LOW_PASS_RANGE_HZ = (3400.0, 10000.0)
+
+# What a line of a speech manifest may hold.
+_FIELDS = {
+    "path": "path",
+    "duration": "number",
+    "sample_rate": "whole",
+    "language": LANGUAGES,
+    "speaker": "text?",
+    "text": "text?",
+    "emotion": (*EMOTIONS, None),
+    "augmented": "flag?",
+    "license": "text?",
+    "commercial_ok": "flag?",
+    "split": (*SPLITS, None),
+    "phones": "list of span?",
+}
 
 # Seconds read on either side of a window, so that the resampler's filter is settled inside it.
 _MARGIN = 0.05
@@ -211,41 +227,17 @@ def probe(path: str | Path) -> tuple[float, int]:
 def read_manifest(path: str | Path) -> list[Clip]:
     """Clips of a manifest, paths made absolute. Raises UserError on a missing or bad file."""
     path = Path(os.path.abspath(path))
-    clips = []
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    clips.append(_clip_from_line(line, path, number))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a manifest ({error})") from error
-    return clips
+        return [_clip_of_fields(row, path, number) for number, row in json_lines(path)]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read as a manifest ({error.strerror})") from error
 
 
-def _clip_from_line(line: str, manifest: Path, number: int) -> Clip:
-    where = f"{manifest}, line {number}"
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error}); write the manifest again") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{where}: a clip must be a JSON object; write the manifest again")
-    missing = [key for key in ("path", "duration", "sample_rate", "language") if key not in fields]
-    if missing:
-        raise UserError(f"{where}: no {', '.join(missing)}; is this a speech manifest?")
-    if fields["language"] not in LANGUAGES:
-        known = ", ".join(LANGUAGES)
-        raise UserError(f"{where}: language '{fields['language']}' is not one of {known}")
-    if fields.get("split", "train") not in SPLITS:
-        raise UserError(f"{where}: split '{fields['split']}' is not one of {', '.join(SPLITS)}")
-    known_fields = {key: fields[key] for key in Clip.__dataclass_fields__ if key in fields}
-    try:
-        known_fields["path"] = manifest.parent / fields["path"]
-        known_fields["duration"] = float(fields["duration"])
-        known_fields["sample_rate"] = int(fields["sample_rate"])
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {error}; write the manifest again") from error
-    return Clip(**known_fields)
+def _clip_of_fields(row: dict, manifest: Path, number: int) -> Clip:
+    check_fields(row, _FIELDS, f"{manifest}, line {number}")
+    fields = {key: row[key] for key in Clip.__dataclass_fields__ if row.get(key) is not None}
+    fields["path"] = manifest.parent / fields["path"]
+    return Clip(**fields)
 
 
 def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
