@@ -1,10 +1,136 @@
-"""Schemas of JSON lines and names of files in the making."""
+"""command.py: one line for what the user can mend, flags in range, folders, JSON lines, cores."""
 
+import argparse
+import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import command
+from command import UserError
+
+ROOT = Path(command.__file__).parent
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("data: empty; add audio"), 1, "error: data: empty; add audio"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(errno.ENOSPC, "No space left", "a.wav"), 1, "a.wav: the disk is full; free some"),
+        (PermissionError(errno.EACCES, "Permission denied", "b"), 1, "b: Permission denied"),
+        (OSError("stale handle"), 1, "stale handle"),
+    ],
+)
+def test_run_ends_in_one_line(capsys, error, code, message):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        command.run(main)
+    assert caught.value.code == code
+    shown = capsys.readouterr().err
+    assert message in shown and shown.count("\n") == 1
+
+
+def test_run_passes_success_codes_and_bugs_through():
+    assert command.run(lambda: None) is None
+    with pytest.raises(SystemExit) as caught:
+        command.run(lambda: 3)
+    assert caught.value.code == 3
+    with pytest.raises(ZeroDivisionError):
+        command.run(lambda: 1 / 0)
+
+
+def test_what_is_printed_does_not_fail_for_the_terminals_encoding():
+    script = "import command\ncommand.run(lambda: print('తెలుగు'))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+    )
+    assert done.returncode == 0 and b"\\u0c24" in done.stdout, done.stderr
+
+
+def test_numbers_wholes_and_shares():
+    assert command.number(0, 2)("1.5") == 1.5 and command.whole(1)("7") == 7
+    assert command.share("1") == 1.0
+    wrong = [
+        (command.number(), "nan", "must be finite"),
+        (command.number(0), "inf", "at least 0"),
+        (command.number(above=0), "0", "more than 0"),
+        (command.number(0, 1), "1.1", "at least 0 and at most 1"),
+        (command.number(), "ten", "'ten' is not a number"),
+        (command.whole(1), "1.5", "is not a whole number"),
+        (command.whole(1, 4), "5", "at most 4"),
+        (command.share, "-0.1", "out of range"),
+    ]
+    for parse, text, told in wrong:
+        with pytest.raises(argparse.ArgumentTypeError, match=told):
+            parse(text)
+
+
+def test_a_wrong_flag_is_one_line_and_abbreviations_are_wrong(capsys):
+    parser = command.ArgumentParser("A test.")
+    parser.add_argument("--batch_size", type=command.whole(1), default=2)
+    assert parser.parse_args([]).batch_size == 2
+    for argv in (["--batch_size", "0"], ["--batch", "3"], ["--unknown"]):
+        with pytest.raises(SystemExit) as stop:
+            parser.parse_args(argv)
+        shown = capsys.readouterr().err
+        assert stop.value.code == 2 and shown.count("\n") == 1 and argv[0] in shown
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "20000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 96),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 96),
+        ({"cpu.max": "nonsense"}, 96),
+        ({}, 96),
+    ],
+)
+def test_cores_are_this_process_own(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(96)), raising=False)
+    monkeypatch.setattr(command, "_CGROUP", tmp_path)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert command.usable_cores() == cores
+    assert command.default_workers() == min(cores, 16)
+
+
+def test_folders_and_files_that_cannot_be_written(tmp_path):
+    assert command.writable_folder(tmp_path / "new" / "deep", "--out").is_dir()
+    file = tmp_path / "file"
+    file.write_text("kept")
+    assert command.writable_file(file, "--out") == file and file.read_text() == "kept"
+    for wrong in (file, file / "below", "/sys/new", "a\0b"):
+        with pytest.raises(UserError, match="^--out .*cannot be written") as caught:
+            command.writable_folder(wrong, "--out")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="is a folder"):
+        command.writable_file(tmp_path, "--out")
+
+
+def test_one_process_a_folder_and_the_lock_goes_with_it(tmp_path):
+    second = command.only_one(tmp_path)
+    with (
+        command.only_one(tmp_path),
+        pytest.raises(UserError, match="another process is at work"),
+    ):
+        second.__enter__()
+    script = f"import command\nwith command.only_one({str(tmp_path)!r}): command.os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT).returncode == 9
+    with command.only_one(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-import command
 import training
 from training import (
     Balancer,
@@ -296,32 +295,7 @@ def test_fingerprint_sees_every_change():
     assert len({first, *(fingerprint(c, t) for c, t in changed)}) == 6
 
 
-# ----------------------------------------------------------------------- errors, processes
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "message"),
-    [
-        (UserError("data: empty; add audio"), 1, "error: data: empty; add audio"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-        (OSError(errno.ENOSPC, "No space left", "a.wav"), 1, "disk is full while writing a.wav"),
-    ],
-)
-def test_run_ends_in_one_line(capsys, error, code, message):
-    def main():
-        raise error
-
-    with pytest.raises(SystemExit) as caught:
-        command.run(main)
-    assert caught.value.code == code
-    shown = capsys.readouterr().err
-    assert message in shown and shown.count("\n") == 1
-
-
-def test_run_passes_success_and_bugs_through():
-    assert command.run(lambda: None) is None
-    with pytest.raises(PermissionError):
-        command.run(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "no")))
+# ------------------------------------------------------------------------------- processes
 
 
 def test_one_process_without_torchrun(monkeypatch):
