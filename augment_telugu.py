@@ -52,6 +52,7 @@ import numpy as np
 import soxr
 import torch
 
+import praat
 import speech
 from command import UserError, run
 from data import (
@@ -86,8 +87,6 @@ RECORDS = ".parts"  # in the folder of copies: what each finished part made
 # speech of 2 and 8 s, and a tenth more for the noise of real rooms.
 FORMATS = {"ogg": (0.36, 5800), "flac": (1.3, 2500), "opus": (0.22, 2700)}
 OPUS_RATES = (8000, 12000, 16000, 24000)
-PRAAT_HZ = (60.0, 500.0)  # where Praat looks for the fundamental
-PRAAT_PIP = "pip install praat-parselmouth"
 TELUGU_TEXT = re.compile(r"[\u0c00-\u0c65\s.,!?;:'\"()\u2013\u2014\u2018-\u201d\u0964\u200c-]+")
 # A phone of read Telugu lasts 0.06 to 0.1 s; outside of these, words are missing or it babbles.
 PHONE_SECONDS = (0.03, 0.22)
@@ -103,24 +102,11 @@ def change_speed(audio: np.ndarray, sample_rate: int, speed: float) -> np.ndarra
 
 
 def shift_pitch(audio: np.ndarray, sample_rate: int, semitones: float) -> np.ndarray:
-    """Audio `[T]` with its fundamental moved; length, timing and formants stay.
-
-    Praat's PSOLA (Moulines & Charpentier 1990; Boersma & Weenink): no phase vocoder's smear, and
-    unlike a change of speed it keeps the size of the head. Sounds without pitch stay as they are.
-    Raises UserError without parselmouth, AudioError on audio too short to have a pitch.
-    """
-    praat = _import("parselmouth", PRAAT_PIP)
-    sound, call = praat.Sound(audio.astype(np.float64), sample_rate), praat.praat.call
+    """`praat.shift_pitch`; AudioError on audio that is too short to have a pitch."""
     try:
-        voice = call(sound, "To Manipulation", 0.01, *PRAAT_HZ)
-        tier = call(voice, "Extract pitch tier")
-        call(tier, "Multiply frequencies", sound.xmin, sound.xmax, 2 ** (semitones / 12))
-        call([tier, voice], "Replace pitch tier")
-        out = call(voice, "Get resynthesis (overlap-add)").values[0]
-    except praat.PraatError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise AudioError(f"its pitch cannot be moved ({reason})") from error
-    return np.pad(out, (0, max(len(audio) - len(out), 0)))[: len(audio)].astype(np.float32)
+        return praat.shift_pitch(audio, sample_rate, semitones)
+    except praat.TooShort as error:
+        raise AudioError(f"its pitch cannot be moved ({error})") from error
 
 
 def add_noise(audio: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
@@ -447,7 +433,7 @@ def augment(args: argparse.Namespace) -> None:
     """Job 1: copies of the training clips below --input_dir, into --output_dir."""
     root, final = _input_folder(args.input_dir), Path(args.output_dir).resolve()
     if args.semitones:
-        _import("parselmouth", PRAAT_PIP)
+        praat.check_installed()
     # Until it is whole the first time, the folder is hidden: its files have no manifest yet, and
     # a trainer would take them for recordings of their own, validation split included.
     hidden = final.with_name(f".{final.name}.part")

@@ -72,8 +72,7 @@ LICENSES = {
     "espeak": "output of espeak-ng (GPL-3.0+)",
 }
 
-# A voice whose pitch is spread further may be asked for less than 0 Hz somewhere, and Praat's
-# resynthesis then never ends (none of 1,000 sentences at 1.4, one in some hundreds at 1.8). Users'
+# How far a voice's pitch is spread at most; further sounds sung, and praat.py may narrow it. Users'
 # ranges are drawn up to 1.28 times as large. espeak spreads its pitch itself.
 MAX_PITCH_RANGE = {"agent": 1.4, "user": 1.1}
 

@@ -31,7 +31,6 @@ import subprocess
 import tempfile
 import threading
 import unicodedata
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ import numpy as np
 import soundfile as sf
 import soxr
 
+import praat
 from command import UserError
 from data import SAMPLE_RATE
 
@@ -66,7 +66,6 @@ INSTALL = {
     "festvox-us-slt-hts festvox-hi-nsk festival-hi festvox-te-nsk festival-te "
     "festvox-czech-dita festvox-czech-krb festvox-czech-machac festvox-czech-ph "
     "festvox-italp16k festvox-itapc16k festvox-suopuhe-lj festvox-suopuhe-mv",
-    "praat": "pip install praat-parselmouth",
 }
 
 # ---------------------------------------------------------------------------- phones
@@ -319,7 +318,7 @@ def _finish(raw: _Raw, order: _Order) -> Utterance:
         audio = soxr.resample(audio, raw.rate, SAMPLE_RATE).astype(np.float32)
     if raw.remaining and len(audio) > SAMPLE_RATE // 10:
         before = len(audio)
-        audio = change_voice(audio, **raw.remaining)
+        audio = _change_voice(audio, **raw.remaining)
         factor = len(audio) / before
         phones = [(p, s * factor, e * factor) for p, s, e in phones]
         words = words and [(w, s * factor, e * factor) for w, s, e in words]
@@ -337,29 +336,12 @@ def _pad_edges(audio: np.ndarray, phones: list[Span], words: list[Span] | None):
     return np.concatenate([edge, audio, edge]), phones, words
 
 
-def change_voice(
-    audio: np.ndarray,
-    formant: float = 1.0,
-    median_hz: float = 0.0,
-    pitch_range: float = 1.0,
-    duration: float = 1.0,
-) -> np.ndarray:
-    """Praat's "Change gender" on audio `[T]` at 24 kHz; `median_hz` 0 keeps the pitch.
-
-    `duration` multiplies the length. Praat: Boersma & Weenink. UserError without parselmouth.
-    """
-    praat = _import("parselmouth", "praat")
-    sound = praat.Sound(audio.astype(np.float64), SAMPLE_RATE)
-    praat.praat.run("random_initializeWithSeedUnsafelyButPredictably (1)")
+def _change_voice(audio: np.ndarray, **changes: float) -> np.ndarray:
+    """Audio `[T]` at 24 kHz as another voice; as it is where it is too short to have a pitch."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # "no voiced segments": then only lengths change
-            out = praat.praat.call(
-                sound, "Change gender", 60.0, 500.0, formant, median_hz, pitch_range, duration
-            )
-    except praat.PraatError:  # too short for a pitch analysis
+        return praat.change_voice(audio, SAMPLE_RATE, **changes)
+    except praat.TooShort:
         return audio
-    return out.values[0].astype(np.float32)
 
 
 def _tile(phones: list[Span], duration: float) -> list[Span]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import praat
 import speech
 from command import UserError
 from data import SAMPLE_RATE
@@ -319,6 +321,55 @@ def test_a_missing_engine_names_its_install_line(monkeypatch):
     voice = speech.Voice("x", "flite", "english", "slt", "slt")
     with pytest.raises(UserError, match="apt-get install flite"):
         say(voice, ["hello"])
+
+
+# What Praat looped over: a surprised agent whose stretched contour fell below 0 Hz.
+LOOPED = [
+    speech.Request("Do you remember who I am?", "english", None, 0.943, "surprise", 26),
+    speech.Request("तुम कौन हो?", "hindi", None, 1.0, "happy"),
+]
+
+
+@pytest.mark.parametrize("request_", LOOPED)
+def test_a_stretched_pitch_that_falls_below_zero_is_narrowed(request_):
+    try:
+        agent = speech.voices(request_.language, "agent")[0]
+    except UserError as error:
+        pytest.skip(str(error))
+    said = speech.Synthesizer().synthesize([dataclasses.replace(request_, voice=agent)])
+    assert len(said[0].audio) > SAMPLE_RATE / 2
+
+
+def buzz(hertz: np.ndarray) -> np.ndarray:
+    """A buzzing sound whose pitch goes through `hertz`, 0.3 s each: [T] at 24 kHz."""
+    phase = np.cumsum(np.repeat(hertz, SAMPLE_RATE * 3 // 10)) / SAMPLE_RATE
+    return (0.1 * np.sum([np.sin(2 * np.pi * k * phase) / k for k in range(1, 20)], 0)).astype("f4")
+
+
+@pytest.mark.parametrize("spread", [1.2, 1.55, 4.0, 20.0])
+@pytest.mark.parametrize("median", [0.0, 60.0, 250.0])
+def test_the_range_of_a_pitch_is_what_its_contour_bears(spread, median):
+    contour = np.array([0, 220, 210, 74, 0, 230, 180, 200.0])
+    bounded = praat._bounded_range(contour, median, spread)
+    middle = np.median(contour[contour > 0])
+    stretched = (median or middle) * (1 + (contour[contour > 0] / middle - 1) * bounded)
+    assert 1.0 <= bounded <= spread
+    assert bounded == 1.0 or stretched.min() > praat.LOWEST_HZ - 1e-6
+    assert praat._bounded_range(contour[:1], median, spread) == spread  # nothing voiced
+    assert praat._bounded_range(np.array([200.0]), median, spread) <= spread
+
+
+def test_a_call_of_praat_that_does_not_end_is_ended(monkeypatch):
+    pytest.importorskip("parselmouth")
+    audio = buzz(np.array([220.0, 180.0]))
+    before = praat.change_voice(audio, SAMPLE_RATE, 1.1)
+    monkeypatch.setattr(praat, "LIMIT_SECONDS", (0.01, 0.0))
+    with pytest.raises(UserError, match="did not come to an end"):
+        praat.change_voice(audio, SAMPLE_RATE, 1.1, duration=300.0)
+    monkeypatch.undo()
+    np.testing.assert_array_equal(before, praat.change_voice(audio, SAMPLE_RATE, 1.1))
+    with pytest.raises(praat.TooShort):
+        praat.change_voice(audio[:50], SAMPLE_RATE)
 
 
 def test_bad_requests_are_refused():

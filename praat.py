@@ -1,0 +1,189 @@
+"""What Praat does to a voice, in a process of its own: it can loop for ever, and nothing in this
+process could then stop it.
+
+Praat: Boersma & Weenink (package praat-parselmouth, GPL-3: used, not shipped). The process imports
+NumPy and parselmouth alone, serves one caller, and is started again after a call it did not end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+
+import numpy as np
+
+from command import UserError
+
+INSTALL = "pip install praat-parselmouth"
+PITCH_HZ = (60.0, 500.0)  # where a voice's pitch is looked for
+LOWEST_HZ = 30.0  # a stretched contour stays above: a deep creak
+# Processor time of a call: it takes 0.02 s a second of audio, and one that loops never ends.
+LIMIT_SECONDS = (10.0, 1.0)  # fixed, and for each second of audio
+
+
+class TooShort(ValueError):
+    """The audio is too short, or too odd, to have a pitch."""
+
+
+def change_voice(
+    audio: np.ndarray,
+    sample_rate: int,
+    formant: float = 1.0,
+    median_hz: float = 0.0,
+    pitch_range: float = 1.0,
+    duration: float = 1.0,
+) -> np.ndarray:
+    """Praat's "Change gender" on audio `[T]`; `median_hz` 0 keeps the pitch.
+
+    `duration` multiplies the length. A range that would stretch the voice's own contour below
+    LOWEST_HZ is narrowed to what it bears. Raises TooShort; UserError without parselmouth, and
+    where Praat does not come to an end.
+    """
+    return _call("_change_voice", audio, sample_rate, formant, median_hz, pitch_range, duration)
+
+
+def shift_pitch(audio: np.ndarray, sample_rate: int, semitones: float) -> np.ndarray:
+    """Audio `[T]` with its fundamental moved; length, timing and formants stay.
+
+    Praat's PSOLA (Moulines & Charpentier 1990): no phase vocoder's smear, and unlike a change of
+    speed it keeps the size of the head. Sounds without pitch stay as they are. Raises as
+    `change_voice`.
+    """
+    return _call("_shift_pitch", audio, sample_rate, semitones)
+
+
+# ------------------------------------------------------------------------ in the other process
+
+
+def _change_voice(audio, sample_rate, formant, median_hz, pitch_range, duration) -> np.ndarray:
+    import parselmouth
+
+    call, sound = parselmouth.praat.call, parselmouth.Sound(audio.astype(np.float64), sample_rate)
+    parselmouth.praat.run("random_initializeWithSeedUnsafelyButPredictably (1)")
+    pitch = call(sound, "To Pitch", 0.8 / PITCH_HZ[0], *PITCH_HZ)
+    bounded = _bounded_range(pitch.selected_array["frequency"], median_hz, pitch_range)
+    return call([sound, pitch], "Change gender", formant, median_hz, bounded, duration).values[0]
+
+
+def _bounded_range(hertz: np.ndarray, median_hz: float, pitch_range: float) -> float:
+    """The factor of a contour's range, or the largest that keeps all of it above LOWEST_HZ.
+
+    hertz: `[frames]`, 0 where unvoiced. Praat moves the median, stretches about it and then counts
+    periods: near 0 Hz there is no next one.
+    """
+    voiced = hertz[hertz > 0]
+    if pitch_range <= 1 or not len(voiced):
+        return pitch_range
+    middle = median_hz or float(np.median(voiced))
+    depth = middle * (1 - float(voiced.min() / np.median(voiced)))  # Hz below the middle
+    return min(pitch_range, max(1.0, (middle - LOWEST_HZ) / max(depth, 1e-3)))
+
+
+def _shift_pitch(audio: np.ndarray, sample_rate: int, semitones: float) -> np.ndarray:
+    import parselmouth
+
+    call, sound = parselmouth.praat.call, parselmouth.Sound(audio.astype(np.float64), sample_rate)
+    voice = call(sound, "To Manipulation", 0.01, *PITCH_HZ)
+    tier = call(voice, "Extract pitch tier")
+    call(tier, "Multiply frequencies", sound.xmin, sound.xmax, 2 ** (semitones / 12))
+    call([tier, voice], "Replace pitch tier")
+    out = call(voice, "Get resynthesis (overlap-add)").values[0]
+    return np.pad(out, (0, max(len(audio) - len(out), 0)))[: len(audio)]
+
+
+def _serve() -> None:
+    """Answers pickled calls on stdin, one at a time, until stdin ends.
+
+    The system ends a process whose processor time is used up, also within Praat's own code; the
+    clock on the wall would count the work of others.
+    """
+    calls = {"_change_voice": _change_voice, "_shift_pitch": _shift_pitch}
+    stdin, stdout = os.fdopen(0, "rb", closefd=False), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    warnings.simplefilter("ignore")  # "no voiced segments": then only lengths change
+    with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # nobody asks on
+        while True:
+            limit, name, *rest = pickle.load(stdin)
+            signal.setitimer(signal.ITIMER_PROF, limit)
+            try:
+                answer = calls[name](*rest).astype(np.float32)
+            except Exception as error:  # PraatError, and what parselmouth raises on odd input
+                answer = str(error) or type(error).__name__
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            pickle.dump(answer, stdout)
+            stdout.flush()
+
+
+# --------------------------------------------------------------------------- in the caller's
+
+
+class _Process:
+    """The process, started on first use and again after its end."""
+
+    def __init__(self) -> None:
+        self._lock, self._running = threading.Lock(), None
+
+    def call(self, *request) -> np.ndarray | str | None:
+        """The answer: audio, or what went wrong; None where the process ended over it."""
+        with self._lock:
+            if self._running is None:
+                # A session of its own: Ctrl-C is for the caller, whose end closes stdin.
+                self._running = subprocess.Popen(
+                    [sys.executable, os.path.abspath(__file__)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    start_new_session=True,
+                )
+            try:
+                pickle.dump(request, self._running.stdin)
+                self._running.stdin.flush()
+                return pickle.load(self._running.stdout)
+            except (EOFError, OSError, pickle.UnpicklingError):
+                self._end()
+                return None
+            except BaseException:  # Ctrl-C between call and answer: the next would get this one's
+                self._end()
+                raise
+
+    def _end(self) -> None:
+        process, self._running = self._running, None
+        process.kill()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        process.wait()
+
+
+@functools.lru_cache(maxsize=1)
+def _process(pid: int) -> _Process:
+    """One a process: a forked copy must not read its parent's answers."""
+    return _Process()
+
+
+def _call(name: str, audio: np.ndarray, sample_rate: int, *values: float) -> np.ndarray:
+    check_installed()
+    limit = LIMIT_SECONDS[0] + LIMIT_SECONDS[1] * len(audio) / sample_rate
+    answer = _process(os.getpid()).call(limit, name, audio, sample_rate, *values)
+    if answer is None:
+        raise UserError(f"Praat did not come to an end with a voice's pitch in {limit:.0f} s")
+    if isinstance(answer, str):
+        raise TooShort(answer.strip().splitlines()[0])
+    return answer
+
+
+def check_installed() -> None:
+    """Raises UserError without parselmouth."""
+    if importlib.util.find_spec("parselmouth") is None:
+        raise UserError(f"praat is not installed: {INSTALL}")
+
+
+if __name__ == "__main__":
+    _serve()
