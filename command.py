@@ -21,6 +21,7 @@ from pathlib import Path
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CGROUP = Path("/sys/fs/cgroup")
+_UNSET = object()
 _KINDS = {
     "text": ("text", str),
     "path": ("a path", str),
@@ -79,6 +80,12 @@ class ArgumentParser(argparse.ArgumentParser):
         settings.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(description=description, allow_abbrev=False, **settings)
 
+    def given(self, argv: list[str] | None = None) -> frozenset[str]:
+        """The names of the flags that the command line holds, whatever their values."""
+        unset = argparse.Namespace(**{action.dest: _UNSET for action in self._actions})
+        values = vars(self.parse_args(argv, unset))
+        return frozenset(name for name, value in values.items() if value is not _UNSET)
+
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message}; --help lists the flags\n")
 
@@ -113,7 +120,7 @@ def _in_range(kind: type, low: float, high: float, above: float) -> Callable[[st
         except ValueError:
             name = "whole number" if kind is int else "number"
             raise argparse.ArgumentTypeError(f"{text!r} is not a {name}") from None
-        if not (math.isfinite(value) and low <= value <= high and value > above):
+        if not (abs(value) < math.inf and low <= value <= high and value > above):
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {wanted}")
         return value
 

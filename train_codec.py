@@ -89,7 +89,7 @@ from codec import (
     stored_config,
     waveform_loss,
 )
-from command import UserError, run
+from command import ArgumentParser, UserError, number, run, share, whole
 from data import (
     SAMPLE_RATE,
     Clip,
@@ -117,66 +117,63 @@ class Mode(NamedTuple):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Phase 2: train the codec.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = ArgumentParser("Phase 2: train the codec.")
     plan = parser.add_argument_group("the plan's flags")
     plan.add_argument(
         "--data_dirs", nargs="+", default=["data/english", "data/hindi", "data/telugu"]
     )
-    plan.add_argument("--batch_size", type=int, default=32, help="windows a step, over all ranks")
-    plan.add_argument("--num_epochs", type=int, default=100)
-    plan.add_argument("--gen_lr", type=float, default=1e-4)
-    plan.add_argument("--disc_lr", type=float, default=1e-4)
+    plan.add_argument("--batch_size", type=whole(1), default=32, help="windows a step, all ranks")
+    plan.add_argument("--num_epochs", type=whole(1), default=100)
+    plan.add_argument("--gen_lr", type=number(0), default=1e-4)
+    plan.add_argument("--disc_lr", type=number(0), default=1e-4)
     plan.add_argument("--checkpoint_dir", default="checkpoints_codec")
-    plan.add_argument("--num_workers", type=int, default=4)
+    plan.add_argument("--num_workers", type=whole(0), help="by default one a core")
     more = parser.add_argument_group("advanced")
     more.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto")
     more.add_argument(
-        "--epoch_hours", type=float, help="audio drawn an epoch; by default all, 60 at most"
+        "--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60"
     )
     more.add_argument("--window_seconds", type=whole_frames, default=2.0, help="length of a clip")
-    more.add_argument("--language_temperature", type=float, default=2.0, help="1: by hours")
+    more.add_argument("--language_temperature", type=number(above=0), default=2.0, help="1: hours")
     more.add_argument("--commercial_only", action="store_true", help="skip non-commercial audio")
-    more.add_argument("--augment_share", type=float, default=0.3, help="chance of each change")
+    more.add_argument("--augment_share", type=share, default=0.3, help="chance of each change")
     more.add_argument("--no_augment", action="store_true", help="train on the audio as it is")
-    more.add_argument("--listen_share", type=float, default=0.1, help="of the steps: phones alone")
+    more.add_argument("--listen_share", type=share, default=0.1, help="of the steps: phones alone")
     more.add_argument("--keep_words", action="store_true", help="codebook 0 as --init_from has it")
     more.add_argument("--decoder_only", action="store_true", help="keep every code as it is")
-    more.add_argument("--disc_start", type=float, default=0.1, help="share of the steps; 1: no GAN")
+    more.add_argument("--disc_start", type=share, default=0.1, help="share of the steps; 1: no GAN")
     more.add_argument(
         "--disc_preset",
         choices=("auto", "tiny", "small", "base"),
         default="auto",
         help="their sizes; auto: base for base, tiny on a CPU, small between",
     )
-    more.add_argument("--disc_seconds", type=float, default=1.0, help="of a window that they judge")
-    more.add_argument("--mel_weight", type=float, default=1.0, help="share; the waveform has 1")
+    more.add_argument("--disc_seconds", type=number(0.1), default=1.0, help="of a window, judged")
+    more.add_argument("--mel_weight", type=number(0), default=1.0, help="the waveform has 1")
     more.add_argument(
-        "--spectral_weight", type=float, default=1.0, help="share of the bins one by one"
+        "--spectral_weight", type=number(0), default=1.0, help="share of the bins one by one"
     )
-    more.add_argument("--lm_rate", type=float, default=0.5, help="share that uses the LM's 8")
-    more.add_argument("--full_rate", type=float, default=0.2, help="share that uses all codebooks")
-    more.add_argument("--commitment_weight", type=float, default=0.25)
-    more.add_argument("--phone_weight", type=float, default=1.0)
+    more.add_argument("--lm_rate", type=share, default=0.5, help="share that uses the LM's 8")
+    more.add_argument("--full_rate", type=share, default=0.2, help="share that uses all codebooks")
+    more.add_argument("--commitment_weight", type=number(0), default=0.25)
+    more.add_argument("--phone_weight", type=number(0), default=1.0)
     more.add_argument(
         "--teacher",
         default="auto",
         help="none, wavlm, whisper, or the folder or id of such a model; auto: WavLM-large on CUDA",
     )
-    more.add_argument("--teacher_weight", type=float, default=1.0, help="cosine on codebook 0")
+    more.add_argument("--teacher_weight", type=number(0), default=1.0, help="cosine on codebook 0")
     more.add_argument(
         "--ssl_loss_weight",
-        type=float,
+        type=number(0),
         default=1.0,
         help="share, in the balance, of the teacher's view of the output; mel has 1",
     )
     more.add_argument("--teacher_cache", metavar="FOLDER", help="keep the targets of whole clips")
-    more.add_argument("--teacher_cache_gib", type=float, default=100.0, help="at most")
+    more.add_argument("--teacher_cache_gib", type=number(0), default=100.0, help="at most")
     more.add_argument(
         "--ema_decay",
-        type=float,
+        type=number(0, 0.999999),
         help="of the weights that validate and ship; 0: none; by default over 2%% of the steps",
     )
     more.add_argument(
@@ -188,15 +185,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="replay the step as a CUDA graph: one GPU, no teacher; pays where models are small",
     )
     more.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
-    more.add_argument("--quantizer_start", type=int, default=200, help="steps before k-means")
-    more.add_argument("--warmup_steps", type=int, default=500)
+    more.add_argument("--quantizer_start", type=whole(0), default=200, help="steps before k-means")
+    more.add_argument("--warmup_steps", type=whole(0), default=500)
     training.add_run_flags(more)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.given = parser.given(argv)
+    return args
 
 
 def whole_frames(seconds: str) -> float:
-    """A length in seconds as the nearest whole number of 20 ms frames, one or more."""
-    return max(1, round(float(seconds) * 50)) / 50
+    """A length in seconds as the nearest whole number of 20 ms frames; the longest spectrum that
+    is compared needs 0.1 s."""
+    return round(number(0.1, 600)(seconds) * 50) / 50
 
 
 def draw_num_codebooks(
@@ -491,7 +491,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     process = training.setup_distributed(args.device)
-    device = process.device
+    device, workers = process.device, training.loader_workers(args.num_workers)
     if args.cuda_graph and (device.type != "cuda" or process.world_size > 1):
         raise UserError("--cuda_graph needs a CUDA GPU, and one alone")
     if args.cuda_graph and args.teacher != "none":
@@ -744,7 +744,7 @@ def main() -> None:
     samples_logged = 0
     stop_at = min(total_steps, args.max_steps or total_steps)
     batches = training_batches(
-        dataset, args.batch_size, args.num_workers, process, args.num_epochs, epoch, consumed
+        dataset, args.batch_size, workers, process, args.num_epochs, epoch, consumed
     )
     timed = training.TimedBatches(itertools.islice(batches, max(0, stop_at - step)))
     take_step = training.StepGraph(learn) if args.cuda_graph else learn

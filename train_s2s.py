@@ -28,7 +28,7 @@ from tqdm import tqdm
 import s2s
 import training
 from codec import Codec
-from command import UserError, run
+from command import ArgumentParser, UserError, number, run, share, whole
 from data import frame_labels, split_for, training_batches
 from make_conversations import load_code_dataset
 from s2s import IGNORE, PAD, S2S, Batch, S2SConfig, TextStream
@@ -58,41 +58,40 @@ SILENT_SHARE = 0.25
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Phase 3: train the dialogue LM.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = ArgumentParser("Phase 3: train the dialogue LM.")
     plan = parser.add_argument_group("the plan's flags")
     plan.add_argument("--data_dirs", nargs="+", default=["data/conversations/scripted"])
     plan.add_argument("--codec", default="checkpoints/tiny/codec", help="that encoded the data")
-    plan.add_argument("--batch_size", type=int, default=32, help="windows a step, over all ranks")
-    plan.add_argument("--num_epochs", type=int, default=20)
-    plan.add_argument("--lr", type=float, default=3e-4)
+    plan.add_argument("--batch_size", type=whole(1), default=32, help="windows a step, all ranks")
+    plan.add_argument("--num_epochs", type=whole(1), default=20)
+    plan.add_argument("--lr", type=number(0), default=3e-4)
     plan.add_argument("--checkpoint_dir", default="checkpoints_s2s")
-    plan.add_argument("--num_workers", type=int, default=4)
+    plan.add_argument("--num_workers", type=whole(0), help="by default one a core")
     more = parser.add_argument_group("advanced")
     more.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto")
     more.add_argument("--frames_per_step", type=int, choices=(1, 2, 4), default=2)
     more.add_argument("--depth_order", choices=("level", "frame"), default="level")
-    more.add_argument("--acoustic_delay", type=int, default=0, help="frames")
-    more.add_argument("--vocab_size", type=int, default=2048, help="of a new tokenizer, at most")
+    more.add_argument("--acoustic_delay", type=whole(0, 100), default=0, help="frames")
+    more.add_argument("--vocab_size", type=whole(3), default=2048, help="of a new tokenizer")
     more.add_argument(
-        "--epoch_hours", type=float, help="audio drawn an epoch; by default all, 60 at most"
+        "--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60"
     )
-    more.add_argument("--window_seconds", type=float, default=12.0)
-    more.add_argument("--listen_share", type=float, default=0.3, help="of the steps, without codes")
-    more.add_argument("--depth_fraction", type=float, default=0.25, help="of its patches learnt")
-    more.add_argument("--text_weight", type=float, default=10.0, help="of a token against a PAD")
-    more.add_argument("--acoustic_drop", type=float, default=0.6, help="user windows cut in levels")
-    more.add_argument("--code_noise", type=float, default=0.1, help="user codes made near ones")
-    more.add_argument("--frame_drop", type=float, default=0.05, help="user frames lost")
-    more.add_argument("--agent_drop", type=float, default=0.3, help="as both, of its own past")
-    more.add_argument("--agent_deaf", type=float, default=0.5, help="windows without; 1: never any")
-    more.add_argument("--emotion_drop", type=float, default=0.1, help="windows not told it")
-    more.add_argument("--language_drop", type=float, default=0.5, help="windows not told it")
-    more.add_argument("--warmup_steps", type=int, default=300)
+    more.add_argument("--window_seconds", type=number(0.1, 6000), default=12.0)
+    more.add_argument("--listen_share", type=share, default=0.3, help="of the steps, without codes")
+    more.add_argument("--depth_fraction", type=share, default=0.25, help="of its patches learnt")
+    more.add_argument("--text_weight", type=number(above=0), default=10.0, help="token against PAD")
+    more.add_argument("--acoustic_drop", type=share, default=0.6, help="user windows cut in levels")
+    more.add_argument("--code_noise", type=share, default=0.1, help="user codes made near ones")
+    more.add_argument("--frame_drop", type=share, default=0.05, help="user frames lost")
+    more.add_argument("--agent_drop", type=share, default=0.3, help="as both, of its own past")
+    more.add_argument("--agent_deaf", type=share, default=0.5, help="windows without; 1: never any")
+    more.add_argument("--emotion_drop", type=share, default=0.1, help="windows not told it")
+    more.add_argument("--language_drop", type=share, default=0.5, help="windows not told it")
+    more.add_argument("--warmup_steps", type=whole(0), default=300)
     training.add_run_flags(more)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.given = parser.given(argv)
+    return args
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -548,7 +547,7 @@ def main() -> None:
     batches = training_batches(
         dataset,
         args.batch_size,
-        args.num_workers,
+        training.loader_workers(args.num_workers),
         process,
         args.num_epochs,
         epoch,

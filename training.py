@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from command import UserError
+from command import UserError, default_workers, number, whole
 
 T = TypeVar("T")
 PLAN_BUDGET_USD = 1500.0
@@ -61,8 +61,8 @@ class Distributed:
 def setup_distributed(device: str = "auto") -> Distributed:
     """Read torchrun's environment, join the process group (gloo on CPU, nccl on CUDA).
 
-    `device`: auto (CUDA where there is one), cpu, cuda, cuda:N or mps.
-    Raises UserError for a device that this machine lacks.
+    `device`: auto (CUDA where there is one), cpu, cuda or cuda:N. Raises UserError for a device
+    that this machine lacks, or whose arithmetic does not serve (mps has no float64).
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -83,11 +83,11 @@ def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.devi
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise UserError(f"--device {device}: not a device; use auto, cpu, cuda or mps") from None
-    if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this machine has no Apple GPU; use --device cpu")
+        raise UserError(f"--device {device}: not a device; use auto, cpu or cuda") from None
+    if chosen.type == "cpu":
+        return torch.device("cpu")
     if chosen.type != "cuda":
-        return chosen
+        raise UserError(f"--device {device}: not supported; use auto, cpu or cuda")
     if not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no CUDA GPU here; use --device cpu")
     index = local_rank if chosen.index is None or world_size > 1 else chosen.index
@@ -97,6 +97,12 @@ def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.devi
             "lower --nproc_per_node or --device"
         )
     return torch.device("cuda", index)
+
+
+def loader_workers(asked: int | None) -> int:
+    """Worker processes of this rank's loader: those asked for, or its share of the cores."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, default_workers() // ranks_here) if asked is None else asked
 
 
 def cleanup_distributed() -> None:
@@ -165,19 +171,21 @@ def choose_preset(preset: str, device: torch.device) -> str:
 
 def add_run_flags(group: argparse._ArgumentGroup) -> None:
     """The flags that all trainers share."""
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    group.add_argument("--threads", type=int, help="CPU threads")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--threads", type=whole(1), help="CPU threads")
+    group.add_argument("--seed", type=whole(-(2**63), 2**63 - 1), default=0)
     group.add_argument("--fresh", action="store_true", help="start over, in an empty folder")
     group.add_argument("--init_from", help="checkpoint whose weights to start from")
-    group.add_argument("--grad_clip", type=float, default=1.0)
-    group.add_argument("--save_every_epochs", type=int, default=5)
-    group.add_argument("--save_minutes", type=float, default=15.0)
-    group.add_argument("--keep_last", type=int, default=3)
-    group.add_argument("--log_every", type=int, default=50, help="steps a line of metrics")
-    group.add_argument("--max_steps", type=int, help="stop here, though the schedule goes on")
-    group.add_argument("--usd_per_hour", type=float, default=3.39)
-    group.add_argument("--budget_usd", type=float, help="most to spend: the run ends within it")
+    group.add_argument("--grad_clip", type=number(above=0), default=1.0)
+    group.add_argument("--save_every_epochs", type=whole(1), default=5)
+    group.add_argument("--save_minutes", type=number(0), default=15.0)
+    group.add_argument("--keep_last", type=whole(1), default=3)
+    group.add_argument("--log_every", type=whole(1), default=50, help="steps a line of metrics")
+    group.add_argument("--max_steps", type=whole(1), help="stop here, though the schedule goes on")
+    group.add_argument("--usd_per_hour", type=number(above=0), default=3.39)
+    group.add_argument(
+        "--budget_usd", type=number(above=0), help="most to spend: the run ends within it"
+    )
     group.add_argument("--tensorboard", action="store_true")
     group.add_argument("--export", metavar="FOLDER", help="write the newest checkpoint as shipped")
 

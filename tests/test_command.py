@@ -67,6 +67,9 @@ def test_numbers_wholes_and_shares():
         (command.number(), "ten", "'ten' is not a number"),
         (command.whole(1), "1.5", "is not a whole number"),
         (command.whole(1, 4), "5", "at most 4"),
+        (command.whole(1), "9" * 5000, "not a whole number"),
+        (command.whole(1, 9), "9" * 400, "at most 9"),
+        (command.number(), "9" * 400, "must be finite"),
         (command.share, "-0.1", "out of range"),
     ]
     for parse, text, told in wrong:
@@ -77,7 +80,10 @@ def test_numbers_wholes_and_shares():
 def test_a_wrong_flag_is_one_line_and_abbreviations_are_wrong(capsys):
     parser = command.ArgumentParser("A test.")
     parser.add_argument("--batch_size", type=command.whole(1), default=2)
-    assert parser.parse_args([]).batch_size == 2
+    parser.add_argument("--names", nargs="+", default=["a"])
+    parser.add_argument("--all", action="store_true")
+    assert parser.parse_args([]).batch_size == 2 and parser.given([]) == set()
+    assert parser.given(["--batch_size", "2", "--names", "a", "b"]) == {"batch_size", "names"}
     for argv in (["--batch_size", "0"], ["--batch", "3"], ["--unknown"]):
         with pytest.raises(SystemExit) as stop:
             parser.parse_args(argv)

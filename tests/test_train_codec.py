@@ -518,3 +518,22 @@ def test_steps_replayed_as_a_cuda_graph_learn_what_eager_ones_do(corpus, tmp_pat
 def test_a_cuda_graph_without_a_gpu_is_refused(corpus, tmp_path, capsys):
     assert "needs a CUDA GPU" in refused(corpus, tmp_path / "run", capsys, "--cuda_graph")
     assert not (tmp_path / "run").exists()
+
+
+WRONG = [
+    "--batch_size 0", "--batch_size 1.5", "--num_epochs 0", "--gen_lr -1", "--disc_lr nan",
+    "--num_workers -1", "--epoch_hours nan", "--epoch_hours 0", "--window_seconds 0.02",
+    "--window_seconds nan", "--language_temperature 0", "--augment_share 2", "--listen_share -0.1",
+    "--disc_start 1.5", "--disc_seconds 0", "--mel_weight -1", "--lm_rate 1.1",
+    "--ema_decay 1", "--teacher_cache_gib -1", "--quantizer_start -1", "--warmup_steps -1",
+    "--threads 0", "--grad_clip 0", "--save_every_epochs 0", "--save_minutes -1", "--keep_last 0",
+    "--log_every 0", "--max_steps 0", "--usd_per_hour 0", "--budget_usd -3", "--seed 1e3",
+]  # fmt: skip
+
+
+def test_flags_out_of_range_are_told_before_anything_is_loaded(capsys):
+    for wrong in WRONG:
+        with pytest.raises(SystemExit) as stop:
+            train_codec.parse_args(wrong.split())
+        shown = capsys.readouterr().err
+        assert stop.value.code == 2 and shown.count("\n") == 1 and wrong.split()[0] in shown, wrong

@@ -471,3 +471,19 @@ def test_short_conversations_train_too(world, tmp_path):
     rows = [row for row in metrics(folder) if "loss" in row]
     assert len(rows) == 3 and all(row["loss"] is not None for row in rows)
     assert rows[-1]["skipped"] == 0
+
+
+WRONG = [
+    "--batch_size 0", "--num_epochs 0", "--lr -1", "--num_workers -1", "--epoch_hours inf",
+    "--window_seconds 0", "--frames_per_step 3", "--acoustic_delay -1", "--vocab_size 0",
+    "--listen_share 2", "--depth_fraction -1", "--text_weight 0", "--acoustic_drop nan",
+    "--agent_deaf 1.01", "--warmup_steps -1", "--budget_usd nan", "--log_every 0",
+]  # fmt: skip
+
+
+def test_flags_out_of_range_are_told_before_anything_is_loaded(capsys):
+    for wrong in WRONG:
+        with pytest.raises(SystemExit) as stop:
+            train_s2s.parse_args(wrong.split())
+        shown = capsys.readouterr().err
+        assert stop.value.code == 2 and shown.count("\n") == 1 and wrong.split()[0] in shown, wrong

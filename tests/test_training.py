@@ -306,11 +306,20 @@ def test_one_process_without_torchrun(monkeypatch):
     assert here.device == torch.device("cpu")
     value = torch.ones(2)
     assert training.all_reduce_mean(value) is value
-    with pytest.raises(UserError, match="not a device"):
-        training.setup_distributed("gpu")
+    for device, told in (("gpu", "not a device"), ("mps", "not supported"), ("meta", "not supp")):
+        with pytest.raises(UserError, match=told):
+            training.setup_distributed(device)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA GPU"):
             training.setup_distributed("cuda")
+
+
+def test_workers_default_to_this_rank_s_share_of_the_cores(monkeypatch):
+    monkeypatch.setattr(training, "default_workers", lambda: 6)
+    for ranks, workers in ((None, 6), ("2", 3), ("8", 1)):
+        if ranks:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert training.loader_workers(None) == workers and training.loader_workers(0) == 0
 
 
 RANK_SCRIPT = """
