@@ -10,14 +10,17 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CGROUP = Path("/sys/fs/cgroup")
@@ -38,36 +41,69 @@ class UserError(Exception):
     """A mistake or a shortage the user can mend. One line: what, where, what to do."""
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], resumes: bool = True) -> None:
     """Run a script's `main`: what the user can mend ends in one line on stderr and exit code 1.
 
-    Ctrl-C exits 130. A file or folder that the system refuses counts as the user's. Other
-    exceptions keep their traceback: they are bugs. Nothing that is printed can fail for the
-    terminal's encoding.
+    Ctrl-C exits 130; `resumes`: the same command then goes on. A file or folder that the system
+    refuses counts as the user's. Other exceptions keep their traceback: they are bugs. Nothing
+    that is printed can fail: not for the terminal's encoding, nor where nobody reads on.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = (
+        _lasting(stream, original)
+        for stream, original in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__))
+    )
     try:
         code = main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = "; the same command goes on from the last checkpoint" if resumes else ""
+        print(f"interrupted{goes_on}", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # `| head`: nobody reads on
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (for the last flush)
-        code = 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        reason = error.strerror or str(error) or type(error).__name__
-        if error.errno in _DISK_FULL:
-            reason = "the disk is full; free some space and run again"
-        print(f"error: {where}{reason}", file=sys.stderr)
+        print(f"error: {where}{why(error)}", file=sys.stderr)
         code = 1
     if code:
         sys.exit(code)
+
+
+def why(error: OSError) -> str:
+    """What the system refused, for one line."""
+    if error.errno in _DISK_FULL:
+        return "the disk is full; free some space and run again"
+    return error.strerror or str(error) or type(error).__name__
+
+
+class _Drain(io.FileIO):
+    """Where stdout goes: once it is refused (`| head`, a full disk), nowhere, and in silence."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def _lasting(stream: TextIO | None, original: TextIO | None) -> TextIO:
+    """A stream whose writes never fail; one that a caller put in its place stays."""
+    if stream is None:  # closed by the shell: `>&-`
+        return open(os.devnull, "w", encoding="utf-8")
+    if stream is not original or not isinstance(stream, io.TextIOWrapper):
+        return stream
+    stream.flush()
+    drain = _Drain(stream.fileno(), "w", closefd=False)
+    return io.TextIOWrapper(
+        drain if stream.write_through else io.BufferedWriter(drain),
+        encoding=stream.encoding,
+        errors="backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
 
 
 # ----------------------------------------------------------------------------------- flags
@@ -181,11 +217,31 @@ def writable_file(path: str | Path, flag: str) -> Path:
     """`path` as a file that can be written; what it holds stays. Raises UserError naming `flag`."""
     file = Path(path)
     writable_folder(file.parent, flag)
-    if file.is_dir():
+    try:
+        found = stat.S_IFMT(os.stat(file).st_mode)
+    except FileNotFoundError:
+        return file
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {file}: cannot be written ({first_line(error)})") from None
+    if found == stat.S_IFDIR:
         raise UserError(f"{flag} {file}: is a folder; name a file")
-    if file.exists() and not os.access(file, os.W_OK):
+    if not os.access(file, os.W_OK):
         raise UserError(f"{flag} {file}: cannot be written (Permission denied)")
     return file
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file whole or not at all: what stood there before stays until the end."""
+    real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_file():  # a device or a pipe: nothing to replace
+        real.write_text(text, encoding="utf-8")
+        return
+    part = part_name(real)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, real)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

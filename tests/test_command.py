@@ -56,6 +56,18 @@ def test_what_is_printed_does_not_fail_for_the_terminals_encoding():
     assert done.returncode == 0 and b"\\u0c24" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("shell", ["{} | head -c 3", "{} > /dev/full", "{} >&-", "{} >&- 2>&-"])
+def test_what_nobody_reads_does_not_cost_the_work(tmp_path, shell):
+    body = "[print('x' * 9999, flush=True) for _ in range(99)], open('done', 'w')"
+    script = f'"{sys.executable}" -c "import command; command.run(lambda: ({body}) and None)"'
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command_line = shell.format(script)
+    done = subprocess.run(
+        command_line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr and (tmp_path / "done").exists()
+
+
 def test_numbers_wholes_and_shares():
     assert command.number(0, 2)("1.5") == 1.5 and command.whole(1)("7") == 7
     assert command.share("1") == 1.0
@@ -124,6 +136,18 @@ def test_folders_and_files_that_cannot_be_written(tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="is a folder"):
         command.writable_file(tmp_path, "--out")
+    with pytest.raises(UserError, match="^--out .*cannot be written"):
+        command.writable_file(tmp_path / ("n" * 300), "--out")
+
+
+def test_a_result_is_written_whole_or_what_stood_there_stays(tmp_path):
+    file = tmp_path / "result.json"
+    command.write_text(file, "old")
+    with pytest.raises(UnicodeEncodeError):
+        command.write_text(file, "\udcff")
+    command.write_text("/dev/null", "new")
+    assert os.listdir(tmp_path) == [file.name]
+    assert file.read_text() == "old" and Path("/dev/null").is_char_device()
 
 
 def test_one_process_a_folder_and_the_lock_goes_with_it(tmp_path):
