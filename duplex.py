@@ -99,7 +99,8 @@ class TickResult:
     audio [B, T] float32; text [B] token ids (`PAD` = none); user_speaking, turn_end [B]
     probabilities; user_emotion [B, 8], language [B, 3] probabilities; index [B] the number of the
     input patch heard (dropped ones count); waited [B] seconds the patch lay in the queue; dropped
-    [B] patches lost since the slot's last tick; muted [B] output silenced by `vad_flush`.
+    [B] patches lost since the slot's last tick; muted [B] output silenced by `vad_flush`;
+    not_finite [B] samples, heard or spoken, that were not numbers and became silence.
     """
 
     audio: np.ndarray
@@ -113,6 +114,7 @@ class TickResult:
     waited: np.ndarray
     dropped: np.ndarray
     muted: np.ndarray
+    not_finite: np.ndarray
     times: StageTimes
 
 
@@ -280,10 +282,13 @@ class DuplexEngine:
     def set_voice(
         self, slot: int, emotion: str | None = None, language: str | None = None
     ) -> None:
-        """The agent's emotion and language in one slot, None = its own choice; also mid-call."""
+        """The agent's emotion and language in one slot, None = its own choice; also mid-call.
+
+        Raises `UserError` for one that the model does not know.
+        """
         config = self.lm.config
-        self._emotion[slot] = 0 if emotion is None else config.emotions.index(emotion) + 1
-        self._language[slot] = 0 if language is None else config.languages.index(language) + 1
+        self._emotion[slot] = _number_of(emotion, config.emotions, "emotion")
+        self._language[slot] = _number_of(language, config.languages, "language")
 
     def set_user_voice(self, slot: int, speaking: bool) -> None:
         """Tell `vad_flush` whether a detector hears the user of this slot now."""
@@ -345,6 +350,8 @@ class DuplexEngine:
         dropped: np.ndarray,
     ) -> TickResult:
         forced = self._decide_flush(active)
+        frames, not_finite = _finite(frames)
+        frames = frames.clip(-1.0, 1.0)
         marks: dict[str, float] = {}
         self._mark(marks, "start")
         audio = torch.from_numpy(frames).to(self.device)[:, None]  # [B, 1, T]
@@ -368,6 +375,7 @@ class DuplexEngine:
         reply = reply.float().cpu().numpy()  # [B, T]
         self._mark(marks, "decode")
         keep = active[:, None].astype(np.float32)
+        reply, lost = _finite(reply)
         reply = self._mute(reply * keep, forced)
         return TickResult(
             audio=reply,
@@ -381,6 +389,7 @@ class DuplexEngine:
             waited=waited,
             dropped=dropped,
             muted=forced,
+            not_finite=(not_finite + lost) * active,
             times=_stage_times(marks),
         )
 
@@ -426,6 +435,22 @@ class DuplexEngine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         marks[stage] = self.clock()
+
+
+def _number_of(name: str | None, known: Sequence[str], what: str) -> int:
+    """What the LM is told: 0 for its own choice, else the place in `known`, from 1."""
+    if name is not None and name not in known:
+        raise UserError(f"{what} {name}: the dialogue model knows {', '.join(known)}")
+    return 0 if name is None else known.index(name) + 1
+
+
+def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Audio [B, T] with silence for what is not a number, and how many samples that were, [B].
+
+    One NaN would stay in the caches for as long as the attention looks back.
+    """
+    wrong = ~np.isfinite(audio)
+    return (np.where(wrong, np.float32(0), audio) if wrong.any() else audio), wrong.sum(1)
 
 
 def _host(tensor: torch.Tensor) -> np.ndarray:
@@ -540,6 +565,7 @@ class VoiceDetector:
         self.speaking = False
 
     def push(self, audio: np.ndarray) -> bool:
+        audio = _finite(np.asarray(audio, np.float32)[None])[0][0]
         self._levels.push(audio)
         samples = np.concatenate([self._rest, self._resample(audio)])
         whole = len(samples) // VAD_SAMPLES * VAD_SAMPLES
@@ -811,6 +837,7 @@ class LatencyLedger:
         self.device_seconds = 0.0
         self.resampler_seconds = 0.0
         self.dropped_patches = 0
+        self.not_finite_samples = 0
         self.late_ticks = 0
         self.output_underruns = 0
         self.output_overflows = 0
@@ -822,6 +849,7 @@ class LatencyLedger:
             self.stages[stage].append(seconds)
         self.late_ticks += result.times.total > self.patch_seconds
         self.dropped_patches += int(result.dropped.sum())
+        self.not_finite_samples += int(result.not_finite.sum())
 
     def call(self, record: CallRecord, turns: Sequence[UserTurn]) -> list[Response]:
         """Judge a finished call by its user's turns; returns its responses."""
@@ -851,6 +879,7 @@ class LatencyLedger:
             "device_ms": _ms(self.device_seconds),
             "resampler_ms": _ms(self.resampler_seconds),
             "dropped_patches": self.dropped_patches,
+            "not_finite_samples": self.not_finite_samples,
             "late_ticks": self.late_ticks,
             "output_underruns": self.output_underruns,
             "output_overflows": self.output_overflows,
@@ -881,6 +910,8 @@ class LatencyLedger:
             f"device {s['device_ms']:.1f}, resamplers {s['resampler_ms']:.1f}; end of turn by"
             f" {s['turn_end_source'] or 'nothing'}; {s['warmup_ticks']} warm-up ticks left out"
         )
+        if s["not_finite_samples"]:
+            rows.append(f"{s['not_finite_samples']} samples were not numbers and became silence")
         return "\n".join(rows)
 
 

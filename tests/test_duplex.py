@@ -269,6 +269,37 @@ def test_slots_are_apart_and_reset_on_their_own():
     np.testing.assert_allclose(engine.run_once().audio[2], 0.5, atol=1e-6)
 
 
+def test_what_is_no_number_becomes_silence_and_is_counted():
+    engine, ledger = fake_engine(slots=2), LatencyLedger(PATCH)
+    frames = np.stack([patch(0.5), patch(0.5)])
+    frames[1, :480] = [np.nan, np.inf, -np.inf] * 160
+    result = engine.tick(frames)
+    ledger.tick(result)
+    assert result.not_finite.tolist() == [0, 480]
+    np.testing.assert_allclose(result.audio[0], 0.5, atol=1e-6)
+    np.testing.assert_allclose(result.audio[1], np.repeat([0, 0.5], 480), atol=1e-6)
+    assert engine.tick(1e30 * frames).audio.max() < 1.01
+    engine.codec.decode_step = lambda codes, *_, **__: torch.full((2, 1, 960), torch.nan)
+    ledger.tick(engine.tick(frames[:1].repeat(2, 0), active=np.array([True, False])))
+    assert ledger.summary()["not_finite_samples"] == 480 + 960
+    assert "1440 samples were not numbers" in ledger.table()
+
+
+def test_a_nan_leaves_no_trace_in_the_real_models():
+    codec, lm = small_pair()
+    engine, clean = (DuplexEngine(codec, lm, seed=3) for _ in range(2))
+    spoken = noise_patches(6).reshape(6, 960)
+    broken, mended = spoken.copy(), spoken.copy()
+    broken[2, 100:200], mended[2, 100:200] = np.nan, 0
+    for one, two in zip(broken, mended, strict=True):
+        np.testing.assert_array_equal(engine.tick(one[None]).audio, clean.tick(two[None]).audio)
+
+
+def test_a_voice_that_the_model_does_not_know_is_named():
+    with pytest.raises(UserError, match="language french: the dialogue model knows english"):
+        fake_engine().set_voice(0, language="french")
+
+
 def test_voice_settings_reach_the_lm_and_survive_reset():
     engine = fake_engine(slots=2)
     engine.set_voice(1, "happy", "telugu")
