@@ -22,7 +22,7 @@ import soundfile
 import soxr
 import torch
 
-from command import UserError, check_fields, json_lines
+from command import UserError, check_fields, json_lines, part_name
 from training import Distributed, item_rng
 
 SAMPLE_RATE = 24000
@@ -182,7 +182,7 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
     suffix = path.suffix.lower()
     if suffix not in formats:
         raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(formats)}")
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_name(path)
     samples = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)
     try:
         channels = 1 if samples.ndim == 1 else samples.shape[1]

@@ -792,6 +792,7 @@ class CallRecord:
     levels: list[np.ndarray] = field(default_factory=list)
     delays: list[float] = field(default_factory=list)
     index: list[int] = field(default_factory=list)
+    stopped: BaseException | None = None  # what ended the call early
 
     def add(self, result: TickResult, extra_seconds: float = 0.0) -> None:
         """Note a tick; `extra_seconds`: device, buffers and resamplers."""

@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import queue
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from command import UserError, run
-from data import AUDIO_SUFFIXES, EMOTIONS, LANGUAGES, SAMPLE_RATE, read_audio, write_audio
+from command import ArgumentParser, UserError, number, run, whole, writable_file
+from data import EMOTIONS, LANGUAGES, SAMPLE_RATE, AudioError, read_audio, write_audio
 from duplex import (
     QUIET_DBFS,
     CallRecord,
@@ -35,12 +37,14 @@ from duplex import (
     Response,
     StreamResampler,
     TickResult,
+    UserTurn,
     VoiceDetector,
     find_speech,
     frame_levels,
     load_models,
 )
 from s2s import PAD, S2S, Sampling
+from training import setup_distributed
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 SPOKEN = LANGUAGES[:3]
@@ -53,8 +57,9 @@ NEW_LINE_SECONDS = 1.0
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Talk to Samvad through microphone and speaker, or let it answer recordings."
+    parser = ArgumentParser(
+        "Talk to Samvad through microphone and speaker, or let it answer recordings.",
+        formatter_class=argparse.HelpFormatter,
     )
     add = parser.add_argument
     add("--wav", nargs="+", type=Path, help="spoken questions, instead of the microphone")
@@ -63,15 +68,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lm", type=Path, default=TINY / "s2s", help="checkpoint folder [the tiny one]")
     add("--emotion", choices=EMOTIONS, help="how the agent speaks [as it sees fit]")
     add("--language", choices=SPOKEN, help="of the call [heard by the model itself]")
-    add("--seed", type=int, default=0, help="of the sampling [0]")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling [0]")
     more = parser.add_argument_group("advanced").add_argument
     more("--fast", action="store_true", help="with --wav: do not pace, never drop")
-    more("--temperature", type=float, help="of the sampling [the model's own]")
-    more("--top_k", type=int, help="of the sampling [the model's own]")
+    more("--temperature", type=number(0, 100), help="of the sampling [the model's own]")
+    more("--top_k", type=whole(1, 2**31), help="of the sampling [the model's own]")
     more("--vad_flush", action="store_true", help="cut the agent off when the user barges in")
-    more("--tail_seconds", type=float, default=4.0, help="listen on after each --wav [4]")
-    more("--device", default="auto", help="auto, cpu or cuda [auto]")
-    more("--threads", type=int, default=1, help="CPU threads [1]")
+    more("--tail_seconds", type=number(0, 3600), default=4.0,
+         help="listen on after each --wav [4]")  # fmt: skip
+    more("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    more("--threads", type=whole(1, 1024), default=1, help="CPU threads [1]")
     args = parser.parse_args(argv)
     _check(args)
     return args
@@ -86,26 +92,25 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(
             f"{len(args.wav)} --wav files but {len(args.out)} --out files; give one for each"
         )
-    for name, least in (("tail_seconds", 0), ("threads", 1)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}")
     if args.wav and not args.out:
         args.out = [Path(f"reply_{path.stem}.wav") for path in args.wav]
-    for out in args.out or ():
-        _check_output(out, args)
 
 
-def _check_output(out: Path, args: argparse.Namespace) -> None:
+def check_outputs(wavs: Sequence[Path], outs: Sequence[Path]) -> None:
     """A reply must not be lost at the end of a call for want of a place to put it."""
-    place = out.resolve()
-    if sum(place == other.resolve() for other in args.out) > 1:
-        raise UserError(f"{out}: two replies would be written there; name them with --out")
-    if place in [wav.resolve() for wav in args.wav]:
-        raise UserError(f"{out}: is a question too; give the reply another name with --out")
-    if not place.parent.is_dir():
-        raise UserError(f"{out}: no folder {out.parent}; make it first")
-    if out.suffix.lower() not in AUDIO_SUFFIXES:
-        raise UserError(f"{out}: not an audio file's name; end it in .wav")
+    questions, places = [wav.resolve() for wav in wavs], [out.resolve() for out in outs]
+    for out, place in zip(outs, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"{out}: two replies would be written there; name them with --out")
+        if place in questions:
+            raise UserError(f"{out}: is a question too; give the reply another name with --out")
+        writable_file(out, "--out")
+        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+            try:
+                write_audio(Path(folder) / f"reply{out.suffix}", np.zeros(SAMPLE_RATE, np.float32))
+            except AudioError as error:
+                reason = str(error).split(": ", 1)[-1]
+                raise UserError(f"--out {out}: {reason}; end the name in .wav") from None
 
 
 # ---------------------------------------------------------------------------------- what it says
@@ -209,7 +214,8 @@ def answer_recording(
     """Play `audio` [T] to slot 0, then silence; returns the reply [T'] and the call's record.
 
     The tail lasts `tail_seconds`, and until a reply under way has ended. Patches dropped by a
-    machine too slow leave silence in the reply, so that it stays on the question's clock.
+    machine too slow leave silence in the reply, so that it stays on the question's clock. What
+    ends the call early, be it Ctrl-C, stands in the record's `stopped`; the reply lasts until then.
     """
     engine.reset()
     length = engine.patch_samples
@@ -222,18 +228,21 @@ def answer_recording(
     record = CallRecord(engine.patch_seconds)
     pacer = PacedInput(engine.patch_seconds, clock, sleep) if paced else None
     fed = heard = 0
-    while heard < len(patches):
-        before, fed = fed, _feed_due(engine, patches, fed, pacer)
-        if detector is not None:
-            engine.set_user_voice(0, detector.push(patches[before:fed].reshape(-1)))
-        result = engine.run_once()
-        heard = int(result.index[0]) + 1
-        reply[heard - 1] = result.audio[0]
-        record.add(result)
-        ledger.tick(result)
-        transcript.add(result)
-        if heard >= spoken + tail and _quiet(reply[:heard], engine.patch_seconds):
-            break
+    try:
+        while heard < len(patches):
+            before, fed = fed, _feed_due(engine, patches, fed, pacer)
+            if detector is not None:
+                engine.set_user_voice(0, detector.push(patches[before:fed].reshape(-1)))
+            result = engine.run_once()
+            heard = int(result.index[0]) + 1
+            reply[heard - 1] = result.audio[0]
+            record.add(result)
+            ledger.tick(result)
+            transcript.add(result)
+            if heard >= spoken + tail and _quiet(reply[:heard], engine.patch_seconds):
+                break
+    except (Exception, KeyboardInterrupt) as error:
+        record.stopped = error
     transcript.end_line()
     return reply[:heard].reshape(-1), record
 
@@ -259,13 +268,22 @@ def _quiet(reply: np.ndarray, patch_seconds: float) -> bool:
     return frame_levels(last.reshape(-1)).max() < QUIET_DBFS
 
 
-def answer_recordings(engine: DuplexEngine, args: argparse.Namespace) -> LatencyLedger:
-    """Answer every `--wav` into its `--out`, one ledger for all."""
-    questions = [read_question(path) for path in args.wav]
-    ledger = _new_ledger(engine)
-    for path, out, audio in zip(args.wav, args.out, questions, strict=True):
+Question = tuple[np.ndarray, UserTurn | None]  # a recording [T] and when it is spoken in
+
+
+def answer_recordings(
+    engine: DuplexEngine,
+    questions: Sequence[Question],
+    ledger: LatencyLedger,
+    args: argparse.Namespace,
+) -> None:
+    """Answer every `--wav` into its `--out`, one ledger for all.
+
+    Raises at the end what could not be written where it should, at once what stopped a call.
+    """
+    misplaced = []
+    for path, out, (audio, turn) in zip(args.wav, args.out, questions, strict=True):
         transcript = Transcript(engine.lm, engine.patch_seconds, _write)
-        turn = find_speech(audio)
         end = f"speech ends at {turn.end:.2f} s, by {turn.source}" if turn else "no speech found"
         print(f"{path}: {len(audio) / SAMPLE_RATE:.2f} s, {end}")
         reply, record = answer_recording(
@@ -277,21 +295,46 @@ def answer_recordings(engine: DuplexEngine, args: argparse.Namespace) -> Latency
             paced=not args.fast,
             detector=VoiceDetector() if args.vad_flush else None,
         )
-        write_audio(out, reply)
+        kept, failure = save_reply(out, reply)
+        misplaced += [failure] if failure else []
         for response in ledger.call(record, [turn] if turn else []):
             print(_response_line(response))
-        print(f"{transcript.user_line()}\nreply: {out}\n")
-    return ledger
+        print(f"{transcript.user_line()}\nreply: {kept}\n")
+        if record.stopped:
+            raise record.stopped
+    if misplaced:
+        raise UserError("; ".join(misplaced))
 
 
-def read_question(path: Path) -> np.ndarray:
-    """A recording as 24 kHz mono [T]; `UserError` where it is missing, empty or no audio."""
+def save_reply(out: Path, reply: np.ndarray) -> tuple[Path | None, str | None]:
+    """Writes a reply [T]; where that fails, as WAV beside it, or in the system's folder for such.
+
+    Returns where it lies, None where it could not be written at all, and what went wrong.
+    """
+    try:
+        write_audio(out, reply)
+        return out, None
+    except (AudioError, OSError) as error:
+        failure = str(error)
+    for folder in (out.parent, Path(tempfile.gettempdir())):
+        rescue = folder / f"{out.stem[:40]}-{os.getpid()}.wav"
+        with contextlib.suppress(AudioError, OSError):
+            write_audio(rescue, reply)
+            return rescue, f"{failure}; the reply is kept in {rescue}"
+    return None, f"{failure}; the reply is lost"
+
+
+def read_question(path: Path) -> Question:
+    """A recording as 24 kHz mono [T], and when it is spoken in.
+
+    `UserError` where it is missing, empty or no audio.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give --wav a recording of a spoken question")
     audio = read_audio(path)
     if not len(audio):
         raise UserError(f"{path}: holds no samples; record it again")
-    return audio
+    return audio, find_speech(audio)
 
 
 # ------------------------------------------------------------------------------------ microphone
@@ -401,7 +444,7 @@ class MicrophoneCall:
         self._unheard: list[np.ndarray] = []  # patches the detector has not had yet
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Talk until Ctrl-C or `stop()`; the ledger then holds the call."""
+        """Talk until Ctrl-C or `stop()`; the ledger then holds the call, also after an error."""
         self.engine.reset()
         try:
             with self._open() as stream:
@@ -410,7 +453,17 @@ class MicrophoneCall:
         except KeyboardInterrupt:
             pass
         except self._sounddevice.PortAudioError as error:
-            raise UserError(f"the sound card refused: {error}; close what else uses it") from error
+            # A card that is gone cannot even be closed: what ended the call came before.
+            if isinstance(error.__context__, UserError):
+                raise error.__context__ from None
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise UserError(
+                    f"the sound card refused: {error}; plug it in, close what else uses it"
+                ) from error
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
         self.transcript.end_line()
         self.ledger.output_underruns += self.bridge.underruns
         self.ledger.input_overflows += self.bridge.overflows
@@ -471,37 +524,16 @@ class MicrophoneCall:
         self._unheard.clear()
 
 
-def talk(engine: DuplexEngine, sounddevice: Any = None) -> LatencyLedger:
+def talk(engine: DuplexEngine, sounddevice: Any, ledger: LatencyLedger) -> None:
     """A live call through the sound card until Ctrl-C."""
-    sounddevice = sounddevice or import_sounddevice()
-    ledger = _new_ledger(engine)
     transcript = Transcript(engine.lm, engine.patch_seconds, _write)
     call = MicrophoneCall(engine, sounddevice, ledger, transcript, VoiceDetector())
     print("Speak when you like; Ctrl-C ends the call. Wear headphones, or it hears itself.")
     call.run()
     print(f"\n{transcript.user_line()}\n")
-    return ledger
 
 
 # -------------------------------------------------------------------------------------- main
-
-
-def _new_ledger(engine: DuplexEngine) -> LatencyLedger:
-    return LatencyLedger(
-        engine.patch_seconds, engine.algorithmic_seconds, warmup_ticks=engine.warm_up()
-    )
-
-
-def pick_device(name: str, threads: int) -> str:
-    """"auto" is CUDA where there is one; a CPU gets `threads` threads."""
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: give auto, cpu or cuda")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA GPU found; use --device cpu")
-    if device == "cpu":
-        torch.set_num_threads(threads)
-    return device
 
 
 def lm_sampling(args: argparse.Namespace) -> Sampling:
@@ -514,13 +546,16 @@ def lm_sampling(args: argparse.Namespace) -> Sampling:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    for path in args.wav or ():
-        read_question(path)  # before the models are loaded, so that a typo costs nothing
-    sounddevice = None if args.wav else import_sounddevice()
-    if sounddevice is not None:
+    device = setup_distributed(args.device).device
+    if device.type == "cpu":
+        torch.set_num_threads(args.threads)
+    questions = [read_question(path) for path in args.wav or ()]
+    if args.wav:
+        check_outputs(args.wav, args.out)
+    else:
+        sounddevice = import_sounddevice()
         device_rate(sounddevice)
-    device = pick_device(args.device, args.threads)
-    codec, lm = load_models(args.codec, args.lm, device)
+    codec, lm = load_models(args.codec, args.lm, str(device))
     print(f"codec {args.codec}, dialogue model {args.lm}, on {device}, seed {args.seed}")
     engine = DuplexEngine(
         codec,
@@ -530,10 +565,18 @@ def main(argv: list[str] | None = None) -> None:
         vad_flush=args.vad_flush,
     )
     engine.set_voice(0, args.emotion, args.language)
-    ledger = answer_recordings(engine, args) if args.wav else talk(engine, sounddevice)
-    print(ledger.table())
-    print(ledger.json_line())
+    ledger = LatencyLedger(
+        engine.patch_seconds, engine.algorithmic_seconds, warmup_ticks=engine.warm_up()
+    )
+    try:
+        if args.wav:
+            answer_recordings(engine, questions, ledger, args)
+        else:
+            talk(engine, sounddevice, ledger)
+    finally:  # whatever ended the call, what was measured is told
+        print(ledger.table())
+        print(ledger.json_line())
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=False)

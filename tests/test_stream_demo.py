@@ -29,6 +29,7 @@ from test_duplex import (
 
 import stream_demo
 from command import UserError
+from data import AudioError
 from duplex import DuplexEngine, LatencyLedger, VoiceDetector
 from stream_demo import (
     MicrophoneCall,
@@ -42,6 +43,7 @@ from stream_demo import (
 )
 
 RATE = 24000
+SHORT = np.concatenate([silence(0.2), tone(0.2)])  # its speech is found by energy
 
 
 def transcript(engine, said: list[str]) -> Transcript:
@@ -256,6 +258,27 @@ def test_a_microphone_that_falls_silent_is_reported(monkeypatch):
         microphone_call(FakeCard(silence(0.1)), seconds=5.0)
 
 
+@pytest.mark.parametrize("lost", ["while open", "when closed"])
+def test_a_card_unplugged_in_mid_call_is_one_line_after_the_ledger(monkeypatch, capsys, lost):
+    class Unplugged(FakeStream):
+        def __exit__(self, *_):
+            super().__exit__()
+            raise FakePortAudioError("Device unavailable")
+
+    monkeypatch.setattr(stream_demo, "SILENT_CARD_SECONDS", 0.05)
+    card, clock = FakeCard(silence(0.5)), FakeClock()
+    if lost == "when closed":
+        monkeypatch.setattr(card, "RawStream", lambda **o: Unplugged(card, **o))
+    monkeypatch.setattr(stream_demo, "import_sounddevice", lambda: card)
+    monkeypatch.setattr(stream_demo, "load_models", lambda *_: (FakeCodec(clock), FakeLM(clock)))
+    monkeypatch.setattr(stream_demo, "VoiceDetector", lambda: VoiceDetector(lambda samples: 1.0))
+    with pytest.raises(UserError, match="is it unplugged") as caught:
+        main([])
+    ledger = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert "\n" not in str(caught.value)
+    assert ledger["turns"] == 1 and ledger["tick_ms"]["total"]["n"] >= 10
+
+
 def test_ctrl_c_ends_the_call_with_its_ledger():
     engine = fake_engine()
     ledger = LatencyLedger(engine.patch_seconds)
@@ -367,14 +390,38 @@ def test_reply_files_are_named_after_the_questions():
         (["--wav", "a.wav", "b.wav", "--out", "c.wav"], "2 --wav files but 1 --out"),
         (["--wav", "x/a.wav", "y/a.wav"], "two replies"),
         (["--wav", "a.wav", "--out", "a.wav"], "is a question too"),
-        (["--wav", "a.wav", "--out", "no_such_folder/b.wav"], "make it first"),
-        (["--wav", "a.wav", "--out", "b.txt"], "not an audio file's name"),
-        (["--wav", "a.wav", "--tail_seconds", "-1"], "tail_seconds"),
+        (["--wav", "a.wav", "--out", "a.wav/b.wav"], "cannot be written"),
+        (["--wav", "a.wav", "--out", "./x/"], "x: is a folder"),
+        (["--wav", "a.wav", "--out", "b.txt"], r"cannot write '.txt' audio; .*end the name in"),
+        (["--wav", "a.wav", "--out", "b.oga"], "cannot write '.oga'"),
+        (["--wav", "a.wav", "--out", "b" * 300 + ".wav"], "cannot be written"),
+        (["--wav", "a.wav", "--device", "cuda:9"], "--device"),
+        (["--wav", "a.wav", "--device", "nonsense"], "not a device"),
+        (["--wav", "x"], "no such file"),
     ],
 )
-def test_contradictory_flags_are_one_line(argv, message):
-    with pytest.raises(UserError, match=message):
+def test_contradictory_flags_are_one_line(argv, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "x/a", "y/a"):
+        Path(name).parent.mkdir(exist_ok=True)
+        question(Path(f"{name}.wav"), SHORT)
+    with pytest.raises(UserError, match=message) as caught:
         main(argv)
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "b.wav", "x", "y"}
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--tail_seconds nan", "--tail_seconds -1", "--tail_seconds 1e9", "--threads 0", "--seed -1",
+     "--seed 1.5", "--top_k 0", "--temperature -1", "--temperature inf", "--emotion bored",
+     "--language french", "--tail 1", "--nonsense"],
+)  # fmt: skip
+def test_a_flag_out_of_range_is_one_line(flag, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--wav", "a.wav", *flag.split()])
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and told.count("\n") == 1 and flag.split()[0] in told
 
 
 def test_bad_recordings_are_one_line(tmp_path):
@@ -385,6 +432,62 @@ def test_bad_recordings_are_one_line(tmp_path):
         with pytest.raises(UserError, match=path.name) as caught:
             main(["--wav", str(path)])
         assert "\n" not in str(caught.value)
+
+
+def test_a_question_shorter_than_a_frame_is_answered(fake_models, tmp_path, capsys):
+    wav = question(tmp_path / "click.wav", tone(0.001))
+    main(["--fast", "--tail_seconds", "0", "--wav", str(wav), "--out", str(tmp_path / "r.wav")])
+    assert "no speech found" in capsys.readouterr().out and (tmp_path / "r.wav").exists()
+
+
+def reply_of(stopped_by, tmp_path, monkeypatch, capsys):
+    """What is left of a call that ends after ten patches: reply, ledger."""
+
+    class Ending(FakeLM):
+        def step(self, codes, state, **options):
+            if int(state.frames[0]) == 10:
+                raise stopped_by
+            return super().step(codes, state, **options)
+
+    clock = FakeClock()
+    monkeypatch.setattr(stream_demo, "load_models", lambda *_: (FakeCodec(clock), Ending(clock)))
+    wavs = [str(question(tmp_path / name, SHORT)) for name in ("a.wav", "b.wav")]
+    with pytest.raises(type(stopped_by)):
+        main(["--fast", "--wav", *wavs, "--out", *(str(tmp_path / f"r{i}.wav") for i in (1, 2))])
+    assert not (tmp_path / "r2.wav").exists()
+    ledger = json.loads(capsys.readouterr().out.splitlines()[-1])
+    return soundfile.read(tmp_path / "r1.wav")[0], ledger
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_what_ends_a_call_costs_neither_reply_nor_ledger(error, tmp_path, monkeypatch, capsys):
+    reply, ledger = reply_of(error, tmp_path, monkeypatch, capsys)
+    assert len(reply) == 10 * 960 and ledger["tick_ms"]["total"]["n"] == 10
+
+
+def test_a_reply_that_cannot_be_put_in_its_place_is_kept_elsewhere(
+    fake_models, tmp_path, monkeypatch, capsys
+):
+    write = stream_demo.write_audio
+
+    def full(path, audio, *rest):
+        if path.name.startswith("full") or path.suffix == ".mp3":
+            raise AudioError(f"{path}: cannot be written (No space left)")
+        write(path, audio, *rest)
+
+    monkeypatch.setattr(stream_demo, "REPLY_OVERTIME_SECONDS", 0.0)
+    monkeypatch.setattr(stream_demo, "write_audio", full)
+    monkeypatch.setattr(stream_demo, "check_outputs", lambda *_: None)
+    monkeypatch.setattr(stream_demo.tempfile, "gettempdir", lambda: str(tmp_path / "spare"))
+    (tmp_path / "spare").mkdir()
+    wavs = [str(question(tmp_path / name, SHORT)) for name in ("a.wav", "b.wav", "c.wav")]
+    outs = [str(tmp_path / name) for name in ("x.mp3", "full.wav", "r.wav")]
+    with pytest.raises(UserError) as caught:
+        main(["--fast", "--tail_seconds", "0", "--wav", *wavs, "--out", *outs])
+    told = str(caught.value)
+    assert told.count("is kept in") == 1 and told.count("is lost") == 1 and "\n" not in told
+    assert len(list(tmp_path.glob("x-*.wav"))) == 1 and (tmp_path / "r.wav").exists()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tick_ms"]["total"]["n"] == 3 * 10
 
 
 def test_missing_checkpoint_is_one_line(tmp_path):
