@@ -126,6 +126,10 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the flags\n")
 
 
+class LongHelp(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """For a description of several paragraphs, whose lines stay as they are."""
+
+
 def number(
     low: float = -math.inf, high: float = math.inf, above: float = -math.inf
 ) -> Callable[[str], float]:
@@ -244,6 +248,22 @@ def write_text(path: str | Path, text: str) -> None:
         part.unlink(missing_ok=True)
 
 
+def file_name(name: str, most: int = 200) -> str:
+    """`name` in UTF-8 and at most `most` bytes of it, so that a suffix more is still a name.
+
+    One that fits stays as it is; what is cut off or is no UTF-8 leaves a hash of the whole.
+    """
+    raw = name.encode("utf-8", "surrogatepass")
+    valid = name.encode("utf-8", "ignore")
+    if raw == valid and len(raw) <= most:
+        return name
+    stem, suffix = os.path.splitext(valid.decode())
+    if len(suffix.encode()) > 8:
+        stem, suffix = stem + suffix, ""
+    suffix = f"-{hashlib.sha256(raw).hexdigest()[:8]}{suffix}"
+    return stem.encode()[: most - len(suffix.encode())].decode("utf-8", "ignore") + suffix
+
+
 @contextlib.contextmanager
 def only_one(folder: str | Path) -> Iterator[None]:
     """Holds `folder/.lock` for the time of the run: a second process there is told so.
@@ -291,6 +311,33 @@ def json_line(line: bytes, where: str, first: bool = False) -> dict:
     if not isinstance(row, dict):
         raise UserError(f"{where}: not a JSON object")
     return row
+
+
+def as_json_line(row: dict) -> str:
+    """The line of a JSON-lines file.
+
+    Escaped, to read back alike: names that are not UTF-8, and what other readers than `json_lines`
+    take for the end of a line.
+    """
+    line = json.dumps(row, ensure_ascii=False)
+    odd = any(end in line for end in "\u2028\u2029\x85")
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        odd = True
+    return f"{json.dumps(row) if odd else line}\n"
+
+
+def text_lines(path: str | Path, errors: str = "strict") -> list[str]:
+    """The lines of a text file in UTF-8, which a line feed alone ends, as in `json_lines`.
+
+    `errors` as in `bytes.decode`. Raises UserError that names a file that is not UTF-8.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file in UTF-8 ({error})") from None
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
 
 
 def check_fields(row: dict, kinds: dict[str, str | tuple], where: str) -> None:

@@ -7,11 +7,14 @@ bytes arrive is in fetching.py.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fnmatch
 import gzip
 import hashlib
+import io
 import json
+import math
 import os
 import re
 import shutil
@@ -25,10 +28,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from command import UserError
+from command import (
+    UserError,
+    as_json_line,
+    check_fields,
+    file_name,
+    first_line,
+    text_lines,
+)
 from fetching import (
+    FFMPEG_SUFFIXES,
     FILE_THREADS,
     GIGABYTE,
+    LOSSLESS_SUFFIXES,
     Bar,
     Damaged,
     Shard,
@@ -41,11 +53,14 @@ from fetching import (
     download_deb,
     fetch_shard,
     free_bytes,
+    hub_folders,
     hub_shards,
     make_readable,
+    packed,
     parquet_columns,
     parquet_rows,
     read_sphere,
+    sizes,
     unpack,
     unpack_deb,
     write_bytes,
@@ -53,6 +68,16 @@ from fetching import (
 
 RECORD = "corpus.json"
 UNREADABLE = "unreadable.txt"
+RECORD_OF_ROW = {
+    "path": "path", "bytes": "whole", "duration": "number", "sample_rate": "whole",
+    "speaker": "text?", "text": "text?", "emotion": "text?", "split": "text",
+}  # fmt: skip
+RECORD_FIELDS = {
+    "hours": "number", "whole": "flag", "max_hours": "number", "unpack_seconds": "number?",
+}  # fmt: skip
+READ_SUFFIXES = {*data.AUDIO_SUFFIXES, *FFMPEG_SUFFIXES, *LOSSLESS_SUFFIXES}
+# Audio that nothing here reads: told, so that no hour is lost in silence.
+PASSED_OVER = {".sph", ".wv", ".ape", ".tta", ".au", ".spx", ".ra", ".rm", ".dsf", ".g722", ".gsm"}
 
 
 # ---------------------------------------------------------------------------- kinds of corpora
@@ -158,7 +183,8 @@ class Archives(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class Hub(Corpus):
-    """Parquet shards on the Hugging Face Hub, in `folders` (a config each) of `repo`.
+    """Parquet shards on the Hugging Face Hub, in `folders` (a config each) of `repo`; where
+    `parents` are named, in all folders that the dataset now has below them.
 
     `audio` holds the coded bytes, alone or as {bytes, path}. `speakers` and `keys` are columns:
     the first of `speakers` that a row fills names the speaker, where there is none the split
@@ -168,6 +194,7 @@ class Hub(Corpus):
 
     repo: str
     folders: tuple[str, ...]
+    parents: tuple[str, ...] = ()
     audio: str = "audio_filepath"
     text: str = "text"
     speakers: tuple[str, ...] = ("speaker_id",)
@@ -231,6 +258,11 @@ class Options:
     keep_wav: bool = False
     cv_dataset_ids: dict[str, str] = field(default_factory=dict)
     fisher_dir: Path | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether corpora are named by the user's own copies or releases of them."""
+        return self.fisher_dir is not None or bool(self.cv_dataset_ids)
 
 
 @dataclass(frozen=True)
@@ -339,9 +371,11 @@ def _wants_more(folder: Path, options: Options) -> bool:
 def read_record(folder: Path) -> dict:
     """What `corpus.json` says of how the folder was fetched; empty where there is none."""
     try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = json.loads((folder / RECORD).read_bytes())
+        check_fields(record, RECORD_FIELDS, RECORD)
+    except (OSError, ValueError, AttributeError, UserError):
         return {}
+    return record
 
 
 def _write_folder(
@@ -364,7 +398,8 @@ def _write_folder(
         "unpack_seconds": round(unpack_seconds, 3),
     }
     if found.unreadable:
-        write_bytes(part / UNREADABLE, ("\n".join(found.unreadable) + "\n").encode())
+        told = "\n".join(found.unreadable) + "\n"
+        write_bytes(part / UNREADABLE, told.encode(errors="backslashreplace"))
         tqdm.write(
             f"{corpus.name}: {len(found.unreadable)} files left out, unreadable or listed but "
             f"not there: see {UNREADABLE} in its folder",
@@ -372,8 +407,7 @@ def _write_folder(
         )
     write_bytes(part / RECORD, (json.dumps(record, indent=2) + "\n").encode())
     if isinstance(found.lines[0], dict):
-        lines = [json.dumps(line, ensure_ascii=False) for line in found.lines]
-        write_bytes(part / data.MANIFEST, ("\n".join(lines) + "\n").encode())
+        write_bytes(part / data.MANIFEST, "".join(map(as_json_line, found.lines)).encode())
     else:
         data.write_manifest(part / data.MANIFEST, found.lines)
 
@@ -541,6 +575,7 @@ def _unpack_apart(file: Path, target: Path, bar: Bar) -> None:
     except Damaged as error:
         # Without a checksum this is how a bad copy shows: the next run fetches it anew.
         file.unlink()
+        shutil.rmtree(staging, ignore_errors=True)
         raise UserError(f"{error}; removed: run again to fetch it anew") from error
     except UserError:
         shutil.rmtree(staging, ignore_errors=True)
@@ -553,13 +588,13 @@ def fetch_files(job: Job) -> Fetched:
     base = (job.mirror or job.corpus.base).rstrip("/")
     listing = job.archives / job.corpus.listing
     download(f"{base}/{job.corpus.listing}", listing, job.bar)
-    with open(listing, encoding="utf-8", newline="") as file:
-        names = [row[job.corpus.column] for row in csv.DictReader(file)]
+    names = [row[job.corpus.column] for row in _table(listing, ",", (job.corpus.column,))]
+    there = sizes(job.audio)
 
     def take(name: str) -> str:
         below = job.corpus.pattern.format(name)
-        target = job.audio / Path(below).name
-        if target.with_suffix(".flac").exists():
+        target = job.audio / file_name(Path(below).name)
+        if target.with_suffix(".flac").name in there:
             return ""
         try:
             download(f"{base}/{below}", target, job.bar)
@@ -601,11 +636,11 @@ def fetch_common_voice(job: Job) -> Fetched:
 
 
 def _clips_of(job: Job, layout: str, whole: bool) -> Fetched:
-    """Clips of everything below the audio folder that the layout knows."""
+    """Clips of all below the audio folder that the layout knows; what else sounds is told."""
     load, describe = LAYOUTS[layout]
     texts = load(job.audio)
-    suffixes = data.AUDIO_SUFFIXES
-    paths = sorted(path for path in job.audio.rglob("*") if path.suffix.lower() in suffixes)
+    files = sorted(job.audio.rglob("*.*"))
+    paths = [path for path in files if path.suffix.lower() in READ_SUFFIXES]
 
     def take(path: Path) -> data.Clip | str | None:
         about = describe(path, texts)
@@ -613,17 +648,26 @@ def _clips_of(job: Job, layout: str, whole: bool) -> Fetched:
         return None if about is None else _clip_of_file(job, path, about)
 
     with job.bar.unpacking(), ThreadPoolExecutor(FILE_THREADS) as pool:
-        taken = [found for found in pool.map(take, paths) if found is not None]
+        taken = list(pool.map(take, paths))
+    _say_left_out(job, "in no list, or named otherwise than the corpus names its clips",
+                  [path for path, found in zip(paths, taken, strict=True) if found is None])
+    _say_left_out(job, "of a format that is not read",
+                  [path for path in files if path.suffix.lower() in PASSED_OVER])  # fmt: skip
     unreadable = [found for found in taken if isinstance(found, str)]
     # By path: a kill between packing a WAV and removing it leaves both.
-    clips = {found.path: found for found in taken if not isinstance(found, str)}
+    clips = {found.path: found for found in taken if isinstance(found, data.Clip)}
     return Fetched(list(clips.values()), unreadable, whole)
+
+
+def _say_left_out(job: Job, why: str, paths: list[Path]) -> None:
+    if paths:
+        first = paths[0].relative_to(job.part)
+        tqdm.write(f"{job.corpus.name}: {len(paths)} files left out, {why}; first: {first}")
 
 
 def _clip_of_file(job: Job, path: Path, about: About) -> data.Clip | str:
     try:
-        path = make_readable(path, job.options.keep_wav)
-        duration, sample_rate = data.probe(path)
+        path, duration, sample_rate = make_readable(path, job.options.keep_wav)
     except data.AudioError as error:
         return str(error)
     key = about.speaker or about.key or path.relative_to(job.audio).as_posix()
@@ -631,56 +675,69 @@ def _clip_of_file(job: Job, path: Path, about: About) -> data.Clip | str:
     return replace(clip, speaker=about.speaker, text=about.text or None, emotion=about.emotion)
 
 
-def _spaced_lines(root: Path, name: str) -> dict[str, str]:
-    """`id text` lines of every file of that name (a glob) below `root`."""
+def _texts(root: Path, name: str, between: str) -> dict[str, str]:
+    """`id text` lines of every file of that name (a glob) below `root`, but what is no UTF-8."""
     texts = {}
     for path in sorted(root.rglob(name)):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            key, _, text = line.strip().partition(" ")
-            texts[key] = text.strip()
+        for line in text_lines(path, "replace"):
+            key, _, text = line.strip().partition(between)
+            if "\ufffd" not in text:
+                texts[key.strip()] = text.strip()
     return texts
 
 
-def _tab_lines(root: Path) -> dict[str, str]:
-    """`id<tab>text` lines of every line_index.tsv below `root`."""
-    texts = {}
-    for path in sorted(root.rglob("line_index.tsv")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            key, _, text = line.partition("\t")
-            texts[key.strip()] = text.strip()
-    return texts
+def _table(path: Path, delimiter: str, needed: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """Rows that fill the `needed` columns. Raises UserError where a column is not there."""
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        rows = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
+        missing = [name for name in needed if name not in (rows.fieldnames or ())]
+        if missing:
+            raise UserError(f"{path}: no column {', '.join(missing)}; has the corpus changed?")
+        try:
+            yield from (row for row in rows if all(row[name] for name in needed))
+        except csv.Error as error:
+            raise UserError(f"{path}, line {rows.line_num}: {error}") from error
 
 
 def _validated(root: Path) -> dict[str, dict[str, str]]:
     """Rows of Common Voice's validated.tsv by file name."""
-    rows = {}
-    for path in sorted(root.rglob("validated.tsv")):
-        with open(path, encoding="utf-8", newline="") as file:
-            rows |= {row["path"]: row for row in csv.DictReader(file, delimiter="\t", quoting=3)}
-    return rows
+    needed = ("client_id", "path", "sentence")
+    paths = sorted(root.rglob("validated.tsv"))
+    return {row["path"]: row for path in paths for row in _table(path, "\t", needed)}
+
+
+def _named(prefix: str, pattern: str, path: Path) -> str | None:
+    """The speaker that a file's name gives, where it is named as the corpus names its own: a name
+    that only begins with a number (a date) tells no speaker."""
+    match = re.fullmatch(pattern, path.stem)
+    return f"{prefix}-{match[1]}" if match else None
 
 
 def _librispeech(path: Path, texts: dict) -> About:
     # Readers are numbered alike in all three LibriVox corpora: one name keeps each in one split.
-    return About(f"librivox-{path.stem.split('-')[0]}", texts.get(path.stem, "").lower())
+    reader = _named("librivox", r"(\d+)-\d+-\d+", path)
+    return About(reader, texts.get(path.stem, "").lower())
 
 
 def _libritts(path: Path, _: dict) -> About:
-    text = path.with_suffix(".normalized.txt")
-    said = text.read_text(encoding="utf-8").strip() if text.exists() else None
-    return About(f"librivox-{path.stem.split('_')[0]}", said)
+    said = None
+    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+        said = path.with_suffix(".normalized.txt").read_text(encoding="utf-8").strip()
+    return About(_named("librivox", r"(\d+)_\d+_\d+_\d+", path), said)
 
 
 def _librilight(path: Path, _: dict) -> About:
-    return About(f"librivox-{path.parts[-3]}")
+    return About(f"librivox-{path.parts[-3]}" if path.parts[-3].isdecimal() else None)
 
 
 def _line_index(path: Path, texts: dict) -> About:
-    return About("-".join(path.stem.split("_")[:2]), texts.get(path.stem))
+    match = re.fullmatch(r"(te[fm]_\d+)_\d+", path.stem)
+    return About(match and match[1].replace("_", "-"), texts.get(path.stem))
 
 
 def _transcription(path: Path, texts: dict) -> About:
-    return About(f"openslr-103-{path.stem.split('_')[0]}", texts.get(path.stem))
+    return About(_named("openslr-103", r"(\d+)_\d+", path), texts.get(path.stem))
 
 
 def _kaldi(path: Path, texts: dict) -> About:
@@ -743,12 +800,11 @@ def _crema_d(path: Path, _: dict) -> About | None:
 
 
 def _ravdess(path: Path, _: dict) -> About | None:
-    parts = path.stem.split("-")
-    if len(parts) != 7 or not all(part.isdigit() for part in parts):
+    match = re.fullmatch(r"03-0[12]-0([1-8])-0[12]-0([12])-0[12]-(\d\d)", path.stem)
+    if not match:
         return None
-    emotion, sentence = int(parts[2]), int(parts[4])
-    said, felt = RAVDESS_SENTENCES[sentence - 1], RAVDESS_EMOTIONS[emotion - 1]
-    return About(f"ravdess-{parts[6]}", said, felt)
+    said, felt = RAVDESS_SENTENCES[int(match[2]) - 1], RAVDESS_EMOTIONS[int(match[1]) - 1]
+    return About(f"ravdess-{match[3]}", said, felt)
 
 
 def _no_texts(_: Path) -> dict:
@@ -757,12 +813,12 @@ def _no_texts(_: Path) -> dict:
 
 # Name of a layout -> (texts of a folder, what is known of a file; None where it is no clip).
 LAYOUTS: dict[str, tuple[Callable[[Path], dict], Callable[[Path, dict], About | None]]] = {
-    "librispeech": (lambda root: _spaced_lines(root, "*.trans.txt"), _librispeech),
+    "librispeech": (lambda root: _texts(root, "*.trans.txt", " "), _librispeech),
     "libritts": (_no_texts, _libritts),
     "librilight": (_no_texts, _librilight),
-    "line_index": (_tab_lines, _line_index),
-    "transcription": (lambda root: _spaced_lines(root, "transcription.txt"), _transcription),
-    "kaldi": (lambda root: _spaced_lines(root, "text"), _kaldi),
+    "line_index": (lambda root: _texts(root, "line_index.tsv", "\t"), _line_index),
+    "transcription": (lambda root: _texts(root, "transcription.txt", " "), _transcription),
+    "kaldi": (lambda root: _texts(root, "text", " "), _kaldi),
     "common_voice": (_validated, _common_voice_clip),
     "crema_d": (_no_texts, _crema_d),
     "ravdess": (_no_texts, _ravdess),
@@ -775,7 +831,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], dict], Callable[[Path, dict], About | 
 def fetch_hub(job: Job) -> Fetched:
     """Parquet shards one after another; what each row became is written down as it happens."""
     corpus = job.corpus
-    shards = hub_shards(corpus.repo, corpus.revision, corpus.folders, ".parquet", job.mirror)
+    shards = shards_of(corpus, job.mirror)
     records: list[dict] = []
     hours, whole = 0.0, True
     for shard in shards:
@@ -789,6 +845,17 @@ def fetch_hub(job: Job) -> Fetched:
     lines = [_clip_of_record(job, record) for record in records if "path" in record]
     bad = [record["unreadable"] for record in records if "unreadable" in record]
     return Fetched(lines, bad, whole)
+
+
+def shards_of(corpus: Hub | HubTars, mirror: str | None) -> list[Shard]:
+    """The shards of a corpus as the dataset has them now."""
+    folders: list[str] = []
+    for parent in getattr(corpus, "parents", ()):
+        known = [folder for folder in corpus.folders if folder.startswith(f"{parent}/")]
+        folders += hub_folders(corpus.repo, corpus.revision, parent, mirror) or known
+    suffix = ".parquet" if isinstance(corpus, Hub) else ".tar"
+    where = tuple(folders) or corpus.folders
+    return hub_shards(corpus.repo, corpus.revision, where, suffix, mirror)
 
 
 def _take_shard(job: Job, shard: Shard, hours: float) -> tuple[list[dict], bool]:
@@ -842,6 +909,7 @@ def _read_journal(journal: Path, part: Path) -> tuple[list[dict], bool]:
     if not journal.exists():
         return [], False
     records, good = [], 0
+    there: dict[Path, dict[str, int]] = {}
     with open(journal, "rb") as file:
         for line in file:
             record = _parsed(line)
@@ -849,8 +917,12 @@ def _read_journal(journal: Path, part: Path) -> tuple[list[dict], bool]:
                 break
             if "end" in record:
                 return records, True
-            if "path" in record and not _has_size(part / record["path"], record["bytes"]):
-                break
+            if "path" in record:
+                path = part / record["path"]
+                if path.parent not in there:
+                    there[path.parent] = sizes(path.parent)
+                if there[path.parent].get(path.name) != record["bytes"]:
+                    break
             records.append(record)
             good += len(line)
     os.truncate(journal, good)
@@ -858,19 +930,20 @@ def _read_journal(journal: Path, part: Path) -> tuple[list[dict], bool]:
 
 
 def _parsed(line: bytes) -> dict | None:
+    """The row that a line of a journal tells of; None where it is torn or damaged."""
     try:
-        return json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
+        record = json.loads(line) if line.endswith(b"\n") else None
+        if "path" in record:
+            check_fields(record, RECORD_OF_ROW, "row")
+        return record if isinstance(record, dict) else None
+    except (ValueError, TypeError, UserError):
         return None
-
-
-def _has_size(path: Path, size: int) -> bool:
-    return path.exists() and path.stat().st_size == size
 
 
 def _new_records(job: Job, shard: Shard, path: Path, first: int) -> Iterator[dict]:
     """Write the audio of every row from `first` on and tell what became of it, in order."""
     columns = _columns_of(job.corpus, path)
+    _folder_of(job, shard).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         for rows in parquet_rows(path, columns, first):
             job.bar.stage(f"unpacking row {rows[-1][0]}" if rows else "")
@@ -899,23 +972,27 @@ def _record_of_row(job: Job, shard: Shard, number: int, row: dict) -> dict:
         return {"row": number, "other": row[corpus.keep[0]]}
     cell = row[corpus.audio]
     coded, named = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, "")
+    named = named if isinstance(named, str) else ""
     where = f"{shard.path} row {number}"
-    if not coded:
+    if not coded or not isinstance(coded, bytes):
         return {"row": number, "unreadable": f"{where}: no audio"}
     target = _folder_of(job, shard) / f"{number:06d}"
     try:
-        target = target.with_suffix(audio_suffix(coded))
-        write_bytes(target, coded)
-        target = make_readable(target, job.options.keep_wav)
-        duration, sample_rate = data.probe(target)
+        suffix = audio_suffix(coded)
+        as_flac = packed(io.BytesIO(coded), suffix, job.options.keep_wav, where)
+        if as_flac is not None:
+            coded, suffix = as_flac, ".flac"
+        target = target.with_suffix(suffix)
+        duration, sample_rate = data.probe(target, io.BytesIO(coded))
     except data.AudioError as error:
-        target.unlink(missing_ok=True)
         return {"row": number, "unreadable": f"{where}: {error}"}
-    speaker, key = _speaker_and_key(corpus, row, named or "", shard)
+    # Under its own name at once: the journal names it only when it is whole.
+    target.write_bytes(coded)
+    speaker, key = _speaker_and_key(corpus, row, named, shard)
     return {
         "row": number,
         "path": target.relative_to(job.part).as_posix(),
-        "bytes": target.stat().st_size,
+        "bytes": len(coded),
         "duration": duration,
         "sample_rate": sample_rate,
         "speaker": speaker,
@@ -928,20 +1005,28 @@ def _record_of_row(job: Job, shard: Shard, number: int, row: dict) -> dict:
 def _speaker_and_key(corpus: Hub, row: dict, named: str, shard: Shard) -> tuple[str | None, str]:
     """(speaker or None, what the split hangs on)."""
     for column in corpus.speakers:
-        if row.get(column) not in (None, ""):
+        if _is_told(row.get(column)):
             speaker = f"{corpus.name}-{str(row[column]).lower()}"
             return speaker, speaker
-    if corpus.keys and any(row.get(column) not in (None, "") for column in corpus.keys):
+    if any(_is_told(row.get(column)) for column in corpus.keys):
         return None, "-".join(str(row.get(column)) for column in corpus.keys)
     match = re.search(corpus.recording, named) if corpus.recording and named else None
     # Rows of one shard lie side by side in the corpus, and so may share a voice.
     return None, match.group(1) if match else shard.path
 
 
-def _clean(text: str | None, tagged: bool) -> str | None:
-    if text and tagged:
+def _is_told(value: object) -> bool:
+    """Whether a column says something: a text, a number, a truth; no null, list or NaN."""
+    return isinstance(value, (str, int, float)) and value != "" and value == value
+
+
+def _clean(text: object, tagged: bool) -> str | None:
+    """One line of words. ZWJ and ZWNJ stay: they are no spaces, and part of words."""
+    if not isinstance(text, str):
+        return None
+    if tagged:
         text = re.sub(r"<[^>]*>|\[[^\]]*\]|\{[^}]*\}|--+", " ", text)
-    return " ".join(text.split()) or None if text else None
+    return " ".join(text.split()) or None
 
 
 def _official_split(path: str) -> str:
@@ -968,7 +1053,7 @@ def _clip_of_record(job: Job, record: dict) -> data.Clip:
 def fetch_hub_tars(job: Job) -> Fetched:
     """Tars of two-channel dialogues with their annotations, unpacked one by one."""
     corpus = job.corpus
-    shards = hub_shards(corpus.repo, corpus.revision, corpus.folders, ".tar", job.mirror)
+    shards = shards_of(corpus, job.mirror)
     lines, bad, whole, hours = [], [], True, 0.0
     for shard in shards:
         if job.enough(hours):
@@ -995,25 +1080,27 @@ def _dialogue(corpus: Corpus, path: Path, split: str) -> dict | str:
     """A manifest line of Behavior-SD: channel k is speaker k, listeners' sounds are turns too."""
     try:
         duration, sample_rate = data.probe(path)
-        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        about = json.loads(path.with_suffix(".json").read_bytes())
         turns = []
         for said in about["utterances"]:
             turns.append(_turn(said["speaker_idx"], said))
             sounds = said.get("backchannels") or []
             turns += [_turn(1 - said["speaker_idx"], sound) for sound in sounds]
-    except (data.AudioError, OSError, ValueError, KeyError, TypeError) as error:
-        return f"{path}: {error}"
+    except (UserError, FileNotFoundError, ValueError, LookupError, TypeError) as error:
+        return f"{path}: {first_line(error)}"
     turns.sort(key=lambda turn: turn["start"])
     return _conversation(corpus, path, duration, sample_rate, turns, split)
 
 
 def _turn(channel: int, said: dict) -> dict:
-    return {
-        "who": "user" if channel else "agent",
-        "start": float(said["start_time"]),
-        "end": max(float(said["end_time"]), float(said["start_time"])),
-        "text": said.get("tts_text") or "",
-    }
+    """Raises ValueError, KeyError, TypeError or UserError where a field is none of a turn."""
+    start, end = float(said["start_time"]), float(said["end_time"])
+    text = said.get("tts_text") or ""
+    check_fields({"text": text}, {"text": "text"}, "utterance")
+    if channel not in (0, 1) or not math.isfinite(start + end):
+        raise ValueError(f"an utterance that is none: {said}")
+    who = "user" if channel else "agent"
+    return {"who": who, "start": start, "end": max(end, start), "text": text}
 
 
 def _conversation(
@@ -1061,7 +1148,7 @@ def fetch_fisher(job: Job) -> Fetched:
 
 
 def _call(job: Job, call: Path, script: Path | None) -> dict | str:
-    target = job.audio / call.parent.name / f"{call.stem}.flac"
+    target = job.audio / file_name(call.parent.name) / f"{file_name(call.stem)}.flac"
     try:
         if not target.exists():
             samples, rate = read_sphere(call)
@@ -1080,8 +1167,8 @@ def _call(job: Job, call: Path, script: Path | None) -> dict | str:
 def _fisher_turns(script: Path) -> list[dict]:
     """`start end A: words` lines; side A is the agent."""
     turns = []
-    for line in script.read_text(encoding="utf-8", errors="replace").splitlines():
-        match = re.match(r"\s*([\d.]+)\s+([\d.]+)\s+([AB])\d*:\s*(.*)", line)
+    for line in text_lines(script, "replace"):
+        match = re.match(r"\s*(\d*\.?\d+)\s+(\d*\.?\d+)\s+([AB])\d*:\s*(.*)", line)
         if match and float(match[1]) <= float(match[2]):
             who = "agent" if match[3] == "A" else "user"
             turns.append(

@@ -6,7 +6,6 @@ Letters in shapes: `T` samples, `C` channels, `F` codec frames (50 a second, hop
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -15,14 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 import torch
 
-from command import UserError, check_fields, json_lines, part_name
+from command import UserError, as_json_line, check_fields, json_lines, part_name
 from training import Distributed, item_rng
 
 SAMPLE_RATE = 24000
@@ -198,14 +197,15 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
         raise AudioError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 
-def probe(path: str | Path) -> tuple[float, int]:
+def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
     """(duration in seconds, sample rate) of an audio file; raises AudioError on a bad one.
 
+    `coded`: the file where it is open, or its bytes in memory: then the disk is not asked again.
     The end of compressed files is read, because a cut file keeps an intact header.
     """
     path = Path(path)
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(coded or path) as file:
             frames, rate = file.frames, file.samplerate
             if frames > 0 and path.suffix.lower() != ".wav":
                 tail = min(frames, math.ceil(0.2 * rate))
@@ -250,7 +250,7 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
     try:
         with open(part, "w", encoding="utf-8") as file:
             for clip in clips:
-                file.write(json.dumps(_fields_to_write(clip, folder), ensure_ascii=False) + "\n")
+                file.write(as_json_line(_fields_to_write(clip, folder)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

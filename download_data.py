@@ -15,13 +15,16 @@ unpacked in fetching.py.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
+import os
 import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +35,20 @@ from tqdm import tqdm
 
 import data
 import fetching
-from command import UserError, run
+from command import (
+    ArgumentParser,
+    LongHelp,
+    UserError,
+    check_fields,
+    first_line,
+    json_lines,
+    number,
+    only_one,
+    run,
+    whole,
+    writable_file,
+    writable_folder,
+)
 from corpora import (
     Absent,
     Archive,
@@ -48,11 +64,13 @@ from corpora import (
     fetch,
     needs_fetching,
     read_record,
+    shards_of,
 )
 from fetching import FILE_THREADS, GIGABYTE
 
 GOAL_HOURS = 2000  # the plan's, a language
 PLAN_DISK_GB = 500  # the plan's network volume
+ERRORS = "download_errors.log"  # in --data_dir: the tracebacks of what was not foreseen
 HOURS_TOLERANCE = 0.02  # share of the expected hours that may be absent
 DIGEST_BYTES = 1 << 16  # read at each end of a file to tell copies
 GROUPS = ("default", "packages", "emotion", "conversations")
@@ -128,6 +146,30 @@ def _kathbath(language: str, hours: float, gigabytes: float) -> Hub:
         exact=False,
         recording=r"-(\d+)-[mf]\.",  # the speaker, where the column should be gone
         plan=f"Kathbath {language.capitalize()}",
+    )
+
+
+def _indicvoices(language: str, hours: float, gigabytes: float) -> Hub:
+    return _ai4bharat(
+        "IndicVoices",
+        language,
+        hours,
+        gigabytes,
+        exact=False,
+        plan=f"IndicVoices {language.capitalize()}",
+        note="still growing, far past the 225 h once told: ~ is what a model's card says it used "
+        "of it; counted from its shards as they land",
+    )
+
+
+# For rows whose licence is told differently in different places.
+_DISPUTED = {"commercial_ok": False, "license": "CC-BY-4.0 (?)"}
+
+
+def _disputed(name: str) -> str:
+    return (
+        "its licence is told differently in different places, so it counts as not for commercial "
+        f"use: --corpora {name} --allow_noncommercial, after reading them"
     )
 
 
@@ -364,19 +406,19 @@ CORPORA: tuple[Corpus, ...] = (
         note="news bulletins, in place of Gramvaani's 1,111 h of 8 kHz telephone speech",
     ),
     _kathbath("hindi", 150, 9.5),
-    _ai4bharat("IndicVoices", "hindi", 225, 26.0, exact=False, plan="IndicVoices Hindi"),
+    _indicvoices("hindi", 535, 33.0),
     Archives(
         name="openslr-103",
         language="hindi",
-        license="CC-BY-4.0",
+        **_DISPUTED,
         hours=100.6,
         kilohertz="8",
         gigabytes=4.0,
         download_gb=4.7,
         transient_gb=6.5,
-        default=True,
         exact=False,
         plan="OpenSLR 103",
+        note=_disputed("openslr-103"),
         bases=_openslr(103),
         archives=(
             Archive("Hindi_train.tar.gz", 95.05, 4.4),
@@ -423,9 +465,10 @@ CORPORA: tuple[Corpus, ...] = (
         gated=True,
         plan="SPRING-INX Telugu",
         note="in place of SPRING-INX; closes the plan's gap of 1,200 h with real speech, mostly "
-        "untranscribed",
+        "untranscribed; districts are added: all that the dataset has now are taken",
         repo="ARTPARK-IISc/Vaani",
-        folders=(
+        parents=("audio/AndhraPradesh", "audio/Telangana"),
+        folders=(  # where the dataset's states should be named otherwise
             "audio/AndhraPradesh/Anantpur",
             "audio/AndhraPradesh/Chittoor",
             "audio/AndhraPradesh/Guntur",
@@ -454,7 +497,7 @@ CORPORA: tuple[Corpus, ...] = (
         note="news bulletins, in place of SPRING-INX",
     ),
     _kathbath("telugu", 155, 10.0),
-    _ai4bharat("IndicVoices", "telugu", 225, 33.0, exact=False, plan="IndicVoices Telugu"),
+    _indicvoices("telugu", 296, 33.0),
     # Both archives hold a line_index.tsv: they are unpacked apart.
     Archives(
         name="openslr-66",
@@ -478,16 +521,16 @@ CORPORA: tuple[Corpus, ...] = (
     Hub(
         name="indictts-telugu",
         language="telugu",
-        license="CC-BY-4.0",
+        **_DISPUTED,
         hours=9.0,
         kilohertz="48",
         gigabytes=1.8,
         download_gb=3.0,
         transient_gb=0.7,
-        default=True,
         exact=False,
         split="train",
         plan="IndicTTS Telugu",
+        note=_disputed("indictts-telugu"),
         repo="SPRINGLab/IndicTTS_Telugu",
         folders=("data",),
         audio="audio",
@@ -706,10 +749,13 @@ class Verified:
     duplicates: int = 0
     present: bool = True
     table_hours: float = 0.0
+    fault: str = ""
 
     @property
     def problem(self) -> str:
         """What is missing, in words, or an empty string."""
+        if self.fault:
+            return "cannot be read"
         if not self.present:
             return "not there"
         if self.unreadable:
@@ -790,14 +836,14 @@ def expected_hours(corpus: Corpus, folder: Path) -> float:
 def _entries(corpus: Corpus, manifest: Path) -> list[data.Clip]:
     if corpus.group != "conversations":
         return data.read_manifest(manifest)
-    try:
-        lines = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-        return [
-            data.Clip(manifest.parent / o["path"], o["duration"], o["sample_rate"], o["language"])
-            for o in lines
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{manifest}: not a manifest of conversations ({error})") from error
+    fields = {"path": "path", "duration": "number", "sample_rate": "whole", "language": "text"}
+    clips = []
+    for at, line in json_lines(manifest):
+        check_fields(line, fields, f"{manifest}:{at}")
+        clips.append(
+            data.Clip(manifest.parent / line["path"], *(line[name] for name in list(fields)[1:]))
+        )
+    return clips
 
 
 def _check_files(paths: list[Path], name: str) -> list[tuple[float, int, bytes] | None]:
@@ -812,12 +858,14 @@ def _check_files(paths: list[Path], name: str) -> list[tuple[float, int, bytes] 
 
 def _check_file(path: Path) -> tuple[float, int, bytes] | None:
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        with open(path, "rb") as file:  # once: on a network volume that is what takes time
+            size = os.fstat(file.fileno()).st_size
             ends = file.read(DIGEST_BYTES)
             file.seek(max(size - DIGEST_BYTES, 0))
             ends += file.read(DIGEST_BYTES)
-        return *data.probe(path), hashlib.sha256(size.to_bytes(8, "big") + ends).digest()
+            file.seek(0)
+            probed = data.probe(path, file)
+        return *probed, hashlib.sha256(size.to_bytes(8, "big") + ends).digest()
     except (data.AudioError, OSError):
         return None
 
@@ -837,6 +885,9 @@ def print_verified(found: list[Verified], data_dir: Path) -> bool:
     _print_rates(found)
     for path in [path for row in found for path in row.unreadable][:20]:
         print(f"unreadable: {path}")
+    for row in found:
+        if row.fault:
+            print(f"{row.corpus.name}: {row.fault}")
     missing = [row.corpus.name for row in found if row.problem]
     if missing:
         print(_wrapped(f"missing in {data_dir}: {', '.join(missing)}"))
@@ -879,7 +930,8 @@ def _figure(hours: float) -> str:
 def choose(
     names: list[str] | None, languages: list[str] | None, options: Options | None = None
 ) -> list[Corpus]:
-    """The rows asked for: the default set without flags. Raises UserError on an unknown name."""
+    """The rows asked for: those of --fisher_dir and --cv_dataset_id, and of --corpora; without any
+    of these the default set. Raises UserError on an unknown name."""
     known = {row.name: row for row in CORPORA}
     unknown = [name for name in names or [] if name not in known and name not in GROUPS]
     if unknown:
@@ -895,10 +947,10 @@ def _is_asked(
 ) -> bool:
     if languages and row.language not in languages:
         return False
-    if isinstance(row, Fisher) and options.fisher_dir:
-        return True
-    if isinstance(row, DataCollective) and row.language in options.cv_dataset_ids:
-        return True
+    own = isinstance(row, Fisher) and options.fisher_dir is not None
+    own |= isinstance(row, DataCollective) and row.language in options.cv_dataset_ids
+    if own or (not names and options.own):
+        return own
     if names:
         return row.name in names or row.group in names or ("default" in names and row.default)
     # No corpus of the plan is in another language: there the packages are all there is.
@@ -913,7 +965,10 @@ def without_forbidden(
     for row in corpora:
         reason = row.note if isinstance(row, Absent) else ""
         if not row.commercial_ok and not allow_noncommercial and not isinstance(row, Fisher):
-            reason = f"{row.license} forbids commercial use: add --allow_noncommercial to take it"
+            reason = (
+                f"{row.license} does not surely allow commercial use: add --allow_noncommercial "
+                "to take it"
+            )
         if isinstance(row, Fisher) and not fisher_dir:
             reason = row.note
         if reason:
@@ -958,6 +1013,30 @@ def check_disk(corpora: list[Corpus], data_dir: Path, options: Options, jobs: in
         )
 
 
+def as_listed(row: Corpus, options: Options) -> Corpus:
+    """The row with the size of the shards that the dataset has now, hours and disk in proportion;
+    as the table says where it cannot be asked."""
+    if not isinstance(row, (Hub, HubTars)) or row.exact:
+        return row
+    try:
+        listed = sum(shard.size for shard in shards_of(row, options.mirrors.get(row.name)))
+    except (UserError, OSError):
+        return row  # the fetch itself will say why
+    grown = listed / GIGABYTE / (row.download_gb or row.gigabytes)
+    return replace(
+        row,
+        hours=row.hours * grown,
+        gigabytes=row.gigabytes * grown,
+        download_gb=listed / GIGABYTE,
+    )
+
+
+def as_counted(row: Corpus, data_dir: Path) -> Corpus:
+    """The row with the hours that were counted where it lies on the disk whole."""
+    record = read_record(data_dir / row.place / row.name)
+    return replace(row, hours=record["hours"], exact=True) if record.get("whole") else row
+
+
 def _scaled(row: Corpus, max_hours: float) -> Corpus:
     """The row as --max_hours leaves it; archives are taken whole, some corpora too."""
     whole = isinstance(row, (Packages, Files, DataCollective))
@@ -976,8 +1055,8 @@ def _scaled(row: Corpus, max_hours: float) -> Corpus:
 
 def fetch_all(
     corpora: list[Corpus], data_dir: Path, options: Options, jobs: int
-) -> dict[str, UserError]:
-    """Fetch side by side; what failed, by name."""
+) -> dict[str, str]:
+    """Fetch side by side; why the others failed, in a line each, by name."""
     stopped = threading.Event()
 
     def task(corpus: Corpus) -> Callable[[], None]:
@@ -985,7 +1064,34 @@ def fetch_all(
 
     tasks = {corpus.name: task(corpus) for corpus in corpora}
     results = fetching.side_by_side(tasks, jobs, stopped)
-    return {name: error for name, error in results.items() if isinstance(error, UserError)}
+    return {
+        name: _reason(name, error, data_dir / ERRORS)
+        for name, error in results.items()
+        if isinstance(error, Exception)
+    }
+
+
+def _reason(name: str, error: Exception, log: Path) -> str:
+    """What ended a fetch, in a line; what was not foreseen leaves its traceback in `log`."""
+    if isinstance(error, UserError):
+        return str(error)
+    with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
+        file.write(f"{time.strftime('%F %T')} {name}\n")
+        file.writelines(traceback.format_exception(error))
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or first_line(error)}; the same command goes on"
+    return f"{type(error).__name__}: {first_line(error)}; this is a bug: see {log}"
+
+
+def print_failed(failed: dict[str, str], corpora: int) -> None:
+    """What could not be fetched, and why, on stderr."""
+    print(
+        f"error: {len(failed)} of {corpora} corpora failed; the same command tries them again:",
+        file=sys.stderr,
+    )
+    for name, reason in failed.items():
+        print(f"  {name:<26} {reason}", file=sys.stderr)
 
 
 def _fetch_and_say(
@@ -1020,15 +1126,14 @@ def _pairs(flag: str, values: list[str] | None, names: Iterable[str]) -> dict[st
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__, formatter_class=LongHelp)
     add = parser.add_argument
     add("--languages", nargs="+", choices=data.LANGUAGES, metavar="LANGUAGE",
         help=f"only these of {', '.join(data.LANGUAGES)}")  # fmt: skip
     add("--corpora", nargs="+", metavar="NAME", help=f"rows of --list, or {', '.join(GROUPS)}")
-    add("--data_dir", type=Path, default=Path("data"), help="default: data")
-    add("--max_hours", type=float, default=0.0, help="of each corpus; archives are taken whole")
+    add("--data_dir", type=Path, default=Path("data"), help="where everything goes")
+    add("--max_hours", type=number(0), default=0.0,
+        help="of each corpus, 0 for all; archives are taken whole")  # fmt: skip
     add("--list", action="store_true", help="show the table and stop")
     add("--verify", action="store_true", help="check every file on disk and stop")
     add("--json", type=Path, metavar="FILE", help="write what is on disk there too")
@@ -1036,18 +1141,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more("--mirror", nargs="+", metavar="NAME=BASE_URL", help="another address of a corpus; for "
          "Hugging Face ones an endpoint, or a local folder laid out like the dataset")
     more("--cv_dataset_id", nargs="+", metavar="LANGUAGE=ID", help="Common Voice release, at the "
-         "Mozilla Data Collective")
-    more("--fisher_dir", type=Path, help="your copy of LDC2004S13 and LDC2004T19")
-    more("--allow_noncommercial", action="store_true", help="take what forbids commercial use too")
+         "Mozilla Data Collective; fetches it alone, unless --corpora names more")
+    more("--fisher_dir", type=Path, help="your copy of LDC2004S13 and LDC2004T19; takes it alone, "
+         "unless --corpora names more")
+    more("--allow_noncommercial", action="store_true", help="take what forbids commercial use, or "
+         "may forbid it, too")
     more("--keep_wav", action="store_true", help="leave WAV as it comes, at twice the disk")
-    more("--jobs", type=int, default=4, help="corpora side by side")
+    more("--jobs", type=whole(1, 64), default=4, help="corpora side by side")
     return parser.parse_args(argv)
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
     """The flags that say how to fetch. Raises UserError on bad values."""
-    if arguments.max_hours < 0 or arguments.jobs < 1:
-        raise UserError("--max_hours and --jobs must be above zero")
     return Options(
         max_hours=arguments.max_hours,
         mirrors=_pairs("--mirror", arguments.mirror, (row.name for row in CORPORA)),
@@ -1063,29 +1168,39 @@ def main() -> int:
     data_dir, names = arguments.data_dir, arguments.corpora
     if arguments.list:
         everything = not names and not arguments.languages
-        print_list(CORPORA if everything else choose(names, arguments.languages, options))
+        rows = CORPORA if everything else choose(names, arguments.languages, options)
+        print_list(as_counted(row, data_dir) for row in rows)
         return 0
     corpora = choose(names, arguments.languages, options)
+    if arguments.json:
+        writable_file(arguments.json, "--json")
     if arguments.verify:
         return report(_with_present(corpora, names, arguments.languages, data_dir), arguments)
     corpora = without_forbidden(corpora, arguments.allow_noncommercial, options.fisher_dir)
+    with only_one(writable_folder(data_dir, "--data_dir")):
+        return fetch_missing(corpora, arguments, options)
+
+
+def fetch_missing(corpora: list[Corpus], arguments: argparse.Namespace, options: Options) -> int:
+    """Fetch what is not there yet and report; the exit code."""
+    data_dir = arguments.data_dir
     absent = [row for row in corpora if needs_fetching(row, data_dir, options)]
     # The largest archives first, while the disk is empty.
     absent.sort(key=lambda row: -row.transient_gb)
     if absent:
-        if not names:
+        if not arguments.corpora and not options.own:
             print_reasons(row for row in CORPORA if row in corpora or row.plan)
         check_access(absent, options.mirrors)
-        check_disk(absent, data_dir, options, arguments.jobs)
+        check_disk([as_listed(row, options) for row in absent], data_dir, options, arguments.jobs)
     for row in corpora:
         if row not in absent:
             print(f"{row.name}: already there")
     failed = fetch_all(absent, data_dir, options, arguments.jobs)
     if len(failed) == len(corpora) == 1:
-        raise next(iter(failed.values()))
+        raise UserError(next(iter(failed.values())))
     code = report(corpora, arguments)
-    for error in failed.values():
-        print(f"error: {error}", file=sys.stderr)
+    if failed:
+        print_failed(failed, len(corpora))
     return 1 if failed else code
 
 
@@ -1104,9 +1219,17 @@ def _with_present(
     return [row for row in CORPORA if row in corpora or row in there]
 
 
+def _verify_or_say(corpus: Corpus, data_dir: Path, every_file: bool) -> Verified:
+    """As `verify`; a manifest that cannot be read is that corpus' fault alone."""
+    try:
+        return verify(corpus, data_dir, every_file)
+    except (UserError, OSError) as error:
+        return Verified(corpus, corpus.hours, fault=first_line(error, 400))
+
+
 def report(corpora: list[Corpus], arguments: argparse.Namespace) -> int:
     """Print what is on disk, and write it as JSON where asked; 1 where something is missing."""
-    found = [verify(corpus, arguments.data_dir, arguments.verify) for corpus in corpora]
+    found = [_verify_or_say(corpus, arguments.data_dir, arguments.verify) for corpus in corpora]
     complete = print_verified(found, arguments.data_dir)
     if not arguments.verify:
         print("Counted from the manifests; --verify reads every file.")

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import gzip
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 import requests
@@ -35,20 +37,31 @@ import urllib3
 from tqdm import tqdm
 
 import data
-from command import UserError
+from command import UserError, file_name, first_line
 
 # Seconds to wait before try 2, 3, …, counted from the last byte that arrived: half an hour in all.
 BACK_OFF_S = (1, 2, 4, 8, 15, 30) + (60,) * 29
+RETRY_S = (5.0, 60.0, 300.0)  # before a corpus that met a passing fault goes on
+QUIET_S = 900.0  # after so long without one, faults are counted anew
 TIMEOUT_S = (15, 60)  # to connect, between two reads
 CHUNK = 1 << 20  # bytes
 PLAIN_LINE_S = 60.0  # between two lines of progress in a log file
 GIGABYTE = 1e9
 FILE_THREADS = 4  # per corpus, for writing, packing and probing
+FFMPEG_SUFFIXES = (".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr", ".mka", ".3gp")
+LOSSLESS_SUFFIXES = (".wav", ".aif", ".aiff", ".aifc")
 SPHERE_MAGIC = b"NIST_1A"
 G722_RATE = 16000
 G722_PACKET = 160  # bytes: 20 ms at 64 kbit/s
 RAW_RATE = 16000  # pocketsphinx's headerless files: 16-bit little-endian mono
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What a network volume or a network says for a while: the same again may work.
+_PASSING = (
+    errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY,
+    errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN,
+    errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+)  # fmt: skip
+_BUSY = (408, 429, *range(500, 600))
 _GONE_FOR_GOOD = {401: "access denied", 403: "access denied", 404: "not there", 410: "gone"}
 
 
@@ -58,6 +71,10 @@ class Stopped(Exception):
 
 class Damaged(UserError):
     """An archive or shard whose bytes cannot be right."""
+
+
+class Busy(UserError):
+    """A server that does not answer now."""
 
 
 # ------------------------------------------------------------------------------------ progress
@@ -118,17 +135,23 @@ class Bar:
 def side_by_side(
     tasks: dict[str, Callable[[], Any]], jobs: int, stopped: threading.Event
 ) -> dict[str, Any]:
-    """Run named tasks on `jobs` threads; each one's result, or the UserError that ended it.
+    """Run named tasks on `jobs` threads; each one's result, or the exception that ended it.
 
-    One that fails does not stop the others. Ctrl-C sets `stopped`, waits for the workers to end
-    at their next byte, and goes on as KeyboardInterrupt.
+    One that fails, whatever by, does not stop the others; passing faults are waited out, and the
+    task called again. Ctrl-C sets `stopped`, waits for the workers to end at their next byte, and
+    goes on as KeyboardInterrupt.
     """
     results: dict[str, Any] = {}
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(task): name for name, task in tasks.items()}
+        futures = {
+            pool.submit(_patiently, name, task, stopped): name for name, task in tasks.items()
+        }
         try:
             for future in as_completed(futures):
-                results[futures[future]] = _result_or_error(future)
+                try:
+                    results[futures[future]] = future.result()
+                except Exception as error:
+                    results[futures[future]] = error
         except BaseException:
             stopped.set()
             pool.shutdown(cancel_futures=True)
@@ -136,11 +159,26 @@ def side_by_side(
     return results
 
 
-def _result_or_error(future: Any) -> Any:
-    try:
-        return future.result()
-    except UserError as error:
-        return error
+def _patiently(name: str, task: Callable[[], Any], stopped: threading.Event) -> Any:
+    failures = 0
+    while True:
+        began = time.monotonic()
+        try:
+            return task()
+        except Exception as error:
+            failures = 1 if time.monotonic() - began > QUIET_S else failures + 1
+            if failures > len(RETRY_S) or not _passes(error):
+                raise
+            wait = RETRY_S[failures - 1]
+            tqdm.write(f"{name}: {first_line(error)}; going on in {wait:.0f} s", file=sys.stderr)
+            if stopped.wait(wait):
+                raise Stopped from error
+
+
+def _passes(error: Exception) -> bool:
+    return isinstance(error, (Busy, TimeoutError, requests.ConnectionError, requests.Timeout)) or (
+        isinstance(error, OSError) and error.errno in _PASSING
+    )
 
 
 def disk_full(error: OSError) -> bool:
@@ -160,10 +198,8 @@ def folder_bytes(folder: Path) -> int:
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(OSError):  # gone meanwhile
                 total += os.lstat(os.path.join(parent, name)).st_size
-            except FileNotFoundError:
-                continue
     return total
 
 
@@ -290,7 +326,7 @@ def _check_status(response: requests.Response, url: str) -> None:
     code = response.status_code
     if code in _GONE_FOR_GOOD:
         raise UserError(f"{url}: {_GONE_FOR_GOOD[code]} (HTTP {code}); try another --mirror")
-    if code == 429 or code >= 500:
+    if code in _BUSY:
         raise requests.HTTPError(f"HTTP {code}", response=response)
     if code not in (200, 206):
         raise UserError(f"{url}: unexpected answer (HTTP {code}); try another --mirror")
@@ -372,7 +408,8 @@ def unpack(
     """
     try:
         if zipfile.is_zipfile(archive):
-            return _unpack_zip(archive, folder, wanted, bar)
+            with zipfile.ZipFile(archive) as opened:
+                return _unpack_members(_zip_members(opened), folder, wanted, archive.name, bar)
         with _decompressed(archive) as stream:
             count = unpack_tar(stream, folder, wanted, archive.name, bar)
             # To the very end, where gzip keeps its checksum.
@@ -397,61 +434,76 @@ def unpack_tar(
     bar: Bar | None = None,
 ) -> int:
     """Unpack chosen regular files of a tar stream; refuses links among them and any escape."""
-    count = 0
     with tarfile.open(fileobj=stream, mode="r|") as archive:
-        for member in archive:
-            path = _safe_path(member.name, label)
-            if member.isdir() or not wanted(str(path)):
-                continue
-            if not member.isreg():
-                raise UserError(f"{label}: '{member.name}' is a link or device; not unpacked")
-            _place(archive.extractfile(member), folder / path, member.size)
-            count += 1
-            if bar is not None and count % 100 == 0:
-                bar.stage(f"unpacking {count}")
-    return count
+        return _unpack_members(_tar_members(archive), folder, wanted, label, bar)
 
 
-def _unpack_zip(
-    archive: Path, folder: Path, wanted: Callable[[str], bool], bar: Bar | None
+def _tar_members(archive: tarfile.TarFile) -> Iterator[tuple]:
+    """(name, bytes, whether a folder, whether a plain file, function that opens it) of each."""
+    for member in archive:
+        opened = functools.partial(archive.extractfile, member)
+        yield member.name, member.size, member.isdir(), member.isreg(), opened
+
+
+def _zip_members(archive: zipfile.ZipFile) -> Iterator[tuple]:
+    for member in archive.infolist():
+        plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+        opened = functools.partial(archive.open, member)
+        yield member.filename, member.file_size, member.is_dir(), plain, opened
+
+
+def _unpack_members(
+    members: Iterator[tuple],
+    folder: Path,
+    wanted: Callable[[str], bool],
+    label: str,
+    bar: Bar | None,
 ) -> int:
-    count = 0
-    with zipfile.ZipFile(archive) as opened:
-        for member in opened.infolist():
-            path = _safe_path(member.filename, archive.name)
-            if member.is_dir() or not wanted(str(path)):
-                continue
-            kind = stat.S_IFMT(member.external_attr >> 16)
-            if kind not in (0, stat.S_IFREG):
-                raise UserError(
-                    f"{archive.name}: '{member.filename}' is a link or device; not unpacked"
-                )
-            with opened.open(member) as source:
-                _place(source, folder / path, member.file_size)
-            count += 1
-            if bar is not None and count % 100 == 0:
-                bar.stage(f"unpacking {count}")
+    count, there = 0, {}
+    for name, size, is_folder, plain, opened in members:
+        path = _safe_path(name, label)
+        if is_folder or not wanted(str(path)):
+            continue
+        if not plain:
+            raise UserError(f"{label}: '{name}' is a link or device; not unpacked")
+        target = folder / path
+        if target.parent not in there:
+            there[target.parent] = sizes(target.parent)
+        if there[target.parent].get(target.name) != size:  # else a killed run wrote it
+            _place(opened(), target, size)
+        count += 1
+        if bar is not None and count % 100 == 0:
+            bar.stage(f"unpacking {count}")
     return count
 
 
 def _safe_path(name: str, label: str) -> PurePosixPath:
+    """Where a member goes, its names such as every disk takes."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{label}: '{name}' points outside its folder; not unpacked")
-    return path
+        raise UserError(f"{label}: {name!r} points outside its folder; not unpacked")
+    return PurePosixPath(*(file_name(part, 240) for part in path.parts))
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """{name: bytes} of a folder's files, by one look at it; it is made where it is missing.
+
+    A network volume answers each question about a file in its own time: ask about folders.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
 
 def _place(source: IO[bytes], target: Path, size: int) -> None:
-    """Write one member, unless a killed run did so before. Raises EOFError where it is short."""
-    if target.exists() and target.stat().st_size == size:
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part")
-    with open(part, "wb") as file:
+    """Write one member under its own name: the folder gets its own when all are there.
+
+    A file that a kill cuts is told by its size. Raises EOFError where the archive is short.
+    """
+    with source, open(target, "wb") as file:
         shutil.copyfileobj(source, file, CHUNK)
-    if part.stat().st_size != size:
-        raise EOFError(f"{target.name} ends early")
-    os.replace(part, target)
+        if file.tell() != size:
+            raise EOFError(f"{target.name} ends early")
 
 
 # --------------------------------------------------------------------------------------- audio
@@ -465,6 +517,12 @@ def audio_suffix(coded: bytes) -> str:
         return ".flac"
     if coded[:4] == b"OggS":
         return ".opus" if b"OpusHead" in coded[:64] else ".ogg"
+    if coded[:4] == b"FORM" and coded[8:12] in (b"AIFF", b"AIFC"):
+        return ".aiff"
+    if coded[:4] == b"\x1aE\xdf\xa3":
+        return ".webm"
+    if len(coded) > 1 and coded[0] == 0xFF and coded[1] & 0xF6 == 0xF0:
+        return ".aac"
     if coded[:3] == b"ID3" or (coded[:1] == b"\xff" and len(coded) > 1 and coded[1] >= 0xE0):
         return ".mp3"
     if coded[4:8] == b"ftyp":
@@ -474,64 +532,74 @@ def audio_suffix(coded: bytes) -> str:
 
 def write_bytes(path: Path, coded: bytes) -> None:
     """Write a file under its final name only once it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(coded)
+    try:
+        part.write_bytes(coded)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(coded)
     os.replace(part, path)
 
 
-def make_readable(path: Path, keep_wav: bool) -> Path:
-    """The file that training reads in place of `path`, which is replaced where they differ.
+def make_readable(path: Path, keep_wav: bool) -> tuple[Path, float, int]:
+    """(file that training reads in place of `path`, its seconds, its sample rate).
 
-    Compressed audio stays as it is, byte for byte. 16 and 24 bit WAV becomes FLAC with the very
-    same samples at about half the size, unless `keep_wav`. AAC (.m4a), which libsndfile cannot
-    read, is decoded to FLAC. Raises AudioError.
+    `path` is replaced where they differ: see `packed`. Raises AudioError.
     """
-    if path.suffix == ".m4a":
-        return _replace_by_flac(path, *decode_aac(path))
-    if path.suffix.lower() != ".wav" or keep_wav:
-        return path
-    try:
-        with soundfile.SoundFile(path) as file:
-            if file.subtype not in ("PCM_16", "PCM_24") or file.frames == 0:
-                return path
-            samples, subtype, rate = file.read(dtype="int32"), file.subtype, file.samplerate
-    except (soundfile.LibsndfileError, ValueError) as error:
-        raise data.AudioError(f"{path}: cannot be read as audio ({error})") from error
-    return _replace_by_flac(path, samples, rate, subtype)
-
-
-def _replace_by_flac(
-    path: Path, samples: np.ndarray, rate: int, subtype: str = "PCM_16"
-) -> Path:
+    with open(path, "rb") as file:
+        coded = packed(file, path.suffix.lower(), keep_wav, path)
+        if coded is None:
+            file.seek(0)
+            return path, *data.probe(path, file)
     target = path.with_suffix(".flac")
-    part = path.with_name(f".{target.name}.part")
-    try:
-        soundfile.write(part, samples, rate, subtype, format="FLAC")
-        again, _ = soundfile.read(part, dtype=samples.dtype.name)
-    except (soundfile.LibsndfileError, AssertionError) as error:
-        # libsndfile does not say why, and what it could decode it can encode: the disk is full.
-        raise OSError(errno.ENOSPC, f"cannot be written ({error})", str(part)) from error
-    same = np.array_equal(again, samples) if samples.dtype == np.int32 else len(again)
-    if not same:
-        raise OSError(errno.ENOSPC, "reads back otherwise than it was written", str(part))
-    os.replace(part, target)
+    probed = data.probe(target, io.BytesIO(coded))
+    write_bytes(target, coded)
     path.unlink()
-    return target
+    return target, *probed
 
 
-def decode_aac(path: Path) -> tuple[np.ndarray, int]:
+def packed(source: BinaryIO, suffix: str, keep_wav: bool, where: object) -> bytes | None:
+    """The recording as FLAC; None where it stays as it is, byte for byte.
+
+    16 and 24 bit WAV and AIFF keep their very samples, at about half the size (`keep_wav` leaves
+    WAV alone). What libsndfile cannot read (FFMPEG_SUFFIXES) is decoded. Raises AudioError that
+    names `where`.
+    """
+    if suffix in FFMPEG_SUFFIXES:
+        samples, rate, subtype = *decode_by_ffmpeg(source, where), "PCM_16"
+    elif suffix in LOSSLESS_SUFFIXES and not (keep_wav and suffix == ".wav"):
+        try:
+            with soundfile.SoundFile(source) as file:
+                if file.subtype not in ("PCM_16", "PCM_24") or file.frames == 0:
+                    return None
+                samples, subtype, rate = file.read(dtype="int32"), file.subtype, file.samplerate
+        except (soundfile.LibsndfileError, ValueError) as error:
+            raise data.AudioError(f"{where}: cannot be read as audio ({error})") from error
+    else:
+        return None
+    made = io.BytesIO()
+    try:
+        soundfile.write(made, samples, rate, subtype, format="FLAC")
+        made.seek(0)
+        again, _ = soundfile.read(made, dtype=samples.dtype.name)
+    except (soundfile.LibsndfileError, AssertionError, ValueError) as error:
+        raise data.AudioError(f"{where}: cannot be packed as FLAC ({error})") from error
+    same = np.array_equal(again, samples) if samples.dtype == np.int32 else len(again)
+    return made.getvalue() if same else None
+
+
+def decode_by_ffmpeg(source: BinaryIO, where: object) -> tuple[np.ndarray, int]:
     """(float32 `[T]` or `[T, C]`, sample rate) of a file that FFmpeg reads and libsndfile not."""
     av = _pyav("AAC recordings")
     try:
-        with av.open(str(path)) as container:
+        with av.open(source) as container:
             stream = container.streams.audio[0]
             plan = av.AudioResampler("fltp", layout=stream.layout, rate=stream.rate)
             frames = [out for frame in container.decode(stream) for out in plan.resample(frame)]
     except (av.FFmpegError, IndexError) as error:
-        raise data.AudioError(f"{path}: cannot be read as audio ({error})") from error
+        raise data.AudioError(f"{where}: cannot be read as audio ({error})") from error
     if not frames:
-        raise data.AudioError(f"{path}: holds no samples")
+        raise data.AudioError(f"{where}: holds no samples")
     samples = np.concatenate([frame.to_ndarray() for frame in frames], axis=1)
     return (samples[0] if len(samples) == 1 else samples.T), frames[0].sample_rate
 
@@ -579,8 +647,7 @@ def read_sphere(path: Path) -> tuple[np.ndarray, int]:
     if "shorten" in fields.get("sample_coding", ""):
         coded = _without_shorten(path)
         fields = _sphere_header(path, coded)
-    start = int(coded[8:16].split()[0])
-    channels, rate = int(fields["channel_count"]), int(fields["sample_rate"])
+    start, channels, rate = (int(fields[name]) for name in ("", "channel_count", "sample_rate"))
     if "ulaw" in fields.get("sample_coding", ""):
         samples = _mu_law_table()[np.frombuffer(coded[start:], np.uint8)]
     else:
@@ -588,7 +655,7 @@ def read_sphere(path: Path) -> tuple[np.ndarray, int]:
         body = coded[start:]
         samples = np.frombuffer(body[: len(body) // 2 * 2], order).astype(np.int16)
     frames = min(len(samples) // channels, int(fields.get("sample_count", len(samples))))
-    if frames == 0:
+    if frames <= 0:
         raise data.AudioError(f"{path}: holds no samples")
     return samples[: frames * channels].reshape(frames, channels), rate
 
@@ -596,12 +663,18 @@ def read_sphere(path: Path) -> tuple[np.ndarray, int]:
 def _sphere_header(path: Path, coded: bytes) -> dict[str, str]:
     if coded[:7] != SPHERE_MAGIC:
         raise data.AudioError(f"{path}: not a NIST SPHERE file")
-    size = int(coded[8:16].split()[0])
-    lines = coded[16:size].decode("latin-1").split("end_head")[0].splitlines()
-    words = [line.split(None, 2) for line in lines]
-    fields = {word[0]: word[2].strip() for word in words if len(word) == 3}
-    if not {"channel_count", "sample_rate"} <= fields.keys():
-        raise data.AudioError(f"{path}: its header lacks channels or sample rate")
+    size = coded[8:16].decode("latin-1").strip()
+    lines = coded[16 : int(size)] if size.isdecimal() else b""
+    words = [line.split(None, 2) for line in lines.split(b"end_head")[0].split(b"\n")]
+    fields = {
+        name.decode("latin-1"): value.strip().decode("latin-1")
+        for name, _, value in (word for word in words if len(word) == 3)
+    }
+    fields[""] = size  # where the samples begin
+    numbers = [fields.get(name, "") for name in ("channel_count", "sample_rate")]
+    numbers += [fields[name] for name in ("sample_count",) if name in fields]
+    if not all(number.isdecimal() and int(number) for number in numbers):
+        raise data.AudioError(f"{path}: its header lacks channels, sample rate or length")
     return fields
 
 
@@ -653,8 +726,49 @@ def hub_access_problem(repo: str, endpoint: str | None) -> str:
     except HfHubHTTPError as error:
         raise UserError(f"{repo}: Hugging Face answers: {_short(error)}") from error
     except Exception as error:  # the HTTP library under huggingface_hub differs by version
-        raise UserError(f"{repo}: Hugging Face cannot be reached ({_short(error)})") from error
+        raise Busy(f"{repo}: Hugging Face cannot be reached ({_short(error)})") from error
     return ""
+
+
+@contextlib.contextmanager
+def _listing(repo: str) -> Iterator[None]:
+    """Turns what listing a dataset raises into one line; a folder that is not there stays."""
+    from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        yield
+    except EntryNotFoundError:
+        raise
+    except HfHubHTTPError as error:
+        busy = error.response is not None and error.response.status_code in _BUSY
+        kind = Busy if busy else UserError
+        raise kind(f"{repo}: cannot be listed ({_short(error)})") from error
+    except Exception as error:  # see hub_access_problem
+        raise Busy(f"{repo}: cannot be listed ({_short(error)}); is there a network?") from error
+
+
+def _is_local(source: str | None) -> bool:
+    return source is not None and not source.startswith(("http://", "https://"))
+
+
+def hub_folders(repo: str, revision: str, parent: str, source: str | None) -> list[str]:
+    """The folders below `parent` that the dataset has now; none where `parent` is not there."""
+    if _is_local(source):
+        found = (Path(source) / parent).glob("*/")
+        return sorted(path.relative_to(source).as_posix() for path in found)
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import EntryNotFoundError
+
+    folders, at = set(), parent.count("/") + 2
+    with contextlib.suppress(EntryNotFoundError), _listing(repo):
+        tree = HfApi(endpoint=source).list_repo_tree(
+            repo, parent, revision=revision, repo_type="dataset"
+        )
+        for entry in tree:
+            parts = entry.path.split("/")
+            if len(parts) > at or not hasattr(entry, "size"):
+                folders.add("/".join(parts[:at]))
+    return sorted(folders)
 
 
 def hub_shards(
@@ -665,26 +779,22 @@ def hub_shards(
     `source` is None for the Hub, another endpoint's address, or a local folder laid out like
     the dataset. Raises UserError where a folder is not there, naming those that are.
     """
-    if source is not None and not source.startswith(("http://", "https://")):
+    if _is_local(source):
         return _local_shards(Path(source), folders, suffix)
     from huggingface_hub import HfApi, hf_hub_url
-    from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError
+    from huggingface_hub.utils import EntryNotFoundError
 
     api = HfApi(endpoint=source)
     found = []
     for folder in folders:
         try:
-            files = api.list_repo_tree(
-                repo, folder or None, recursive=True, revision=revision, repo_type="dataset"
-            )
-            named = [file for file in files if file.path.endswith(suffix)]
+            with _listing(repo):
+                files = api.list_repo_tree(
+                    repo, folder or None, recursive=True, revision=revision, repo_type="dataset"
+                )
+                named = [file for file in files if file.path.endswith(suffix)]
         except EntryNotFoundError as error:
             raise UserError(f"{repo}: no folder '{folder}' there{_others(api, repo)}") from error
-        except HfHubHTTPError as error:
-            raise UserError(f"{repo}: cannot be listed ({_short(error)})") from error
-        except Exception as error:  # see hub_access_problem
-            reason = f"{repo}: cannot be listed ({_short(error)}); is there a network?"
-            raise UserError(reason) from error
         for file in sorted(named, key=lambda file: file.path):
             url = hf_hub_url(
                 repo, file.path, repo_type="dataset", revision=revision, endpoint=source

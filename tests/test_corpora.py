@@ -18,6 +18,7 @@ import pytest
 import soundfile
 from test_fetching import (
     Server,
+    asked_of,
     coded,
     dies_at,
     killed,
@@ -253,6 +254,48 @@ def test_unreadable_files_are_counted_and_listed(server, tmp_path, capsys):
     assert len(data.read_manifest(tmp_path / "hindi/openslr-103/manifest.jsonl")) == 2
     assert "0116_002" in (tmp_path / "hindi/openslr-103/unreadable.txt").read_text()
     assert "1 files left out" in capsys.readouterr().err
+
+
+def test_words_keep_their_joiners_and_lines_end_at_line_feeds_alone(server, tmp_path):
+    said = "సాఫ్ట్\u200cవేర్ बिल्\u200dकुल"
+    files = archive_files(ROWS["openslr-103"])
+    for members in files.values():
+        path = next(path for path in members if path.endswith(".txt"))
+        key = members[path].split(b" ")[0].decode()
+        members[path] = f"{key} {said}\u2028next\x85\r\n".encode() + b"0999_001 \xff\xfe\n"
+    row = served(server, ROWS["openslr-103"], files)
+    corpora.fetch(row, tmp_path)
+    assert {clip.text for clip in manifest(tmp_path, row).values()} == {f"{said}\u2028next"}
+    tagged = corpora._clean(f"<noise> {said} [x] {{gloss}}", True)
+    assert tagged == said and corpora._clean(7, True) is None
+
+
+def test_files_named_otherwise_give_no_speaker_and_are_told(server, tmp_path, capsys):
+    flac, wav = coded(".flac"), coded(".wav")
+    files = {f"LibriSpeech/a/7/8/{n}.flac": flac for n in ("7-8-0000", "2026-03-11_call", "2026")}
+    row = replace(ROWS["librispeech"], archives=ROWS["librispeech"].archives[:1])
+    row = served(server, row, {row.archives[0].name: {**files, "LibriSpeech/a/x.sph": b"x"}})
+    corpora.fetch(row, tmp_path)
+    speakers = {clip.path.stem: clip.speaker for clip in manifest(tmp_path, row).values()}
+    assert speakers == {"7-8-0000": "librivox-7", "2026-03-11_call": None, "2026": None}
+    assert "1 files left out, of a format that is not read; first: " in capsys.readouterr().out
+    row = ROWS["ravdess"]
+    files = {f"Actor_01/{n}.wav": wav for n in ("03-01-05-01-02-01-01", "03-01-09-01-07-01-01")}
+    row = served(server, row, {row.archives[0].name: files})
+    corpora.fetch(row, tmp_path)
+    (clip,) = manifest(tmp_path, row).values()
+    assert (clip.speaker, clip.emotion) == ("ravdess-01", "angry")
+    assert "1 files left out, in no list, or named otherwise" in capsys.readouterr().out
+
+
+def test_aiff_in_an_archive_is_a_clip(server, tmp_path):
+    files = archive_files(ROWS["openslr-103"])
+    files["Hindi_train.tar.gz"]["train/audio/0116_002.AIF"] = coded(".aiff")
+    row = served(server, ROWS["openslr-103"], files)
+    corpora.fetch(row, tmp_path)
+    assert {path.rpartition("/")[2] for path in manifest(tmp_path, row)} == {
+        "0116_001.flac", "0116_002.flac", "0200_001.flac",
+    }  # fmt: skip
 
 
 def test_a_full_disk_is_one_line_and_no_loss(server, small_disk):
@@ -549,6 +592,71 @@ def test_rows_without_readable_audio_are_left_out_and_listed(server, tmp_path):
     assert len(listed) == 3 and "row 1: no audio" in listed[0]
 
 
+def test_columns_of_another_type_are_no_traceback(server, tmp_path):
+    row = ROWS["kathbath-hindi"]
+    body = coded(".flac")
+    odd = [
+        {"audio_filepath": body, "text": 5, "speaker_id": 1.5},
+        {"audio_filepath": body, "text": 6, "speaker_id": float("nan")},
+    ]
+    files = {"hindi/a.parquet": parquet(odd)}
+    files["hindi/b.parquet"] = parquet([{"audio_filepath": "a path", "text": ["x"]}])
+    files["hindi/c.parquet"] = parquet([{"audio_filepath": {"bytes": "text", "path": 3}}])
+    server.add_dataset(row.repo, files)
+    corpora.fetch(row, tmp_path, Options(mirrors={row.name: server.url}))
+    found = manifest(tmp_path, row).values()
+    assert [(clip.speaker, clip.text) for clip in found] == [
+        ("kathbath-hindi-1.5", None), (None, None),
+    ]
+    listed = (tmp_path / "hindi/kathbath-hindi/unreadable.txt").read_text()
+    assert listed.count("no audio") == 2
+
+
+@pytest.mark.parametrize(
+    "line", ["[1]", "3", '{"path": 3}', '{"path": "audio/x", "bytes": "1"}', '{"path": null}']
+)
+def test_a_damaged_journal_is_begun_anew(server, tmp_path, line):
+    row = ROWS["kathbath-hindi"]
+    server.add_dataset(row.repo, {"hindi/a.parquet": parquet(hub_rows(row, 2))})
+    journal = tmp_path / "hindi/.kathbath-hindi.part/.rows/hindi__a.parquet.rows"
+    journal.parent.mkdir(parents=True)
+    journal.write_text(f"{line}\n")
+    corpora.fetch(row, tmp_path, Options(mirrors={row.name: server.url}))
+    assert len(manifest(tmp_path, row)) == 2
+
+
+def test_vaani_is_whatever_districts_the_dataset_has_now(server, tmp_path):
+    row = ROWS["vaani-telugu"]
+    body = parquet(hub_rows(row))
+    new = {
+        "audio/Telangana/Hyderabad/0.parquet": body,
+        "audio/AndhraPradesh/Guntur/0.parquet": body,
+        "audio/Karnataka/Kolar/0.parquet": body,
+    }
+    server.add_dataset(row.repo, new)
+    assert corpora.fetch(row, tmp_path, Options(mirrors={row.name: server.url}))
+    districts = {path.split("/")[2] for path in manifest(tmp_path, row)}
+    assert districts == {"Hyderabad", "Guntur"}
+    for name, content in new.items():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True)
+        (tmp_path / "copy" / name).write_bytes(content)
+    found = corpora.shards_of(row, str(tmp_path / "copy"))
+    assert {shard.path for shard in found} == set(list(new)[:2])
+    # A state that is not there under that name: the districts known by name are asked for.
+    server.add_dataset(row.repo, {name: body for name in list(new)[:1]})
+    with pytest.raises(UserError, match="no folder 'audio/AndhraPradesh/Anantpur' there"):
+        corpora.shards_of(row, server.url)
+
+
+def test_rows_land_with_few_questions_to_the_disk(server, tmp_path, monkeypatch):
+    row = ROWS["kathbath-hindi"]
+    server.add_dataset(row.repo, {"hindi/a.parquet": parquet(hub_rows(row, 40, ".wav", 0.1))})
+    asked = asked_of(monkeypatch)
+    corpora.fetch(row, tmp_path, Options(mirrors={row.name: server.url}))
+    # A clip is opened to be written, and to be probed: nothing else.
+    assert not [one for one in asked if ".flac" in one or ".wav" in one]
+
+
 def test_bytes_alone_are_taken_too(server, tmp_path):
     row = ROWS["shrutilipi-hindi"]
     rows = [{**one, "audio_filepath": one["audio_filepath"]["bytes"]} for one in hub_rows(row)]
@@ -571,6 +679,13 @@ def test_behavior_sd_becomes_conversations(server, tmp_path):
             {"speaker_idx": 1, "tts_text": "Hello.", "start_time": 0.5, "end_time": 0.9},
         ]
     }
+    said = {"speaker_idx": 0, "start_time": 0, "end_time": 1}
+    spoilt = [3], [{**said, "speaker_idx": "0"}], [{**said, "end_time": float("nan")}]
+    odd = [[], *({"utterances": utterances} for utterances in spoilt)]
+    for at, one in enumerate(odd):
+        (tmp_path / f"{at}.json").write_text(json.dumps(one))
+        (tmp_path / f"{at}.flac").write_bytes(stereo.getvalue())
+        assert f"{at}.flac: " in corpora._dialogue(row, tmp_path / f"{at}.flac", "train")
     bodies = {"0000000004.flac": stereo.getvalue(), "0000000004.json": json.dumps(about).encode()}
     splits = ("train", "validation", "test")
     server.add_dataset(row.repo, {f"{split}/0001.tar": tar_of(bodies, False) for split in splits})
@@ -599,10 +714,12 @@ def test_fisher_as_the_ldc_ships_it(tmp_path):
     tone = (np.arange(8000) % 100 * 50).astype("<i2")
     (calls / "fe_03_00001.sph").write_bytes(sphere(np.stack([tone, -tone], axis=1)))
     (calls / "fe_03_00002.sph").write_bytes(b"damaged")
+    (calls / "fe_03_00003.sph").write_bytes(b"NIST_1A\n  many\nchannel_count -i two\nend_head\n")
     texts = ldc / "fe_03_p1_tran/data/trans/000"
     texts.mkdir(parents=True)
     (texts / "fe_03_00001.txt").write_text(
-        "# fe_03_00001.sph\n\n0.10 0.50 A: hello there\n0.60 0.90 B: hi ((you))\n"
+        "# fe_03_00001.sph\n\n1.2.3 4 A: no time\n"
+        "0.10 0.50 A: hello\u2028there\n0.60 0.90 B: hi ((you))\n"
     )
     assert corpora.fetch(row, tmp_path / "data", Options(fisher_dir=ldc))
     folder = tmp_path / "data/conversations/fisher"
@@ -611,7 +728,7 @@ def test_fisher_as_the_ldc_ships_it(tmp_path):
     assert rate == 8000
     np.testing.assert_allclose(audio, np.stack([tone, -tone], axis=1), atol=1)
     assert [(t["who"], t["start"], t["text"]) for t in line["turns"]] == [
-        ("agent", 0.1, "hello there"), ("user", 0.6, "hi ((you))"),
+        ("agent", 0.1, "hello\u2028there"), ("user", 0.6, "hi ((you))"),
     ]
     assert (line["commercial_ok"], line["sample_rate"]) == (False, 8000)
     assert "fe_03_00002" in (folder / "unreadable.txt").read_text()

@@ -132,6 +132,7 @@ class Server:
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(fetching, "BACK_OFF_S", (0.0,) * 4)
+    monkeypatch.setattr(fetching, "RETRY_S", (0.0,) * 2)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     made = Server()
@@ -177,6 +178,22 @@ def killed(action):
             os._exit(1)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+
+def asked_of(monkeypatch):
+    """The list that all further questions to the disk about names go to, by Python's own calls."""
+    asked = []
+
+    def counting(name, call):
+        def counted(*args, **more):
+            asked.append(f"{name} {args}")
+            return call(*args, **more)
+
+        monkeypatch.setattr(os, name, counted)
+
+    for name in ("stat", "lstat", "mkdir", "scandir", "rename", "replace", "unlink", "fsync"):
+        counting(name, getattr(os, name))
+    return asked
 
 
 def dies_at(module, name, call):
@@ -307,6 +324,36 @@ def test_an_interrupt_stops_the_others_and_failures_do_not(tmp_path):
     assert str(found["a"]) == "no" and found["b"] == 1
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(116, "Stale file handle"), TimeoutError("timed out"), fetching.Busy("busy")]
+)
+def test_a_passing_fault_is_waited_out_and_a_lasting_one_ends_its_own_job(
+    monkeypatch, capsys, error
+):
+    monkeypatch.setattr(fetching, "RETRY_S", (0.0,) * 2)
+    tries = []
+
+    def passing():
+        tries.append(1)
+        if len(tries) < 3:
+            raise error
+        return "done"
+
+    def lasting():
+        raise error
+
+    def bug():
+        return {}["nothing"]
+
+    tasks = {"passing": passing, "lasting": lasting, "bug": bug, "fine": lambda: 1}
+    found = fetching.side_by_side(tasks, 2, threading.Event())
+    assert (found["passing"], found["lasting"], found["fine"]) == ("done", error, 1)
+    assert isinstance(found["bug"], KeyError)
+    # A bug is not tried again.
+    told = capsys.readouterr().err
+    assert told.count("passing: ") == 2 and "bug: " not in told
+
+
 # ------------------------------------------------------------------------------------ archives
 
 FILES = {"a/1.txt": b"one", "a/b/2.txt": noise(5000), "empty": b""}
@@ -350,6 +397,24 @@ def test_archive_paths_that_escape_are_refused(tmp_path, name):
     assert not list(tmp_path.rglob("*.wav")) and not Path("/etc/out.wav").exists()
 
 
+def test_names_that_no_disk_takes_are_mended_and_none_is_lost(tmp_path):
+    long = "న" * 90  # 270 bytes
+    files = {f"{long}{n}.wav": bytes([n]) for n in range(2)} | {"caf\udce9.wav": b"x"}
+    (tmp_path / "x.tar").write_bytes(tar_of(files))
+    assert fetching.unpack(tmp_path / "x.tar", tmp_path / "out") == 3
+    made = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert sorted(made.values()) == [b"\0", b"\1", b"x"]
+    assert all(name.endswith(".wav") and len(name.encode()) <= 240 for name in made)
+
+
+def test_unpacking_asks_the_disk_once_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "x.tar").write_bytes(tar_of({f"{n % 2}/{n}.bin": b"x" * n for n in range(60)}))
+    asked = asked_of(monkeypatch)
+    for _ in range(2):
+        assert fetching.unpack(tmp_path / "x.tar", tmp_path / "out") == 60
+    assert len(asked) < 30
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
 def test_links_and_devices_are_refused(tmp_path, kind):
     member = tarfile.TarInfo("a.wav")
@@ -389,14 +454,15 @@ def sine(seconds=0.3, rate=16000, hertz=440.0):
 
 def coded(suffix, seconds=0.3, rate=16000, hertz=440.0):
     """The bytes of a file with a tone in it."""
-    formats = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".opus": "OGG", ".mp3": "MP3"}
+    formats = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".opus": "OGG", ".mp3": "MP3",
+               ".aiff": "AIFF"}  # fmt: skip
     buffer = io.BytesIO()
     subtype = {".opus": "OPUS"}.get(suffix)
     soundfile.write(buffer, sine(seconds, rate, hertz), rate, subtype, format=formats[suffix])
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".opus", ".mp3"])
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff"])
 def test_formats_are_told_by_their_bytes(suffix):
     assert fetching.audio_suffix(coded(suffix)) == suffix
     with pytest.raises(data.AudioError, match="unknown audio format"):
@@ -405,19 +471,21 @@ def test_formats_are_told_by_their_bytes(suffix):
 
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24"])
 def test_wav_is_packed_without_loss_and_all_else_left_alone(tmp_path, subtype):
+    soundfile.write(tmp_path / "b.aiff", sine(), 16000, subtype)
+    assert fetching.make_readable(tmp_path / "b.aiff", keep_wav=True)[0] == tmp_path / "b.flac"
     path = tmp_path / "a.wav"
     soundfile.write(path, sine(2.0), 16000, subtype)
     before, _ = soundfile.read(path, dtype="int32")
     size = path.stat().st_size
-    assert fetching.make_readable(path, keep_wav=True) == path
-    packed = fetching.make_readable(path, keep_wav=False)
+    assert fetching.make_readable(path, keep_wav=True)[0] == path
+    packed = fetching.make_readable(path, keep_wav=False)[0]
     after, rate = soundfile.read(packed, dtype="int32")
     assert packed == tmp_path / "a.flac" and rate == 16000 and not path.exists()
     np.testing.assert_array_equal(after, before)
     assert packed.stat().st_size < size
-    assert fetching.make_readable(packed, keep_wav=False) == packed
+    assert fetching.make_readable(packed, keep_wav=False)[0] == packed
     soundfile.write(path, sine(), 16000, "FLOAT")
-    assert fetching.make_readable(path, keep_wav=False) == path
+    assert fetching.make_readable(path, keep_wav=False)[0] == path
 
 
 def test_aac_becomes_flac(tmp_path):
@@ -432,12 +500,12 @@ def test_aac_becomes_flac(tmp_path):
             container.mux(packet)
     body = (tmp_path / "a.m4a").read_bytes()
     assert fetching.audio_suffix(body) == ".m4a"
-    path = fetching.make_readable(tmp_path / "a.m4a", keep_wav=True)
+    path = fetching.make_readable(tmp_path / "a.m4a", keep_wav=True)[0]
     duration, rate = data.probe(path)
     assert path.suffix == ".flac" and rate == 16000 and duration == pytest.approx(1.0, abs=0.2)
     (tmp_path / "b.m4a").write_bytes(body[:40])
     with pytest.raises(data.AudioError):
-        fetching.make_readable(tmp_path / "b.m4a", keep_wav=True)
+        fetching.make_readable(tmp_path / "b.m4a", keep_wav=True)[0]
 
 
 def test_g722_comes_back_as_it_was_coded(tmp_path):
@@ -544,8 +612,8 @@ def test_packing_on_a_full_disk_is_no_damage(small_disk):
     audio = np.random.default_rng(0).uniform(-0.9, 0.9, 60_000)
     soundfile.write(folder / "a.wav", audio, 16000)
     with pytest.raises(OSError) as caught:
-        fetching.make_readable(folder / "a.wav", keep_wav=False)
+        fetching.make_readable(folder / "a.wav", keep_wav=False)[0]
     assert fetching.disk_full(caught.value) and (folder / "a.wav").exists()
     small_disk(1000)
-    assert fetching.make_readable(folder / "a.wav", keep_wav=False).suffix == ".flac"
+    assert fetching.make_readable(folder / "a.wav", keep_wav=False)[0].suffix == ".flac"
     shutil.rmtree(folder, ignore_errors=True)
