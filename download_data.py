@@ -839,7 +839,7 @@ def _entries(corpus: Corpus, manifest: Path) -> list[data.Clip]:
     fields = {"path": "path", "duration": "number", "sample_rate": "whole", "language": "text"}
     clips = []
     for at, line in json_lines(manifest):
-        check_fields(line, fields, f"{manifest}:{at}")
+        check_fields(line, fields, f"{manifest}, line {at}")
         clips.append(
             data.Clip(manifest.parent / line["path"], *(line[name] for name in list(fields)[1:]))
         )

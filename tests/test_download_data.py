@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from test_corpora import CORPUS, ROOT, ROWS, dataset, needs_dpkg, package, served
-from test_fetching import Server, server
+from test_fetching import Server, asked_of, server
 
 import corpora
 import data
 import download_data
 import fetching
-from command import UserError
+from command import UserError, only_one
 from corpora import Options
 
 __all__ = ["Server", "server", "package"]  # fixtures, found by name
@@ -117,8 +117,14 @@ def test_what_the_flags_choose():
     assert names(["emotion"], ["hindi"]) == ["rasa-hindi"]
     assert names(["klettres", "openslr-66"], None) == ["openslr-66", "klettres"]
     assert set(names(None, ["other"])) <= {row.name for row in download_data.PACKAGES}
-    assert "fisher" in names(None, None, Options(fisher_dir=Path("x")))
-    assert "common-voice-hindi" in names(None, None, Options(cv_dataset_ids={"hindi": "x"}))
+    # The user's own copies come alone, unless --corpora says more.
+    own = Options(fisher_dir=Path("x"))
+    assert names(None, None, own) == ["fisher"]
+    assert names(["openslr-66"], None, own) == ["openslr-66", "fisher"]
+    release = Options(cv_dataset_ids={"hindi": "x"})
+    assert names(None, None, release) == names(None, ["hindi"], release) == ["common-voice-hindi"]
+    everything = names(["default"], None, release)
+    assert set(everything) == {*names(None, None), "common-voice-hindi"}
     with pytest.raises(UserError, match="no corpus 'nope'"):
         names(["nope"], None)
     with pytest.raises(UserError, match="no corpus of that language"):
@@ -154,6 +160,36 @@ def test_what_may_not_be_fetched_is_skipped_with_its_reason(capsys):
     assert {"ravdess", "fisher"} <= {row.name for row in left}
     with pytest.raises(UserError, match="nothing left to fetch"):
         download_data.without_forbidden([ROWS["gramvaani"]], False, None)
+
+
+def test_disputed_licences_are_not_for_commercial_use_and_say_so(capsys):
+    rows = [ROWS["openslr-103"], ROWS["indictts-telugu"]]
+    download_data.print_list(rows)
+    printed = capsys.readouterr().out.replace("\n  ", " ")
+    assert printed.count("its licence is told differently in different places") == 2
+    for row in rows:
+        assert not row.commercial_ok and not row.default and row.marks == "n"
+    assert download_data.without_forbidden(rows, True, None) == rows
+    with pytest.raises(UserError, match="nothing left"):
+        download_data.without_forbidden(rows, False, None)
+
+
+def test_hours_are_counted_from_the_shards_and_estimates_until_then(server, tmp_path, capsys):
+    row = ROWS["indicvoices-telugu"]
+    options = Options(mirrors={row.name: server.url})
+    assert download_data._hours(row).startswith("~")
+    files = dataset(row, seconds=2)
+    server.add_dataset(row.repo, files)
+    size = sum(map(len, files.values())) / 1e9
+    listed = download_data.as_listed(row, options)
+    assert listed.download_gb == pytest.approx(size)
+    assert listed.hours == pytest.approx(row.hours * size / row.gigabytes)
+    assert download_data.as_counted(row, tmp_path) is row
+    download_data.fetch(row, tmp_path, options)
+    counted = download_data.as_counted(row, tmp_path)
+    assert (counted.hours, counted.exact) == (pytest.approx(12 * 2 / 3600), True)
+    # A Hub that does not answer is the fetch's to tell.
+    assert download_data.as_listed(row, Options(mirrors={row.name: str(tmp_path / "no")})) is row
 
 
 def test_disk_and_money_are_told_first_and_a_small_disk_refused(tmp_path, monkeypatch, capsys):
@@ -226,6 +262,99 @@ def test_one_that_fails_does_not_stop_the_others(server, tmp_path, monkeypatch, 
     assert "error: " in printed.err and "SentenceFilenames.csv: not there" in printed.err
 
 
+def test_the_unforeseen_ends_its_own_job_in_a_line(server, tmp_path, monkeypatch, capsys):
+    row = ROWS["fleurs-telugu"]
+    server.add_dataset(row.repo, dataset(row), row.revision)
+    hub = corpora.FETCHERS[corpora.Hub]
+    stale = OSError(116, "Stale file handle", "data/x.flac")
+
+    def fails(job):
+        if job.corpus.name == "rasa-hindi":
+            return {}["no such key"]
+        return hub(job)
+
+    def cannot(job):
+        raise stale
+
+    monkeypatch.setitem(corpora.FETCHERS, corpora.Hub, fails)
+    monkeypatch.setitem(corpora.FETCHERS, corpora.Files, cannot)
+    monkeypatch.setattr(download_data, "check_access", lambda *_: None)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["download_data.py", "--data_dir", str(tmp_path), "--corpora", row.name, "crema-d",
+         "rasa-hindi", "--mirror", f"{row.name}={server.url}", f"rasa-hindi={server.url}"],
+    )
+    assert download_data.main() == 1
+    printed = capsys.readouterr()
+    assert f"{row.name}: fetched" in printed.out and "Traceback" not in printed.err
+    told = printed.err.partition("error: 2 of 3 corpora failed")[2]
+    assert re.search(r"crema-d +data/x.flac: Stale file handle; the same command goes on", told)
+    assert re.search(r"rasa-hindi +KeyError: 'no such key'; this is a bug: see .*errors.log", told)
+    log = (tmp_path / download_data.ERRORS).read_text()
+    assert "Traceback" in log and "in fails" in log
+
+
+def test_a_manifest_that_cannot_be_read_is_its_corpus_fault_alone(tmp_path, monkeypatch, capsys):
+    for name in ("kathbath-telugu", "behavior-sd"):
+        folder = tmp_path / ROWS[name].place / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.jsonl").write_text('{"path": 3}\n')
+        (folder / corpora.RECORD).write_text('{"hours": "many", "whole": true, "max_hours": 0}')
+    flags = ["--data_dir", str(tmp_path), "--verify", "--corpora", "kathbath-telugu", "behavior-sd"]
+    monkeypatch.setattr(sys, "argv", ["download_data.py", *flags])
+    assert download_data.main() == 1
+    printed = capsys.readouterr().out
+    assert printed.count("cannot be read") == 2 and printed.count("line 1: path is 3") == 2
+
+
+def test_verify_opens_each_file_once(server, tmp_path, monkeypatch):
+    row = ROWS["kathbath-telugu"]
+    server.add_dataset(row.repo, dataset(row))
+    download_data.fetch(row, tmp_path, Options(mirrors={row.name: server.url}))
+    asked = asked_of(monkeypatch)
+    assert download_data.verify(row, tmp_path).state == "ok, small"
+    assert not [one for one in asked if ".flac" in one]
+
+
+def test_a_second_download_and_folders_that_cannot_be_written_are_told(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+
+    def refused(*flags):
+        monkeypatch.setattr(sys, "argv", ["download_data.py", "--corpora", "crema-d", *flags])
+        with pytest.raises(UserError) as caught:
+            download_data.main()
+        return str(caught.value)
+
+    data_dir = str(tmp_path / "data")
+    assert "--data_dir" in refused("--data_dir", str(tmp_path / "file"))
+    assert "--json" in refused("--data_dir", data_dir, "--json", str(tmp_path / "file/x"))
+    assert "--json" in refused("--data_dir", data_dir, "--json", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    with only_one(data_dir):
+        assert "another process" in refused("--data_dir", data_dir)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--max_hours", "-1"), ("--max_hours", "nan"), ("--max_hours", "inf"), ("--jobs", "0"),
+     ("--jobs", "1.5"), ("--language", "hindi"), ("--languages", "klingon")],
+)  # fmt: skip
+def test_flags_out_of_range_are_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as caught:
+        download_data.parse_args(flags)
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+    assert flags[0] in told
+
+
+def test_help_keeps_its_paragraphs_and_tells_defaults(capsys):
+    with pytest.raises(SystemExit):
+        download_data.parse_args(["--help"])
+    printed = capsys.readouterr().out
+    assert "    python download_data.py --list" in printed and "(default: 4)" in printed
+
+
 def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys):
     def refused(*flags):
         monkeypatch.setattr(sys, "argv", ["download_data.py", "--data_dir", str(tmp_path), *flags])
@@ -237,6 +366,5 @@ def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys):
     assert "no corpus 'nope'" in refused("--corpora", "nope")
     assert "NAME=VALUE" in refused("--mirror", "klettres")
     assert "--mirror nope=x" in refused("--mirror", "nope=x")
-    assert "--max_hours" in refused("--max_hours", "-1")
     assert "nothing left" in refused("--corpora", "spring-inx")
     assert "no such folder" in refused("--corpora", "fisher", "--fisher_dir", "nowhere")
