@@ -73,6 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more("--fast", action="store_true", help="with --wav: do not pace, never drop")
     more("--temperature", type=number(0, 100), help="of the sampling [the model's own]")
     more("--top_k", type=whole(1, 2**31), help="of the sampling [the model's own]")
+    more("--eagerness", type=number(-100, 100), help="dB on its odds of speaking [0: none]")
     more("--vad_flush", action="store_true", help="cut the agent off when the user barges in")
     more("--tail_seconds", type=number(0, 3600), default=4.0,
          help="listen on after each --wav [4]")  # fmt: skip
@@ -538,7 +539,7 @@ def talk(engine: DuplexEngine, sounddevice: Any, ledger: LatencyLedger) -> None:
 
 def lm_sampling(args: argparse.Namespace) -> Sampling:
     """The model's own sampling, changed where the command line says so."""
-    given = {name: getattr(args, name) for name in ("temperature", "top_k")}
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "eagerness")}
     return dataclasses.replace(
         Sampling(), **{name: value for name, value in given.items() if value is not None}
     )
