@@ -100,7 +100,7 @@ tiny: $(VENV)/installed-dev
 	$(BIN)/python train_s2s.py --data_dirs data/conversations/scripted \
 	  data/conversations/scripted_validation --codec checkpoints/tiny/codec --preset tiny \
 	  --batch_size 8 --epoch_hours 2 --num_epochs 44 --lr 8e-4 --warmup_steps 100 \
-	  --listen_share 0.4 --depth_fraction 0.3 --emotion_drop 0.5 --acoustic_drop 0.8 \
+	  --listen_share 0.4 --depth_fraction 0.17 --emotion_drop 0.5 --acoustic_drop 0.8 \
 	  --agent_deaf 1 --vocab_size 640 --num_workers 1 --seed 1 --checkpoint_dir runs/s2s
 	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 5 --seed 5 \
 	  --intents $(INTENTS) --exchanges archetypes --output_dir data/conversations/scripted_more
@@ -108,7 +108,7 @@ tiny: $(VENV)/installed-dev
 	  data/conversations/scripted data/conversations/scripted_validation \
 	  --codec checkpoints/tiny/codec --preset tiny \
 	  --batch_size 8 --epoch_hours 2 --num_epochs 46 --lr 7e-4 --warmup_steps 100 \
-	  --listen_share 0.25 --depth_fraction 0.3 --emotion_drop 0.5 --acoustic_drop 0.8 \
+	  --listen_share 0.25 --depth_fraction 0.17 --emotion_drop 0.5 --acoustic_drop 0.8 \
 	  --agent_deaf 1 --vocab_size 640 --num_workers 1 --seed 2 --init_from runs/s2s \
 	  --checkpoint_dir runs/s2s_more
 	$(BIN)/python train_s2s.py --checkpoint_dir runs/s2s_more --export checkpoints/tiny/s2s

@@ -720,7 +720,7 @@ def training_batches(
         ),
         num_workers=num_workers,
         collate_fn=collate,
-        pin_memory=process.device.type == "cuda" and collate is None,
+        pin_memory=process.device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
     )
     for batch in loader:

@@ -12,6 +12,7 @@ Knows codes and text, never audio. Shapes: `B` batch, `P` patches, `p` frames in
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ from transformer import (
 
 PAD = 0  # text id of "no token in this patch"
 IGNORE = -100  # a label that is not known
+MIN_TURN_PATCHES = 50  # turns without word times: a window has room for one in as many patches
+MAX_TURN_PATCHES, MAX_TURN_TOKENS = 500, 128  # longer ones are not learnt from
 MAX_AGE = 31  # patches since the last token, beyond which it is just long ago
 
 
@@ -56,6 +59,8 @@ class S2SConfig:
     depth_layers: int = 2
     depth_heads: int = 4
     code_dim: int = 64  # width of the factorised code tables
+    # Of a token against a PAD in the loss, and so in the odds learnt; 1: none, or not known.
+    text_weight: float = 1.0
     hear_self: bool = True  # whether the agent's own last codes are heard, or its words alone
     phones: tuple[str, ...] = ()  # what the listening head names; phones[0] is silence
     listen_delay: int = 2  # patches by which the heads for phones and words follow the user
@@ -73,6 +78,8 @@ class S2SConfig:
             raise ValueError(f"depth_order must be level or frame, not {self.depth_order!r}")
         if len(self.codebook_sizes) < 2 or self.acoustic_delay < 0:
             raise ValueError("at least two codebooks and a delay of zero or more are needed")
+        if not 0 < self.text_weight < math.inf:
+            raise ValueError(f"text_weight must be more than 0, not {self.text_weight}")
 
     @classmethod
     def tiny(cls, **changes) -> S2SConfig:
@@ -83,7 +90,7 @@ class S2SConfig:
     def base(cls, **changes) -> S2SConfig:
         """About 350M parameters, for one H200."""
         sizes = {
-            "vocab_size": 32_000, "dim": 1024, "num_layers": 20, "num_heads": 16, "context": 1500,
+            "vocab_size": 32_000, "dim": 1024, "num_layers": 20, "num_heads": 16, "context": 750,
             "depth_dim": 512, "depth_layers": 6, "depth_heads": 8, "code_dim": 128,
             "dropout": 0.0,
         }  # fmt: skip
@@ -114,9 +121,11 @@ class S2SConfig:
 class Sampling:
     """How text and codes are drawn; a temperature of 0 takes the likeliest.
 
-    `speak_temperature` is that of the choice between a word and silence, where text is drawn. At 0
+    `speak_temperature` is that of the choice between a word and silence, which comes first. At 0
     the agent begins when beginning is likelier than waiting, which keeps it from answering into a
     pause: gaps of 80 to 240 ms, evenly spread, make beginning likelier than not at 200 ms.
+    `eagerness` is added to the odds of a word against silence, in decibels: 10 makes them ten
+    times what the conversations showed, 0 leaves them as they were.
     """
 
     temperature: float = 0.3
@@ -124,46 +133,64 @@ class Sampling:
     text_temperature: float = 0.5
     text_top_k: int = 10
     speak_temperature: float = 0.0
+    eagerness: float = 0.0
 
     def __post_init__(self) -> None:
         temperatures = (self.temperature, self.text_temperature, self.speak_temperature)
         if min(temperatures) < 0 or min(self.top_k, self.text_top_k) < 1:
             raise UserError("temperatures must be 0 or more and top_k 1 or more")
+        if not math.isfinite(self.eagerness):
+            raise UserError("eagerness must be a finite number of decibels")
 
 
 @dataclass
 class Batch:
     """What the LM is trained on; unknown labels are -100.
 
-    `user_codes`, `agent_codes` `[B, P, p, K]` int64 (`IGNORE` where there is none), `text`
-    `[B, P]` (`PAD` or a token), `agent_emotion` `[B, P]` and `language` `[B]` as inputs (0: not
-    told), `agent_speaking` `[B, P]` bool, and the labels: `user_speaking`, `turn_end`,
-    `user_emotion`, `language_label` `[B, P]`, `user_words` `[B, P]` (`PAD` or a token of a word
-    that has ended), `user_phones` `[B, P, p]`. `valid` `[B, P]` bool: not padding.
+    `user_codes`, `agent_codes` `[B, P, p, K]` int64 (`IGNORE` where there is none), `said` the
+    agent's codes as it remembers them, `text` `[B, P]` (`PAD` or a token), `agent_emotion` `[B, P]`
+    and `language` `[B]` as inputs (0: not told), `depth_patches` `[B, n]` the places of the patches
+    whose codes are learnt, and the labels: `user_speaking`, `turn_end`, `user_emotion`,
+    `language_label` `[B, P]`, `user_words` `[B, P]` (`PAD` or a token of a word that has ended),
+    `user_phones` `[B, P, p]`.
 
-    Turns of the user whose words have no times: `user_turn` `[B, P]`, 0 or the number of the turn
-    that a patch lies in, `user_text` `[B, P]`, the turn's tokens from its first patch on, then PAD.
+    Turns of the user whose words have no times, at most `M` a window: `untimed_first` `[B, M]`
+    their first patches, `untimed_tokens` `[B, M, S]` what is said, `untimed_labels` `[B, M, S]`
+    from 1 on which of these each is (a repeated one: its first place), 0 behind them,
+    `untimed_patches` `[B, M]` their lengths; and on the host, `B * M` each, those lengths again and
+    how many tokens there are, as `untimed_lengths`.
     """
 
     user_codes: Tensor
     agent_codes: Tensor
+    said: Tensor
     text: Tensor
     agent_emotion: Tensor
     language: Tensor
-    agent_speaking: Tensor
+    depth_patches: Tensor
     user_speaking: Tensor
     turn_end: Tensor
     user_emotion: Tensor
     language_label: Tensor
     user_words: Tensor
     user_phones: Tensor
-    valid: Tensor
-    user_turn: Tensor
-    user_text: Tensor
+    untimed_first: Tensor
+    untimed_tokens: Tensor
+    untimed_labels: Tensor
+    untimed_patches: Tensor
+    untimed_lengths: tuple[tuple[int, ...], tuple[int, ...]]
 
     def to(self, device: torch.device) -> Batch:
-        moved = {f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)}
-        return Batch(**moved)
+        """On `device`; without waiting for it where this is pinned."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tensors = {n: change(v) for n, v in fields.items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **tensors)
 
 
 @dataclass
@@ -240,12 +267,19 @@ class CodeTables(nn.Module):
 
     @torch.no_grad()
     def start_from(self, codebooks: Sequence[Tensor]) -> None:
-        """Starts from the codec's own vectors: neighbouring codes sound alike from step 1 on."""
+        """Starts from the codec's own vectors: neighbouring codes sound alike from step 1 on.
+
+        Narrower vectors leave the table's last columns at zero; of wider ones those directions are
+        kept in which they differ most. Distances stay, but for what these directions hold.
+        """
         for table, vectors in zip(self.tables, codebooks, strict=False):
-            if vectors.shape[1] == table.embedding_dim:
-                vectors = vectors.float()
-                table.weight[:-1] = (vectors - vectors.mean(0)) / vectors.std().clamp(min=1e-5)
-                table.weight[-1].zero_()
+            spread = vectors.float().std().clamp(min=1e-5)
+            vectors = (vectors.float() - vectors.float().mean(0)) / spread
+            width = min(vectors.shape[1], table.embedding_dim)
+            if vectors.shape[1] > width:
+                vectors = vectors @ torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -width:]
+            table.weight.zero_()
+            table.weight[:-1, :width] = vectors
 
 
 class DepthHeads(nn.Module):
@@ -367,13 +401,9 @@ class S2S(nn.Module):
         x = x + self.text_embedding(text) + self.age_embedding(age)
         return x + self.emotion_embedding(emotion) + self.language_embedding(language)[:, None]
 
-    def hidden(self, batch: Batch, said: Tensor | None = None) -> Tensor:
-        """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t.
-
-        `said`: the agent's codes as it remembers them, where they are not `batch.agent_codes`.
-        """
-        said = batch.agent_codes if said is None else said
-        agent = F.pad(said[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
+    def hidden(self, batch: Batch) -> Tensor:
+        """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t."""
+        agent = F.pad(batch.said[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
         text, age = last_tokens(F.pad(batch.text[:, :-1], (1, 0), value=PAD))
         emotion, language = batch.agent_emotion, batch.language
         return self.temporal(
@@ -412,36 +442,38 @@ class S2S(nn.Module):
         return self.depth_input[step](torch.cat(parts, dim=-1))
 
     def losses(
-        self,
-        batch: Batch,
-        depth_patches: Tensor | None,
-        text_weight: float = 1.0,
-        said: Tensor | None = None,
+        self, batch: Batch, speak: bool = True, split: int | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Every loss as a mean over its known labels, and accuracies as metrics.
 
+        Fixed shapes, and nothing that waits for the device.
+
         Args:
-            depth_patches: `[B, P]` bool, the patches whose codes are learnt; None for no codes.
-            text_weight: of a token against a PAD in the text loss.
-            said: the agent's past codes, corrupted, where they are not those of the batch.
+            speak: whether the codes of `batch.depth_patches` are learnt too.
+            split: where given, metrics tell the losses of the text and of the user's phones apart
+                for the patches before it (`_within`) and from it on (`_past`).
         """
-        hidden = self.hidden(batch, said)
-        logits = self.listen(hidden)
+        hidden = self.hidden(batch)
+        logits = {**self.listen(hidden), "text": self.text_head(hidden)}
         losses, metrics = listening_losses(logits, batch)
-        text = torch.where(batch.valid, batch.text, IGNORE)
-        read = {"text": (self.text_head(hidden), text)}
-        read["user_words"] = (logits["user_words"], batch.user_words)
-        for name, (scores, labels) in read.items():
-            losses[name] = token_loss(scores, labels, text_weight)
+        for name, labels in (("text", batch.text), ("user_words", batch.user_words)):
+            losses[name] = token_loss(logits[name], labels, self.config.text_weight)
             spoken = torch.where(labels > PAD, labels, IGNORE)
-            metrics[f"{name}_accuracy"] = accuracy(scores, spoken)
-        losses["user_text"] = untimed_words_loss(
-            logits["user_words"], batch.user_turn, batch.user_text
-        )
-        if depth_patches is not None:
-            chosen = depth_patches & batch.valid
-            targets = batch.agent_codes[chosen]
-            depth = self.depth_logits(hidden[chosen], batch.text[chosen], targets)
+            metrics[f"{name}_accuracy"] = accuracy(logits[name], spoken)
+        losses["user_text"] = untimed_words_loss(logits["user_words"], batch)
+        if split is not None:
+            for name, part in (("within", slice(split)), ("past", slice(split, None))):
+                text = logits["text"][:, part], batch.text[:, part]
+                metrics[f"text_{name}"] = token_loss(*text, self.config.text_weight)
+                phones = logits["user_phones"][:, part], batch.user_phones[:, part]
+                metrics[f"user_phones_{name}"] = cross_entropy(*phones)
+        if speak:
+            first = hidden.shape[1] * torch.arange(len(hidden), device=hidden.device)
+            chosen = (batch.depth_patches + first[:, None]).flatten()  # [B * n] of B * P patches
+            states, text, targets = (
+                x.flatten(0, 1)[chosen] for x in (hidden, batch.text, batch.agent_codes)
+            )
+            depth = self.depth_logits(states, text, targets)
             losses |= depth_losses(depth, self.schedule, targets)
         return losses, metrics
 
@@ -487,7 +519,8 @@ class S2S(nn.Module):
         )
         hidden = self.temporal.step(x, state.temporal, active)[:, 0]
         listened = self.listen(hidden[:, None])
-        text = draw_text(self.text_head(hidden), sampling, state.generator)
+        weight = self.config.text_weight
+        text = draw_text(self.text_head(hidden), sampling, state.generator, weight)
         if forced is not None:
             text = torch.where(forced, forced_text, text)
         if timer:
@@ -542,16 +575,18 @@ class S2S(nn.Module):
         return aligned
 
 
-def draw_text(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+def draw_text(
+    logits: Tensor, sampling: Sampling, generator: torch.Generator, text_weight: float = 1.0
+) -> Tensor:
     """PAD or a token for each row of `[B, V]`: whether to speak first, then what to say.
 
     Drawn at once, a low temperature favours silence whenever several replies are possible: each of
-    them alone is less likely than PAD, though all of them together are not.
+    them alone is less likely than PAD, though all of them together are not. A loss that weights
+    tokens by `text_weight` teaches odds so many times too high: they are brought back first.
     """
-    if sampling.text_temperature == 0:
-        return logits.argmax(-1)
     words = logits[:, PAD + 1 :]  # PAD comes first
-    silent_or_not = torch.stack((logits[:, PAD], words.logsumexp(1)), dim=1)
+    odds = words.logsumexp(1) - math.log(text_weight) + sampling.eagerness * math.log(10) / 10
+    silent_or_not = torch.stack((logits[:, PAD], odds), dim=1)
     speaks = draw(silent_or_not, sampling.speak_temperature, 2, generator)
     token = draw(words, sampling.text_temperature, sampling.text_top_k, generator)
     return torch.where(speaks == 1, token + PAD + 1, PAD)
@@ -572,8 +607,7 @@ def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Genera
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of known labels hit; logits `[..., n]`, labels `[...]`; nan where none is known."""
-    known = labels != IGNORE
-    return (logits.argmax(-1) == labels)[known].float().mean()
+    return (logits.argmax(-1) == labels).sum() / (labels != IGNORE).sum()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -594,30 +628,63 @@ def token_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
     return (raw * counted.flatten()).sum() / counted.sum().clamp(min=1e-6)
 
 
-def untimed_words_loss(logits: Tensor, turn: Tensor, text: Tensor) -> Tensor:
+def untimed_turns(turn: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """What `untimed_words_loss` needs of a window's turns without word times; for the host.
+
+    turn `[P]`: 0, or the number of the turn that a patch lies in; text `[P]`: a turn's tokens from
+    its first patch on, then PAD. Turns that touch an edge of the window may be cut, and are left
+    out, as are those that are too long. Fields `untimed_*` as in `Batch`, always of one shape.
+    """
+    room = max(1, len(turn) // MIN_TURN_PATCHES)
+    first, patches = torch.zeros(room, dtype=torch.long), torch.ones(room, dtype=torch.long)
+    counts = torch.zeros(room, dtype=torch.long)
+    tokens, labels = (torch.zeros(room, MAX_TURN_TOKENS, dtype=torch.long) for _ in range(2))
+    row, edges = 0, {0, int(turn[0]), int(turn[-1])}
+    for number in sorted(set(turn.tolist()) - edges):
+        places = (turn == number).nonzero()[:, 0]
+        said = [token for token in text[places].tolist() if token != PAD]
+        if row == room or len(places) > MAX_TURN_PATCHES or len(said) > MAX_TURN_TOKENS:
+            continue
+        first[row], patches[row], counts[row] = places[0], len(places), len(said)
+        tokens[row, : len(said)] = torch.tensor(said)
+        # CTC must know which ones are the same.
+        labels[row, : len(said)] = torch.tensor([said.index(token) + 1 for token in said])
+        row += 1
+    found = {"first": first, "tokens": tokens, "labels": labels, "patches": patches}
+    return {f"untimed_{name}": value for name, value in {**found, "counts": counts}.items()}
+
+
+def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
     """CTC (Graves et al. 2006) of what was said in each turn, PAD as its blank, per token.
 
-    `logits` `[B, P, V]`; `turn`, `text` `[B, P]` as in `Batch`. Turns that touch an edge of the
-    window may be cut, and are left out. Zero (with a gradient of zero) where none is left.
+    `logits` `[B, P, V]`; `untimed_*` of `batch`. Zero (with a gradient of zero) where no turn is
+    told. Of the vocabulary only the blank and each turn's own tokens are looked at.
     """
-    spoken, said = [], []
-    for b, numbers in enumerate(turn):
-        edges = {0, int(numbers[0]), int(numbers[-1])}
-        for number in set(numbers.tolist()) - edges:
-            inside = numbers == number
-            tokens = text[b, inside]
-            spoken.append(logits[b, inside].float().log_softmax(-1))
-            said.append(tokens[tokens != PAD])
-    if not spoken:
-        return logits.sum() * 0.0
-    return F.ctc_loss(
-        nn.utils.rnn.pad_sequence(spoken),
-        nn.utils.rnn.pad_sequence(said, batch_first=True),
-        tuple(len(x) for x in spoken),
-        tuple(len(x) for x in said),
-        blank=PAD,
+    if not any(batch.untimed_lengths[1]):
+        return logits[:1, :1, :1].sum() * 0.0
+    size, length, vocabulary = logits.shape
+    span = torch.arange(min(length, MAX_TURN_PATCHES), device=logits.device)
+    at = (batch.untimed_first[..., None] + span).clamp(max=length - 1)  # [B, M, T]
+    at = at + length * torch.arange(size, device=logits.device)[:, None, None]
+    classes = F.pad(batch.untimed_tokens, (1, 0), value=PAD)  # [B, M, 1 + S]
+    scores = logits.float()
+    chosen = scores.flatten()[at[..., None] * vocabulary + classes[:, :, None]]
+    chosen = chosen - scores.logsumexp(-1).flatten()[at][..., None]
+    raw = F.ctc_loss(
+        chosen.flatten(0, 1).transpose(0, 1),  # [T, B * M, 1 + S]
+        batch.untimed_labels.flatten(0, 1),
+        *batch.untimed_lengths,
+        blank=0,
+        reduction="none",
         zero_infinity=True,
     )
+    # Its gradient counts on probabilities of all classes, which add up to 1, and holds them too.
+    inside = (span < batch.untimed_patches[..., None]) & (raw > 0).view(size, -1, 1)
+    surplus = torch.where(inside[..., None], chosen.exp(), 0.0).sum((-1, -2)).flatten()
+    raw = raw - surplus + surplus.detach()
+    counts = (batch.untimed_labels.flatten(0, 1) > 0).sum(-1)
+    told = counts > 0
+    return torch.where(told, raw / counts.clamp(min=1), 0.0).sum() / told.sum()
 
 
 def last_tokens(text: Tensor) -> tuple[Tensor, Tensor]:
@@ -731,27 +798,36 @@ class TextStream:
         self.tokens = [PAD] * self.num_patches
         self._free = 0
 
-    def add(self, tokens: Sequence[int], seconds: float) -> None:
-        """Queues a word's tokens from `seconds` on, behind those that still wait."""
-        self._free = max(self._free, int(seconds * self.patch_rate))
+    def add(self, tokens: Sequence[int], seconds: float) -> int:
+        """Queues a word's tokens from `seconds` on, behind those that still wait.
+
+        Returns the patch of the first one.
+        """
+        first = self._free = max(self._free, int(seconds * self.patch_rate + 1e-6))
         for token in tokens:
             if self._free >= self.num_patches:
                 self.overflow += 1
                 continue
             self.tokens[self._free] = token
             self._free += 1
+        return first
 
 
-def add_turn(stream: TextStream, tokenizer: Tokenizer, turn: dict) -> None:
-    """Puts an agent's turn into the text stream: by word times, else spread evenly over it."""
+def add_turn(stream: TextStream, tokenizer: Tokenizer, turn: dict) -> int:
+    """Puts an agent's turn into the text stream: by word times, else spread evenly over it.
+
+    Returns the patch in which its text begins.
+    """
     words = turn.get("words")
     if not words:
         texts = turn["text"].split()
         length = (turn["end"] - turn["start"]) / max(1, len(texts))
         words = [(w, turn["start"] + i * length, None) for i, w in enumerate(texts)]
+    places = [int(turn["start"] * stream.patch_rate + 1e-6)]
     for i, (word, start, _) in enumerate(words):
         # A leading space keeps a word's tokens the same wherever it stands in the sentence.
-        stream.add(tokenizer.encode(word if i == 0 else f" {word}").ids, start)
+        places.append(stream.add(tokenizer.encode(word if i == 0 else f" {word}").ids, start))
+    return places[min(1, len(words))]
 
 
 def s2s_config(stored: dict, path: str | Path) -> S2SConfig:

@@ -48,13 +48,12 @@ WEIGHTS = {
 }
 
 
-# What is not known behind the end of a conversation; everything else is nothing there.
-UNKNOWN = (
-    "user_codes", "agent_codes", "user_speaking", "turn_end", "user_emotion", "language_label",
-    "user_words", "user_phones",
-)  # fmt: skip
 # Patches in which the agent is silent are soon learnt: fewer of them are spoken in training.
 SILENT_SHARE = 0.25
+# Windows that begin where a conversation does, as every call; the others begin anywhere.
+FROM_THE_START = 0.25
+WINDOW_CONTEXTS, VALIDATION_CONTEXTS = 1.5, 3  # lengths, in attention contexts
+SHORTEST = 4  # frames: the longest patch; a conversation below that says nothing
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -76,9 +75,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument(
         "--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60"
     )
-    more.add_argument("--window_seconds", type=number(0.1, 6000), default=12.0)
+    more.add_argument(
+        "--window_seconds", type=number(0.1, 6000), help="by default 1.5 times the context"
+    )
+    more.add_argument(
+        "--context_seconds", type=number(0.1, 4000), help="attended to; by default the preset's"
+    )
     more.add_argument("--listen_share", type=share, default=0.3, help="of the steps, without codes")
-    more.add_argument("--depth_fraction", type=share, default=0.25, help="of its patches learnt")
+    more.add_argument("--depth_fraction", type=share, default=0.15, help="of its patches learnt")
     more.add_argument("--text_weight", type=number(above=0), default=10.0, help="token against PAD")
     more.add_argument("--acoustic_drop", type=share, default=0.6, help="user windows cut in levels")
     more.add_argument("--code_noise", type=share, default=0.1, help="user codes made near ones")
@@ -108,54 +112,105 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 
 
 class Conversations(Dataset):
-    """Windows of conversations as the LM reads them, drawn by (seed, epoch, index) alone.
+    """Windows of calls as the LM reads them, drawn by (seed, epoch, index) alone.
 
-    Items are dicts of tensors without the batch axis, as in `s2s.Batch`, whole patches long.
+    A call is made of conversations of one language, laid end to end, each drawn at random; every
+    patch of the data is as likely to be in a window. Items are dicts of tensors without the batch
+    axis, as in `s2s.Batch`, all of one shape.
+
+    frames: of each row, where they are known without reading it. neighbours: of the user's codes,
+    `[K, n, count]`, some of which are heard in their place; None: codes are heard as they are.
     """
 
     def __init__(
-        self, rows, config: S2SConfig, tokenizer: Tokenizer, args: argparse.Namespace, items: int
+        self,
+        rows,
+        config: S2SConfig,
+        tokenizer: Tokenizer,
+        args: argparse.Namespace,
+        items: int,
+        frames: np.ndarray | None = None,
+        neighbours: Tensor | None = None,
     ) -> None:
-        self.rows, self.config, self.tokenizer = rows, config, tokenizer
-        self.seed, self.items = args.seed, items
-        self.patches = int(args.window_seconds * config.patch_rate)
-        self.emotion_drop, self.language_drop = args.emotion_drop, args.language_drop
+        self.rows, self.config, self.tokenizer, self.args = rows, config, tokenizer, args
+        self.items, self.neighbours = items, neighbours
+        self.patches = round(args.window_seconds * config.patch_rate)
+        self.depth_patches = max(1, round(args.depth_fraction * self.patches))
         self.phone_ids = {phone: i for i, phone in enumerate(config.phones)}
+        if frames is None:
+            frames = [len(row["user_codes"]) for row in rows]
+        self.ends = np.cumsum(np.asarray(frames, np.int64) // config.frames_per_step)
+        plain = rows.with_format(None) if hasattr(rows, "with_format") else None
+        languages = list(plain["language"]) if plain else [row["language"] for row in rows]
+        by_language: dict[str, list[int]] = {}
+        for place, language in enumerate(languages):
+            by_language.setdefault(language, []).append(place)
+        self.alike = {name: np.array(places) for name, places in by_language.items()}
 
     def __len__(self) -> int:
         return self.items
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        epoch, index = key
-        rng = training.item_rng(self.seed, epoch, index)
-        row = self.rows[int(rng.integers(len(self.rows)))]
-        window = self.window(row, rng.random())
-        if rng.random() < self.emotion_drop:
+        rng = training.item_rng(self.args.seed, *key)
+        window = self.window(rng)
+        turns = window.pop("user_turn"), window.pop("user_text")
+        window |= s2s.untimed_turns(*turns)
+        window |= {"said": window["agent_codes"], "depth_patches": torch.arange(self.patches)}
+        if self.neighbours is not None:
+            self.disturb(window, rng)
+        if rng.random() < self.args.emotion_drop:
             window["agent_emotion"].zero_()
-        if rng.random() < self.language_drop:
+        if rng.random() < self.args.language_drop:
             window["language"].zero_()
+        window.pop("agent_speaking")
         return window
 
-    def window(self, row: dict, place: float) -> dict[str, Tensor]:
-        """`self.patches` patches from `place` (0 … 1) of the free room on, padded if short."""
-        whole = self.whole(row)
-        total = len(whole["text"])
-        first = int(place * (max(0, total - self.patches) + 1))
-        window = {}
-        for name, values in whole.items():
-            if name in ("language", "overflow"):
-                window[name] = values
-                continue
-            part = values[first : first + self.patches]
-            padding = [0, 0] * (part.dim() - 1) + [0, self.patches - len(part)]
-            fill = IGNORE if name in UNKNOWN else 0
-            window[name] = nn.functional.pad(part, padding, value=fill)
-        return window
+    def disturb(self, window: dict[str, Tensor], rng: np.random.Generator) -> None:
+        """Corrupts what is heard, and draws the patches whose codes are learnt."""
+        args = self.args
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        heard = s2s.blur(window["user_codes"][None], self.neighbours, args.code_noise, generator)
+        heard = s2s.corrupt(heard, generator, args.acoustic_drop, args.frame_drop)
+        # Its own past codes too: what it says in a call is not what it was taught, and the words
+        # must not follow a slip of the voice.
+        said = s2s.corrupt(
+            window["said"][None], generator, args.agent_drop, args.agent_drop, args.agent_deaf
+        )
+        window |= {"user_codes": heard[0], "said": said[0]}
+        odds = torch.where(window["agent_speaking"], 1.0, SILENT_SHARE)
+        drawn = torch.rand(self.patches, generator=generator) ** (1 / odds)  # weighted, each once
+        window["depth_patches"] = drawn.topk(self.depth_patches).indices.sort().values
 
-    def whole(self, row: dict) -> dict[str, Tensor]:
-        """The whole conversation, patch by patch."""
+    def window(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        """`self.patches` patches of a call, from a place in its first conversation on."""
+        place = int(rng.integers(self.ends[-1]))
+        first = int(np.searchsorted(self.ends, place, side="right"))
+        begins = place - int(self.ends[first - 1] if first else 0)
+        if rng.random() < FROM_THE_START:
+            begins = 0
+        rows = [self.rows[first]]
+        room = begins + self.patches - self.length(rows[0])
+        alike = self.alike[rows[0]["language"]]
+        while room > 0:
+            rows.append(self.rows[int(alike[rng.integers(len(alike))])])
+            room -= self.length(rows[-1])
+        before = int(rng.integers(len(self.config.emotions) + 1))
+        whole = self.whole(joined(rows, self.config), before)
+        part = slice(begins, begins + self.patches)
+        return {name: v[part].clone() if v.dim() else v for name, v in whole.items()}
+
+    def length(self, row: dict) -> int:
+        """In whole patches."""
+        return len(row["user_codes"]) // self.config.frames_per_step
+
+    def whole(self, row: dict, before: int = 0) -> dict[str, Tensor]:
+        """The whole conversation, patch by patch.
+
+        before: the emotion told until the agent first speaks, 0: none. It says nothing about the
+        reply: as in a call, whose emotion is set before anybody speaks.
+        """
         c, p = self.config, self.config.frames_per_step
-        count = len(row["user_codes"]) // p
+        count = self.length(row)
         agent = torch.from_numpy(row["agent_codes"].astype(np.int64))
         codes = {
             "user_codes": torch.from_numpy(row["user_codes"].astype(np.int64)),
@@ -167,15 +222,22 @@ class Conversations(Dataset):
         labels["user_words"] = self.user_words(row["turns"], count)
         labels |= self.untimed_words(row["turns"], count)
         stream = TextStream(count, c.patch_rate)
+        emotion = torch.full((count,), before)
         for turn in row["turns"]:
-            if turn["who"] == "agent" and turn["text"]:
-                s2s.add_turn(stream, self.tokenizer, turn)
+            if turn["who"] == "agent":
+                begun = int(turn["start"] * c.patch_rate + 1e-6)
+                if turn["text"]:
+                    begun = max(begun, s2s.add_turn(stream, self.tokenizer, turn))
+                # Told once it has begun, and held until the next turn has: it says how to speak,
+                # and never that it is time to, nor what to say.
+                known = turn["emotion"] in c.emotions
+                emotion[begun + 1 :] = c.emotions.index(turn["emotion"]) + 1 if known else 0
         return {
             **patches,
             **labels,
+            "agent_emotion": emotion,
             "text": torch.tensor(stream.tokens),
             "language": torch.tensor(0 if language is None else language + 1),
-            "valid": torch.ones(count, dtype=torch.bool),
             "overflow": torch.tensor(stream.overflow),
         }
 
@@ -221,7 +283,7 @@ class Conversations(Dataset):
 def turn_labels(
     turns: list[dict], count: int, config: S2SConfig, language: int | None, phone_ids: dict
 ) -> dict[str, Tensor]:
-    """What the heads are to tell at each patch, and the agent's emotion as an input.
+    """What the heads are to tell at each patch, and where the agent speaks.
 
     A patch is labelled by what holds at its end. Phones are those of `listen_delay` patches ago.
     """
@@ -231,28 +293,22 @@ def turn_labels(
     turn_end = torch.zeros(count, dtype=torch.long)
     user_emotion = torch.full((count,), IGNORE)
     heard = torch.full((count,), IGNORE)
-    agent_emotion = torch.zeros(count, dtype=torch.long)
     agent_speaking = torch.zeros(count, dtype=torch.bool)
     phones = np.zeros(frames, np.int64)
-    before = 0
     for i, turn in enumerate(turns):
         start, end = (round(turn[side] * c.patch_rate) for side in ("start", "end"))
         emotion = c.emotions.index(turn["emotion"]) if turn["emotion"] in c.emotions else None
         if turn["who"] == "agent":
-            if emotion is not None:
-                agent_emotion[before:end] = emotion + 1
             agent_speaking[start : end + 1] = True
-            before = end
             continue
         speaking[start:end] = 1
         if emotion is not None:
             user_emotion[start:end] = emotion
         if language is not None:
             heard[start:end] = language
-        answer = next((t for t in turns[i + 1 :] if t["who"] == "agent"), None)
-        following = next((t for t in turns[i + 1 :]), None)
-        if answer is not None and answer is following:
-            turn_end[end : round(answer["start"] * c.patch_rate)] = 1
+        following = turns[i + 1] if i + 1 < len(turns) else turn
+        if following["who"] == "agent" and following.get("part") == turn.get("part"):
+            turn_end[end : round(following["start"] * c.patch_rate)] = 1
         label_phones(phones, turn, c, phone_ids)
     late = np.roll(phones, c.listen_delay * c.frames_per_step)
     late[: c.listen_delay * c.frames_per_step] = IGNORE
@@ -261,7 +317,6 @@ def turn_labels(
         "turn_end": turn_end,
         "user_emotion": user_emotion,
         "language_label": heard,
-        "agent_emotion": agent_emotion,
         "agent_speaking": agent_speaking,
         "user_phones": torch.from_numpy(late).unflatten(0, (count, c.frames_per_step)),
     }
@@ -269,40 +324,83 @@ def turn_labels(
 
 def label_phones(phones: np.ndarray, turn: dict, config: S2SConfig, phone_ids: dict) -> None:
     """Writes the phones of a user turn into the frame labels `[F]`; unknown where it has none."""
-    first = int(turn["start"] * config.frame_rate)
-    last = min(len(phones), int(np.ceil(turn["end"] * config.frame_rate)))
+    first = int(turn["start"] * config.frame_rate + 1e-6)
+    last = min(len(phones), int(np.ceil(turn["end"] * config.frame_rate - 1e-6)))
     if last > first:
         start = first / config.frame_rate
         phones[first:last] = frame_labels(turn["phones"], phone_ids, last - first, start)
+
+
+def joined(rows: Sequence[dict], config: S2SConfig) -> dict:
+    """One row of conversations laid end to end, each of whole patches."""
+    if len(rows) == 1:
+        return rows[0]
+    p, now = config.frames_per_step, 0.0
+    turns, codes = [], {"user_codes": [], "agent_codes": []}
+    for part, row in enumerate(rows):
+        frames = len(row["user_codes"]) // p * p
+        for name, parts in codes.items():
+            parts.append(row[name][:frames])
+        turns += [{**moved(turn, now), "part": part} for turn in row["turns"]]
+        now += frames / config.frame_rate
+    return {**rows[0], "turns": turns, **{n: np.concatenate(parts) for n, parts in codes.items()}}
+
+
+def moved(turn: dict, seconds: float) -> dict:
+    """The turn so much later."""
+    later = {**turn, "start": turn["start"] + seconds, "end": turn["end"] + seconds}
+    for name in ("words", "phones"):
+        if turn[name]:
+            later[name] = [[said, a + seconds, b + seconds] for said, a, b in turn[name]]
+    return later
 
 
 def collate(items: list[dict[str, Tensor]]) -> tuple[Batch, int]:
     """A batch, and how many tokens of its conversations found no patch."""
     fields = {name: torch.stack([item[name] for item in items]) for name in items[0]}
     overflow = int(fields.pop("overflow").sum())
+    lengths = fields["untimed_patches"], fields.pop("untimed_counts")
+    fields["untimed_lengths"] = tuple(tuple(each.flatten().tolist()) for each in lengths)
     return Batch(**fields), overflow
 
 
+def row_frames(part) -> np.ndarray:
+    """Codec frames of each row of a code dataset; the codes themselves are not read."""
+    import pyarrow.compute as pc
+
+    chunks = part.data.column("user_codes").chunks
+    counts = [pc.list_value_length(chunk.storage).to_numpy() for chunk in chunks]
+    return np.concatenate([np.zeros(0, np.int64), *counts])
+
+
 def load_rows(args, fingerprint: str):
-    """(training rows, validation rows, hours of training) of all `--data_dirs`."""
+    """(training rows, validation rows, hours of training) of all `--data_dirs`.
+
+    Rows with their frames; those shorter than a patch are left out, and counted.
+    """
     from datasets import concatenate_datasets
 
     parts = [load_code_dataset(folder, fingerprint)[0] for folder in args.data_dirs]
+    frames = np.concatenate([row_frames(part) for part in parts])
     # Concatenating drops the transform that decodes rows; it is the same for every part.
     rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     rows = rows.with_transform(parts[0].format["format_kwargs"]["transform"])
     plain = rows.with_format(None)
     splits = [split_for(name, 0.02, 0.0) for name in plain["id"]]
-    named = plain["split"]
-    held_out = [i for i, s in enumerate(splits) if named[i] == "validation" or s != "train"]
+    named = list(plain["split"])
+    long_enough = np.flatnonzero(frames >= SHORTEST)
+    if len(long_enough) < len(frames):
+        print(f"{len(frames) - len(long_enough)} of {len(frames)} conversations left out: shorter "
+              f"than {SHORTEST} codec frames")  # fmt: skip
+    held_out = [i for i in long_enough if named[i] == "validation" or splits[i] != "train"]
     held_out = [i for i in held_out if named[i] != "test"]
-    train = [i for i, s in enumerate(splits) if named[i] == "train" and s == "train"]
+    train = [i for i in long_enough if named[i] == "train" and splits[i] == "train"]
     if not train:
         folders = ", ".join(args.data_dirs)
         raise UserError(f"{folders}: no conversations of split train; run make_conversations.py")
-    sample = train[:: max(1, len(train) // 50)]
-    seconds = statistics.fmean(len(rows[i]["user_codes"]) / 50 for i in sample)
-    return rows.select(train), rows.select(held_out or train[:8]), len(train) * seconds / 3600
+    held_out = held_out or train[:8]
+    chosen = [(rows.select(places), frames[places]) for places in (train, held_out)]
+    return *chosen, frames[train].sum() / 50 / 3600
 
 
 def all_texts(rows) -> list[str]:
@@ -311,38 +409,55 @@ def all_texts(rows) -> list[str]:
     return sorted({turn["text"] for conversation in turns for turn in conversation if turn["text"]})
 
 
-def batch_losses(
-    model: S2S, batch: Batch, neighbours: Tensor, args, speak: bool, generator: torch.Generator
-):
-    """Corrupts what is heard, draws the patches whose codes are learnt, and takes the losses."""
-    heard = s2s.blur(batch.user_codes, neighbours, args.code_noise, generator)
-    heard = s2s.corrupt(heard, generator, args.acoustic_drop, args.frame_drop)
-    # Its own past codes too: what it says in a call is not what it was taught, and the words
-    # must not follow a slip of the voice.
-    said = s2s.corrupt(
-        batch.agent_codes, generator, args.agent_drop, args.agent_drop, args.agent_deaf
-    )
-    drawn = torch.rand(batch.text.shape, generator=generator).to(batch.text.device)
-    share = torch.where(batch.agent_speaking, 1.0, SILENT_SHARE) * args.depth_fraction
-    depth_patches = drawn < share if speak else None
+def batch_losses(model: S2S, batch: Batch, speak: bool, split: int | None = None):
+    """(whole loss, losses, metrics) of a batch, in bf16 on CUDA."""
     device = batch.text.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        heard_batch = dataclasses.replace(batch, user_codes=heard)
-        losses, metrics = model.losses(heard_batch, depth_patches, args.text_weight, said)
+        losses, metrics = model.losses(batch, speak, split)
     return sum(WEIGHTS[name] * loss for name, loss in losses.items()), losses, metrics
 
 
 @torch.no_grad()
-def validate(model: S2S, batches: list[Batch], args, device: torch.device) -> dict[str, float]:
-    """Mean losses and accuracies over held-out conversations, every code of them."""
+def validate(model: S2S, batches: list[Batch], device: torch.device) -> dict[str, float]:
+    """Mean losses and accuracies over held-out calls, every code of them.
+
+    The text's and the phones' also apart within and past the attention context: past it, the window
+    slides as it does in a call, and the loss must not rise.
+    """
     model.eval()
     rows = []
     for batch in batches:
-        everything = torch.ones_like(batch.text, dtype=torch.bool).to(device)
-        losses, metrics = model.losses(batch.to(device), everything, args.text_weight)
+        _, losses, metrics = batch_losses(model, batch.to(device), True, model.config.context)
         rows.append({name: float(value) for name, value in {**losses, **metrics}.items()})
     model.train()
     return {f"validation_{name}": statistics.fmean(row[name] for row in rows) for name in rows[0]}
+
+
+def validation_batches(rows, frames, config, tokenizer, args, count: int = 4) -> list[Batch]:
+    """`count` batches of four held-out calls, three times the attention context long."""
+    seconds = VALIDATION_CONTEXTS * config.context / config.patch_rate
+    changes = {"emotion_drop": 1.0, "language_drop": 1.0, "window_seconds": seconds}
+    quiet = argparse.Namespace(**{**vars(args), **changes})
+    calls = Conversations(rows, config, tokenizer, quiet, 4 * count, frames)
+    return [collate([calls[(0, 4 * i + j)] for j in range(4)])[0] for i in range(count)]
+
+
+def fitting_window(args, config: S2SConfig) -> float:
+    """`--window_seconds`, by default 1.5 attention contexts.
+
+    Raises UserError for less: positions past the window would run in a call, and never be trained.
+    """
+    context = config.context / config.patch_rate
+    least = WINDOW_CONTEXTS * context
+    if args.window_seconds is None:
+        return least
+    if round(args.window_seconds * config.patch_rate) < round(least * config.patch_rate):
+        raise UserError(
+            f"--window_seconds {args.window_seconds:g}: shorter than {WINDOW_CONTEXTS:g} times the "
+            f"{context:g} s of context that run in a call; give {least:g} or more, or a smaller "
+            "--context_seconds"
+        )
+    return args.window_seconds
 
 
 def starting_tokenizer(
@@ -392,13 +507,12 @@ def describe(args, model: S2S, rows, hours: float, total_steps: int, total: floa
     )
 
 
-def seconds_per_step(model: S2S, batch: Batch, neighbours: Tensor, args, speak: bool) -> float:
+def seconds_per_step(model: S2S, batch: Batch, args, speak: bool) -> float:
     """The median of three steps without any update: the estimate before step 1."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        generator = torch.Generator().manual_seed(0)
-        batch_losses(model, batch, neighbours, args, speak, generator)[0].backward()
+        batch_losses(model, batch, speak)[0].backward()
         if batch.text.is_cuda:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -406,18 +520,22 @@ def seconds_per_step(model: S2S, batch: Batch, neighbours: Tensor, args, speak: 
     return statistics.median(times) * args.batch_size / len(batch.text)
 
 
-def estimated_hours(model: S2S, batch: Batch, neighbours: Tensor, args, steps: int) -> float:
+def estimated_hours(model: S2S, batch: Batch, args, steps: int) -> float:
     """Hours of `steps` steps, those without codes and those with them measured."""
     listen_steps = int(args.listen_share * steps)
     listening, speaking = (
-        seconds_per_step(model, batch, neighbours, args, speak) for speak in (False, True)
+        seconds_per_step(model, batch, args, speak) for speak in (False, True)
     )
     return (listen_steps * listening + (steps - listen_steps) * speaking) / 3600
 
 
 def new_config(args, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
     make = S2SConfig.base if args.preset == "base" else S2SConfig.tiny
+    rate = codec.config.frame_rate / args.frames_per_step
+    seconds = args.context_seconds or make().context / make().patch_rate
     return make(
+        context=max(1, round(seconds * rate)),
+        text_weight=args.text_weight,
         codebook_sizes=codec.config.codebook_sizes[:8],
         codec_fingerprint=codec.fingerprint,
         frame_rate=codec.config.frame_rate,
@@ -454,10 +572,11 @@ def main() -> None:
 
     # The codec names the codes; the data must have been encoded with it.
     codec = Codec.from_checkpoint(args.codec)
-    rows, held_out, hours = load_rows(args, codec.fingerprint)
+    (rows, frames), held_out, hours = load_rows(args, codec.fingerprint)
     checkpoint = training.open_run(args.checkpoint_dir, "s2s", args.fresh, device)
     if checkpoint is not None:
         config = s2s.s2s_config(checkpoint.config, checkpoint.path)
+        config = dataclasses.replace(config, text_weight=args.text_weight)
         tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
         if config.codec_fingerprint != codec.fingerprint:
             raise UserError(
@@ -468,19 +587,23 @@ def main() -> None:
         texts = all_texts(rows)
         tokenizer, same_tokens = starting_tokenizer(texts, args.vocab_size, args.init_from)
         config = new_config(args, codec, tokenizer)
+    args.window_seconds = fitting_window(args, config)
     window_hours = args.batch_size * args.window_seconds / 3600
     steps_per_epoch = max(1, round((args.epoch_hours or min(60.0, hours)) / window_hours))
     total_steps = args.num_epochs * steps_per_epoch
-    dataset = Conversations(rows, config, tokenizer, args, steps_per_epoch * args.batch_size)
-    quiet = argparse.Namespace(**{**vars(args), "emotion_drop": 1.0, "language_drop": 1.0})
-    validation_set = Conversations(held_out, config, tokenizer, quiet, 32)
-    validation = [
-        collate([validation_set[(0, i + j)] for j in range(8)])[0] for i in range(0, 32, 8)
-    ]
+    codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
+    dataset = Conversations(
+        rows,
+        config,
+        tokenizer,
+        args,
+        steps_per_epoch * args.batch_size,
+        frames,
+        s2s.code_neighbours(codebooks),
+    )
+    validation = validation_batches(*held_out, config, tokenizer, args)
 
     model = S2S(config).to(device).train()
-    codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
-    neighbours = s2s.code_neighbours(codebooks).to(device)
     if checkpoint is None:
         model.code_tables.start_from(codebooks)
         if args.init_from:
@@ -509,7 +632,8 @@ def main() -> None:
         best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
 
     if process.is_main:
-        total = estimated_hours(model, validation[0].to(device), neighbours, args, total_steps)
+        some = collate([dataset[(0, i)] for i in range(min(8, args.batch_size))])[0].to(device)
+        total = estimated_hours(model, some, args, total_steps)
         describe(args, model, rows, hours, total_steps, total)
         if checkpoint is not None:
             print(f"resuming {checkpoint.path} at step {step}", flush=True)
@@ -564,18 +688,20 @@ def main() -> None:
         if step == listen_steps:
             meter.measure_anew()
         speak = step >= listen_steps
-        loss, losses, metrics = batch_losses(model, batch, neighbours, args, speak, generator)
+        loss, losses, metrics = batch_losses(model, batch, speak)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         training.average_gradients(model.parameters())
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        if guard.check(loss.detach(), norm):
-            optimizer.step()
+        optimizer.found_inf = guard.watch(loss, norm)
+        optimizer.step()
 
         step += 1
         samples_logged += args.batch_size
         meter.tick()
         bar.update()
+        if device.type != "cuda" or step % args.log_every == 0:  # a GPU would be waited for
+            guard.settle()
         if args.budget_usd is not None and step % args.log_every == 0:
             fitted = meter.fitted_steps(total_steps)
             if fitted < total_steps:
@@ -608,7 +734,7 @@ def main() -> None:
         end_of_epoch = consumed >= steps_per_epoch * args.batch_size
         is_best = False
         if end_of_epoch and is_main:
-            scores = validate(model, validation, args, device)
+            scores = validate(model, validation, device)
             metrics_file.log(step, **scores)
             summary = ", ".join(f"{name[11:]} {value:.3f}" for name, value in scores.items())
             tqdm.write(f"epoch {epoch}: {summary}")

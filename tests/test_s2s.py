@@ -28,6 +28,8 @@ from s2s import (
     draw,
     draw_text,
     stored_config,
+    token_loss,
+    untimed_turns,
     untimed_words_loss,
 )
 
@@ -62,6 +64,14 @@ def codes(*shape, seed=0) -> torch.Tensor:
     return torch.stack([torch.randint(0, n, shape, generator=g) for n in SIZES], dim=-1)
 
 
+def untimed(turns, texts) -> dict:
+    """The fields `untimed_*` of a batch of windows with these turns `[P]` and their tokens."""
+    rows = [untimed_turns(*pair) for pair in zip(turns, texts, strict=True)]
+    fields = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    lengths = fields["untimed_patches"], fields.pop("untimed_counts")
+    return {**fields, "untimed_lengths": tuple(tuple(x.flatten().tolist()) for x in lengths)}
+
+
 def make_batch(config, batch=2, patches=9, seed=0) -> Batch:
     g = generator(seed)
     p = config.frames_per_step
@@ -70,22 +80,23 @@ def make_batch(config, batch=2, patches=9, seed=0) -> Batch:
         return torch.randint(0, high, shape, generator=g)
 
     text = integers(config.vocab_size, batch, patches)
+    nothing = torch.zeros(batch, patches, dtype=torch.long)
+    told = untimed(nothing, nothing)
     return Batch(
         user_codes=codes(batch, patches, p, seed=seed + 1),
         agent_codes=codes(batch, patches, p, seed=seed + 2),
+        said=codes(batch, patches, p, seed=seed + 2),
         text=torch.where(integers(2, batch, patches) > 0, text, PAD),
         agent_emotion=integers(9, batch, patches),
         language=integers(4, batch),
         user_speaking=integers(2, batch, patches),
-        agent_speaking=torch.ones(batch, patches, dtype=torch.bool),
+        depth_patches=torch.arange(patches).expand(batch, -1),
         turn_end=integers(2, batch, patches),
         user_emotion=integers(8, batch, patches),
         language_label=integers(3, batch, patches),
         user_words=integers(config.vocab_size, batch, patches),
         user_phones=integers(3, batch, patches, p),
-        valid=torch.ones(batch, patches, dtype=torch.bool),
-        user_turn=torch.zeros(batch, patches, dtype=torch.long),
-        user_text=torch.zeros(batch, patches, dtype=torch.long),
+        **told,
     )
 
 
@@ -149,10 +160,13 @@ def test_greedy_replies_are_the_likeliest_of_the_offline_pass(order, p):
     for patch in range(7):
         user = batch.user_codes[:, patch].transpose(1, 2)
         out = model.step(user, state, None, batch.agent_emotion[:, patch], batch.language, greedy)
-        batch.agent_codes[:, patch] = out.agent_codes.transpose(1, 2)
+        batch.agent_codes[:, patch] = batch.said[:, patch] = out.agent_codes.transpose(1, 2)
         batch.text[:, patch] = out.text
     hidden = model.hidden(batch)
-    assert torch.equal(model.text_head(hidden).argmax(-1), batch.text)
+    scores = model.text_head(hidden)
+    speaks = scores[..., 1:].logsumexp(-1) > scores[..., PAD]  # decided first, and apart
+    likeliest = torch.where(speaks, scores[..., 1:].argmax(-1) + 1, PAD)
+    assert torch.equal(likeliest, batch.text)
     agent = batch.agent_codes.flatten(0, 1)
     logits = model.depth_logits(hidden.flatten(0, 1), batch.text.flatten(), agent)
     for places, scores in zip(model.schedule, logits, strict=True):
@@ -191,9 +205,9 @@ def test_the_offline_pass_sees_no_future():
     base = model.hidden(batch)
     changed = dataclasses.replace(
         batch, agent_codes=batch.agent_codes.clone(), user_codes=batch.user_codes.clone(),
-        text=batch.text.clone(),
+        text=batch.text.clone(), said=batch.said.clone(),
     )  # fmt: skip
-    changed.agent_codes[:, 4:] = codes(2, 5, 2, seed=9)
+    changed.said[:, 4:] = codes(2, 5, 2, seed=9)
     changed.text[:, 4:] = 3
     changed.user_codes[:, 5:] = codes(2, 4, 2, seed=10)
     other = model.hidden(changed)
@@ -209,11 +223,11 @@ def test_text_conditions_the_depth_transformer():
         assert not torch.allclose(scores[0][0], scores[0][1], atol=1e-4)
 
 
-@pytest.mark.parametrize("who", ["user", "agent"])
+@pytest.mark.parametrize("who", ["user_codes", "said"])
 def test_the_order_of_frames_in_a_patch_is_heard(who):
     model = build()
     batch = make_batch(model.config)
-    swapped = dataclasses.replace(batch, **{f"{who}_codes": getattr(batch, f"{who}_codes").flip(2)})
+    swapped = dataclasses.replace(batch, **{who: getattr(batch, who).flip(2)})
     difference = (model.hidden(swapped) - model.hidden(batch)).abs()[:, 1:].amax(-1)
     assert (difference > 1e-3).all()
 
@@ -235,8 +249,9 @@ def test_slots_are_calls_of_their_own():
         seen.append(heard(forced_step(model, batch, patch, state, active=active_at[patch])))
 
     def check(slot, patches):
-        row = {f.name: getattr(batch, f.name)[slot : slot + 1] for f in dataclasses.fields(Batch)}
-        own = Batch(**{n: t if n == "language" else t[:, patches] for n, t in row.items()})
+        names = ("user_codes", "said", "text", "agent_emotion")
+        own = {name: getattr(batch, name)[slot : slot + 1, patches] for name in names}
+        own = dataclasses.replace(batch, language=batch.language[slot : slot + 1], **own)
         got = torch.stack([seen[patch][slot] for patch in patches])
         torch.testing.assert_close(got, heard_offline(model, own)[0], atol=1e-4, rtol=1e-4)
 
@@ -334,6 +349,43 @@ def test_text_is_drawn_as_whether_to_speak_then_what_to_say():
     assert len(drawn.unique()) == 21
 
 
+def test_odds_of_speaking_are_the_true_ones():
+    """A weight of 10 in the loss teaches odds ten times too high; eagerness adds decibels."""
+    torch.manual_seed(0)
+    logits = torch.zeros(1, 1, 3, requires_grad=True)
+    labels = torch.tensor([[PAD] * 17 + [1, 1, 2]])  # a true chance of .15
+    optimizer = torch.optim.Adam([logits], 0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        token_loss(logits.expand(1, 20, 3), labels, 10.0).backward()
+        optimizer.step()
+    learnt = logits.detach()[0]
+    assert abs(float(1 - learnt.softmax(-1)[0, PAD]) - 0.64) < 0.01
+    many = learnt.expand(40_000, -1)
+    odds = 0.15 / 0.85
+    cases = (10.0, 0.0, odds), (10.0, 10.0, 10 * odds), (1.0, 0.0, 10 * odds)
+    for weight, eagerness, expected in cases:
+        sampling = Sampling(text_temperature=1.0, speak_temperature=1.0, eagerness=eagerness)
+        drawn = draw_text(many, sampling, generator(1), weight)
+        spoken = float((drawn != PAD).float().mean())
+        assert abs(spoken - expected / (1 + expected)) < 0.01
+        assert abs(float((drawn == 1).sum() / (drawn != PAD).sum()) - 2 / 3) < 0.02
+
+
+def test_the_coldest_text_still_decides_first_whether_to_speak():
+    """Two replies of .3 each against a silence of .4: one of them is said."""
+    logits = torch.tensor([[0.4, 0.3, 0.3], [0.6, 0.3, 0.1]]).log()
+    drawn = draw_text(logits, Sampling(text_temperature=0.0), generator())
+    assert drawn[0] != PAD and drawn[1] == PAD
+    model = build(text_weight=4.0)
+    model.text_head.weight.zero_()
+    model.text_head.bias.copy_(torch.tensor([0.0] + [math.log(3.0 / 19)] * 19))  # odds 3 to 1
+    user = codes(1, 2).transpose(1, 2)
+    for eagerness, speaks in ((0.0, False), (2.0, True)):
+        out = model.step(user, model.init_state(1), sampling=Sampling(eagerness=eagerness))
+        assert bool(out.text != PAD) == speaks
+
+
 def test_seeds_repeat_and_differ():
     model = build()
     user = codes(6, 1, 2, seed=8).transpose(2, 3)
@@ -349,7 +401,8 @@ def test_seeds_repeat_and_differ():
 
 def test_sampling_refuses_what_cannot_be():
     negative = [{f"{name}temperature": -0.1} for name in ("", "text_", "speak_")]
-    for wrong in (*negative, {"top_k": 0}, {"text_top_k": 0}):
+    endless = {"eagerness": math.inf}
+    for wrong in (*negative, {"top_k": 0}, {"text_top_k": 0}, endless):
         with pytest.raises(UserError):
             Sampling(**wrong)
 
@@ -369,6 +422,7 @@ def test_words_without_times_are_learnt_by_ctc():
     turn, text = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
     turn[0, 1:5], text[0, 1:3] = 3, torch.tensor([2, 1])
     turn[1, 2:6], text[1, 2:5] = 1, torch.tensor([1, 1, 2])  # a repeat needs a blank between
+    batch = dataclasses.replace(make_batch(small(), patches=7), **untimed(turn, text))
     expected = []
     for b, first, last, tokens in ((0, 1, 5, [2, 1]), (1, 2, 6, [1, 1, 2])):
         scores = logits[b, first:last].detach().softmax(-1)
@@ -378,7 +432,7 @@ def test_words_without_times_are_learnt_by_ctc():
             if said_by(path) == tokens
         )
         expected.append(-math.log(total) / len(tokens))
-    loss = untimed_words_loss(logits, turn, text)
+    loss = untimed_words_loss(logits, batch)
     assert float(loss.detach()) == pytest.approx(sum(expected) / 2, rel=1e-5)
     loss.backward()
     assert (logits.grad.abs().sum(-1) > 0).equal(turn > 0)
@@ -386,10 +440,43 @@ def test_words_without_times_are_learnt_by_ctc():
 
 def test_turns_cut_by_the_window_say_nothing():
     logits = torch.randn(1, 6, 4, generator=generator(5), requires_grad=True)
-    turn = torch.tensor([[1, 1, 0, 0, 2, 2]])
-    loss = untimed_words_loss(logits, turn, torch.tensor([[2, 0, 0, 0, 3, 0]]))
+    turn, text = torch.tensor([[1, 1, 0, 0, 2, 2]]), torch.tensor([[2, 0, 0, 0, 3, 0]])
+    batch = dataclasses.replace(make_batch(small(), 1, 6), **untimed(turn, text))
+    loss = untimed_words_loss(logits, batch)
     loss.backward()
     assert float(loss) == 0.0 and not logits.grad.any()
+
+
+def slow_untimed_loss(logits, turns, texts):
+    """Turn by turn, over the whole vocabulary."""
+    values = []
+    for scores, turn, text in zip(logits, turns, texts, strict=True):
+        for number in sorted(set(turn.tolist()) - {0, int(turn[0]), int(turn[-1])}):
+            said = text[turn == number]
+            said = said[said != PAD]
+            spoken = scores[turn == number].log_softmax(-1)[:, None]
+            lengths = (len(spoken),), (len(said),)
+            values.append(torch.nn.functional.ctc_loss(spoken, said[None], *lengths))
+    return torch.stack(values).mean()
+
+
+def test_all_turns_at_once_are_the_slow_loop():
+    """Windows of 200 patches with turns of 5 to 40, few tokens, so that many repeat."""
+    g = generator(3)
+    turns = torch.zeros(3, 200, dtype=torch.long)
+    texts = torch.zeros(3, 200, dtype=torch.long)
+    for b, spans in enumerate([[(3, 40), (60, 65), (70, 110)], [(100, 120)], []]):
+        for number, (first, last) in enumerate(spans, 1):
+            turns[b, first:last] = number
+            count = (last - first) // 2
+            texts[b, first : first + count] = torch.randint(1, 5, (count,), generator=g)
+    logits = [torch.randn(3, 200, 9, generator=generator(7), requires_grad=True) for _ in range(2)]
+    batch = dataclasses.replace(make_batch(small(), 3, 200), **untimed(turns, texts))
+    losses = untimed_words_loss(logits[0], batch), slow_untimed_loss(logits[1], turns, texts)
+    torch.testing.assert_close(*losses)
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(logits[0].grad, logits[1].grad, atol=1e-6, rtol=1e-4)
 
 
 # -- streams of training -------------------------------------------------------------------------
@@ -481,8 +568,8 @@ def test_corruption_keeps_the_semantic_level():
 def test_an_agent_that_does_not_hear_itself_goes_by_its_words_alone():
     model = build(hear_self=False)
     batch = make_batch(model.config)
-    others = (batch.agent_codes + 1) % min(SIZES)
-    torch.testing.assert_close(model.hidden(batch), model.hidden(batch, others), atol=0, rtol=0)
+    others = dataclasses.replace(batch, said=(batch.agent_codes + 1) % min(SIZES))
+    torch.testing.assert_close(model.hidden(batch), model.hidden(others), atol=0, rtol=0)
     batch.text[:, 0] = 3
     said = model.hidden(batch)
     batch.text[:, 0] = 4
@@ -536,22 +623,21 @@ def mean(values):
 
 
 def test_losses_are_a_slow_loop():
-    model = build()
+    weight = 4.0
+    model = build(text_weight=weight)
     batch = make_batch(model.config, patches=6)
-    batch.valid[1, 4:] = False
     for name in LABELS:
         getattr(batch, name)[1, 3:] = IGNORE
     batch.agent_codes[0, 0, :, 1:] = IGNORE
-    chosen = torch.rand(2, 6, generator=generator()) < 0.7
-    chosen[0, 0] = chosen[1, 5] = True
-    weight = 4.0
-    losses, metrics = model.losses(batch, chosen, text_weight=weight)
+    batch.depth_patches = torch.tensor([[0, 2, 3, 4], [0, 1, 4, 5]])
+    chosen = torch.zeros(2, 6, dtype=torch.bool).scatter(1, batch.depth_patches, True)
+    losses, metrics = model.losses(batch)
 
     hidden = model.hidden(batch)
     heads, text_logits = model.listen(hidden), model.text_head(hidden)
     places = [(b, t) for b in range(2) for t in range(6)]
     tokens = {
-        "text": (text_logits, batch.text.masked_fill(~batch.valid, IGNORE)),
+        "text": (text_logits, batch.text),
         "user_words": (heads["user_words"], batch.user_words),
     }
     for name, (scores, labels) in tokens.items():
@@ -593,7 +679,7 @@ def test_losses_are_a_slow_loop():
 
     per_place = {}
     for b, t in places:
-        if not (chosen[b, t] and batch.valid[b, t]):
+        if not chosen[b, t]:
             continue
         patch = batch.agent_codes[b, t][None]
         logits = model.depth_logits(hidden[b, t][None], batch.text[b, t][None], patch)
@@ -613,25 +699,25 @@ def test_unknown_labels_cost_nothing_and_stay_finite():
     batch = make_batch(model.config)
     for name in LABELS:
         getattr(batch, name).fill_(IGNORE)
-    losses, _ = model.losses(batch, torch.zeros(2, 9, dtype=torch.bool))
+    batch.agent_codes.fill_(IGNORE)
+    losses, _ = model.losses(batch)
     for name in (*LABELS[:3], "language", "user_words", "user_phones"):
         assert float(losses[name].detach()) == 0
     for name in ("semantic", "acoustic"):
-        assert float(losses[name].detach()) == 0, f"{name} without a patch chosen"
+        assert float(losses[name].detach()) == 0, f"{name} without a code known"
     sum(losses.values()).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
-    assert "semantic" not in model.losses(batch, None)[0]
+    assert "semantic" not in model.losses(batch, speak=False)[0]
 
 
 def test_a_batch_is_learnt():
     torch.manual_seed(0)
     model = S2S(small())
     batch = make_batch(model.config, patches=6)
-    chosen = torch.ones(2, 6, dtype=torch.bool)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     first = None
     for _ in range(60):
-        losses, metrics = model.losses(batch, chosen)
+        losses, metrics = model.losses(batch)
         first = first or float(sum(losses.values()).detach())
         optimizer.zero_grad()
         sum(losses.values()).backward()
@@ -650,6 +736,7 @@ def test_a_batch_is_learnt():
         {"depth_order": "both"},
         {"codebook_sizes": (12,)},
         {"acoustic_delay": -1},
+        {"text_weight": 0.0},
     ],
 )
 def test_configs_that_cannot_work_are_refused(wrong):
@@ -665,6 +752,21 @@ def test_code_tables_start_from_the_codec():
         table = model.code_tables.tables[k].weight
         scaled = (book - book.mean(0)) / book.std()
         torch.testing.assert_close(table[:-1], scaled)
+        assert (table[-1] == 0).all()
+
+
+@pytest.mark.parametrize("width", [5, 12])
+def test_code_tables_start_from_vectors_of_another_width(width):
+    """Distances stay: narrower vectors all of them, wider ones where they hardly use the rest."""
+    model = build()  # tables of width 8
+    books = [torch.randn(n, width, generator=generator(i)) for i, n in enumerate(SIZES)]
+    for book in books:
+        book[:, 8:] *= 1e-3
+    model.code_tables.start_from(books)
+    for k, book in enumerate(books):
+        table = model.code_tables.tables[k].weight
+        expected = torch.cdist(book, book) / book.std()
+        torch.testing.assert_close(torch.cdist(table[:-1], table[:-1]), expected, atol=0.05, rtol=0)
         assert (table[-1] == 0).all()
 
 

@@ -17,6 +17,7 @@ import torch
 
 import codec as codec_module
 import command
+import s2s
 import train_s2s
 import training
 from codec import Codec, CodecConfig
@@ -25,6 +26,7 @@ from s2s import IGNORE, PAD, S2S, S2SConfig
 pytest.importorskip("datasets", reason="code datasets: pip install datasets")
 
 from make_conversations import save_code_dataset  # noqa: E402
+from tools.launches import counting  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 FRAMES = 150
@@ -39,6 +41,7 @@ SMALL = {
     "device": "cpu",
     "batch_size": 2,
     "window_seconds": 1.2,
+    "context_seconds": 0.8,
     "epoch_hours": 4 * 2 * 1.2 / 3600,
     "num_epochs": 2,
     "num_workers": 0,
@@ -292,7 +295,83 @@ def test_a_tokenizer_goes_on_where_it_can_spell_the_new_texts(world, whole_run, 
     assert tokenizer.decode(tokenizer.encode("¿qué?").ids) == "¿qué?"
 
 
+def untrained(world) -> tuple[S2S, train_s2s.Conversations, argparse.Namespace]:
+    """A tiny LM, the calls that it would be taught, and the flags of `SMALL`."""
+    args = train_s2s.parse_args(flags(world, "unused"))
+    codec = Codec.from_checkpoint(world / "mine" / "codec")
+    (rows, frames), _, _ = train_s2s.load_rows(args, codec.fingerprint)
+    tokenizer = train_s2s.train_tokenizer(train_s2s.all_texts(rows), 200)
+    config = train_s2s.new_config(args, codec, tokenizer)
+    near = s2s.code_neighbours([book.embedding for book in codec.quantizer.codebooks])
+    torch.manual_seed(0)
+    calls = train_s2s.Conversations(rows, config, tokenizer, args, 100, frames, near)
+    return S2S(config), calls, args
+
+
+def test_a_step_waits_for_the_device_nowhere(world):
+    """Listening and speaking, with turns whose words have no times."""
+    model, calls, _ = untrained(world)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    guard, device = training.StepGuard(), torch.device("cpu")
+    windows = [calls[(0, i)] for i in range(40)]
+    windows = [window for window in windows if window["untimed_counts"].any()]
+    batch = train_s2s.collate(windows[:4])[0]
+
+    def step(speak):
+        loss, _, _ = train_s2s.batch_losses(model, batch.to(device), speak)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.found_inf = guard.watch(loss, norm)
+        optimizer.step()
+
+    for speak in (False, True):
+        step(speak)  # the optimizer makes its state
+        with counting() as counts:
+            step(speak)
+        assert counts.waits == 0, counts.reads
+
+
+def test_validation_shows_what_breaks_past_the_context(world, monkeypatch):
+    """States past the 20 patches that attention sees, as if their positions were never trained."""
+    model, calls, args = untrained(world)
+    batches = train_s2s.validation_batches(
+        calls.rows, None, model.config, calls.tokenizer, args, count=1
+    )
+    assert batches[0].text.shape == (4, 60)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(12):
+        loss = train_s2s.batch_losses(model, batches[0], speak=False)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    right = train_s2s.validate(model, batches, torch.device("cpu"))
+    plain = S2S.hidden
+
+    def broken(self, batch):
+        hidden = plain(self, batch)
+        return torch.cat((hidden[:, :20], hidden[:, 20:].flip(-1)), dim=1)
+
+    monkeypatch.setattr(S2S, "hidden", broken)
+    wrong = train_s2s.validate(model, batches, torch.device("cpu"))
+    for name in ("text", "user_phones"):
+        within, past = f"validation_{name}_within", f"validation_{name}_past"
+        assert wrong[within] == right[within]
+        assert wrong[past] > right[past] + 0.5
+
+
 # -- refusals ----------------------------------------------------------------------------------
+
+
+def test_a_window_must_let_the_attention_slide(world, tmp_path, capsys):
+    """The tiny preset attends to 8 s: by default it learns windows of 12, and none shorter."""
+    config = S2SConfig.tiny()
+    args = argparse.Namespace(window_seconds=None)
+    assert train_s2s.fitting_window(args, config) == 12.0
+    assert train_s2s.fitting_window(args, S2SConfig.base()) == 45.0
+    line = refused(world, tmp_path / "a", capsys, context_seconds=8, window_seconds=11.9)
+    assert "--window_seconds 11.9" in line and "give 12 or more" in line
+    assert not (tmp_path / "a").exists()
 
 
 def test_codes_of_another_codec_are_refused(world, whole_run, tmp_path, capsys):
@@ -329,17 +408,22 @@ def test_bad_input_ends_in_one_line(world, whole_run, tmp_path, capsys):
 # -- what the LM reads -------------------------------------------------------------------------
 
 
-def reader(window_seconds=3.0, **changes) -> train_s2s.Conversations:
+def reader(
+    window_seconds=3.0, rows=None, disturbed=False, **changes
+) -> train_s2s.Conversations:
     texts = [text for pair in TEXTS.values() for text in pair]
     config = S2SConfig(
         codebook_sizes=(16,) * 8, vocab_size=200, phones=("_", "a", "i"), listen_delay=1, **changes
     )
     args = argparse.Namespace(
-        seed=0, window_seconds=window_seconds, emotion_drop=0.0, language_drop=0.0
-    )
-    rows = [conversation(i, language, "train") for i, language in enumerate(TEXTS)]
+        seed=0, window_seconds=window_seconds, emotion_drop=0.0, language_drop=0.0,
+        depth_fraction=0.2, code_noise=0.1, acoustic_drop=0.6, frame_drop=0.05, agent_drop=0.3,
+        agent_deaf=0.5,
+    )  # fmt: skip
+    rows = rows or [conversation(i, language, "train") for i, language in enumerate(TEXTS)]
     tokenizer = train_s2s.train_tokenizer(texts, 200)
-    return train_s2s.Conversations(rows, config, tokenizer, args, 100)
+    near = torch.arange(16).roll(1).view(1, 16, 1).expand(8, -1, -1) if disturbed else None
+    return train_s2s.Conversations(rows, config, tokenizer, args, 100, neighbours=near)
 
 
 def test_words_are_encoded_alone_as_in_the_sentence():
@@ -379,8 +463,8 @@ def test_labels_say_what_holds_at_each_patch():
     assert torch.equal(whole["turn_end"].bool(), (at >= 25) & (at < 30))
     assert torch.equal(whole["user_emotion"], torch.where(user, 2, IGNORE))  # sad
     assert torch.equal(whole["language_label"], torch.where(user, 0, IGNORE))
-    # Told before the agent speaks, until the end of its turn.
-    assert torch.equal(whole["agent_emotion"], torch.where(at < 55, 1 + 7, 0))  # calm
+    # Told once the agent has begun to speak, and from then on.
+    assert torch.equal(whole["agent_emotion"], torch.where(at > 30, 1 + 7, 0))  # calm
     assert int(whole["language"]) == 1 and int(whole["overflow"]) == 0
 
     phones = whole["user_phones"].flatten()  # [F], one patch = two frames late
@@ -428,23 +512,112 @@ def test_acoustic_levels_are_delayed():
     assert torch.equal(frames[1:, 1:], agent[:-1, 1:]) and (frames[0, 1:] == IGNORE).all()
 
 
-def test_windows_are_parts_of_the_whole_or_padded():
-    conversations = reader(window_seconds=1.2)
-    row = conversations.rows[1]
-    whole, firsts = conversations.whole(row), set()
-    for place in (0.0, 0.3, 0.999):
-        window = conversations.window(row, place)
-        first = int(place * (75 - 30 + 1))
-        firsts.add(first)
-        for name in ("user_codes", "agent_codes", "text", "user_speaking", "user_phones"):
-            assert torch.equal(window[name], whole[name][first : first + 30]), name
-        assert window["valid"].all()
-    assert firsts == {0, 13, 45}
+def call_rows() -> list[dict]:
+    """Conversations whose frames tell whose they are: the number in one codebook, the place in two;
+    with turns at random, some of them beyond each other."""
+    rng, rows = np.random.default_rng(0), []
+    for i, language in enumerate(["english", "hindi", "english", "english", "hindi"]):
+        row = conversation(i, language, "train")
+        frames = 30 + 23 * i
+        place = np.arange(frames)
+        codes = np.stack([np.full(frames, i), place // 16, place % 16, *[place * 0] * 5], axis=1)
+        row["user_codes"] = codes.astype(np.uint16)
+        row["agent_codes"] = codes.astype(np.uint16)
+        times = np.sort(rng.uniform(0, frames / 50, 8)).tolist()
+        row["turns"] = [
+            {
+                "who": "agent" if k % 2 else "user", "start": times[2 * k], "end": times[2 * k + 1],
+                "text": TEXTS[language][k % 2], "phones": None, "words": None,
+                "emotion": None if k == 3 and i else str(rng.choice(["happy", "sad", "angry"])),
+            }
+            for k in range(4)
+        ]  # fmt: skip
+        rows.append(row)
+    return rows
 
-    window = reader(window_seconds=4.0).window(row, 0.5)
-    assert window["valid"].tolist() == [True] * 75 + [False] * 25
-    assert (window["user_codes"][75:] == IGNORE).all() and (window["text"][75:] == PAD).all()
-    assert (window["user_speaking"][75:] == IGNORE).all()
+
+def test_windows_are_calls_of_one_language_laid_end_to_end():
+    rows = call_rows()
+    conversations, starts, joins = reader(window_seconds=4.0, rows=rows), 0, set()
+    for index in range(200):
+        window = conversations[(0, index)]
+        shapes = {name: tuple(v.shape) for name, v in window.items()}
+        assert shapes["text"] == (100,) and shapes["user_codes"] == (100, 2, 8)
+        frames = window["user_codes"].flatten(0, 1)
+        which, place = frames[:, 0].tolist(), (16 * frames[:, 1] + frames[:, 2]).tolist()
+        assert {rows[w]["language"] for w in which} in ({"english"}, {"hindi"})
+        assert torch.equal(window["agent_codes"].flatten(0, 1), frames)
+        starts += place[0] == 0
+        for before, now in zip(range(199), range(1, 200), strict=True):
+            same = which[now] == which[before] and place[now] == place[before] + 1
+            ended = place[before] == len(rows[which[before]]["user_codes"]) // 2 * 2 - 1
+            assert same or (ended and place[now] == 0)
+            if not same:
+                joins.add((which[before], which[now]))
+    assert 40 < starts < 90 and len(joins) >= 9  # any with any other of its language
+    drawn = [int(conversations[(1, i)]["user_codes"][-1, 0, 0]) for i in range(400)]
+    assert abs(drawn.count(4) / drawn.count(1) - 122 / 52) < 0.8  # by their lengths
+
+
+def test_a_join_loses_no_text_and_carries_the_emotion():
+    """Tokens that find no patch before the end of their conversation come in the next one."""
+    rows = call_rows()[::2]
+    conversations = reader(rows=rows)
+    parts = [conversations.whole(row) for row in rows]
+    call = train_s2s.joined(rows, conversations.config)
+    whole = conversations.whole(call, before=3)
+    lengths = [len(part["text"]) for part in parts]
+    turns = [turn for row in rows for turn in row["turns"] if turn["who"] == "agent"]
+    said = [t for turn in turns for t in conversations.tokenizer.encode(turn["text"]).ids]
+    tokens = whole["text"][whole["text"] != PAD].tolist()
+    assert sum(int(part["overflow"]) for part in parts[:2]) > 0
+    assert tokens == said[: len(said) - int(whole["overflow"])]
+    ends = np.cumsum(lengths)
+    for part, first, last in zip(parts, [0, *ends[:-1]], ends, strict=True):
+        for name in ("user_speaking", "user_emotion", "turn_end"):
+            assert torch.equal(whole[name][first:last], part[name]), name
+        known = part["agent_emotion"] > 0
+        told = whole["agent_emotion"][first:last][known]
+        assert torch.equal(told, part["agent_emotion"][known])
+    carried = whole["agent_emotion"][ends[0]]
+    assert carried == parts[0]["agent_emotion"][-1] and carried > 0
+    assert (whole["agent_emotion"][:3] == 3).all()
+
+
+def test_the_emotion_tells_neither_reply_nor_moment():
+    """What is told up to a patch is the same without the turns and the words to come; nor does a
+    turn's begin with it: its first token has been said before."""
+    conversations = reader()
+    for row in call_rows():
+        whole = conversations.whole(row, before=5)
+        emotion, text = whole["agent_emotion"], whole["text"]
+        agent = [turn for turn in row["turns"] if turn["who"] == "agent"]
+        assert emotion[0] == 5
+        for patch in range(1, len(text)):
+            if emotion[patch] != emotion[patch - 1]:
+                assert text[patch - 1] != PAD
+            past = [t for t in agent if int(t["start"] * 25) < patch]
+            so_far = conversations.whole({**row, "turns": past}, before=5)
+            assert torch.equal(so_far["agent_emotion"][: patch + 1], emotion[: patch + 1])
+
+
+def test_what_was_disturbed_is_drawn_with_the_window():
+    clean, other = reader(window_seconds=1.2), reader(window_seconds=1.2, disturbed=True)
+    for index in range(60):
+        a, b = clean[(0, index)], other[(0, index)]
+        for name in ("text", "agent_codes", "user_words"):
+            assert torch.equal(a[name], b[name]), name
+        assert torch.equal(a["said"], a["agent_codes"])
+        assert torch.equal(a["depth_patches"], torch.arange(30))
+        kept = (b["said"] == IGNORE) | (b["said"] == a["said"])
+        assert kept.all() and b["depth_patches"].shape == (6,)
+        assert len(set(b["depth_patches"].tolist())) == 6
+    gone = torch.stack([other[(0, i)]["said"] == IGNORE for i in range(60)]).flatten(1)
+    assert 15 < int(gone.all(1).sum()) < 45  # a half of them hears nothing of itself
+    heard = torch.stack([other[(0, i)]["user_codes"] for i in range(60)])
+    plain = torch.stack([clean[(0, i)]["user_codes"] for i in range(60)])
+    changed = (heard != plain) & (heard != IGNORE)
+    assert 0.07 < float(changed.float().sum() / (heard != IGNORE).sum()) < 0.13
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone():
@@ -456,18 +629,24 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
     assert len(torch.unique(drawn, dim=0)) > 4
 
 
-def test_short_conversations_train_too(world, tmp_path):
-    """Nothing but windows longer than their conversations, and turns without text."""
+def test_short_conversations_train_too(world, tmp_path, capsys):
+    """Nothing but windows longer than their conversations, and turns without text; recordings
+    shorter than a patch are left out, and counted."""
     rows = [conversation(i, "english", "train") for i in range(4)]
     for row in rows:
         row["agent_codes"], row["user_codes"] = row["agent_codes"][:45], row["user_codes"][:45]
         row["turns"] = row["turns"][:1]
+    rows += [conversation(i, "english", "train") for i in (5, 6)]
+    for row, frames in zip(rows[4:], (0, 1), strict=True):
+        row |= {name: row[name][:frames] for name in ("agent_codes", "user_codes")}
+        row["turns"] = []
     codec = Codec.from_checkpoint(world / "mine" / "codec")
     make_dataset(world / "mine" / "short", codec, rows)
     folder = tmp_path / "run"
     train(
         world, folder, data="mine/short", max_steps=3, listen_share=0, epoch_hours=1, num_epochs=4
     )
+    assert "2 of 6 conversations left out" in capsys.readouterr().out
     rows = [row for row in metrics(folder) if "loss" in row]
     assert len(rows) == 3 and all(row["loss"] is not None for row in rows)
     assert rows[-1]["skipped"] == 0
