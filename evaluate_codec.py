@@ -51,7 +51,16 @@ import hold_out
 import phone_probe
 import training
 from codec import Codec, CodecConfig, si_sdr
-from command import UserError, run
+from command import (
+    ArgumentParser,
+    UserError,
+    first_line,
+    number,
+    run,
+    whole,
+    writable_file,
+    write_text,
+)
 from data import (
     LANGUAGES,
     SAMPLE_RATE,
@@ -243,12 +252,22 @@ def judge(
     judges: dict[str, Callable], audio: np.ndarray, reference: np.ndarray
 ) -> dict[str, float | None]:
     """What each judge says of coded audio `[T]` beside its reference `[T]`, both at 16 kHz."""
-    return {name: ask(audio, reference) for name, ask in judges.items()}
+    return {name: _opinion(name, ask, audio, reference) for name, ask in judges.items()}
 
 
 def judge_uncoded(judges: dict[str, Callable], reference: np.ndarray) -> dict[str, float | None]:
     """What those judges that need no reference say of the recording `[T]` itself, at 16 kHz."""
-    return {name: ask(reference) for name, ask in judges.items() if not ask.needs_reference}
+    names = [name for name, ask in judges.items() if not ask.needs_reference]
+    return {name: _opinion(name, judges[name], reference) for name in names}
+
+
+def _opinion(name: str, ask: Callable, *audio: np.ndarray) -> float | None:
+    """A judge that stumbles over one clip cannot measure it: that must not cost all others."""
+    try:
+        return ask(*audio)
+    except Exception as error:
+        print(f"warning: {name} failed on a clip: {first_line(error)}", file=sys.stderr)
+        return None
 
 
 def for_judges(audio: np.ndarray) -> np.ndarray:
@@ -281,6 +300,10 @@ def _silent_stdout() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------- peers
+
+
+class PeerError(UserError):
+    """Another codec's program failed, on one clip at least."""
 
 
 @dataclass(frozen=True)
@@ -373,7 +396,7 @@ def _tool(*command) -> None:
     done = subprocess.run(words, capture_output=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise UserError(f"{words[0]} failed ({said[-1]}); install it again or leave it out")
+        raise PeerError(f"{words[0]} failed ({said[-1]}); install it again or leave it out")
 
 
 def _place(audio: np.ndarray, delay_ms: float, length: int) -> np.ndarray:
@@ -410,8 +433,8 @@ def draw_clips(clips: Sequence[Clip], max_clips: int, seed: int) -> list[Clip]:
     Clips of unknown speakers stand by their folder.
     """
     drawn = []
-    for number, language in enumerate(LANGUAGES):
-        rng = np.random.default_rng([seed, number])
+    for place, language in enumerate(LANGUAGES):
+        rng = np.random.default_rng([seed, place])
         groups = defaultdict(list)
         for clip in sorted((c for c in clips if c.language == language), key=lambda c: c.path):
             groups[clip.speaker or f"{clip.path.parent}/"].append(clip)
@@ -947,8 +970,8 @@ def plot(path: Path, groups: dict) -> None:
     figure = Figure(figsize=(4 * min(3, len(measures)), 3.2 * math.ceil(len(measures) / 3)))
     languages = [name for name in groups if name != "all"]
     peers = dict.fromkeys(p["codec"] for p in groups["all"]["points"] if p["codec"] != "samvad")
-    for number, measure in enumerate(measures, start=1):
-        axes = figure.add_subplot(math.ceil(len(measures) / 3), min(3, len(measures)), number)
+    for place, measure in enumerate(measures, start=1):
+        axes = figure.add_subplot(math.ceil(len(measures) / 3), min(3, len(measures)), place)
         for language in languages:
             axes.plot(*_curve(groups[language], "samvad", measure), "o-", label=language)
         for peer in peers:
@@ -963,10 +986,7 @@ def plot(path: Path, groups: dict) -> None:
         axes.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize="small")
     figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=120)
-    except ValueError as error:
-        raise UserError(f"--plot {path}: {error}") from error
+    figure.savefig(path, dpi=120)
 
 
 def _curve(group: dict, codec: str, measure: str) -> tuple[list[float], list[float]]:
@@ -982,15 +1002,13 @@ def _curve(group: dict, codec: str, measure: str) -> tuple[list[float], list[flo
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--codec", type=Path, default=HERE / "checkpoints" / "tiny" / "codec",
         help="checkpoint folder [the tiny one]")  # fmt: skip
     add("--data_dirs", nargs="+", default=[f"data/{language}" for language in SPOKEN])
     add("--split", choices=SPLITS, default="test")
-    add("--max_clips", type=int, default=20, help="a language [20]")
+    add("--max_clips", type=whole(1), default=20, help="a language [20]")
     add("--against", default="", help="opus, codec2, speex, mimi; comma-separated")
     add("--output", type=Path, help="file for the summary and every clip, as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="rate-distortion curves")
@@ -1000,16 +1018,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--check_speakers", nargs="+", type=Path, default=[], metavar="FOLDER",
         help="trained on: is any of their voices among the evaluated ones?")  # fmt: skip
     add = parser.add_argument_group("advanced").add_argument
-    add("--codebooks", type=int, nargs="+", help="how many to decode [2 4 8 16 32 64, and all]")
+    add("--codebooks", type=whole(1), nargs="+",
+        help="how many to decode [2 4 8 16 32 64, and all]")  # fmt: skip
     add("--judges", nargs="+", choices=("auto", *JUDGES), default=["auto"],
         help="auto: all but dnsmos, which is slow")  # fmt: skip
-    add("--min_seconds", type=float, default=1.0, help="shorter clips are skipped [1]")
-    add("--max_seconds", type=float, default=10.0, help="of a clip, from its start [10]")
-    add("--probe_clips", type=int, default=200, help="a language, to fit and to score [200]")
+    add("--min_seconds", type=number(0), default=1.0, help="shorter clips are skipped [1]")
+    add("--max_seconds", type=number(0, 3600), default=10.0, help="of a clip, from its start [10]")
+    add("--probe_clips", type=whole(1), default=200, help="a language, to fit and to score [200]")
     add("--commercial_only", action="store_true")
-    add("--seed", type=int, default=0)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--threads", type=int, default=1, help="CPU threads; times are always of one [1]")
+    add("--seed", type=whole(0, 2**63 - 1), default=0)
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add("--threads", type=whole(1, 1024), default=1,
+        help="CPU threads; times are always of one [1]")  # fmt: skip
     args = parser.parse_args(arguments)
     args.against = list(dict.fromkeys(filter(None, args.against.split(","))))
     return _checked(args)
@@ -1023,23 +1043,27 @@ def _checked(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError(f"--against {unknown[0]}: not one of {', '.join(known)}")
     if args.probe_against and not args.probe:
         raise UserError("--probe_against needs --probe")
-    for name in ("max_clips", "probe_clips", "threads"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if args.seed < 0:
-        raise UserError("--seed must not be negative")
-    if not 0 <= args.min_seconds < args.max_seconds:
-        raise UserError("--min_seconds must be below --max_seconds, and neither below zero")
-    for path in (args.output, args.plot):
-        if path and not path.resolve().parent.is_dir():
-            raise UserError(f"{path}: no folder {path.parent}; make it first")
+    if not args.min_seconds < args.max_seconds:
+        raise UserError("--min_seconds must be below --max_seconds")
     check_tools(name for name in args.against if name in PEERS)
+    if args.output:
+        writable_file(args.output, "--output")
     if args.plot:
-        try:
-            import matplotlib.figure  # noqa: F401 (asked for now, not after an hour)
-        except ImportError as error:
-            raise UserError(f"--plot needs a package ({error}): pip install matplotlib") from error
+        _check_plot(args)
     return args
+
+
+def _check_plot(args: argparse.Namespace) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UserError(f"--plot needs a package ({error}): pip install matplotlib") from error
+    kinds = Figure().canvas.get_supported_filetypes()
+    if args.plot.suffix.lower().lstrip(".") not in kinds:
+        raise UserError(f"--plot {args.plot}: end the name in one of .{', .'.join(kinds)}")
+    writable_file(args.plot, "--plot")
+    if args.output and args.plot.resolve() == args.output.resolve():
+        raise UserError(f"--plot {args.plot}: is --output too; give it another name")
 
 
 def choose_counts(asked: Sequence[int] | None, config: CodecConfig) -> list[int]:
@@ -1060,8 +1084,11 @@ def probe_codecs(args: argparse.Namespace, codec: Codec, found: Sequence[Clip]) 
     chosen = phone_probe.probe_clips(fit, found, " ".join(map(str, args.data_dirs)))
     fit, scored = (draw_clips(clips, args.probe_clips, args.seed) for clips in chosen)
     device = next(codec.parameters()).device
+    paths = dict.fromkeys((args.codec, *args.probe_against))
+    for path in paths:
+        training.find_checkpoint(path)  # before the first is probed
     results = {}
-    for path in dict.fromkeys((args.codec, *args.probe_against)):
+    for path in paths:
         probed = codec if path == args.codec else Codec.from_checkpoint(path, device)
         results[str(path)] = phone_probe.probe_codec(probed, fit, scored, args.max_seconds)
     names = (f"{count_speakers(clips)} speakers" for clips in (fit, scored))
@@ -1127,8 +1154,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if audio is None:
                 skipped.update(notes)
                 continue
+            try:
+                got, codes = evaluate_clip(codec, clip, audio, counts, points, judges, Path(folder))
+            except PeerError as error:
+                skipped[str(error)] += 1
+                continue
             noted.update(notes)
-            got, codes = evaluate_clip(codec, clip, audio, counts, points, judges, Path(folder))
             rows += got
             heard.append(clip)
             uses[clip.language].add(codes, speech_frames(audio, config.hop))
@@ -1163,8 +1194,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     absent = [language for language in SPOKEN if language not in groups]
     if absent:
         print(f"not measured, for want of clips: {', '.join(absent)}")
-    if args.plot:
-        plot(args.plot, groups)
     result = {
         "codec": str(args.codec),
         "fingerprint": codec.fingerprint,
@@ -1181,11 +1210,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result["probe"] = probed["codecs"]
     if voices:
         result["speakers"] = voices
-    if args.output:
-        text = json.dumps({**result, "rows": [vars(row) for row in rows]}, indent=1)
-        args.output.write_text(text, encoding="utf-8")
-    print(json.dumps(result))
+    try:
+        if args.output:
+            text = json.dumps({**result, "rows": [vars(row) for row in rows]}, indent=1)
+            write_text(args.output, text)
+        if args.plot:
+            plot(args.plot, groups)
+    finally:  # a full disk must not cost the figures
+        print(json.dumps(result))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=False)

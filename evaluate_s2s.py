@@ -46,8 +46,17 @@ from tqdm import tqdm
 import hold_out
 import speech
 from codec import Codec
-from command import UserError, run
-from data import SAMPLE_RATE, SPLITS, write_audio
+from command import (
+    ArgumentParser,
+    UserError,
+    number,
+    run,
+    whole,
+    writable_file,
+    writable_folder,
+    write_text,
+)
+from data import SAMPLE_RATE, SPLITS, AudioError, write_audio
 from duplex import (
     QUIET_DBFS,
     DuplexEngine,
@@ -73,6 +82,7 @@ from make_conversations import (
     user_voices,
 )
 from s2s import PAD, S2S, Sampling
+from training import setup_distributed
 
 HERE = Path(__file__).resolve().parent
 LEAD_IN_SECONDS = 0.5
@@ -214,11 +224,16 @@ class Asking:
 
 
 def ask(
-    exchanges: Sequence[Exchange], language: str, asking: Asking, say: Callable | None = None
+    exchanges: Sequence[Exchange],
+    language: str,
+    asking: Asking,
+    say: Callable | None = None,
+    left_out: list[str] | None = None,
 ) -> list[Call]:
     """Speaks every exchange of the language with up to `questions_per_exchange` wordings.
 
-    `say` replaces `Synthesizer().synthesize` in tests. UserError without a voice for the split.
+    `say` replaces `Synthesizer().synthesize` in tests. Calls with a question that could not be
+    spoken are named in `left_out`. UserError without a voice for the split, or without any call.
     """
     rng = np.random.default_rng([asking.seed, SPOKEN.index(language), SPLITS.index(asking.split)])
     voices = user_voices(language, asking.split)
@@ -234,12 +249,15 @@ def ask(
         print(f"{language}: {len(dropped)} questions not spoken, first: {dropped[0]}")
     takes = iter(None if utterance is None else cut_take(utterance) for utterance in said)
     calls = []
-    for number, (exchange, requests) in enumerate(plans):
+    for place, (exchange, requests) in enumerate(plans):
         row = [next(takes) for _ in requests]
         if asking.pause_seconds:
             row = [t and insert_pause(t, 0.5, asking.pause_seconds) for t in row]
+        name = f"{exchange.id}-{place}"
         if all(row):
-            calls.append(_call(f"{exchange.id}-{number}", exchange, requests, row))
+            calls.append(_call(name, exchange, requests, row))
+        elif left_out is not None:
+            left_out.append(name)
     if not calls:
         raise UserError(f"no {language} question could be spoken in the {asking.split} voices")
     return calls
@@ -250,8 +268,8 @@ def _requests(exchange: Exchange, first: int, voices, asking: Asking, rng) -> li
     voice = draw_voice(voices, rng)
     speed = float(rng.uniform(*SPEED))
     requests = []
-    for number, line in enumerate(exchange.lines[::2]):
-        choice = first if number == 0 else int(rng.integers(len(line.texts)))
+    for place, line in enumerate(exchange.lines[::2]):
+        choice = first if place == 0 else int(rng.integers(len(line.texts)))
         emotion = line.emotion if asking.emotions == "scripted" else "neutral"
         limit = MAX_PITCH_RANGE["user"] / speech.STYLES[emotion].pitch_range
         safe = replace(voice, pitch_range=min(voice.pitch_range, limit))
@@ -495,8 +513,13 @@ class Ear:
     def trusted(self) -> bool:
         return min(self.clean, self.coded) >= TRUSTED
 
-    def right(self, audio: np.ndarray, reply: str) -> bool:
-        """Whether what is heard in audio `[T]` is nearest to `reply`, and near."""
+    def right(self, audio: np.ndarray, reply: str) -> bool | None:
+        """Whether what is heard in audio `[T]` is nearest to `reply`, and near.
+
+        None where the agent's own voice could not say the reply, so that nobody knows its sound.
+        """
+        if reply not in self.templates:
+            return None
         return finds(self.judge, self.templates, audio, reply)
 
 
@@ -533,14 +556,20 @@ def train_ears(
     judges: Sequence[Judge], replies: dict[str, str], language: str, codec: Codec, seed: int = 0
 ) -> list[Ear]:
     """Lets one judge after the other hear every taught reply in the agent's voice and examines
-    it, up to the first that can be trusted, which comes last."""
+    it, up to the first that can be trusted, which comes last. Replies that no engine can say are
+    told on stderr and known to none."""
     if not judges:
         return []
-    texts = list(replies)
+    taught = _spoken(replies, list(replies), language, 1.0)
+    texts, audio = list(taught), list(taught.values())
     chosen = np.sort(np.random.default_rng(seed).permutation(len(texts))[:JUDGED_REPLIES])
-    asked = [texts[i] for i in chosen]
-    audio = _say_replies(replies, texts, language, 1.0)
-    clean = _say_replies(replies, asked, language, CHECK_SPEED)
+    examined = _spoken(replies, [texts[i] for i in chosen], language, CHECK_SPEED)
+    asked, clean = list(examined), list(examined.values())
+    if len(taught) < len(replies):
+        print(f"{language}: {len(replies) - len(taught)} replies could not be spoken for the judge",
+              file=sys.stderr)  # fmt: skip
+    if not asked:
+        return []
     coded = [_through(codec, a) for a in clean]
     ears: list[Ear] = []
     for judge in judges:
@@ -555,10 +584,17 @@ def train_ears(
     return ears
 
 
-def _say_replies(replies: dict[str, str], texts, language: str, speed: float) -> list[np.ndarray]:
+def _spoken(replies: dict[str, str], texts: Sequence[str], language: str, speed: float) -> dict:
+    """Text → audio `[T]` in the agent's voice, of those that it can say."""
+    said = _say_replies(replies, texts, language, speed)
+    return {t: audio for t, audio in zip(texts, said, strict=True) if audio is not None}
+
+
+def _say_replies(replies: dict[str, str], texts, language: str, speed: float) -> list:
     agent = speech.voices(language, "agent")[0]
     requests = [speech.Request(text, language, agent, speed, replies[text]) for text in texts]
-    return [utterance.audio for utterance in speech.Synthesizer().synthesize(requests)]
+    said = say_what_can_be_said(speech.Synthesizer().synthesize, requests, [])
+    return [utterance and utterance.audio for utterance in said]
 
 
 @torch.inference_mode()
@@ -666,6 +702,7 @@ class Report:
     paused: list[Judged] = field(default_factory=list)
     ear: Ear | None = None
     deaf: list[Ear] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)  # calls that could not be spoken
 
     def summary(self) -> dict:
         turns = self.turns
@@ -674,17 +711,19 @@ class Report:
         trusted = self.ear is not None and self.ear.trusted
         phones = sum(t.phones for t in turns)
         most = Counter(normalise(t.wanted) for t in turns).most_common(1)
-        right = [t.text and (t.audio or not trusted) for t in turns]
+        heard = [t.audio for t in turns if t.audio is not None]
+        right = [t.text and (t.audio is not False or not trusted) for t in turns]
         in_time = [r and t.kind == "answered" for r, t in zip(right, turns, strict=True)]
         return {
             "turns": len(turns),
+            "calls_not_spoken": len(self.left_out),
             "answered": _share([t.kind == "answered" for t in turns]),
             "takeovers": kinds["takeover"],
             "unanswered": kinds["unanswered"],
             "response_p50_ms": times.get("p50"),
             "response_p95_ms": times.get("p95"),
             "right_text": _share([t.text for t in turns]),
-            "right_audio": _share([bool(t.audio) for t in turns]) if trusted else None,
+            "right_audio": _share(heard) if trusted else None,
             "right_both": _share(right) if trusted else None,
             "right_and_in_time": _share(in_time),
             "majority_answer": round(most[0][1] / len(turns), 4) if turns else None,
@@ -708,6 +747,7 @@ class Report:
 
 _ROWS = (  # key, label, target
     ("turns", "turns", ""),
+    ("calls_not_spoken", "calls that could not be spoken", ""),
     ("answered", "answered, -0.2 to 2 s after the turn", ">= 95 %"),
     ("takeovers", "takeovers", ""),
     ("unanswered", "unanswered", ""),
@@ -726,7 +766,10 @@ _ROWS = (  # key, label, target
     ("phone_error", "user phone error", ""),
     ("pause_takeovers", "takeovers in a pause of 0.5 s", ""),
 )
-_PLAIN = ("turns", "takeovers", "unanswered", "response_p50_ms", "response_p95_ms", "judge")
+_PLAIN = (
+    "turns", "calls_not_spoken", "takeovers", "unanswered", "response_p50_ms", "response_p95_ms",
+    "judge",
+)  # fmt: skip
 
 
 def table(summaries: dict[str, dict]) -> str:
@@ -816,16 +859,21 @@ def _speaker_samples(voices, language: str, sentences: int) -> list[list[np.ndar
 
 
 def evaluate_language(
-    codec: Codec, lm: S2S, exchanges: Sequence[Exchange], language: str, args: argparse.Namespace
+    codec: Codec,
+    lm: S2S,
+    exchanges: Sequence[Exchange],
+    language: str,
+    judges: Sequence[Judge],
+    args: argparse.Namespace,
 ) -> Report:
     """Asks, listens and judges in one language."""
     asking = Asking(
         args.split, args.intents, args.exchanges == "archetypes",
         args.questions_per_exchange, args.emotions, 0.0, args.seed,
     )  # fmt: skip
-    judges = choose_judges(args.judge, language, codec, args.whisper, args.threads)
+    report = Report()
     replies = taught_replies(exchanges, language, args.intents, asking.archetypes)
-    calls = ask(exchanges, language, asking)
+    calls = ask(exchanges, language, asking, left_out=report.left_out)
     seconds = sum(len(call.audio) for call in calls) / SAMPLE_RATE
     print(
         f"{language}: {len(calls)} calls, {seconds:.0f} s, {len(replies)} replies taught, voices "
@@ -839,39 +887,46 @@ def evaluate_language(
 
     def converse(calls: Sequence[Call], ear: Ear | None) -> list[Judged]:
         heard = hold_calls(codec, lm, calls, args.slots, sampling, args.seed, args.tell_language)
+        pairs = tqdm(zip(calls, heard, strict=True), "judging", len(calls), disable=None)
+        judged = [
+            turn
+            for call, one in pairs
+            for turn in judge_call(call, one, lm, patch_seconds, list(replies), ear)
+        ]
         if args.save_audio:
             save_calls(args.save_audio, calls, heard)
-        pairs = tqdm(zip(calls, heard, strict=True), "judging", len(calls), disable=None)
-        return [
-            judged
-            for call, one in pairs
-            for judged in judge_call(call, one, lm, patch_seconds, list(replies), ear)
-        ]
+        return judged
 
     *deaf, ear = train_ears(judges, replies, language, codec, args.seed) or [None]
     trusted = ear if ear and ear.trusted else None  # the others need not listen
-    report = Report(converse(calls, trusted), ear=ear, deaf=deaf)
+    report.ear, report.deaf = ear, deaf
+    report.turns = converse(calls, trusted)
     if args.pauses:
         asking = replace(asking, pause_seconds=0.5, questions_per_exchange=1)
-        paused = [replace(call, id=f"{call.id}-pause") for call in ask(exchanges, language, asking)]
+        paused = ask(exchanges, language, asking, left_out=report.left_out)
+        paused = [replace(call, id=f"{call.id}-pause") for call in paused]
         report.paused = converse(paused, None)
     return report
 
 
 def save_calls(folder: Path, calls: Sequence[Call], heard: Sequence[Heard]) -> None:
-    """Two-channel files, the user left and the agent right, as they were heard."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Two-channel files, the user left and the agent right, as they were heard.
+
+    What cannot be written is told on stderr: it must not cost the figures.
+    """
     for call, one in zip(calls, heard, strict=True):
         both = np.zeros((len(one.reply), 2), np.float32)
         both[: len(call.audio), 0] = call.audio[: len(both)]
         both[:, 1] = one.reply
-        write_audio(folder / f"{call.id}.wav", both)
+        try:
+            write_audio(folder / f"{call.id.replace('/', '_')}.wav", both)
+        except (AudioError, OSError) as error:
+            print(f"warning: no more calls are saved: {error}", file=sys.stderr)
+            return
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tiny = HERE / "checkpoints" / "tiny"
     add = parser.add_argument
     add("--codec", type=Path, default=tiny / "codec", help="checkpoint folder [the tiny one]")
@@ -890,7 +945,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         default="test",
         help="test: held-out wordings and voice; train: the upper bound",
     )
-    add("--questions_per_exchange", type=int, default=3, help="wordings of each [3]")
+    add("--questions_per_exchange", type=whole(1), default=3, help="wordings of each [3]")
     add(
         "--judge",
         choices=("auto", "none", "hama", "whisper", "dtw"),
@@ -912,36 +967,57 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--tell_language", action="store_true", help="tell the model the call's language")
     add("--check_speakers", action="store_true", help="compare test and training voices, too")
     add("--save_audio", type=Path, help="folder for the calls as two-channel WAV")
-    add("--temperature", type=float, default=Sampling.temperature, help="of the codes")
-    add("--text_temperature", type=float, default=Sampling.text_temperature)
-    add("--eagerness", type=float, default=0.0, help="dB on its odds of speaking [0: none]")
-    add("--slots", type=int, default=32, help="calls held at once [32]")
-    add("--seed", type=int, default=0)
-    add("--device", default="cpu")
-    add("--threads", type=int, default=1, help="CPU threads [1]")
+    add("--temperature", type=number(0, 100), default=Sampling.temperature, help="of the codes")
+    add("--text_temperature", type=number(0, 100), default=Sampling.text_temperature)
+    add("--eagerness", type=number(-100, 100), default=0.0, help="dB on its odds of speaking [0]")
+    add("--slots", type=whole(1, 4096), default=32, help="calls held at once [32]")
+    add("--seed", type=whole(0, 2**63 - 1), default=0)
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add("--threads", type=whole(1, 1024), default=1, help="CPU threads [1]")
     args = parser.parse_args(arguments)
     args.intents = tuple(sorted(filter(None, args.intents.split(","))))
-    for name in ("questions_per_exchange", "slots", "threads"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1")
-    if args.seed < 0:
-        raise UserError("--seed must not be negative")
-    if args.output and not args.output.resolve().parent.is_dir():
-        raise UserError(f"{args.output}: no folder {args.output.parent}; make it first")
+    if args.output:
+        writable_file(args.output, "--output")
+    if args.save_audio:
+        writable_folder(args.save_audio, "--save_audio")
     return args
+
+
+def check_languages(exchanges: Sequence[Exchange], args: argparse.Namespace) -> None:
+    """Raises UserError, before an hour of work, for a language that cannot be asked or judged."""
+    archetypes = args.exchanges == "archetypes"
+    for language in args.languages:
+        for split in (args.split, "train"):
+            choose_exchanges(exchanges, language, split, args.intents, archetypes)
+        user_voices(language, args.split)
+        if args.judge != "none":
+            speech.voices(language, "agent")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
+    args.languages = list(dict.fromkeys(args.languages))
     torch.set_num_threads(args.threads)
-    codec, lm = load_models(args.codec, args.lm, args.device)
+    device = setup_distributed(args.device).device
     exchanges = load_scripts(args.scripts)
+    check_languages(exchanges, args)
+    codec, lm = load_models(args.codec, args.lm, str(device))
+    judges = {
+        language: choose_judges(args.judge, language, codec, args.whisper, args.threads)
+        for language in args.languages
+    }
     speakers = check_speakers(args.languages, args.split) if args.check_speakers else {}
-    summaries, turns = {}, {}
+    summaries, turns, failed = {}, {}, []
     for language in args.languages:
-        report = evaluate_language(codec, lm, exchanges, language, args)
+        try:
+            report = evaluate_language(codec, lm, exchanges, language, judges[language], args)
+        except UserError as error:  # the others' figures are worth an hour
+            failed.append(f"{language}: {error}")
+            continue
         summaries[language] = report.summary()
         turns[language] = [vars(t) for t in (*report.turns, *report.paused)]
+    if not summaries:
+        raise UserError("; ".join(failed))
     print(f"\n{args.split} wordings and voices, {args.exchanges}, {args.emotions} users, "
           f"seed {args.seed}\n{table(summaries)}")  # fmt: skip
     for language, found in speakers.items():
@@ -960,11 +1036,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "eagerness_db": args.eagerness,
     }  # fmt: skip
     result = {**settings, "languages": summaries, "goals": met, "speakers": speakers}
-    if args.output:
-        text = json.dumps({**result, "turns": turns}, ensure_ascii=False, indent=1)
-        args.output.write_text(text, encoding="utf-8")
-    print(json.dumps(result, ensure_ascii=False))
+    result["failed"] = failed
+    try:
+        if args.output:
+            text = json.dumps({**result, "turns": turns}, ensure_ascii=False, indent=1)
+            write_text(args.output, text)
+    finally:  # a full disk must not cost the figures
+        print(json.dumps(result, ensure_ascii=False))
+    if failed:
+        raise UserError("; ".join(failed))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=False)

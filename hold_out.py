@@ -58,20 +58,22 @@ def compare_voices(held_out: np.ndarray, known: np.ndarray) -> dict:
 def check_clips(held_out: Sequence[Clip], known: Sequence[Clip], seconds: float = 15.0) -> dict:
     """`compare_voices` of the named speakers of two lists of clips, two halves of `seconds` each.
 
-    Returns its figures, with names for indices, and how many voices were compared; speakers with
-    less audio than three seconds a half are left out. `max_cosine` is None where nobody is left.
+    Returns its figures, with names for indices, how many voices were compared, and how many clips
+    could not be read; speakers with less audio than three seconds a half are left out. `max_cosine`
+    is None where nobody is left.
     """
-    embed = VoiceEmbedder()
+    embed, unreadable = VoiceEmbedder(), []
     names, halves = [], []
     for clips in (held_out, known):
         voices = {
             name: pair
             for name, own in tqdm(_by_speaker(clips).items(), unit="voice", disable=None)
-            if (pair := _halves(own, embed, seconds)) is not None
+            if (pair := _halves(own, embed, seconds, unreadable)) is not None
         }
         names.append(list(voices))
         halves.append(np.array(list(voices.values())))
     found = {"voices": len(names[0]), "known_voices": len(names[1]), "max_cosine": None}
+    found["unreadable_clips"] = len(unreadable)
     if all(names):
         compared = compare_voices(*halves)
         one, other = names[0][compared["held_out"]], names[1][compared["nearest"]]
@@ -87,8 +89,13 @@ def _by_speaker(clips: Sequence[Clip]) -> dict[str, list[Clip]]:
     return groups
 
 
-def _halves(clips: Sequence[Clip], embed: VoiceEmbedder, seconds: float) -> np.ndarray | None:
-    """Unit vectors `[2, d]` of every other clip of one speaker, None where there is too little."""
+def _halves(
+    clips: Sequence[Clip], embed: VoiceEmbedder, seconds: float, unreadable: list[Clip]
+) -> np.ndarray | None:
+    """Unit vectors `[2, d]` of every other clip of one speaker, None where there is too little.
+
+    Appends the clips that could not be read to `unreadable`.
+    """
     vectors = []
     for half in (clips[::2], clips[1::2]):
         parts, length = [], 0
@@ -98,6 +105,7 @@ def _halves(clips: Sequence[Clip], embed: VoiceEmbedder, seconds: float) -> np.n
             try:
                 parts.append(read_audio(clip.path, 0.0, seconds))
             except AudioError:
+                unreadable.append(clip)
                 continue
             length += len(parts[-1])
         vector = embed(np.concatenate(parts), SAMPLE_RATE) if length >= 3 * SAMPLE_RATE else None

@@ -47,7 +47,10 @@ def probe_clips(
 def codes_and_phones(
     codec: Codec, clips: Sequence[Clip], max_seconds: float
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each readable clip codes of codebook 0 and phone ids (-100: unknown), both `[F]`."""
+    """For each readable clip codes of codebook 0 and phone ids (-100: unknown), both `[F]`.
+
+    How many could not be read is the number of `clips` less that of the rows.
+    """
     device = next(codec.parameters()).device
     ids = {phone: i for i, phone in enumerate(PHONES)}
     rows = []
@@ -164,8 +167,9 @@ def probe_codec(
     codec: Codec, fit: Sequence[Clip], scored: Sequence[Clip], max_seconds: float
 ) -> dict:
     """`probe` of a codec's codebook 0 on clips with phone labels."""
-    rows = (codes_and_phones(codec, clips, max_seconds) for clips in (fit, scored))
-    return probe(*rows, codec.quantizer.codebooks[0].embedding)
+    rows = [codes_and_phones(codec, clips, max_seconds) for clips in (fit, scored)]
+    found = probe(*rows, codec.quantizer.codebooks[0].embedding)
+    return {**found, "unreadable_clips": len(fit) + len(scored) - sum(map(len, rows))}
 
 
 def probe_table(results: dict[str, dict], fitted: str, scored: str) -> str:
@@ -187,4 +191,6 @@ def probe_table(results: dict[str, dict], fitted: str, scored: str) -> str:
             f"{name[-25:]:<26}{100 * row['errors'][0]:>8.1f}{best:>7.1f}{row['delay_ms']:>6}"
             f"{speech:>7.1f}{table:>7.1f}{silences:>11}{row['commonest_code']:>5.0%}"
         )
+    if unreadable := first.get("unreadable_clips"):
+        lines.append(f"{unreadable} labelled clips could not be read, and are not among them")
     return "\n".join(lines)

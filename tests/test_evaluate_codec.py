@@ -81,11 +81,11 @@ def row(codec="samvad", kbps=4.0, clip="a", seconds=2.0, bits=8000, language="en
     return Row(clip, language, seconds, codec, kbps, bits, 2 * bits, scores)
 
 
-def refused(capsys, *flags) -> str:
+def refused(capsys, *flags, code: int = 1) -> str:
     """The one line that a run ends in."""
     with pytest.raises(SystemExit) as stop:
         command.run(lambda: e.main([str(flag) for flag in flags]))
-    assert stop.value.code == 1
+    assert stop.value.code == code
     lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("warning:")]
     assert len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
@@ -491,23 +491,69 @@ def test_nothing_left_to_evaluate_says_why(checkpoint, tmp_path, quick, capsys):
     assert "no clip could be evaluated (1 silent)" in refused(capsys, *flags)
     assert "no clips; choose another --split" in refused(capsys, *flags, "--split", "validation")
     assert "from 1 to 8" in refused(capsys, *flags, "--codebooks", 9)
-    assert "from 1 to 8" in refused(capsys, *flags, "--codebooks", 0, 4)
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--against", "mp3"], "--against mp3: not one of opus, codec2, speex, mimi"),
-        (["--max_clips", "0"], "--max_clips must be at least 1"),
-        (["--threads", "0"], "--threads must be at least 1"),
-        (["--seed", "-1"], "--seed must not be negative"),
         (["--min_seconds", "3", "--max_seconds", "2"], "--min_seconds must be below"),
-        (["--output", "/nowhere/at/all.json"], "no folder /nowhere/at"),
+        (["--output", "/proc/nowhere/all.json"], "--output /proc/nowhere: cannot be written"),
+        (["--output", "/tmp"], "--output /tmp: is a folder"),
+        (["--device", "cuda:7"], "--device"),
         (["--codec", "/nowhere"], "/nowhere: no such checkpoint folder"),
     ],
 )
 def test_bad_flags_end_in_one_line(flags, said, capsys):
-    assert said in refused(capsys, *flags, "--device", "cpu")
+    assert said in refused(capsys, "--device", "cpu", *flags)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--max_clips 0", "--threads 0", "--seed -1", "--min_seconds nan", "--max_seconds inf",
+     "--codebooks 0 4", "--probe_clips -1", "--split all", "--max 3", "--judges ear"],
+)  # fmt: skip
+def test_flags_out_of_range_end_in_one_line(flag, capsys):
+    assert flag.split()[0] in refused(capsys, *flag.split(), code=2)
+
+
+@pytest.mark.parametrize(("name", "said"), [("x.mp4x", "end the name in"), ("same.png", "too")])
+def test_a_plot_that_cannot_be_drawn_is_refused_at_once(name, said, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pip install matplotlib")
+    monkeypatch.chdir(tmp_path)
+    assert said in refused(capsys, "--plot", name, "--output", "same.png")
+
+
+def test_one_bad_clip_costs_neither_the_run_nor_its_figures(
+    checkpoint, corpus, tmp_path, quick, monkeypatch, capsys
+):
+    """A peer's program and a judge that fail now and then; then the disk is full."""
+
+    def opus(audio, kbps, folder):
+        if np.abs(audio).max() > 0.99:
+            raise e.PeerError("opusenc failed (too loud)")
+        return Coded(audio, len(audio), len(audio))
+
+    def stumbling(audio, reference):
+        raise ZeroDivisionError("no frames")
+
+    def full(path, text):
+        raise OSError(28, "No space left on device", str(path))
+
+    stumbling.needs_reference = True
+    monkeypatch.setitem(e.PEERS, "opus", Peer(opus, (6,), (), ""))
+    monkeypatch.setattr(e, "load_judges", lambda names: {"stoi": stumbling})
+    monkeypatch.setattr(e, "write_text", full)
+    monkeypatch.chdir(tmp_path)
+    flags = ("--codec", checkpoint, "--data_dirs", corpus, "--against", "opus", "--device", "cpu")
+    with pytest.raises(OSError, match="No space"):
+        e.main([*map(str, flags), "--output", "out.json"])
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out.splitlines()[-1])
+    assert summary["skipped"]["opusenc failed (too loud)"] == 1
+    assert summary["groups"]["all"]["clips"] == 3
+    assert summary["groups"]["all"]["points"][0]["measured"]["stoi"] == 0
+    assert "stoi failed on a clip: no frames" in printed.err
 
 
 def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch, capsys):

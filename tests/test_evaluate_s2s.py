@@ -242,8 +242,12 @@ def test_a_question_that_no_engine_can_say_is_left_out(fake_voices, capsys):
             raise UserError("festival failed")
         return fake_say(requests)
 
-    calls = ask(scripts, "english", Asking(), say)
+    left_out: list[str] = []
+    calls = ask(scripts, "english", Asking(), say, left_out)
     assert len(calls) == 2 and silent not in [c.turns[0].text for c in calls]
+    assert len(left_out) == 1 and Report([judged()], left_out=left_out).summary()[
+        "calls_not_spoken"
+    ] == 1
     assert "1 questions not spoken" in capsys.readouterr().out
 
 
@@ -453,10 +457,85 @@ def test_bad_input_is_one_clear_line(tmp_path):
     save_pair(codec, lm, tmp_path, replace(lm.config, codec_fingerprint="of another"))
     with pytest.raises(UserError, match="of another"):
         main(["--codec", str(tmp_path / "codec"), "--lm", str(tmp_path / "s2s")])
-    with pytest.raises(UserError, match="questions_per_exchange"):
-        main(["--questions_per_exchange", "0"])
-    with pytest.raises(UserError, match="no folder"):
-        main(["--output", str(tmp_path / "missing" / "x.json")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--output", "/proc/nowhere/x.json"], "--output /proc/nowhere: cannot be written"),
+        (["--save_audio", "/proc/nowhere"], "--save_audio /proc/nowhere: cannot be written"),
+        (["--intents", "nonsense"], "no english script has intent nonsense"),
+        (["--scripts", "/nowhere"], "/nowhere"),
+        (["--device", "cuda:7"], "--device"),
+        (["--judge", "whisper"], "needs --whisper"),
+    ],
+)
+def test_what_cannot_work_is_told_before_the_work(flags, said, tmp_path, fake_voices, monkeypatch):
+    monkeypatch.setattr(e, "load_models", lambda *_: (None, None))
+    monkeypatch.setattr(e, "evaluate_language", lambda *_: pytest.fail("it began"))
+    monkeypatch.setattr(speech, "voices", lambda *_: [VOICE])
+    with pytest.raises(UserError, match=said) as caught:
+        main(flags)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--questions_per_exchange 0", "--slots 0", "--threads 0", "--seed -1", "--temperature nan",
+     "--text_temperature -1", "--languages french", "--sp test"],
+)  # fmt: skip
+def test_flags_out_of_range_end_in_one_line(flag, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(flag.split())
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and told.count("\n") == 1 and flag.split()[0] in told
+
+
+def test_one_language_that_fails_and_a_full_disk_cost_no_figures(
+    tmp_path, monkeypatch, capsys, fake_voices
+):
+    def evaluate(codec, lm, exchanges, language, *_):
+        if language != "hindi":
+            raise UserError("festival failed")
+        return Report([judged()])
+
+    monkeypatch.setattr(e, "load_models", lambda *_: (None, None))
+    monkeypatch.setattr(e, "evaluate_language", evaluate)
+    flags = ["--judge", "none", "--languages", "english", "hindi", "english"]
+    with pytest.raises(UserError, match="^english: festival failed$"):
+        main(flags)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(result["languages"]) == ["hindi"] and result["failed"]
+    with pytest.raises(UserError, match="^english: festival failed$"):
+        main(flags[:4])
+    with pytest.raises(OSError, match="No space left"):
+        main([*flags[:3], "hindi", "--output", "/dev/full"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["languages"]["hindi"]["turns"] == 1
+
+
+def test_a_call_that_cannot_be_saved_is_a_warning(tmp_path, capsys):
+    heard = SimpleNamespace(reply=np.zeros(960, np.float32))
+    calls = [call_of(tone(0.04), name=name) for name in ("a/b", "n" * 300, "c")]
+    e.save_calls(tmp_path, calls, [heard] * 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["a_b.wav"]
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_reply_that_the_agent_cannot_say_is_not_judged_by_ear(monkeypatch, capsys):
+    def say(self, requests):
+        if any(r.text == "Hm." for r in requests):
+            raise UserError("nothing to say")
+        return fake_say(requests)
+
+    monkeypatch.setattr(speech.Synthesizer, "synthesize", say)
+    monkeypatch.setattr(speech, "voices", lambda *_: [VOICE])
+    monkeypatch.setattr(e, "_through", lambda codec, audio: audio)
+    replies = {"Yes.": "neutral", "Hm.": "neutral"}
+    (ear,) = e.train_ears([e.TemplateJudge(None)], replies, "english", None)
+    assert list(ear.templates) == ["Yes."] and ear.right(tone(1.0), "Hm.") is None
+    assert "1 replies could not be spoken" in capsys.readouterr().err
+    report = Report([judged(audio=None), judged(audio=False)], ear=ear).summary()
+    assert (report["right_audio"], report["right_both"]) == (0.0, 0.5)
 
 
 def test_no_voice_names_what_to_install(monkeypatch):

@@ -68,7 +68,7 @@ def test_speakers_without_name_or_audio_are_left_out(clips, tmp_path):
     held_out = [*broken, *clips(None, 0.1), *clips("brief", 0.1, seconds=1.0)]
     held_out += clips("pitched", 0.1, augmented=True)
     found = hold_out.check_clips(held_out, clips("ann", 0.1))
-    assert found == {"voices": 0, "known_voices": 1, "max_cosine": None}
+    assert found == {"voices": 0, "known_voices": 1, "max_cosine": None, "unreadable_clips": 1}
 
 
 def test_the_real_embedding_refuses_silence_and_brevity():
