@@ -29,6 +29,7 @@ _KINDS = {
     "text": ("text", str),
     "path": ("a path", str),
     "number": ("a finite number", (int, float)),
+    "any number": ("a number", (int, float)),
     "whole": ("a whole number", int),
     "flag": ("true or false", bool),
     "list": ("a list", list),
@@ -343,11 +344,11 @@ def text_lines(path: str | Path, errors: str = "strict") -> list[str]:
 def check_fields(row: dict, kinds: dict[str, str | tuple], where: str) -> None:
     """Raises UserError that names place and field unless the fields of `row` are of these kinds.
 
-    kinds: name → text, path, number, whole, flag, list, object, span ([text, start, end] in
-    seconds, 0 <= start <= end), or `list of` one of them; with `?` the field may be missing or
-    null. Or a tuple of the values that it may have: None among them is for missing or null.
-    Numbers are finite, text can be written as UTF-8, a path is not empty. Fields that `kinds` does
-    not name pass.
+    kinds: name → text, path, number, any number (NaN too), whole, flag, list, object, span
+    ([text, start, end] in seconds, 0 <= start <= end), or `list of` one of them; with `?` the
+    field may be missing or null. Or a tuple of the values that it may have: None among them is for
+    missing or null. Numbers are finite, text can be written as UTF-8, a path is not empty. Fields
+    that `kinds` does not name pass.
     """
     for name, kind in kinds.items():
         value = row.get(name)
@@ -371,13 +372,13 @@ def _is_kind(value: object, kind: str | tuple) -> bool:
         if not (isinstance(value, list) and len(value) == 3 and isinstance(value[0], str)):
             return False
         return all(_is_kind(time, "number") for time in value[1:]) and 0 <= value[1] <= value[2]
-    if kind in ("number", "whole"):
+    if kind in ("number", "any number", "whole"):
         right = isinstance(value, _KINDS[kind][1]) and not isinstance(value, bool)
-        return right and abs(value) <= sys.float_info.max
+        return right and (kind == "any number" or abs(value) <= sys.float_info.max)
     if not isinstance(value, _KINDS[kind][1]):
         return False
     if kind == "path":
-        return value != "" and "\0" not in value
+        return value != "" and re.search("[\0\ud800-\udc7f\udd00-\udfff]", value) is None
     # JSON may hold half of a surrogate pair, which nothing that is printed or written can.
     return kind != "text" or re.search("[\ud800-\udfff]", value) is None
 

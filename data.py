@@ -6,22 +6,32 @@ Letters in shapes: `T` samples, `C` channels, `F` codec frames (50 a second, hop
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import pyarrow
 import soundfile
 import soxr
 import torch
 
-from command import UserError, as_json_line, check_fields, json_lines, part_name
+from command import (
+    UserError,
+    as_json_line,
+    check_fields,
+    default_workers,
+    json_line,
+    part_name,
+)
 from training import Distributed, item_rng
 
 SAMPLE_RATE = 24000
@@ -30,7 +40,26 @@ FRAME_SECONDS = HOP / SAMPLE_RATE
 LANGUAGES = ("english", "hindi", "telugu", "other")
 EMOTIONS = ("neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm")
 SPLITS = ("train", "validation", "test")
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3")
+# What `write_audio` makes: libsndfile's format and subtype.
+WRITABLE = {
+    ".wav": ("WAV", "PCM_16"),
+    ".flac": ("FLAC", "PCM_16"),
+    ".ogg": ("OGG", None),
+    ".opus": ("OGG", "OPUS"),
+    ".mp3": ("MP3", None),
+}
+# What a scan takes: libsndfile reads the first line, PyAV the others.
+AUDIO_SUFFIXES = (
+    *WRITABLE, ".oga", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".wave",
+    ".m4a", ".m4b", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".mov", ".wma", ".amr", ".3gp", ".ac3",
+    ".wv", ".ape", ".tta", ".gsm", ".mp2", ".mpga", ".spx",
+)  # fmt: skip
+# Audio that a scan counts and names, and leaves where it is.
+_PASSED_OVER = (
+    ".raw", ".pcm", ".sph", ".sw", ".shn", ".ra", ".rm", ".g722", ".g729", ".vox", ".dss", ".ds2",
+    ".mid", ".midi", ".mpc", ".aa", ".aax", ".dsf", ".alac", ".qcp", ".avi", ".wmv", ".flv", ".mpg",
+    ".mpeg", ".mpeg4", ".m4v", ".ts", ".part", ".zip", ".tar", ".gz", ".tgz",
+)  # fmt: skip
 MANIFEST = "manifest.jsonl"
 UNKNOWN_PHONE = -100  # ignored by torch's cross entropy
 SILENCE = "_"  # speech.PHONES[0]
@@ -43,8 +72,8 @@ LOW_PASS_RANGE_HZ = (3400.0, 10000.0)
 # What a line of a speech manifest may hold.
 _FIELDS = {
     "path": "path",
-    "duration": "number",
-    "sample_rate": "whole",
+    "duration": "any number",
+    "sample_rate": "any number",
     "language": LANGUAGES,
     "speaker": "text?",
     "text": "text?",
@@ -55,6 +84,19 @@ _FIELDS = {
     "split": (*SPLITS, None),
     "phones": "list of span?",
 }
+
+# The types that pass a kind at a glance.
+_QUICK = {
+    "path": {str},
+    "any number": {int, float},
+    "text?": {str, type(None)},
+    "flag?": {bool, type(None)},
+}
+_BLOCK_BYTES = 1 << 22
+
+# A clip that says it is longer than this, or a rate beyond these, is measured before it is used.
+LONGEST = 4 * 3600.0
+_RATES_HZ = (1000, 768000)
 
 # Seconds read on either side of a window, so that the resampler's filter is settled inside it.
 _MARGIN = 0.05
@@ -224,20 +266,186 @@ def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
 # ------------------------------------------------------------------------------------ manifests
 
 
-def read_manifest(path: str | Path) -> list[Clip]:
-    """Clips of a manifest, paths made absolute. Raises UserError on a missing or bad file."""
+class Clips(Sequence[Clip]):
+    """Clips as columns: millions in some hundred bytes each, which forked workers share.
+
+    Reads as a list of Clip; `column` gives what is wanted of all at once.
+    """
+
+    def __init__(self, table: pyarrow.Table) -> None:
+        # Several dictionaries a column, and many chunks, would make each look-up slow.
+        self.table = table.unify_dictionaries().combine_chunks()
+
+    @classmethod
+    def of(cls, clips: Iterable[Clip]) -> Clips:
+        """The columns of any clips; Clips pass as they are."""
+        if isinstance(clips, Clips):
+            return clips
+        rows = [{**vars(clip), "path": os.fspath(clip.path)} for clip in clips]
+        return cls(_table(rows, ""))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int | slice) -> Clip | Clips:
+        if isinstance(index, slice):
+            return Clips(self.table.take(range(len(self))[index]))
+        row = range(len(self))[index]  # raises IndexError
+        return _clip_of_row(self.table.slice(row, 1).to_pylist()[0])
+
+    def __iter__(self) -> Iterator[Clip]:
+        for batch in self.table.to_batches(max_chunksize=1024):
+            yield from map(_clip_of_row, batch.to_pylist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __add__(self, other: Iterable[Clip]) -> list[Clip]:
+        return [*self, *other]
+
+    def __radd__(self, other: Iterable[Clip]) -> list[Clip]:
+        return [*other, *self]
+
+    def column(self, name: str) -> np.ndarray:
+        """A number or flag of every clip, in their order."""
+        return self.table[name].to_numpy()
+
+    def codes(self, name: str) -> tuple[np.ndarray, list]:
+        """A field of names of every clip: indices `[N]`, -1 where unknown, into the names."""
+        if not len(self):
+            return np.zeros(0, np.int32), []
+        column = self.table[name].combine_chunks()
+        return column.indices.fill_null(-1).to_numpy(), column.dictionary.to_pylist()
+
+    def with_columns(self, **columns: Sequence) -> Clips:
+        """The same clips with other values, by field."""
+        table = self.table
+        for name, values in columns.items():
+            at = table.schema.get_field_index(name)
+            table = table.set_column(at, name, _array(values, _COLUMNS.field(name).type))
+        return Clips(table)
+
+    def where(self, chosen: np.ndarray) -> Clips:
+        """Those whose entry of `chosen`, bool `[N]`, is true."""
+        return Clips(self.table.filter(pyarrow.array(chosen, pyarrow.bool_())))
+
+
+_NAMES = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+# Fields as they are held; `folder` and `name` are the path's bytes, `phones` JSON.
+_COLUMNS = pyarrow.schema(
+    {
+        "folder": pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
+        "name": pyarrow.large_binary(),
+        "duration": pyarrow.float64(),
+        "sample_rate": pyarrow.int32(),
+        "language": _NAMES,
+        "speaker": _NAMES,
+        "text": pyarrow.large_string(),
+        "emotion": _NAMES,
+        "augmented": pyarrow.bool_(),
+        "license": _NAMES,
+        "commercial_ok": pyarrow.bool_(),
+        "split": _NAMES,
+        "phones": pyarrow.large_string(),
+    }
+)
+_DEFAULTS = {"augmented": False, "license": "", "commercial_ok": False, "split": "train"}
+
+
+def _clip_of_row(row: dict) -> Clip:
+    path = Path(os.fsdecode(os.path.join(row.pop("folder"), row.pop("name"))))
+    row["phones"] = row["phones"] and json.loads(row["phones"])
+    return Clip(path, **row)
+
+
+def _table(rows: list[dict], folder: str | Path) -> pyarrow.Table:
+    """Columns of checked rows, whose paths are relative to `folder`."""
+    columns = {name: [row.get(name) for row in rows] for name in _FIELDS}
+    split = [os.path.split(path) for path in map(os.fsencode, columns.pop("path"))]
+    below = {end: os.path.normpath(os.path.join(os.fsencode(folder), end)) for end, _ in split}
+    # No whole number is too large for a double then; NaN stays.
+    columns["duration"] = [min(max(seconds, -1.0), 1e12) for seconds in columns["duration"]]
+    columns["folder"] = [below[end] if folder else end for end, _ in split]
+    columns["name"] = [name for _, name in split]
+    low, high = _RATES_HZ
+    rates = columns["sample_rate"]
+    columns["sample_rate"] = [round(rate) if low <= rate <= high else 0 for rate in rates]
+    phones = columns["phones"]
+    columns["phones"] = [None if one is None else json.dumps(one) for one in phones]
+    for name, value in _DEFAULTS.items():
+        columns[name] = [value if found is None else found for found in columns[name]]
+    return pyarrow.table(
+        {field.name: _array(columns[field.name], field.type) for field in _COLUMNS}
+    )
+
+
+def _array(values: list, kind: pyarrow.DataType) -> pyarrow.Array:
+    if pyarrow.types.is_dictionary(kind):
+        encoded = pyarrow.array(values, kind.value_type).dictionary_encode()
+        return encoded.cast(kind)
+    return pyarrow.array(values, kind)
+
+
+def read_manifest(path: str | Path) -> Clips:
+    """Clips of a manifest, paths made absolute. Raises UserError on a missing or bad file.
+
+    A duration or sample rate that is no possible one is left as it is or 0: `load_clips` measures.
+    """
     path = Path(os.path.abspath(path))
+    tables, number = [_COLUMNS.empty_table()], 1
     try:
-        return [_clip_of_fields(row, path, number) for number, row in json_lines(path)]
+        with open(path, "rb") as file:
+            while lines := file.readlines(_BLOCK_BYTES):
+                tables.append(_table(_rows(lines, path, number), path.parent))
+                number += len(lines)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a manifest ({error.strerror})") from error
+    return Clips(pyarrow.concat_tables(tables))
 
 
-def _clip_of_fields(row: dict, manifest: Path, number: int) -> Clip:
-    check_fields(row, _FIELDS, f"{manifest}, line {number}")
-    fields = {key: row[key] for key in Clip.__dataclass_fields__ if row.get(key) is not None}
-    fields["path"] = manifest.parent / fields["path"]
-    return Clip(**fields)
+def _rows(lines: list[bytes], path: Path, number: int) -> list[dict]:
+    """The checked objects of a block of lines that begins with line `number`.
+
+    All at once is a third of the time of one by one, which is for the line at fault.
+    """
+    filled = [line for line in lines if not line.isspace()]
+    try:
+        text = b",".join(filled).decode("utf-8-sig" if number == 1 else "utf-8")
+        rows = json.loads(f"[{text}]")
+        right = len(rows) == len(filled) and _quickly_checked(rows)
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        right = False
+    if right:
+        return rows
+    rows = []
+    for at, line in enumerate(lines, start=number):
+        if not line.isspace():
+            row = json_line(line, f"{path}, line {at}", first=at == 1)
+            check_fields(row, _FIELDS, f"{path}, line {at}")
+            rows.append(row)
+    return rows
+
+
+def _quickly_checked(rows: list[dict]) -> bool:
+    """Whether `check_fields` would pass all rows; may be False where it would, never the reverse.
+
+    Raises TypeError, ValueError or AttributeError on what is no row.
+    """
+    for name, kind in _FIELDS.items():
+        values = [row.get(name) for row in rows]
+        if isinstance(kind, tuple):
+            right = set(values) <= set(kind)
+        elif kind == "list of span?":
+            right = not any(value is not None for value in values)
+        else:
+            right = set(map(type, values)) <= _QUICK[kind]
+        if right and kind in ("path", "text?"):
+            joined = "/".join(filter(None, values))
+            joined.encode()  # raises ValueError
+            right = kind != "path" or (all(values) and "\0" not in joined)
+        if not right:
+            return False
+    return True
 
 
 def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
@@ -246,7 +454,7 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(os.path.abspath(path.parent))
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_name(path)
     try:
         with open(part, "w", encoding="utf-8") as file:
             for clip in clips:
@@ -272,22 +480,84 @@ def _fields_to_write(clip: Clip, folder: Path) -> dict:
 
 def split_for(key: str, validation: float = 0.05, test: float = 0.05) -> str:
     """The split of a speaker or recording, by a hash of its name: stable as a corpus grows."""
-    point = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    point = _point(key)
     if point < validation:
         return "validation"
     return "test" if point < validation + test else "train"
+
+
+def _point(key: str) -> float:
+    """A place in [0, 1) by a hash."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], "big") / 2**64
 
 
 def scan_folder(path: str | Path, language: str | None = None) -> tuple[list[Clip], list[Path]]:
     """(clips, unreadable files) of a folder of audio without manifest, sub-folders included.
 
     The language is the nearest folder name that is one, else "other"; speakers are read from
-    LibriSpeech-like names (`speaker-chapter-number`), else unknown. Splits keep a speaker
-    together, or a recording where the speaker is unknown. Raises UserError on a missing folder.
+    LibriSpeech's names (`speaker-chapter-number`), else unknown. Splits keep a speaker together,
+    or a recording where the speaker is unknown; a language has always training clips. Raises
+    UserError on a missing folder.
     """
-    root = _existing_folder(path)
-    files = [file for folder, names in _walk(root) for file in _audio_files(folder, names)]
-    return _scan_files(files, root, language)
+    root, found = _existing_folder(path), _Found()
+    files = [file for folder, names in _walk([root]) for file in found.audio_files(folder, names)]
+    clips = _scan_files(files, root, language or _language_in(Path(os.path.abspath(path))), found)
+    return clips, found.bad
+
+
+@dataclass
+class _Found:
+    """What a look through folders met besides clips."""
+
+    bad: list[Path] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    passed_over: Counter = field(default_factory=Counter)  # by suffix
+    measured: int = 0
+    disagreeing: int = 0
+
+    def audio_files(self, folder: Path, names: list[str]) -> list[Path]:
+        """The files to read; those of other suffixes that stand for audio are counted."""
+        files = []
+        for name in names:
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in AUDIO_SUFFIXES:
+                files.append(folder / name)
+            elif suffix in _PASSED_OVER:
+                self.passed_over[suffix] += 1
+        return files
+
+    def probe_all(self, files: Iterable[Path]) -> list[tuple[float, int] | None]:
+        """`probe` of each; None for the bad, which are kept with the reason."""
+        files = list(files)
+        with ThreadPoolExecutor(4 * default_workers(8)) as pool:
+            probed = list(pool.map(_probe_or_reason, files))
+        for file, found in zip(files, probed, strict=True):
+            if isinstance(found, str):
+                self.bad.append(file)
+                self.reasons.append(found)
+        return [None if isinstance(found, str) else found for found in probed]
+
+    def report(self, log: str | Path | None) -> None:
+        """What the user should know, on stderr; the unreadable files are listed in `log`."""
+        if self.bad:
+            listed = f"first: {self.reasons[0]}"
+            if log is not None:
+                Path(log).parent.mkdir(parents=True, exist_ok=True)
+                lines = "".join(f"{path}\n" for path in self.bad)
+                Path(log).write_bytes(os.fsencode(lines))
+                listed = f"listed in {log}; {listed}"
+            _warn(f"{len(self.bad)} unreadable audio files skipped, {listed}")
+        for suffix, count in sorted(self.passed_over.items()):
+            _warn(f"{count} files of {suffix} passed over: convert them to be trained on")
+        if self.measured:
+            _warn(f"{self.measured} clips whose manifest has no possible duration were measured")
+        if self.disagreeing:
+            _warn(f"{self.disagreeing} files are held out by one manifest and not by another: kept "
+                  f"out of training")  # fmt: skip
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _existing_folder(path: str | Path) -> Path:
@@ -296,55 +566,83 @@ def _existing_folder(path: str | Path) -> Path:
     return Path(path).resolve()
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield Path(folder), sorted(names)
+def _walk(roots: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
+    """(folder, sorted names of its files), each folder once, whatever links lead to it.
+
+    Links are followed last, so that a folder goes by its own name where it has one.
+    """
+    seen: set[tuple[int, int]] = set()
+    waiting, links = [*reversed(roots)], []
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.pop(0)
+        about = os.stat(folder)
+        if (about.st_dev, about.st_ino) in seen:
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        with os.scandir(folder) as entries:
+            entries = sorted(entries, key=lambda entry: entry.name)
+        entries = [entry for entry in entries if not entry.name.startswith(".")]
+        # What is neither file nor folder, a pipe say, would be waited for; a broken link is named.
+        names = [e.name for e in entries if e.is_file() or (e.is_symlink() and not e.is_dir())]
+        yield folder, names
         # A folder with a manifest speaks for everything below it.
-        if MANIFEST in names:
-            subfolders.clear()
-
-
-def _audio_files(folder: Path, names: list[str]) -> list[Path]:
-    return [
-        folder / name
-        for name in names
-        if name.lower().endswith(AUDIO_SUFFIXES) and not name.startswith(".")
-    ]
+        if MANIFEST not in names:
+            below = [entry for entry in entries if entry.is_dir()]
+            waiting += [Path(e.path) for e in reversed(below) if not e.is_symlink()]
+            links += [Path(e.path) for e in below if e.is_symlink()]
 
 
 def _scan_files(
-    files: list[Path], root: Path, language: str | None
-) -> tuple[list[Clip], list[Path]]:
-    with ThreadPoolExecutor(min(16, (os.cpu_count() or 1) * 4)) as pool:
-        probed = list(pool.map(_probe_or_none, files))
-    clips, bad = [], []
-    for file, found in zip(files, probed, strict=True):
-        if found is None:
-            bad.append(file)
+    files: list[Path], root: Path, language: str | None, found: _Found
+) -> list[Clip]:
+    clips, keys = [], []
+    for file, probed in zip(files, found.probe_all(files), strict=True):
+        if probed is None:
             continue
         speaker = _speaker_from_name(file)
-        key = speaker or file.relative_to(root).as_posix()
-        spoken = language or _language_from_path(file)
-        clips.append(Clip(file, *found, language=spoken, speaker=speaker, split=split_for(key)))
-    return clips, bad
+        keys.append(speaker or file.relative_to(root).as_posix())
+        spoken = _language_in(file.relative_to(root).parent) or language or _language_in(root)
+        split = split_for(keys[-1])
+        clips.append(
+            Clip(file, *probed, language=spoken or "other", speaker=speaker, split=split)
+        )
+    for spoken in {clip.language for clip in clips}:
+        own = [i for i, clip in enumerate(clips) if clip.language == spoken]
+        if all(clips[i].split != "train" for i in own):
+            kept = max((keys[i] for i in own), key=_point)  # the nearest to being drawn for it
+            for i in own:
+                if keys[i] == kept:
+                    clips[i] = replace(clips[i], split="train")
+    return clips
 
 
-def _probe_or_none(path: Path) -> tuple[float, int] | None:
+def _probe_or_reason(path: Path) -> tuple[float, int] | str:
     try:
         return probe(path)
-    except AudioError:
-        return None
+    except AudioError as error:
+        return str(error)
 
 
-def _language_from_path(path: Path) -> str:
-    named = [part.lower() for part in path.parent.parts if part.lower() in LANGUAGES]
-    return named[-1] if named else "other"
+def _language_in(path: Path) -> str | None:
+    named = [part.lower() for part in path.parts if part.lower() in LANGUAGES]
+    return named[-1] if named else None
 
 
 def _speaker_from_name(path: Path) -> str | None:
-    match = re.match(r"(\d+)[-_]\d+[-_]\d+", path.name)
-    return match.group(1) if match else None
+    """LibriSpeech's `speaker-chapter-0001` and LibriTTS' `speaker_chapter_000001_000001`.
+
+    Sure only with the speaker's folder above, or with numbers as long as theirs; never what may
+    be a date: all recordings of a year would count as one voice.
+    """
+    match = re.fullmatch(r"(\d{1,5})([-_])(\d+)\2(\d+)(_\d+)?", path.stem)
+    if match is None:
+        return None
+    speaker, chapter, number = match.group(1, 3, 4)
+    if any(re.fullmatch(r"(19|20)\d\d", part) for part in (speaker, number)):
+        return None
+    above = speaker in (path.parent.name, path.parent.parent.name)
+    alike = re.fullmatch(r"[1-9]\d{2,5}", chapter) and len(number) in (4, 6)
+    return speaker if above or alike else None
 
 
 def load_clips(
@@ -352,72 +650,163 @@ def load_clips(
     split: str,
     commercial_only: bool = False,
     unreadable_log: str | Path | None = None,
-) -> list[Clip]:
+) -> Clips:
     """The clips of one split below `data_dirs`: from manifests, and by scanning what has none.
 
-    Unreadable scanned files are counted on stderr and listed in `unreadable_log`. Returns an
-    empty list for a validation or test split that holds nothing; raises UserError on a missing
-    folder, an empty manifest, folders without audio, and an empty train split.
+    A file counts once: as a manifest lists it, rather than as a scan finds it; held out where any
+    manifest holds it out, commercial where all say so. What could not be read or measured is
+    counted on stderr and listed in `unreadable_log`. Returns an empty list for a validation or
+    test split that holds nothing; raises UserError on a missing folder, an empty manifest, folders
+    without audio, and an empty train split.
     """
-    if split not in SPLITS:
-        raise UserError(f"split '{split}' is not one of {', '.join(SPLITS)}")
-    clips, bad = _load_all(data_dirs)
-    _report_unreadable(bad, unreadable_log)
+    return load_splits(data_dirs, [split], commercial_only, unreadable_log)[0]
+
+
+def load_splits(
+    data_dirs: Sequence[str | Path],
+    splits: Sequence[str],
+    commercial_only: bool = False,
+    unreadable_log: str | Path | None = None,
+) -> list[Clips]:
+    """`load_clips` of several splits for the time of one."""
+    for split in splits:
+        if split not in SPLITS:
+            raise UserError(f"split '{split}' is not one of {', '.join(SPLITS)}")
+    found = _Found()
+    clips = _load_all(data_dirs, found)
+    found.report(unreadable_log)
     where = " ".join(str(folder) for folder in data_dirs)
-    if not clips:
+    if not len(clips):
         raise UserError(f"{where}: no readable audio there; run download_data.py or check the path")
     if commercial_only:
-        clips = [clip for clip in clips if clip.commercial_ok]
-        if not clips:
+        clips = clips.where(clips.column("commercial_ok"))
+        if not len(clips):
             raise UserError(f"{where}: nothing left under --commercial_only; add other corpora")
-    chosen = [clip for clip in clips if clip.split == split]
-    if not chosen and split == "train":
-        raise UserError(f"{where}: {len(clips)} clips, none in the train split; add recordings")
+    at, names = clips.codes("split")
+    chosen = [clips.where(at == names.index(s) if s in names else at < 0) for s in splits]
+    for split, own in zip(splits, chosen, strict=True):
+        if not len(own) and split == "train":
+            raise UserError(
+                f"{where}: {len(clips)} clips, none in the train split; add recordings"
+            )
     return chosen
 
 
-def _load_all(data_dirs: Sequence[str | Path]) -> tuple[list[Clip], list[Path]]:
-    clips: dict[Path, Clip] = {}
-    bad: list[Path] = []
-    for data_dir in data_dirs:
-        root = _existing_folder(data_dir)
-        loose: list[Path] = []
-        for folder, names in _walk(root):
-            if MANIFEST not in names:
-                loose += _audio_files(folder, names)
-                continue
-            listed = read_manifest(folder / MANIFEST)
-            if not listed:
-                raise UserError(f"{folder / MANIFEST}: an empty manifest; fetch the corpus again")
-            clips.update((clip.path, clip) for clip in listed)
-        scanned, unreadable = _scan_files(loose, root, None)
-        clips.update((clip.path, clip) for clip in scanned)
-        bad += unreadable
-    return list(clips.values()), bad
+def _load_all(data_dirs: Sequence[str | Path], found: _Found) -> Clips:
+    roots = [_existing_folder(data_dir) for data_dir in data_dirs]
+    tables = [_COLUMNS.empty_table()]
+    loose: dict[Path, list[Path]] = {}
+    for folder, names in _walk(roots):
+        if MANIFEST not in names:
+            loose[folder] = found.audio_files(folder, names)
+            continue
+        listed = read_manifest(folder / MANIFEST)
+        if not len(listed):
+            raise UserError(f"{folder / MANIFEST}: an empty manifest; fetch the corpus again")
+        tables.append(listed.table)
+    clips = _measured(_each_once(Clips(pyarrow.concat_tables(tables)), found), found)
+    _leave_out_listed(loose, clips)
+    scanned: list[Clip] = []
+    for data_dir, root in zip(data_dirs, roots, strict=True):
+        own = [folder for folder in loose if folder.is_relative_to(root)]
+        files = [file for folder in own for file in loose.pop(folder)]
+        language = _language_in(Path(os.path.abspath(data_dir)))
+        scanned += _scan_files(files, root, language, found)
+    return Clips(pyarrow.concat_tables([clips.table, Clips.of(scanned).table]))
 
 
-def _report_unreadable(bad: list[Path], log: str | Path | None) -> None:
-    if not bad:
-        return
-    listed = f"first: {bad[0]}"
-    if log is not None:
-        Path(log).parent.mkdir(parents=True, exist_ok=True)
-        Path(log).write_text("".join(f"{path}\n" for path in bad), encoding="utf-8")
-        listed = f"listed in {log}"
-    print(f"warning: {len(bad)} unreadable audio files skipped, {listed}", file=sys.stderr)
+def _each_once(clips: Clips, found: _Found) -> Clips:
+    """Each file once, by its first line: held out where any line holds it out, and commercial only
+    where all lines say so."""
+    # Folders are few; clips by the million are not asked for one by one on a network volume.
+    at, names = clips.codes("folder")
+    numbers: dict[str, int] = {}
+    real = (os.path.realpath(os.fsdecode(name)) for name in names)
+    same = np.array([numbers.setdefault(name, len(numbers)) for name in real], np.int32)
+    split, splits = clips.codes("split")
+    ranks = np.array([SPLITS.index(name) for name in splits], np.int8)
+    lines = {
+        "folder": same[at],
+        "name": clips.table["name"],
+        "line": np.arange(len(clips)),
+        "split": ranks[split],
+        "free": clips.column("commercial_ok").astype(np.int8),
+    }
+    wanted = [("line", "min"), ("split", "min"), ("split", "max"), ("free", "min")]
+    files = pyarrow.table(lines).group_by(["folder", "name"]).aggregate(wanted)
+    if len(files) == len(clips):
+        return clips
+    files = files.sort_by("line_min")
+    least, most = (files[name].to_numpy() for name in ("split_min", "split_max"))
+    found.disagreeing += int(((least == 0) & (most > 0)).sum())
+    return Clips(clips.table.take(files["line_min"])).with_columns(
+        split=[SPLITS[i] for i in most], commercial_ok=files["free_min"].to_numpy() == 1
+    )
+
+
+def _measured(clips: Clips, found: _Found) -> Clips:
+    """With the length and rate of the file itself where the manifest's cannot be; without those
+    that cannot be measured."""
+    seconds, rates = clips.column("duration").copy(), clips.column("sample_rate").copy()
+    odd = np.flatnonzero(~((seconds >= FRAME_SECONDS) & (seconds <= LONGEST)) | (rates == 0))
+    if not len(odd):
+        return clips
+    kept = np.ones(len(clips), bool)
+    for i, probed in zip(odd, found.probe_all(clips[int(i)].path for i in odd), strict=True):
+        kept[i] = probed is not None
+        seconds[i], rates[i] = probed or (0.0, 0)
+    found.measured += int(kept[odd].sum())
+    return clips.with_columns(duration=seconds, sample_rate=rates).where(kept)
+
+
+def _leave_out_listed(loose: dict[Path, list[Path]], clips: Clips) -> None:
+    """Take out of the files of each folder those that a manifest lists, and links to others."""
+    reals: dict[str, Path] = {}
+    links = []
+    for folder, files in loose.items():
+        real = os.path.realpath(folder)
+        for file in files:
+            if file.is_symlink():
+                links.append(file)
+            else:
+                reals[os.path.join(real, file.name)] = file
+    for file in links:
+        reals.setdefault(os.path.realpath(file), file)
+    if reals:
+        for real in _listed_beside(clips, {os.path.dirname(real) for real in reals}):
+            reals.pop(real, None)
+    kept = set(reals.values())
+    for folder, files in loose.items():
+        loose[folder] = [file for file in files if file in kept]
+
+
+def _listed_beside(clips: Clips, folders: set[str]) -> Iterator[str]:
+    """Real paths of the clips in these folders, and of what links in the clips' folders lead to."""
+    at, names = clips.codes("folder")
+    real = [os.path.realpath(os.fsdecode(name)) for name in names]
+    shared = np.isin(at, [i for i, name in enumerate(real) if name in folders])
+    below = clips.table["name"].filter(pyarrow.array(shared)).to_pylist()
+    for i, name in zip(at[shared], below, strict=True):
+        yield os.path.join(real[i], os.fsdecode(name))
+    for folder in set(real):
+        if os.path.isdir(folder):
+            with os.scandir(folder) as entries:
+                yield from (os.path.realpath(e.path) for e in entries if e.is_symlink())
 
 
 def count_speakers(clips: Iterable[Clip]) -> int:
     """Distinct known speakers; clips of unknown speakers count for nothing."""
-    return len({clip.speaker for clip in clips if clip.speaker is not None})
+    at, _ = Clips.of(clips).codes("speaker")
+    return len(np.unique(at[at >= 0]))
 
 
 def hours_by_language(clips: Iterable[Clip]) -> dict[str, float]:
     """Hours a language, in the order of LANGUAGES, languages without audio left out."""
-    hours = dict.fromkeys(LANGUAGES, 0.0)
-    for clip in clips:
-        hours[clip.language] += clip.duration / 3600
-    return {language: total for language, total in hours.items() if total > 0}
+    clips = Clips.of(clips)
+    at, names = clips.codes("language")
+    hours = np.bincount(at, clips.column("duration"), len(names)) / 3600
+    found = dict(zip(names, hours.tolist(), strict=True))
+    return {language: found[language] for language in LANGUAGES if found.get(language, 0) > 0}
 
 
 # --------------------------------------------------------------------------------- augmentation
@@ -543,11 +932,11 @@ class WindowDataset(torch.utils.data.Dataset):
         phone_ids: dict[str, int] | None = None,
         unreadable_log: str | Path | None = None,
     ) -> None:
-        if not clips:
+        if not len(clips):
             raise UserError("no clips to draw windows from; check --data_dirs")
         if window_seconds <= 0 or epoch_items < 1 or language_temperature <= 0:
             raise UserError("the window, the epoch and the temperature must be above zero")
-        self.clips = list(clips)
+        self.clips = Clips.of(clips)
         self.samples = round(window_seconds * SAMPLE_RATE)
         self.seed = seed
         self.epoch_items = epoch_items
@@ -630,13 +1019,15 @@ class WindowDataset(torch.utils.data.Dataset):
 
 
 def _language_groups(
-    clips: list[Clip], temperature: float
+    clips: Clips, temperature: float
 ) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
     """(upper ends of the languages' shares of [0, 1], per language (clip indices, running s))."""
     weights, groups = [], []
-    for language in LANGUAGES:
-        members = np.array([i for i, clip in enumerate(clips) if clip.language == language])
-        seconds = np.cumsum([clips[i].duration for i in members], dtype=np.float64)
+    at, names = clips.codes("language")
+    durations = clips.column("duration")
+    for language in filter(names.__contains__, LANGUAGES):
+        members = np.flatnonzero(at == names.index(language))
+        seconds = np.cumsum(durations[members])
         if len(members) and seconds[-1] > 0:
             weights.append(seconds[-1] ** (1 / temperature))
             groups.append((members, seconds))
