@@ -317,6 +317,13 @@ class Clips(Sequence[Clip]):
         column = self.table[name].combine_chunks()
         return column.indices.fill_null(-1).to_numpy(), column.dictionary.to_pylist()
 
+    def hours(self, known: str | None = None) -> float:
+        """Hours of all clips, or of those whose field `known` is known."""
+        seconds = self.column("duration")
+        if known is not None:
+            seconds = seconds[self.table[known].is_valid().to_numpy()]
+        return float(seconds.sum()) / 3600
+
     def with_columns(self, **columns: Sequence) -> Clips:
         """The same clips with other values, by field."""
         table = self.table

@@ -92,11 +92,11 @@ from codec import (
 from command import ArgumentParser, UserError, number, run, share, whole
 from data import (
     SAMPLE_RATE,
-    Clip,
+    Clips,
     WindowDataset,
     count_speakers,
     hours_by_language,
-    load_clips,
+    load_splits,
     training_batches,
 )
 from speech import PHONES
@@ -404,7 +404,7 @@ def validate(
     }
 
 
-def validation_batches(clips: list[Clip], args, phone_ids: dict[str, int]) -> list[dict]:
+def validation_batches(clips: Clips, args, phone_ids: dict[str, int]) -> list[dict]:
     """The same 48 windows of held-out speakers every time; none where nobody is held out."""
     if not clips:
         print("warning: no clips in the validation split: nothing tells when to stop")
@@ -440,7 +440,7 @@ def describe(
     args,
     model: Codec,
     teacher: teachers.Teacher | None,
-    clips: list[Clip],
+    clips: Clips,
     total: float,
     steps: int,
 ) -> None:
@@ -450,7 +450,6 @@ def describe(
     codes = counts.pop("codebooks")
     parts = ", ".join(f"{name} {count:.1f}" for name, count in counts.items())
     hours = ", ".join(f"{name} {h:.1f} h" for name, h in hours_by_language(clips).items())
-    labelled = sum(c.duration for c in clips if c.phones) / 3600
     taught = f"{teacher.source} ({teacher.name}), " if teacher else ""
     price = ""
     if next(model.parameters()).is_cuda:
@@ -461,7 +460,7 @@ def describe(
         f"preset {args.preset}: codec {sum(counts.values()):.1f}M parameters ({parts}), "
         f"{config.num_codebooks} codebooks ({codes:.1f}), device "
         f"{next(model.parameters()).device}\n"
-        f"teacher: {taught}phone labels, {labelled:.1f} h\n"
+        f"teacher: {taught}phone labels, {clips.hours('phones'):.1f} h\n"
         f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}\n"
         f"an epoch is {epoch_hours:.1f} h of audio; {args.num_epochs} epochs = {steps} steps = "
         f"{training.format_hours(total)}{price} at {rate:.0f} audio seconds a second "
@@ -514,9 +513,10 @@ def main() -> None:
     # Data: windows drawn at random from the training speakers.
     phone_ids = {phone: i for i, phone in enumerate(PHONES)}
     unreadable = Path(args.checkpoint_dir) / "unreadable.txt"
-    clips = load_clips(args.data_dirs, "train", args.commercial_only, unreadable)
-    held_out = load_clips(args.data_dirs, "validation", args.commercial_only, unreadable)
-    hours = args.epoch_hours or min(60.0, sum(clip.duration for clip in clips) / 3600)
+    clips, held_out = load_splits(
+        args.data_dirs, ("train", "validation"), args.commercial_only, unreadable
+    )
+    hours = args.epoch_hours or min(60.0, clips.hours())
     steps_per_epoch = max(1, round(hours * 3600 / args.window_seconds / args.batch_size))
     dataset = WindowDataset(
         clips,
