@@ -17,7 +17,10 @@ held-out wordings in test voices. The agent has one voice a language, in every s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -25,10 +28,11 @@ import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +43,21 @@ from tqdm import tqdm
 
 import speech
 from codec import Codec
-from command import UserError, run
+from command import (
+    ArgumentParser,
+    UserError,
+    check_fields,
+    default_workers,
+    first_line,
+    json_lines,
+    number,
+    only_one,
+    part_name,
+    run,
+    whole,
+    writable_folder,
+    write_text,
+)
 from data import (
     EMOTIONS,
     HOP,
@@ -53,6 +71,7 @@ from data import (
     write_audio,
     write_manifest,
 )
+from training import setup_distributed
 
 SPOKEN = tuple(language for language in LANGUAGES if language != "other")
 INFO_FILE = "samvad.json"
@@ -60,6 +79,11 @@ CODEBOOKS = 8  # what the LM reads and writes
 PART_SECONDS = 300.0
 PART_CONVERSATIONS = 16
 CLIP_PART_SECONDS = 120.0
+# Every file of a dataset is opened, and mapped into memory, whenever it is loaded.
+FILE_PARTS = 32  # parts of scripted conversations in a file
+FILE_RECORDINGS = 256
+FILE_SECONDS = 600.0  # of work, after which the recordings that are done get a file of their own
+BATCH_SECONDS = 3600.0  # of recordings that a GPU encodes at a time
 AGENT_SHARE = 1 / 3  # of the seconds of clips
 VALIDATION_SHARE = 0.06  # of the user clips
 # How often each engine is drawn: by how natural it sounds and how unlike the others, not by the
@@ -80,6 +104,7 @@ MAX_PITCH_RANGE = {"agent": 1.4, "user": 1.1}
 LEAD_IN = (0.2, 1.5)
 ANSWER_GAP = (0.08, 0.24)
 AGENT_TICK = 0.04  # seconds: a patch of train_s2s.py
+TURN_SLACK = 0.5  # seconds by which a written turn may pass the end of its recording
 EXCHANGE_GAP = (0.3, 1.5)
 LONG_GAP = (3.0, 8.0)
 OVERLAP = (0.05, 0.2)  # the user starts on the agent's last syllable
@@ -152,50 +177,58 @@ def load_scripts(path: str | Path) -> list[Exchange]:
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: no scripts (*.jsonl) there; check --scripts")
-    return [exchange for file in files for exchange in _read_script(file)]
+    found: dict[tuple, Exchange] = {}
+    for file in files:
+        for exchange in _read_script(file):
+            key = (exchange.language, exchange.id, exchange.held_out)
+            if key in found:
+                raise UserError(f"{file}: the id {exchange.id!r} is there twice")
+            found[key] = exchange
+    return list(found.values())
+
+
+_EXCHANGE_FIELDS = {
+    "id": "text",
+    "language": SPOKEN,
+    "intent": "text",
+    "turns": "list of object",
+    "held_out": "flag?",
+}
+_LINE_FIELDS = {
+    "who": ("user", "agent"),
+    "text": "text?",
+    "texts": "list of text?",
+    "emotion": (*EMOTIONS, None),
+}
 
 
 def _read_script(path: Path) -> Iterator[Exchange]:
-    for number, fields in _json_lines(path):
-        try:
-            lines = tuple(
-                Line(
-                    turn["who"],
-                    tuple(turn["texts"]) if "texts" in turn else (turn["text"],),
-                    turn.get("emotion", "neutral"),
-                )
-                for turn in fields["turns"]
-            )
-            held_out = bool(fields.get("held_out", False))
-            name = fields["id"].removesuffix("-h") if held_out else fields["id"]
-            exchange = Exchange(name, fields["language"], fields["intent"], lines, held_out)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: not a dialogue script ({error})") from error
+    for count, fields in json_lines(path):
+        where = f"{path}, line {count}"
+        check_fields(fields, _EXCHANGE_FIELDS, where)
+        lines = tuple(
+            _script_line(turn, f"{where}: turn {i}") for i, turn in enumerate(fields["turns"], 1)
+        )
         whos = [line.who for line in lines]
         if not whos or whos != ["user", "agent"] * (len(whos) // 2):
-            raise UserError(f"{path}, line {number}: turns must go user, agent, user, agent…")
-        if any(not line.texts or line.emotion not in EMOTIONS for line in lines):
-            raise UserError(f"{path}, line {number}: a turn without text or of unknown emotion")
-        if exchange.language not in SPOKEN:
-            raise UserError(f"{path}, line {number}: no language {exchange.language!r}")
-        yield exchange
+            raise UserError(f"{where}: turns must go user, agent, user, agent…")
+        held_out = bool(fields.get("held_out"))
+        name = fields["id"].removesuffix("-h") if held_out else fields["id"]
+        yield Exchange(name, fields["language"], fields["intent"], lines, held_out)
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(fields, dict):
-            raise UserError(f"{path}, line {number}: must be a JSON object")
-        yield number, fields
+def _script_line(turn: dict, where: str) -> Line:
+    check_fields(turn, _LINE_FIELDS, where)
+    texts = turn.get("texts")
+    if texts is None:
+        check_fields(turn, {"text": "text"}, where)
+        texts = [turn["text"]]
+    for text in texts:
+        if not any(c.isalnum() for c in speech.clean_text(text)):
+            raise UserError(f"{where}: {text!r} has nothing to say")
+    if not texts:
+        raise UserError(f"{where}: texts is empty")
+    return Line(turn["who"], tuple(texts), turn.get("emotion") or "neutral")
 
 
 def choose_exchanges(
@@ -291,10 +324,10 @@ def _decode_batch(batch: dict) -> dict:
     return out
 
 
-def _write_part(path: Path, rows: Iterable[dict]) -> None:
+def _write_arrow(path: Path, rows: Iterable[dict]) -> None:
     from datasets.arrow_writer import ArrowWriter
 
-    part = _part_name(path)
+    part = part_name(path)
     with ArrowWriter(path=str(part), features=_features()) as writer:
         for row in rows:
             writer.write({**row, "turns": [_turn_to_disk(turn) for turn in row["turns"]]})
@@ -302,15 +335,34 @@ def _write_part(path: Path, rows: Iterable[dict]) -> None:
     _publish(part, path)
 
 
-def _finish_dataset(folder: Path, parts: Sequence[str], info: dict) -> None:
+def _join_arrow(path: Path, files: Sequence[Path]) -> None:
+    """One Arrow file of the rows of several, which are removed."""
+    import pyarrow
+
+    part = part_name(path)
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for file in files:
+            with pyarrow.ipc.open_stream(str(file)) as reader:
+                if writer is None:
+                    sink = stack.enter_context(pyarrow.OSFile(str(part), "wb"))
+                    writer = stack.enter_context(pyarrow.ipc.new_stream(sink, reader.schema))
+                for batch in reader:
+                    writer.write_batch(batch)
+    _publish(part, path)
+    for file in files:
+        file.unlink()
+
+
+def _finish_dataset(folder: Path, files: Sequence[str], info: dict) -> None:
     """Writes what makes a folder of Arrow files a `datasets` folder; `state.json` comes last."""
     from datasets import DatasetInfo
 
     DatasetInfo(features=_features()).write_to_directory(str(folder))
     _write_json(folder / INFO_FILE, info)
     state = {
-        "_data_files": [{"filename": name} for name in parts],
-        "_fingerprint": f"{info['codec_fingerprint'][:16]}{len(parts):05d}",
+        "_data_files": [{"filename": name} for name in files],
+        "_fingerprint": _digest(info["codec_fingerprint"], *files),
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,
@@ -329,7 +381,7 @@ def save_code_dataset(path: str | Path, rows: Iterable[dict], info: dict) -> Non
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_part(folder / "data-00000.arrow", rows)
+    _write_arrow(folder / "data-00000.arrow", rows)
     _finish_dataset(folder, ["data-00000.arrow"], info)
 
 
@@ -352,8 +404,9 @@ def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
         made_by = info["codec_fingerprint"]
         dataset = load_from_disk(str(folder))
     except Exception as error:  # Arrow and JSON each raise their own kinds on damaged files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: damaged code dataset ({reason}); make it anew") from error
+        raise UserError(
+            f"{folder}: damaged code dataset ({first_line(error)}); make it anew"
+        ) from error
     if codec_fingerprint is not None and made_by != codec_fingerprint:
         raise UserError(
             f"{folder}: codes of another codec: dataset {made_by[:16]}…, "
@@ -365,10 +418,6 @@ def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
 # ---------------------------------------------------------------------------------- small things
 
 
-def _part_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
-
-
 def _publish(part: Path, path: Path) -> None:
     with open(part, "rb") as file:
         os.fsync(file.fileno())
@@ -376,9 +425,11 @@ def _publish(part: Path, path: Path) -> None:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    part = _part_name(path)
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    _publish(part, path)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def _digest(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).hexdigest()[:20]
 
 
 def _uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
@@ -868,12 +919,26 @@ def encode_channels(
     return codes
 
 
+def encode_rows(rows: Sequence[dict], codec: Codec, device: str = "cpu") -> list[dict]:
+    """Rows of a code dataset from those whose `agent` and `user` are audio `[T]`."""
+    channels = [row[who] for row in rows for who in ("agent", "user")]
+    codes = encode_channels(codec, channels, 16 if device == "cpu" else 64, device)
+    return [
+        {name: value for name, value in row.items() if name not in ("agent", "user")}
+        | {"agent_codes": codes[2 * i], "user_codes": codes[2 * i + 1]}
+        for i, row in enumerate(rows)
+    ]
+
+
 # ---------------------------------------------------------------------------------- work
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides the bytes that are made, and where they go."""
+    """What decides the bytes that are made, and where they go.
+
+    On a CPU every worker encodes what it makes; a GPU has one process that encodes for all.
+    """
 
     output_dir: str
     scripts: str
@@ -894,20 +959,35 @@ class Part:
     seconds: float | None = None
     count: int | None = None
     save_audio: int = 0
+    cut_short: bool = False  # the last one, of fewer conversations than a part holds
 
     @property
     def name(self) -> str:
         return f"{self.language}-{self.index:05d}"
 
+    @property
+    def file(self) -> str:
+        """Its Arrow file, until parts are joined."""
+        return f"{self.name}-of-{self.count}.arrow" if self.cut_short else f"{self.name}.arrow"
+
+    @property
+    def joined_file(self) -> str:
+        first = self.index // FILE_PARTS * FILE_PARTS
+        return f"{self.language}-{first:05d}-{first + FILE_PARTS - 1:05d}.arrow"
+
 
 @dataclass(frozen=True)
 class Made:
-    """What came of a part; `dropped` says why something was left out."""
+    """What came of a part; `dropped` says why something was left out.
 
-    part: Part
+    `rows` are still to be written: of codes, or of audio that is to be encoded (`encode_rows`).
+    """
+
+    part: object
     seconds: float
     count: int
     dropped: tuple[str, ...] = ()
+    rows: tuple[dict, ...] = ()
 
 
 def _within_range(request: speech.Request) -> speech.Request:
@@ -942,8 +1022,25 @@ class Studio:
         self.options = options
         self.synthesizer = speech.Synthesizer()
         self.exchanges = load_scripts(options.scripts)
-        self.codec = Codec.from_checkpoint(options.codec, options.device) if options.codec else None
+        self.codec = None
+        if options.codec and options.device == "cpu":
+            self.codec = Codec.from_checkpoint(options.codec)
         self._replies: dict[tuple[str, str, str], Take | None] = {}
+        self._faults: list[str] = []
+
+    def finished(self, rows: Sequence[dict]) -> tuple[dict, ...]:
+        """Rows as codes where this process encodes, else as they are."""
+        return tuple(encode_rows(rows, self.codec) if self.codec and rows else rows)
+
+    def fault(self, plan: Plan, takes: Sequence[Take | None]) -> str | None:
+        """Why a conversation cannot be made; None where all of it was said."""
+        for turn, take in zip(plan.turns, takes, strict=True):
+            if take is None:
+                voice = turn.request.voice.id
+                why = (f for f in reversed(self._faults) if f.startswith(f"{voice}: "))
+                reason = next(why, f"{voice}: nothing is heard")
+                return f"{reason} (line {turn.request.text!r})"
+        return None
 
     def rng(self, part: Part, *numbers: int) -> np.random.Generator:
         where = (SPLITS.index(self.options.split), LANGUAGES.index(part.language), part.index)
@@ -985,7 +1082,7 @@ class Studio:
                 size = min(size, max(1, round((part.seconds - seconds) / 18)))
             numbers = range(number, number + int(size))
             plans = [plan_conversation(exchanges, users, agent, self.rng(part, n)) for n in numbers]
-            takes = iter(self.takes([t.request for p in plans for t in p.turns], dropped))
+            takes = iter(self.takes([t.request for p in plans for t in p.turns], self._faults))
             mine = [[next(takes) for _ in plan.turns] for plan in plans]
             others = [
                 take.audio
@@ -994,9 +1091,11 @@ class Studio:
                 if turn.who == "user" and take is not None
             ]
             for n, plan, row in zip(numbers, plans, mine, strict=True):
-                if any(take is None for take in row):
-                    continue
                 name = f"{o.split}-{part.name}-{n:03d}"
+                fault = self.fault(plan, row)
+                if fault is not None:
+                    dropped.append(f"{name}: {fault}")
+                    continue
                 conversation = mix(name, part.language, plan, row, others)
                 seconds += len(conversation.agent) / SAMPLE_RATE
                 yield conversation
@@ -1021,29 +1120,25 @@ def user_voices(language: str, split: str) -> list[speech.Voice]:
 
 
 def make_conversation_part(options: Options, part: Part) -> Made:
-    """Makes, encodes and writes one Arrow file of the dataset."""
+    """Makes the conversations of one Arrow file, and keeps the audio of some."""
     studio, dropped = _studio(options), []
-    folder = Path(options.output_dir)
     made = list(studio.conversations(part, dropped))
     if part.save_audio:
-        _save_audio(folder, part, made[: part.save_audio])
-    channels = [channel for c in made for channel in (c.agent, c.user)]
-    codes = encode_channels(studio.codec, channels, device=options.device)
-    rows = (
+        _save_audio(Path(options.output_dir), part, made[: part.save_audio])
+    rows = [
         {
             "id": c.id,
             "language": c.language,
             "source": "scripts",
             "split": options.split,
-            "agent_codes": codes[2 * i],
-            "user_codes": codes[2 * i + 1],
+            "agent": c.agent,
+            "user": c.user,
             "turns": c.turns,
         }
-        for i, c in enumerate(made)
-    )
-    _write_part(folder / f"{part.name}.arrow", rows)
+        for c in made
+    ]
     seconds = sum(len(c.agent) for c in made) / SAMPLE_RATE
-    return Made(part, seconds, len(made), tuple(dropped))
+    return Made(part, seconds, len(made), tuple(dropped), studio.finished(rows))
 
 
 def _save_audio(folder: Path, part: Part, conversations: Sequence[Conversation]) -> None:
@@ -1055,9 +1150,7 @@ def _save_audio(folder: Path, part: Part, conversations: Sequence[Conversation])
         line = {"id": c.id, "path": f"{c.id}.wav", "agent_channel": 0, "user_channel": 1}
         line |= {"language": c.language, "source": "scripts", "license": "synthetic"}
         lines.append(json.dumps({**line, "turns": c.turns}, ensure_ascii=False))
-    part_file = _part_name(audio / f"{part.name}.lines")
-    part_file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    _publish(part_file, audio / f"{part.name}.lines")
+    write_text(audio / f"{part.name}.lines", "".join(f"{line}\n" for line in lines))
 
 
 def make_clip_part(options: Options, part: Part) -> Made:
@@ -1157,63 +1250,120 @@ class Recording:
     split: str
     turns: tuple
 
+    def key(self) -> str:
+        """Tells whether the codes of this recording were made of what is there now."""
+        try:
+            file = self.path.stat()
+        except (OSError, ValueError):
+            return _digest(asdict(self))
+        return _digest(asdict(self), file.st_size, file.st_mtime_ns)
 
-def read_recordings(folder: str | Path, language: str = "other") -> list[Recording]:
+
+_RECORDING_FIELDS = {
+    "id": "text?",
+    "path": "path",
+    "agent_channel": "whole?",
+    "user_channel": "whole?",
+    "language": (*LANGUAGES, None),
+    "source": "text?",
+    "split": (*SPLITS, None),
+    "turns": "list of object?",
+}
+_TURN_FIELDS = {
+    "who": ("user", "agent"),
+    "start": "number",
+    "end": "number",
+    "text": "text?",
+    "emotion": (*EMOTIONS, None),
+    "intent": "text?",
+    "exchange": "text?",
+    "voice": "text?",
+    "interrupted": "flag?",
+    "phones": "list of span?",
+    "words": "list of span?",
+}
+
+
+def read_recordings(
+    folder: str | Path, language: str = "other", dropped: list[str] | None = None
+) -> list[Recording]:
     """Recordings of every `*.jsonl` below a folder: Samvad's lines or moshi-finetune's.
 
     Samvad: {id, path, agent_channel, user_channel, language, source, turns}. moshi-finetune:
     {path, duration}, with `<path>.json` {"alignments": [[word, [start, end], speaker], …]}; the
-    left channel is the agent, SPEAKER_MAIN. `language` is used where a line has none.
+    left channel is the agent, SPEAKER_MAIN. `language` is used where a line has none. A line whose
+    id was there before is left out, and said in `dropped`. UserError names what is malformed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check --conversations")
-    found = []
+    found: dict[str, Recording] = {}
     for manifest in sorted(folder.rglob("*.jsonl")):
-        for number, fields in _json_lines(manifest):
-            try:
-                found.append(_recording(fields, manifest, language))
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                raise UserError(
-                    f"{manifest}, line {number}: not a conversation ({reason})"
-                ) from error
+        for count, fields in json_lines(manifest):
+            where = f"{manifest}, line {count}"
+            recording = _recording(fields, manifest, folder, language, where)
+            if found.setdefault(recording.id, recording) is not recording and dropped is not None:
+                dropped.append(f"{where}: the id {recording.id!r} was there before")
     if not found:
         raise UserError(f"{folder}: no conversation manifest (*.jsonl) with lines there")
-    return found
+    return list(found.values())
 
 
-def _recording(fields: dict, manifest: Path, language: str) -> Recording:
+def _recording(fields: dict, manifest: Path, root: Path, language: str, where: str) -> Recording:
+    check_fields(fields, _RECORDING_FIELDS, where)
     path = manifest.parent / fields["path"]
-    name = fields.get("id") or Path(fields["path"]).with_suffix("").as_posix()
-    turns = fields.get("turns")
+    within = path if path.is_relative_to(root) else root / fields["path"]
+    name = fields.get("id") or within.with_suffix("").relative_to(root).as_posix()
+    channels = [fields.get(f"{who}_channel") for who in ("agent", "user")]
+    agent, user = (default if c is None else c for c, default in zip(channels, (0, 1), strict=True))
+    if min(agent, user) < 0 or agent == user:
+        raise UserError(f"{where}: agent_channel {agent} and user_channel {user}: two are needed")
+    turns, aligned = fields.get("turns"), path.with_suffix(".json")
     if turns is None:
-        aligned = path.with_suffix(".json")
-        turns = _turns_of_alignments(json.loads(aligned.read_text())) if aligned.exists() else []
-    spoken = fields.get("language", language)
-    if spoken not in LANGUAGES:
-        raise ValueError(f"language {spoken!r} is not one of {', '.join(LANGUAGES)}")
-    for turn in turns:
-        turn["start"], turn["end"], turn["text"] = turn["start"], turn["end"], turn.get("text")
-        if turn["who"] not in ("agent", "user") or not 0 <= turn["start"] <= turn["end"]:
-            raise ValueError(f"turn {turn['who']} {turn['start']}–{turn['end']}")
+        turns = _turns_of_alignments(aligned) if aligned.exists() else []
+    for i, turn in enumerate(turns, 1):
+        check_fields(turn, _TURN_FIELDS, f"{where}: turn {i}")
+        if not 0 <= turn["start"] <= turn["end"]:
+            raise UserError(f"{where}: turn {i} goes from {turn['start']} to {turn['end']} s")
+        unknown = {phone for phone, _, _ in turn.get("phones") or ()} - set(speech.PHONES)
+        if unknown:
+            raise UserError(f"{where}: turn {i}: no phone {sorted(unknown)[0]!r} is known")
     return Recording(
         name,
         path,
-        int(fields.get("agent_channel", 0)),
-        int(fields.get("user_channel", 1)),
-        spoken,
-        fields.get("source", manifest.parent.name),
+        agent,
+        user,
+        fields.get("language") or language,
+        fields.get("source") or manifest.parent.name,
         fields.get("split") or split_for(name),
         tuple(turns),
     )
 
 
-def _turns_of_alignments(fields: dict, pause: float = 0.8) -> list[dict]:
+def _aligned_words(path: Path) -> list[list]:
+    """[[word, [start, end], speaker], …] of a file of moshi-finetune; UserError on others."""
+    try:
+        words = json.loads(path.read_text(encoding="utf-8"))["alignments"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: no alignments ({first_line(error)})") from None
+    check_fields({"alignments": words}, {"alignments": "list"}, str(path))
+    for i, word in enumerate(words):
+        try:
+            text, (start, end), speaker = word
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{path}: alignments[{i}] is not [word, [start, end], speaker]"
+            ) from None
+        fields = {"word": [text, start, end], "speaker": speaker}
+        check_fields(fields, {"word": "span", "speaker": "text"}, f"{path}: alignments[{i}]")
+    return words
+
+
+def _turns_of_alignments(path: Path, pause: float = 0.8) -> list[dict]:
     """Words of one speaker without a longer pause between them are one turn."""
     turns: list[dict] = []
     open_turns: dict[str, dict] = {}
-    for word, (start, end), speaker in sorted(fields["alignments"], key=lambda a: a[1][0]):
+    for word, (start, end), speaker in sorted(_aligned_words(path), key=lambda a: a[1][0]):
         who = "agent" if speaker == "SPEAKER_MAIN" else "user"
         turn = open_turns.get(who)
         if turn is None or start - turn["end"] > pause:
@@ -1231,54 +1381,148 @@ def _read_channels(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
     """(agent, user) float32 `[T]` at 24 kHz. UserError on a file that cannot be used."""
     try:
         audio, rate = soundfile.read(recording.path, dtype="float32", always_2d=True)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{recording.path}: cannot be read as audio ({error})") from error
+    except (RuntimeError, OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{recording.path}: cannot be read as audio ({first_line(error)})"
+        ) from None
     needed = max(recording.agent_channel, recording.user_channel) + 1
     if audio.shape[1] < needed or not len(audio):
         raise UserError(f"{recording.path}: {audio.shape[1]} channels, {len(audio)} samples")
+    audio = audio[:, [recording.agent_channel, recording.user_channel]]
+    if not np.isfinite(audio).all():
+        raise UserError(f"{recording.path}: holds samples that are no numbers (NaN or infinite)")
     if rate != SAMPLE_RATE:
         audio = soxr.resample(audio, rate, SAMPLE_RATE)
-    agent, user = audio[:, recording.agent_channel], audio[:, recording.user_channel]
+    seconds = len(audio) / SAMPLE_RATE
+    if seconds < AGENT_TICK:
+        raise UserError(f"{recording.path}: {seconds * 1000:.1f} ms, shorter than a patch")
+    last = max((turn["end"] for turn in recording.turns), default=0.0)
+    if last > seconds + TURN_SLACK:
+        raise UserError(f"{recording.path}: a turn ends at {last:g} s, the file at {seconds:g} s")
+    agent, user = audio.T
     return np.ascontiguousarray(agent), np.ascontiguousarray(user)
 
 
-def _heard_turns(user: np.ndarray) -> list[dict]:
-    """Turns without words where a voice detector hears the user: nobody wrote them down."""
+@functools.lru_cache(maxsize=1)
+def _voice_detector():
+    """(function, model) of Silero VAD."""
     try:
         from silero_vad import get_speech_timestamps, load_silero_vad
     except ImportError as error:
         raise UserError("silero-vad is not installed: pip install silero-vad") from error
+    return get_speech_timestamps, load_silero_vad()
+
+
+def _heard_turns(user: np.ndarray) -> list[dict]:
+    """Turns without words where a voice detector hears the user: nobody wrote them down."""
+    find, detector = _voice_detector()
     audio = torch.from_numpy(soxr.resample(user, SAMPLE_RATE, 16000))
-    spans = get_speech_timestamps(audio, load_silero_vad(), min_silence_duration_ms=600)
+    spans = find(audio, detector, min_silence_duration_ms=600)
     return [
         {"who": "user", "start": s["start"] / 16000, "end": s["end"] / 16000, "text": None}
         for s in spans
     ]
 
 
-def make_recording_part(options: Options, numbered: tuple[int, Recording]) -> Made:
-    """Encodes one recording into an Arrow file of one row."""
-    number, recording = numbered
-    part, studio = Part("recording", number), _studio(options)
+def make_recording(options: Options, recording: Recording) -> Made:
+    """The row of one recording; Made without rows where its file cannot be used."""
     try:
         agent, user = _read_channels(recording)
     except UserError as error:
-        return Made(part, 0.0, 0, (str(error),))
+        return Made(recording, 0.0, 0, (str(error),))
     turns = list(recording.turns)
     if not any(turn["who"] == "user" for turn in turns):
         turns += _heard_turns(user)
-    agent_codes, user_codes = encode_channels(studio.codec, [agent, user], device=options.device)
+    seconds = len(agent) / SAMPLE_RATE
     row = {
         "id": recording.id,
         "language": recording.language,
         "source": recording.source,
         "split": recording.split,
-        "agent_codes": agent_codes,
-        "user_codes": user_codes,
-        "turns": sorted(turns, key=lambda turn: turn["start"]),
+        "agent": agent,
+        "user": user,
+        "turns": [
+            {**turn, "end": min(turn["end"], seconds)}
+            for turn in sorted(turns, key=lambda turn: turn["start"])
+        ],
     }
-    _write_part(Path(options.output_dir) / f"{part.name}.arrow", [row])
-    return Made(part, len(agent) / SAMPLE_RATE, 1)
+    return Made(recording, seconds, 1, (), _studio(options).finished([row]))
+
+
+class RecordingFiles:
+    """Arrow files of recordings, each beside a list (`.json`) of what it was made of.
+
+    What is known by id and content, not by place, may grow, shrink and change between two runs: a
+    file of which one recording is gone or changed is made again.
+    """
+
+    def __init__(self, folder: Path, recordings: Sequence[Recording], codec: Codec, device: str):
+        self._folder, self._codec, self._device = folder, codec, device
+        self._keys = {recording.id: recording.key() for recording in recordings}
+        self._places = {recording.id: i for i, recording in enumerate(recordings)}
+        self._pending: list[Made] = []
+        self._to_encode: list[dict] = []
+        self._rows: list[dict] = []
+        self._last = time.monotonic()
+        self.done: dict[str, str | None] = {}  # id → why it was left out
+        self._files: list[tuple[int, Path]] = []
+        for path in sorted(folder.glob("recording*.arrow")):
+            if not path.with_suffix(".json").exists():  # cut off while it was published
+                path.unlink()
+        for path in sorted(folder.glob("recordings-*.json")):
+            self._keep(path)
+
+    def _keep(self, path: Path) -> None:
+        """Takes over a file of an earlier run, or removes it."""
+        listed = _read_json(path)
+        known = all(self._keys.get(id_) == key for id_, (key, _) in listed.items())
+        empty = all(reason is not None for _, reason in listed.values())
+        if not (known and (empty or path.with_suffix(".arrow").exists())):
+            path.unlink()
+            path.with_suffix(".arrow").unlink(missing_ok=True)
+            return
+        self.done |= {id_: reason for id_, (_, reason) in listed.items()}
+        if not empty:
+            self._files.append((min(map(self._places.get, listed)), path.with_suffix(".arrow")))
+
+    def add(self, made: Made) -> Made:
+        """Takes a recording's rows; writes a file when it is full, or long waited for."""
+        self._pending.append(replace(made, rows=()))
+        self._to_encode += made.rows
+        waiting = sum(len(row.get("agent", ())) for row in self._to_encode) / SAMPLE_RATE
+        if self._device == "cpu" or waiting >= BATCH_SECONDS:
+            self._encode()
+        late = time.monotonic() - self._last > FILE_SECONDS
+        if late or len(self._pending) >= FILE_RECORDINGS:
+            self.flush()
+        return replace(made, rows=())
+
+    def _encode(self) -> None:
+        heard = self._to_encode and "agent" in self._to_encode[0]
+        self._rows += (
+            encode_rows(self._to_encode, self._codec, self._device) if heard else self._to_encode
+        )
+        self._to_encode = []
+
+    def flush(self) -> None:
+        """Writes what is there as one file and its list."""
+        self._last = time.monotonic()
+        if not self._pending:
+            return
+        self._encode()
+        listed = {m.part.id: [self._keys[m.part.id], next(iter(m.dropped), None)] for m in
+                  self._pending}  # fmt: skip
+        path = self._folder / f"recordings-{_digest(listed)}.arrow"
+        if self._rows:
+            _write_arrow(path, self._rows)
+            self._files.append((min(map(self._places.get, listed)), path))
+        _write_json(path.with_suffix(".json"), listed)
+        self.done |= {id_: reason for id_, (_, reason) in listed.items()}
+        self._pending, self._rows = [], []
+
+    @property
+    def names(self) -> list[str]:
+        return [path.name for _, path in sorted(self._files)]
 
 
 # ---------------------------------------------------------------------------------- running
@@ -1289,14 +1533,22 @@ def _start_worker() -> None:
 
 
 def run_parts(
-    work: Callable, options: Options, parts: Sequence, num_workers: int, total: int
+    work: Callable,
+    options: Options,
+    parts: Sequence,
+    num_workers: int,
+    total: int,
+    finish: Callable[[Made], Made] | None = None,
 ) -> list[Made]:
-    """`work(options, part)` for each part, in processes or (0) here, with a progress bar."""
+    """`work(options, part)` for each part, in processes or (0) here, with a progress bar.
+
+    `finish` is called here with each result, in the order of the parts.
+    """
     made, done = [], total - len(parts)
     started = last = time.monotonic()
     bar = tqdm(total=total, initial=done, unit="part", disable=None, smoothing=0.1)
     for result in _results(work, options, parts, num_workers):
-        made.append(result)
+        made.append(finish(result) if finish else result)
         now = time.monotonic()
         rate = sum(m.seconds for m in made) / max(now - started, 1e-3)
         bar.set_postfix_str(f"{rate:.0f}x real time", refresh=False)
@@ -1316,10 +1568,15 @@ def _results(work: Callable, options: Options, parts: Sequence, num_workers: int
     context = multiprocessing.get_context("spawn")
     workers = min(num_workers, len(parts))
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        futures = [pool.submit(work, options, part) for part in parts]
+        waiting, ahead = iter(parts), deque()
         try:
-            for future in as_completed(futures):
-                yield future.result()
+            while True:
+                # A few each, so that results that nobody has taken do not fill the memory.
+                for part in itertools.islice(waiting, 4 * workers - len(ahead)):
+                    ahead.append(pool.submit(work, options, part))
+                if not ahead:
+                    return
+                yield ahead.popleft().result()
         except BrokenProcessPool as error:
             raise UserError(
                 "a worker process died (out of memory?); run the same command again with fewer "
@@ -1329,12 +1586,19 @@ def _results(work: Callable, options: Options, parts: Sequence, num_workers: int
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({first_line(error)}); remove its folder") from None
+
+
 def _claim(folder: Path, name: str, settings: dict) -> None:
     """Marks a folder as made with these settings; UserError where it was made with others."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / name
     if file.exists():
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = _read_json(file)
         for key, value in json.loads(json.dumps(settings)).items():
             if known.get(key) != value:
                 raise UserError(
@@ -1347,10 +1611,13 @@ def _claim(folder: Path, name: str, settings: dict) -> None:
         _write_json(file, settings)
 
 
-def _report(made: Sequence[Made], folder: Path, seconds: float) -> None:
-    dropped = [reason for m in made for reason in m.dropped]
+def _report(
+    made: Sequence[Made], folder: Path, seconds: float, dropped: Sequence[str] | None = None
+) -> None:
+    if dropped is None:
+        dropped = [reason for m in made for reason in m.dropped]
     if dropped:
-        (folder / "dropped.txt").write_text("".join(f"{r}\n" for r in dropped), encoding="utf-8")
+        write_text(folder / "dropped.txt", "".join(f"{r}\n" for r in dropped))
         print(f"{len(dropped)} left out, see {folder / 'dropped.txt'}; first: {dropped[0]}")
     audio = sum(m.seconds for m in made)
     print(
@@ -1384,13 +1651,15 @@ def make_clips(args: argparse.Namespace) -> None:
     _report(made, root, time.monotonic() - started)
 
 
-def make_dataset(args: argparse.Namespace) -> None:
+def make_dataset(args: argparse.Namespace, device: str) -> None:
     """Job of --output_dir: scripted conversations, or those of --conversations, as codes."""
     folder = Path(args.output_dir)
     codec = Codec.from_checkpoint(args.codec)
     config = codec.config
     if config.hop != HOP or config.num_codebooks < CODEBOOKS:
         raise UserError(f"{args.codec}: needs hop {HOP} and {CODEBOOKS} codebooks for the LM")
+    if device != "cpu":
+        codec = Codec.from_checkpoint(args.codec, device)
     info = {
         "codec_fingerprint": codec.fingerprint,
         "frame_rate": config.frame_rate,
@@ -1401,40 +1670,79 @@ def make_dataset(args: argparse.Namespace) -> None:
     }
     options = Options(
         str(folder), str(args.scripts), args.split, args.seed, args.intents,
-        args.exchanges == "archetypes", str(args.codec), _device(args.device),
+        args.exchanges == "archetypes", str(args.codec), device,
     )  # fmt: skip
-    if args.conversations:
-        info |= {"source": str(args.conversations), "split": None}
-        recordings = read_recordings(args.conversations, args.languages[0])
-        work, parts = make_recording_part, list(enumerate(recordings))
-        names = [Part("recording", i).name for i, _ in parts]
-    else:
-        info |= {"source": "scripts", "intents": list(args.intents), "exchanges": args.exchanges}
-        work, parts = make_conversation_part, _conversation_parts(args)
-        info["part"] = [parts[0].seconds, parts[0].count]
-        names = [part.name for part in parts]
-        scripts = load_scripts(args.scripts)
-        for language in args.languages:  # say what is wrong before anything is made
-            choose_exchanges(scripts, language, args.split, args.intents, options.archetypes)
-            user_voices(language, args.split)
-    _claim(folder, INFO_FILE, info)
-    missing = [
-        part for part, name in zip(parts, names, strict=True) if not _is_made(folder, name, part)
-    ]
-    (folder / "state.json").unlink(missing_ok=True)
+    job = _encode_recordings if args.conversations else _make_scripted
     started = time.monotonic()
-    made = run_parts(work, options, missing, args.num_workers, len(parts))
-    files = [f"{name}.arrow" for name in names if (folder / f"{name}.arrow").exists()]
+    files, made, dropped = job(args, options, codec, info)
     if not files:
-        raise UserError(f"{folder}: nothing could be encoded; {made[0].dropped[0]}")
+        write_text(folder / "dropped.txt", "".join(f"{reason}\n" for reason in dropped))
+        first = f"; first: {dropped[0]}" if dropped else ""
+        raise UserError(f"{folder}: nothing could be made, {len(dropped)} left out{first}")
     _finish_dataset(folder, files, info)
+    _report(made, folder, time.monotonic() - started, dropped)
+    dataset, _ = load_code_dataset(folder, info["codec_fingerprint"])
+    print(f"{folder}: {len(dataset)} conversations, codec {info['codec_fingerprint'][:16]}…")
+
+
+def _encode_recordings(args, options: Options, codec: Codec, info: dict):
+    """(files, what was made now, why what is left out is) of --conversations."""
+    folder, doubles = Path(options.output_dir), []
+    info |= {"source": str(args.conversations), "split": None}
+    recordings = read_recordings(args.conversations, args.languages[0], doubles)
+    _claim(folder, INFO_FILE, info)
+    files = RecordingFiles(folder, recordings, codec, options.device)
+    missing = [recording for recording in recordings if recording.id not in files.done]
+    (folder / "state.json").unlink(missing_ok=True)
+    try:
+        made = run_parts(
+            make_recording, options, missing, args.num_workers, len(recordings), files.add
+        )
+    finally:
+        files.flush()
+    return files.names, made, doubles + [reason for reason in files.done.values() if reason]
+
+
+def _make_scripted(args, options: Options, codec: Codec, info: dict):
+    """(files, what was made now, why what is left out is) of scripted conversations."""
+    folder, parts = Path(options.output_dir), _conversation_parts(args)
+    info |= {"source": "scripts", "intents": list(args.intents), "exchanges": args.exchanges}
+    info["part"] = [parts[0].seconds, parts[0].count]
+    scripts = load_scripts(args.scripts)
+    for language in args.languages:  # say what is wrong before anything is made
+        choose_exchanges(scripts, language, args.split, args.intents, options.archetypes)
+        user_voices(language, args.split)
+        speech.voices(language, "agent")
+    _claim(folder, INFO_FILE, info)
+    missing = [part for part in parts if not _is_made(folder, part)]
+    (folder / "state.json").unlink(missing_ok=True)
+
+    def finish(made: Made) -> Made:
+        rows = made.rows
+        if rows and "agent" in rows[0]:
+            rows = encode_rows(rows, codec, options.device)
+        if rows:
+            _write_arrow(folder / made.part.file, rows)
+        return replace(made, rows=())
+
+    made = run_parts(make_conversation_part, options, missing, args.num_workers, len(parts), finish)
     if (folder / "audio").is_dir():
         lines = sorted((folder / "audio").glob("*.lines"))
         text = "".join(file.read_text(encoding="utf-8") for file in lines)
-        (folder / "audio" / MANIFEST).write_text(text, encoding="utf-8")
-    _report(made, folder, time.monotonic() - started)
-    dataset, _ = load_code_dataset(folder, info["codec_fingerprint"])
-    print(f"{folder}: {len(dataset)} conversations, codec {info['codec_fingerprint'][:16]}…")
+        write_text(folder / "audio" / MANIFEST, text)
+    return _joined(folder, parts), made, [reason for m in made for reason in m.dropped]
+
+
+def _joined(folder: Path, parts: Sequence[Part]) -> list[str]:
+    """Names of the files of these parts, after every FILE_PARTS of them became one."""
+    for name, group in itertools.groupby(parts, lambda part: part.joined_file):
+        files = [folder / part.file for part in group if not part.cut_short]
+        if len(files) == FILE_PARTS and all(file.exists() for file in files):
+            _join_arrow(folder / name, files)
+    names = (
+        part.joined_file if (folder / part.joined_file).exists() else part.file for part in parts
+    )
+    return [name for name in dict.fromkeys(names) if (folder / name).exists()]
 
 
 def _conversation_parts(args: argparse.Namespace) -> list[Part]:
@@ -1443,7 +1751,10 @@ def _conversation_parts(args: argparse.Namespace) -> list[Part]:
         if args.num_conversations:
             total, size = args.num_conversations, min(PART_CONVERSATIONS, args.num_conversations)
             counts = [min(size, total - first) for first in range(0, total, size)]
-            mine = [Part(language, i, count=count) for i, count in enumerate(counts)]
+            mine = [
+                Part(language, i, count=count, cut_short=count < size)
+                for i, count in enumerate(counts)
+            ]
         else:
             size = min(PART_SECONDS, args.hours * 3600)
             count = math.ceil(args.hours * 3600 / size - 1e-9)
@@ -1453,29 +1764,21 @@ def _conversation_parts(args: argparse.Namespace) -> list[Part]:
     return parts
 
 
-def _is_made(folder: Path, name: str, part) -> bool:
-    saved = (folder / "audio" / f"{name}.lines").exists()
-    return (folder / f"{name}.arrow").exists() and (saved or not getattr(part, "save_audio", 0))
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+def _is_made(folder: Path, part: Part) -> bool:
+    saved = not part.save_audio or (folder / "audio" / f"{part.name}.lines").exists()
+    return saved and any((folder / name).exists() for name in (part.file, part.joined_file))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--output_dir", default="data/conversations/scripted", help="folder of the code dataset")
-    add("--hours", type=float, help="of conversation, for each language")
-    add("--num_conversations", type=int, help="for each language, in place of --hours")
+    add("--hours", type=number(above=0), help="of conversation, for each language")
+    add("--num_conversations", type=whole(1), help="for each language, in place of --hours")
     add("--codec", default="checkpoints/tiny/codec", help="codec checkpoint that encodes")
     add("--languages", nargs="+", choices=SPOKEN, default=list(SPOKEN))
     add("--clips_dir", help="make single sentences below this folder instead (data)")
-    add("--clips_hours", type=float, default=1.0, help="of clips, for each language")
+    add("--clips_hours", type=number(above=0), default=1.0, help="of clips, for each language")
     add("--conversations", help="folder of real two-channel recordings to encode instead")
     more = parser.add_argument_group("advanced")
     add = more.add_argument
@@ -1483,28 +1786,30 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--intents", default="", help="only these, comma-separated")
     add("--exchanges", choices=("archetypes", "all"), default="all", help="archetypes: *-001")
     add("--split", choices=SPLITS, default="train")
-    add("--save_audio", type=int, default=0, help="conversations a language to keep as WAV")
-    add("--seed", type=int, default=0)
-    add("--num_workers", type=int, default=os.cpu_count() or 1, help="processes; 0: none")
+    add("--save_audio", type=whole(0), default=0, help="conversations a language to keep as WAV")
+    add("--seed", type=whole(0, 2**63 - 1), default=0)
+    add("--num_workers", type=whole(0, 512), default=default_workers(), help="processes; 0: none")
     add("--device", default="auto", help="that the codec encodes on")
     args = parser.parse_args(arguments)
     args.intents = tuple(sorted(filter(None, args.intents.split(","))))
+    args.languages = list(dict.fromkeys(args.languages))
+    if not (args.clips_dir or args.conversations or args.hours or args.num_conversations):
+        parser.error("say how much: --hours or --num_conversations")
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    if args.seed < 0 or args.num_workers < 0 or args.save_audio < 0:
-        raise UserError("--seed, --num_workers and --save_audio must not be negative")
-    if args.clips_dir:
-        if args.clips_hours <= 0:
-            raise UserError("--clips_hours must be above zero")
-        make_clips(args)
-        return
-    amount = (args.hours or 0) > 0 or (args.num_conversations or 0) > 0
-    if not args.conversations and not amount:
-        raise UserError("say how much: --hours or --num_conversations above zero")
-    make_dataset(args)
+    with contextlib.ExitStack() as held:
+        if args.clips_dir:
+            for language in args.languages:
+                folder = Path(args.clips_dir) / language / "synthetic"
+                held.enter_context(only_one(writable_folder(folder, "--clips_dir")))
+            make_clips(args)
+        else:
+            device = str(setup_distributed(args.device).device)
+            held.enter_context(only_one(writable_folder(args.output_dir, "--output_dir")))
+            make_dataset(args, device)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import torch
 import make_conversations as mc
 import speech
 from codec import Codec, CodecConfig, stored_config
-from command import UserError
+from command import UserError, only_one
 from data import HOP, SAMPLE_RATE, load_clips, read_manifest
 from training import save_checkpoint
 
@@ -115,6 +115,20 @@ def test_scripts_of_a_split():
         mc.choose_exchanges(exchanges, "english", "train", ("cooking",))
 
 
+SCRIPT = (
+    '{"id": "a", "language": "english", "intent": "x", "held_out": false, "turns": '
+    '[{"who": "user", %s}, {"who": "agent", "text": "b"}]}'
+)
+
+
+def test_scripts_are_read_by_line_feeds_and_an_id_is_there_once(tmp_path):
+    (tmp_path / "a.jsonl").write_text((SCRIPT % '"text": "a\u2028b\x85c"') + "\n")
+    assert mc.load_scripts(tmp_path)[0].lines[0].texts == ("a\u2028b\x85c",)
+    (tmp_path / "b.jsonl").write_text((SCRIPT % '"text": "other"') + "\n")
+    with pytest.raises(UserError, match="b.jsonl: the id 'a' is there twice"):
+        mc.load_scripts(tmp_path)
+
+
 PAIR = '[{"who": "user", "texts": ["a"]}, {"who": "agent", "text": "a"}]'
 
 
@@ -127,6 +141,17 @@ PAIR = '[{"who": "user", "texts": ["a"]}, {"who": "agent", "text": "a"}]'
         '{"id": "a", "language": "english", "turns": ' + PAIR + "}",
         '{"id": "a", "language": "english", "intent": "x", "turns": ' + PAIR[:30] + "]}",
         '{"id": "a", "language": "french", "intent": "x", "turns": ' + PAIR + "}",
+        SCRIPT % '"texts": "a b"',
+        SCRIPT % '"texts": []',
+        SCRIPT % '"texts": ["a", 1]',
+        SCRIPT % '"text": null',
+        SCRIPT % '"text": "..."',
+        SCRIPT % '"text": "a", "emotion": "joyful"',
+        SCRIPT % '"text": "a", "emotion": true',
+        (SCRIPT % '"text": "a"').replace("[{", "{").replace("}]", "}"),
+        (SCRIPT % '"text": "a"').replace('"held_out": false', '"held_out": "no"'),
+        (SCRIPT % '"text": "a"').replace('"id": "a"', '"id": 7'),
+        (SCRIPT % '"text": "a"').replace('"user"', '"User"'),
     ],
 )
 def test_bad_scripts_are_named(tmp_path, line):
@@ -401,6 +426,60 @@ def test_the_same_command_makes_the_same_bytes_and_another_seed_others(made, cod
     assert_same(rows_of(again)[:4], rows_of(made))
 
 
+def test_parts_become_few_files_and_a_part_cut_short_is_made_whole(
+    codec_path, tmp_path, quick, monkeypatch
+):
+    def tones(self, requests):
+        return [tone(0.5) for _ in requests]
+
+    monkeypatch.setattr(speech.Synthesizer, "synthesize", tones)
+    monkeypatch.setattr(mc, "FILE_PARTS", 2)
+    monkeypatch.setattr(mc, "PART_CONVERSATIONS", 1)
+    out = tmp_path / "set"
+    mc.main(command(out, codec_path, "--num_conversations", "3"))
+    names = ["english-00000-00001.arrow", "english-00002.arrow"]
+    assert sorted(p.name for p in out.glob("*.arrow")) == names
+    assert [row["id"][-9:] for row in rows_of(out)] == ["00000-000", "00001-000", "00002-000"]
+    stamp = (out / names[0]).stat().st_mtime_ns
+    mc.main(command(out, codec_path, "--num_conversations", "4"))
+    assert [row["id"][-9:-4] for row in rows_of(out)] == ["00000", "00001", "00002", "00003"]
+    assert (out / names[0]).stat().st_mtime_ns == stamp and len(list(out.glob("*.arrow"))) == 2
+    monkeypatch.setattr(mc, "PART_CONVERSATIONS", 2)
+    whole = tmp_path / "whole"
+    mc.main(command(whole, codec_path, "--num_conversations", "3"))
+    assert len(rows_of(whole)) == 3
+    mc.main(command(whole, codec_path, "--num_conversations", "4"))
+    assert len({row["id"] for row in rows_of(whole)}) == len(rows_of(whole)) == 4
+
+
+def test_conversations_that_cannot_be_spoken_are_counted(
+    codec_path, tmp_path, quick, monkeypatch, capsys
+):
+    say = speech.Synthesizer.synthesize
+
+    def fails(self, requests):
+        if any(r.text == "ghost" for r in requests):
+            raise UserError("no such sound")
+        return say(self, requests)
+
+    monkeypatch.setattr(speech.Synthesizer, "synthesize", fails)
+    scripts = tmp_path / "s"
+    scripts.mkdir()
+    lines = [(SCRIPT % f'"text": "{t}"').replace('"id": "a"', f'"id": "{t}"') for t in ("ghost",)]
+    (scripts / "english.jsonl").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(mc, "IDLE_CHANCE", 0.0)
+    arguments = command(tmp_path / "none", codec_path, "--scripts", str(scripts))
+    for _ in range(2):
+        with pytest.raises(UserError, match="nothing could be made, 4 left out; first: .*ghost"):
+            mc.main(arguments)
+    lines += [(SCRIPT % '"text": "hello"').replace('"id": "a"', f'"id": "{i}"') for i in range(9)]
+    (scripts / "english.jsonl").write_text("\n".join(lines) + "\n")
+    mc._studio.cache_clear()
+    mc.main(command(tmp_path / "some", codec_path, "--scripts", str(scripts)))
+    said, count = capsys.readouterr().out, len(rows_of(tmp_path / "some"))
+    assert f"{count} made" in said and (count == 4 or f"{4 - count} left out" in said)
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_held_out_wordings_and_voices_stay_apart(split, made, codec_path, tmp_path):
     def user_turns(folder):
@@ -505,14 +584,172 @@ def test_real_recordings_are_encoded(tmp_path, codec_path):
     assert len((out / "dropped.txt").read_text().splitlines()) == 2
 
 
-def test_bad_conversation_manifests_are_named(tmp_path):
+TURN = {"who": "user", "start": 0.1, "end": 0.9, "text": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "turn"),
+    [
+        ({"path": 5}, {}),
+        ({"path": None}, {}),
+        ({"id": 5}, {}),
+        ({"agent_channel": "left"}, {}),
+        ({"agent_channel": True}, {}),
+        ({"agent_channel": -1}, {}),
+        ({"agent_channel": 1}, {}),
+        ({"language": "french"}, {}),
+        ({"split": "dev"}, {}),
+        ({"source": 3}, {}),
+        ({"turns": "hi"}, {}),
+        ({"turns": ["hi"]}, {}),
+        ({}, {"who": "bob"}),
+        ({}, {"start": None}),
+        ({}, {"start": "0.1"}),
+        ({}, {"start": 1.0, "end": 0.5}),
+        ({}, {"start": -1}),
+        ({}, {"end": float("nan")}),
+        ({}, {"text": ["hi"]}),
+        ({}, {"emotion": "joyful"}),
+        ({}, {"interrupted": "no"}),
+        ({}, {"words": "hi"}),
+        ({}, {"words": ["hi"]}),
+        ({}, {"words": [["hi", 0.9, 0.1]]}),
+        ({}, {"phones": [["a", "0.1", 0.9]]}),
+        ({}, {"phones": [["AA1", 0.1, 0.9]]}),
+    ],
+)
+def test_malformed_conversation_lines_are_named(tmp_path, changes, turn):
+    good = json.dumps({"path": "a.wav", "turns": [TURN]})
+    bad = json.dumps({"path": "b.wav", "turns": [{**TURN, **turn}], **changes})
+    (tmp_path / "m.jsonl").write_text(f"{good}\n{bad}\n")
+    with pytest.raises(UserError, match="m.jsonl, line 2") as told:
+        mc.read_recordings(tmp_path)
+    field = next(iter({**changes, **turn}))
+    assert field in str(told.value) or "goes from" in str(told.value) or "phone" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "{",
+        '{"alignments": null}',
+        '{"alignments": {"a": 1}}',
+        '{"alignments": [["a", 0.1, 0.2, "SPEAKER_MAIN"]]}',
+        '{"alignments": [["a", [0.2, 0.1], "SPEAKER_MAIN"]]}',
+        '{"alignments": [["a", [0.1, NaN], "SPEAKER_MAIN"]]}',
+        '{"alignments": [["a", ["0", "1"], "SPEAKER_MAIN"]]}',
+        '{"alignments": [[null, [0.1, 0.2], "SPEAKER_MAIN"]]}',
+        '{"alignments": [["a", [0.1, 0.2], 0]]}',
+    ],
+)
+def test_malformed_alignments_are_named(tmp_path, text):
+    (tmp_path / "m.jsonl").write_text('{"path": "a.wav", "duration": 2.0}\n')
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match="a.json: .*alignments"):
+        mc.read_recordings(tmp_path)
+
+
+def test_bad_conversation_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         mc.read_recordings(tmp_path / "none")
     with pytest.raises(UserError, match="no conversation manifest"):
         mc.read_recordings(tmp_path)
-    (tmp_path / "m.jsonl").write_text('{"path": "a.wav", "turns": [{"who": "bob"}]}\n')
-    with pytest.raises(UserError, match="m.jsonl, line 1"):
-        mc.read_recordings(tmp_path)
+
+
+def recordings_of(folder: Path, **sounds: np.ndarray) -> None:
+    """Two-channel float files at 24 kHz and a manifest of one turn each."""
+    folder.mkdir(exist_ok=True)
+    for name, audio in sounds.items():
+        soundfile.write(folder / f"{name}.wav", audio, SAMPLE_RATE, "FLOAT")
+    lines = [json.dumps({"id": n, "path": f"{n}.wav", "turns": []}) for n in sorted(sounds)]
+    (folder / "m.jsonl").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def no_detector(monkeypatch):
+    monkeypatch.setattr(mc, "_heard_turns", lambda user: [{**TURN, "end": 0.5}])
+
+
+def test_odd_recordings_are_left_out_and_counted(tmp_path, codec_path, no_detector, capsys):
+    rng = np.random.default_rng(0)
+    good = 0.1 * rng.standard_normal((SAMPLE_RATE, 2)).astype(np.float32)
+    nan, inf, three = good.copy(), good.copy(), np.pad(good, ((0, 0), (0, 1)))
+    nan[500, 0], inf[500, 1] = np.nan, np.inf
+    recordings_of(
+        tmp_path / "in", good=good, nan=nan, inf=inf, short=good[:900], mono=good[:, 0],
+        three=three, none=good[:0], turned=good * [1, -1],
+    )  # fmt: skip
+    with open(tmp_path / "in" / "m.jsonl", "a", encoding="utf-8") as file:
+        late = {"id": "late", "path": "good.wav", "turns": [{**TURN, "end": 9.0}]}
+        for line in (late, {"id": "good", "path": "three.wav"}, {"path": "gone.wav"}):
+            file.write(json.dumps(line) + "\n")
+    arguments = command(tmp_path / "out", codec_path, "--conversations", str(tmp_path / "in"))
+    for _ in range(2):  # pasted again: nothing is made, and the count is the same
+        mc.main(arguments)
+        assert {row["id"] for row in rows_of(tmp_path / "out")} == {"good", "three", "turned"}
+        reasons = (tmp_path / "out" / "dropped.txt").read_text()
+        assert "8 left out" in capsys.readouterr().out and len(reasons.splitlines()) == 8
+        for word in ("no numbers", "shorter than a patch", "1 channels", "was there before", "9 s"):
+            assert word in reasons
+    (tmp_path / "in" / "m.jsonl").write_text('{"id": "nan", "path": "nan.wav"}\n')
+    with pytest.raises(UserError, match="nothing could be made, 1 left out; first: .*no numbers"):
+        mc.main(command(tmp_path / "bad", codec_path, "--conversations", str(tmp_path / "in")))
+
+
+def test_recordings_may_be_added_changed_and_taken_away(
+    tmp_path, codec_path, no_detector, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    sounds = {n: 0.1 * rng.standard_normal((4800, 2)).astype(np.float32) for n in "bcdefg"}
+    arguments = command(tmp_path / "out", codec_path, "--conversations", str(tmp_path / "in"))
+    monkeypatch.setattr(mc, "FILE_RECORDINGS", 4)
+
+    def made(**changes) -> dict[str, dict]:
+        for name, sound in changes.items():
+            sounds.pop(name) if sound is None else sounds.update({name: sound})
+        files = {n: s for n, s in sounds.items() if changes.get(n) is s or not changes}
+        lines = [json.dumps({"id": n, "path": f"{n}.wav", "turns": []}) for n in sorted(sounds)]
+        recordings_of(tmp_path / "in", **files)
+        (tmp_path / "in" / "m.jsonl").write_text("\n".join(lines) + "\n")
+        mc.main(arguments)
+        rows = rows_of(tmp_path / "out")
+        assert sorted(row["id"] for row in rows) == sorted(sounds)
+        return {row["id"]: row for row in rows}
+
+    first = made()
+    names = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.arrow")}
+    assert len(names) == 2  # six recordings, four a file
+    grown = made(a=sounds["b"], z=sounds["c"][:2400])
+    assert (
+        names.items()
+        <= {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.arrow")}.items()
+    )
+    assert np.array_equal(grown["a"]["user_codes"], first["b"]["user_codes"])
+    assert np.array_equal(grown["g"]["user_codes"], first["g"]["user_codes"])
+    changed = made(b=sounds["g"][::-1].copy())
+    assert not np.array_equal(changed["b"]["user_codes"], first["b"]["user_codes"])
+    made(c=None)
+
+
+def test_workers_encode_as_one_process_and_a_gpu_has_one_that_encodes(
+    tmp_path, codec_path, no_detector, monkeypatch
+):
+    """Codes are the same whoever encodes; where it is not the CPU, workers hold no codec."""
+    options = mc.Options(str(tmp_path), str(SCRIPTS), "train", 0, codec=str(codec_path))
+    assert mc.Studio(options).codec is not None
+    on_gpu = replace(options, device="cuda:0")
+    assert mc.Studio(on_gpu).codec is None
+    rng = np.random.default_rng(0)
+    sound = 0.1 * rng.standard_normal((SAMPLE_RATE, 2)).astype(np.float32)
+    recordings_of(tmp_path / "in", a=sound)
+    recording = mc.read_recordings(tmp_path / "in")[0]
+    mc._studio.cache_clear()
+    here, there = mc.make_recording(options, recording), mc.make_recording(on_gpu, recording)
+    assert "agent_codes" in here.rows[0] and "agent_codes" not in there.rows[0]
+    encoded = mc.encode_rows(there.rows, Codec.from_checkpoint(codec_path))
+    for column in CODES:
+        assert np.array_equal(encoded[0][column], here.rows[0][column])
 
 
 # ---------------------------------------------------------------------------------- clips
@@ -580,14 +817,35 @@ def test_a_voice_that_fails_is_counted_not_fatal(quick, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--output_dir", "x"], "say how much"),
-        (["--output_dir", "x", "--hours", "-1"], "say how much"),
-        (["--clips_dir", "x", "--clips_hours", "0"], "clips_hours"),
-        (["--output_dir", "x", "--hours", "1", "--seed", "-3"], "negative"),
+        ("", "say how much"),
+        ("--hours -1", "--hours"),
+        ("--hours nan", "--hours"),
+        ("--num_conversations 0", "--num_conversations"),
+        ("--clips_dir x --clips_hours 0", "--clips_hours"),
+        ("--hours 1 --seed -3", "--seed"),
+        ("--hours 1 --num_workers -1", "--num_workers"),
+        ("--hours 1 --save_audio -1", "--save_audio"),
     ],
 )
-def test_bad_flags(arguments, message):
-    with pytest.raises(UserError, match=message):
+def test_bad_flags_are_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        mc.main(arguments.split())
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1 and message in said
+
+
+def test_a_device_and_a_folder_that_cannot_be_used_are_told_before_anything(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="--output_dir .*cannot be written"):
+        mc.main(["--hours", "1", "--output_dir", str(tmp_path / "file"), "--codec", "none"])
+    with pytest.raises(UserError, match="--clips_dir .*cannot be written"):
+        mc.main(["--clips_dir", str(tmp_path / "file")])
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA GPU here"):
+            mc.main(["--hours", "1", "--device", "cuda", "--output_dir", str(tmp_path / "o")])
+    arguments = ["--hours", "1", "--output_dir", str(tmp_path / "o"), "--codec", "none"]
+    (tmp_path / "o").mkdir()
+    with only_one(tmp_path / "o"), pytest.raises(UserError, match="another process"):
         mc.main(arguments)
 
 
