@@ -237,6 +237,7 @@ class S2SState:
     def reset(self, mask: Tensor | None = None) -> None:
         """Starts the slots where `mask` `[B]` bool is true anew (all of them if None)."""
         self.temporal.reset(mask)
+        self.depth.reset(mask)
         everyone = torch.ones_like(self.text, dtype=torch.bool)
         mask = everyone if mask is None else mask
         self.agent.masked_fill_(mask[:, None, None], IGNORE)

@@ -140,8 +140,8 @@ class TransformerState:
     """Ring key-value cache of a call, one row a slot; preallocated and changed in place.
 
     `keys` and `values` are `[layers, B, capacity, H_kv, D]`, `position` `[B]` counts the positions
-    that each slot has consumed. Entries are told valid by `position` alone, so that a reset writes
-    one number a slot.
+    that each slot has consumed. Entries are told valid by `position` alone; a reset writes zeros
+    all the same, since the weight of 0 that hides an entry does not hide what is not a number.
     """
 
     def __init__(
@@ -160,9 +160,12 @@ class TransformerState:
     def reset(self, mask: Tensor | None = None) -> None:
         """Forgets everything in the slots where `mask` `[B]` bool is true (all of them if None)."""
         if mask is None:
-            self.position.zero_()
+            for part in (self.keys, self.values, self.position):
+                part.zero_()
         else:
             self.position.masked_fill_(mask, 0)
+            for cache in (self.keys, self.values):
+                cache.masked_fill_(mask[:, None, None, None], 0)
 
 
 @dataclass

@@ -295,6 +295,32 @@ def test_a_nan_leaves_no_trace_in_the_real_models():
         np.testing.assert_array_equal(engine.tick(one[None]).audio, clean.tick(two[None]).audio)
 
 
+def float_tensors(state) -> list[torch.Tensor]:
+    """All that a state holds in numbers with a point, through its layers and caches."""
+    if isinstance(state, torch.Tensor):
+        return [state] if state.is_floating_point() and state.dim() else []
+    parts = state if isinstance(state, list) else vars(state).values()
+    parts = [part for part in parts if isinstance(part, (torch.Tensor, list))
+             or type(part).__name__.endswith("State")]  # fmt: skip
+    return [tensor for part in parts for tensor in float_tensors(part)]
+
+
+def test_a_reset_forgets_what_is_not_a_number():
+    """A caller whose every cache holds NaN, in all models; the next one hears nothing of it."""
+    codec, lm = small_pair()
+    engine, fresh = (DuplexEngine(codec, lm, 2, Sampling(0.0, 25, 0.0)) for _ in range(2))
+    spoken = np.stack([noise_patches(6, seed).reshape(6, 960) for seed in (0, 1)], axis=1)
+    for state in (engine._encoder, engine._decoder, engine._lm_state):
+        tensors = float_tensors(state)
+        assert tensors
+        for tensor in tensors:
+            row = tensor[:, 0] if tensor.dim() == 5 else tensor[0]  # caches: layers come first
+            row.fill_(torch.nan)
+    engine.reset(0)
+    for frames in spoken:
+        np.testing.assert_array_equal(engine.tick(frames).audio, fresh.tick(frames).audio)
+
+
 def test_a_voice_that_the_model_does_not_know_is_named():
     with pytest.raises(UserError, match="language french: the dialogue model knows english"):
         fake_engine().set_voice(0, language="french")
