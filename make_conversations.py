@@ -1249,14 +1249,7 @@ class Recording:
     source: str
     split: str
     turns: tuple
-
-    def key(self) -> str:
-        """Tells whether the codes of this recording were made of what is there now."""
-        try:
-            file = self.path.stat()
-        except (OSError, ValueError):
-            return _digest(asdict(self))
-        return _digest(asdict(self), file.st_size, file.st_mtime_ns)
+    key: str = ""  # of all of this and of the file: what its codes are made of
 
 
 _RECORDING_FIELDS = {
@@ -1291,19 +1284,20 @@ def read_recordings(
 
     Samvad: {id, path, agent_channel, user_channel, language, source, turns}. moshi-finetune:
     {path, duration}, with `<path>.json` {"alignments": [[word, [start, end], speaker], …]}; the
-    left channel is the agent, SPEAKER_MAIN. `language` is used where a line has none. A line whose
-    id was there before is left out, and said in `dropped`. UserError names what is malformed.
+    left channel is the agent, SPEAKER_MAIN. `language` is used where a line has none. A recording
+    that was there before is left out, and said in `dropped`. UserError names what is malformed.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; check --conversations")
-    found: dict[str, Recording] = {}
+    found: dict[tuple, Recording] = {}
     for manifest in sorted(folder.rglob("*.jsonl")):
         for count, fields in json_lines(manifest):
             where = f"{manifest}, line {count}"
             recording = _recording(fields, manifest, folder, language, where)
-            if found.setdefault(recording.id, recording) is not recording and dropped is not None:
-                dropped.append(f"{where}: the id {recording.id!r} was there before")
+            same = (recording.id, recording.path, recording.agent_channel)
+            if found.setdefault(same, recording) is not recording and dropped is not None:
+                dropped.append(f"{where}: the recording {recording.id!r} was there before")
     if not found:
         raise UserError(f"{folder}: no conversation manifest (*.jsonl) with lines there")
     return list(found.values())
@@ -1328,7 +1322,7 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
         unknown = {phone for phone, _, _ in turn.get("phones") or ()} - set(speech.PHONES)
         if unknown:
             raise UserError(f"{where}: turn {i}: no phone {sorted(unknown)[0]!r} is known")
-    return Recording(
+    recording = Recording(
         name,
         path,
         agent,
@@ -1338,6 +1332,10 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
         fields.get("split") or split_for(name),
         tuple(turns),
     )
+    content: tuple[int, ...] = ()
+    with contextlib.suppress(OSError, ValueError):  # not there: told when it is read
+        content = path.stat().st_size, path.stat().st_mtime_ns
+    return replace(recording, key=_digest(asdict(recording), content))
 
 
 def _aligned_words(path: Path) -> list[list]:
@@ -1458,32 +1456,30 @@ class RecordingFiles:
 
     def __init__(self, folder: Path, recordings: Sequence[Recording], codec: Codec, device: str):
         self._folder, self._codec, self._device = folder, codec, device
-        self._keys = {recording.id: recording.key() for recording in recordings}
-        self._places = {recording.id: i for i, recording in enumerate(recordings)}
+        self._places = {recording.key: i for i, recording in enumerate(recordings)}
         self._pending: list[Made] = []
         self._to_encode: list[dict] = []
         self._rows: list[dict] = []
         self._last = time.monotonic()
-        self.done: dict[str, str | None] = {}  # id → why it was left out
         self._files: list[tuple[int, Path]] = []
+        self.done: dict[str, str | None] = {}  # key → why it was left out
         for path in sorted(folder.glob("recording*.arrow")):
             if not path.with_suffix(".json").exists():  # cut off while it was published
                 path.unlink()
         for path in sorted(folder.glob("recordings-*.json")):
-            self._keep(path)
+            listed, arrow = _read_json(path), path.with_suffix(".arrow")
+            empty = None not in listed.values()
+            if listed.keys() <= self._places.keys() and (empty or arrow.exists()):
+                self._keep(listed, arrow)
+            else:
+                path.unlink()
+                arrow.unlink(missing_ok=True)
+        self.missing = [r for r in recordings if r.key not in self.done]
 
-    def _keep(self, path: Path) -> None:
-        """Takes over a file of an earlier run, or removes it."""
-        listed = _read_json(path)
-        known = all(self._keys.get(id_) == key for id_, (key, _) in listed.items())
-        empty = all(reason is not None for _, reason in listed.values())
-        if not (known and (empty or path.with_suffix(".arrow").exists())):
-            path.unlink()
-            path.with_suffix(".arrow").unlink(missing_ok=True)
-            return
-        self.done |= {id_: reason for id_, (_, reason) in listed.items()}
-        if not empty:
-            self._files.append((min(map(self._places.get, listed)), path.with_suffix(".arrow")))
+    def _keep(self, listed: dict[str, str | None], arrow: Path) -> None:
+        self.done |= listed
+        if None in listed.values():
+            self._files.append((min(map(self._places.get, listed)), arrow))
 
     def add(self, made: Made) -> Made:
         """Takes a recording's rows; writes a file when it is full, or long waited for."""
@@ -1510,14 +1506,12 @@ class RecordingFiles:
         if not self._pending:
             return
         self._encode()
-        listed = {m.part.id: [self._keys[m.part.id], next(iter(m.dropped), None)] for m in
-                  self._pending}  # fmt: skip
-        path = self._folder / f"recordings-{_digest(listed)}.arrow"
+        listed = {m.part.key: next(iter(m.dropped), None) for m in self._pending}
+        arrow = self._folder / f"recordings-{_digest(listed)}.arrow"
         if self._rows:
-            _write_arrow(path, self._rows)
-            self._files.append((min(map(self._places.get, listed)), path))
-        _write_json(path.with_suffix(".json"), listed)
-        self.done |= {id_: reason for id_, (_, reason) in listed.items()}
+            _write_arrow(arrow, self._rows)
+        _write_json(arrow.with_suffix(".json"), listed)
+        self._keep(listed, arrow)
         self._pending, self._rows = [], []
 
     @property
@@ -1692,11 +1686,10 @@ def _encode_recordings(args, options: Options, codec: Codec, info: dict):
     recordings = read_recordings(args.conversations, args.languages[0], doubles)
     _claim(folder, INFO_FILE, info)
     files = RecordingFiles(folder, recordings, codec, options.device)
-    missing = [recording for recording in recordings if recording.id not in files.done]
     (folder / "state.json").unlink(missing_ok=True)
     try:
         made = run_parts(
-            make_recording, options, missing, args.num_workers, len(recordings), files.add
+            make_recording, options, files.missing, args.num_workers, len(recordings), files.add
         )
     finally:
         files.flush()

@@ -682,7 +682,7 @@ def test_odd_recordings_are_left_out_and_counted(tmp_path, codec_path, no_detect
     )  # fmt: skip
     with open(tmp_path / "in" / "m.jsonl", "a", encoding="utf-8") as file:
         late = {"id": "late", "path": "good.wav", "turns": [{**TURN, "end": 9.0}]}
-        for line in (late, {"id": "good", "path": "three.wav"}, {"path": "gone.wav"}):
+        for line in (late, {"id": "good", "path": "good.wav"}, {"path": "gone.wav"}):
             file.write(json.dumps(line) + "\n")
     arguments = command(tmp_path / "out", codec_path, "--conversations", str(tmp_path / "in"))
     for _ in range(2):  # pasted again: nothing is made, and the count is the same
