@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
@@ -378,14 +380,10 @@ def build_decoder(config: CodecConfig) -> CausalChain:
 
 
 class Codebook(nn.Module):
-    """One codebook in fp32, learnt by exponential moving averages (van den Oord et al. 2017, A.1).
+    """One codebook in fp32; `forward` and `lookup` only read. `CodebookStack` moves the codes."""
 
-    `forward` only reads; `update` moves the codes and is called after the step was found finite.
-    """
-
-    def __init__(self, size: int, dim: int, decay: float) -> None:
+    def __init__(self, size: int, dim: int) -> None:
         super().__init__()
-        self.decay = decay
         self.register_buffer("embedding", torch.randn(size, dim))
         self.register_buffer("cluster_size", torch.zeros(size))
         self.register_buffer("embedding_sum", torch.zeros(size, dim))
@@ -427,111 +425,179 @@ class Codebook(nn.Module):
     def initialise(self, candidates: Tensor, draws: Tensor) -> None:
         """k-means (Lloyd) on `candidates` `[N, d]`, starting from those at `draws` `[size or more]`
         in [0, 1); ranks that have the same get the same."""
-        size = self.embedding.shape[0]
-        self.embedding.copy_(_draw(candidates, draws[:size]))
+        size = len(self.embedding)
+        places = (draws[:size] * len(candidates)).long().clamp(max=len(candidates) - 1)
+        self.embedding.copy_(candidates[places])
         self.refresh()
         for _ in range(10):
             codes = self(candidates)
-            counts, sums = self._statistics(candidates, codes)
-            filled = counts > 0
-            self.embedding[filled] = sums[filled] / counts[filled, None]
+            counts = torch.zeros_like(self.cluster_size).index_add_(
+                0, codes, torch.ones_like(codes, dtype=torch.float32)
+            )
+            sums = torch.zeros_like(self.embedding).index_add_(0, codes, candidates)
+            means = sums / counts.clamp(min=1)[:, None]
+            self.embedding.copy_(torch.where(counts[:, None] > 0, means, self.embedding))
             self.refresh()
         mean_size = candidates.shape[0] / size
         self.cluster_size.fill_(mean_size)
         self.embedding_sum.copy_(self.embedding * mean_size)
         self.is_initialised = True
 
+
+class CodebookStack:
+    """Codebooks of one size, learnt by exponential moving averages (van den Oord et al. 2017, A.1).
+
+    Their buffers are rows of one tensor each, `[K, n, d]` and `[K, n]`: on a GPU 64 codebooks that
+    move one by one are thousands of launches. Nothing here waits for the device.
+    """
+
+    names = ("embedding", "cluster_size", "embedding_sum", "half_norms")
+
+    def __init__(self, books: Sequence[Codebook], decay: float, first: int = 0) -> None:
+        self.books, self.decay = list(books), decay
+        self.levels = slice(first, first + len(self.books))  # among the quantizer's
+        self.tie()
+
+    def tie(self) -> None:
+        """Makes the buffers rows of one tensor (again, where moving the module took them apart)."""
+        for name in self.names:
+            whole = torch.stack([getattr(book, name) for book in self.books])
+            setattr(self, name, whole)
+            for book, row in zip(self.books, whole.unbind(), strict=True):
+                setattr(book, name, row)
+
+    @property
+    def is_initialised(self) -> bool:
+        return all(book.is_initialised for book in self.books)
+
+    def initialise(self, left: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Starts those codebooks that stand for nothing yet, each by what the ones before it leave
+        of the vectors `left` `[N, d]`.
+
+        Returns what the last one leaves, and `[K, n]` bool, the codes that began anew.
+        """
+        started = torch.zeros_like(self.cluster_size, dtype=torch.bool)
+        for book, places, mask in zip(self.books, draws, started, strict=True):
+            if not book.is_initialised:
+                book.initialise(left, places)
+                mask.fill_(True)
+            left = left - book.lookup(book(left))
+        return left, started
+
     @torch.no_grad()
     def update(
         self,
-        x: Tensor,
+        vectors: Tensor,
         codes: Tensor,
-        candidates: Tensor,
+        used: Tensor,
         draws: Tensor,
-        counted: Tensor | None = None,
         skip: Tensor | None = None,
     ) -> Tensor:
-        """One EMA step; unused codes restart from `candidates`, with fresh statistics.
-
-        Nothing waits for the device, so that a CUDA graph can hold it.
+        """One EMA step; dead codes restart from vectors drawn, with fresh statistics.
 
         Args:
-            x: `[N, d]` vectors of this rank, codes: `[N]` theirs.
-            candidates: `[M, d]` vectors of all ranks, draws: `[size or more]` in [0, 1), which of
-                them to take; the same on every rank.
-            counted: `[N]` bool, those that count; all of them if None.
+            vectors: `[K, B, F, d]` of this rank, codes: `[K, B, F]` theirs.
+            used: `[K, B]` bool, the clips that count at each level.
+            draws: `[K, n or more]` in [0, 1), which of the vectors that count on any rank a dead
+                code restarts from; the same on every rank.
             skip: scalar; if not 0 nothing changes.
 
         Returns:
-            `[size]` bool, the codes that restarted.
+            `[K, n]` bool, the codes that restarted.
         """
-        counts, sums = self._statistics(x, codes, counted)
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
-            torch.distributed.all_reduce(sums)
-        sizes = self.cluster_size.lerp(counts, 1 - self.decay)
-        sums = self.embedding_sum.lerp(sums, 1 - self.decay)
-        mean_size = sizes.mean()
-        dead = sizes < 0.1 * mean_size
-        fresh = _draw(candidates, draws[: len(sizes)])
+        size = self.cluster_size.shape[1]
+        counts, sums = self._statistics(vectors, codes, used)
+        fresh, some = drawn_vectors(vectors, used, draws[:, :size])
+        if dist.is_initialized():
+            parts = torch.cat((sums, fresh, counts[..., None]), dim=-1)
+            dist.all_reduce(parts)
+            sums, fresh, counts = parts.split((sums.shape[-1], fresh.shape[-1], 1), dim=-1)
+            counts = counts[..., 0]
+        moves = (1 - self.decay) * some  # a level that nobody used stays where it is
+        sizes = self.cluster_size.lerp(counts, moves)
+        sums = self.embedding_sum.lerp(sums, moves[..., None])
+        mean_size = sizes.mean(-1, keepdim=True)
+        dead = (sizes < 0.1 * mean_size) & (some > 0)
         sizes = torch.where(dead, mean_size, sizes)
-        sums = torch.where(dead[:, None], fresh * mean_size, sums)
-        codes = sums / sizes[:, None]
+        sums = torch.where(dead[..., None], fresh * mean_size[..., None], sums)
+        codes = sums / sizes[..., None]
         if skip is not None:
             kept = skip != 0
             dead = dead & ~kept
             sizes = torch.where(kept, self.cluster_size, sizes)
             sums = torch.where(kept, self.embedding_sum, sums)
             codes = torch.where(kept, self.embedding, codes)
-        self.cluster_size.copy_(sizes)
-        self.embedding_sum.copy_(sums)
-        self.embedding.copy_(codes)
-        self.refresh()
+        self._take(codes, sizes, sums)
         return dead
 
     @torch.no_grad()
-    def follow(self, other: Codebook, weight: Tensor, restarted: Tensor) -> None:
+    def follow(self, other: CodebookStack, weight: Tensor, restarted: Tensor) -> None:
         """Moves by the scalar `weight` towards `other`'s statistics; takes codes over that just
-        `restarted`.
+        `restarted` `[K, n]`.
 
         The code is then the mean of all vectors that it stood for within both averages. Between
         the old and the new place of a code that jumped there would be nothing.
         """
-        for name in ("cluster_size", "embedding_sum"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            mine.lerp_(theirs, weight)
-            mask = restarted.view(-1, *[1] * (mine.dim() - 1))
-            mine.copy_(torch.where(mask, theirs, mine))
-        codes = self.embedding_sum / self.cluster_size[:, None]
-        self.embedding.copy_(torch.where(weight > 0, codes, self.embedding))  # bit for bit
-        self.refresh()
-        self.is_initialised = other.is_initialised
+        sizes = self.cluster_size.lerp(other.cluster_size, weight)
+        sizes = torch.where(restarted, other.cluster_size, sizes)
+        sums = self.embedding_sum.lerp(other.embedding_sum, weight)
+        sums = torch.where(restarted[..., None], other.embedding_sum, sums)
+        codes = torch.where(weight > 0, sums / sizes[..., None], self.embedding)  # bit for bit
+        self._take(codes, sizes, sums)
+        for mine, theirs in zip(self.books, other.books, strict=True):
+            mine.is_initialised = theirs.is_initialised
 
-    def _statistics(
-        self, x: Tensor, codes: Tensor, counted: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        x, ones = x.float(), torch.ones_like(codes, dtype=self.cluster_size.dtype)
-        if counted is not None:
-            x, ones = x * counted[:, None], ones * counted
-        counts = torch.zeros_like(self.cluster_size).index_add_(0, codes, ones)
-        sums = torch.zeros_like(self.embedding_sum).index_add_(0, codes, x)
-        return counts, sums
+    def _take(self, codes: Tensor, sizes: Tensor, sums: Tensor) -> None:
+        self.embedding.copy_(codes)
+        self.cluster_size.copy_(sizes)
+        self.embedding_sum.copy_(sums)
+        self.half_norms.copy_(0.5 * codes.pow(2).sum(-1))
+
+    def _statistics(self, vectors: Tensor, codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+        """How many vectors each code stood for, `[K, n]`, and their sums, `[K, n, d]`."""
+        levels, size, dim = self.embedding.shape
+        level = torch.arange(levels, device=codes.device)[:, None]
+        # What does not count goes to a level of its own behind the last.
+        rows = (codes + size * torch.where(used, level, levels)[..., None]).flatten()
+        ones = torch.ones_like(rows, dtype=torch.float32)
+        counts = ones.new_zeros((levels + 1) * size).index_add_(0, rows, ones)
+        sums = ones.new_zeros((levels + 1) * size, dim).index_add_(0, rows, vectors.flatten(0, 2))
+        return counts.view(-1, size)[:levels], sums.view(-1, size, dim)[:levels]
 
 
-def _draw(candidates: Tensor, draws: Tensor) -> Tensor:
-    """Those of `candidates` `[N, d]` at `draws` `[size]` in [0, 1): `[size, d]`."""
-    return candidates[(draws * len(candidates)).long().clamp(max=len(candidates) - 1)]
+def drawn_vectors(vectors: Tensor, used: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Those at `draws` `[K, n]` in [0, 1) among the vectors `[K, B, F, d]` whose clip is `used`
+    `[K, B]`; of all ranks in joint order: zeros where another rank has it, so that their sum is it.
+
+    The sampler deals clips out in turn, so that clip `i` of rank `r` is the joint `i * ranks + r`.
+    Returns `[K, n, d]`, and `[K, 1]`: 1.0 where any clip is used, else 0.0.
+    """
+    rank, ranks = 0, 1
+    if dist.is_initialized():
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+    if ranks > 1:
+        parts = [torch.empty_like(used, dtype=torch.uint8) for _ in range(ranks)]
+        dist.all_gather(parts, used.to(torch.uint8).contiguous())
+        used = torch.stack(parts, dim=-1).flatten(1)  # [K, B * ranks]
+    frames = vectors.shape[2]
+    order = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    count = used.sum(1, keepdim=True) * frames
+    place = torch.minimum((draws * count).long(), count - 1).clamp(min=0)  # among those used
+    clip = order.gather(1, place.div(frames, rounding_mode="floor"))
+    level = torch.arange(len(vectors), device=vectors.device)[:, None]
+    local = clip.div(ranks, rounding_mode="floor")
+    drawn = vectors[level, local, place.remainder(frames)]
+    if ranks > 1:
+        drawn = drawn * (clip.remainder(ranks) == rank)[..., None]
+    return drawn, (count > 0).float()
 
 
 def gather_candidates(x: Tensor, limit: int = 8192) -> Tensor:
-    """Up to `limit` vectors of the clips `[B, F, d]` of all ranks → `[N, d]`, in joint order.
-
-    The sampler deals clips out in turn, so that clip `i` of rank `r` is the joint `i * ranks + r`.
-    """
+    """Up to `limit` vectors of the clips `[B, F, d]` of all ranks → `[N, d]`, in joint order."""
     x = x.contiguous().float()
-    if torch.distributed.is_initialized():
-        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, x)
+    if dist.is_initialized():
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x)
         x = torch.stack(parts, dim=1).flatten(0, 1)
     return x.flatten(0, 1)[:limit]
 
@@ -542,7 +608,7 @@ class Quantized:
 
     `features` `[B, F, D]` for the decoder (straight-through), `semantic` `[B, F, d]` the quantized
     semantic features (straight-through), `codes` `[B, K, F]`, `commitment` a scalar, `residuals`
-    per codebook the vectors `[B, F, d]` that it quantized, `used` `[B, K]` bool.
+    per stack of codebooks the vectors `[levels, B, F, d]` that it quantized, `used` `[B, K]` bool.
     """
 
     features: Tensor
@@ -564,9 +630,18 @@ class SplitQuantizer(nn.Module):
         self.acoustic_in = nn.Linear(c.encoder_dim, c.acoustic_dim)
         dims = [c.semantic_dim] + [c.acoustic_dim] * (c.num_codebooks - 1)
         self.codebooks = nn.ModuleList(
-            Codebook(size, dim, c.codebook_decay)
-            for size, dim in zip(c.codebook_sizes, dims, strict=True)
+            Codebook(size, dim) for size, dim in zip(c.codebook_sizes, dims, strict=True)
         )
+        self.stacks = [CodebookStack(self.codebooks[:1], c.codebook_decay)]
+        for _, books in itertools.groupby(self.codebooks[1:], lambda book: len(book.embedding)):
+            first = self.stacks[-1].levels.stop
+            self.stacks.append(CodebookStack(list(books), c.codebook_decay, first))
+
+    def _apply(self, *args, **kwargs) -> SplitQuantizer:
+        super()._apply(*args, **kwargs)
+        for stack in self.stacks:
+            stack.tie()
+        return self
 
     def encode(self, hidden: Tensor, num_codebooks: int) -> Tensor:
         """`[B, F, S + D]` → codes `[B, K, F]` int64."""
@@ -597,7 +672,7 @@ class SplitQuantizer(nn.Module):
             features=info.features,
             semantic=heard.semantic,
             codes=torch.cat((heard.codes, info.codes), dim=1),
-            commitment=(heard.commitment + info.commitment * (used.shape[1] - 1)) / used.shape[1],
+            commitment=heard.commitment + info.commitment,
             residuals=[*heard.residuals, *info.residuals],
             used=used,
         )
@@ -615,28 +690,35 @@ class SplitQuantizer(nn.Module):
                 chosen = codebook.lookup(codes)
                 commitment = F.mse_loss(vectors, chosen)
                 quantized = vectors + (chosen - vectors).detach()
-        residuals = [vectors.detach()]
+        residuals = [vectors.detach()[None]]
         return Quantized(quantized, quantized, codes[:, None], commitment, residuals, used)
 
     def _quantize_acoustic(self, vectors: Tensor, used: Tensor) -> Quantized:
-        """The residual VQ over `[B, F, d]`; `used` `[B, K]` counts the semantic codebook too."""
-        codes, residuals, losses = [], [], []
-        total = torch.zeros_like(vectors)
-        for k, codebook in enumerate(self.codebooks[1:], start=1):
-            residual = vectors - total
-            codes.append(codebook(residual))
-            residuals.append(residual.detach())
-            chosen = codebook.lookup(codes[-1])
-            weight = used[:, k, None, None].float()
-            distance = (residual - chosen).pow(2).mean((1, 2))
-            losses.append((distance * weight[:, 0, 0]).sum() / used[:, k].sum().clamp(min=1))
-            total = total + chosen * weight
-        commitment = torch.stack(losses).mean()
-        quantized = vectors + (total - vectors).detach()
+        """The residual VQ over `[B, F, d]`; `used` `[B, K]` counts the semantic codebook too.
+
+        The commitment is, per clip, the sum over the levels that it uses, as in DAC (Kumar et al.
+        2023): a mean would pull the less the more levels there are.
+        """
+        books = self.codebooks[1:]
+        with torch.no_grad():
+            # What enters each level, and what the last one leaves: in place, level by level.
+            residuals = vectors.new_empty(len(books) + 1, *vectors.shape)
+            residuals[0] = vectors
+            counted = used[:, 1:].t().float()  # [K - 1, B]
+            codes = []
+            for book, weight, before, after in zip(
+                books, counted[..., None, None], residuals[:-1], residuals[1:], strict=True
+            ):
+                codes.append(book(before))
+                torch.addcmul(before, book.lookup(codes[-1]), weight, value=-1, out=after)
+            codes = torch.stack(codes, dim=1)
+        slices = [s.levels for s in self.stacks[1:]]
+        parts = [residuals[s.start - 1 : s.stop - 1] for s in slices]
         if not self.codebooks[-1].is_initialised:
-            quantized, commitment = vectors, 0 * commitment
-        codes = torch.stack(codes, dim=1)
-        return Quantized(quantized, quantized, codes, commitment, residuals, used)
+            return Quantized(vectors, vectors, codes, 0 * vectors.sum(), parts, used)
+        commitment = _summed_squares(vectors, residuals[1:], counted)
+        quantized = vectors - residuals[-1]
+        return Quantized(quantized, quantized, codes, commitment, parts, used)
 
     @property
     def is_initialised(self) -> bool:
@@ -658,33 +740,45 @@ class SplitQuantizer(nn.Module):
         draws: Tensor,
         keep_semantic: bool = False,
         skip: Tensor | None = None,
-    ) -> list[Tensor]:
+    ) -> list[Tensor | None]:
         """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first.
 
         `draws` `[K, size of the largest]` in [0, 1), the same on every rank, choose the vectors
         that codes start from. With `keep_semantic` codebook 0 stays as it is; where the scalar
         `skip` is not 0, all of them, once they have started.
-        Returns, per codebook of `info`, `[size]` bool: the codes that began anew.
+        Returns, per stack of `info`, `[levels, size]` bool: the codes that began anew; None where
+        it stood still.
         """
         restarted = []
         if skip is not None and not self.is_initialised and bool(skip):
             return restarted
-        left = None  # what a codebook that has just started leaves for the next one
-        for k, residual in enumerate(info.residuals):
-            if k == 0 and keep_semantic:
-                restarted.append(torch.zeros_like(self.codebooks[0].cluster_size, dtype=torch.bool))
-                continue
-            codebook, candidates = self.codebooks[k], gather_candidates(residual)
-            if codebook.is_initialised:
-                x, codes = residual.flatten(0, 1), info.codes[:, k].flatten()
-                counted = info.used[:, k, None].expand(residual.shape[:2]).flatten()
-                restarted.append(codebook.update(x, codes, candidates, draws[k], counted, skip))
-                continue
-            left = candidates if k < 2 else left
-            codebook.initialise(left, draws[k])
-            restarted.append(torch.ones_like(codebook.cluster_size, dtype=torch.bool))
-            left = left - codebook.lookup(codebook(left))
+        left = None  # what a stack that has just started leaves for the next one
+        for stack, vectors in zip(self.stacks, info.residuals, strict=False):
+            levels = stack.levels
+            if levels.start == 0 and keep_semantic:
+                restarted.append(None)
+            elif stack.is_initialised:
+                codes, used = info.codes[:, levels].transpose(0, 1), info.used[:, levels].t()
+                restarted.append(stack.update(vectors, codes, used, draws[levels], skip))
+            else:
+                if left is None or levels.start < 2:
+                    left = gather_candidates(vectors[0])
+                left, started = stack.initialise(left, draws[levels])
+                restarted.append(started)
         return restarted
+
+
+def _summed_squares(vectors: Tensor, errors: Tensor, counted: Tensor) -> Tensor:
+    """Mean over clips of the sum over levels of mean(`errors`²), with its gradient in `vectors`.
+
+    vectors: `[B, F, d]`, errors: `[K, B, F, d]`, which are `vectors` less constants, counted:
+    `[K, B]`. Written out, because autograd would keep and pass `errors` several times.
+    """
+    scale = 1.0 / vectors.numel()
+    value = scale * (torch.linalg.vector_norm(errors, dim=(2, 3)).square() * counted).sum()
+    pull = torch.bmm(counted.t()[:, None], errors.flatten(2).transpose(0, 1))  # [B, 1, F * d]
+    product = (vectors * (2 * scale * pull).view_as(vectors)).sum()
+    return value + (product - product.detach())
 
 
 def count_parameters(model: Codec) -> dict[str, float]:
@@ -843,7 +937,9 @@ class AveragedCodec:
         self.steps = torch.zeros((), device=next(model.parameters()).device)
 
     @torch.no_grad()
-    def update(self, model: Codec, restarted: list[Tensor], skip: Tensor | None = None) -> None:
+    def update(
+        self, model: Codec, restarted: list[Tensor | None], skip: Tensor | None = None
+    ) -> None:
         """Call after a step; `restarted` is what the quantizer's `update` returned, none if it
         stood still. Where the scalar `skip` is not 0 nothing moves."""
         moves = 1 if skip is None else (skip == 0).to(self.steps.dtype)
@@ -858,11 +954,10 @@ class AveragedCodec:
         steps = torch._foreach_sub(theirs, own)
         torch._foreach_mul_(steps, weight)
         torch._foreach_add_(own, steps)
-        books = zip(
-            self.model.quantizer.codebooks, model.quantizer.codebooks, restarted, strict=False
-        )
-        for mine, theirs, mask in books:
-            mine.follow(theirs, weight, mask)
+        stacks = zip(self.model.quantizer.stacks, model.quantizer.stacks, restarted, strict=False)
+        for mine, theirs, mask in stacks:
+            if mask is not None:
+                mine.follow(theirs, weight, mask)
 
     def state_dict(self) -> dict:
         """Without the weights: they are the checkpoint's own."""
