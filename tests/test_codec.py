@@ -1,5 +1,6 @@
 """The codec: streaming against offline, causality, layers and losses against independent ones."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -67,7 +68,7 @@ def build(config=SMALL, seed=0):
     model = Codec(config)
     counts = torch.full((4,), config.num_codebooks)
     _, info = model(noise(4, 1, 48 * 480, seed=seed), counts)
-    model.quantizer.update(info, draws(seed))
+    model.quantizer.update(info, draws(seed, config.num_codebooks))
     return model.eval().requires_grad_(False)
 
 
@@ -367,6 +368,102 @@ def test_dead_codes_restart_with_fresh_statistics():
         codebook.embedding_sum[7], codebook.embedding[7] * codebook.cluster_size[7]
     )
     assert codebook.embedding[:7].abs().max() < 10  # nor do they pull on those that live
+
+
+def test_a_stack_moves_as_its_codebooks_would_one_by_one():
+    """Against a plain loop over levels and codes, dead ones included; then bit for bit against
+    stacks of one."""
+    torch.manual_seed(0)
+    levels, size, dim, decay = 3, 8, 4, 0.8
+    books = [Codebook(size, dim) for _ in range(levels)]
+    left = noise(300, dim)
+    for k, book in enumerate(books):
+        book.initialise(left, draws(k)[0])
+        left = left - book.lookup(book(left))
+    alone = copy.deepcopy(books)
+    stack = CodebookStack(books, decay)
+    singles = [CodebookStack([book], decay) for book in alone]
+    sizes = [book.cluster_size.clone() for book in books]
+    sums = [book.embedding_sum.clone() for book in books]
+    deaths = 0
+    for step in range(25):
+        vectors, places = noise(levels, 4, 6, dim, seed=step), draws(step, levels)
+        codes = torch.randint(0, size - 1, (levels, 4, 6), generator=generator(step))
+        used = torch.arange(levels)[:, None] < torch.tensor([3, 1, 2, 3])
+        skip = torch.tensor(float(step == 7))
+        restarted = stack.update(vectors, codes, used, places, skip)
+        for k in range(levels):
+            one = slice(k, k + 1)
+            singles[k].update(vectors[one], codes[one], used[one], places[one], skip)
+            for name in CodebookStack.names:
+                assert torch.equal(getattr(alone[k], name), getattr(books[k], name)), name
+            if skip:
+                continue
+            mine = vectors[k][used[k]].flatten(0, 1)
+            chosen = codes[k][used[k]].flatten()
+            for code in range(size):
+                own = mine[chosen == code]
+                sizes[k][code] = decay * sizes[k][code] + (1 - decay) * len(own)
+                sums[k][code] = decay * sums[k][code] + (1 - decay) * own.sum(0)
+            mean = sizes[k].mean()
+            for code in range(size):
+                dead = sizes[k][code] < 0.1 * mean
+                deaths += dead
+                assert restarted[k, code] == dead
+                if dead:
+                    sizes[k][code] = mean
+                    sums[k][code] = mean * mine[int(places[k, code] * len(mine))]
+            codebook = sums[k] / sizes[k][:, None]
+            torch.testing.assert_close(books[k].embedding, codebook, atol=1e-6, rtol=1e-5)
+    assert deaths > 1
+
+
+@torch.no_grad()
+def test_a_stack_stays_one_tensor_where_a_model_is_moved_copied_or_loaded():
+    model = build()
+    sizes = dataclasses.replace(SMALL, codebook_sizes=(16, 16, 16, 8, 8, 4))
+    assert [s.levels for s in build(sizes).quantizer.stacks] == [
+        slice(0, 1), slice(1, 3), slice(3, 5), slice(5, 6)
+    ]  # fmt: skip
+    other = copy.deepcopy(model).to(torch.float64).float()
+    other.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
+    for twin, offset in ((copy.deepcopy(model), 0.0), (other, 1.0)):
+        for mine, theirs in zip(twin.quantizer.stacks, model.quantizer.stacks, strict=True):
+            assert torch.equal(mine.embedding, theirs.embedding + offset)
+            mine.embedding.zero_()
+        assert all(not book.embedding.any() for book in twin.quantizer.codebooks)
+    assert all(book.embedding.any() for book in model.quantizer.codebooks)
+
+
+@pytest.mark.parametrize("levels", [9, 65])
+def test_commitment_is_summed_over_the_levels_in_use(levels):
+    """Each level pulls on the encoder as it would alone, however many others there are."""
+    torch.manual_seed(0)
+    config = dataclasses.replace(SMALL, codebook_sizes=(16,) * levels)
+    quantizer = Codec(config).quantizer
+    for book in quantizer.codebooks:
+        book.restart_statistics()
+        book.embedding.mul_(0.3)
+        book.refresh()
+    hidden = noise(3, 5, SMALL.semantic_width + SMALL.encoder_dim).requires_grad_()
+    counts = torch.tensor([levels, 9, 4])
+    _, _, info = quantizer(hidden, counts)
+    (got,) = torch.autograd.grad(info.commitment, hidden, retain_graph=True)
+    # Level by level, as the definition has it.
+    parts = hidden.split(quantizer.widths, dim=-1)
+    semantic, residual = quantizer.semantic_in(parts[0]), quantizer.acoustic_in(parts[1])
+    terms = [(semantic - quantizer.codebooks[0].lookup(info.codes[:, 0]).detach()).square().mean()]
+    for k in range(1, levels):
+        residual = residual - quantizer.codebooks[k].lookup(info.codes[:, k])
+        errors = residual.square().mean((1, 2)) * (counts > k)
+        terms.append(errors.mean())
+    (expected,) = torch.autograd.grad(sum(terms), hidden, retain_graph=True)
+    torch.testing.assert_close(info.commitment, sum(terms), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-4)
+    # The clip that uses 8 acoustic levels is pulled the same whether there are 8 or 64.
+    (eight,) = torch.autograd.grad(sum(terms[:9]), hidden)
+    torch.testing.assert_close(got[1:], eight[1:], atol=1e-7, rtol=1e-4)
+    assert got[0].norm() > 0.999 * eight[0].norm() * (1 if levels == 9 else 2)
 
 
 def test_a_skipped_step_leaves_codebooks_and_average_bit_for_bit():
