@@ -34,7 +34,6 @@ class DiscriminatorConfig:
     mel_bands: tuple[int, ...] = ()
     mel_channels: int = 16
     sample_rate: int = 24_000  # of the bands
-    loss: str = "hinge"
 
     def __post_init__(self) -> None:
         # A checkpoint's JSON gives lists back.
@@ -50,8 +49,11 @@ class DiscriminatorConfig:
         sizes = self.stft_sizes + self.mel_sizes
         if any(size % 4 or size < 16 for size in sizes):
             raise ValueError(f"sizes must be multiples of 4 from 16 on: {sizes}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss {self.loss!r} is not one of {LOSSES}")
+
+    @classmethod
+    def stored(cls, fields: dict) -> DiscriminatorConfig:
+        """From what a checkpoint holds; older ones hold a loss, too, which nothing ever read."""
+        return cls(**{name: value for name, value in fields.items() if name != "loss"})
 
     @classmethod
     def tiny(cls) -> DiscriminatorConfig:

@@ -155,7 +155,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     more.add_argument("--lm_rate", type=share, default=0.5, help="share that uses the LM's 8")
     more.add_argument("--full_rate", type=share, default=0.2, help="share that uses all codebooks")
-    more.add_argument("--commitment_weight", type=number(0), default=0.25)
+    more.add_argument(
+        "--commitment_weight", type=number(0), default=0.03, help="for each codebook in use"
+    )
     more.add_argument("--phone_weight", type=number(0), default=1.0)
     more.add_argument(
         "--teacher",
@@ -542,7 +544,7 @@ def main() -> None:
     head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
     judges = discriminator_config(args.disc_preset, config, device)
     if checkpoint is not None and checkpoint.trainer and "judges" in checkpoint.trainer:
-        judges = discriminator.DiscriminatorConfig(**checkpoint.trainer["judges"])
+        judges = discriminator.DiscriminatorConfig.stored(checkpoint.trainer["judges"])
     disc = discriminator.Discriminator(judges).to(device)
     spectra = nn.ModuleDict({"mel": MelLoss(config.sample_rate)})
     if args.spectral_weight:
@@ -700,7 +702,9 @@ def main() -> None:
             losses["adversarial"] = discriminator.generator_loss(fake_logits)
             losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
             row |= discriminator.verdict(real_logits, fake_logits)
-        others = args.commitment_weight * info.commitment
+        # Alone, codebook 0 is held to its codes as the LM's eight are together.
+        levels = LM_CODEBOOKS if mode.listening else 1
+        others = levels * args.commitment_weight * info.commitment
         if words_learn(args):
             phones, row["phone_accuracy"] = phone_loss(head(info.semantic), labels)
             others = others + args.phone_weight * phones
