@@ -87,7 +87,7 @@ RECORDS = ".parts"  # in the folder of copies: what each finished part made
 # speech of 2 and 8 s, and a tenth more for the noise of real rooms.
 FORMATS = {"ogg": (0.36, 5800), "flac": (1.3, 2500), "opus": (0.22, 2700)}
 OPUS_RATES = (8000, 12000, 16000, 24000)
-TELUGU_TEXT = re.compile(r"[\u0c00-\u0c65\s.,!?;:'\"()\u2013\u2014\u2018-\u201d\u0964\u200c-]+")
+TELUGU_TEXT = re.compile(r"[\u0c00-\u0c65\s.,!?;:'\"()–—\u2018-\u201d\u0964\u200c\u200d-]+")
 # A phone of read Telugu lasts 0.06 to 0.1 s; outside of these, words are missing or it babbles.
 PHONE_SECONDS = (0.03, 0.22)
 DECOYS = 15

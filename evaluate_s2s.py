@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 import unicodedata
 from collections import Counter
@@ -163,8 +164,11 @@ def cepstra(audio: np.ndarray) -> np.ndarray:
 
 
 def normalise(text: str) -> str:
-    """Lower case, composed, letters, vowel signs and digits only, single spaces."""
-    text = unicodedata.normalize("NFC", text).lower().replace("'", "").replace("’", "")
+    """Lower case, composed, letters, vowel signs and digits only, single spaces.
+
+    Apostrophes and joiners (ZWJ, ZWNJ) are within words.
+    """
+    text = re.sub(f"['’{speech.JOINERS}]", "", unicodedata.normalize("NFC", text).lower())
     kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
     return " ".join(kept.split())
 

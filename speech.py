@@ -143,15 +143,35 @@ def phonemize_words(text: str, language: str, unknown: list[str] | None = None) 
     return words
 
 
+JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ: they shape letters within a word, and are no border of it
+_STOPS = re.escape(".,!?;:\"'()-")
+
+
 def clean_text(text: str) -> str:
-    """Text without control characters, symbols no engine can say, and with simple quotes."""
+    """Text without control characters, symbols no engine can say, and with simple quotes.
+
+    Joiners stay within words; other characters of no width go without leaving a space.
+    """
     text = unicodedata.normalize("NFC", text).translate(
-        str.maketrans("’‘“”–—…।॥\u200b", "''\"\"--...\u200b")
+        str.maketrans("’‘“”–—…।॥\\", "''\"\"--... ")
     )
-    text = "".join(c if unicodedata.category(c)[0] in "LMNPZ" or c in "%$+=" else " " for c in text)
+    kept = []
+    for c in text:
+        kind = unicodedata.category(c)
+        if kind == "Cf":  # soft hyphens, marks of direction, joiners that join nothing
+            if c in JOINERS and kept and unicodedata.category(kept[-1])[0] in "LMN":
+                kept.append(c)
+        else:
+            kept.append(c if kind[0] in "LMNPZ" or c in "%$+=" else " ")
+    text = re.sub(f"[{JOINERS}]+(?=[\\s{_STOPS}]|$)", "", "".join(kept))
     # A final anusvara is m in Telugu (namaskaaram); espeak would say n.
-    text = re.sub("\u0c02(?=\\s|\\W|$)", "\u0c2e\u0c4d", text)
-    return re.sub(r"\s+", " ", text.replace("\u200b", "").replace("\\", " ")).strip()
+    text = re.sub(f"\u0c02(?![{JOINERS}]*\\w)", "\u0c2e\u0c4d", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def _unjoined(text: str) -> str:
+    """For engines, some of which take a joiner for the end of a word."""
+    return text.translate(dict.fromkeys(map(ord, JOINERS)))
 
 
 def _espeak_language(language: str) -> str:
@@ -556,7 +576,7 @@ class _Espeak:
         """Words of IPA symbols, stress marks included."""
         with self._lock:
             self._set_voice(name)
-            pointer = ctypes.c_char_p(text.encode())
+            pointer = ctypes.c_char_p(_unjoined(text).encode())
             words: list[list[str]] = []
             while pointer.value:
                 mode = 0x02 | (ord("_") << 8)
@@ -566,7 +586,10 @@ class _Espeak:
         return words
 
     def say(self, text: str, name: str, rate: float, pitch: float, pitch_range: float):
-        """float32 audio `[T]`, and the events (type, seconds, text position, length, IPA)."""
+        """float32 audio `[T]`, and the events (type, seconds, text position, length, IPA).
+
+        Positions are in the text without its joiners.
+        """
         with self._lock:
             self._load()
             self._set_voice(name)
@@ -578,7 +601,7 @@ class _Espeak:
             for parameter, value in values:
                 self._library.espeak_SetParameter(parameter, int(value), 0)
             self._samples, self._events = [], []
-            data = text.encode()
+            data = _unjoined(text).encode()
             self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
             samples, events = self._samples, self._events
         audio = np.concatenate(samples) if samples else np.zeros(0, np.int16)
@@ -621,10 +644,12 @@ def _spans_of_events(events, duration: float, language: str, text: str):
         phones += [(u, start + k * step, start + (k + 1) * step) for k, u in enumerate(units)]
     # Word events carry the position in characters (from 1) and the length of the word.
     heads = [e for e in events if e[0] == _EVENT_WORD and e[3] > 0]
+    places = [i for i, c in enumerate(text) if c not in JOINERS]
     for i, (_, start, position, length, _) in enumerate(heads):
         end = heads[i + 1][1] if i + 1 < len(heads) else duration
         inside = [p for p in phones if p[0] != SILENCE and start - 1e-3 <= p[1] < end - 1e-3]
-        word = text[position - 1 : position - 1 + length].strip(" .,!?;:\"'")
+        said = places[position - 1 : position - 1 + length]
+        word = text[said[0] : said[-1] + 1].strip(" .,!?;:\"'") if said else ""
         if inside and word:
             words.append((word, inside[0][1], inside[-1][2]))
     return phones, words
@@ -861,7 +886,7 @@ def _hibari_sentences(engine: _Hibari, order: _Order) -> list[tuple[list[_Piece]
     """Pieces of each sentence and its written words (none where they do not match)."""
     sentences = []
     if order.language == "english":
-        for sentence in engine.model.split_sentences(order.text):
+        for sentence in engine.model.split_sentences(_unjoined(order.text)):
             written = [w for w in (t.strip(".,!?;:\"'()") for t in sentence.split()) if w]
             for symbols in engine.model.phonemize(sentence):
                 pieces = _misaki_pieces("".join(c for c in symbols if c in engine.model.vocab))

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import evaluate_s2s
 import praat
 import speech
 from command import UserError
@@ -112,6 +113,31 @@ def test_phones_of_all_scripts_are_in_the_inventory(language):
 def test_known_words(language, word, phones):
     needs_espeak()
     assert speech.phonemize(word, language) == phones.split()
+
+
+JOINED = [("telugu", "సాఫ్ట్\u200cవేర్"), ("telugu", "ఫేస్\u200cబుక్\u200cలో"), ("hindi", "बिल्\u200dकुल"),
+          ("hindi", "क्\u200dया")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("language", "word"), JOINED)
+def test_a_joiner_is_no_border_of_words(language, word):
+    plain = word.replace("\u200c", "").replace("\u200d", "")
+    assert speech.clean_text(f"\u200c {word}\u200d, \u200d{word}.") == f"{word}, {word}."
+    assert speech.clean_text("so\u00adft\u200b\ufeff") == "soft"
+    assert evaluate_s2s.normalise(word) == plain
+    needs_espeak()
+    assert len(speech.phonemize_words(word, language)) == 1
+    assert speech.phonemize(word, language) == speech.phonemize(plain, language)
+    assert [w.text for w in speech._words(word, language)] == [word]
+
+
+@pytest.mark.parametrize("engine", ["espeak", "hibari"])
+@pytest.mark.parametrize(("language", "word"), [JOINED[1], JOINED[2]])
+def test_a_joined_word_is_said_as_one(engine, language, word):
+    plain = word.replace("\u200c", "").replace("\u200d", "")
+    said = say(a_voice(engine, language), [f"{word}.", f"{plain}."])
+    assert [w for w, _, _ in said[0].words] == [word]
+    assert [p for p, _, _ in said[0].phones] == [p for p, _, _ in said[1].phones]
 
 
 def test_unknown_symbols_are_reported():
