@@ -38,7 +38,11 @@ readonly cuda12_driver=525             # oldest driver of its CUDA 12.8 build
 readonly pytorch_index=https://download.pytorch.org/whl
 readonly debian_packages=(
     ffmpeg git vim tmux htop nvtop wget curl build-essential libsndfile1 sox screen nano unzip p7zip-full
-    libportaudio2 espeak-ng python3-venv)
+    libportaudio2 espeak-ng python3-venv
+    # Phase 3: the users' voices (GPL, LGPL and BSD-like; the agent's engine is in requirements.txt).
+    flite festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts festvox-hi-nsk festival-hi
+    festvox-te-nsk festival-te festvox-czech-dita festvox-czech-krb festvox-czech-machac
+    festvox-czech-ph festvox-italp16k festvox-itapc16k festvox-suopuhe-lj festvox-suopuhe-mv)
 cpu=0
 
 fail() { echo "error: $*" >&2; exit 1; }

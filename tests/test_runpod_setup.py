@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+import praat
+import speech
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PYTHON_FOLDER = f"python{sys.version_info.major}.{sys.version_info.minor}"
 
@@ -491,3 +494,20 @@ def test_requirements_take_the_same_pair_as_the_set_up() -> None:
     requirements = (REPOSITORY / "requirements.txt").read_text().splitlines()
     pins = [line for line in requirements if line.startswith("torch")]
     assert len(pins) == 2 and all(line.endswith(f"={pair}") for line in pins)
+
+
+def test_the_set_up_brings_every_engine_that_speaks() -> None:
+    """speech.INSTALL names what each engine needs: a pod that was set up must lack none of it."""
+    setup = (REPOSITORY / "runpod_setup.sh").read_text()
+    packages = set(setup.split("debian_packages=(")[1].split(")\n")[0].split())
+    wheels = {
+        line.split(">")[0] for line in (REPOSITORY / "requirements.txt").read_text().splitlines()
+    }
+    ci = set((REPOSITORY / ".ci" / "run").read_text().split("packages=(")[1].split(")")[0].split())
+    for engine, how in {**speech.INSTALL, "praat": praat.INSTALL}.items():
+        alternatives = [part.strip(" ()") for part in how.split(" (or ")]
+        for line in alternatives:
+            command, _, names = line.partition(" install ")
+            have = wheels if command == "pip" else packages
+            assert set(names.split()) <= have, f"{engine}: {line}"
+            assert command == "pip" or set(names.split()) <= ci, f"{engine}: {line}"
