@@ -53,6 +53,7 @@ SILENT_SHARE = 0.25
 # Windows that begin where a conversation does, as every call; the others begin anywhere.
 FROM_THE_START = 0.25
 WINDOW_CONTEXTS, VALIDATION_CONTEXTS = 1.5, 3  # lengths, in attention contexts
+LEAD_PATCHES = 250  # of a long conversation before its window
 SHORTEST = 4  # frames: the longest patch; a conversation below that says nothing
 
 
@@ -188,9 +189,9 @@ class Conversations(Dataset):
         begins = place - int(self.ends[first - 1] if first else 0)
         if rng.random() < FROM_THE_START:
             begins = 0
-        rows = [self.rows[first]]
-        room = begins + self.patches - self.length(rows[0])
-        alike = self.alike[rows[0]["language"]]
+        row, begins = trimmed(self.rows[first], begins, self.patches, self.config)
+        rows, room = [row], begins + self.patches - self.length(row)
+        alike = self.alike[row["language"]]
         while room > 0:
             rows.append(self.rows[int(alike[rng.integers(len(alike))])])
             room -= self.length(rows[-1])
@@ -329,6 +330,26 @@ def label_phones(phones: np.ndarray, turn: dict, config: S2SConfig, phone_ids: d
     if last > first:
         start = first / config.frame_rate
         phones[first:last] = frame_labels(turn["phones"], phone_ids, last - first, start)
+
+
+def trimmed(row: dict, begins: int, patches: int, config: S2SConfig) -> tuple[dict, int]:
+    """A long conversation without most of what a window of `patches` from patch `begins` on does
+    not see, and where it then begins: a recording of an hour costs no more than a minute of it.
+
+    What is kept begins between two turns, so that none is cut, and well before the window: words
+    that wait for a patch come from there.
+    """
+    first = begins - LEAD_PATCHES
+    for turn in sorted(row["turns"], key=lambda turn: turn["start"], reverse=True):
+        starts, ends = (turn[side] * config.patch_rate for side in ("start", "end"))
+        if starts < first + 1 and ends > first:
+            first = int(starts)
+    first = max(0, first)
+    start, end = (x / config.patch_rate for x in (first, begins + patches + LEAD_PATCHES))
+    turns = [moved(turn, -start) for turn in row["turns"] if start <= turn["start"] < end]
+    frames = first * config.frames_per_step
+    codes = {name: row[name][frames:] for name in ("user_codes", "agent_codes")}
+    return {**row, **codes, "turns": turns}, begins - first
 
 
 def joined(rows: Sequence[dict], config: S2SConfig) -> dict:

@@ -584,6 +584,29 @@ def test_a_join_loses_no_text_and_carries_the_emotion():
     assert (whole["agent_emotion"][:3] == 3).all()
 
 
+def test_what_a_window_does_not_see_is_not_read():
+    """A window from the middle of a minute: the same labels, though but a part is labelled."""
+    conversations, row = reader(), conversation(0, "english", "train")
+    for name in ("agent_codes", "user_codes"):
+        row[name] = np.random.default_rng(1).integers(0, 16, (3000, 8)).astype(np.uint16)
+    spans = [(0.3 + 3 * k, 2.5 + 3 * k, k) for k in range(19)] + [(24.0, 32.0, 1)]
+    row["turns"] = [
+        {
+            **row["turns"][k % 2], "start": start, "end": end, "phones": None,
+            "words": None if k % 3 else [["fine", start, start + 0.4], ["you", start + 1, end]],
+        }
+        for start, end, k in sorted(spans)
+    ]  # fmt: skip
+    whole = conversations.whole(row)
+    part, begins = train_s2s.trimmed(row, 900, 75, conversations.config)
+    assert 10 * 25 <= begins < 900 - 550 and len(part["turns"]) < 12
+    trimmed = conversations.whole(part)
+    for name in whole:
+        if whole[name].dim() and name != "user_turn":
+            window = trimmed[name][begins : begins + 75]
+            assert torch.equal(window, whole[name][900:975]), name
+
+
 def test_the_emotion_tells_neither_reply_nor_moment():
     """What is told up to a patch is the same without the turns and the words to come; nor does a
     turn's begin with it: its first token has been said before."""
