@@ -428,6 +428,15 @@ def _write_json(path: Path, value: dict) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def _printable(text: str) -> str:
+    """Text that UTF-8 can write: a file's name may hold other bytes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _write_dropped(folder: Path, dropped: Sequence[str]) -> None:
+    write_text(folder / "dropped.txt", _printable("".join(f"{reason}\n" for reason in dropped)))
+
+
 def _digest(*values: object) -> str:
     return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).hexdigest()[:20]
 
@@ -1307,7 +1316,7 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
     check_fields(fields, _RECORDING_FIELDS, where)
     path = manifest.parent / fields["path"]
     within = path if path.is_relative_to(root) else root / fields["path"]
-    name = fields.get("id") or within.with_suffix("").relative_to(root).as_posix()
+    name = fields.get("id") or _printable(within.with_suffix("").relative_to(root).as_posix())
     channels = [fields.get(f"{who}_channel") for who in ("agent", "user")]
     agent, user = (default if c is None else c for c, default in zip(channels, (0, 1), strict=True))
     if min(agent, user) < 0 or agent == user:
@@ -1328,7 +1337,7 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
         agent,
         user,
         fields.get("language") or language,
-        fields.get("source") or manifest.parent.name,
+        fields.get("source") or _printable(manifest.parent.resolve().name),
         fields.get("split") or split_for(name),
         tuple(turns),
     )
@@ -1341,8 +1350,8 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
 def _aligned_words(path: Path) -> list[list]:
     """[[word, [start, end], speaker], …] of a file of moshi-finetune; UserError on others."""
     try:
-        words = json.loads(path.read_text(encoding="utf-8"))["alignments"]
-    except (ValueError, TypeError, KeyError) as error:
+        words = json.loads(path.read_text(encoding="utf-8-sig"))["alignments"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path}: no alignments ({first_line(error)})") from None
     check_fields({"alignments": words}, {"alignments": "list"}, str(path))
     for i, word in enumerate(words):
@@ -1611,7 +1620,7 @@ def _report(
     if dropped is None:
         dropped = [reason for m in made for reason in m.dropped]
     if dropped:
-        write_text(folder / "dropped.txt", "".join(f"{r}\n" for r in dropped))
+        _write_dropped(folder, dropped)
         print(f"{len(dropped)} left out, see {folder / 'dropped.txt'}; first: {dropped[0]}")
     audio = sum(m.seconds for m in made)
     print(
@@ -1670,7 +1679,7 @@ def make_dataset(args: argparse.Namespace, device: str) -> None:
     started = time.monotonic()
     files, made, dropped = job(args, options, codec, info)
     if not files:
-        write_text(folder / "dropped.txt", "".join(f"{reason}\n" for reason in dropped))
+        _write_dropped(folder, dropped)
         first = f"; first: {dropped[0]}" if dropped else ""
         raise UserError(f"{folder}: nothing could be made, {len(dropped)} left out{first}")
     _finish_dataset(folder, files, info)
@@ -1765,13 +1774,14 @@ def _is_made(folder: Path, part: Part) -> bool:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    hours = number(above=0, high=1e5)
     add("--output_dir", default="data/conversations/scripted", help="folder of the code dataset")
-    add("--hours", type=number(above=0), help="of conversation, for each language")
-    add("--num_conversations", type=whole(1), help="for each language, in place of --hours")
+    add("--hours", type=hours, help="of conversation, for each language")
+    add("--num_conversations", type=whole(1, 10**7), help="for each language, in place of --hours")
     add("--codec", default="checkpoints/tiny/codec", help="codec checkpoint that encodes")
     add("--languages", nargs="+", choices=SPOKEN, default=list(SPOKEN))
     add("--clips_dir", help="make single sentences below this folder instead (data)")
-    add("--clips_hours", type=number(above=0), default=1.0, help="of clips, for each language")
+    add("--clips_hours", type=hours, default=1.0, help="of clips, for each language")
     add("--conversations", help="folder of real two-channel recordings to encode instead")
     more = parser.add_argument_group("advanced")
     add = more.add_argument
