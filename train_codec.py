@@ -61,18 +61,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
 import statistics
-import time
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch.utils.data import DataLoader, default_collate
 
+import command
 import discriminator
 import teachers
 import training
@@ -89,7 +89,7 @@ from codec import (
     stored_config,
     waveform_loss,
 )
-from command import ArgumentParser, UserError, number, run, share, whole
+from command import ArgumentParser, UserError, number, share, whole
 from data import (
     SAMPLE_RATE,
     Clips,
@@ -104,6 +104,9 @@ from speech import PHONES
 UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
 LISTENED = 4  # held-out windows whose sound goes to TensorBoard
+# Flags that a resumed run can take up, beside those of all trainers.
+APPLIED = ("gen_lr", "disc_lr", "teacher", "precision", "teacher_cache", "teacher_cache_gib",
+           "cuda_graph", "compile")  # fmt: skip
 BALANCE = {"waveform": 1.0, "adversarial": 1.0, "features": 2.0}
 
 
@@ -247,62 +250,14 @@ def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return total / known, (logits.argmax(-1) == labels).sum() / known
 
 
-def training_losses(
-    model: Codec, spectra: nn.ModuleDict, audio: Tensor, counts: Tensor, cast: torch.autocast
-):
-    """The reconstruction, its losses and what the quantizer did."""
-    with cast:
-        estimate, info = model(audio, counts)
+def training_losses(spectra: nn.ModuleDict, estimate: Tensor, audio: Tensor, counts: Tensor):
+    """The reconstruction in fp32, and its losses."""
     estimate = estimate.float()
     # At high rates the goal is SNR, at the LM's it is how it sounds.
     weights = (counts / LM_CODEBOOKS).clamp(min=1).sqrt()
     losses = {name: loss(estimate, audio) for name, loss in spectra.items()}
     losses["waveform"] = waveform_loss(estimate, audio, weights)
-    return estimate, info, losses
-
-
-def seconds_per_step(
-    model: Codec,
-    spectra: nn.ModuleDict,
-    args,
-    device: torch.device,
-    listening: bool,
-    teacher: teachers.Teacher | None = None,
-    disc: nn.Module | None = None,
-) -> float:
-    """The median of three steps on noise, without any update: the estimate before step 1."""
-    samples = int(args.window_seconds * SAMPLE_RATE) // model.config.hop * model.config.hop
-    audio = 0.05 * torch.randn(args.batch_size, 1, samples, device=device)
-    counts = torch.full((args.batch_size,), model.config.num_codebooks, device=device)
-    cast = precision(device, args.precision)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        if teacher is not None and not args.teacher_cache:
-            with torch.no_grad():
-                reference = teacher(audio)
-        if listening:
-            info = model.hear(audio)
-            info.semantic.square().mean().backward()
-        else:
-            estimate, info, losses = training_losses(model, spectra, audio, counts, cast)
-            if teacher is not None and args.ssl_loss_weight:
-                losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
-            if disc is not None:
-                part = judged_part(samples, args.disc_seconds, (0, 0, 0)).to(device)
-                with cast:
-                    (real, features), (fake, others) = (
-                        disc(sound.index_select(-1, part)) for sound in (audio, estimate)
-                    )
-                losses["adversarial"] = discriminator.discriminator_loss(real, fake)
-                losses["features"] = discriminator.feature_matching_loss(features, others)
-            (sum(losses.values()) + info.commitment).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-        for part in filter(None, (model, disc)):
-            part.zero_grad(set_to_none=True)
-    return statistics.median(times)
+    return estimate, losses
 
 
 def words_learn(args) -> bool:
@@ -334,25 +289,15 @@ def discriminator_config(
     return getattr(discriminator.DiscriminatorConfig, asked)()
 
 
-def phases(args, total_steps: int) -> tuple[int, int]:
-    """The steps at which listening ends and the discriminators join in."""
-    listen_steps = int(args.listen_share * total_steps) if words_learn(args) else 0
-    return listen_steps, int(args.disc_start * total_steps)
+def phases(args) -> Callable[[int], dict[str, int]]:
+    """First steps of listening, of the whole codec and of the discriminators, for so many steps."""
 
+    def starts(total: int) -> dict[str, int]:
+        listen_steps = int(args.listen_share * total) if words_learn(args) else 0
+        joined = max(listen_steps, int(args.disc_start * total))
+        return {"listening": 0, "plain": listen_steps, "adversarial": joined}
 
-def estimated_hours(model, disc, spectra, teacher, args, device: torch.device, steps: int) -> float:
-    """Hours of `steps` steps, each of its three kinds measured."""
-    listen_steps, disc_start = phases(args, steps)
-    kinds = {"listening": listen_steps, "plain": max(0, disc_start - listen_steps)}
-    kinds["adversarial"] = steps - sum(kinds.values())
-    seconds = 0.0
-    for kind, count in kinds.items():
-        if count:
-            judges = disc if kind == "adversarial" else None
-            listening = kind == "listening"
-            pace = seconds_per_step(model, spectra, args, device, listening, teacher, judges)
-            seconds += count * pace
-    return seconds / 3600
+    return starts
 
 
 def validated_rates(config: CodecConfig) -> list[int]:
@@ -392,7 +337,9 @@ def validate(
         audio, labels = batch["audio"].to(device), batch["phones"].to(device)
         for rate in validated_rates(model.config):
             counts = torch.full((len(audio),), rate, device=device)
-            estimate, info, losses = training_losses(model, spectra, audio, counts, cast)
+            with cast:
+                estimate, info = model(audio, counts)
+            estimate, losses = training_losses(spectra, estimate, audio, counts)
             row = {f"{name}_{rate}": float(loss) for name, loss in losses.items()}
             row[f"si_sdr_{rate}"] = float(si_sdr(estimate, audio).mean())
             if head is not None:
@@ -439,14 +386,10 @@ def codebook_metrics(all_codes: Tensor) -> dict[str, float]:
 
 
 def describe(
-    args,
-    model: Codec,
-    teacher: teachers.Teacher | None,
-    clips: Clips,
-    total: float,
-    steps: int,
+    run: training.Run, model: Codec, teacher: teachers.Teacher | None, clips: Clips
 ) -> None:
-    """What the user reads before step 1; `total` is the estimate in hours."""
+    """What the user reads before step 1."""
+    args, total, steps = run.args, run.hours(), run.planned
     config = model.config
     counts = count_parameters(model)
     codes = counts.pop("codebooks")
@@ -454,25 +397,24 @@ def describe(
     hours = ", ".join(f"{name} {h:.1f} h" for name, h in hours_by_language(clips).items())
     taught = f"{teacher.source} ({teacher.name}), " if teacher else ""
     price = ""
-    if next(model.parameters()).is_cuda:
+    if run.device.type == "cuda":
         price = f" = {training.format_dollars(total * args.usd_per_hour)}"
-    epoch_hours = steps / args.num_epochs * args.batch_size * args.window_seconds / 3600
-    rate = args.num_epochs * epoch_hours / total
+    rate = args.num_epochs * args.epoch_hours / max(total, 1e-9)
     print(
         f"preset {args.preset}: codec {sum(counts.values()):.1f}M parameters ({parts}), "
-        f"{config.num_codebooks} codebooks ({codes:.1f}), device "
-        f"{next(model.parameters()).device}\n"
+        f"{config.num_codebooks} codebooks ({codes:.1f}), device {run.device}\n"
         f"teacher: {taught}phone labels, {clips.hours('phones'):.1f} h\n"
         f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}\n"
-        f"an epoch is {epoch_hours:.1f} h of audio; {args.num_epochs} epochs = {steps} steps = "
-        f"{training.format_hours(total)}{price} at {rate:.0f} audio seconds a second "
-        f"({'at most' if args.cuda_graph else 'estimate'})",
+        f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
+        f"{steps} steps = {training.format_hours(total)}{price} at {rate:.0f} audio seconds "
+        f"a second ({'at most' if args.cuda_graph else 'estimate'})",
         flush=True,
     )
 
 
 def export(args) -> None:
     """Writes the newest checkpoint in half precision, as the demo and the LM's data take it."""
+    training.check_export(args)
     checkpoint = training.load_checkpoint(args.checkpoint_dir, with_trainer=False)
     model = Codec(codec_config(checkpoint.config, checkpoint.path))
     model.load_tensors(checkpoint.tensors, args.checkpoint_dir)
@@ -489,28 +431,28 @@ def main() -> None:
     args = parse_args()
     if args.export:
         return export(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    process = training.setup_distributed(args.device)
-    device, workers = process.device, training.loader_workers(args.num_workers)
+    if args.teacher_cache and args.ssl_loss_weight:
+        raise UserError("--teacher_cache saves nothing while the output is heard as well: "
+                        "add --ssl_loss_weight 0")  # fmt: skip
+    with training.open_training("codec", args, APPLIED) as run:
+        train(args, run)
+
+
+def train(args, run: training.Run) -> None:
+    """The training itself, within its run."""
+    process, device, checkpoint = run.process, run.device, run.checkpoint
     if args.cuda_graph and (device.type != "cuda" or process.world_size > 1):
         raise UserError("--cuda_graph needs a CUDA GPU, and one alone")
     if args.cuda_graph and args.teacher != "none":
         raise UserError("--cuda_graph holds no teacher: add --teacher none")
-    if args.teacher_cache and args.ssl_loss_weight:
-        raise UserError("--teacher_cache saves nothing while the output is heard as well: "
-                        "add --ssl_loss_weight 0")  # fmt: skip
     taught = words_learn(args) or args.ssl_loss_weight > 0  # else nobody listens to a teacher
+    if args.teacher == "auto":
+        args.teacher = "wavlm" if device.type == "cuda" else "none"
     teacher = teachers.load_teacher(args.teacher, device) if taught else None
     if args.teacher_cache and teacher is None:
         raise UserError("--teacher_cache needs a --teacher")
-    training.seed_everything(args.seed)
-    args.preset = training.choose_preset(args.preset, device)
     if args.cuda_graph:  # what it holds must live on a stream of its own from the start
         torch.cuda.set_stream(torch.cuda.Stream(device))
-
-    # First of all: listing unreadable files would make a new run's folder look used.
-    checkpoint = training.open_run(args.checkpoint_dir, "codec", args.fresh, device)
 
     # Data: windows drawn at random from the training speakers.
     phone_ids = {phone: i for i, phone in enumerate(PHONES)}
@@ -518,13 +460,11 @@ def main() -> None:
     clips, held_out = load_splits(
         args.data_dirs, ("train", "validation"), args.commercial_only, unreadable
     )
-    hours = args.epoch_hours or min(60.0, clips.hours())
-    steps_per_epoch = max(1, round(hours * 3600 / args.window_seconds / args.batch_size))
     dataset = WindowDataset(
         clips,
         args.window_seconds,
         args.seed,
-        steps_per_epoch * args.batch_size,
+        run.plan(clips.hours(), phases(args)),
         args.language_temperature,
         0.0 if args.no_augment else args.augment_share,
         phone_ids,
@@ -543,7 +483,7 @@ def main() -> None:
     model = Codec(config).to(device).train()
     head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
     judges = discriminator_config(args.disc_preset, config, device)
-    if checkpoint is not None and checkpoint.trainer and "judges" in checkpoint.trainer:
+    if checkpoint is not None and "judges" in checkpoint.trainer:
         judges = discriminator.DiscriminatorConfig.stored(checkpoint.trainer["judges"])
     disc = discriminator.Discriminator(judges).to(device)
     spectra = nn.ModuleDict({"mel": MelLoss(config.sample_rate)})
@@ -573,30 +513,16 @@ def main() -> None:
         kept = [model.encoder, model.quantizer, head, projection]
     for part in filter(None, kept):
         part.requires_grad_(False)
-    generator_parameters = [
-        parameter
-        for part in filter(None, (model, head, projection))
-        for parameter in part.parameters()
-        if parameter.requires_grad
-    ]
-    optimizer = torch.optim.AdamW(
-        generator_parameters, args.gen_lr, (0.8, 0.99), fused=True, weight_decay=0.01
-    )
-    disc_optimizer = torch.optim.AdamW(disc.parameters(), args.disc_lr, (0.8, 0.99), fused=True)
+    groups = training.parameter_groups([model, head, projection], weight_decay=0.01)
+    generator_parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, args.gen_lr, (0.8, 0.99), fused=True)
+    disc_groups = training.parameter_groups([disc], weight_decay=0.01)
+    disc_optimizer = torch.optim.AdamW(disc_groups, args.disc_lr, (0.8, 0.99), fused=True)
     balance = {"mel": args.mel_weight, "spectral": args.spectral_weight}
     balancer = training.Balancer({**BALANCE, **balance, "ssl": args.ssl_loss_weight})
     # One guard each: healthy steps of the one must not hide that the other stands still.
     guard, disc_guard = training.StepGuard(), training.StepGuard()
-    meter = training.CostMeter(
-        "codec",
-        usd_per_hour=args.usd_per_hour,
-        budget_usd=args.budget_usd,
-        enabled=process.is_main and (device.type == "cuda" or args.budget_usd is not None),
-    )
-    total_steps = args.num_epochs * steps_per_epoch
-    step, epoch, consumed, best = 0, 0, 0, float("inf")
-
-    stateful = {
+    run.parts |= {
         "head": head,
         "disc": disc,
         "optimizer": optimizer,
@@ -604,74 +530,64 @@ def main() -> None:
         "balancer": balancer,
         "guard": guard,
         "disc_guard": disc_guard,
-        "meter": meter,
     }
     if projection is not None:
-        stateful["projection"] = projection
+        run.parts["projection"] = projection
+    average, decay = None, average_decay(args.ema_decay, run.schedule.total)
     if checkpoint is not None:
-        if checkpoint.trainer is None:
-            raise UserError(f"{checkpoint.path}: an export has no trainer state; use --init_from")
         stored_teacher = checkpoint.trainer.get("teacher", "none")
         teachers.check_same_teacher(stored_teacher, teacher, checkpoint.path)
         # Where weights are averaged, the model that a checkpoint shows is their average.
         trained = checkpoint.trainer.get("trained_weights", checkpoint.tensors)
         model.load_tensors(trained, checkpoint.path)
-        checkpoint.trainer.setdefault("disc_guard", disc_guard.state_dict())  # older ones had one
-        for name, part in stateful.items():
-            part.load_state_dict(checkpoint.trainer[name])
-        step, epoch, consumed = (checkpoint.trainer[k] for k in ("step", "epoch", "consumed"))
-        best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
-    for each in (optimizer, disc_optimizer):
-        training.make_capturable(each, args.cuda_graph, device)
-    average = None
-    decay = average_decay(args.ema_decay, total_steps)
+    training.start_equal([model, head, disc, projection])
     if decay > 0:
         average = AveragedCodec(model, decay)
         if checkpoint is not None and "average" in checkpoint.trainer:
             average.model.load_tensors(checkpoint.tensors, checkpoint.path)
             average.load_state_dict(checkpoint.trainer["average"])
+    del checkpoint
+    run.restore()
+    for each in (optimizer, disc_optimizer):
+        training.make_capturable(each, args.cuda_graph, device)
     if args.compile:  # the forward passes alone; a stream goes step by step
         for part in (*model.encoder, model.decoder):
             part.compile()
 
-    listen_steps, disc_start = phases(args, total_steps)
-    if process.is_main:
-        hours = estimated_hours(model, disc, spectra, teacher, args, device, total_steps)
-        describe(args, model, teacher, clips, hours, total_steps)
-        if checkpoint is not None:
-            print(f"resuming {checkpoint.path} at step {step}", flush=True)
-    # Steps that a CUDA graph replays cost a part of those that were measured: see later.
-    if args.budget_usd is not None and checkpoint is None and not args.cuda_graph:
-        dollars = hours * args.usd_per_hour if process.is_main else 1.0
-        planned = total_steps
-        total_steps = training.affordable_steps(args.budget_usd, planned, dollars)
-        listen_steps, disc_start = phases(args, total_steps)
-        if process.is_main:
-            print(training.budget_line(args.budget_usd, total_steps, planned))
-    metrics = None
-    if process.is_main:
-        metrics = training.Metrics(args.checkpoint_dir, step, args.tensorboard)
-        if args.tensorboard and validation and checkpoint is None:
-            log_audio(metrics, 0, model, validation, device)
-    meter.start(total_steps, step)
-
-    def save(is_best: bool = False) -> None:
-        trainer = {name: part.state_dict() for name, part in stateful.items()}
-        trainer |= {"step": step, "epoch": epoch, "consumed": consumed}
-        trainer |= {"best": best, "total_steps": total_steps}
-        trainer |= {"teacher": teacher.name if teacher else "none"}
+    def stored() -> dict:
+        trainer = {"teacher": teacher.name if teacher else "none"}
         trainer |= {"judges": dataclasses.asdict(judges)}
         if average:
-            trainer |= {"average": average.state_dict(), "trained_weights": model.state_dict()}
-        training.save_checkpoint(
-            args.checkpoint_dir,
-            step,
-            stored_config(config),
-            (average.model if average else model).state_dict(),
-            trainer,
-            keep_last=args.keep_last,
-            best=is_best,
-        )
+            trainer["trained_weights"] = model.state_dict()
+        shown = (average.model if average else model).state_dict()
+        return {"config": stored_config(config), "tensors": shown, "trainer": trainer}
+
+    def validated() -> dict[str, float]:
+        shown = average.model if average else model
+        phone_head = head if words_learn(args) else None
+        if args.tensorboard:
+            log_audio(run.metrics, run.step, shown, validation, device)
+        return validate(shown, phone_head, spectra, validation, device, cast)
+
+    def speak(listening: bool, audio: Tensor, counts: Tensor):
+        """Reconstruction, what the quantizer did, and codebook 0 as phones and to the teacher."""
+        if listening:
+            estimate, info = None, model.hear(audio)
+        else:
+            with cast:
+                estimate, info = model(audio, counts)
+        words = words_learn(args)
+        phones = head(info.semantic) if words else None
+        view = projection(info.semantic) if words and projection is not None else None
+        return estimate, info, phones, view
+
+    def judge(audio: Tensor, estimate: Tensor):
+        with cast:
+            return disc(audio), disc(estimate)
+
+    # On several ranks gradients are averaged while the backward pass goes on.
+    speak = training.Parallel(process, [model, head, projection], speak)
+    judge = training.Parallel(process, [disc], judge)
 
     def learn(
         mode: Mode,
@@ -687,18 +603,19 @@ def main() -> None:
         Nothing here waits for the device, but for the start of the codebooks.
         """
         # Generator: balanced losses on the waveform, the rest beside them.
-        if mode.listening:
-            info, losses = model.hear(audio), {}
-        else:
-            estimate, info, losses = training_losses(model, spectra, audio, counts, cast)
+        estimate, info, phone_logits, view = speak(
+            mode.listening, audio, counts, partly=mode.listening
+        )
+        losses = {}
+        if not mode.listening:
+            estimate, losses = training_losses(spectra, estimate, audio, counts)
             if taught is not None and args.ssl_loss_weight:
                 losses["ssl"] = teachers.ssl_loss(teacher(estimate), taught[0])
         row = {}
         if mode.adversarial:
             # One pass serves both sides: nothing changes the judges before their own step below.
-            with cast:
-                fake_logits, fake_features = disc(estimate.index_select(-1, part))
-                real_logits, real_features = disc(audio.index_select(-1, part))
+            judged = (sound.index_select(-1, part) for sound in (audio, estimate))
+            (real_logits, real_features), (fake_logits, fake_features) = judge(*judged)
             losses["adversarial"] = discriminator.generator_loss(fake_logits)
             losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
             row |= discriminator.verdict(real_logits, fake_logits)
@@ -706,11 +623,11 @@ def main() -> None:
         levels = LM_CODEBOOKS if mode.listening else 1
         others = levels * args.commitment_weight * info.commitment
         if words_learn(args):
-            phones, row["phone_accuracy"] = phone_loss(head(info.semantic), labels)
+            phones, row["phone_accuracy"] = phone_loss(phone_logits, labels)
             others = others + args.phone_weight * phones
             row["phones"] = phones
         if taught is not None and words_learn(args):
-            distillation = teachers.distillation_loss(projection(info.semantic), *taught[1:])
+            distillation = teachers.distillation_loss(view, *taught[1:])
             others = others + args.teacher_weight * distillation
             row["distillation"] = distillation
         optimizer.zero_grad(set_to_none=True)
@@ -719,7 +636,6 @@ def main() -> None:
         else:
             shares = balancer.backward(losses, estimate, others)
             row |= {f"share_{name}": share for name, share in shares.items()}
-        training.average_gradients(generator_parameters)
         norm = nn.utils.clip_grad_norm_(generator_parameters, args.grad_clip)
         # Fused optimizers, codebooks and average stand still where this is 1.
         optimizer.found_inf = guard.watch(sum(losses.values()) + others, norm)
@@ -735,7 +651,6 @@ def main() -> None:
             disc_loss = discriminator.discriminator_loss(real_logits, fake_logits)
             disc_optimizer.zero_grad(set_to_none=True)
             disc_loss.backward(inputs=list(disc.parameters()))  # and not through the codec
-            training.average_gradients(disc.parameters())
             disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), args.grad_clip)
             disc_optimizer.found_inf = disc_guard.watch(disc_loss, disc_norm)
             disc_optimizer.step()
@@ -743,27 +658,15 @@ def main() -> None:
         row |= {**losses, "commitment": info.commitment, "grad_norm": norm}
         return {name: value.detach() for name, value in row.items()} | {"codes": info.codes}
 
-    bar = tqdm(total=total_steps, initial=step, disable=None if process.is_main else True)
-    last_save = last_log = time.monotonic()
-    samples_logged = 0
-    stop_at = min(total_steps, args.max_steps or total_steps)
-    batches = training_batches(
-        dataset, args.batch_size, workers, process, args.num_epochs, epoch, consumed
-    )
-    timed = training.TimedBatches(itertools.islice(batches, max(0, stop_at - step)))
-    take_step = training.StepGraph(learn) if args.cuda_graph else learn
-    for epoch, consumed, batch in timed:
-        rate = training.learning_rate(step, total_steps, 1.0, args.warmup_steps)
-        training.set_learning_rate(optimizer, rate * args.gen_lr)
-        training.set_learning_rate(disc_optimizer, rate * args.disc_lr)
-        listening = step < listen_steps
-        adversarial = not listening and step >= disc_start
+    replayed = training.StepGraph(learn) if args.cuda_graph else None
+
+    def take_step(batch: dict, phase: str, probe: bool = False) -> dict[str, Tensor]:
+        """One step of that phase, from the batch on; as a `probe`, with all that it comes to do."""
+        listening = phase == "listening"
         # Each part is quantized once its vectors have settled a little.
-        settled = step - (0 if listening else listen_steps) >= args.quantizer_start
-        settled = settled and not args.decoder_only
-        if step in (listen_steps, disc_start):
-            meter.measure_anew()
-        chosen = step_draws(args, config, batch["audio"], step, process.rank)
+        settled = run.step - (0 if listening else run.schedule.starts["plain"])
+        moves = (probe or settled >= args.quantizer_start) and not args.decoder_only
+        chosen = step_draws(args, config, batch["audio"], run.step, process.rank)
         inputs = {"audio": batch["audio"], "labels": batch["phones"], **chosen}
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
         # What the teacher hears in the recording: of this window, or kept for the clip.
@@ -773,71 +676,38 @@ def main() -> None:
             with torch.no_grad():
                 reference = teacher(inputs["audio"])
             inputs["taught"] = (reference, teacher.target(reference), None)
-        mode = Mode(listening, adversarial, settled, model.quantizer.is_initialised)
-        row = take_step(mode, **inputs)
+        started = model.quantizer.is_initialised
+        take = learn if probe or not replayed else replayed
+        return take(Mode(listening, phase == "adversarial", moves, started), **inputs)
 
-        step += 1
-        samples_logged += args.batch_size
-        meter.tick()
-        if args.cuda_graph and take_step.warming:
-            meter.measure_anew()
-        bar.update()
-        if device.type != "cuda" or step % args.log_every == 0:  # a GPU would be waited for
-            for each in (guard, disc_guard):
-                each.settle()
-        if args.budget_usd is not None and step % args.log_every == 0:
-            fitted = meter.fitted_steps(total_steps)
-            if fitted < total_steps:
-                if process.is_main:
-                    tqdm.write(training.budget_line(args.budget_usd, fitted, total_steps))
-                total_steps, stop_at = fitted, min(stop_at, fitted)
-                listen_steps, disc_start = phases(args, total_steps)
-                bar.total = total_steps
-        if metrics and (step % args.log_every == 0 or step == stop_at):
-            codes = row["codes"]
-            row = {name: float(value) for name, value in row.items() if name != "codes"}
-            row |= codebook_metrics(codes)
-            now = time.monotonic()
-            throughput = samples_logged * args.window_seconds / (now - last_log)
-            skipped = guard.skipped + disc_guard.skipped
-            row |= {"lr": rate * args.gen_lr, "skipped": skipped, "epoch": epoch}
-            row |= {"unreadable": dataset.unreadable, "audio_seconds_per_second": throughput}
-            row["data_wait"] = timed.waited_share()
-            metrics.log(step, **row)
-            told = {"mel": "mel", "waveform": "waveform", "phone_accuracy": "phones"}
-            learnt = "".join(f"{told[n]} {row[n]:.4f} " for n in told if n in row)
-            tqdm.write(
-                f"step {step}/{total_steps} {learnt}{throughput:.0f}x real time, "
-                f"{row['data_wait']:.0%} of it waiting for data, {meter.line()}"
-            )
-            last_log, samples_logged = now, 0
+    mine = range(args.batch_size // process.world_size)
+    first = default_collate([dataset[(0, i)] for i in mine])
+    others = [average.model] if average else []
+    if average:
+        run.parts["average"] = average
+    run.estimate(lambda phase: take_step(first, phase, probe=True), [model, *others])
+    run.stored, run.validate = stored, validated if validation else None
+    run.best_by = f"validation_mel_{config.num_codebooks}"
+    run.told = {"mel": "mel", "waveform": "waveform", "phone_accuracy": "phones"}
+    if run.is_main:
+        describe(run, model, teacher, clips)
+    run.begin()
+    if run.metrics and args.tensorboard and validation and not run.resumed:
+        log_audio(run.metrics, 0, model, validation, device)
 
-        end_of_epoch = consumed >= steps_per_epoch * args.batch_size
-        is_best = False
-        if end_of_epoch and process.is_main and validation:
-            shown = average.model if average else model
-            phone_head = head if words_learn(args) else None
-            scores = validate(shown, phone_head, spectra, validation, device, cast)
-            metrics.log(step, **scores)
-            if args.tensorboard:
-                log_audio(metrics, step, shown, validation, device)
-            summary = ", ".join(f"{name[11:]} {value:.3f}" for name, value in scores.items())
-            tqdm.write(f"epoch {epoch}: {summary}")
-            loss = scores[f"validation_mel_{config.num_codebooks}"]
-            is_best, best = loss < best, min(loss, best)
-        due = (epoch + 1) % args.save_every_epochs == 0 and end_of_epoch
-        due = due or time.monotonic() - last_save > 60 * args.save_minutes or step == stop_at
-        if process.is_main and (due or is_best):
-            save(is_best)
-            last_save = time.monotonic()
-        if step >= stop_at:
-            break
-    bar.close()
-    meter.flush()
-    if metrics:
-        metrics.close()
-        print(f"done: step {step}; export with --export, or paste the line again to go on")
+    place = (sys.maxsize, run.epoch, run.consumed)
+    batches = training_batches(dataset, args.batch_size, run.workers, process, *place)
+    for batch in run.steps(batches):
+        rate = run.schedule.rate(run.step)
+        training.set_learning_rate(optimizer, rate * args.gen_lr)
+        training.set_learning_rate(disc_optimizer, rate * args.disc_lr)
+        row = take_step(batch, run.phase)
+        if replayed and replayed.warming:
+            run.meter.measure_anew()
+        more = {"lr": rate * args.gen_lr, "unreadable": dataset.unreadable}
+        codes = row.pop("codes")
+        run.step_done(lambda: {**row, **codebook_metrics(codes), **more})  # noqa: B023
 
 
 if __name__ == "__main__":
-    run(main)
+    command.run(main)

@@ -15,20 +15,20 @@ import dataclasses
 import itertools
 import statistics
 import string
-import time
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
+import command
 import s2s
 import training
 from codec import Codec
-from command import ArgumentParser, UserError, number, run, share, whole
+from command import ArgumentParser, UserError, number, share, whole
 from data import frame_labels, split_for, training_batches
 from make_conversations import load_code_dataset
 from s2s import IGNORE, PAD, S2S, Batch, S2SConfig, TextStream
@@ -48,6 +48,16 @@ WEIGHTS = {
 }
 
 
+# What a line on the terminal tells, and as what.
+TOLD = {
+    "loss": "loss",
+    "text": "text",
+    "text_accuracy": "hit",
+    "user_phones_accuracy": "phones",
+    "user_words_accuracy": "words",
+}
+# Flags that a resumed run can take up, beside those of all trainers.
+APPLIED = ("lr", "codec")
 # Patches in which the agent is silent are soon learnt: fewer of them are spoken in training.
 SILENT_SHARE = 0.25
 # Windows that begin where a conversation does, as every call; the others begin anywhere.
@@ -507,47 +517,28 @@ def inherit(model: S2S, path: str, same_tokens: bool) -> None:
     training.inherit_weights(model, path, tied)
 
 
-def describe(args, model: S2S, rows, hours: float, total_steps: int, total: float) -> None:
-    """What the user reads before step 1; `total` is the estimate in hours."""
-    c = model.config
+def describe(run: training.Run, model: S2S, rows, hours: float) -> None:
+    """What the user reads before step 1."""
+    args, c, total_steps = run.args, model.config, run.planned
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    device = next(model.parameters()).device
-    price = ""
-    if device.type == "cuda":
+    total, price = run.hours(), ""
+    if run.device.type == "cuda":
         price = f" = {training.format_dollars(total * args.usd_per_hour)}"
-    epoch_hours = total_steps / args.num_epochs * args.batch_size * args.window_seconds / 3600
     print(
         f"preset {args.preset}: dialogue LM {parameters:.1f}M parameters, "
         f"vocabulary {c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, "
-        f"depth order {c.depth_order}, device {device}\n"
+        f"depth order {c.depth_order}, device {run.device}\n"
         f"backbone: none (random weights); codec {c.codec_fingerprint[:16]}\n"
         f"data: {len(rows)} conversations, {hours:.1f} h\n"
-        f"an epoch is {epoch_hours:.1f} h of audio; {args.num_epochs} epochs = {total_steps} steps "
-        f"= {training.format_hours(total)}{price} (estimate)",
+        f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
+        f"{total_steps} steps = {training.format_hours(total)}{price} (estimate)",
         flush=True,
     )
 
 
-def seconds_per_step(model: S2S, batch: Batch, args, speak: bool) -> float:
-    """The median of three steps without any update: the estimate before step 1."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        batch_losses(model, batch, speak)[0].backward()
-        if batch.text.is_cuda:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        model.zero_grad(set_to_none=True)
-    return statistics.median(times) * args.batch_size / len(batch.text)
-
-
-def estimated_hours(model: S2S, batch: Batch, args, steps: int) -> float:
-    """Hours of `steps` steps, those without codes and those with them measured."""
-    listen_steps = int(args.listen_share * steps)
-    listening, speaking = (
-        seconds_per_step(model, batch, args, speak) for speak in (False, True)
-    )
-    return (listen_steps * listening + (steps - listen_steps) * speaking) / 3600
+def phases(args) -> Callable[[int], dict[str, int]]:
+    """First steps of listening and speaking, for a run of so many steps."""
+    return lambda total: {"listening": 0, "speaking": int(args.listen_share * total)}
 
 
 def new_config(args, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
@@ -571,6 +562,7 @@ def new_config(args, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
 
 def export(args) -> None:
     """Writes the newest checkpoint in half precision, as the demo takes it."""
+    training.check_export(args)
     checkpoint = training.load_checkpoint(args.checkpoint_dir, with_trainer=False)
     s2s.s2s_config(checkpoint.config, args.checkpoint_dir)  # refuses another model's folder
     tensors = {name: tensor.half() for name, tensor in checkpoint.tensors.items()}
@@ -584,17 +576,17 @@ def main() -> None:
     args = parse_args()
     if args.export:
         return export(args)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    process = training.setup_distributed(args.device)
-    device = process.device
-    training.seed_everything(args.seed)
-    args.preset = training.choose_preset(args.preset, device)
+    with training.open_training("s2s", args, APPLIED) as run:
+        train(args, run)
+
+
+def train(args, run: training.Run) -> None:
+    """The training itself, within its run."""
+    process, device, checkpoint = run.process, run.device, run.checkpoint
 
     # The codec names the codes; the data must have been encoded with it.
     codec = Codec.from_checkpoint(args.codec)
     (rows, frames), held_out, hours = load_rows(args, codec.fingerprint)
-    checkpoint = training.open_run(args.checkpoint_dir, "s2s", args.fresh, device)
     if checkpoint is not None:
         config = s2s.s2s_config(checkpoint.config, checkpoint.path)
         config = dataclasses.replace(config, text_weight=args.text_weight)
@@ -609,19 +601,9 @@ def main() -> None:
         tokenizer, same_tokens = starting_tokenizer(texts, args.vocab_size, args.init_from)
         config = new_config(args, codec, tokenizer)
     args.window_seconds = fitting_window(args, config)
-    window_hours = args.batch_size * args.window_seconds / 3600
-    steps_per_epoch = max(1, round((args.epoch_hours or min(60.0, hours)) / window_hours))
-    total_steps = args.num_epochs * steps_per_epoch
     codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
-    dataset = Conversations(
-        rows,
-        config,
-        tokenizer,
-        args,
-        steps_per_epoch * args.batch_size,
-        frames,
-        s2s.code_neighbours(codebooks),
-    )
+    items, near = run.plan(hours, phases(args)), s2s.code_neighbours(codebooks)
+    dataset = Conversations(rows, config, tokenizer, args, items, frames, near)
     validation = validation_batches(*held_out, config, tokenizer, args)
 
     model = S2S(config).to(device).train()
@@ -629,151 +611,58 @@ def main() -> None:
         model.code_tables.start_from(codebooks)
         if args.init_from:
             inherit(model, args.init_from, same_tokens)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), args.lr, (0.9, 0.95), fused=True, weight_decay=0.05
-    )
-    guard, meter = (
-        training.StepGuard(),
-        training.CostMeter(
-            "s2s",
-            usd_per_hour=args.usd_per_hour,
-            budget_usd=args.budget_usd,
-            enabled=process.is_main and (device.type == "cuda" or args.budget_usd is not None),
-        ),
-    )
-    stateful = {"optimizer": optimizer, "guard": guard, "meter": meter}
-    step, epoch, consumed, best = 0, 0, 0, float("inf")
+    groups = training.parameter_groups([model], weight_decay=0.05)
+    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.95), fused=True)
+    guard = training.StepGuard()
+    run.parts |= {"optimizer": optimizer, "guard": guard}
     if checkpoint is not None:
-        if checkpoint.trainer is None:
-            raise UserError(f"{checkpoint.path}: an export has no trainer state; use --init_from")
         model.load_tensors(checkpoint.tensors, checkpoint.path)
-        for name, part in stateful.items():
-            part.load_state_dict(checkpoint.trainer[name])
-        step, epoch, consumed = (checkpoint.trainer[k] for k in ("step", "epoch", "consumed"))
-        best, total_steps = checkpoint.trainer["best"], checkpoint.trainer["total_steps"]
+    del checkpoint
+    run.restore()
+    training.start_equal([model])
 
-    if process.is_main:
-        some = collate([dataset[(0, i)] for i in range(min(8, args.batch_size))])[0].to(device)
-        total = estimated_hours(model, some, args, total_steps)
-        describe(args, model, rows, hours, total_steps, total)
-        if checkpoint is not None:
-            print(f"resuming {checkpoint.path} at step {step}", flush=True)
-    is_main, metrics_file = process.is_main, None
-    if is_main:
-        metrics_file = training.Metrics(args.checkpoint_dir, step, args.tensorboard)
-    if args.budget_usd is not None and checkpoint is None:
-        dollars = total * args.usd_per_hour if is_main else 1.0
-        planned = total_steps
-        total_steps = training.affordable_steps(args.budget_usd, planned, dollars)
-        if is_main:
-            print(training.budget_line(args.budget_usd, total_steps, planned))
-    meter.start(total_steps, step)
-    listen_steps = int(args.listen_share * total_steps)
+    def losses_of(batch: Batch, speak: bool):
+        return batch_losses(model, batch, speak)
 
-    def save(is_best: bool = False) -> None:
-        trainer = {name: part.state_dict() for name, part in stateful.items()}
-        trainer |= {"step": step, "epoch": epoch, "consumed": consumed}
-        trainer |= {"best": best, "total_steps": total_steps}
-        training.save_checkpoint(
-            args.checkpoint_dir,
-            step,
-            s2s.stored_config(config),
-            model.state_dict(),
-            trainer,
-            tokenizer.to_str(),
-            keep_last=args.keep_last,
-            best=is_best,
-        )
+    forward = training.Parallel(process, [model], losses_of)
 
-    bar = tqdm(total=total_steps, initial=step, disable=None if is_main else True)
-    last_save = last_log = time.monotonic()
-    samples_logged = 0
-    stop_at = min(total_steps, args.max_steps or total_steps)
-    batches = training_batches(
-        dataset,
-        args.batch_size,
-        training.loader_workers(args.num_workers),
-        process,
-        args.num_epochs,
-        epoch,
-        consumed,
-        collate,
-    )
-    timed = training.TimedBatches(itertools.islice(batches, max(0, stop_at - step)))
-    for epoch, consumed, (batch, overflow) in timed:
+    def take_step(batch: Batch, phase: str) -> dict:
+        """One step of that phase; gives what there is to log, as tensors."""
+        speak = phase == "speaking"
         batch = batch.to(device)
-        rate = training.learning_rate(step, total_steps, args.lr, args.warmup_steps, 0.05)
-        optimizer.param_groups[0]["lr"] = rate
-        generator = training.keyed_generator(args.seed, step, process.rank)
+        generator = training.keyed_generator(args.seed, run.step, process.rank)
         torch.manual_seed(generator.initial_seed())  # dropout: a resumed run draws the same
-        if step == listen_steps:
-            meter.measure_anew()
-        speak = step >= listen_steps
-        loss, losses, metrics = batch_losses(model, batch, speak)
+        loss, losses, metrics = forward(batch, speak, partly=not speak)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        training.average_gradients(model.parameters())
+        loss.backward()  # on several ranks the mean of their gradients
         norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         optimizer.found_inf = guard.watch(loss, norm)
         optimizer.step()
+        row = {**losses, **metrics, "loss": loss, "grad_norm": norm}
+        return {name: value.detach() for name, value in row.items()}
 
-        step += 1
-        samples_logged += args.batch_size
-        meter.tick()
-        bar.update()
-        if device.type != "cuda" or step % args.log_every == 0:  # a GPU would be waited for
-            guard.settle()
-        if args.budget_usd is not None and step % args.log_every == 0:
-            fitted = meter.fitted_steps(total_steps)
-            if fitted < total_steps:
-                if is_main:
-                    tqdm.write(training.budget_line(args.budget_usd, fitted, total_steps))
-                total_steps, stop_at = fitted, min(stop_at, fitted)
-                listen_steps = int(args.listen_share * total_steps)
-                bar.total = total_steps
-        if metrics_file and (step % args.log_every == 0 or step == stop_at):
-            now = time.monotonic()
-            throughput = samples_logged * args.window_seconds / (now - last_log)
-            row = {name: float(value.detach()) for name, value in {**losses, **metrics}.items()}
-            row |= {"loss": float(loss.detach()), "grad_norm": float(norm), "lr": rate}
-            row |= {
-                "skipped": guard.skipped,
-                "text_overflow": overflow,
-                "audio_seconds_per_second": throughput,
-                "data_wait": timed.waited_share(),
-            }
-            metrics_file.log(step, epoch=epoch, **row)
-            tqdm.write(
-                f"step {step}/{total_steps} loss {row['loss']:.3f} text {row['text']:.3f} "
-                f"hit {row['text_accuracy']:.2f} phones {row['user_phones_accuracy']:.2f} "
-                f"words {row['user_words_accuracy']:.2f} "
-                f"{throughput:.0f}x real time, {row['data_wait']:.0%} of it waiting for data, "
-                f"{meter.line()}"
-            )
-            last_log, samples_logged = now, 0
+    mine = range(args.batch_size // process.world_size)
+    first = collate([dataset[(0, i)] for i in mine])[0]
+    run.estimate(lambda phase: take_step(first, phase), [model])
+    run.stored = lambda: {
+        "config": s2s.stored_config(config),
+        "tensors": model.state_dict(),
+        "tokenizer": tokenizer.to_str(),
+    }
+    run.validate = lambda: validate(model, validation, device)
+    run.best_by, run.told = "validation_text", TOLD
+    if run.is_main:
+        describe(run, model, rows, hours)
+    run.begin()
 
-        end_of_epoch = consumed >= steps_per_epoch * args.batch_size
-        is_best = False
-        if end_of_epoch and is_main:
-            scores = validate(model, validation, device)
-            metrics_file.log(step, **scores)
-            summary = ", ".join(f"{name[11:]} {value:.3f}" for name, value in scores.items())
-            tqdm.write(f"epoch {epoch}: {summary}")
-            is_best = scores["validation_text"] < best
-            best = min(scores["validation_text"], best)
-        due = (epoch + 1) % args.save_every_epochs == 0 and end_of_epoch
-        due = due or time.monotonic() - last_save > 60 * args.save_minutes or step == stop_at
-        if is_main and (due or is_best):
-            save(is_best)
-            last_save = time.monotonic()
-        if step >= stop_at:
-            break
-    bar.close()
-    meter.flush()
-    if metrics_file:
-        metrics_file.close()
-        print(f"done: step {step}; export with --export, or paste the line again to go on")
+    place = (sys.maxsize, run.epoch, run.consumed)
+    batches = training_batches(dataset, args.batch_size, run.workers, process, *place, collate)
+    for batch, overflow in run.steps(batches):
+        rate = args.lr * run.schedule.rate(run.step, 0.05)
+        training.set_learning_rate(optimizer, rate)
+        row = take_step(batch, run.phase)
+        run.step_done(lambda: {**row, "lr": rate, "text_overflow": overflow})  # noqa: B023
 
 
 if __name__ == "__main__":
-    run(main)
+    command.run(main)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import contextlib
+import copy
 import dataclasses
 import errno
+import gc
 import hashlib
 import json
 import math
@@ -29,8 +32,18 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
-from command import UserError, default_workers, number, whole
+from command import (
+    UserError,
+    default_workers,
+    first_line,
+    number,
+    only_one,
+    whole,
+    writable_file,
+    writable_folder,
+)
 
 T = TypeVar("T")
 PLAN_BUDGET_USD = 1500.0
@@ -120,19 +133,76 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace each gradient by its mean over all ranks, in one exchange; nothing on one process.
+class _Forward(torch.nn.Module):
+    """A function of several modules as one module, which is what DDP takes."""
 
-    For losses that need more than one backward pass a step, where DistributedDataParallel's hooks
-    would fire at the wrong one. Every rank must hold gradients for the same parameters.
+    def __init__(self, modules: list[torch.nn.Module], function: Callable) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList(modules)
+        self._function = function
+
+    def forward(self, *inputs):
+        return self._function(*inputs)
+
+
+class Parallel:
+    """Calls `function`, whose forward pass uses `modules`; on several ranks as one under DDP.
+
+    DistributedDataParallel averages gradients while the backward pass goes on, in which each
+    parameter gets its gradient once; `torch.autograd.grad` for what is no parameter does not count.
     """
+
+    def __init__(
+        self,
+        process: Distributed,
+        modules: Iterable[torch.nn.Module | None],
+        function: Callable,
+    ) -> None:
+        self._world_size, self._function = process.world_size, function
+        self._modules = [module for module in modules if module is not None]
+        self._wrapped: torch.nn.Module | None = None
+        self._partly = False
+
+    def __call__(self, *inputs, partly: bool = False):
+        """`partly`: some of the parameters get no gradient in this phase."""
+        if self._world_size == 1:
+            return self._function(*inputs)
+        if self._wrapped is None or partly != self._partly:
+            self._wrapped, self._partly = None, partly
+            gc.collect()  # with the hooks of the one before
+            self._wrapped = torch.nn.parallel.DistributedDataParallel(
+                _Forward(self._modules, self._function),
+                find_unused_parameters=partly,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        return self._wrapped(*inputs)
+
+
+def start_equal(modules: Iterable[torch.nn.Module | None]) -> None:
+    """Parameters and buffers as rank 0 has them, on every rank; nothing on one process."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    mean = all_reduce_mean(flat).split([gradient.numel() for gradient in gradients])
-    for gradient, averaged in zip(gradients, mean, strict=True):
-        gradient.copy_(averaged.view_as(gradient))
+    for module in filter(None, modules):
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def parameter_groups(
+    modules: Iterable[torch.nn.Module | None], weight_decay: float
+) -> list[dict[str, object]]:
+    """What AdamW is to move: matrices with decay; norms, biases, scales and embeddings without."""
+    decayed, others = {}, {}
+    for module in filter(None, modules):
+        embeddings = {
+            id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)
+        }
+        for name, parameter in module.named_parameters():
+            plain = parameter.ndim < 2 or id(parameter) in embeddings or "embedding" in name
+            if parameter.requires_grad:
+                (others if plain else decayed)[id(parameter)] = parameter
+    groups = ((decayed, weight_decay), (others, 0.0))
+    return [{"params": [*g.values()], "weight_decay": decay} for g, decay in groups if g]
 
 
 def from_main_rank(number: int) -> int:
@@ -274,6 +344,18 @@ def save_export(
     return folder
 
 
+def check_export(args: argparse.Namespace) -> None:
+    """Raises UserError where `--export` would write into the run's own folder, or cannot at all.
+
+    A shipped model beside the steps would hide them: the run could never go on.
+    """
+    export, run_dir = (Path(path).resolve() for path in (args.export, args.checkpoint_dir))
+    if export == run_dir or run_dir in export.parents or any(export.glob("step_*")):
+        raise UserError(f"--export {args.export}: is a run's folder; export into another one")
+    find_checkpoint(run_dir)
+    writable_folder(export, "--export")
+
+
 def config_of(kind: type[T], model: str, stored: dict, where: str | Path) -> T:
     """The config dataclass `kind` that a checkpoint's `config.json` holds.
 
@@ -301,7 +383,7 @@ def open_run(
     Raises UserError where `fresh` meets a used folder, or the folder holds another `model`.
     """
     folder = Path(run_dir)
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and any(file.name != ".lock" for file in folder.iterdir())
     if fresh and used:
         raise UserError(f"--fresh: {folder} is not empty; move it away or choose another folder")
     if not used or not any(folder.glob("step_*")):
@@ -566,10 +648,76 @@ def learning_rate(
 
     `step` counts from 0; the first one already learns (peak / warmup_steps).
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    return peak * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return peak * Schedule(total_steps, warmup_steps=warmup_steps).rate(step, final_ratio)
+
+
+class Schedule:
+    """How many steps there are, in which phases, and the learning rate's course over them.
+
+    `starts(total)` names the phases in their order, each with its first step. A change of the total
+    moves what lies ahead: phases that began stay where they are, and the learning rate goes on from
+    where it is, slower or faster, so that it neither jumps nor rises. `extend` is the exception.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        starts: Callable[[int], dict[str, int]] | None = None,
+        warmup_steps: int = 0,
+    ) -> None:
+        self._starts = starts or (lambda total: {"": 0})
+        self.total, self.starts = total, self._starts(total)
+        self.warmup_steps = warmup_steps
+        self._turn = (warmup_steps, 0.0)  # the last change: its step, and how far the cosine was
+
+    def phase(self, step: int) -> str:
+        """The phase of the step that comes after `step` steps."""
+        return [name for name, start in self.starts.items() if start <= step][-1]
+
+    def ahead(self, step: int, total: int | None = None) -> dict[str, int]:
+        """How many steps of each phase come after `step` steps, if there were `total` in all."""
+        total = self.total if total is None else total
+        starts = list(self._moved(step, total).items())
+        ends = [start for _, start in starts[1:]] + [total]
+        spans = zip(starts, ends, strict=True)
+        return {name: max(0, min(end, total) - max(start, step)) for (name, start), end in spans}
+
+    def resize(self, step: int, total: int) -> None:
+        """From `step` on the run has `total` steps in all."""
+        self.starts = self._moved(step, total)
+        if step > self.warmup_steps:
+            self._turn = (step, self._progress(step))
+        self.total = total
+
+    def extend(self, step: int, total: int) -> None:
+        """As `resize`, but on the curve of a run that had so many steps from the beginning."""
+        self.resize(step, total)
+        self._turn = (self.warmup_steps, 0.0)
+
+    def rate(self, step: int, final_ratio: float = 0.1) -> float:
+        """The learning rate at `step`, counted from 0, as a share of its peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        cosine = 0.5 * (1 + math.cos(math.pi * self._progress(step)))
+        return final_ratio + (1 - final_ratio) * cosine
+
+    def _progress(self, step: int) -> float:
+        turned, done = self._turn
+        return min(1.0, done + (1 - done) * (step - turned) / max(1, self.total - turned))
+
+    def _moved(self, step: int, total: int) -> dict[str, int]:
+        planned = self._starts(total)
+        return {
+            name: start if start < step else max(step, planned[name])
+            for name, start in self.starts.items()
+        }
+
+    def state_dict(self) -> dict:
+        return {"total": self.total, "starts": dict(self.starts), "turn": list(self._turn)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.total, self._turn = state["total"], tuple(state["turn"])
+        self.starts |= {n: start for n, start in state["starts"].items() if n in self.starts}
 
 
 class StepGuard:
@@ -887,8 +1035,8 @@ def _tensorboard(run_dir: Path, resume_step: int):
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
 
-def _json_number(value: float | int | str | Tensor) -> float | int | str | None:
-    if isinstance(value, (str, bool, int)):
+def _json_number(value: float | int | str | Tensor | None) -> float | int | str | None:
+    if value is None or isinstance(value, (str, bool, int)):
         return value
     number = float(value)
     return number if math.isfinite(number) else None
@@ -897,7 +1045,7 @@ def _json_number(value: float | int | str | Tensor) -> float | int | str | None:
 def _json_lines(path: Path) -> list[dict]:
     """The objects in a JSON-lines file; lines that a kill cut short are passed over."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except ValueError:
@@ -928,31 +1076,18 @@ def format_dollars(dollars: float) -> str:
     return f"${dollars:,.2f}" if dollars < 9.995 else f"${dollars:,.0f}"
 
 
-def affordable_steps(budget_usd: float, total_steps: int, dollars: float) -> int:
-    """How many of `total_steps`, estimated at `dollars`, the budget buys: one at least.
-
-    Of rank 0's estimate, on every rank: call on all.
-    """
-    return from_main_rank(max(1, int(min(1.0, budget_usd / dollars) * total_steps)))
-
-
-def budget_line(budget_usd: float, steps: int, planned: int) -> str:
-    return (
-        f"budget {format_dollars(budget_usd)}: {steps} of {planned} steps, "
-        "and the learning rate ends with them"
-    )
-
-
 class CostMeter:
     """Measures a command's pace; projects its hours and dollars; keeps the shared ledger.
 
-    Each run appends what it spent to `ledger` at least once a minute, so that a killed pod's time
-    counts too. Disabled (default without CUDA) it projects hours only and writes nothing.
-    `budget_usd` is for this run, its earlier, resumed parts included. Enable on the main rank only.
+    Phases of a schedule have a pace each: measured where the phase has run, else expected (see
+    `expect`), corrected by what came of the other expectations. Each run appends what it spent to
+    `ledger` at least once a minute, so that a killed pod's time counts too. Disabled (default
+    without CUDA) it projects hours only and writes nothing. `budget_usd` is for this run, its
+    earlier, resumed parts included. Enable on the main rank only.
     """
 
     flush_seconds = 60.0
-    warmup_ticks = 3  # the first steps compile, fill caches and start workers
+    warmup_ticks = 3  # the first steps of a phase compile, fill caches and start workers
 
     def __init__(
         self,
@@ -968,32 +1103,48 @@ class CostMeter:
         self.usd_per_hour = usd_per_hour
         self.budget_usd = budget_usd
         self.enabled = torch.cuda.is_available() if enabled is None else enabled
+        self.expected: dict[str, float] = {}  # phase → seconds a step
+        self.machine = ""  # on which that holds
+        self.news = False  # a pace has just become known
         self._clock = clock
         self._run = uuid.uuid4().hex[:12]
         self._earlier_hours = 0.0
-        self._total = self._done = self._ticks = self._steps = 0
-        self._started = self._flushed = self._warm = None
+        self._measured: dict[str, list[float]] = {}  # phase → seconds, steps
+        self._schedule, self._planned, self._done, self._ticks = Schedule(0), 0, 0, 0
+        self._started = self._flushed = self._latest = None
 
-    def start(self, total_steps: int, done_steps: int = 0) -> None:
-        """Start the clock; `done_steps` of `total_steps` were done before (resume)."""
-        self._total, self._done = total_steps, done_steps
-        self._ticks = self._steps = 0
-        self._started = self._flushed = self._clock()
-        self._warm = None
+    def start(
+        self, schedule: Schedule | int, done_steps: int = 0, planned_steps: int | None = None
+    ) -> None:
+        """Start the clock; `done_steps` were done before (resume), `planned_steps` were asked for,
+        where a budget has already shortened the schedule."""
+        self._schedule = Schedule(schedule) if isinstance(schedule, int) else schedule
+        self._planned = planned_steps or self._schedule.total
+        self._done = done_steps
+        self._started = self._flushed = self._latest = self._clock()
+        self.measure_anew()
 
     def tick(self, steps: int = 1) -> None:
         """Count finished steps."""
         now = self._clock()
+        phase = self._schedule.phase(self._done)
+        if phase != self._phase:
+            self._phase, self._ticks = phase, 0
+        self._ticks += 1
+        if self._ticks > self.warmup_ticks:
+            pace = self._measured.setdefault(phase, [0.0, 0])
+            pace[0] += now - self._latest
+            pace[1] += steps
+            self.news |= self._ticks == self.warmup_ticks + 1
         self._latest = now
         self._done += steps
-        self._ticks += 1
-        if self._warm is None:
-            if self._ticks >= self.warmup_ticks:
-                self._warm = now
-        else:
-            self._steps += steps
         if now - self._flushed >= self.flush_seconds:
             self.flush()
+
+    def measure_anew(self) -> None:
+        """Forget this phase's pace so far: what was measured is not what is to come."""
+        self._phase, self._ticks = self._schedule.phase(self._done), 0
+        self._measured.pop(self._phase, None)
 
     def elapsed_hours(self) -> float:
         """Hours of this run so far, its earlier parts included."""
@@ -1003,41 +1154,50 @@ class CostMeter:
     def spent_usd(self) -> float:
         """Dollars spent on all stages, by the ledger, with what is not yet in it."""
         rows = _json_lines(self.ledger) if self.ledger.exists() else []
-        return sum(float(row.get("dollars", 0)) for row in rows) + self._unwritten_usd()
+        return sum(_number(row, "dollars") for row in rows) + self._unwritten_usd()
+
+    def hours_ahead(self, total: int | None = None) -> float:
+        """What is left of the run, or would be if it had `total` steps; nan until known."""
+        spans = self._schedule.ahead(self._done, total)
+        return sum(steps * self._pace(phase) for phase, steps in spans.items() if steps) / 3600
 
     def projected(self) -> tuple[float, float]:
-        """(hours, dollars) of this run from its first to its last step; nan until measured."""
-        seconds = self._seconds_per_step()
-        hours = self.elapsed_hours() + max(0, self._total - self._done) * seconds / 3600
+        """(hours, dollars) of this run from its first to its last step; nan until known."""
+        hours = self.elapsed_hours() + self.hours_ahead()
         return hours, hours * self.usd_per_hour
 
-    def remaining_steps_within_budget(self) -> int | None:
-        """How many more steps the budget pays for; None without a budget or before measured."""
-        seconds = self._seconds_per_step()
-        if self.budget_usd is None or not self.enabled or not seconds > 0:
-            return None
-        left = self.budget_usd - self.elapsed_hours() * self.usd_per_hour
-        affordable = int(max(0.0, left) / (seconds / 3600 * self.usd_per_hour))
-        return min(affordable, max(0, self._total - self._done))
+    def fitted_steps(self) -> int:
+        """The total with which the schedule ends within the budget, on every rank the same.
 
-    def measure_anew(self) -> None:
-        """Forget the pace so far: from here on a step is of another kind, dearer or cheaper."""
-        self._ticks = self._steps = 0
-        self._warm = None
-
-    def fitted_steps(self, total_steps: int) -> int:
-        """The total to which a schedule of `total_steps` shrinks so that it ends within the budget.
-
-        It never grows, so that a learning rate that follows it never rises again. One step in fifty
-        is held back for the last validation and checkpoint, and so that a pace that varies by less
-        changes nothing. The same number on every rank, though one alone measures: call on all.
+        It shrinks whenever it must. It grows back towards what was asked for only in its first
+        tenth and when a phase has just been measured. One hour in fifty is held back for the last
+        validation and checkpoint, and so that a pace that varies by less changes nothing.
+        Call on all ranks, though one alone measures.
         """
-        affordable = self.remaining_steps_within_budget()
-        if affordable is not None and affordable < self._total - self._done:
-            total_steps = self._done + int(0.98 * affordable)
-        total_steps = from_main_rank(total_steps)
-        self._total = min(self._total, total_steps)
-        return total_steps
+        return from_main_rank(self._fitted_steps())
+
+    def _fitted_steps(self) -> int:
+        total, done = self._schedule.total, self._done
+        early, self.news = self.news or done < 0.1 * self._planned, False
+        if self.budget_usd is None or not self.enabled:
+            return total
+        left = self.budget_usd / self.usd_per_hour - self.elapsed_hours()
+        if math.isnan(self.hours_ahead(self._planned)):
+            return total
+        fits = self.hours_ahead() <= left
+        if fits and not early:
+            return total
+        first = max(done, 1)
+        few, many = first, max(first, self._planned if early else total)
+        while few < many:
+            middle = (few + many + 1) // 2
+            if self.hours_ahead(middle) <= 0.98 * left:
+                few = middle
+            else:
+                many = middle - 1
+        if fits:
+            return few if few > 1.02 * total else total
+        return min(few, total)
 
     def line(self) -> str:
         """`projected 41 h = $139 (spent $212 of $1,500)`; hours alone where disabled."""
@@ -1069,19 +1229,31 @@ class CostMeter:
             file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
 
     def state_dict(self) -> dict:
-        return {"run": self._run, "hours": self.elapsed_hours()}
+        measured = {phase: seconds / n for phase, (seconds, n) in self._measured.items() if n}
+        expected = {**self.expected, **measured}
+        paces = {"expected": expected, "machine": self.machine}
+        return {"run": self._run, "hours": self.elapsed_hours(), **paces}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on counting a resumed run, what it spent after its last checkpoint included."""
         self._run = state["run"]
         rows = _json_lines(self.ledger) if self.ledger.exists() else []
-        written = sum(float(row.get("hours", 0)) for row in rows if row.get("run") == self._run)
+        written = sum(_number(row, "hours") for row in rows if row.get("run") == self._run)
         self._earlier_hours = max(state["hours"], written)
+        self.expected = dict(state.get("expected", {}))
+        self.machine = state.get("machine", "")
 
-    def _seconds_per_step(self) -> float:
-        if self._warm is None or self._steps == 0:
-            return math.nan
-        return (self._latest - self._warm) / self._steps
+    def _pace(self, phase: str) -> float:
+        """Seconds a step; nan where nothing is known."""
+        known = {name: seconds / n for name, (seconds, n) in self._measured.items() if n}
+        if phase in known:
+            return known[phase]
+        if phase not in self.expected:
+            return list(known.values())[-1] if known else math.nan
+        both = known.keys() & self.expected.keys()
+        expected = sum(self.expected[name] for name in both)
+        correction = sum(known[name] for name in both) / expected if expected > 0 else 1.0
+        return self.expected[phase] * correction
 
     def _unwritten_usd(self) -> float:
         if self._started is None or not self.enabled:
@@ -1089,6 +1261,417 @@ class CostMeter:
         return (self._clock() - self._flushed) / 3600 * self.usd_per_hour
 
 
+def _number(row: dict, name: str) -> float:
+    """A field of the ledger; 0 for what is none, as another program may have written it."""
+    value = row.get(name)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+
+
 def _last_byte(file) -> bytes:
     file.seek(-1, os.SEEK_END)
     return file.read(1)
+
+
+# -------------------------------------------------------------------------- what surrounds a step
+
+# How and where a run works, not what it learns: free to differ whenever it is resumed.
+FREE = frozenset({
+    "device", "threads", "num_workers", "checkpoint_dir", "fresh", "save_every_epochs",
+    "save_minutes", "keep_last", "log_every", "max_steps", "usd_per_hour", "tensorboard", "export",
+    "given",
+})  # fmt: skip
+# What a resumed run can take up in its middle.
+APPLIED = frozenset({
+    "num_epochs", "batch_size", "data_dirs", "commercial_only", "grad_clip", "budget_usd",
+})  # fmt: skip
+
+
+def take_flags(
+    args: argparse.Namespace, stored: dict, applied: frozenset[str], where: str | Path
+) -> list[str]:
+    """Makes `args` those of the run that is resumed, but for what the command line changes.
+
+    `args.given` names the flags on the command line; those that are not there are as the run was
+    started. Returns what to tell. Raises UserError for a change that is not among `applied`.
+    """
+    told = []
+    for name, before in stored.items():
+        now = getattr(args, name, before)
+        if now == before or name in FREE:
+            continue
+        if name not in args.given or now == "auto":
+            setattr(args, name, before)
+            # What nobody had asked for the run has worked out itself.
+            if now not in (None, "auto") or name == "budget_usd":
+                told.append(f"as the run was started: {_flag(name, before)}")
+        elif name in applied:
+            told.append(f"from here on {_flag(name, now)} (until now {before})")
+        else:
+            raise UserError(
+                f"{_flag(name, now)}: the run in {where} was started with {_flag(name, before)}; "
+                "give that, or start in a new --checkpoint_dir with --init_from"
+            )
+    return told
+
+
+def _flag(name: str, value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return f"--{name}" if value else f"no --{name}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *map(str, values)])
+
+
+class Run:
+    """What surrounds the steps of a training: folder, flags, schedule, budget, log and checkpoints.
+
+    In this order: `open_training` gives one; `plan` fixes the schedule; the trainer makes its
+    models and fills `parts` (name → what has a `state_dict`) and `stored`; `restore`; `estimate`;
+    then `for batch in run.steps(...)` with `run.step_done` as the last line of each step.
+
+    args: the flags, on a resumed run those it was started with but for what was changed.
+    checkpoint: where it goes on from, on the CPU; None for a new run, and once it is restored.
+    step, epoch, consumed: steps done, the epoch, and samples consumed in it.
+    stored: gives config, weights, further state and tokenizer of a checkpoint.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        args: argparse.Namespace,
+        process: Distributed,
+        checkpoint: Checkpoint | None,
+        told: list[str],
+    ) -> None:
+        self.args, self.process, self.checkpoint = args, process, checkpoint
+        self.resumed = checkpoint is not None
+        self.is_main, self.device = process.is_main, process.device
+        self.workers = loader_workers(args.num_workers)
+        self.meter = CostMeter(
+            stage,
+            usd_per_hour=args.usd_per_hour,
+            budget_usd=args.budget_usd,
+            enabled=process.is_main and keeps_costs(args, process.device),
+        )
+        self.parts: dict[str, object] = {"meter": self.meter}
+        self.stored: Callable[[], dict] = dict
+        self.validate: Callable[[], dict[str, float]] | None = None
+        self.best_by = ""
+        self.told: dict[str, str] = {}  # what a line shows of the metrics → under which name
+        self.step = self.epoch = self.consumed = 0
+        self.best = math.inf
+        self.metrics: Metrics | None = None
+        self._changes, self._refit = told, True
+        self._saved_step = -1
+
+    # -- before the first step -------------------------------------------------------------------
+
+    def plan(self, data_hours: float, starts: Callable[[int], dict[str, int]]) -> int:
+        """Fixes schedule and place; returns how many windows an epoch has.
+
+        An epoch is `--epoch_hours`, by default all of the data, 60 h at most; the number is kept
+        when a run is resumed, though the data have grown.
+        """
+        args = self.args
+        args.epoch_hours = args.epoch_hours or min(60.0, data_hours)
+        batch_hours = args.batch_size * args.window_seconds / 3600
+        self.steps_per_epoch = max(1, round(args.epoch_hours / batch_hours))
+        self.planned = args.num_epochs * self.steps_per_epoch
+        self.schedule = Schedule(self.planned, starts, args.warmup_steps)
+        if self.checkpoint is not None:
+            self._go_on(starts)
+        return self.steps_per_epoch * args.batch_size
+
+    def _go_on(self, starts: Callable[[int], dict[str, int]]) -> None:
+        """The place and schedule of a checkpoint, with what flags have changed."""
+        args, trainer, where = self.args, self.checkpoint.trainer, self.checkpoint.path
+        lacking = [k for k in ("step", "epoch", "consumed", "total_steps") if k not in trainer]
+        if lacking:
+            raise UserError(f"{where}: no {lacking[0]} in its trainer state; use --init_from")
+        self.step, self.epoch, self.consumed = (trainer[k] for k in ("step", "epoch", "consumed"))
+        self.best = trainer.get("best", math.inf)
+        before, total = trainer.get("flags", {}), trainer["total_steps"]
+        self.schedule = Schedule(total, starts, args.warmup_steps)
+        if "schedule" in trainer:
+            self.schedule.load_state_dict(trainer["schedule"])
+        epochs = args.num_epochs - self.epoch - 1
+        left = max(0, self.steps_per_epoch - math.ceil(self.consumed / args.batch_size))
+        self.planned = self.step + max(0, left + epochs * self.steps_per_epoch)
+        # An older checkpoint does not tell whether a budget had shortened it.
+        known = "planned_steps" in trainer or args.budget_usd is None
+        self._refit = before.get("budget_usd", args.budget_usd) != args.budget_usd
+        if before.get("batch_size", args.batch_size) != args.batch_size or self.planned < total:
+            self.schedule.resize(self.step, self.planned)
+        elif known and self.planned > trainer.get("planned_steps", total):
+            self.schedule.extend(self.step, self.planned)
+        if self.schedule.total != total:
+            self._changes.append(f"the schedule had {total} steps, now {self.schedule.total}")
+            self._refit = True
+
+    def restore(self) -> None:
+        """Gives each of `parts` its state, and lets go of the checkpoint."""
+        if self.checkpoint is not None:
+            trainer, where = self.checkpoint.trainer, self.checkpoint.path
+            for name, part in self.parts.items():
+                if name not in trainer:
+                    self._changes.append(f"{where} holds no {name}: that starts anew")
+                    continue
+                try:
+                    part.load_state_dict(trainer[name])
+                except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+                    raise UserError(
+                        f"{where}: its {name} does not fit this version or these flags "
+                        f"({first_line(error)}); start in a new --checkpoint_dir with --init_from"
+                    ) from error
+        self._saved_step = self.step
+        self.checkpoint = None
+
+    def estimate(self, take: Callable[[str], object], modules: Iterable[torch.nn.Module]) -> None:
+        """Times real steps of each phase ahead, then puts `modules` and `parts` back as they were.
+
+        `take(phase)` makes a step of that phase, at the real batch; on all ranks, as it is meant.
+        A resumed run on the same kind of machine knows its paces from its checkpoint.
+        """
+        name = self.device.type
+        if name == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        machine = f"{name}, {self.process.world_size} ranks, batch {self.args.batch_size}"
+        expected = self.meter.expected if machine == self.meter.machine else {}
+        phases = [phase for phase, steps in self.schedule.ahead(self.step).items() if steps]
+        unknown = [phase for phase in phases if phase not in expected]
+        self.meter.expected, self.meter.machine = expected, machine
+        if unknown:
+            with _put_back([*modules, *(p for p in self.parts.values() if p is not self.meter)]):
+                for phase in unknown:
+                    expected[phase] = min(self._seconds(take, phase) for _ in range(2))
+        self.meter.start(self.schedule, self.step, self.planned)
+
+    def _seconds(self, take: Callable[[str], object], phase: str) -> float:
+        start = time.perf_counter()
+        take(phase)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - start
+
+    def hours(self) -> float:
+        """Of the whole run, from its first to its last step, as far as is known."""
+        return self.meter.elapsed_hours() + self.meter.hours_ahead()
+
+    def begin(self) -> None:
+        """What changed is told, the budget met, the log opened. Call after the run is described."""
+        args = self.args
+        if self.resumed and self.is_main:
+            where = f"resuming {args.checkpoint_dir} at step {self.step} of {self.schedule.total}"
+            print("\n".join([where, *self._changes]), flush=True)
+        if self._refit:
+            self.meter.news = True
+            self._fit(print)
+        if self.is_main:
+            self.metrics = Metrics(args.checkpoint_dir, self.step, args.tensorboard)
+
+    # -- the steps ---------------------------------------------------------------------------------
+
+    @property
+    def stop_at(self) -> int:
+        return min(self.schedule.total, self.args.max_steps or self.schedule.total)
+
+    @property
+    def phase(self) -> str:
+        """The phase of the step that is being made."""
+        return self.schedule.phase(self.step)
+
+    def steps(self, batches: Iterable[tuple[int, int, T]]) -> Iterator[T]:
+        """The batches of the steps to make; `batches` as `data.training_batches` gives them."""
+        total = self.schedule.total
+        self._bar = tqdm(total=total, initial=self.step, disable=None if self.is_main else True)
+        self._timed = TimedBatches(batches)
+        self._last_save = self._last_log = time.monotonic()
+        self._samples = 0
+        source = iter(self._timed)
+        while self.step < self.stop_at:
+            with _worker_errors():
+                place = next(source, None)
+            if place is None:
+                break
+            self.epoch, self.consumed, batch = place
+            yield batch
+        self._bar.close()
+        if self.is_main and self.step != self._saved_step:
+            self.save()
+        if self.is_main:
+            more = "more --num_epochs" if self.step >= self.schedule.total else "the line again"
+            print(f"done: step {self.step}; export with --export, or go on with {more}")
+
+    def step_done(self, row: Callable[[], dict]) -> None:
+        """Counts a step, fits the schedule, and logs, validates and saves where that is due.
+
+        `row` gives the step's metrics, as numbers or tensors; it is asked for where they are read.
+        """
+        args = self.args
+        self.step += 1
+        self._samples += args.batch_size
+        self.meter.tick()
+        self._bar.update()
+        due = self.step % args.log_every == 0
+        if due or self.device.type != "cuda":  # a GPU would be waited for
+            for guard in self._guards:
+                guard.settle()
+        if due and args.budget_usd is not None and self.step < self.stop_at:
+            self._fit(tqdm.write)
+        if self.is_main and (due or self.step == self.stop_at):
+            self._log(row())
+        ended = self.consumed > (self.steps_per_epoch - 1) * args.batch_size
+        best = bool(ended and self.is_main and self.validate and self._validated())
+        due = ended and (self.epoch + 1) % args.save_every_epochs == 0
+        due |= time.monotonic() - self._last_save > 60 * args.save_minutes
+        if self.is_main and (due or best or self.step >= self.stop_at):
+            self.save(best)
+
+    def save(self, best: bool = False) -> None:
+        """Writes a checkpoint of the step that was made; on the main rank only."""
+        trainer = {name: part.state_dict() for name, part in self.parts.items()}
+        trainer |= {"step": self.step, "epoch": self.epoch, "consumed": self.consumed}
+        trainer |= {"best": self.best, "schedule": self.schedule.state_dict()}
+        trainer |= {"total_steps": self.schedule.total, "planned_steps": self.planned}
+        trainer["flags"] = {k: v for k, v in vars(self.args).items() if k not in FREE}
+        stored = self.stored()
+        trainer |= stored.pop("trainer", {})
+        save_checkpoint(
+            self.args.checkpoint_dir,
+            self.step,
+            trainer=trainer,
+            keep_last=self.args.keep_last,
+            best=best,
+            **stored,
+        )
+        self._last_save, self._saved_step = time.monotonic(), self.step
+
+    @property
+    def _guards(self) -> list[StepGuard]:
+        return [part for part in self.parts.values() if isinstance(part, StepGuard)]
+
+    def _fit(self, say: Callable[[str], object]) -> None:
+        total, before = self.meter.fitted_steps(), self.schedule.total
+        if total == before:
+            return
+        self.schedule.resize(self.step, total)
+        if self.is_main:
+            budget = format_dollars(self.args.budget_usd)
+            say(
+                f"budget {budget}: {total} of {self.planned} steps, "
+                "and the learning rate ends with them"
+            )
+        if hasattr(self, "_bar"):
+            self._bar.total = total
+
+    def _log(self, row: dict) -> None:
+        row = {name: _json_number(value) for name, value in row.items()}
+        now = time.monotonic()
+        pace = self._samples * self.args.window_seconds / (now - self._last_log)
+        row |= {"skipped": sum(guard.skipped for guard in self._guards), "epoch": self.epoch}
+        row |= {"audio_seconds_per_second": pace, "data_wait": self._timed.waited_share()}
+        self.metrics.log(self.step, **row)
+        shown = {told: row[name] for name, told in self.told.items() if row.get(name) is not None}
+        learnt = "".join(f"{told} {value:.3f} " for told, value in shown.items())
+        tqdm.write(
+            f"step {self.step}/{self.schedule.total} {learnt}{pace:.0f}x real time, "
+            f"{row['data_wait']:.0%} of it waiting for data, {self.meter.line()}"
+        )
+        self._last_log, self._samples = now, 0
+
+    def _validated(self) -> bool:
+        """Validates; whether this is the best so far."""
+        scores = self.validate()
+        self.metrics.log(self.step, **scores)
+        summary = ", ".join(f"{name[11:]} {value:.3f}" for name, value in scores.items())
+        tqdm.write(f"epoch {self.epoch}: {summary}")
+        score, before = scores.get(self.best_by, math.inf), self.best
+        self.best = min(score, before)
+        return score < before
+
+    def close(self) -> None:
+        """What must not be lost, however the run ends."""
+        self.meter.flush()
+        if self.metrics is not None:
+            self.metrics.close()
+
+
+def keeps_costs(args: argparse.Namespace, device: torch.device) -> bool:
+    return device.type == "cuda" or args.budget_usd is not None
+
+
+@contextlib.contextmanager
+def open_training(
+    stage: str, args: argparse.Namespace, applied: Iterable[str] = ()
+) -> Iterator[Run]:
+    """A run in `--checkpoint_dir`, new or resumed, for the time of this process.
+
+    First of all: what would stop it hours later stops it here. `applied`: flags of this trainer
+    that a resumed run can take up, beside `APPLIED`. Raises UserError where the device is not
+    there, the folder cannot be written or is at work, or the checkpoint does not fit.
+    """
+    process = setup_distributed(args.device)
+    if args.batch_size % process.world_size:
+        raise UserError(f"--batch_size {args.batch_size} must divide by {process.world_size} ranks")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with contextlib.ExitStack() as stack:
+        folder = Path(args.checkpoint_dir)
+        if process.is_main:
+            stack.callback(_remove_unused, folder)
+            stack.enter_context(only_one(writable_folder(folder, "--checkpoint_dir")))
+            if keeps_costs(args, process.device):
+                writable_file("costs.jsonl", "the ledger of costs")
+        # Tensors on the CPU: the parts take copies to where they live.
+        checkpoint = open_run(folder, stage, args.fresh and process.is_main, "cpu")
+        told: list[str] = []
+        if checkpoint is not None:
+            if checkpoint.trainer is None:
+                where = checkpoint.path
+                raise UserError(f"{where}: an export has no trainer state; use --init_from")
+            flags = checkpoint.trainer.get("flags")
+            if flags is None:
+                told = [f"{checkpoint.path} is of an older version and holds no flags: those given"]
+            told += take_flags(args, flags or {}, APPLIED.union(applied), checkpoint.path)
+        args.preset = choose_preset(args.preset, process.device)
+        seed_everything(args.seed)
+        run = Run(stage, args, process, checkpoint, told)
+        stack.callback(run.close)
+        yield run
+
+
+def _remove_unused(folder: Path) -> None:
+    """A folder that a refused run has made goes with it."""
+    with contextlib.suppress(OSError):
+        if {file.name for file in folder.iterdir()} <= {".lock"}:
+            (folder / ".lock").unlink(missing_ok=True)
+            folder.rmdir()
+
+
+@contextlib.contextmanager
+def _put_back(parts: list) -> Iterator[None]:
+    """Whatever happens within: `parts` and the random generators are afterwards as before."""
+    states = [copy.deepcopy(part.state_dict()) for part in parts]
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        yield
+    for part, state in zip(parts, states, strict=True):
+        part.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def _worker_errors() -> Iterator[None]:
+    """What goes wrong in a loader's worker, as one line."""
+    try:
+        yield
+    except UserError as error:
+        lines = str(error).strip().splitlines()
+        if len(lines) > 1:  # with the worker's traceback
+            raise UserError(re.sub(r"^\S+Error: ", "", lines[-1])) from error
+        raise
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) and "ancdata" not in str(error):
+            raise
+        raise UserError(
+            f"a worker that loads data ended ({first_line(error)}): is there memory for it? Lower "
+            "--num_workers and run again; it goes on from the last checkpoint"
+        ) from error

@@ -858,7 +858,8 @@ def train(model, audio, steps, rate=3e-3):
         loss = mel(estimate, audio) + waveform_loss(estimate, audio) + 0.25 * info.commitment
         optimizer.zero_grad()
         loss.backward()
-        training.average_gradients(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = training.all_reduce_mean(parameter.grad)
         optimizer.step()
         places = draws(step, model.config.num_codebooks, max(model.config.codebook_sizes))
         model.quantizer.update(info, places)

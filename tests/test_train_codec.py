@@ -228,7 +228,6 @@ def test_a_step_that_is_not_finite_moves_nothing(corpus, tmp_path, monkeypatch):
         return estimate.sum() * float("nan")
 
     monkeypatch.setattr(train_codec, "waveform_loss", broken)
-    monkeypatch.setattr(train_codec, "estimated_hours", lambda *_: 1.0)
     train(corpus, after, max_steps=7, disc_start=0)
     row = metrics(after)[-1]
     assert row["step"] == 7 and row["skipped"] == 1 and row["waveform"] is None
@@ -282,18 +281,19 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
         tick(self, steps)
 
     monkeypatch.setattr(meter.func, "tick", slow)
-    monkeypatch.setattr(train_codec, "estimated_hours", lambda *args: args[-1] / 2)
+    monkeypatch.setattr(training.Run, "_seconds", lambda *_: 1800.0)
     monkeypatch.chdir(tmp_path)
     changes = {"num_epochs": 10, "budget_usd": 12, "usd_per_hour": 1}  # 40 steps, thought $20
     train(corpus, tmp_path / "run", listen_share=0, **changes)
     said = capsys.readouterr().out
-    assert "budget $12: 24 of 40 steps" in said
+    assert "budget $12: 23 of 40 steps" in said
     rows = [row for row in metrics(tmp_path / "run") if "lr" in row]
     last = rows[-1]["step"]
-    assert 10 <= last <= 12 and f"{last} of 24 steps" in said, said
+    assert 10 <= last <= 12 and f"{last} of 40 steps" in said, said
     assert training.load_checkpoint(tmp_path / "run").trainer["total_steps"] == last
     rates = [row["lr"] for row in rows]
-    assert rates[-1] == pytest.approx(1e-4 * training.learning_rate(last - 1, last, 1.0, 2))
+    falls = [one - other for one, other in zip(rates[2:], rates[3:], strict=False)]
+    assert max(falls) < 0.2 * max(rates)  # smoothly, though the schedule was cut to a half
     assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.2 * max(rates)
     spent = [json.loads(x)["dollars"] for x in (tmp_path / "costs.jsonl").read_text().splitlines()]
     assert sum(spent) == pytest.approx(last)

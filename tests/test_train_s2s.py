@@ -270,15 +270,15 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     monkeypatch.setattr(training.CostMeter, "tick", slow)
     meter = functools.partial(training.CostMeter, clock=lambda: now[0])
     monkeypatch.setattr(training, "CostMeter", meter)
-    monkeypatch.setattr(train_s2s, "estimated_hours", lambda *args: args[-1] / 2)
+    monkeypatch.setattr(training.Run, "_seconds", lambda *_: 1800.0)
     monkeypatch.chdir(tmp_path)
     changes = {"num_epochs": 10, "budget_usd": 12, "usd_per_hour": 1}  # 40 steps, thought $20
     train(world, tmp_path / "run", **changes)
     said = capsys.readouterr().out
-    assert "budget $12: 24 of 40 steps" in said
+    assert "budget $12: 23 of 40 steps" in said
     rows = [row for row in metrics(tmp_path / "run") if "lr" in row]
     last = rows[-1]["step"]
-    assert 8 <= last <= 12 and f"{last} of 24 steps" in said, said
+    assert 8 <= last <= 12 and f"{last} of 40 steps" in said, said
     assert training.load_checkpoint(tmp_path / "run").trainer["total_steps"] == last
     assert rows[-1]["lr"] < 0.2 * max(row["lr"] for row in rows)
     train(world, tmp_path / "run", **changes)  # pasted again: there is no more

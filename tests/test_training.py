@@ -1,5 +1,6 @@
 """training.py: checkpoints under kills and full disks, balancer, schedule, metrics, money."""
 
+import argparse
 import errno
 import json
 import math
@@ -344,6 +345,22 @@ joint = training.all_reduce_mean(gradient(half))
 state = balancer.state_dict()
 
 assert training.from_main_rank(7 + here.rank) == 7
+
+# Ranks that drew their weights apart start equal, and the mean of their gradients is the whole's.
+torch.manual_seed(here.rank)
+layer, idle = torch.nn.Linear(32, 4), torch.nn.Linear(2, 2)
+training.start_equal([layer, idle, None])
+def squared(audio): return layer(audio).square().mean()
+parallel = training.Parallel(here, [layer, idle], squared)
+for partly in (True, False):
+    layer.zero_grad(set_to_none=True)
+    idle.requires_grad_(partly)
+    loss = parallel(audio[here.rank * 2 : here.rank * 2 + 2], partly=partly)
+    loss.backward()
+    mean = layer.weight.grad.clone()
+    layer.weight.grad = None
+    whole, = torch.autograd.grad(squared(audio), layer.weight)
+    assert torch.allclose(mean, whole, rtol=1e-4, atol=1e-6)
 guard = training.StepGuard()
 assert guard.check(1.0, 1.0)
 assert not guard.check(float("nan") if here.rank else 1.0, 1.0)
@@ -409,6 +426,105 @@ def test_learning_rate_by_hand():
     assert rate(35) == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.sqrt(0.5)))
     assert rate(110) == pytest.approx(0.2) and rate(500) == pytest.approx(0.2)
     assert learning_rate(0, 10, 1.0, 0) == 1.0
+
+
+def test_a_learning_rate_never_jumps_where_a_schedule_changes():
+    plans = ((1000, {100: 400, 250: 300}), (300, {20: 1000}), (400, {30: 900, 500: 600}))
+    for total, changes in plans:
+        schedule = training.Schedule(total, two_phases, warmup_steps=10)
+        rates, step = [], 0
+        while step < schedule.total:
+            if step in changes:
+                before = schedule.rate(step)
+                schedule.resize(step, changes[step])
+                assert schedule.rate(step) == pytest.approx(before)
+            rates.append(schedule.rate(step))
+            step += 1
+        assert step == list(changes.values())[-1] and rates[-1] < 0.11
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+        assert max(a - b for a, b in zip(rates[10:], rates[11:], strict=False)) < 0.02
+
+
+def test_a_schedule_moves_what_is_ahead_alone_and_comes_back_from_its_state():
+    schedule = training.Schedule(100, two_phases, warmup_steps=10)
+    assert [schedule.phase(step) for step in (0, 49, 50, 99)] == ["plain"] * 2 + ["dear"] * 2
+    assert schedule.ahead(30) == {"plain": 20, "dear": 50}
+    schedule.resize(30, 40)  # the second phase would have begun at 20
+    assert schedule.starts["dear"] == 30 and schedule.ahead(30) == {"plain": 0, "dear": 10}
+    schedule.resize(35, 200)
+    assert schedule.starts["dear"] == 30
+    again = training.Schedule(200, two_phases, warmup_steps=10)
+    again.load_state_dict(schedule.state_dict())
+    assert [again.rate(s) for s in range(35, 200)] == [schedule.rate(s) for s in range(35, 200)]
+    assert again.starts == schedule.starts
+    # A run that is extended goes on as one that was as long from the beginning.
+    again.extend(200, 400)
+    whole = training.Schedule(400, two_phases, warmup_steps=10)
+    assert again.rate(200) == whole.rate(200) and again.starts["dear"] == 30
+
+
+def test_matrices_alone_decay():
+    model = torch.nn.ModuleDict({
+        "embedding": torch.nn.Embedding(5, 4), "linear": torch.nn.Linear(4, 3),
+        "norm": torch.nn.LayerNorm(3), "frozen": torch.nn.Linear(2, 2).requires_grad_(False),
+    })  # fmt: skip
+    decayed, others = training.parameter_groups([model, None], 0.05)
+    assert [p.shape for p in decayed["params"]] == [(3, 4)] and decayed["weight_decay"] == 0.05
+    assert len(others["params"]) == 4 and others["weight_decay"] == 0
+
+
+# -- runs --------------------------------------------------------------------------------------
+
+
+def given(**flags):
+    return argparse.Namespace(**{"given": frozenset(flags), "lr": 1e-3, "layers": 2, **flags})
+
+
+def test_flags_of_a_resumed_run_are_kept_applied_or_refused():
+    stored = {"lr": 2e-3, "layers": 4, "keep": True, "preset": "tiny"}
+    args = given(log_every=3)
+    args.preset, args.keep = "auto", False
+    told = training.take_flags(args, stored, frozenset(), "run")
+    assert (args.lr, args.layers, args.preset, args.keep) == (2e-3, 4, "tiny", True)
+    assert told == [f"as the run was started: --{x}" for x in ("lr 0.002", "layers 4", "keep")]
+    args = given(lr=5e-4, preset="auto", num_epochs=4, layers=4)
+    told = training.take_flags(args, {**stored, "log_every": 1}, frozenset({"lr"}), "run")
+    assert args.lr == 5e-4 and told == ["from here on --lr 0.0005 (until now 0.002)"]
+    for flags, line in (({"layers": 3}, "--layers 3.*--layers 4"), ({"preset": "base"}, "tiny")):
+        with pytest.raises(UserError, match=line):
+            training.take_flags(given(**flags), stored, frozenset({"lr"}), "run")
+
+
+def test_an_export_into_a_run_is_refused(tmp_path):
+    save(tmp_path / "run", 1)
+    for export in ("run", "run/step_00000001", "run/new", "run/../run"):
+        args = argparse.Namespace(export=tmp_path / export, checkpoint_dir=tmp_path / "run")
+        with pytest.raises(UserError, match="is a run's folder"):
+            training.check_export(args)
+    assert names(tmp_path / "run") == ["step_00000001"]
+    args.export = tmp_path / "out"
+    training.check_export(args)
+
+
+class _Unlucky(torch.utils.data.Dataset):
+    def __init__(self, how):
+        self.how = how
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if self.how == "dies":
+            os._exit(9)
+        raise UserError("a.wav: cut short")
+
+
+@pytest.mark.parametrize(("how", "told"), [("dies", "--num_workers"), ("raises", "^a.wav: cut sh")])
+def test_a_worker_that_ends_is_one_line(how, told):
+    loader = torch.utils.data.DataLoader(_Unlucky(how), num_workers=1)
+    with pytest.raises(UserError, match=told) as caught, training._worker_errors():
+        next(iter(loader))
+    assert "\n" not in str(caught.value)
 
 
 def test_step_guard_skips_counts_and_stops():
@@ -670,7 +786,7 @@ def test_cost_meter_projects_spends_and_resumes(tmp_path):
     (tmp_path / "costs.jsonl").write_text('{"stage": "data", "dollars": 100.0}\n{"stage": "co')
     clock = Clock()
     cost = meter(tmp_path, clock, budget_usd=1.0)
-    cost.start(total_steps=1000)
+    cost.start(1000)
     assert math.isnan(cost.projected()[0]) and "? h" in cost.line()
     for seconds in [30, 5, 5] + [2] * 100:  # a slow start is not taken for the pace
         clock.now += seconds
@@ -678,7 +794,7 @@ def test_cost_meter_projects_spends_and_resumes(tmp_path):
     hours, dollars = cost.projected()
     assert hours == pytest.approx((240 + 897 * 2) / 3600)
     assert dollars == pytest.approx(hours * 3.6)
-    assert cost.remaining_steps_within_budget() == pytest.approx((1.0 - 0.24) / 0.002, abs=1)
+    assert cost.fitted_steps() == 103 + int(0.98 * (1.0 - 0.24) / 0.002)
     assert cost.spent_usd() == pytest.approx(100.24)
     assert cost.line() == "projected 34 min = $2.03 (spent $100 of $1,500)"
     state = cost.state_dict()
@@ -691,7 +807,7 @@ def test_cost_meter_projects_spends_and_resumes(tmp_path):
     resumed = meter(tmp_path, later, budget_usd=1.0)
     resumed.load_state_dict(state)
     assert resumed.elapsed_hours() == pytest.approx(300 / 3600)
-    resumed.start(total_steps=1000, done_steps=103)
+    resumed.start(1000, done_steps=103)
     for _ in range(10):
         later.now += 2
         resumed.tick()
@@ -700,34 +816,74 @@ def test_cost_meter_projects_spends_and_resumes(tmp_path):
     assert resumed.spent_usd() == pytest.approx(100.32)
 
 
-def test_a_schedule_shrinks_to_its_budget_and_never_grows(tmp_path):
+def two_phases(total):
+    return {"plain": 0, "dear": total // 2}
+
+
+def spend(cost, clock, steps, seconds):
+    for _ in range(steps):
+        clock.now += seconds
+        cost.tick()
+
+
+def test_a_dearer_phase_ahead_binds_from_the_first_minutes(tmp_path):
+    """$1 a second, as expected, and $3 in the second half: 200 of 400 fit, whatever is measured."""
     clock = Clock()
-    cost = meter(tmp_path, clock, budget_usd=0.2)  # pays for 200 s
-    cost.start(total_steps=1000)
+    cost = meter(tmp_path, clock, budget_usd=400, usd_per_hour=3600)
+    cost.expected = {"plain": 1.0, "dear": 3.0}
+    schedule = training.Schedule(400, two_phases)
+    cost.start(schedule)
+    total = cost.fitted_steps()
+    assert total == 196 and cost.hours_ahead(total) * 3600 == pytest.approx(392)
+    schedule.resize(0, total)
+    for steps, seconds in ((98, 1.0), (90, 3.0)):
+        spend(cost, clock, steps, seconds)
+        assert cost.fitted_steps() == total
+    assert cost.projected()[1] == pytest.approx(392)
 
-    def go(steps, seconds):
-        for _ in range(steps):
-            clock.now += seconds
-            cost.tick()
 
-    assert cost.fitted_steps(1000) == 1000  # nothing is measured yet
-    go(20, 0.1)
-    assert cost.fitted_steps(1000) == 1000  # 0.1 s a step: it fits
-    cost.measure_anew()  # the next kind of step is dearer
-    assert math.isnan(cost.projected()[0]) and cost.fitted_steps(1000) == 1000
-    go(10, 2)
-    total = cost.fitted_steps(1000)
-    assert total == 30 + int(0.98 * (200 - 2 - 20) / 2)
-    go(20, 2)
-    assert cost.fitted_steps(total) == total  # within the reserve
-    go(10, 1)
-    assert cost.fitted_steps(total) == total  # faster again
-    assert cost.projected()[1] < 0.2
-    go(5, 8)
-    assert (shorter := cost.fitted_steps(total)) < total
-    assert cost.fitted_steps(shorter) == shorter
+def test_what_is_measured_corrects_an_estimate_both_ways(tmp_path):
+    clock = Clock()
+    cost = meter(tmp_path, clock, budget_usd=400, usd_per_hour=3600)
+    cost.expected = {"plain": 4.0, "dear": 12.0}  # four times too dear
+    schedule = training.Schedule(400, two_phases)
+    cost.start(schedule)
+    schedule.resize(0, cost.fitted_steps())
+    assert schedule.total in (48, 49)
+    spend(cost, clock, 10, 1.0)
+    schedule.resize(10, cost.fitted_steps())
+    assert schedule.total == pytest.approx(196, abs=2) and schedule.starts["dear"] == 98
+    spend(cost, clock, 88, 1.0)  # well past its first tenth: no more news, no more growth
+    assert cost.fitted_steps() == schedule.total
+    spend(cost, clock, 10, 1.0)  # the second phase is cheaper than all thought
+    schedule.resize(108, cost.fitted_steps())
+    assert schedule.total > 300
+    total = schedule.total
+    spend(cost, clock, 50, 0.1)
+    assert cost.fitted_steps() == total
+    spend(cost, clock, 50, 3.0)  # and dearer after all
+    schedule.resize(208, cost.fitted_steps())
+    assert 208 < schedule.total < total
     clock.now += 1000
-    assert cost.fitted_steps(shorter) == 65  # spent: where it stands
+    assert cost.fitted_steps() == 208  # spent: where it stands
+
+
+def test_a_resumed_meter_knows_its_paces(tmp_path):
+    clock = Clock()
+    cost = meter(tmp_path, clock)
+    cost.expected, cost.machine = {"plain": 9.0, "dear": 18.0}, "H200"
+    cost.start(training.Schedule(100, two_phases))
+    spend(cost, clock, 20, 2.0)
+    again = meter(tmp_path, clock)
+    again.load_state_dict(cost.state_dict())
+    assert (again.expected, again.machine) == ({"plain": 2.0, "dear": 18.0}, "H200")
+    assert cost.hours_ahead() * 3600 == pytest.approx(30 * 2 + 50 * 4)  # corrected by the first
+
+
+def test_the_ledger_may_hold_what_is_no_number(tmp_path):
+    cost = meter(tmp_path, Clock())
+    cost.ledger.write_text('{"dollars": "ten"}\n{"dollars": null}\n{"dollars": 2}\n[1]\n')
+    assert cost.spent_usd() == 2
 
 
 def test_cost_meter_disabled_writes_nothing(tmp_path):
@@ -739,7 +895,7 @@ def test_cost_meter_disabled_writes_nothing(tmp_path):
         cost.tick()
     cost.flush()
     assert cost.line() == "projected 10 h"
-    assert cost.remaining_steps_within_budget() is None
+    assert cost.fitted_steps() == 10
     assert not cost.ledger.exists()
 
 
