@@ -451,6 +451,7 @@ def train(args, run: training.Run) -> None:
     teacher = teachers.load_teacher(args.teacher, device) if taught else None
     if args.teacher_cache and teacher is None:
         raise UserError("--teacher_cache needs a --teacher")
+    training.seed_everything(args.seed)  # whichever teacher there is, the same weights
     if args.cuda_graph:  # what it holds must live on a stream of its own from the start
         torch.cuda.set_stream(torch.cuda.Stream(device))
 
