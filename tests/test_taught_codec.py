@@ -42,7 +42,8 @@ def test_a_taught_run_stops_and_goes_on(corpus, folders, kind, tmp_path, capsys)
     shipped = training.load_checkpoint(whole).tensors
     assert shipped.keys() == Codec(Codec.from_checkpoint(whole).config).state_dict().keys()
     capsys.readouterr()  # the bars of the teachers that were loaded
-    assert "give the same --teacher" in refused(corpus, parts, capsys, **{**same, "teacher": "none"})
+    other = {**same, "teacher": "none"}
+    assert "give the same --teacher" in refused(corpus, parts, capsys, **other)
 
 
 def test_the_projection_learns_and_codebook_0_with_it(corpus, folders, tmp_path):  # noqa: F811
