@@ -425,7 +425,7 @@ def _publish(part: Path, path: Path) -> None:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, _printable(json.dumps(value, indent=1, ensure_ascii=False)) + "\n")
 
 
 def _printable(text: str) -> str:
