@@ -32,6 +32,7 @@ tenth of Vorbis' speed, and at five sample rates only.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import functools
 import hashlib
@@ -44,7 +45,7 @@ import shutil
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,7 +55,22 @@ import torch
 
 import praat
 import speech
-from command import UserError, run
+from command import (
+    ArgumentParser,
+    LongHelp,
+    UserError,
+    as_json_line,
+    check_fields,
+    default_workers,
+    file_name,
+    json_lines,
+    number,
+    only_one,
+    run,
+    text_lines,
+    whole,
+    writable_folder,
+)
 from data import (
     MANIFEST,
     SAMPLE_RATE,
@@ -87,7 +103,9 @@ RECORDS = ".parts"  # in the folder of copies: what each finished part made
 # speech of 2 and 8 s, and a tenth more for the noise of real rooms.
 FORMATS = {"ogg": (0.36, 5800), "flac": (1.3, 2500), "opus": (0.22, 2700)}
 OPUS_RATES = (8000, 12000, 16000, 24000)
-TELUGU_TEXT = re.compile(r"[\u0c00-\u0c65\s.,!?;:'\"()–—\u2018-\u201d\u0964\u200c\u200d-]+")
+TELUGU_TEXT = re.compile(
+    r"[\u0c00-\u0c65\s.,!?;:'\"()\u2013\u2014\u2018-\u201d\u0964\u200c\u200d-]+"
+)
 # A phone of read Telugu lasts 0.06 to 0.1 s; outside of these, words are missing or it babbles.
 PHONE_SECONDS = (0.03, 0.22)
 DECOYS = 15
@@ -102,10 +120,12 @@ def change_speed(audio: np.ndarray, sample_rate: int, speed: float) -> np.ndarra
 
 
 def shift_pitch(audio: np.ndarray, sample_rate: int, semitones: float) -> np.ndarray:
-    """`praat.shift_pitch`; AudioError on audio that is too short to have a pitch."""
+    """`praat.shift_pitch`; AudioError on audio that is too short to have a pitch, or that Praat
+    comes to no end with: that copy alone is left out."""
+    praat.check_installed()
     try:
         return praat.shift_pitch(audio, sample_rate, semitones)
-    except praat.TooShort as error:
+    except (praat.TooShort, UserError) as error:
         raise AudioError(f"its pitch cannot be moved ({error})") from error
 
 
@@ -136,7 +156,7 @@ def _import(module: str, pip: str):
 def _key(*parts: object) -> int:
     """64 bits that depend on the parts alone, the same on every machine."""
     text = "\0".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 # --------------------------------------------------------------------------------------- copies
@@ -155,6 +175,11 @@ class Copy(Clip):
     change: str = ""
     amount: float = 0.0
     seed: int = 0
+
+
+COPY_FIELDS = {
+    "source": "path?", "start": "number?", "change": "text?", "amount": "number?", "seed": "whole?",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -193,11 +218,10 @@ def list_changes(
     speeds: Sequence[float], semitones: Sequence[float], noise_copies: int
 ) -> list[tuple[str, float]]:
     """(change, amount) of every copy of a clip; a noise copy's amount is its number."""
-    return [
-        *(("speed", float(speed)) for speed in speeds),
-        *(("pitch", float(shift)) for shift in semitones),
-        *(("noise", float(number)) for number in range(noise_copies)),
-    ]
+    amounts = {"speed": speeds, "pitch": semitones, "noise": range(noise_copies)}
+    # By how a copy's name tells the amount: one given twice is one copy.
+    told = {(change, f"{a:g}"): float(a) for change, given in amounts.items() for a in given}
+    return [(change, amount) for (change, _), amount in told.items()]
 
 
 def output_seconds(seconds: float, change: str, amount: float) -> float:
@@ -219,7 +243,7 @@ def source_name(clip: Clip, root: Path) -> str:
     """The clip's path below the input folder; for one outside of it, a name with a hash."""
     relative = Path(os.path.relpath(clip.path, root))
     if relative.parts[0] == "..":
-        parent = hashlib.sha256(str(clip.path.parent).encode()).hexdigest()[:8]
+        parent = hashlib.sha256(os.fsencode(clip.path.parent)).hexdigest()[:8]
         return f"elsewhere/{parent}/{clip.path.name}"
     return relative.as_posix()
 
@@ -247,6 +271,8 @@ def choose_tasks(
         # Two files that differ in their suffix alone must not become one.
         stem = str(Path(source).with_suffix(""))
         base = stem if stems[stem] == 1 else source.replace(".", "_")
+        # What the change and the format add must still be a name.
+        base = "/".join(map(file_name, base.split("/")))
         parts = pieces(clip.duration)
         for p, (change, amount) in itertools.product(range(len(parts)), changes):
             name = f"{base}_{p:04d}" if len(parts) > 1 else base
@@ -298,6 +324,8 @@ def make_part(options: Options, part: Part) -> Made:
     """
     copies: list[Copy] = []
     dropped: list[str] = []
+    for folder in {(Path(options.folder) / task.name).parent for task in part.tasks}:
+        folder.mkdir(parents=True, exist_ok=True)
 
     def piece(task: Task) -> tuple[Path, float]:
         return task.clip.path, task.start
@@ -368,7 +396,6 @@ def _write_copy(
     options: Options, task: Task, audio: np.ndarray, rate: int, change: str, amount: float
 ) -> Copy:
     path = Path(options.folder) / f"{task.name}.{options.format}"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_audio(path, audio, rate)
     # The text and the phones of a piece of a recording are not known.
     whole, speed = task.seconds >= task.clip.duration, amount if change == "speed" else 1.0
@@ -399,28 +426,34 @@ def _scaled(phones: Sequence[Sequence], factor: float = 1.0) -> list[list]:
 
 def read_copies(manifest: Path) -> list[Copy]:
     """The copies of a record or a manifest, with where they came from."""
-    extra = set(Copy.__dataclass_fields__) - set(Clip.__dataclass_fields__)
-    text = manifest.read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-    return [
-        Copy(**vars(clip), **{key: fields[key] for key in extra if key in fields})
-        for clip, fields in zip(read_manifest(manifest), lines, strict=True)
-    ]
+    copies = []
+    for clip, (at, row) in zip(read_manifest(manifest), json_lines(manifest), strict=True):
+        check_fields(row, COPY_FIELDS, f"{manifest}, line {at}")
+        extra = {key: row[key] for key in COPY_FIELDS if row.get(key) is not None}
+        copies.append(Copy(**vars(clip), **extra))
+    return copies
 
 
 def made_copies(folder: Path) -> list[Copy]:
-    """What finished parts recorded and is still there; half-written files are removed."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if name.endswith(".part"):
-                (Path(parent) / name).unlink(missing_ok=True)
+    """What finished parts recorded and is still there; half-written files are removed.
+
+    The disk is asked once a folder: on a network volume each question about a file takes time.
+    """
+    there: dict[str, int] = {}
+    for parent, _, _ in os.walk(folder):
+        with os.scandir(parent) as entries:
+            for entry in entries:
+                there[entry.path] = entry.stat(follow_symlinks=False).st_size
+    for path in there:
+        if path.endswith(".part") and os.path.isfile(path):
+            os.unlink(path)
     copies: dict[Path, Copy] = {}
     for record in sorted((folder / RECORDS).glob("*.jsonl")):
         for copy in read_copies(record):
-            path = Path(os.path.normpath(copy.path))
+            path = os.path.normpath(copy.path)
             # A pod that was lost may leave names without their data.
-            if path.is_file() and path.stat().st_size:
-                copies[path] = replace(copy, path=path)
+            if there.get(path):
+                copies[Path(path)] = replace(copy, path=Path(path))
     return [copies[path] for path in sorted(copies)]
 
 
@@ -434,14 +467,32 @@ def augment(args: argparse.Namespace) -> None:
     root, final = _input_folder(args.input_dir), Path(args.output_dir).resolve()
     if args.semitones:
         praat.check_installed()
+    writable_folder(final.parent, "--output_dir")
     # Until it is whole the first time, the folder is hidden: its files have no manifest yet, and
     # a trainer would take them for recordings of their own, validation split included.
-    hidden = final.with_name(f".{final.name}.part")
+    hidden = final.with_name(file_name(f".{final.name}.part"))
     if final.is_dir() and not any(final.iterdir()):
         final.rmdir()
     folder = final if final.exists() else hidden
     if folder == final and not (final / RECORDS).is_dir():
         raise UserError(f"{final}: not made by this script; give another --output_dir")
+    with _held(folder, "--output_dir"):
+        _copy_into(folder, final, root, args)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, flag: str) -> Iterator[None]:
+    """The folder for this run alone, made where it is missing, gone where nothing came into it."""
+    with only_one(writable_folder(folder, flag)):
+        try:
+            yield
+        finally:
+            if folder.is_dir() and not any(entry.name != ".lock" for entry in folder.iterdir()):
+                shutil.rmtree(folder)
+
+
+def _copy_into(folder: Path, final: Path, root: Path, args: argparse.Namespace) -> None:
+    """Make what is missing in `folder`, which gets the name `final` when it is whole."""
     clips = load_clips([root], "train")
     real = [clip for clip in clips if not clip.augmented and final not in clip.path.parents]
     sources = [clip for clip in real if not _skipped(clip, root, args.skip)]
@@ -463,7 +514,7 @@ def augment(args: argparse.Namespace) -> None:
     else:
         _print_skipped(real, sources, args.skip)
         check_disk(final.parent, copy_bytes(tasks, args.format), _task_hours(tasks), args.format)
-    if folder == hidden and not (tasks or made):
+    if folder != final and not (tasks or made):
         return
     noises = _noise_clips(args.noise_dir)
     options = Options(str(folder), args.seed, args.format, tuple(args.snr_db), noises)
@@ -471,11 +522,10 @@ def augment(args: argparse.Namespace) -> None:
     if parts:
         results = run_parts(make_part, options, parts, args.num_workers, len(parts))
         _report(results, final.parent, started)
-    _publish_copies(folder, final)
-    print_hours("after", [*real, *made_copies(final)], root, args.goal_hours)
+    print_hours("after", [*real, *_publish_copies(folder, final)], root, args.goal_hours)
 
 
-def _publish_copies(folder: Path, final: Path) -> None:
+def _publish_copies(folder: Path, final: Path) -> list[Copy]:
     copies = made_copies(folder)
     if not copies:
         shutil.rmtree(folder, ignore_errors=True)
@@ -483,6 +533,7 @@ def _publish_copies(folder: Path, final: Path) -> None:
     write_manifest(folder / MANIFEST, copies)
     if folder != final:
         folder.rename(final)
+    return copies
 
 
 def _input_folder(path: str) -> Path:
@@ -576,7 +627,8 @@ def _report(made: Sequence[Made], folder: Path, started: os.times_result) -> Non
     dropped = [reason for m in made for reason in m.dropped]
     if dropped:
         log = folder / "augment_dropped.txt"
-        log.write_text("".join(f"{reason}\n" for reason in dropped), encoding="utf-8")
+        listed = "".join(f"{reason}\n" for reason in dropped)
+        log.write_text(listed, encoding="utf-8", errors="backslashreplace")
         print(f"{len(dropped)} left out, see {log}; first: {dropped[0]}")
     audio, now = sum(m.seconds for m in made), os.times()
     seconds, cpu = now.elapsed - started.elapsed, sum(now[:4]) - sum(started[:4])
@@ -1024,7 +1076,7 @@ def _check(name: str):
 
 @functools.lru_cache(maxsize=1)
 def _texts(path: str) -> tuple[str, ...]:
-    return tuple(Path(path).read_text(encoding="utf-8").splitlines())
+    return tuple(text_lines(path))
 
 
 def choose_texts(clips: Sequence[Clip], text_file: str | None) -> tuple[list[str], int]:
@@ -1035,8 +1087,8 @@ def choose_texts(clips: Sequence[Clip], text_file: str | None) -> tuple[list[str
     """
     if text_file is not None:
         try:
-            found = Path(text_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            found = text_lines(text_file)
+        except (OSError, UserError) as error:
             raise UserError(f"--text_file {text_file}: cannot be read ({error})") from error
     else:
         found = [clip.text for clip in clips if clip.text and clip.language == "telugu"]
@@ -1125,6 +1177,14 @@ def synthesize(args: argparse.Namespace) -> None:
     device = "cpu" if args.engine in PACKAGED else str(setup_distributed(args.device).device)
     model = args.model or info.model
     folder = Path(args.synthetic_dir or root / f"synthetic_{args.engine}")
+    with _held(folder, "--synthetic_dir"):
+        _speak_into(folder, root, model, device, args)
+
+
+def _speak_into(
+    folder: Path, root: Path, model: str, device: str, args: argparse.Namespace
+) -> None:
+    """Make the parts that are missing in `folder`, and one manifest of all."""
     clips = _training_clips(root, args.text_file is not None)
     texts, left_out = choose_texts(clips, args.text_file)
     if not texts:
@@ -1134,13 +1194,13 @@ def synthesize(args: argparse.Namespace) -> None:
     print(f"texts: {len(texts):,}; {left_out:,} left out (digits, Latin letters, length)")
     engine = _engine(args.engine, model, device)  # says what is missing before anything is made
     _check(args.check)
-    print(f"engine {args.engine}: {len(engine.voices)} voices on {device}, {info.license}")
+    licence = ENGINES[args.engine].license
+    print(f"engine {args.engine}: {len(engine.voices)} voices on {device}, {licence}")
     size = min(SYNTHETIC_PART_SECONDS, args.synthesize_hours * 3600)
     count = math.ceil(args.synthesize_hours * 3600 / size - 1e-9)
     missing = [i for i in range(count) if not (folder / f"{i:05d}" / MANIFEST).exists()]
     hours = len(missing) * size / 3600
     check_disk(folder, _synthetic_bytes(hours, args.format), hours, args.format)
-    folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".*.part"):
         shutil.rmtree(leftover)
     text_file = folder / ".texts"
@@ -1179,10 +1239,10 @@ def _publish_synthetic(folder: Path) -> None:
     """One manifest for all parts, with everything their own say of how clips were made."""
     lines = []
     for manifest in sorted(folder.glob(f"[0-9]*/{MANIFEST}")):
-        for line in manifest.read_text(encoding="utf-8").splitlines():
-            fields = json.loads(line)
+        for at, fields in json_lines(manifest):
+            check_fields(fields, {"path": "path"}, f"{manifest}, line {at}")
             fields["path"] = f"{manifest.parent.name}/{fields['path']}"
-            lines.append(json.dumps(fields, ensure_ascii=False) + "\n")
+            lines.append(as_json_line(fields))
     part = folder / f"{MANIFEST}.part"
     with open(part, "w", encoding="utf-8") as file:
         file.writelines(lines)
@@ -1204,66 +1264,49 @@ def print_engines() -> None:
         print(textwrap.indent(" \\\n".join(lines), " " * 10))
 
 
-def _hours_flag(value: str) -> str:
-    if value not in ("gap", "all"):
-        try:
-            good = 0 < float(value) < math.inf
-        except ValueError:
-            good = False
-        if not good:
-            raise argparse.ArgumentTypeError(f"{value!r} is not gap, all or hours above zero")
-    return value
+def _hours_flag(value: str) -> str | float:
+    return value if value in ("gap", "all") else number(above=0, high=1e6)(value)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(__doc__, formatter_class=LongHelp)
     add = parser.add_argument
     add("--input_dir", default="data/telugu", help="corpora to copy, sub-folders included")
     add("--output_dir", default="data/telugu/augmented", help="of the copies")
     add("--hours", type=_hours_flag, default="gap", metavar="H",
-        help="of copies: a number, all, or gap (default): what --goal_hours lacks")  # fmt: skip
-    add("--synthesize_hours", type=float, help="make so much synthetic speech instead")
+        help="of copies: a number, all, or gap: what --goal_hours lacks")  # fmt: skip
+    add("--synthesize_hours", type=number(above=0, high=1e6),
+        help="make so much synthetic speech instead")  # fmt: skip
     add("--engine", choices=ENGINES, default="indictts", help="that speaks; see --list_engines")
-    add("--text_file", help="sentences to say, one a line; default: the transcripts")
+    add("--text_file", help="sentences to say, one a line, in place of the transcripts")
     add("--list_engines", action="store_true", help="show the table of engines and stop")
     add = parser.add_argument_group("advanced").add_argument
-    add("--goal_hours", type=float, default=GOAL_HOURS)
-    add("--speeds", type=float, nargs="*", default=list(SPEEDS))
-    add("--semitones", type=float, nargs="*", default=list(SEMITONES))
-    add("--noise_copies", type=int, default=1, help="noisy copies of each clip")
-    add("--snr_db", type=float, nargs=2, default=list(SNR_DB), metavar=("LOW", "HIGH"))
-    add("--noise_dir", help="recordings of noise; default: white and pink noise")
+    add("--goal_hours", type=number(0), default=GOAL_HOURS, help="of training speech, copies too")
+    add("--speeds", type=number(0.5, 2), nargs="*", default=list(SPEEDS), help="copies played so")
+    add("--semitones", type=number(-12, 12), nargs="*", default=list(SEMITONES),
+        help="copies with their pitch moved so")  # fmt: skip
+    add("--noise_copies", type=whole(0, 100), default=1, help="noisy copies of each clip")
+    add("--snr_db", type=number(-100, 100), nargs=2, default=list(SNR_DB), metavar=("LOW", "HIGH"),
+        help="of noisy copies")  # fmt: skip
+    add("--noise_dir", help="recordings of noise, in place of white and pink noise")
     add("--skip", nargs="*", default=["synthetic*"], help="corpora not to copy (globs)")
     add("--format", choices=FORMATS, default="ogg", help="of the files made")
     add("--model", help="folder or Hugging Face id of the engine's voice")
-    add("--synthetic_dir", help="of synthetic speech; default: INPUT_DIR/synthetic_ENGINE")
+    add("--synthetic_dir", help="of synthetic speech, in place of INPUT_DIR/synthetic_ENGINE")
     add("--check", choices=CHECKS, default="plausible", help="of synthetic clips")
     add("--device", default="auto", help="of engines that are neural")
-    add("--seed", type=int, default=0)
-    add("--num_workers", type=int, default=os.cpu_count() or 1, help="processes; 0: none")
-    return parser.parse_args(arguments)
-
-
-def _check_arguments(args: argparse.Namespace) -> None:
-    if args.seed < 0 or args.num_workers < 0 or args.noise_copies < 0 or args.goal_hours < 0:
-        raise UserError("--seed, --num_workers, --noise_copies, --goal_hours: not below zero")
-    if any(not 0.5 <= speed <= 2 for speed in args.speeds):
-        raise UserError("--speeds must be from 0.5 to 2")
-    if any(not -12 <= shift <= 12 for shift in args.semitones):
-        raise UserError("--semitones must be from -12 to 12")
+    add("--seed", type=whole(0), default=0, help="of everything that is drawn")
+    add("--num_workers", type=whole(0, 256), default=default_workers(), help="processes; 0: none")
+    args = parser.parse_args(arguments)
     if args.snr_db[0] > args.snr_db[1]:
-        raise UserError(f"--snr_db {args.snr_db[0]:g} {args.snr_db[1]:g}: the lower one first")
+        parser.error(f"--snr_db {args.snr_db[0]:g} {args.snr_db[1]:g}: the lower one first")
     if not (args.speeds or args.semitones or args.noise_copies):
-        raise UserError("no change is left: give --speeds, --semitones or --noise_copies")
-    if args.synthesize_hours is not None and not 0 < args.synthesize_hours < math.inf:
-        raise UserError("--synthesize_hours must be above zero")
+        parser.error("no change is left: give --speeds, --semitones or --noise_copies")
+    return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    _check_arguments(args)
     if args.list_engines:
         print_engines()
     elif args.synthesize_hours is not None:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from test_fetching import asked_of
 
 import augment_telugu as at
 import command
@@ -398,8 +399,8 @@ def test_a_really_full_disk(corpus, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(small)]
-    if mount is None or os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+    mounting = [mount or "mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", str(small)]
+    if mount is None or os.geteuid() or subprocess.run(mounting, capture_output=True).returncode:
         pytest.skip("cannot mount a small disk here")
     try:
         output = ["--output_dir", str(small / "out" / "augmented"), "--format", "flac"]
@@ -431,11 +432,15 @@ def test_bad_input_is_one_line(tmp_path, corpus, monkeypatch):
     assert "--skip" in refused("--input_dir", root, "--skip", "*", "--hours", "all")
     strange = refused("--input_dir", root, "--output_dir", str(corpus / "kathbath"))
     assert "--output_dir" in strange
-    assert "0.5 to 2" in refused("--speeds", "9")
-    assert "lower one first" in refused("--snr_db", "20", "10")
-    assert "no change" in refused("--speeds", "--semitones", "--noise_copies", "0")
     assert "--noise_dir" in refused("--input_dir", root, "--noise_dir", str(tmp_path / "no"))
-    assert "above zero" in refused("--synthesize_hours", "0")
+    (tmp_path / "file").write_text("x")
+    for flag in ("--output_dir", "--synthetic_dir"):
+        more = ("--synthesize_hours", "1", "--engine", "espeak") if "synth" in flag else ()
+        assert flag in refused("--input_dir", root, flag, str(tmp_path / "file/x"), *more)
+    with command.only_one(corpus):
+        told = refused("--input_dir", root, "--synthetic_dir", root, "--synthesize_hours", "1",
+                       "--engine", "espeak")  # fmt: skip
+        assert "another process" in told
     for clip in corpus.rglob("*"):
         if clip.suffix in (".flac", ".wav"):
             clip.write_text("no audio")
@@ -447,6 +452,56 @@ def test_bad_input_is_one_line(tmp_path, corpus, monkeypatch):
     assert not list(corpus.glob("*augmented*/"))
     monkeypatch.setitem(sys.modules, "parselmouth", None)
     assert "pip install praat-parselmouth" in refused("--input_dir", root)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [(["--speeds", "9"], "at most 2"), (["--speeds", "nan"], "--speeds"),
+     (["--semitones", "-13"], "at least -12"), (["--snr_db", "20", "10"], "lower one first"),
+     (["--speeds", "--semitones", "--noise_copies", "0"], "no change"),
+     (["--noise_copies", "-1"], "--noise_copies"), (["--hours", "nan"], "--hours"),
+     (["--hours", "0"], "more than 0"), (["--synthesize_hours", "0"], "more than 0"),
+     (["--synthesize_hours", "1e300"], "--synthesize_hours"), (["--num_workers", "-1"], "least 0"),
+     (["--goal_hours", "-1"], "--goal_hours"), (["--seed", "-1"], "--seed"),
+     (["--engine", "none"], "--engine"), (["--seed", "1.5"], "not a whole number")],
+)  # fmt: skip
+def test_flags_out_of_range_are_one_line(flags, told, capsys):
+    with pytest.raises(SystemExit) as caught:
+        at.main(flags)
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and told in printed and printed.count("\n") == 1
+
+
+def test_one_amount_twice_is_one_copy():
+    assert at.list_changes([0.9, 0.9], [2.0], 2) == [
+        ("speed", 0.9), ("pitch", 2.0), ("noise", 0.0), ("noise", 1.0),
+    ]  # fmt: skip
+    assert at.parse_arguments([]).num_workers == command.default_workers()
+
+
+def test_odd_names_and_odd_letters_are_copied_like_all_others(tmp_path, capsys):
+    root, text = tmp_path / "telugu", "one\u2028two\x85 సాఫ్ట్\u200cవేర్ बिल्\u200dकुल"
+    names = ["న" * 82 + "abc.wav", "న" * 82 + "abd.wav", "caf\udce9.wav", "2026-03-11_call.wav"]
+    (root / "mine").mkdir(parents=True)
+    for name in names:
+        data.write_audio(tmp_path / "a.wav", voiced(150, 0.5, 16000), 16000)
+        os.replace(tmp_path / "a.wav", root / "mine" / name)
+    clips = [data.Clip(root / "mine" / name, 0.5, 16000, "telugu", text=text) for name in names]
+    data.write_manifest(root / "mine" / data.MANIFEST, clips)
+    changes = ("--semitones", "--format", "flac")
+    copies = augment(root, *changes)
+    assert len(copies) == 4 * 3 and {copy.text for copy in copies} == {text}
+    assert {copy.source for copy in copies} == {f"mine/{name}" for name in names}
+    assert all(data.probe(copy.path) for copy in copies)
+    assert all(str(copy.path).isprintable() for copy in copies)
+    assert augment(root, *changes) == copies and "nothing to make" in capsys.readouterr().out
+
+
+def test_copies_are_counted_by_one_look_a_folder(corpus, monkeypatch):
+    made = len(augment(corpus, "--semitones", "--format", "flac"))
+    asked = asked_of(monkeypatch)
+    assert len(at.made_copies(corpus / "augmented")) == made
+    assert not [one for one in asked if ".flac" in one]
 
 
 # ------------------------------------------------------------------------------------ synthesis
@@ -790,9 +845,18 @@ def test_broad_classes_fold_what_a_foreign_ear_confuses():
 
 
 def test_texts_are_telugu_alone():
-    texts = (SENTENCES[0], f" {SENTENCES[0]} ", "2 రోజులు పట్టింది", "ok అన్నాడు రాజు", None)
+    joined = "సాఫ్ట్\u200cవేర్ పని\u200dచేస్తుంది"
+    texts = (joined, SENTENCES[0], f" {SENTENCES[0]} ", "2 రోజులు పట్టింది", "ok అన్నాడు రాజు", None)
     clips = [data.Clip(Path("a"), 1.0, 16000, "telugu", text=text) for text in texts]
-    assert at.choose_texts(clips, None) == ([SENTENCES[0]], 2)
+    assert at.choose_texts(clips, None) == (sorted([joined, SENTENCES[0]]), 2)
+
+
+def test_a_file_of_texts_ends_its_lines_at_line_feeds(tmp_path):
+    lines = [f"{SENTENCES[0]}\u2028{SENTENCES[1]}", SENTENCES[2]]
+    (tmp_path / "t.txt").write_bytes("\r\n".join(lines).encode())
+    assert at.choose_texts([], str(tmp_path / "t.txt"))[0] == sorted(
+        [f"{SENTENCES[0]} {SENTENCES[1]}", SENTENCES[2]]
+    )
 
 
 def test_the_table_of_engines_is_printed(capsys):
