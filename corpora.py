@@ -37,10 +37,8 @@ from command import (
     text_lines,
 )
 from fetching import (
-    FFMPEG_SUFFIXES,
     FILE_THREADS,
     GIGABYTE,
-    LOSSLESS_SUFFIXES,
     Bar,
     Damaged,
     Shard,
@@ -75,9 +73,8 @@ RECORD_OF_ROW = {
 RECORD_FIELDS = {
     "hours": "number", "whole": "flag", "max_hours": "number", "unpack_seconds": "number?",
 }  # fmt: skip
-READ_SUFFIXES = {*data.AUDIO_SUFFIXES, *FFMPEG_SUFFIXES, *LOSSLESS_SUFFIXES}
 # Audio that nothing here reads: told, so that no hour is lost in silence.
-PASSED_OVER = {".sph", ".wv", ".ape", ".tta", ".au", ".spx", ".ra", ".rm", ".dsf", ".g722", ".gsm"}
+PASSED_OVER = {".sph", ".raw", ".pcm", ".shn", ".ra", ".rm", ".g722", ".dsf", ".mpc", ".vox"}
 
 
 # ---------------------------------------------------------------------------- kinds of corpora
@@ -640,7 +637,7 @@ def _clips_of(job: Job, layout: str, whole: bool) -> Fetched:
     load, describe = LAYOUTS[layout]
     texts = load(job.audio)
     files = sorted(job.audio.rglob("*.*"))
-    paths = [path for path in files if path.suffix.lower() in READ_SUFFIXES]
+    paths = [path for path in files if path.suffix.lower() in data.AUDIO_SUFFIXES]
 
     def take(path: Path) -> data.Clip | str | None:
         about = describe(path, texts)
@@ -1094,7 +1091,7 @@ def _dialogue(corpus: Corpus, path: Path, split: str) -> dict | str:
 
 def _turn(channel: int, said: dict) -> dict:
     """Raises ValueError, KeyError, TypeError or UserError where a field is none of a turn."""
-    start, end = float(said["start_time"]), float(said["end_time"])
+    start, end = max(float(said["start_time"]), 0.0), float(said["end_time"])
     text = said.get("tts_text") or ""
     check_fields({"text": text}, {"text": "text"}, "utterance")
     if channel not in (0, 1) or not math.isfinite(start + end):
@@ -1108,8 +1105,10 @@ def _conversation(
 ) -> dict:
     """A line of a manifest of conversations; its path is relative to the corpus' folder."""
     root = next(parent for parent in path.parents if parent.name == "audio").parent
+    # The folder too: archives of a corpus may count their files alike.
+    below = path.relative_to(root / "audio").with_suffix("").as_posix()
     return {
-        "id": f"{corpus.name}-{path.stem}",
+        "id": f"{corpus.name}/{below}",
         "path": path.relative_to(root).as_posix(),
         "agent_channel": 0,
         "user_channel": 1,

@@ -48,7 +48,11 @@ CHUNK = 1 << 20  # bytes
 PLAIN_LINE_S = 60.0  # between two lines of progress in a log file
 GIGABYTE = 1e9
 FILE_THREADS = 4  # per corpus, for writing, packing and probing
-FFMPEG_SUFFIXES = (".m4a", ".mp4", ".aac", ".webm", ".wma", ".amr", ".mka", ".3gp")
+# What libsndfile cannot read: FLAC takes its place.
+FFMPEG_SUFFIXES = (
+    ".m4a", ".m4b", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".mov", ".wma", ".amr", ".3gp", ".ac3",
+    ".wv", ".ape", ".tta", ".gsm", ".spx",
+)  # fmt: skip
 LOSSLESS_SUFFIXES = (".wav", ".aif", ".aiff", ".aifc")
 SPHERE_MAGIC = b"NIST_1A"
 G722_RATE = 16000
@@ -590,9 +594,9 @@ def packed(source: BinaryIO, suffix: str, keep_wav: bool, where: object) -> byte
 
 def decode_by_ffmpeg(source: BinaryIO, where: object) -> tuple[np.ndarray, int]:
     """(float32 `[T]` or `[T, C]`, sample rate) of a file that FFmpeg reads and libsndfile not."""
-    av = _pyav("AAC recordings")
+    av = _pyav("AAC and other recordings that libsndfile cannot read")
     try:
-        with av.open(source) as container:
+        with av.open(str(where) if isinstance(where, Path) else source) as container:
             stream = container.streams.audio[0]
             plan = av.AudioResampler("fltp", layout=stream.layout, rate=stream.rate)
             frames = [out for frame in container.decode(stream) for out in plan.resample(frame)]

@@ -694,6 +694,7 @@ def test_behavior_sd_becomes_conversations(server, tmp_path):
     folder = tmp_path / "conversations/behavior-sd"
     lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     assert [line["split"] for line in lines] == list(splits)
+    assert len({line["id"] for line in lines}) == 3
     assert [(t["who"], t["text"]) for t in lines[0]["turns"]] == [
         ("agent", "Hi."), ("user", "yeah"), ("user", "Hello."),
     ]
