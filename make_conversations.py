@@ -335,9 +335,11 @@ def _write_arrow(path: Path, rows: Iterable[dict]) -> None:
     _publish(part, path)
 
 
-def _join_arrow(path: Path, files: Sequence[Path]) -> None:
-    """One Arrow file of the rows of several, which are removed."""
+def _join_arrow(path: Path, files: Sequence[Path], wanted: Sequence[bool] = ()) -> None:
+    """One Arrow file of the rows of several, which are removed; of those `wanted`, if told."""
     import pyarrow
+
+    told = iter(wanted)
 
     part = part_name(path)
     with contextlib.ExitStack() as stack:
@@ -348,7 +350,12 @@ def _join_arrow(path: Path, files: Sequence[Path]) -> None:
                     sink = stack.enter_context(pyarrow.OSFile(str(part), "wb"))
                     writer = stack.enter_context(pyarrow.ipc.new_stream(sink, reader.schema))
                 for batch in reader:
-                    writer.write_batch(batch)
+                    if not wanted:
+                        writer.write_batch(batch)
+                        continue
+                    for row in range(len(batch)):
+                        if next(told):
+                            writer.write_batch(batch.slice(row, 1))
     _publish(part, path)
     for file in files:
         file.unlink()
@@ -1258,7 +1265,7 @@ class Recording:
     source: str
     split: str
     turns: tuple
-    key: str = ""  # of all of this and of the file: what its codes are made of
+    key: str = ""  # LINE:FILE, digests of what its codes are made of; without a file LINE:
 
 
 _RECORDING_FIELDS = {
@@ -1341,10 +1348,11 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
         fields.get("split") or split_for(name),
         tuple(turns),
     )
-    content: tuple[int, ...] = ()
+    content = ""
     with contextlib.suppress(OSError, ValueError):  # not there: told when it is read
-        content = path.stat().st_size, path.stat().st_mtime_ns
-    return replace(recording, key=_digest(asdict(recording), content))
+        found = path.stat()
+        content = _digest(found.st_size, found.st_mtime_ns)
+    return replace(recording, key=f"{_digest(asdict(recording))}:{content}")
 
 
 def _aligned_words(path: Path) -> list[list]:
@@ -1459,31 +1467,52 @@ def make_recording(options: Options, recording: Recording) -> Made:
 class RecordingFiles:
     """Arrow files of recordings, each beside a list (`.json`) of what it was made of.
 
-    What is known by id and content, not by place, may grow, shrink and change between two runs: a
-    file of which one recording is gone or changed is made again.
+    What is known by id and content, not by place, may grow, shrink and change between two runs.
+    Audio that was removed after it was encoded is not missed.
     """
 
     def __init__(self, folder: Path, recordings: Sequence[Recording], codec: Codec, device: str):
         self._folder, self._codec, self._device = folder, codec, device
-        self._places = {recording.key: i for i, recording in enumerate(recordings)}
         self._pending: list[Made] = []
         self._to_encode: list[dict] = []
         self._rows: list[dict] = []
         self._last = time.monotonic()
         self._files: list[tuple[int, Path]] = []
         self.done: dict[str, str | None] = {}  # key → why it was left out
+        lists = {path: _read_json(path) for path in sorted(folder.glob("recordings-*.json"))}
+        encoded = {
+            key.partition(":")[0]: key
+            for listed in lists.values()
+            for key, reason in listed.items()
+            if reason is None
+        }
+        recordings = [
+            replace(r, key=encoded.get(r.key[:-1], r.key)) if r.key.endswith(":") else r
+            for r in recordings
+        ]
+        self._places = {recording.key: i for i, recording in enumerate(recordings)}
         for path in sorted(folder.glob("recording*.arrow")):
-            if not path.with_suffix(".json").exists():  # cut off while it was published
+            if path.with_suffix(".json") not in lists:  # cut off while it was published
                 path.unlink()
-        for path in sorted(folder.glob("recordings-*.json")):
-            listed, arrow = _read_json(path), path.with_suffix(".arrow")
-            empty = None not in listed.values()
-            if listed.keys() <= self._places.keys() and (empty or arrow.exists()):
-                self._keep(listed, arrow)
-            else:
-                path.unlink()
-                arrow.unlink(missing_ok=True)
+        for path, listed in lists.items():
+            self._take_over(path.with_suffix(".arrow"), listed)
         self.missing = [r for r in recordings if r.key not in self.done]
+
+    def _take_over(self, arrow: Path, listed: dict[str, str | None]) -> None:
+        """Keeps of a file of an earlier run what is still asked for and nowhere else."""
+        wanted = {k: r for k, r in listed.items() if k in self._places and k not in self.done}
+        if not arrow.exists():
+            wanted = {k: reason for k, reason in wanted.items() if reason is not None}
+        if wanted != listed:
+            new = self._folder / f"recordings-{_digest(wanted)}.arrow"
+            if None in wanted.values():
+                _join_arrow(new, [arrow], [k in wanted for k, r in listed.items() if r is None])
+            if wanted:
+                _write_json(new.with_suffix(".json"), wanted)
+            for old in (arrow, arrow.with_suffix(".json")):
+                old.unlink(missing_ok=True)
+            arrow = new
+        self._keep(wanted, arrow)
 
     def _keep(self, listed: dict[str, str | None], arrow: Path) -> None:
         self.done |= listed
@@ -1547,13 +1576,14 @@ def run_parts(
 
     `finish` is called here with each result, in the order of the parts.
     """
-    made, done = [], total - len(parts)
+    made, done, seconds = [], total - len(parts), 0.0
     started = last = time.monotonic()
     bar = tqdm(total=total, initial=done, unit="part", disable=None, smoothing=0.1)
     for result in _results(work, options, parts, num_workers):
         made.append(finish(result) if finish else result)
         now = time.monotonic()
-        rate = sum(m.seconds for m in made) / max(now - started, 1e-3)
+        seconds += result.seconds
+        rate = seconds / max(now - started, 1e-3)
         bar.set_postfix_str(f"{rate:.0f}x real time", refresh=False)
         bar.update()
         if bar.disable and (now - last > 30 or len(made) == len(parts)):
