@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -689,3 +690,76 @@ def test_flags_out_of_range_are_told_before_anything_is_loaded(capsys):
             train_s2s.parse_args(wrong.split())
         shown = capsys.readouterr().err
         assert stop.value.code == 2 and shown.count("\n") == 1 and wrong.split()[0] in shown, wrong
+
+
+# -- what a resumed run is told ----------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(whole_run, tmp_path):
+    """A copy of a finished run of eight steps."""
+    return Path(shutil.copytree(whole_run[0], tmp_path / "finished"))
+
+
+def last(folder: Path) -> training.Checkpoint:
+    return training.load_checkpoint(folder)
+
+
+def test_a_finished_run_is_extended(world, finished, capsys):
+    train(world, finished, num_epochs=3)
+    said = capsys.readouterr().out
+    assert "from here on --num_epochs 3 (until now 2)" in said and "had 8 steps, now 12" in said
+    trainer = last(finished).trainer
+    assert (trainer["step"], trainer["total_steps"], trainer["flags"]["num_epochs"]) == (12, 12, 3)
+    assert trainer["schedule"]["starts"]["speaking"] == 2  # it does not listen alone again
+    rates = [row["lr"] for row in metrics(finished) if "lr" in row]
+    assert rates[11] == pytest.approx(3e-4 * training.learning_rate(11, 12, 1.0, 2, 0.05))
+    train(world, finished, num_epochs=3)
+    assert "done: step 12" in capsys.readouterr().out and last(finished).step == 12
+
+
+def test_another_batch_and_rate_are_applied_and_every_step_is_saved(world, tmp_path, capsys):
+    folder = tmp_path / "run"
+    train(world, folder, max_steps=3)
+    train(world, folder, batch_size=4, lr=1e-5)
+    said = capsys.readouterr().out
+    assert "from here on --batch_size 4 (until now 2)" in said and "--lr 1e-05" in said
+    # Six of eight samples of the first epoch, then two steps of four.
+    trainer = last(folder).trainer
+    assert (trainer["step"], trainer["epoch"], trainer["consumed"]) == (5, 1, 8)
+    assert max(row["lr"] for row in metrics(folder)[4:] if "lr" in row) <= 1e-5
+    train(world, folder)  # pasted without: as it was
+    assert last(folder).trainer["flags"]["batch_size"] == 4
+
+
+def test_changes_that_a_run_cannot_take_are_refused(world, finished, capsys):
+    for change in ({"preset": "base"}, {"window_seconds": 2.4}, {"seed": 1}, {"agent_deaf": 1}):
+        flag = f"--{next(iter(change))} "
+        assert flag in refused(world, finished, capsys, **change)
+    assert last(finished).step == 8
+    with command.only_one(finished):
+        assert "another process" in refused(world, finished, capsys)
+    assert "is a run's folder" in refused(world, finished, capsys, export=finished)
+
+
+@pytest.mark.parametrize("lacking", ["flags", "guard", "epoch", "optimizer"])
+def test_trainer_state_of_another_version_is_told(world, whole_run, tmp_path, capsys, lacking):
+    old, folder = last(whole_run[0]), tmp_path / "old"
+    trainer = {k: v for k, v in old.trainer.items() if k != lacking}
+    training.save_checkpoint(folder, 8, old.config, old.tensors, trainer, old.tokenizer)
+    if lacking == "epoch":
+        assert "no epoch in its trainer state" in refused(world, folder, capsys)
+        return
+    train(world, folder, num_epochs=3, max_steps=9)
+    assert f"holds no {lacking}" in capsys.readouterr().out
+    assert last(folder).step == 9
+
+
+def test_a_folder_that_cannot_be_used_is_told_first(world, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert "cannot be written" in refused(world, tmp_path / "file", capsys)
+    with command.only_one(tmp_path):  # its lock does not make a folder used
+        pass
+    (tmp_path / "file").unlink()
+    train(world, tmp_path, "--fresh", max_steps=1)
+    assert last(tmp_path).step == 1
