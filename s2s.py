@@ -88,7 +88,7 @@ class S2SConfig:
 
     @classmethod
     def base(cls, **changes) -> S2SConfig:
-        """About 350M parameters, for one H200."""
+        """About 350M parameters, for one H200: 30 s attended to, windows of 45 s in training."""
         sizes = {
             "vocab_size": 32_000, "dim": 1024, "num_layers": 20, "num_heads": 16, "context": 750,
             "depth_dim": 512, "depth_layers": 6, "depth_heads": 8, "code_dim": 128,

@@ -331,6 +331,14 @@ def test_a_step_waits_for_the_device_nowhere(world):
         with counting() as counts:
             step(speak)
         assert counts.waits == 0, counts.reads
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model.text_head.bias.grad.fill_(torch.nan)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.found_inf = guard.watch(norm, norm)
+    optimizer.step()  # skipped, and nobody has asked
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    guard.settle()
+    assert guard.skipped == 1
 
 
 def test_validation_shows_what_breaks_past_the_context(world, monkeypatch):
