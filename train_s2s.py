@@ -205,8 +205,9 @@ class Conversations(Dataset):
         while room > 0:
             rows.append(self.rows[int(alike[rng.integers(len(alike))])])
             room -= self.length(rows[-1])
-        before = int(rng.integers(len(self.config.emotions) + 1))
-        whole = self.whole(joined(rows, self.config), before)
+        emotions = rng.integers(len(self.config.emotions) + 1, size=2).tolist()
+        told = zip((0, int(rng.integers(begins + self.patches))), emotions, strict=True)
+        whole = self.whole(joined(rows, self.config), tuple(told))
         part = slice(begins, begins + self.patches)
         return {name: v[part].clone() if v.dim() else v for name, v in whole.items()}
 
@@ -214,11 +215,12 @@ class Conversations(Dataset):
         """In whole patches."""
         return len(row["user_codes"]) // self.config.frames_per_step
 
-    def whole(self, row: dict, before: int = 0) -> dict[str, Tensor]:
+    def whole(self, row: dict, told: Sequence[tuple[int, int]] = ()) -> dict[str, Tensor]:
         """The whole conversation, patch by patch.
 
-        before: the emotion told until the agent first speaks, 0: none. It says nothing about the
-        reply: as in a call, whose emotion is set before anybody speaks.
+        told: emotions (0: none) that somebody sets, each from a patch on in which the agent is
+        silent until its next turn. Drawn at random they say nothing about the reply, and a call in
+        which one is set beforehand, or while the user speaks, is nothing new.
         """
         c, p = self.config, self.config.frames_per_step
         count = self.length(row)
@@ -233,7 +235,7 @@ class Conversations(Dataset):
         labels["user_words"] = self.user_words(row["turns"], count)
         labels |= self.untimed_words(row["turns"], count)
         stream = TextStream(count, c.patch_rate)
-        emotion = torch.full((count,), before)
+        emotion, begins = torch.zeros(count, dtype=torch.long), []
         for turn in row["turns"]:
             if turn["who"] == "agent":
                 begun = int(turn["start"] * c.patch_rate + 1e-6)
@@ -243,6 +245,10 @@ class Conversations(Dataset):
                 # and never that it is time to, nor what to say.
                 known = turn["emotion"] in c.emotions
                 emotion[begun + 1 :] = c.emotions.index(turn["emotion"]) + 1 if known else 0
+                begins.append(begun + 1)
+        for patch, value in told:
+            if not labels["agent_speaking"][patch]:
+                emotion[patch : min((b for b in begins if b > patch), default=count)] = value
         return {
             **patches,
             **labels,

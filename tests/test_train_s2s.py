@@ -574,7 +574,7 @@ def test_a_join_loses_no_text_and_carries_the_emotion():
     conversations = reader(rows=rows)
     parts = [conversations.whole(row) for row in rows]
     call = train_s2s.joined(rows, conversations.config)
-    whole = conversations.whole(call, before=3)
+    whole = conversations.whole(call, told=((0, 3),))
     lengths = [len(part["text"]) for part in parts]
     turns = [turn for row in rows for turn in row["turns"] if turn["who"] == "agent"]
     said = [t for turn in turns for t in conversations.tokenizer.encode(turn["text"]).ids]
@@ -620,17 +620,25 @@ def test_the_emotion_tells_neither_reply_nor_moment():
     """What is told up to a patch is the same without the turns and the words to come; nor does a
     turn's begin with it: its first token has been said before."""
     conversations = reader()
+    set_anew = 0
     for row in call_rows():
-        whole = conversations.whole(row, before=5)
-        emotion, text = whole["agent_emotion"], whole["text"]
         agent = [turn for turn in row["turns"] if turn["who"] == "agent"]
-        assert emotion[0] == 5
-        for patch in range(1, len(text)):
-            if emotion[patch] != emotion[patch - 1]:
-                assert text[patch - 1] != PAD
-            past = [t for t in agent if int(t["start"] * 25) < patch]
-            so_far = conversations.whole({**row, "turns": past}, before=5)
-            assert torch.equal(so_far["agent_emotion"][: patch + 1], emotion[: patch + 1])
+        count = len(row["user_codes"]) // 2
+        for middle in range(3, count, 7):
+            told = ((0, 5), (middle, 6))
+            whole = conversations.whole(row, told)
+            emotion, text = whole["agent_emotion"], whole["text"]
+            assert emotion[0] == 5
+            silent = not whole["agent_speaking"][middle]
+            set_anew += silent
+            assert emotion[middle] == 6 or not silent
+            for patch in range(1, count):
+                if emotion[patch] != emotion[patch - 1]:
+                    assert text[patch - 1] != PAD or patch == middle
+            past = [t for t in agent if int(t["start"] * 25) < middle]
+            so_far = conversations.whole({**row, "turns": past}, told)["agent_emotion"]
+            assert torch.equal(so_far[: middle + 1], emotion[: middle + 1])
+    assert set_anew > 10
 
 
 def test_what_was_disturbed_is_drawn_with_the_window():
