@@ -130,6 +130,11 @@ class ArgumentParser(argparse.ArgumentParser):
 class LongHelp(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """For a description of several paragraphs, whose lines stay as they are."""
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False:  # "default: None" tells nothing
+            return action.help
+        return super()._get_help_string(action)
+
 
 def number(
     low: float = -math.inf, high: float = math.inf, above: float = -math.inf

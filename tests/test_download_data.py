@@ -353,6 +353,7 @@ def test_help_keeps_its_paragraphs_and_tells_defaults(capsys):
         download_data.parse_args(["--help"])
     printed = capsys.readouterr().out
     assert "    python download_data.py --list" in printed and "(default: 4)" in printed
+    assert "None" not in printed
 
 
 def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys):
