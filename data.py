@@ -5,7 +5,9 @@ Letters in shapes: `T` samples, `C` channels, `F` codec frames (50 a second, hop
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -15,11 +17,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import soundfile
 import soxr
 import torch
@@ -102,6 +106,8 @@ _RATES_HZ = (1000, 768000)
 _MARGIN = 0.05
 # An MP3 or Ogg header may promise a little more than the stream holds; that is no damage.
 _SLACK = 0.12
+# Floats that pass it (+42 dB) are no recording at the scale of floats.
+_LOUDEST_FLOAT = 128.0
 _READ_ERRORS = (RuntimeError, OSError, ValueError, TypeError)
 
 
@@ -158,7 +164,7 @@ def _read_window(
 ) -> np.ndarray:
     """`duration` seconds of the file played `speed` times as fast: one seek, one resampling."""
     try:
-        with soundfile.SoundFile(path) as file:
+        with _open(path, end=None if duration is None else start + duration) as file:
             return _read_open(file, path, start, duration, sample_rate, speed)
     except AudioError:
         raise
@@ -167,7 +173,7 @@ def _read_window(
 
 
 def _read_open(
-    file: soundfile.SoundFile,
+    file: soundfile.SoundFile | _Decoded | _Chain,
     path: Path,
     start: float,
     duration: float | None,
@@ -175,8 +181,6 @@ def _read_open(
     speed: float,
 ) -> np.ndarray:
     rate, total = file.samplerate, file.frames
-    if total <= 0:
-        raise AudioError(f"{path}: holds no samples; remove it or record it again")
     first = min(max(round(start * rate), 0), total)
     last = total if duration is None else min(first + round(duration * rate), total)
     if first == last:
@@ -189,19 +193,208 @@ def _read_open(
         file.seek(before)
     samples = file.read(after - before, dtype="float32", always_2d=True)
     missing = (after - before) - len(samples)
-    if missing > (_SLACK * rate if path.suffix.lower() not in (".wav", ".flac") else 0):
+    if missing > (_SLACK * rate if not _counts_exactly(file, path) else 0):
         raise AudioError(f"{path}: truncated, {missing / rate:.2f} s missing; fetch it again")
-    mono = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
-    if not np.isfinite(mono).all():
+    if not np.isfinite(samples).all():
         raise AudioError(f"{path}: holds values that are not numbers; remove it")
+    if getattr(file, "subtype", "") in ("FLOAT", "DOUBLE"):
+        samples = samples / _full_scale(path)
+        if np.abs(samples).max(initial=0.0) > _LOUDEST_FLOAT:
+            raise AudioError(f"{path}: floats far beyond full scale; scale them to [-1, 1]")
     # As every player does: float formats and Vorbis may pass full scale.
-    mono = np.clip(mono, -1.0, 1.0)
+    mono = np.clip(_mono(samples), -1.0, 1.0)
     if plain:
         return mono
     resampled = soxr.resample(mono, in_rate, sample_rate)
     skip = round((first - before) * sample_rate / in_rate)
     keep = round((last - first) * sample_rate / in_rate)
     return np.clip(resampled[skip : skip + keep], -1.0, 1.0)
+
+
+def _mono(samples: np.ndarray) -> np.ndarray:
+    """`[T, C]` → the mean of the channels `[T]`; the loudest where they cancel each other out."""
+    if samples.shape[1] == 1 or not len(samples):
+        return samples[:, 0]
+    mixed = samples.mean(axis=1)
+    powers = np.square(samples).mean(axis=0)
+    if np.square(mixed).mean() < 0.01 * powers.mean():
+        return samples[:, powers.argmax()]
+    return mixed
+
+
+@lru_cache(maxsize=4096)
+def _full_scale(path: Path) -> float:
+    """What stands for 1.0 in a file of floats: some hold whole numbers of 16, 24 or 32 bits.
+
+    Looked for all over the file, so that every window of it is scaled alike.
+    """
+    with soundfile.SoundFile(os.fsencode(path)) as file:
+        peak = 0.0
+        for place in np.linspace(0, max(file.frames - 1024, 0), 64).astype(int):
+            file.seek(place)
+            block = np.abs(file.read(1024, dtype="float32"))
+            peak = max(peak, block[np.isfinite(block)].max(initial=0.0))
+    if peak <= _LOUDEST_FLOAT:
+        return 1.0
+    return next((float(scale) for scale in (2**15, 2**23) if peak <= scale), 2.0**31)
+
+
+def _counts_exactly(file: soundfile.SoundFile | _Decoded | _Chain, path: Path) -> bool:
+    """Whether the number of samples that the file tells is no estimate."""
+    return isinstance(file, soundfile.SoundFile) and path.suffix.lower() in (".wav", ".flac")
+
+
+def _open(
+    path: Path, coded: BinaryIO | None = None, end: float | None = None
+) -> soundfile.SoundFile | _Decoded | _Chain:
+    """An audio file that can be read from anywhere up to `end` s: by libsndfile, else by PyAV.
+
+    libsndfile knows no AAC and no Matroska, cannot seek in GSM, hears the first part of a chained
+    Ogg alone and believes a WAV header that was written before its sound. Raises AudioError.
+    """
+    error: Exception = AudioError(f"{path}: holds no samples; remove it or record it again")
+    try:
+        file = soundfile.SoundFile(coded or os.fsencode(path))
+        if file.frames > 0 and file.seekable():
+            beyond = end is None or end * file.samplerate > file.frames
+            parts = _ogg_parts(path, coded) if beyond and file.format == "OGG" else []
+            return _Chain(path, parts) if len(parts) > 1 else file
+        file.close()
+    except _READ_ERRORS as failure:
+        error = failure
+    try:
+        if coded is not None:
+            coded.seek(0)
+        return _Decoded(path, coded)
+    except (ImportError, EOFError, *_READ_ERRORS):
+        raise (error if isinstance(error, AudioError) else _audio_error(path, error)) from None
+
+
+class _Decoded:
+    """An audio file as PyAV decodes it, used like a SoundFile."""
+
+    # Where a place is found by its time; in others what comes before is decoded too.
+    _indexed = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "wav", "asf")  # wav: PCM alone
+    _settling = 0.2  # s decoded before what is wanted: decoders remember
+
+    def __init__(self, path: Path, coded: BinaryIO | None = None) -> None:
+        import av
+
+        # libav takes names that are UTF-8 alone.
+        self._file = None if coded or str(path).isprintable() else open(path, "rb")  # noqa: SIM115
+        self._container = av.open(coded or self._file or str(path))
+        if not self._container.streams.audio:
+            raise AudioError(f"{path}: holds no sound; remove it")
+        self._stream = self._container.streams.audio[0]
+        self._resampler = av.AudioResampler
+        frame = next(self._container.decode(self._stream), None)
+        if frame is None:
+            raise AudioError(f"{path}: holds no samples; remove it or record it again")
+        self.samplerate, self._first = frame.sample_rate, frame.pts or 0
+        kind, codec = self._container.format.name, self._stream.codec_context.name
+        self._seeks = kind in self._indexed and (kind != "wav" or codec.startswith("pcm"))
+        self._at = 0
+        self._container.seek(0)
+        self.frames = round(self._seconds() * self.samplerate)
+
+    def _seconds(self) -> float:
+        base = float(self._stream.time_base)
+        if not self._seeks:  # told by the bit rate, if at all
+            packets = self._container.demux(self._stream)
+            seconds = sum(packet.duration or 0 for packet in packets) * base
+            self._container.seek(0)
+            return seconds
+        if self._stream.duration:
+            return self._stream.duration * base
+        return (self._container.duration or 0) / 1e6
+
+    def __enter__(self) -> _Decoded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+        if self._file is not None:
+            self._file.close()
+
+    def seek(self, frame: int) -> None:
+        """Go to a sample."""
+        self._at = frame
+
+    def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
+        """`[T, C]` from the current place on, as far as the file goes."""
+        base, start = float(self._stream.time_base), self._at / self.samplerate - self._settling
+        if self._seeks and start > 0:
+            self._container.seek(self._first + int(start / base), stream=self._stream)
+        resampler = self._resampler(format="fltp")
+        parts, at, skip = [], None, 0
+        for frame in self._container.decode(self._stream):
+            if at is None:
+                pts = self._first if frame.pts is None or not self._seeks else frame.pts
+                at = max(0, round((pts - self._first) * base * self.samplerate))
+                skip = max(self._at - at, 0)
+            for plain in resampler.resample(frame):
+                parts.append(plain.to_ndarray().T)
+            at += frame.samples
+            if at >= self._at + frames:
+                break
+        self._at += frames
+        samples = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+        return samples[skip : skip + frames].astype(dtype, copy=False)
+
+
+class _Chain:
+    """The parts of a chained Ogg file one after the other, used like a SoundFile."""
+
+    def __init__(self, path: Path, parts: Sequence[bytes]) -> None:
+        self._parts = [soundfile.SoundFile(io.BytesIO(part)) for part in parts]
+        if len({part.samplerate for part in self._parts}) > 1:
+            raise AudioError(f"{path}: parts of several sample rates; convert it")
+        self.samplerate = self._parts[0].samplerate
+        self.frames = sum(part.frames for part in self._parts)
+        self._at = 0
+
+    def __enter__(self) -> _Chain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for part in self._parts:
+            part.close()
+
+    def seek(self, frame: int) -> None:
+        """Go to a sample."""
+        self._at = frame
+
+    def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
+        """`[T, 1]` from the current place on, as far as the file goes; parts in mono."""
+        found, before, end = [], 0, self._at + frames
+        for part in self._parts:
+            first, last = (min(max(at - before, 0), part.frames) for at in (self._at, end))
+            before += part.frames
+            if first < last:
+                part.seek(first)
+                found.append(_mono(part.read(last - first, dtype=dtype, always_2d=True)))
+        self._at = end
+        return np.concatenate([*found, np.zeros(0, dtype)])[:, None]
+
+
+def _ogg_parts(path: Path, coded: BinaryIO | None) -> list[bytes]:
+    """The files that a chained Ogg file is made of; empty where it is one, by its last page."""
+    with contextlib.nullcontext(coded) if coded else open(path, "rb") as file:
+        place = file.tell()
+        file.seek(0)
+        head = file.read(18)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 65536))  # a page is no longer
+        tail = file.read()
+        last = tail.rfind(b"OggS\0")
+        if last >= 0 and tail[last + 14 : last + 18] == head[14:18]:  # the stream's number
+            file.seek(place)
+            return []
+        file.seek(0)
+        whole = file.read()
+        file.seek(place)
+    starts = [found.start() for found in re.finditer(rb"OggS\0[\x02\x06]", whole)]
+    return [whole[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
 
 
 def _audio_error(path: Path, error: Exception) -> AudioError:
@@ -218,17 +411,16 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
     Raises AudioError on an unknown suffix and where the file cannot be written.
     """
     path = Path(path)
-    formats = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG", ".opus": "OGG", ".mp3": "MP3"}
-    subtypes = {".wav": "PCM_16", ".flac": "PCM_16", ".opus": "OPUS"}
     suffix = path.suffix.lower()
-    if suffix not in formats:
-        raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(formats)}")
+    if suffix not in WRITABLE:
+        raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(WRITABLE)}")
+    kind, subtype = WRITABLE[suffix]
     part = part_name(path)
     samples = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)
     try:
         channels = 1 if samples.ndim == 1 else samples.shape[1]
         with soundfile.SoundFile(
-            part, "w", sample_rate, channels, subtypes.get(suffix), format=formats[suffix]
+            os.fsencode(part), "w", sample_rate, channels, subtype, format=kind
         ) as file:
             # In blocks: libsndfile's Vorbis writer overflows its stack on a long file at once.
             for first in range(0, len(samples), 65536):
@@ -247,9 +439,9 @@ def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
     """
     path = Path(path)
     try:
-        with soundfile.SoundFile(coded or path) as file:
+        with _open(path, coded) as file:
             frames, rate = file.frames, file.samplerate
-            if frames > 0 and path.suffix.lower() != ".wav":
+            if not (isinstance(file, soundfile.SoundFile) and file.format in ("WAV", "WAVEX")):
                 tail = min(frames, math.ceil(0.2 * rate))
                 file.seek(frames - tail)
                 if len(file.read(tail, dtype="float32")) < tail - _SLACK * rate:
@@ -258,8 +450,8 @@ def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
         raise
     except _READ_ERRORS as error:
         raise _audio_error(path, error) from error
-    if frames <= 0:
-        raise AudioError(f"{path}: holds no samples; remove it or record it again")
+    if frames < FRAME_SECONDS * rate:
+        raise AudioError(f"{path}: shorter than one frame of {FRAME_SECONDS * 1000:.0f} ms")
     return frames / rate, rate
 
 
@@ -289,7 +481,7 @@ class Clips(Sequence[Clip]):
 
     def __getitem__(self, index: int | slice) -> Clip | Clips:
         if isinstance(index, slice):
-            return Clips(self.table.take(range(len(self))[index]))
+            return Clips(self.table.take(np.arange(len(self))[index]))
         row = range(len(self))[index]  # raises IndexError
         return _clip_of_row(self.table.slice(row, 1).to_pylist()[0])
 
@@ -564,6 +756,7 @@ class _Found:
 
 
 def _warn(text: str) -> None:
+    text = text.encode(errors="backslashreplace").decode()  # names may be no UTF-8
     print(f"warning: {text}", file=sys.stderr)
 
 
@@ -788,17 +981,21 @@ def _leave_out_listed(loose: dict[Path, list[Path]], clips: Clips) -> None:
 
 
 def _listed_beside(clips: Clips, folders: set[str]) -> Iterator[str]:
-    """Real paths of the clips in these folders, and of what links in the clips' folders lead to."""
+    """Real paths of the clips in these folders, and of those that are links, wherever they lie."""
     at, names = clips.codes("folder")
     real = [os.path.realpath(os.fsdecode(name)) for name in names]
-    shared = np.isin(at, [i for i, name in enumerate(real) if name in folders])
-    below = clips.table["name"].filter(pyarrow.array(shared)).to_pylist()
-    for i, name in zip(at[shared], below, strict=True):
-        yield os.path.join(real[i], os.fsdecode(name))
-    for folder in set(real):
-        if os.path.isdir(folder):
-            with os.scandir(folder) as entries:
-                yield from (os.path.realpath(e.path) for e in entries if e.is_symlink())
+    links = {}
+    for folder in filter(os.path.isdir, set(real)):
+        with os.scandir(folder) as entries:
+            links |= {e.path: os.path.realpath(e.path) for e in entries if e.is_symlink()}
+    linked = [os.path.basename(os.fsencode(path)) for path in links]
+    maybe = np.isin(at, [i for i, name in enumerate(real) if name in folders])
+    wanted = pyarrow.array(linked, pyarrow.large_binary())
+    maybe |= pyarrow.compute.is_in(clips.table["name"], wanted).to_numpy()
+    below = clips.table["name"].filter(pyarrow.array(maybe)).to_pylist()
+    for i, name in zip(at[maybe], below, strict=True):
+        path = os.path.join(real[i], os.fsdecode(name))
+        yield links.get(path, path)
 
 
 def count_speakers(clips: Iterable[Clip]) -> int:
@@ -924,9 +1121,13 @@ class WindowDataset(torch.utils.data.Dataset):
     (-100 where unknown), and where it lies: `path`, `start` in seconds, `speed`. `augment` is the
     chance of each change of `augment()`.
 
-    An unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another
-    window is drawn; UserError after 100 such draws in a row.
+    An unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another window
+    is drawn, so too where one lies behind the end of a file that is shorter than its manifest
+    says. After 50 such draws in a row clips are drawn evenly, for a wrong length may outweigh all
+    others; UserError after 100.
     """
+
+    _tries = 100
 
     def __init__(
         self,
@@ -954,6 +1155,7 @@ class WindowDataset(torch.utils.data.Dataset):
         # Shared memory, so that worker processes see a new epoch and report bad files.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._bad = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
+        self._lengths: dict[int, float] = {}  # in s, of files that are shorter than they should be
 
     def __len__(self) -> int:
         return self.epoch_items
@@ -972,33 +1174,56 @@ class WindowDataset(torch.utils.data.Dataset):
         if not 0 <= index < self.epoch_items:
             raise IndexError(index)
         rng = item_rng(self.seed, epoch, index)
-        for _ in range(100):
+        last = "no window"
+        for tried in range(self._tries):
             # Every try draws from the same generator: bad files stay part of what is repeatable.
-            which = self._draw_clip(rng)
+            evenly = tried >= self._tries // 2
+            which = self._draw_clip(rng, evenly)
             place, speed = rng.random(), draw_speed(rng, self.augment)
             if self._bad[which]:
                 continue
             try:
-                return self._window(self.clips[which], place, speed, rng)
+                window = self._window(which, place, speed, rng, evenly)
             except AudioError as error:
-                self._note_unreadable(which, error)
-        raise AudioError("100 unreadable audio files in a row; run download_data.py --verify")
+                last = str(error)
+                self._note_unreadable(which, last)
+                continue
+            if window is not None:
+                return window
+        raise AudioError(
+            f"{self._tries} unreadable audio files in a row ({self.unreadable} of "
+            f"{len(self.clips)} clips so far); do the manifests' paths and durations fit the "
+            f"files? The last: {last}"
+        )
 
-    def _draw_clip(self, rng: np.random.Generator) -> int:
+    def _draw_clip(self, rng: np.random.Generator, evenly: bool = False) -> int:
         point, within = rng.random(2)
+        if evenly:
+            return int(within * len(self.clips))
         ends, groups = self._groups
         members, seconds = groups[min(np.searchsorted(ends, point, "right"), len(groups) - 1)]
         at = np.searchsorted(seconds, within * seconds[-1], side="right")
         return int(members[min(at, len(members) - 1)])
 
-    def _window(self, clip: Clip, place: float, speed: float, rng: np.random.Generator) -> dict:
+    def _window(
+        self, which: int, place: float, speed: float, rng: np.random.Generator, anywhere: bool
+    ) -> dict | None:
+        """The window at `place` (0 to 1) of what the clip says is its length; None where the file
+        ends before that. `anywhere`: then of the length that the file has."""
+        clip = self.clips[which]
         augmented = self.augment > 0 and not clip.augmented
         speed = speed if augmented else 1.0
         seconds = self.samples / SAMPLE_RATE * speed
         start = place * max(clip.duration - seconds, 0.0)
+        if start >= self._lengths.get(which, math.inf):
+            if not anywhere:
+                return None
+            start = place * max(self._lengths[which] - seconds, 0.0)
         audio = _read_window(clip.path, start, seconds, SAMPLE_RATE, speed)[: self.samples]
         if not len(audio):
-            raise AudioError(f"{clip.path}: shorter than its manifest says; fetch it again")
+            self._lengths[which] = probe(clip.path)[0]
+            self._note(f"{clip.path}: {self._lengths[which]:.2f} s, not {clip.duration:g} s")
+            return self._window(which, place, speed, rng, anywhere) if anywhere else None
         if augmented:
             audio = _augment_in_place_of_time(audio, rng, SAMPLE_RATE, self.augment)
         frames = math.ceil(self.samples / HOP)
@@ -1016,13 +1241,16 @@ class WindowDataset(torch.utils.data.Dataset):
             "speed": speed,
         }
 
-    def _note_unreadable(self, which: int, error: AudioError) -> None:
+    def _note_unreadable(self, which: int, error: str) -> None:
         self._bad[which] = True
+        self._note(error)
+
+    def _note(self, text: str) -> None:
         if self.unreadable_log is None:
             return
         self.unreadable_log.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.unreadable_log, "a", encoding="utf-8") as file:
-            file.write(f"{error}\n")
+        with open(self.unreadable_log, "ab") as file:
+            file.write(os.fsencode(f"{text}\n"))
 
 
 def _language_groups(
@@ -1121,11 +1349,29 @@ def training_batches(
         pin_memory=process.device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
     )
-    for batch in loader:
+    for batch in _in_one_line(loader):
         consumed += batch_size
         yield epoch, consumed, batch
         if consumed > len(dataset) - batch_size:
             epoch, consumed = epoch + 1, 0
+
+
+def _in_one_line(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+    """The loader's batches; a worker's UserError or its end without a word is one line."""
+    try:
+        yield from loader
+    except UserError as error:
+        if not str(error).startswith("Caught "):
+            raise
+        raise UserError(str(error).strip().splitlines()[-1].split("Error: ", 1)[-1]) from None
+    except RuntimeError as error:
+        ended = str(error).startswith("DataLoader worker (pid")
+        if not ended and "shared memory" not in str(error):
+            raise
+        raise UserError(
+            f"a process that loads data {'ended' if ended else 'got no shared memory'}, as a rule "
+            "for want of memory: lower --num_workers, or give the machine more (/dev/shm too)"
+        ) from error
 
 
 def _epochs_of_batches(

@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import os
+import pickle
 import time
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -92,10 +95,13 @@ def test_reading_past_the_end_gives_what_there_is(tmp_path):
     assert len(data.read_audio(tmp_path / "a.wav", 3.0, 2.0)) == 0
 
 
-def test_channels_are_averaged(tmp_path):
-    left = sine(440, 1, 24000)
-    data.write_audio(tmp_path / "a.wav", np.stack([left, -left], axis=1))
-    assert np.abs(data.read_audio(tmp_path / "a.wav")).max() < 1e-4
+def test_channels_are_averaged_unless_they_cancel(tmp_path):
+    left, right = sine(440, 1, 24000), sine(700, 1, 24000)
+    data.write_audio(tmp_path / "a.wav", np.stack([left, right], axis=1))
+    mixed = data.read_audio(tmp_path / "a.wav")
+    np.testing.assert_allclose(mixed, (left + right) / 2, atol=1e-4)
+    data.write_audio(tmp_path / "b.wav", np.stack([0.9 * left, -left], axis=1))
+    np.testing.assert_allclose(data.read_audio(tmp_path / "b.wav"), -left, atol=1e-4)
 
 
 def test_values_beyond_full_scale_are_clipped(tmp_path):
@@ -114,6 +120,70 @@ def test_bad_audio_is_one_line_that_names_the_file(bad_folder, name):
 def test_a_stereo_8_khz_mp3_is_read(bad_folder):
     audio = data.read_audio(bad_folder / "stereo.mp3")
     assert audio.ndim == 1 and abs(len(audio) - 48000) < 4800
+
+
+def written_by_pyav(path, codec, audio):
+    """`audio` at 24 kHz in the container of the suffix."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=data.SAMPLE_RATE, layout="mono")
+        whole = av.AudioFrame.from_ndarray(audio[None], format="fltp", layout="mono")
+        whole.sample_rate = data.SAMPLE_RATE
+        context = stream.codec_context
+        fitted = av.AudioResampler(context.format, "mono", data.SAMPLE_RATE, context.frame_size)
+        for frame in [*fitted.resample(whole), *fitted.resample(None), None]:
+            container.mux(stream.encode(frame))
+
+
+def odd_file(path, audio):
+    """A file that libsndfile does not read, or not in the middle, or not to the end."""
+    rate, half = data.SAMPLE_RATE, len(audio) // 2
+    if path.suffix in (".m4a", ".aac", ".webm"):
+        written_by_pyav(path, "libopus" if path.suffix == ".webm" else "aac", audio)
+    elif path.stem == "gsm":
+        soundfile.write(path, audio[::3], rate // 3, subtype="GSM610")
+    elif path.stem == "chained":
+        parts = []
+        for part in (audio[:half], audio[half:]):
+            data.write_audio(path, part)
+            parts.append(path.read_bytes())
+        path.write_bytes(b"".join(parts))
+    elif path.stem == "integers":
+        soundfile.write(path, audio * 32000, rate, subtype="FLOAT")
+    else:
+        data.write_audio(path, audio)
+        coded = path.read_bytes()
+        size_at = coded.index(b"data") + 4
+        path.write_bytes(coded[:size_at] + bytes(4) + coded[size_at + 4 :])
+
+
+@pytest.mark.parametrize(
+    "name", ["a.m4a", "a.aac", "a.webm", "gsm.wav", "chained.ogg", "integers.wav", "streamed.wav"]
+)
+def test_odd_formats_are_read_whole_and_by_window(tmp_path, name):
+    audio = np.concatenate([np.zeros(2400, np.float32), sine(300, 3.9, 24000)])
+    odd_file(tmp_path / name, audio)
+    seconds, _ = data.probe(tmp_path / name)
+    whole = data.read_audio(tmp_path / name)
+    assert seconds == pytest.approx(4, abs=0.1) and len(whole) == pytest.approx(96000, abs=2400)
+    assert np.sqrt(np.mean(whole[4800:-4800] ** 2)) == pytest.approx(0.5 / np.sqrt(2), abs=0.02)
+    assert np.abs(whole[:1200]).max() < 0.02
+    for start in (0.0, 1.5, 3.2):
+        window = data.read_audio(tmp_path / name, start, 0.5)[100:-100]
+        at = round(start * 24000) + 100
+        # Matroska's times are whole milliseconds.
+        moved = range(-24, 25) if name == "a.webm" and start else [0]
+        assert min(np.abs(window - whole[at + i :][: len(window)]).max() for i in moved) < 0.05
+
+
+def test_a_recording_shorter_than_a_frame_and_one_cut_short_are_no_audio(tmp_path):
+    data.write_audio(tmp_path / "short.wav", np.zeros(479))
+    with pytest.raises(data.AudioError, match="shorter than one frame"):
+        data.probe(tmp_path / "short.wav")
+    written_by_pyav(tmp_path / "cut.webm", "libopus", sine(300, 4, 24000))
+    whole = (tmp_path / "cut.webm").read_bytes()
+    (tmp_path / "cut.webm").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(data.AudioError, match="truncated"):
+        data.probe(tmp_path / "cut.webm")
 
 
 def test_writing_leaves_nothing_half_done(tmp_path):
@@ -159,6 +229,171 @@ def test_a_bad_manifest_line_is_named(tmp_path, line, word):
     with pytest.raises(command.UserError, match="line 2") as caught:
         data.read_manifest(tmp_path / data.MANIFEST)
     assert word in str(caught.value)
+
+
+LINE = {"path": "a.wav", "duration": 1.0, "sample_rate": 16000, "language": "hindi"}
+
+
+def listing(folder, *changes):
+    """A manifest whose lines are LINE with these changes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "".join(command.as_json_line({**LINE, **change}) for change in changes)
+    (folder / data.MANIFEST).write_text(lines, encoding="utf-8")
+    return folder / data.MANIFEST
+
+
+@pytest.mark.parametrize(
+    "field, values",
+    [
+        ("path", [None, "", 3, ["a"], "a\0", "\ud83d"]),
+        ("duration", [None, "1.5", True]),
+        ("sample_rate", [None, "16000"]),
+        ("language", [None, "urdu", 0, ["hindi"]]),
+        ("speaker", [7, ["a"], True]),
+        ("text", [12, ["न"], "\ud83d"]),
+        ("emotion", ["bored", 1, ["happy"]]),
+        ("augmented", ["no", 0]),
+        ("license", [4.0]),
+        ("commercial_ok", ["false", "true", 1, [True]]),
+        ("split", ["dev", 1, True]),
+        ("phones", ["a", [["a", 1]], [["a", 0.5, 0.1]], [["a", None, 1]], [[1, 0, 1]]]),
+    ],
+)
+def test_a_field_of_a_wrong_type_is_named(tmp_path, field, values):
+    for value in values:
+        path = listing(tmp_path, {}, {field: value})
+        with pytest.raises(command.UserError, match=f"line 2: {field} is") as caught:
+            data.read_manifest(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_nulls_and_odd_letters_are_read(tmp_path):
+    odd = "స\u200cా\u2028\u2029\x85"
+    path = listing(tmp_path, {"text": odd, "speaker": None}, {"commercial_ok": None}, {"note": 1})
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))
+    clips = data.read_manifest(path)
+    assert [one.text for one in clips] == [odd, None, None]
+    assert not any(one.commercial_ok for one in clips)
+
+
+def test_clips_are_a_list_in_columns(tmp_path):
+    listed = [
+        clip(tmp_path / f"{i % 2}" / f"{i}.wav", i + 1.0, speaker=f"{i % 3}" if i % 3 else None)
+        for i in range(7)
+    ]
+    listed[3] = replace(listed[3], phones=[["a", 0.0, 0.5]], text="न", language="telugu")
+    clips = data.Clips.of(listed)
+    assert list(clips) == listed and clips == listed and clips[3] == listed[3]
+    assert clips[-1] == listed[-1] and clips[1:6:2] == listed[1:6:2] and clips + [] == listed
+    with pytest.raises(IndexError):
+        clips[7]
+    assert pickle.loads(pickle.dumps(clips)) == listed and data.Clips.of(clips) is clips
+    assert data.count_speakers(clips) == 2 and clips.hours("phones") == 4 / 3600
+    assert data.hours_by_language(clips) == {"english": 24 / 3600, "telugu": 4 / 3600}
+    assert clips.where(clips.column("duration") > 5) == listed[5:] and data.Clips.of([]) == []
+
+
+def test_a_manifest_of_many_clips_is_read_in_blocks_and_is_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_BLOCK_BYTES", 4000)
+    lines = [{"path": f"wavs/{i}.wav", "speaker": f"{i // 50}"} for i in range(500)]
+    path = listing(tmp_path, *lines)
+    clips = data.read_manifest(path)
+    assert [one.path.name for one in clips] == [f"{i}.wav" for i in range(500)]
+    assert clips.table.nbytes < 100 * len(clips) and clips.table["name"].num_chunks == 1
+    with open(path, "a") as file:
+        file.write("{}\n")
+    with pytest.raises(command.UserError, match="line 501: path is missing"):
+        data.read_manifest(path)
+
+
+def test_each_file_counts_once_and_held_out_wins(tmp_path, capsys):
+    wavs = tmp_path / "hindi" / "wavs"
+    wavs.mkdir(parents=True)
+    for i in range(4):
+        data.write_audio(wavs / f"{i}.wav", np.zeros(2400))
+    (wavs / "again.wav").symlink_to("3.wav")
+    (tmp_path / "linked").symlink_to("hindi/wavs")
+    free = {"commercial_ok": True}
+    listing(tmp_path / "one", *({"path": f"../hindi/wavs/{i}.wav", **free} for i in range(3)))
+    held = {"path": "../linked/1.wav", "split": "test", **free}
+    listing(tmp_path / "two", held, {"path": "../linked/./2.wav"}, held)
+    train, test = data.load_splits([tmp_path / "two", wavs, tmp_path], ("train", "test"))
+    assert sorted(one.path.name for one in train) == ["0.wav", "2.wav", "3.wav"]
+    assert [one.path.name for one in test] == ["1.wav"]
+    assert "1 files are held out by one manifest" in capsys.readouterr().err
+    free = data.load_clips([tmp_path], "train", commercial_only=True)
+    assert [one.path.name for one in free] == ["0.wav"]
+
+
+def test_what_cannot_be_is_measured_or_counted(tmp_path, capsys):
+    values = [1.0, "NaN", "Infinity", 0, -3, 1e9, 0.001, "1" + "0" * 400]
+    for i in range(len(values)):
+        data.write_audio(tmp_path / f"{i}.wav", np.zeros(24000 + i))
+    lines = [{**LINE, "path": f"{i}.wav", "duration": -9} for i in range(len(values))]
+    lines += [{**LINE, "path": "0.wav", "sample_rate": -9}, {**LINE, "duration": -9}]
+    text = "\n".join(map(json.dumps, lines))
+    for value in values:
+        text = text.replace('"duration": -9', f'"duration": {value}', 1)
+    (tmp_path / data.MANIFEST).write_text(text)
+    clips = data.load_clips([tmp_path], "train")
+    assert [round(one.duration * 24000) for one in clips] == [24000 + i for i in range(8)]
+    told = capsys.readouterr().err
+    assert "1 unreadable audio files" in told and "a.wav: no such" in told
+    assert "7 clips whose manifest has no possible duration were measured" in told
+
+
+def test_names_that_are_no_utf_8_and_what_a_scan_passes_over(tmp_path, capsys):
+    odd = os.fsdecode(b"caf\xe9.wav")
+    data.write_audio(tmp_path / odd, np.zeros(2400))
+    data.write_audio(tmp_path / ("న" * 83 + "ab.wav"), np.zeros(2400))
+    (tmp_path / os.fsdecode(b"bad\xe9.wav")).write_bytes(b"none")
+    (tmp_path / "notes.SPH").touch()
+    os.mkfifo(tmp_path / "pipe.wav")
+    clips = data.load_clips([tmp_path], "train", unreadable_log=tmp_path / "log" / "bad.txt")
+    told = capsys.readouterr().err
+    assert len(clips) == 2 and "1 unreadable" in told and "1 files of .sph passed over" in told
+    assert b"bad\xe9.wav" in (tmp_path / "log" / "bad.txt").read_bytes()
+    data.write_manifest(tmp_path / data.MANIFEST, clips)
+    again = data.read_manifest(tmp_path / data.MANIFEST)
+    assert again == clips and odd in {one.path.name for one in again}
+    assert len(data.WindowDataset(again, 0.05)[0]["path"]) > 0
+
+
+@pytest.mark.parametrize(
+    "name, speaker",
+    [
+        ("84-121123-0000.flac", "84"),
+        ("84_121123_000007_000001.wav", "84"),
+        ("84/1/84-1-0001.wav", "84"),
+        ("2026-03-11_call.wav", None),
+        ("2026/03/2026-03-11.wav", None),
+        ("2026-1103-1530.wav", None),
+        ("11-03-2026.wav", None),
+        ("20260311-153000-0001.wav", None),
+        ("11-03-0001.wav", None),
+    ],
+)
+def test_a_speaker_is_read_from_sure_names_alone(tmp_path, name, speaker):
+    assert data._speaker_from_name(tmp_path / name) == speaker
+
+
+def test_a_small_folder_has_training_clips_in_each_language(tmp_path):
+    names = [f"{i}.wav" for i in range(200) if data.split_for(f"hindi/{i}.wav") == "test"][:3]
+    (tmp_path / "hindi").mkdir()
+    for name in [*names, "../1.wav"]:
+        data.write_audio(tmp_path / "hindi" / name, np.zeros(2400))
+    train, test = data.load_splits([tmp_path], ("train", "test"))
+    assert {one.language for one in train} == {"hindi", "other"} and len(test) == 2
+
+
+def test_links_that_loop_are_walked_once(tmp_path):
+    folder = tmp_path / "english" / "a"
+    folder.mkdir(parents=True)
+    data.write_audio(folder / "q.wav", np.zeros(2400))
+    for target in ("..", "../..", "."):
+        (folder / f"to{len(target)}").symlink_to(target)
+    clips, _ = data.scan_folder(tmp_path)
+    assert [one.path for one in clips] == [folder / "q.wav"]
 
 
 def test_a_scan_lists_what_cannot_be_read(bad_folder):
@@ -393,6 +628,24 @@ def test_nothing_but_bad_files_ends_in_one_line(bad_folder):
         data.WindowDataset([clip(bad_folder / "good.wav", 0.0)], 1.0)
 
 
+@pytest.mark.parametrize("good", [True, False])
+def test_a_wrong_duration_stops_nothing_while_others_are_good(tmp_path, good):
+    """As it was drawn 5,000 times as often as all others, its end was no window 100 times."""
+    rng = np.random.default_rng(0)
+    for name in ("wrong.wav", "good.wav"):
+        data.write_audio(tmp_path / name, rng.normal(0, 0.1, 24000))
+    clips = [clip(tmp_path / "wrong.wav" if good else tmp_path / "gone.wav", 10000.0)]
+    clips += [clip(tmp_path / "good.wav", 1.0)]
+    log = tmp_path / "log.txt"
+    windows = data.WindowDataset(clips, 0.5, epoch_items=12, unreadable_log=log)
+    items = [windows[i] for i in range(12)]
+    assert all(item["audio"].std() > 0.05 and item["start"] <= 0.5 for item in items)
+    assert any("good.wav" in item["path"] for item in items)
+    assert windows.unreadable == (not good) and len(log.read_text().splitlines()) == 1
+    again = data.WindowDataset(clips, 0.5, epoch_items=12)
+    assert torch.equal(again[11]["audio"], items[11]["audio"])
+
+
 def test_augmented_copies_are_not_augmented_again(tmp_path):
     data.write_audio(tmp_path / "a.wav", sine(440, 1, 24000))
     one = clip(tmp_path / "a.wav", 1.0, augmented=True)
@@ -471,3 +724,23 @@ def test_batches_go_on_over_epochs_from_any_place(workers):
         assert batch == [[epoch, index] for index in range(consumed - 4, consumed)]
     for done, (epoch, consumed, _) in enumerate(whole, start=1):
         assert batches(epoch, consumed) == whole[done:]
+
+
+class Failing(Numbers):
+    """Whose worker fails, or ends without a word."""
+
+    def __init__(self, dies):
+        self.dies = dies
+
+    def __getitem__(self, key):
+        if self.dies:
+            os._exit(3)
+        raise command.UserError("folder/a.wav: no such file")
+
+
+@pytest.mark.parametrize("dies, word", [(True, "--num_workers"), (False, "folder/a.wav: no such")])
+def test_a_worker_that_ends_is_one_line(dies, word):
+    alone = training.Distributed(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(command.UserError, match=word) as caught:
+        list(data.training_batches(Failing(dies), 4, 1, alone, 1))
+    assert "\n" not in str(caught.value)
