@@ -469,6 +469,17 @@ class Clips(Sequence[Clip]):
         self.table = table.unify_dictionaries().combine_chunks()
 
     @classmethod
+    def joined(cls, tables: list[pyarrow.Table]) -> Clips:
+        """All rows of `tables`, which is emptied: never are more than a column's there twice."""
+        whole = pyarrow.concat_tables(tables).unify_dictionaries()
+        tables.clear()
+        columns = {name: whole[name] for name in whole.column_names}
+        del whole
+        for name in columns:
+            columns[name] = columns[name].combine_chunks()
+        return cls(pyarrow.table(columns))
+
+    @classmethod
     def of(cls, clips: Iterable[Clip]) -> Clips:
         """The columns of any clips; Clips pass as they are."""
         if isinstance(clips, Clips):
@@ -560,12 +571,14 @@ def _clip_of_row(row: dict) -> Clip:
 def _table(rows: list[dict], folder: str | Path) -> pyarrow.Table:
     """Columns of checked rows, whose paths are relative to `folder`."""
     columns = {name: [row.get(name) for row in rows] for name in _FIELDS}
-    split = [os.path.split(path) for path in map(os.fsencode, columns.pop("path"))]
-    below = {end: os.path.normpath(os.path.join(os.fsencode(folder), end)) for end, _ in split}
+    cut = [path.rpartition("/") for path in columns.pop("path")]
+    ends = [end + slash for end, slash, _ in cut]
+    below = {end: os.path.normpath(os.path.join(folder, end)) if folder else end for end in {*ends}}
+    below = {end: os.fsencode(path) for end, path in below.items()}
     # No whole number is too large for a double then; NaN stays.
     columns["duration"] = [min(max(seconds, -1.0), 1e12) for seconds in columns["duration"]]
-    columns["folder"] = [below[end] if folder else end for end, _ in split]
-    columns["name"] = [name for _, name in split]
+    columns["folder"] = [below[end] for end in ends]
+    columns["name"] = [name.encode(errors="surrogateescape") for _, _, name in cut]
     low, high = _RATES_HZ
     rates = columns["sample_rate"]
     columns["sample_rate"] = [round(rate) if low <= rate <= high else 0 for rate in rates]
@@ -599,7 +612,7 @@ def read_manifest(path: str | Path) -> Clips:
                 number += len(lines)
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a manifest ({error.strerror})") from error
-    return Clips(pyarrow.concat_tables(tables))
+    return Clips.joined(tables)
 
 
 def _rows(lines: list[bytes], path: Path, number: int) -> list[dict]:
@@ -904,7 +917,8 @@ def _load_all(data_dirs: Sequence[str | Path], found: _Found) -> Clips:
         if not len(listed):
             raise UserError(f"{folder / MANIFEST}: an empty manifest; fetch the corpus again")
         tables.append(listed.table)
-    clips = _measured(_each_once(Clips(pyarrow.concat_tables(tables)), found), found)
+        del listed
+    clips = _measured(_each_once(Clips.joined(tables), found), found)
     _leave_out_listed(loose, clips)
     scanned: list[Clip] = []
     for data_dir, root in zip(data_dirs, roots, strict=True):
@@ -912,7 +926,7 @@ def _load_all(data_dirs: Sequence[str | Path], found: _Found) -> Clips:
         files = [file for folder in own for file in loose.pop(folder)]
         language = _language_in(Path(os.path.abspath(data_dir)))
         scanned += _scan_files(files, root, language, found)
-    return Clips(pyarrow.concat_tables([clips.table, Clips.of(scanned).table]))
+    return Clips.joined([clips.table, Clips.of(scanned).table]) if scanned else clips
 
 
 def _each_once(clips: Clips, found: _Found) -> Clips:
