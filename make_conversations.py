@@ -104,6 +104,7 @@ MAX_PITCH_RANGE = {"agent": 1.4, "user": 1.1}
 LEAD_IN = (0.2, 1.5)
 ANSWER_GAP = (0.08, 0.24)
 AGENT_TICK = 0.04  # seconds: a patch of train_s2s.py
+LOUDEST = 128.0  # of the samples of a recording: beyond it they are whole numbers kept as floats
 TURN_SLACK = 0.5  # seconds by which a written turn may pass the end of its recording
 EXCHANGE_GAP = (0.3, 1.5)
 LONG_GAP = (3.0, 8.0)
@@ -1406,6 +1407,8 @@ def _read_channels(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
     audio = audio[:, [recording.agent_channel, recording.user_channel]]
     if not np.isfinite(audio).all():
         raise UserError(f"{recording.path}: holds samples that are no numbers (NaN or infinite)")
+    if np.abs(audio).max() > LOUDEST:
+        raise UserError(f"{recording.path}: floats far beyond full scale; scale them to [-1, 1]")
     if rate != SAMPLE_RATE:
         audio = soxr.resample(audio, rate, SAMPLE_RATE)
     seconds = len(audio) / SAMPLE_RATE

@@ -678,7 +678,7 @@ def test_odd_recordings_are_left_out_and_counted(tmp_path, codec_path, no_detect
     nan[500, 0], inf[500, 1] = np.nan, np.inf
     recordings_of(
         tmp_path / "in", good=good, nan=nan, inf=inf, short=good[:900], mono=good[:, 0],
-        three=three, none=good[:0], turned=good * [1, -1],
+        three=three, none=good[:0], turned=good * [1, -1], whole=good * 32768,
     )  # fmt: skip
     with open(tmp_path / "in" / "m.jsonl", "a", encoding="utf-8") as file:
         late = {"id": "late", "path": "good.wav", "turns": [{**TURN, "end": 9.0}]}
@@ -690,8 +690,15 @@ def test_odd_recordings_are_left_out_and_counted(tmp_path, codec_path, no_detect
         mc.main(arguments)
         assert {row["id"] for row in rows_of(tmp_path / "out")} == {"good", "three", "turned"}
         reasons = (tmp_path / "out" / "dropped.txt").read_text()
-        assert "9 left out" in capsys.readouterr().out and len(reasons.splitlines()) == 9
-        for word in ("no numbers", "shorter than a patch", "1 channels", "was there before", "9 s"):
+        assert "10 left out" in capsys.readouterr().out and len(reasons.splitlines()) == 10
+        for word in (
+            "no numbers",
+            "shorter than a patch",
+            "1 channels",
+            "was there before",
+            "9 s",
+            "scale",
+        ):
             assert word in reasons
     (tmp_path / "in" / "m.jsonl").write_text('{"id": "nan", "path": "nan.wav"}\n')
     with pytest.raises(UserError, match="nothing could be made, 1 left out; first: .*no numbers"):
