@@ -62,7 +62,7 @@ RECORDED := data/other $(LANGUAGES:%=data/%)
 ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
 define TEACH_SOUND
 	$(BIN)/python train_codec.py --data_dirs $(RECORDED) --preset tiny --teacher none \
-	  --batch_size 48 --window_seconds 1.5 --epoch_hours 19 --num_epochs 10 --augment_share 0.15 \
+	  --batch_size 36 --window_seconds 2 --epoch_hours 19 --num_epochs 10 --augment_share 0.15 \
 	  --gen_lr 1e-3 --disc_lr 8e-4 --warmup_steps 200 --disc_start 0.75 --mel_weight 2 \
 	  --spectral_weight 0 --lm_rate 0.65 --keep_words --init_from runs/codec_listen \
 	  --num_workers 13 --seed 5 --cuda_graph --checkpoint_dir runs/codec_voice
@@ -70,12 +70,12 @@ endef
 else
 define TEACH_SOUND
 	$(BIN)/python train_codec.py --data_dirs $(RECORDED) \
-	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.5 --num_epochs 84 \
+	  --preset tiny --batch_size 6 --window_seconds 2 --epoch_hours 0.5 --num_epochs 84 \
 	  --gen_lr 8e-4 --warmup_steps 200 --disc_start 1 --spectral_weight 0 \
 	  --language_temperature 3 --keep_words --precision $(PRECISION) \
 	  --init_from runs/codec_listen --num_workers 1 --seed 1 --checkpoint_dir runs/codec
 	$(BIN)/python train_codec.py --data_dirs $(RECORDED) \
-	  --preset tiny --batch_size 8 --window_seconds 1.5 --epoch_hours 0.25 --num_epochs 18 \
+	  --preset tiny --batch_size 6 --window_seconds 2 --epoch_hours 0.25 --num_epochs 18 \
 	  --gen_lr 5e-4 --disc_lr 1e-3 --warmup_steps 30 --disc_start 0 --disc_seconds 0.75 \
 	  --mel_weight 2 --spectral_weight 0 --language_temperature 3 --decoder_only \
 	  --init_from runs/codec --num_workers 1 --seed 3 --checkpoint_dir runs/codec_voice

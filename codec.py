@@ -56,7 +56,7 @@ class CodecConfig:
     decoder_dim: int = 320
     decoder_layers: int = 3
     num_heads: int = 4
-    context: int = 64  # attention window in frames
+    context: int = 50  # attention window in frames; a training window has twice as many
     kernel: int = 7  # of the ConvNeXt blocks, in front frames
     expansion: int = 3  # of the ConvNeXt blocks
     semantic_dim: int = 64
@@ -91,7 +91,7 @@ class CodecConfig:
             decoder_dim=512,
             decoder_layers=8,
             num_heads=8,
-            context=250,
+            context=100,
             semantic_dim=256,
             acoustic_dim=256,
             codebook_sizes=(1024,) * 64,
@@ -750,10 +750,12 @@ class SplitQuantizer(nn.Module):
         it stood still.
         """
         restarted = []
-        if skip is not None and not self.is_initialised and bool(skip):
+        stacks = self.stacks[: len(info.residuals)]
+        # Here alone the device is waited for: once, or as often as the first steps are skipped.
+        if skip is not None and not all(s.is_initialised for s in stacks) and bool(skip):
             return restarted
         left = None  # what a stack that has just started leaves for the next one
-        for stack, vectors in zip(self.stacks, info.residuals, strict=False):
+        for stack, vectors in zip(stacks, info.residuals, strict=True):
             levels = stack.levels
             if levels.start == 0 and keep_semantic:
                 restarted.append(None)

@@ -70,7 +70,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import default_collate
 
 import command
 import discriminator
@@ -136,7 +136,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument(
         "--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60"
     )
-    more.add_argument("--window_seconds", type=whole_frames, default=2.0, help="length of a clip")
+    more.add_argument(
+        "--window_seconds", type=whole_frames, help="of a clip; by default twice the attention's"
+    )
     more.add_argument("--language_temperature", type=number(above=0), default=2.0, help="1: hours")
     more.add_argument("--commercial_only", action="store_true", help="skip non-commercial audio")
     more.add_argument("--augment_share", type=share, default=0.3, help="chance of each change")
@@ -187,7 +189,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument(
         "--cuda_graph",
         action="store_true",
-        help="replay the step as a CUDA graph: one GPU, no teacher; pays where models are small",
+        help="replay the step as a CUDA graph: on one GPU; pays where models are small",
     )
     more.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     more.add_argument("--quantizer_start", type=whole(0), default=200, help="steps before k-means")
@@ -279,13 +281,51 @@ def check_kept(args, model: Codec, inherited: list[str]) -> None:
                         f"size, and codes that depend on it were to be kept")  # fmt: skip
 
 
+def sizes(args, checkpoint: training.Checkpoint | None, speaks: bool) -> CodecConfig:
+    """The codec's sizes: those of the preset, or of the codec that goes on or whose codes are kept.
+
+    Sets `args.window_seconds` where it was left open. What runs is what was trained: a window has
+    at least twice the frames that attention sees, so that it slides and all of a call is met.
+    The context of a new `tiny` gives way to a shorter window.
+    Raises UserError where that of `base` would have to.
+    """
+    config = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
+    source = checkpoint
+    if source is None and args.init_from and not words_learn(args):
+        source = training.load_checkpoint(args.init_from, with_trainer=False)
+    if source is not None:
+        stored = codec_config(source.config, source.path)
+        whole = checkpoint is not None or args.decoder_only  # else it is the words that stay
+        config = stored if whole else dataclasses.replace(config, context=stored.context)
+    needed = 2 * config.context / config.frame_rate
+    if args.window_seconds is None:  # runs of older versions had 2 s
+        args.window_seconds = needed if checkpoint is None else 2.0
+    frames = round(args.window_seconds * config.frame_rate)
+    if frames >= 2 * config.context:
+        return config
+    short = f"--window_seconds {args.window_seconds:g}: windows of {frames} frames are under twice "
+    short += f"the attention's context of {config.context}"
+    if source is None and args.preset == "base":
+        raise UserError(f"{short}, so that it would run as it was never trained: "
+                        f"give at least {needed:g}")  # fmt: skip
+    if source is not None:
+        told = f"warning: {short}, which {source.path} has: what lies past a window is not trained"
+    else:
+        config = dataclasses.replace(config, context=frames // 2)
+        told = f"{short} that the preset has: this codec gets one of {config.context}"
+    if speaks:
+        print(told, flush=True)
+    return config
+
+
 def discriminator_config(
     asked: str, config: CodecConfig, device: torch.device
 ) -> discriminator.DiscriminatorConfig:
     """The discriminators' sizes: those asked for, or what fits the codec and the device."""
     if asked == "auto":
         small = "tiny" if device.type == "cpu" else "small"
-        asked = "base" if config == CodecConfig.base() else small
+        base = CodecConfig.base()
+        asked = "base" if dataclasses.replace(config, context=base.context) == base else small
     return getattr(discriminator.DiscriminatorConfig, asked)()
 
 
@@ -330,9 +370,14 @@ def validate(
     cast: torch.autocast,
 ) -> dict[str, float]:
     """Held out: mean losses and SI-SDR (dB) at the full and at the LM's rate, and, with a `head`,
-    phone accuracy."""
+    phone accuracy.
+
+    `mel_…_within` is the mel error in the first context of frames, `mel_…_past` behind it: were
+    attention not to slide as it was trained to, the second would stand out.
+    """
     model.eval()
     rows = []
+    edge = model.config.hop * max(3, model.config.context)  # the longest spectrum needs 1,024
     for batch in batches:
         audio, labels = batch["audio"].to(device), batch["phones"].to(device)
         for rate in validated_rates(model.config):
@@ -340,26 +385,43 @@ def validate(
             with cast:
                 estimate, info = model(audio, counts)
             estimate, losses = training_losses(spectra, estimate, audio, counts)
-            row = {f"{name}_{rate}": float(loss) for name, loss in losses.items()}
-            row[f"si_sdr_{rate}"] = float(si_sdr(estimate, audio).mean())
+            row = {f"{name}_{rate}": loss for name, loss in losses.items()}
+            for place, part in (("within", slice(edge)), ("past", slice(edge, None))):
+                loss = spectra["mel"](estimate[..., part], audio[..., part])
+                row[f"mel_{rate}_{place}"] = loss
+            row[f"si_sdr_{rate}"] = si_sdr(estimate, audio).mean()
             if head is not None:
-                row["phone_accuracy"] = float(phone_loss(head(info.semantic), labels)[1])
+                with cast:
+                    logits = head(info.semantic)
+                row["phone_accuracy"] = phone_loss(logits, labels)[1]
             rows.append(row)
     model.train()
     names = {name for row in rows for name in row}
     return {
-        f"validation_{name}": statistics.fmean(row[name] for row in rows if name in row)
+        f"validation_{name}": statistics.fmean(float(row[name]) for row in rows if name in row)
         for name in sorted(names)
     }
 
 
-def validation_batches(clips: Clips, args, phone_ids: dict[str, int]) -> list[dict]:
-    """The same 48 windows of held-out speakers every time; none where nobody is held out."""
+def validation_batches(clips: Clips, config: CodecConfig, phone_ids: dict[str, int]) -> list[dict]:
+    """The same 48 windows of held-out speakers every time, three times the context long, so that
+    a call is judged past its beginning; none where nobody is held out."""
     if not clips:
         print("warning: no clips in the validation split: nothing tells when to stop")
         return []
-    dataset = WindowDataset(clips, args.window_seconds, seed=1, epoch_items=48, phone_ids=phone_ids)
-    return list(DataLoader(dataset, batch_size=16))
+    seconds = 3 * config.context / config.frame_rate
+    dataset = WindowDataset(clips, seconds, seed=1, epoch_items=48, phone_ids=phone_ids)
+    items = [filled(dataset[i]) for i in range(len(dataset))]
+    return [default_collate(items[i : i + 16]) for i in range(0, len(items), 16)]
+
+
+def filled(item: dict) -> dict:
+    """A window whose clip was shorter, laid end to end: silence would pass for easy speech."""
+    frames = item["audio"].view(len(item["phones"]), -1)
+    heard = frames.any(1).nonzero()
+    last = int(heard[-1]) + 1 if len(heard) else len(frames)
+    places = torch.arange(len(frames)) % last
+    return {**item, "audio": frames[places].view(1, -1), "phones": item["phones"][places]}
 
 
 def step_draws(args, config: CodecConfig, audio: Tensor, step: int, rank: int) -> dict[str, Tensor]:
@@ -375,13 +437,13 @@ def step_draws(args, config: CodecConfig, audio: Tensor, step: int, rank: int) -
 
 def codebook_metrics(all_codes: Tensor) -> dict[str, float]:
     """Perplexity (in codes) of the semantic and the acoustic codebooks of a batch `[B, K, F]`."""
-    values = {}
-    for name, codes in (("semantic", all_codes[:, :1]), ("acoustic", all_codes[:, 1:])):
-        if not codes.numel():
-            continue
-        shares = [c.flatten().bincount().float() / c.numel() for c in codes.unbind(1)]
-        entropies = [-(s[s > 0] * s[s > 0].log()).sum() for s in shares]
-        values[f"perplexity_{name}"] = float(torch.stack(entropies).exp().mean())
+    codes = all_codes.transpose(0, 1).flatten(1)  # [K, B * F]
+    counts = torch.zeros(len(codes), int(codes.max()) + 1, device=codes.device)
+    counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=counts.dtype))
+    perplexities = torch.special.entr(counts / codes.shape[1]).sum(1).exp().tolist()
+    values = {"perplexity_semantic": perplexities[0]}
+    if len(perplexities) > 1:
+        values["perplexity_acoustic"] = statistics.fmean(perplexities[1:])
     return values
 
 
@@ -391,6 +453,7 @@ def describe(
     """What the user reads before step 1."""
     args, total, steps = run.args, run.hours(), run.planned
     config = model.config
+    context = config.context / config.frame_rate
     counts = count_parameters(model)
     codes = counts.pop("codebooks")
     parts = ", ".join(f"{name} {count:.1f}" for name, count in counts.items())
@@ -404,6 +467,7 @@ def describe(
         f"preset {args.preset}: codec {sum(counts.values()):.1f}M parameters ({parts}), "
         f"{config.num_codebooks} codebooks ({codes:.1f}), device {run.device}\n"
         f"teacher: {taught}phone labels, {clips.hours('phones'):.1f} h\n"
+        f"windows of {args.window_seconds:g} s, attention over {context:g} s\n"
         f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}\n"
         f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
         f"{steps} steps = {training.format_hours(total)}{price} at {rate:.0f} audio seconds "
@@ -443,8 +507,6 @@ def train(args, run: training.Run) -> None:
     process, device, checkpoint = run.process, run.device, run.checkpoint
     if args.cuda_graph and (device.type != "cuda" or process.world_size > 1):
         raise UserError("--cuda_graph needs a CUDA GPU, and one alone")
-    if args.cuda_graph and args.teacher != "none":
-        raise UserError("--cuda_graph holds no teacher: add --teacher none")
     taught = words_learn(args) or args.ssl_loss_weight > 0  # else nobody listens to a teacher
     if args.teacher == "auto":
         args.teacher = "wavlm" if device.type == "cuda" else "none"
@@ -454,6 +516,8 @@ def train(args, run: training.Run) -> None:
     training.seed_everything(args.seed)  # whichever teacher there is, the same weights
     if args.cuda_graph:  # what it holds must live on a stream of its own from the start
         torch.cuda.set_stream(torch.cuda.Stream(device))
+
+    config = sizes(args, checkpoint, run.is_main)
 
     # Data: windows drawn at random from the training speakers.
     phone_ids = {phone: i for i, phone in enumerate(PHONES)}
@@ -472,15 +536,9 @@ def train(args, run: training.Run) -> None:
         unreadable,
     )
     # On every rank, though one validates: reading it draws from the generator of the weights.
-    validation = validation_batches(held_out, args, phone_ids)
+    validation = validation_batches(held_out, config, phone_ids)
 
     # Models and optimizers; the same seed gives every rank the same weights.
-    config = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
-    source = checkpoint
-    if args.decoder_only and args.init_from and not checkpoint:  # its codes, hence its sizes
-        source = training.load_checkpoint(args.init_from, with_trainer=False)
-    if source is not None:
-        config = codec_config(source.config, source.path)
     model = Codec(config).to(device).train()
     head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
     judges = discriminator_config(args.disc_preset, config, device)
@@ -572,14 +630,11 @@ def train(args, run: training.Run) -> None:
 
     def speak(listening: bool, audio: Tensor, counts: Tensor):
         """Reconstruction, what the quantizer did, and codebook 0 as phones and to the teacher."""
-        if listening:
-            estimate, info = None, model.hear(audio)
-        else:
-            with cast:
-                estimate, info = model(audio, counts)
         words = words_learn(args)
-        phones = head(info.semantic) if words else None
-        view = projection(info.semantic) if words and projection is not None else None
+        with cast:
+            estimate, info = (None, model.hear(audio)) if listening else model(audio, counts)
+            phones = head(info.semantic) if words else None
+            view = projection(info.semantic) if words and projection is not None else None
         return estimate, info, phones, view
 
     def judge(audio: Tensor, estimate: Tensor):
@@ -597,21 +652,29 @@ def train(args, run: training.Run) -> None:
         counts: Tensor,
         draws: Tensor,
         part: Tensor,
-        taught: tuple | None = None,
+        ramp: Tensor,
+        target: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One step: everything that the device does; gives what there is to log, as tensors.
 
-        Nothing here waits for the device, but for the start of the codebooks.
+        `ramp`, a scalar, is the part of their share that the discriminators have by now; `target`
+        and `known` are what a cache holds of the teacher, who otherwise listens here.
+        Nothing waits for the device, but for the start of the codebooks.
         """
         # Generator: balanced losses on the waveform, the rest beside them.
         estimate, info, phone_logits, view = speak(
             mode.listening, audio, counts, partly=mode.listening
         )
-        losses = {}
+        reference, losses = None, {}
+        if teacher is not None and target is None:
+            with torch.no_grad():
+                reference = teacher(audio)
+                target = teacher.target(reference)
         if not mode.listening:
             estimate, losses = training_losses(spectra, estimate, audio, counts)
-            if taught is not None and args.ssl_loss_weight:
-                losses["ssl"] = teachers.ssl_loss(teacher(estimate), taught[0])
+            if reference is not None and args.ssl_loss_weight:
+                losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
         row = {}
         if mode.adversarial:
             # One pass serves both sides: nothing changes the judges before their own step below.
@@ -627,15 +690,16 @@ def train(args, run: training.Run) -> None:
             phones, row["phone_accuracy"] = phone_loss(phone_logits, labels)
             others = others + args.phone_weight * phones
             row["phones"] = phones
-        if taught is not None and words_learn(args):
-            distillation = teachers.distillation_loss(view, *taught[1:])
+        if view is not None:
+            distillation = teachers.distillation_loss(view, target, known)
             others = others + args.teacher_weight * distillation
             row["distillation"] = distillation
         optimizer.zero_grad(set_to_none=True)
         if mode.listening:
             others.backward()
         else:
-            shares = balancer.backward(losses, estimate, others)
+            joining = {"adversarial": ramp, "features": ramp}
+            shares = balancer.backward(losses, estimate, others, joining)
             row |= {f"share_{name}": share for name, share in shares.items()}
         norm = nn.utils.clip_grad_norm_(generator_parameters, args.grad_clip)
         # Fused optimizers, codebooks and average stand still where this is 1.
@@ -668,15 +732,13 @@ def train(args, run: training.Run) -> None:
         settled = run.step - (0 if listening else run.schedule.starts["plain"])
         moves = (probe or settled >= args.quantizer_start) and not args.decoder_only
         chosen = step_draws(args, config, batch["audio"], run.step, process.rank)
+        chosen["ramp"] = torch.tensor(run.schedule.ramp(run.step, "adversarial"))
         inputs = {"audio": batch["audio"], "labels": batch["phones"], **chosen}
+        if device.type == "cuda":  # of memory that is not pinned a copy would wait for the device
+            inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-        # What the teacher hears in the recording: of this window, or kept for the clip.
         if cache is not None:
-            inputs["taught"] = (None, *cache(batch, inputs["audio"]))
-        elif teacher is not None:
-            with torch.no_grad():
-                reference = teacher(inputs["audio"])
-            inputs["taught"] = (reference, teacher.target(reference), None)
+            inputs["target"], inputs["known"] = cache(batch, inputs["audio"])
         started = model.quantizer.is_initialised
         take = learn if probe or not replayed else replayed
         return take(Mode(listening, phase == "adversarial", moves, started), **inputs)
@@ -699,15 +761,20 @@ def train(args, run: training.Run) -> None:
     place = (sys.maxsize, run.epoch, run.consumed)
     batches = training_batches(dataset, args.batch_size, run.workers, process, *place)
     for batch in run.steps(batches):
-        rate = run.schedule.rate(run.step)
+        rates = {phase: run.schedule.rate(run.step, phase) for phase in ("plain", "adversarial")}
+        rate = run.schedule.rate(run.step) if run.phase == "listening" else rates["plain"]
         training.set_learning_rate(optimizer, rate * args.gen_lr)
-        training.set_learning_rate(disc_optimizer, rate * args.disc_lr)
+        training.set_learning_rate(disc_optimizer, rates["adversarial"] * args.disc_lr)
         row = take_step(batch, run.phase)
         if replayed and replayed.warming:
             run.meter.measure_anew()
-        more = {"lr": rate * args.gen_lr, "unreadable": dataset.unreadable}
-        codes = row.pop("codes")
-        run.step_done(lambda: {**row, **codebook_metrics(codes), **more})  # noqa: B023
+        row |= {"lr": rate * args.gen_lr}
+
+        def logged(row: dict = row) -> dict:
+            used = codebook_metrics(row.pop("codes"))
+            return row | used | {"unreadable": dataset.unreadable}
+
+        run.step_done(logged)
 
 
 if __name__ == "__main__":

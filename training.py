@@ -694,12 +694,21 @@ class Schedule:
         self.resize(step, total)
         self._turn = (self.warmup_steps, 0.0)
 
-    def rate(self, step: int, final_ratio: float = 0.1) -> float:
-        """The learning rate at `step`, counted from 0, as a share of its peak."""
+    def rate(self, step: int, phase: str | None = None, final_ratio: float = 0.1) -> float:
+        """The learning rate at `step`, counted from 0, as a share of its peak.
+
+        Of what joins with `phase`, which has a warm-up of its own.
+        """
         if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        cosine = 0.5 * (1 + math.cos(math.pi * self._progress(step)))
-        return final_ratio + (1 - final_ratio) * cosine
+            rate = (step + 1) / self.warmup_steps
+        else:
+            cosine = 0.5 * (1 + math.cos(math.pi * self._progress(step)))
+            rate = final_ratio + (1 - final_ratio) * cosine
+        return rate if phase is None else min(rate, self.ramp(step, phase))
+
+    def ramp(self, step: int, phase: str) -> float:
+        """How far the warm-up of what joins with `phase` is, from above 0 to 1."""
+        return min(1.0, max(1, step + 1 - self.starts[phase]) / max(1, self.warmup_steps))
 
     def _progress(self, step: int) -> float:
         turned, done = self._turn
@@ -872,14 +881,19 @@ class Balancer:
         self._counts: dict[str, Tensor] = {}  # removes the bias of starting the means at zero
 
     def backward(
-        self, losses: dict[str, Tensor], output: Tensor, others: Tensor | None = None
+        self,
+        losses: dict[str, Tensor],
+        output: Tensor,
+        others: Tensor | None = None,
+        ramps: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Send balanced gradients through the model in one backward pass.
 
         `losses`: scalars computed from `output` `[B, 1, T]`, names known to `weights` (any
         subset; the shares of those present add up to 1). `others`: a scalar to add as it is
-        (commitment, teacher, phones). Losses whose gradient is zero, or which do not depend on
-        the output, are harmless. Nothing but the model gets gradients (discriminators do not).
+        (commitment, teacher, phones). `ramps`: scalars above 0 by which the weights of some losses
+        are multiplied, as of one that joins. Losses whose gradient is zero, or which do not depend
+        on the output, are harmless. Nothing but the model gets gradients (discriminators do not).
         A non-finite gradient is passed on for StepGuard to see and leaves the means alone.
         Returns each loss' share of the output gradient's norm in this step, as scalars. Nothing
         waits for the device.
@@ -889,7 +903,7 @@ class Balancer:
         local = torch.stack([g.flatten(1).norm(dim=1).mean() for g in gradients.values()])
         norms = dict(zip(names, local.unbind(), strict=True))
         self._update(dict(zip(names, all_reduce_mean(local).unbind(), strict=True)))
-        scales = self._scales(names)
+        scales = self._scales(names, ramps or {})
         total = torch.zeros_like(output, dtype=torch.float32)
         for name in names:
             total.addcmul_(gradients[name], scales[name] / output.shape[0])
@@ -935,12 +949,16 @@ class Balancer:
                 store[name] = torch.full_like(like, 0.0 if there is None else float(there))
         return self._sums[name], self._counts[name]
 
-    def _scales(self, names: list[str]) -> dict[str, Tensor]:
-        whole = sum(self.weights[name] for name in names) or 1.0
+    def _scales(self, names: list[str], ramps: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights = {name: self.weights[name] for name in names}
+        whole = sum(weights.values()) or 1.0
+        if any(name in ramps for name in names):  # tensors, which the host must not read
+            weights = {name: w * ramps[name] if name in ramps else w for name, w in weights.items()}
+            whole = sum(weights.values())
         scales = {}
         for name in names:
             sums, counts = self._sums[name], self._counts[name]
-            scale = self.total_norm * self.weights[name] / whole * counts / sums
+            scale = self.total_norm * weights[name] / whole * counts / sums
             scales[name] = torch.where(sums > 0, scale, 1.0)
         return scales
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from test_teachers import folders  # noqa: F401 (a fixture)
-from test_train_codec import assert_same_state, corpus, metrics, refused, train  # noqa: F401
+from test_train_codec import (  # noqa: F401
+    assert_same_state,
+    corpus,
+    launches_of_steps,
+    metrics,
+    refused,
+    train,
+)
 
 import training
 from codec import Codec
@@ -79,3 +86,11 @@ def test_a_teacher_out_of_reach_ends_in_one_line(corpus, tmp_path, capsys):  # n
     line = refused(corpus, tmp_path / "run", capsys, teacher=tmp_path / "nothing")
     assert "no such folder" in line and not (tmp_path / "run").exists()
     assert "--teacher_cache" in refused(corpus, tmp_path / "run", capsys, teacher_cache=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["wavlm", "whisper"])
+def test_a_step_with_a_teacher_waits_nowhere(corpus, folders, kind, tmp_path):  # noqa: F811
+    """Nor does it draw: the teacher listens within what a CUDA graph may hold."""
+    steps = launches_of_steps(corpus, tmp_path, teacher=folders[kind])
+    waits = [launches.waits for launches in steps]
+    assert waits[1:2] + waits[3:] == [0] * 6, [launches.reads for launches in steps]

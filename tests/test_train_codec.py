@@ -22,6 +22,7 @@ import training
 from codec import Codec, CodecConfig, stored_config
 from data import Clip, write_audio, write_manifest
 from speech import PHONES
+from tools.launches import Launches, counting
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 3.0
@@ -306,7 +307,8 @@ def test_held_out_windows_sound_in_tensorboard(corpus, tmp_path, monkeypatch):
     heard = []
 
     def listen(self, step, name, audio, sample_rate):
-        assert audio.shape == (1, 11_520) and sample_rate == 24_000
+        # Three times a context of 12 frames, which is half of the training window.
+        assert audio.shape == (1, 3 * 12 * 480) and sample_rate == 24_000
         heard.append((step, name, float(audio.abs().max())))
 
     monkeypatch.setattr(training, "_tensorboard", lambda *_: None)
@@ -388,7 +390,7 @@ def test_a_decoder_learns_alone_and_keeps_every_code(corpus, whole_run, tmp_path
 
 def test_codes_are_kept_whole_or_not_at_all(whole_run, corpus, tmp_path, capsys):
     """A decoder alone takes the sizes of its codec; words of other sizes are refused."""
-    small = dataclasses.replace(CodecConfig.tiny(), semantic_layers=1)
+    small = dataclasses.replace(CodecConfig.tiny(), semantic_layers=1, context=12)
     model = Codec(small)
     training.save_export(tmp_path / "small", 1, stored_config(small), model.export_tensors())
     train(corpus, tmp_path / "run", "--decoder_only", max_steps=1, init_from=tmp_path / "small")
@@ -537,3 +539,154 @@ def test_flags_out_of_range_are_told_before_anything_is_loaded(capsys):
             train_codec.parse_args(wrong.split())
         shown = capsys.readouterr().err
         assert stop.value.code == 2 and shown.count("\n") == 1 and wrong.split()[0] in shown, wrong
+
+
+# -- windows and context -----------------------------------------------------------------------
+
+
+def sizes(checkpoint=None, **flags) -> tuple[CodecConfig, float]:
+    args = train_codec.parse_args([x for k, v in flags.items() for x in (f"--{k}", str(v))])
+    args.decoder_only, args.keep_words = (
+        flags.get(k) == "" for k in ("decoder_only", "keep_words")
+    )
+    config = train_codec.sizes(args, checkpoint, True)
+    return config, args.window_seconds
+
+
+def test_a_window_is_at_least_twice_the_context(tmp_path, capsys):
+    """So that what runs was trained: by default; base refuses less, a new tiny sees less."""
+    config, seconds = sizes(preset="base")
+    assert config == CodecConfig.base() and (config.context, seconds) == (100, 4.0)
+    with pytest.raises(command.UserError, match="199 frames .* context of 100.* at least 4"):
+        sizes(preset="base", window_seconds=3.98)
+    config, seconds = sizes(preset="tiny")
+    assert config == CodecConfig.tiny() and seconds == 2 * config.context / 50
+    assert capsys.readouterr().out == ""
+    config, seconds = sizes(preset="tiny", window_seconds=0.5)
+    assert (config.context, seconds) == (12, 0.5)
+    assert "25 frames" in (said := capsys.readouterr().out) and "one of 12" in said
+    auto = train_codec.discriminator_config("auto", CodecConfig.base(), torch.device("cuda"))
+    assert auto.periods
+
+    # Codes that are kept keep the context that they were made with, and the window follows it.
+    shipped = ROOT / "checkpoints" / "tiny" / "codec"
+    own = Codec.from_checkpoint(shipped).config
+    checkpoint = training.load_checkpoint(shipped, with_trainer=False)
+    assert sizes(checkpoint, preset="tiny", window_seconds=2.56) == (own, 2.56)
+    assert capsys.readouterr().out == "" and own.context == 64
+    assert sizes(checkpoint, preset="tiny", window_seconds=1.5)[0] == own
+    said = capsys.readouterr().out
+    assert said.startswith("warning") and "75 frames" in said and "64" in said
+    for flag in ("--decoder_only", "--keep_words"):
+        args = train_codec.parse_args([flag, "--preset", "tiny", "--init_from", str(shipped)])
+        assert train_codec.sizes(args, None, True).context == 64 and args.window_seconds == 2.56
+    args = train_codec.parse_args(["--preset", "tiny", "--init_from", str(shipped)])
+    assert train_codec.sizes(args, None, True) == CodecConfig.tiny()
+
+
+def test_validation_shows_a_break_past_the_context(corpus, whole_run, monkeypatch):
+    """It goes to three times the context, filled with sound, and tells the error by place."""
+    rows = [row for row in metrics(whole_run[0]) if "validation_mel_8" in row]
+    for row in rows:
+        within, past = (row[f"validation_mel_8_{place}"] for place in ("within", "past"))
+        assert 0.5 < past / within < 2 and min(within, past) <= row["validation_mel_8"] * 1.2
+    model = Codec.from_checkpoint(whole_run[0])
+    context = model.config.context
+    assert context == 12  # half of the windows
+    held_out = train_codec.load_splits([str(corpus)], ("validation",), False, None)[0]
+    batches = train_codec.validation_batches(held_out, model.config, {})
+    assert all(b["audio"].shape[-1] == 3 * context * 480 for b in batches)
+    spectra = torch.nn.ModuleDict({"mel": train_codec.MelLoss()})
+    cast = train_codec.precision(torch.device("cpu"), "fp32")
+
+    def ratio() -> float:
+        scores = train_codec.validate(model, None, spectra, batches[:1], torch.device("cpu"), cast)
+        return scores["validation_mel_8_past"] / scores["validation_mel_8_within"]
+
+    healthy, forward = ratio(), Codec.forward
+
+    def broken(self, audio, counts):
+        """What attention gives that was never trained beyond so many frames."""
+        estimate, info = forward(self, audio, counts)
+        noise = torch.randn(estimate.shape, generator=torch.Generator().manual_seed(0))
+        edge = context * 480
+        return torch.cat((estimate[..., :edge], noise[..., edge:]), -1), info
+
+    monkeypatch.setattr(Codec, "forward", broken)
+    assert 0.5 < healthy < 2 < 1.5 * ratio() / healthy
+
+
+def test_a_short_clip_is_laid_end_to_end():
+    audio = torch.zeros(1, 5 * 480)
+    audio[0, :900] = torch.arange(1, 901)
+    item = train_codec.filled({"audio": audio, "phones": torch.tensor([3, 4, 0, 0, 0])})
+    assert item["phones"].tolist() == [3, 4, 3, 4, 3]
+    assert torch.equal(item["audio"][0, 960:1860], audio[0, :900])
+    silent = {"audio": torch.zeros(1, 960), "phones": torch.tensor([1, 2])}
+    assert train_codec.filled(silent)["phones"].tolist() == [1, 2]
+
+
+# -- the step ----------------------------------------------------------------------------------
+
+
+def test_what_joins_late_warms_up_first(corpus, tmp_path):
+    """The discriminators' share of the gradient and their rate, and what sound learns at first."""
+    changes = {"disc_start": 0.5, "warmup_steps": 3, "num_epochs": 2, "spectral_weight": 0}
+    rates, rate = [], training.set_learning_rate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            training, "set_learning_rate", lambda o, value: (rates.append(value), rate(o, value))
+        )
+        train(corpus, tmp_path, **changes, gen_lr=1e-3, disc_lr=1e-3)
+    rows = [row for row in metrics(tmp_path) if "lr" in row]
+    joined = [row for row in rows if "adversarial" in row]
+    assert [row["step"] for row in joined] == [5, 6, 7, 8]
+    shares = [row["share_adversarial"] + row["share_features"] for row in joined]
+    # Of 2 for waveform and mel: 1/3, 2/3 and then all of 3.
+    assert shares[0] == pytest.approx(1 / 3, abs=0.05) and shares[0] < shares[1] < shares[2]
+    schedule = training.Schedule(8, lambda _: {"plain": 2, "adversarial": 4}, 3)
+    expected = [schedule.rate(i) for i in range(8)]
+    judges = [value / 1e-3 for value in rates[-16:][1::2]][4:]
+    assert judges == pytest.approx([1 / 3, *(min(expected[i], (i - 3) / 3) for i in (5, 6, 7))])
+    # Listening takes two steps; then the rest begins, and its rate anew.
+    assert [row["lr"] / 1e-3 for row in rows][:4] == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3])
+
+
+def launches_of_steps(corpus, folder, books=8, **changes) -> list[Launches]:
+    """What each of eight steps of a very small codec launches: 2 listening, 4 plain, 2 with GAN."""
+    config = CodecConfig(
+        front_dim=16, encoder_dim=16, encoder_layers=1, semantic_width=16, semantic_layers=1,
+        decoder_front_dim=16, decoder_front_blocks=1, decoder_dim=16, decoder_layers=1,
+        num_heads=2, context=12, semantic_dim=8, acoustic_dim=8, codebook_sizes=(8,) * books,
+    )  # fmt: skip
+    found, steps, done = [], training.Run.steps, training.Run.step_done
+
+    def counted(self, batches):
+        for batch in steps(self, batches):
+            self.open = contextlib.ExitStack()
+            found.append(self.open.enter_context(counting()))
+            self.random = torch.get_rng_state()
+            yield batch
+
+    def closed(self, row):
+        self.open.close()
+        assert torch.equal(self.random, torch.get_rng_state())  # a CUDA graph would not draw anew
+        done(self, row)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_codec, "sizes", lambda *_: config)
+        patch.setattr(training.Run, "steps", counted)
+        patch.setattr(training.Run, "step_done", closed)
+        train(corpus, folder, disc_start=0.75, quantizer_start=0, log_every=100, **changes)
+    return found
+
+
+def test_a_step_waits_for_the_device_nowhere(corpus, tmp_path):
+    """But where codebooks start; and 64 of them cost little more than 8 do."""
+    few, many = (launches_of_steps(corpus, tmp_path / str(n), n) for n in (8, 64))
+    for steps in (few, many):
+        waits = [launches.waits for launches in steps]
+        assert waits[1:2] + waits[3:] == [0] * 6, [launches.reads for launches in steps]
+    # Beside the search through one level after another everything is done for all at once.
+    assert many[-1].total - few[-1].total <= 56 * 6 + 10
+    assert many[-1].total < 1.2 * few[-1].total
