@@ -67,11 +67,17 @@ class Teacher(nn.Module):
         """
         with torch.autocast(audio.device.type, enabled=False):
             whole = F.pad(audio[:, 0].float(), (0, -audio.shape[-1] % HOP))
-            heard = self.prepare(self.resample(whole))
+            heard = self.prepare(self._at_16_khz(whole))
         with torch.autocast(audio.device.type, torch.bfloat16, enabled=audio.is_cuda):
             out = self.model(heard, output_hidden_states=True)
         layers = (*out.hidden_states[:-1], out.last_hidden_state)
         return [F.layer_norm(layer.float(), layer.shape[-1:]) for layer in layers]
+
+    def _at_16_khz(self, audio: Tensor) -> Tensor:
+        """`[B, F * 480]` → `[B, F * 320]`: as `resample`, which reads a length off a tensor."""
+        kernel, width = self.resample.kernel, self.resample.width  # [2, 1, n]: two phases for three
+        parts = F.conv1d(F.pad(audio, (width, width + 3))[:, None], kernel, stride=3)
+        return parts.transpose(1, 2).flatten(1)[:, : audio.shape[-1] * 2 // 3]
 
     def prepare(self, audio: Tensor) -> Tensor:
         """16 kHz `[B, F * 320]` → the encoder's input for `F` features."""

@@ -826,7 +826,7 @@ def test_a_config_that_cannot_work_is_refused():
 def test_base_is_built_and_takes_two_steps():
     """The full size: its parts, and every parameter learns, on 0.1 s of audio."""
     config = CodecConfig.base()
-    assert (config.encoder_layers, config.decoder_layers, config.context) == (6, 8, 250)
+    assert (config.encoder_layers, config.decoder_layers, config.context) == (6, 8, 100)
     assert config.encoder_dim == config.decoder_dim == config.semantic_width == 512
     assert config.num_codebooks == 64 and config.sample_rate / config.front_stride == 200
     torch.manual_seed(0)
