@@ -481,7 +481,7 @@ def test_one_amount_twice_is_one_copy():
 
 def test_odd_names_and_odd_letters_are_copied_like_all_others(tmp_path, capsys):
     root, text = tmp_path / "telugu", "one\u2028two\x85 సాఫ్ట్\u200cవేర్ बिल्\u200dकुल"
-    names = ["న" * 82 + "abc.wav", "న" * 82 + "abd.wav", "2026-03-11_call.wav"]
+    names = ["న" * 82 + "abc.wav", "న" * 82 + "abd.wav", "caf\udce9.wav", "2026-03-11_call.wav"]
     (root / "mine").mkdir(parents=True)
     for name in names:
         data.write_audio(tmp_path / "a.wav", voiced(150, 0.5, 16000), 16000)
@@ -490,7 +490,7 @@ def test_odd_names_and_odd_letters_are_copied_like_all_others(tmp_path, capsys):
     data.write_manifest(root / "mine" / data.MANIFEST, clips)
     changes = ("--semitones", "--format", "flac")
     copies = augment(root, *changes)
-    assert len(copies) == 3 * 3 and {copy.text for copy in copies} == {text}
+    assert len(copies) == 4 * 3 and {copy.text for copy in copies} == {text}
     assert {copy.source for copy in copies} == {f"mine/{name}" for name in names}
     assert all(data.probe(copy.path) for copy in copies)
     assert all(str(copy.path).isprintable() for copy in copies)
