@@ -522,6 +522,19 @@ def test_a_cuda_graph_without_a_gpu_is_refused(corpus, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_keeps_what_it_trains(corpus, whole_run, tmp_path, capsys):
+    folder = Path(shutil.copytree(whole_run[0], tmp_path / "run"))
+    for switch in ("--decoder_only", "--keep_words", "--no_augment"):
+        line = refused(corpus, folder, capsys, switch, num_epochs=4)
+        assert f"{switch}: the run in" in line and f"no {switch}" in line
+    assert "--preset base" in refused(corpus, folder, capsys, preset="base")
+    assert "--disc_preset" in refused(corpus, folder, capsys, disc_preset="base")
+    assert "is a run's folder" in refused(corpus, folder, capsys, export=folder / "shipped")
+    train(corpus, folder)  # there is nothing left
+    assert "done: step 8" in capsys.readouterr().out
+    assert metrics(folder) == metrics(whole_run[0])
+
+
 WRONG = [
     "--batch_size 0", "--batch_size 1.5", "--num_epochs 0", "--gen_lr -1", "--disc_lr nan",
     "--num_workers -1", "--epoch_hours nan", "--epoch_hours 0", "--window_seconds 0.02",
