@@ -779,3 +779,33 @@ def test_a_folder_that_cannot_be_used_is_told_first(world, tmp_path, capsys):
     (tmp_path / "file").unlink()
     train(world, tmp_path, "--fresh", max_steps=1)
     assert last(tmp_path).step == 1
+
+
+def test_two_ranks_learn_what_one_process_does(world, tmp_path):
+    """torchrun on two gloo ranks, each half of the batch, in both phases, against the joint one.
+
+    The same way, not the same place: each rank's losses are means over its own tokens, and dropout
+    is its own. That gradients are averaged to the last digit, test_training.py shows.
+    """
+    same = {"num_epochs": 1, "listen_share": 0.5, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0}
+    same |= {"epoch_hours": 4 * 4 * 1.2 / 3600}
+    start, one, two = tmp_path / "start", tmp_path / "one", tmp_path / "two"
+    train(world, start, **{**same, "lr": 0}, max_steps=1)
+    train(world, one, **same)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "train_s2s.py", *flags(world, two, **same)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("an epoch is") == 1  # the first rank alone speaks
+    names = [name for name, _ in S2S(S2S.from_checkpoint(one).config).named_parameters()]
+    first, single, ranks = (
+        torch.cat([last(f).tensors[n].flatten() for n in names]) for f in (start, one, two)
+    )
+    alike = torch.cosine_similarity(single - first, ranks - first, dim=0)
+    assert alike > 0.5, float(alike)
