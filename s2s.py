@@ -611,11 +611,19 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(-1) == labels).sum() / (labels != IGNORE).sum()
 
 
+def over_ranks(count: Tensor) -> Tensor:
+    """What a sum is divided by, so that the mean over all ranks of their losses is that of the
+    whole batch, however labels fall among them. Without gradients (validation, which the main rank
+    does alone) it is the count itself. Never zero."""
+    count = count.float()
+    return (training.all_reduce_mean(count) if torch.is_grad_enabled() else count).clamp(min=1e-6)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over known labels, zero (with a gradient of zero) where none is known."""
     logits, labels = logits.flatten(0, -2).float(), labels.flatten()
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    return total / over_ranks((labels != IGNORE).sum())
 
 
 def token_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
@@ -626,7 +634,7 @@ def token_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
     raw = F.cross_entropy(
         logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
     )
-    return (raw * counted.flatten()).sum() / counted.sum().clamp(min=1e-6)
+    return (raw * counted.flatten()).sum() / over_ranks(counted.sum())
 
 
 def untimed_turns(turn: Tensor, text: Tensor) -> dict[str, Tensor]:
@@ -661,6 +669,9 @@ def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
     `logits` `[B, P, V]`; `untimed_*` of `batch`. Zero (with a gradient of zero) where no turn is
     told. Of the vocabulary only the blank and each turn's own tokens are looked at.
     """
+    counts = (batch.untimed_labels.flatten(0, 1) > 0).sum(-1)
+    told = counts > 0
+    turns = over_ranks(told.sum())
     if not any(batch.untimed_lengths[1]):
         return logits[:1, :1, :1].sum() * 0.0
     size, length, vocabulary = logits.shape
@@ -683,9 +694,7 @@ def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
     inside = (span < batch.untimed_patches[..., None]) & (raw > 0).view(size, -1, 1)
     surplus = torch.where(inside[..., None], chosen.exp(), 0.0).sum((-1, -2)).flatten()
     raw = raw - surplus + surplus.detach()
-    counts = (batch.untimed_labels.flatten(0, 1) > 0).sum(-1)
-    told = counts > 0
-    return torch.where(told, raw / counts.clamp(min=1), 0.0).sum() / told.sum()
+    return torch.where(told, raw / counts.clamp(min=1), 0.0).sum() / turns
 
 
 def last_tokens(text: Tensor) -> tuple[Tensor, Tensor]:
@@ -707,7 +716,7 @@ def listening_losses(
         labels, scores = getattr(batch, name), logits[name][..., 0].float()
         known = labels != IGNORE
         raw = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
-        losses[name] = (raw * known).sum() / known.sum().clamp(min=1)
+        losses[name] = (raw * known).sum() / over_ranks(known.sum())
     labels = {
         "user_emotion": batch.user_emotion,
         "language": batch.language_label,

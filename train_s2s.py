@@ -664,7 +664,7 @@ def train(args, run: training.Run) -> None:
     place = (sys.maxsize, run.epoch, run.consumed)
     batches = training_batches(dataset, args.batch_size, run.workers, process, *place, collate)
     for batch, overflow in run.steps(batches):
-        rate = args.lr * run.schedule.rate(run.step, 0.05)
+        rate = args.lr * run.schedule.rate(run.step, final_ratio=0.05)
         training.set_learning_rate(optimizer, rate)
         row = take_step(batch, run.phase)
         run.step_done(lambda: {**row, "lr": rate, "text_overflow": overflow})  # noqa: B023
