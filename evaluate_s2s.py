@@ -973,7 +973,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--save_audio", type=Path, help="folder for the calls as two-channel WAV")
     add("--temperature", type=number(0, 100), default=Sampling.temperature, help="of the codes")
     add("--text_temperature", type=number(0, 100), default=Sampling.text_temperature)
-    add("--eagerness", type=number(-100, 100), default=0.0, help="dB on its odds of speaking [0]")
+    add("--eagerness", type=number(-100, 100), help="dB on its odds of speaking [the model's own]")
     add("--slots", type=whole(1, 4096), default=32, help="calls held at once [32]")
     add("--seed", type=whole(0, 2**63 - 1), default=0)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")

@@ -61,6 +61,7 @@ class S2SConfig:
     code_dim: int = 64  # width of the factorised code tables
     # Of a token against a PAD in the loss, and so in the odds learnt; 1: none, or not known.
     text_weight: float = 1.0
+    eagerness: float = 0.0  # dB on the odds of speaking, where `Sampling` names none
     hear_self: bool = True  # whether the agent's own last codes are heard, or its words alone
     phones: tuple[str, ...] = ()  # what the listening head names; phones[0] is silence
     listen_delay: int = 2  # patches by which the heads for phones and words follow the user
@@ -125,7 +126,9 @@ class Sampling:
     the agent begins when beginning is likelier than waiting, which keeps it from answering into a
     pause: gaps of 80 to 240 ms, evenly spread, make beginning likelier than not at 200 ms.
     `eagerness` is added to the odds of a word against silence, in decibels: 10 makes them ten
-    times what the conversations showed, 0 leaves them as they were.
+    times what the conversations showed, 0 leaves them as they were; None is the model's own. Where
+    a reply may begin in any of n patches, none of them is likelier than 1 in n: at 0 dB and a
+    `speak_temperature` of 0 it waits for the last, and misses it where the end was in doubt.
     """
 
     temperature: float = 0.3
@@ -133,13 +136,13 @@ class Sampling:
     text_temperature: float = 0.5
     text_top_k: int = 10
     speak_temperature: float = 0.0
-    eagerness: float = 0.0
+    eagerness: float | None = None
 
     def __post_init__(self) -> None:
         temperatures = (self.temperature, self.text_temperature, self.speak_temperature)
         if min(temperatures) < 0 or min(self.top_k, self.text_top_k) < 1:
             raise UserError("temperatures must be 0 or more and top_k 1 or more")
-        if not math.isfinite(self.eagerness):
+        if not math.isfinite(self.eagerness or 0.0):
             raise UserError("eagerness must be a finite number of decibels")
 
 
@@ -521,7 +524,9 @@ class S2S(nn.Module):
         hidden = self.temporal.step(x, state.temporal, active)[:, 0]
         listened = self.listen(hidden[:, None])
         weight = self.config.text_weight
-        text = draw_text(self.text_head(hidden), sampling, state.generator, weight)
+        text = draw_text(
+            self.text_head(hidden), sampling, state.generator, weight, self.config.eagerness
+        )
         if forced is not None:
             text = torch.where(forced, forced_text, text)
         if timer:
@@ -577,16 +582,20 @@ class S2S(nn.Module):
 
 
 def draw_text(
-    logits: Tensor, sampling: Sampling, generator: torch.Generator, text_weight: float = 1.0
+    logits: Tensor, sampling: Sampling, generator: torch.Generator, text_weight: float = 1.0,
+    eagerness: float = 0.0,
 ) -> Tensor:
     """PAD or a token for each row of `[B, V]`: whether to speak first, then what to say.
 
     Drawn at once, a low temperature favours silence whenever several replies are possible: each of
     them alone is less likely than PAD, though all of them together are not. A loss that weights
     tokens by `text_weight` teaches odds so many times too high: they are brought back first.
+    `eagerness`, in decibels, is the model's, where `sampling` names none.
     """
+    if sampling.eagerness is not None:
+        eagerness = sampling.eagerness
     words = logits[:, PAD + 1 :]  # PAD comes first
-    odds = words.logsumexp(1) - math.log(text_weight) + sampling.eagerness * math.log(10) / 10
+    odds = words.logsumexp(1) - math.log(text_weight) + eagerness * math.log(10) / 10
     silent_or_not = torch.stack((logits[:, PAD], odds), dim=1)
     speaks = draw(silent_or_not, sampling.speak_temperature, 2, generator)
     token = draw(words, sampling.text_temperature, sampling.text_top_k, generator)

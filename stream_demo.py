@@ -73,7 +73,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more("--fast", action="store_true", help="with --wav: do not pace, never drop")
     more("--temperature", type=number(0, 100), help="of the sampling [the model's own]")
     more("--top_k", type=whole(1, 2**31), help="of the sampling [the model's own]")
-    more("--eagerness", type=number(-100, 100), help="dB on its odds of speaking [0: none]")
+    more("--eagerness", type=number(-100, 100), help="dB on its odds of speaking [the model's own]")
     more("--vad_flush", action="store_true", help="cut the agent off when the user barges in")
     more("--tail_seconds", type=number(0, 3600), default=4.0,
          help="listen on after each --wav [4]")  # fmt: skip

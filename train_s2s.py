@@ -57,7 +57,7 @@ TOLD = {
     "user_words_accuracy": "words",
 }
 # Flags that a resumed run can take up, beside those of all trainers.
-APPLIED = ("lr", "codec")
+APPLIED = ("lr", "codec", "eagerness")
 # Patches in which the agent is silent are soon learnt: fewer of them are spoken in training.
 SILENT_SHARE = 0.25
 # Windows that begin where a conversation does, as every call; the others begin anywhere.
@@ -95,6 +95,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more.add_argument("--listen_share", type=share, default=0.3, help="of the steps, without codes")
     more.add_argument("--depth_fraction", type=share, default=0.15, help="of its patches learnt")
     more.add_argument("--text_weight", type=number(above=0), default=10.0, help="token against PAD")
+    more.add_argument(
+        "--eagerness", type=number(-100, 100), default=10.0, help="dB on its odds of speaking"
+    )
     more.add_argument("--acoustic_drop", type=share, default=0.6, help="user windows cut in levels")
     more.add_argument("--code_noise", type=share, default=0.1, help="user codes made near ones")
     more.add_argument("--frame_drop", type=share, default=0.05, help="user frames lost")
@@ -554,6 +557,7 @@ def new_config(args, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
     return make(
         context=max(1, round(seconds * rate)),
         text_weight=args.text_weight,
+        eagerness=args.eagerness,
         codebook_sizes=codec.config.codebook_sizes[:8],
         codec_fingerprint=codec.fingerprint,
         frame_rate=codec.config.frame_rate,
@@ -595,7 +599,8 @@ def train(args, run: training.Run) -> None:
     (rows, frames), held_out, hours = load_rows(args, codec.fingerprint)
     if checkpoint is not None:
         config = s2s.s2s_config(checkpoint.config, checkpoint.path)
-        config = dataclasses.replace(config, text_weight=args.text_weight)
+        told = {"text_weight": args.text_weight, "eagerness": args.eagerness}
+        config = dataclasses.replace(config, **told)
         tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
         if config.codec_fingerprint != codec.fingerprint:
             raise UserError(

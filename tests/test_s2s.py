@@ -384,6 +384,11 @@ def test_the_coldest_text_still_decides_first_whether_to_speak():
     for eagerness, speaks in ((0.0, False), (2.0, True)):
         out = model.step(user, model.init_state(1), sampling=Sampling(eagerness=eagerness))
         assert bool(out.text != PAD) == speaks
+    # Where none is named, the model's own counts.
+    eager = S2S(dataclasses.replace(model.config, eagerness=2.0)).eval()
+    eager.load_state_dict(model.state_dict())
+    for each, speaks in ((model, False), (eager, True)):
+        assert bool(each.step(user, each.init_state(1)).text != PAD) == speaks
 
 
 def test_seeds_repeat_and_differ():
