@@ -45,8 +45,9 @@ demo: $(VENV)/installed
 	  --out $(LANGUAGES:%=reply_%.wav)
 	@echo "Listen to $(LANGUAGES:%=reply_%.wav): a toy model speaks; your own training replaces it."
 
+# Two processes of one thread each: small tensors gain nothing from more.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

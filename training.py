@@ -648,7 +648,8 @@ def learning_rate(
 
     `step` counts from 0; the first one already learns (peak / warmup_steps).
     """
-    return peak * Schedule(total_steps, warmup_steps=warmup_steps).rate(step, final_ratio)
+    schedule = Schedule(total_steps, warmup_steps=warmup_steps)
+    return peak * schedule.rate(step, final_ratio=final_ratio)
 
 
 class Schedule:
@@ -694,7 +695,7 @@ class Schedule:
         self.resize(step, total)
         self._turn = (self.warmup_steps, 0.0)
 
-    def rate(self, step: int, phase: str | None = None, final_ratio: float = 0.1) -> float:
+    def rate(self, step: int, phase: str | None = None, *, final_ratio: float = 0.1) -> float:
         """The learning rate at `step`, counted from 0, as a share of its peak.
 
         Of what joins with `phase`, which has a warm-up of its own.
