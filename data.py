@@ -159,6 +159,39 @@ def read_audio(
     return _read_window(Path(path), start, duration, sample_rate, speed=1.0)
 
 
+def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
+    """A whole file with its channels apart: float32 `[T, C]` at its own sample rate, and that rate.
+
+    Raises AudioError as `read_audio` does.
+    """
+    path = Path(path)
+    try:
+        with _open(path) as file:
+            return _samples(file, path, file.frames), file.samplerate
+    except AudioError:
+        raise
+    except _READ_ERRORS as error:
+        raise _audio_error(path, error) from error
+
+
+def _samples(
+    file: soundfile.SoundFile | _Decoded | _Chain, path: Path, count: int
+) -> np.ndarray:
+    """The next `count` samples `[T, C]`, sound ones; raises AudioError where they are not."""
+    samples = file.read(count, dtype="float32", always_2d=True)
+    missing = count - len(samples)
+    if missing > (_SLACK * file.samplerate if not _counts_exactly(file, path) else 0):
+        short = missing / file.samplerate
+        raise AudioError(f"{path}: truncated, {short:.2f} s missing; fetch it again")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: holds samples that are no numbers (NaN or infinite); remove it")
+    if getattr(file, "subtype", "") in ("FLOAT", "DOUBLE"):
+        samples = samples / _full_scale(path)
+        if np.abs(samples).max(initial=0.0) > _LOUDEST_FLOAT:
+            raise AudioError(f"{path}: floats far beyond full scale; scale them to [-1, 1]")
+    return samples
+
+
 def _read_window(
     path: Path, start: float, duration: float | None, sample_rate: int, speed: float
 ) -> np.ndarray:
@@ -191,16 +224,7 @@ def _read_open(
     before, after = max(first - margin, 0), min(last + margin, total)
     if before:
         file.seek(before)
-    samples = file.read(after - before, dtype="float32", always_2d=True)
-    missing = (after - before) - len(samples)
-    if missing > (_SLACK * rate if not _counts_exactly(file, path) else 0):
-        raise AudioError(f"{path}: truncated, {missing / rate:.2f} s missing; fetch it again")
-    if not np.isfinite(samples).all():
-        raise AudioError(f"{path}: holds values that are not numbers; remove it")
-    if getattr(file, "subtype", "") in ("FLOAT", "DOUBLE"):
-        samples = samples / _full_scale(path)
-        if np.abs(samples).max(initial=0.0) > _LOUDEST_FLOAT:
-            raise AudioError(f"{path}: floats far beyond full scale; scale them to [-1, 1]")
+    samples = _samples(file, path, after - before)
     # As every player does: float formats and Vorbis may pass full scale.
     mono = np.clip(_mono(samples), -1.0, 1.0)
     if plain:
