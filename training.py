@@ -641,17 +641,6 @@ def _damaged(folder: Path, error: Exception) -> str:
 # -------------------------------------------------------------------------------- schedule
 
 
-def learning_rate(
-    step: int, total_steps: int, peak: float, warmup_steps: int, final_ratio: float = 0.1
-) -> float:
-    """Linear warm-up to `peak`, then a cosine to `final_ratio * peak` at `total_steps`.
-
-    `step` counts from 0; the first one already learns (peak / warmup_steps).
-    """
-    schedule = Schedule(total_steps, warmup_steps=warmup_steps)
-    return peak * schedule.rate(step, final_ratio=final_ratio)
-
-
 class Schedule:
     """How many steps there are, in which phases, and the learning rate's course over them.
 
@@ -696,9 +685,11 @@ class Schedule:
         self._turn = (self.warmup_steps, 0.0)
 
     def rate(self, step: int, phase: str | None = None, *, final_ratio: float = 0.1) -> float:
-        """The learning rate at `step`, counted from 0, as a share of its peak.
+        """The learning rate at `step`, as a share of its peak; where `phase` is named, that of what
+        joins with it, which has a warm-up of its own.
 
-        Of what joins with `phase`, which has a warm-up of its own.
+        Linear warm-up, then a cosine to `final_ratio` at the last step. Steps count from 0; the
+        first one already learns (1 / warmup_steps).
         """
         if step < self.warmup_steps:
             rate = (step + 1) / self.warmup_steps

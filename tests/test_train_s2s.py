@@ -729,7 +729,8 @@ def test_a_finished_run_is_extended(world, finished, capsys):
     assert (trainer["step"], trainer["total_steps"], trainer["flags"]["num_epochs"]) == (12, 12, 3)
     assert trainer["schedule"]["starts"]["speaking"] == 2  # it does not listen alone again
     rates = [row["lr"] for row in metrics(finished) if "lr" in row]
-    assert rates[11] == pytest.approx(3e-4 * training.learning_rate(11, 12, 1.0, 2, 0.05))
+    expected = training.Schedule(12, warmup_steps=2).rate(11, final_ratio=0.05)
+    assert rates[11] == pytest.approx(3e-4 * expected)
     train(world, finished, num_epochs=3)
     assert "done: step 12" in capsys.readouterr().out and last(finished).step == 12
 

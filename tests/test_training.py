@@ -24,11 +24,11 @@ from training import (
     Balancer,
     CostMeter,
     Metrics,
+    Schedule,
     StepGuard,
     UserError,
     find_checkpoint,
     fingerprint,
-    learning_rate,
     load_checkpoint,
     save_checkpoint,
 )
@@ -423,14 +423,16 @@ def test_seed_everything_repeats_all_three_generators():
 
 
 def test_learning_rate_by_hand():
+    schedule = Schedule(110, warmup_steps=10)
+
     def rate(step):
-        return learning_rate(step, total_steps=110, peak=2.0, warmup_steps=10, final_ratio=0.1)
+        return 2.0 * schedule.rate(step, final_ratio=0.1)
 
     assert [rate(0), rate(4), rate(9), rate(10)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
     assert rate(60) == pytest.approx(1.1)  # half way: the mean of 2.0 and 0.2
     assert rate(35) == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.sqrt(0.5)))
     assert rate(110) == pytest.approx(0.2) and rate(500) == pytest.approx(0.2)
-    assert learning_rate(0, 10, 1.0, 0) == 1.0
+    assert Schedule(10).rate(0) == 1.0
 
 
 def test_a_learning_rate_never_jumps_where_a_schedule_changes():
