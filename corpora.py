@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fnmatch
-import gzip
-import hashlib
 import io
 import json
 import math
@@ -20,7 +17,7 @@ import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,12 +40,8 @@ from fetching import (
     Damaged,
     Shard,
     audio_suffix,
-    decode_g722,
-    decode_gsm,
-    decode_raw,
     disk_full,
     download,
-    download_deb,
     fetch_shard,
     free_bytes,
     hub_folders,
@@ -60,7 +53,6 @@ from fetching import (
     read_sphere,
     sizes,
     unpack,
-    unpack_deb,
     write_bytes,
 )
 
@@ -114,6 +106,11 @@ class Corpus:
         return self.group if self.group in ("emotion", "conversations") else self.language
 
     @property
+    def origin(self) -> str:
+        """Where it comes from, for its record."""
+        return getattr(self, "repo", "") or getattr(self, "base", "") or self.name
+
+    @property
     def section(self) -> str:
         """Where --list shows it."""
         return self.group or self.language
@@ -123,35 +120,6 @@ class Corpus:
         """One letter a property, for --list."""
         pairs = (("d", self.default), ("g", self.gated), ("n", not self.commercial_ok))
         return " ".join(mark for mark, holds in pairs if holds)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Packages(Corpus):
-    """Recordings inside Debian packages, fetched by apt without root.
-
-    `include` and `exclude` are globs below `root`, a folder inside the package. Who speaks: one
-    person (`speaker`), or whoever group 1 of `speaker_pattern` names in the path; those names
-    ("*" for all) are what `validation` and `test` hold out. With `speakers_known` false the
-    names are groups that share no speaker (languages), and the speaker stays unknown.
-    """
-
-    packages: tuple[str, ...]
-    root: str
-    include: tuple[str, ...]
-    speaker: str | None = None
-    speaker_pattern: str = ""
-    speakers_known: bool = True
-    validation: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    transcripts: str = ""
-    group: str = "packages"
-
-    @property
-    def marks(self) -> str:
-        if "*" in self.test:
-            return "test only"
-        return "dev only" if "*" in self.validation else ""
 
 
 @dataclass(frozen=True)
@@ -176,6 +144,10 @@ class Archives(Corpus):
     bases: tuple[str, ...]
     archives: tuple[Archive, ...]
     layout: str
+
+    @property
+    def origin(self) -> str:
+        return self.bases[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,7 +297,7 @@ def fetch(
     try:
         found = FETCHERS[type(corpus)](Job(corpus, part, archives, bar, options))
         if not found.lines:
-            raise UserError(f"{corpus.name}: no audio in {_origin(corpus)}; new layout?")
+            raise UserError(f"{corpus.name}: no audio in {corpus.origin}; new layout?")
         # What an earlier run unpacked is in the hours and not in the seconds.
         seconds = bar.unpack_seconds if from_nothing else 0.0
         _write_folder(corpus, part, found, options, seconds)
@@ -342,14 +314,6 @@ def fetch(
     finally:
         bar.close()
     return True
-
-
-def _origin(corpus: Corpus) -> str:
-    if isinstance(corpus, Packages):
-        return ", ".join(corpus.packages)
-    if isinstance(corpus, Archives):
-        return corpus.bases[0]
-    return getattr(corpus, "repo", "") or getattr(corpus, "base", "") or corpus.name
 
 
 def needs_fetching(corpus: Corpus, data_dir: Path, options: Options) -> bool:
@@ -384,7 +348,7 @@ def _write_folder(
     )
     record = {
         "name": corpus.name,
-        "source": _origin(corpus),
+        "source": corpus.origin,
         "license": corpus.license,
         "commercial_ok": corpus.commercial_ok,
         "hours": seconds / 3600,
@@ -407,105 +371,6 @@ def _write_folder(
         write_bytes(part / data.MANIFEST, "".join(map(as_json_line, found.lines)).encode())
     else:
         data.write_manifest(part / data.MANIFEST, found.lines)
-
-
-# ---------------------------------------------------------------------------- Debian's packages
-
-
-def fetch_packages(job: Job) -> Fetched:
-    """Audio of Debian packages, without installing them: no root, nothing outside the folder."""
-    shutil.rmtree(job.part)
-    archives = [download_deb(package, job.archives) for package in job.corpus.packages]
-    with job.bar.unpacking():
-        return _unpack_packages(job, archives, job.part / ".raw")
-
-
-def _unpack_packages(job: Job, archives: list[Path], raw: Path) -> Fetched:
-    corpus = job.corpus
-    for archive in archives:
-        unpack_deb(archive, raw, lambda name: _wanted(corpus, name))
-    texts = _read_transcripts(raw / corpus.transcripts) if corpus.transcripts else {}
-    files = sorted(path for path in (raw / corpus.root).rglob("*") if path.is_file())
-    clips, unreadable, seen = [], [], set()
-    for source in files:
-        digest = hashlib.sha256(source.read_bytes()).digest()
-        name = source.relative_to(raw / corpus.root)
-        if digest in seen:
-            continue
-        seen.add(digest)
-        job.bar.advance(source.stat().st_size)
-        text = texts.get(name.with_suffix("").as_posix())
-        clip = _take_recording(corpus, source, job.audio / name, name.as_posix(), text)
-        (unreadable if isinstance(clip, str) else clips).append(clip)
-    for package in corpus.packages:
-        notice = raw / f"usr/share/doc/{package}/copyright"
-        if notice.exists():
-            notice.replace(job.part / f"copyright.{package}")
-    shutil.rmtree(raw)
-    return Fetched(clips, unreadable)
-
-
-def _wanted(corpus: Packages, name: str) -> bool:
-    if name == corpus.transcripts or name in {
-        f"usr/share/doc/{package}/copyright" for package in corpus.packages
-    }:
-        return True
-    if not name.startswith(f"{corpus.root}/"):
-        return False
-    below = name.removeprefix(f"{corpus.root}/")
-    return _matches(below, corpus.include) and not _matches(below, corpus.exclude)
-
-
-def _matches(name: str, globs: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
-
-
-def _read_transcripts(path: Path) -> dict[str, str]:
-    """`name: text` lines; a text in brackets tells of a sound, not of words."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        pairs = [line.strip().split(":", 1) for line in file if ":" in line and line[0] != ";"]
-    texts = {name.strip(): " ".join(text.split()) for name, text in pairs}
-    return {name: text for name, text in texts.items() if text and text[0] not in "[(<"}
-
-
-def _take_recording(
-    corpus: Packages, source: Path, target: Path, name: str, text: str | None
-) -> data.Clip | str:
-    """Move or decode one file into place; the reason where it cannot be read."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if source.suffix in DECODERS:
-            target = target.with_suffix(".flac")
-            data.write_audio(target, *DECODERS[source.suffix](source))
-        else:
-            source.replace(target)
-        duration, sample_rate = data.probe(target)
-    except data.AudioError as error:
-        target.unlink(missing_ok=True)
-        return str(error)
-    speaker, split = speaker_and_split(corpus, name)
-    return replace(
-        _clip(corpus, target, duration, sample_rate, ""), speaker=speaker, text=text, split=split
-    )
-
-
-def speaker_and_split(corpus: Packages, name: str) -> tuple[str | None, str]:
-    """Who speaks in the file `name` (below the corpus's root), and the split that follows."""
-    match = re.search(corpus.speaker_pattern, name) if corpus.speaker_pattern else None
-    group = match.group(1) if match else None
-    split = "train"
-    for held_out, groups in (("validation", corpus.validation), ("test", corpus.test)):
-        if "*" in groups or group in groups:
-            split = held_out
-    named = f"{corpus.name}-{group}" if group is not None and corpus.speakers_known else None
-    return corpus.speaker or named, split
-
-
-DECODERS: dict[str, Callable] = {
-    ".g722": decode_g722,
-    ".gsm": decode_gsm,
-    ".raw": decode_raw,
-}
 
 
 def _clip(corpus: Corpus, path: Path, duration: float, sample_rate: int, key: str) -> data.Clip:
@@ -1182,7 +1047,6 @@ def fetch_nothing(job: Job) -> Fetched:
 
 
 FETCHERS: dict[type[Corpus], Callable[[Job], Fetched]] = {
-    Packages: fetch_packages,
     Archives: fetch_archives,
     Files: fetch_files,
     DataCollective: fetch_common_voice,

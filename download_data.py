@@ -60,7 +60,6 @@ from corpora import (
     Hub,
     HubTars,
     Options,
-    Packages,
     fetch,
     needs_fetching,
     read_record,
@@ -73,7 +72,7 @@ PLAN_DISK_GB = 500  # the plan's network volume
 ERRORS = "download_errors.log"  # in --data_dir: the tracebacks of what was not foreseen
 HOURS_TOLERANCE = 0.02  # share of the expected hours that may be absent
 DIGEST_BYTES = 1 << 16  # read at each end of a file to tell copies
-GROUPS = ("default", "packages", "emotion", "conversations")
+GROUPS = ("default", "emotion", "conversations")
 # What a stored hour of mono speech takes, in MB. FLAC as measured over LibriSpeech (59.3 GB).
 MEGABYTES_AN_HOUR = (
     ("WAV 24 kHz", 172.8),
@@ -162,86 +161,6 @@ def _rasa(language: str) -> Hub:
         note="emotional speech for phase 4: --corpora emotion",
     )
 
-
-# Tones, jingles and recorded silence among the prompts.
-_NOT_SPEECH = (
-    "silence/*", "beep.*", "beeperr.*", "*-2tone.*", "confbridge-join.*", "confbridge-leave.*",
-    "tt-monkeys.*",
-)
-
-
-def _asterisk(
-    code: str, folder: str, speaker: str, license: str, hours: float, **more: object
-) -> Packages:
-    """A row for one of Asterisk's own prompt sets: G.722, one professional voice."""
-    package = f"asterisk-core-sounds-{code}-g722"
-    fields = {"language": "other", "packages": (package,), **more}
-    return Packages(
-        name=f"asterisk-core-{code}", root=f"usr/share/asterisk/sounds/{folder}",
-        include=("*.g722",), exclude=_NOT_SPEECH, license=license, hours=hours, kilohertz="16",
-        speaker=speaker, **fields,
-    )
-
-
-# The real human recordings that Debian's packages carry. Every row was counted after duplicates
-# were dropped. No package carries human Hindi or Telugu speech.
-PACKAGES: tuple[Packages, ...] = (
-    _asterisk("fr", "fr_CA_f_June", "june-wallack", "CC-BY-SA-3.0", 0.41),
-    _asterisk("it", "it_IT_m_Carlo", "carlo-flora", "CC-BY-3.0", 0.38),
-    _asterisk("ru", "ru_RU_f_IvrvoiceRU", "ivrvoice-ru", "CC-BY-3.0", 0.39),
-    Packages(
-        name="asterisk-prompt-es-co", language="other", packages=("asterisk-prompt-es-co",),
-        root="usr/share/asterisk/sounds/es", include=("*.gsm",), exclude=_NOT_SPEECH,
-        license="GPL-2", hours=0.17, kilohertz="8", speaker="july-jimenez",
-    ),
-    Packages(
-        name="asterisk-prompt-fr-armelle", language="other",
-        packages=("asterisk-prompt-fr-armelle",), root="usr/share/asterisk/sounds/fr",
-        include=("*.gsm",), exclude=_NOT_SPEECH, license="GPL-2+", hours=0.25, kilohertz="8",
-        speaker="armelle-desjardins",
-    ),
-    Packages(
-        name="asterisk-prompt-it-menardi", language="other",
-        packages=("asterisk-prompt-it-menardi-wav",),
-        root="usr/share/asterisk/sounds/it_IT_f_Menardi", include=("*.wav",), exclude=_NOT_SPEECH,
-        license="CC-BY-SA-3.0", hours=0.39, kilohertz="8", speaker="paola-dal-zot",
-    ),
-    # Spoken names of pictures by volunteers of 13 languages, nobody named: languages, not
-    # speakers, are held out. Names without a language code are English.
-    Packages(
-        name="tuxpaint-stamps", language="other", packages=("tuxpaint-stamps-default",),
-        root="usr/share/tuxpaint/stamps", include=("*_desc*.ogg",), license="GPL-2", hours=2.62,
-        kilohertz="44", speaker_pattern=r"_desc_?([A-Za-z]*)\.ogg$", speakers_known=False,
-        validation=("da", "ml"), test=("", "lt", "nl"),
-    ),
-    # Letters and syllables, one volunteer a language; the Tswana ones are clipped to noise.
-    Packages(
-        name="klettres", language="other", packages=("klettres-data",), root="usr/share/klettres",
-        include=("*.ogg",), exclude=("tn/*",), license="GPL-2+", hours=0.84, kilohertz="44",
-        speaker_pattern=r"^([^/]+)/", validation=("hu", "nl"), test=("en_GB", "lt", "uk"),
-    ),
-    # A game's dialogues: two main actors (m, v), the rest of the cast known by part alone.
-    Packages(
-        name="fillets-cs", language="other", packages=("fillets-ng-data-cs",),
-        root="usr/share/games/fillets-ng/sound", include=("*.ogg",), license="GPL-2+", hours=1.76,
-        kilohertz="22", speaker_pattern=r"/[^/-]+-([mv])-[^/]*$",
-    ),
-    Packages(
-        name="pocketsphinx-testdata", language="other", packages=("pocketsphinx-testdata",),
-        root="usr/share/pocketsphinx/test/data", include=("librivox/*.wav", "cards/*.wav", "*.raw"),
-        license="BSD-2-Clause", hours=0.01, kilohertz="16", speaker_pattern=r"^(librivox|cards)/",
-        validation=("*",),
-    ),
-    # One actress, for evaluation alone: training on either would make it meaningless.
-    _asterisk(
-        "en", "en_US_f_Allison",
-        "allison-smith", "CC-BY-SA-3.0",
-        0.40, language="english",
-        packages=("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en"),
-        transcripts="usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz", test=("*",),
-    ),
-    _asterisk("es", "es_MX_f_Allison", "allison-smith", "CC-BY-SA-3.0", 0.50, test=("*",)),
-)
 
 CORPORA: tuple[Corpus, ...] = (
     Archives(
@@ -407,7 +326,6 @@ CORPORA: tuple[Corpus, ...] = (
         exact=False, commercial_ok=False, group="conversations", plan="Fisher",
         note="sold by the LDC (LDC2004S13 + LDC2004T19): give your copy with --fisher_dir",
     ),
-    *PACKAGES,
 )
 
 
@@ -709,7 +627,10 @@ def choose(
     known = {row.name: row for row in CORPORA}
     unknown = [name for name in names or [] if name not in known and name not in GROUPS]
     if unknown:
-        raise UserError(f"no corpus '{unknown[0]}'; --list shows them; groups: {', '.join(GROUPS)}")
+        raise UserError(
+            f"no corpus '{unknown[0]}'; --list shows them; groups: {', '.join(GROUPS)}; Debian's "
+            "packages: tools/package_recordings.py"
+        )
     chosen = [row for row in CORPORA if _is_asked(row, names, languages, options or Options())]
     if not chosen:
         raise UserError("no corpus of that language in the table; see --list")
@@ -727,8 +648,7 @@ def _is_asked(
         return own
     if names:
         return row.name in names or row.group in names or ("default" in names and row.default)
-    # No corpus of the plan is in another language: there the packages are all there is.
-    return row.default or (bool(languages) and row.language == "other")
+    return row.default
 
 
 def without_forbidden(
@@ -813,7 +733,7 @@ def as_counted(row: Corpus, data_dir: Path) -> Corpus:
 
 def _scaled(row: Corpus, max_hours: float) -> Corpus:
     """The row as --max_hours leaves it; archives are taken whole, some corpora too."""
-    whole = isinstance(row, (Packages, Files, DataCollective))
+    whole = isinstance(row, (Files, DataCollective))
     if not max_hours or row.hours <= max_hours or whole:
         return row
     hours, transient = max_hours, row.transient_gb

@@ -1,6 +1,6 @@
 """How bytes arrive: HTTP that goes on where it was cut, archives unpacked safely, audio made
-readable, shards of the Hugging Face Hub, packages of Debian, several fetches side by side. What
-the bytes mean, corpus by corpus, is in corpora.py.
+readable, shards of the Hugging Face Hub, several fetches side by side. What the bytes mean, corpus
+by corpus, is in corpora.py.
 
 Nothing here is left half-done under its final name: bytes land in `.part` files and are renamed.
 """
@@ -55,9 +55,6 @@ FFMPEG_SUFFIXES = (
 )  # fmt: skip
 LOSSLESS_SUFFIXES = (".wav", ".aif", ".aiff", ".aifc")
 SPHERE_MAGIC = b"NIST_1A"
-G722_RATE = 16000
-G722_PACKET = 160  # bytes: 20 ms at 64 kbit/s
-RAW_RATE = 16000  # pocketsphinx's headerless files: 16-bit little-endian mono
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What a network volume or a network says for a while: the same again may work.
 _PASSING = (
@@ -616,30 +613,6 @@ def _pyav(what: str) -> Any:
     return av
 
 
-def decode_g722(path: Path) -> tuple[np.ndarray, int]:
-    """(audio `[T]`, 16000) of a headerless G.722 file, packet by packet of 20 ms."""
-    av = _pyav("G.722 recordings")
-    context = av.CodecContext.create("g722", "r")
-    coded = path.read_bytes()
-    packets = [coded[at : at + G722_PACKET] for at in range(0, len(coded), G722_PACKET)]
-    frames = [frame for packet in packets for frame in context.decode(av.Packet(packet))]
-    samples = [frame.to_ndarray().reshape(-1) for frame in frames]
-    if not samples:
-        raise data.AudioError(f"{path}: holds no samples")
-    return np.concatenate(samples).astype(np.float32) / 32768, G722_RATE
-
-
-def decode_gsm(path: Path) -> tuple[np.ndarray, int]:
-    """(audio `[T]`, 8000) of a headerless GSM 06.10 file."""
-    return data.read_audio(path, sample_rate=8000), 8000
-
-
-def decode_raw(path: Path) -> tuple[np.ndarray, int]:
-    """(audio `[T]`, 16000) of a headerless 16-bit file."""
-    coded = path.read_bytes()
-    return np.frombuffer(coded[: len(coded) // 2 * 2], "<i2").astype(np.float32) / 32768, RAW_RATE
-
-
 def read_sphere(path: Path) -> tuple[np.ndarray, int]:
     """(int16 `[T, C]`, sample rate) of a NIST SPHERE file as LDC ships it: PCM or mu-law.
 
@@ -883,48 +856,3 @@ def parquet_rows(
         if isinstance(error, OSError) and disk_full(error):
             raise
         raise Damaged(f"{path}: damaged ({str(error).splitlines()[0]})") from error
-
-
-# -------------------------------------------------------------------------------------- Debian
-
-
-def download_deb(package: str, folder: Path) -> Path:
-    """The package's .deb in `folder`, downloaded there by apt unless it is complete already."""
-    for tool in ("apt-get", "dpkg-deb"):
-        if shutil.which(tool) is None:
-            raise UserError(f"{package}: needs {tool}, on Debian or Ubuntu; copy data/ from there")
-    done = sorted(folder.glob(f"{package}_*.deb"))
-    if done:
-        return done[0]
-    part = folder / f".{package}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    result = subprocess.run(
-        ["apt-get", "-q", "download", package], cwd=part, capture_output=True, text=True
-    )
-    found = sorted(part.glob("*.deb"))
-    if result.returncode != 0 or not found:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("E:")]
-        reason = errors[0].removeprefix("E: ") if errors else f"exit {result.returncode}"
-        raise UserError(
-            f"{package}: apt cannot download it ({reason}); its lists may be stale: run "
-            "`apt-get update` as root, then this again"
-        )
-    target = folder / found[0].name
-    found[0].replace(target)
-    part.rmdir()
-    return target
-
-
-def unpack_deb(archive: Path, folder: Path, wanted: Callable[[str], bool]) -> None:
-    """Unpack the files of a .deb that `wanted(name)` chooses. Raises UserError on a bad one."""
-    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        try:
-            unpack_tar(process.stdout, folder, wanted, archive.name)
-        except (tarfile.TarError, EOFError) as error:
-            raise UserError(f"{archive}: damaged ({error}); delete it and run again") from error
-        finally:
-            process.stdout.close()
-        if process.wait() != 0:
-            raise UserError(f"{archive}: damaged; delete it and run again")

@@ -1,11 +1,9 @@
 """Every kind of corpus, small, from its address to a manifest."""
 
-import gzip
 import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import types
 from dataclasses import replace
@@ -42,7 +40,6 @@ __all__ = ["Server", "server", "small_disk"]  # fixtures, found by name
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = {row.name: row for row in download_data.CORPORA}
-needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs Debian's dpkg-deb")
 
 
 def manifest(folder, row):
@@ -739,132 +736,7 @@ def test_fisher_as_the_ldc_ships_it(tmp_path):
         corpora.fetch(row, tmp_path / "other", Options(fisher_dir=texts))
 
 
-# ------------------------------------------------------------------------------ Debian packages
-
-CORPUS = corpora.Packages(
-    name="voices",
-    language="other",
-    packages=("voices-pkg",),
-    root="usr/share/voices",
-    include=("*.wav", "*.raw"),
-    exclude=("beep.*",),
-    license="GPL-2",
-    hours=4 / 3600,
-    kilohertz="16",
-    speaker_pattern=r"^([^/]+)/",
-    validation=("bo",),
-    test=("cy",),
-)
-
-
-@pytest.fixture
-def package(tmp_path):
-    """A .deb of six recordings: two of Ann, one of Bo, one of Cy, a copy and a beep."""
-    tree = tmp_path / "tree"
-    voices = tree / "usr/share/voices"
-    for number, name in enumerate(("ann/1", "ann/2", "bo/1")):
-        (voices / name).parent.mkdir(parents=True, exist_ok=True)
-        data.write_audio(voices / f"{name}.wav", np.full(16000, 0.1 * (number + 1)), 16000)
-    (voices / "cy").mkdir()
-    (voices / "cy/1.raw").write_bytes(np.full(16000, 1000, "<i2").tobytes())
-    shutil.copy(voices / "ann/1.wav", voices / "ann/copy.wav")
-    shutil.copy(voices / "ann/1.wav", voices / "beep.wav")
-    (voices / "ann/3.wav").write_text("no audio")
-    (voices / "readme.txt").write_text("not wanted")
-    (tree / "usr/share/doc/voices-pkg").mkdir(parents=True)
-    (tree / "usr/share/doc/voices-pkg/copyright").write_text("GPL-2")
-    (tree / "DEBIAN").mkdir()
-    (tree / "DEBIAN/control").write_text(
-        "Package: voices-pkg\nVersion: 1\nArchitecture: all\nMaintainer: T <t@t>\nDescription: t\n"
-    )
-    archives = tmp_path / "data/.archives/voices"
-    archives.mkdir(parents=True)
-    command = ["dpkg-deb", "--build", "--root-owner-group", tree, archives / "voices-pkg_1_all.deb"]
-    subprocess.run(command, check=True, capture_output=True)
-    return tmp_path / "data"
-
-
-@needs_dpkg
-def test_a_corpus_lands_whole_with_speakers_splits_and_licence(package, capsys):
-    assert corpora.fetch(CORPUS, package)
-    folder = package / "other/voices"
-    clips = data.read_manifest(folder / data.MANIFEST)
-    found = {str(one.path.relative_to(folder / "audio")): one for one in clips}
-    assert sorted(found) == ["ann/1.wav", "ann/2.wav", "bo/1.wav", "cy/1.flac"]
-    assert {name: (one.speaker, one.split) for name, one in found.items()} == {
-        "ann/1.wav": ("voices-ann", "train"),
-        "ann/2.wav": ("voices-ann", "train"),
-        "bo/1.wav": ("voices-bo", "validation"),
-        "cy/1.flac": ("voices-cy", "test"),
-    }
-    assert all((one.duration, one.sample_rate, one.license) == (1, 16000, "GPL-2") for one in clips)
-    cy = data.read_audio(found["cy/1.flac"].path, sample_rate=16000)
-    np.testing.assert_allclose(cy, 1000 / 32768, atol=1e-4)
-    assert (folder / "copyright.voices-pkg").read_text() == "GPL-2"
-    assert "3.wav" in (folder / "unreadable.txt").read_text()
-    assert "1 files left out" in capsys.readouterr().err
-    assert sorted(path.name for path in (package / "other").iterdir()) == ["voices"]
-    assert not (package / ".archives/voices").exists()
-    assert not corpora.fetch(CORPUS, package)
-
-
-@needs_dpkg
-def test_a_killed_run_leaves_nothing_half_done_and_the_next_completes(package, monkeypatch):
-    def die(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "probe", die)
-        with pytest.raises(KeyboardInterrupt):
-            corpora.fetch(CORPUS, package)
-    assert not (package / "other/voices").exists()
-    # What the killed run left is hidden from a scan.
-    assert data.scan_folder(package / "other") == ([], [])
-    assert corpora.fetch(CORPUS, package)
-    assert len(data.read_manifest(package / "other/voices" / data.MANIFEST)) == 4
-
-
-@needs_dpkg
-def test_a_damaged_package_is_one_line(package):
-    archive = next((package / ".archives/voices").iterdir())
-    archive.write_bytes(archive.read_bytes()[:-200])
-    with pytest.raises(UserError, match="damaged"):
-        corpora.fetch(CORPUS, package)
-    assert not (package / "other/voices").exists()
-
-
-@needs_dpkg
-def test_a_package_without_the_audio_is_told(package):
-    with pytest.raises(UserError, match="no audio in voices-pkg"):
-        corpora.fetch(replace(CORPUS, root="usr/share/elsewhere"), package)
-
-
 def test_a_folder_of_something_else_is_not_touched(tmp_path):
-    (tmp_path / "other/voices").mkdir(parents=True)
+    (tmp_path / "telugu/openslr-66").mkdir(parents=True)
     with pytest.raises(UserError, match="move it away"):
-        corpora.fetch(CORPUS, tmp_path)
-
-
-def test_transcripts_leave_sounds_out(tmp_path):
-    with gzip.open(tmp_path / "t.gz", "wt") as file:
-        file.write("; title: x\n\nhello: Hello:  you.\nbeep: [a tone]\ndigits/1: one\nnone:\n")
-    texts = corpora._read_transcripts(tmp_path / "t.gz")
-    assert texts == {"hello": "Hello: you.", "digits/1": "one"}
-
-
-@pytest.mark.parametrize(
-    "corpus, name, expected",
-    [
-        ("tuxpaint-stamps", "animals/birds/robin_desc_fr.ogg", (None, "train")),
-        ("tuxpaint-stamps", "animals/birds/robin_desc_da.ogg", (None, "validation")),
-        ("tuxpaint-stamps", "animals/birds/robin_desc.ogg", (None, "test")),
-        ("klettres", "ml/syllab/a.ogg", ("klettres-ml", "train")),
-        ("klettres", "uk/syllab/a.ogg", ("klettres-uk", "test")),
-        ("fillets-cs", "gods/cs/lod-m-pravda1.ogg", ("fillets-cs-m", "train")),
-        ("fillets-cs", "keys/cs/init-0-6.ogg", (None, "train")),
-        ("pocketsphinx-testdata", "goforward.raw", (None, "validation")),
-        ("asterisk-core-en", "digits/1.g722", ("allison-smith", "test")),
-    ],
-)
-def test_speakers_and_splits_of_the_packages(corpus, name, expected):
-    assert corpora.speaker_and_split(ROWS[corpus], name) == expected
+        corpora.fetch(ROWS["openslr-66"], tmp_path)

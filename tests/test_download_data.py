@@ -3,14 +3,12 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_corpora import CORPUS, ROOT, ROWS, dataset, needs_dpkg, package, served
+from test_corpora import ROOT, ROWS, dataset, served
 from test_fetching import Server, asked_of, server
 
 import corpora
@@ -20,41 +18,10 @@ import fetching
 from command import UserError, only_one
 from corpora import Options
 
-__all__ = ["Server", "server", "package"]  # fixtures, found by name
+__all__ = ["Server", "server"]  # fixtures, found by name
 
 
 # ------------------------------------------------------------------------ table, list and verify
-
-
-@needs_dpkg
-def test_verify_finds_what_is_missing(package, capsys):
-    missing = download_data.verify(CORPUS, package)
-    assert missing.problem == "not there"
-    download_data.fetch(CORPUS, package)
-    good = download_data.verify(CORPUS, package)
-    assert (good.problem, good.files, good.duplicates) == ("", 4, 0)
-    assert good.speakers == {"voices-ann", "voices-bo", "voices-cy"}
-    assert good.rates == ((16000, pytest.approx(4 / 3600)),)
-    assert good.hours == pytest.approx(4 / 3600)
-    assert download_data.print_verified([good], package)
-    more = replace(CORPUS, hours=1.0)
-    assert download_data.verify(more, package).problem == "hours missing"
-    # Where the table's hours are an estimate, what was fetched counts.
-    assert download_data.verify(replace(more, exact=False), package).state == "ok, small"
-    folder = package / "other/voices/audio"
-    shutil.copy(folder / "ann/1.wav", folder / "ann/2.wav")
-    assert download_data.verify(CORPUS, package).duplicates == 1
-    (folder / "bo/1.wav").unlink()
-    (folder / "ann/1.wav").write_text("spoilt")
-    bad = download_data.verify(CORPUS, package)
-    assert bad.problem == "2 unreadable"
-    assert not download_data.print_verified([good, bad, missing], package)
-    printed = capsys.readouterr().out
-    assert "bo/1.wav" in printed and "16000 Hz" in printed
-    assert max(len(line) for line in printed.splitlines() if "/" not in line) <= 80
-    told = bad.as_json()
-    assert told["state"] == "2 unreadable" and len(told["unreadable"]) == 2
-    assert json.dumps(told) and set(told["hours_by_sample_rate"]) == {"16000"}
 
 
 def test_verify_at_full_size_fits_80_columns(capsys):
@@ -82,12 +49,6 @@ def test_the_table_holds_what_the_design_demands(capsys):
         if isinstance(row, corpora.Archives):
             assert row.layout in corpora.LAYOUTS
             assert sum(a.hours for a in row.archives) == pytest.approx(row.hours, rel=0.01)
-        if isinstance(row, corpora.Packages):
-            assert row.speaker or row.speaker_pattern
-            # One actress speaks both evaluation sets, and nothing else.
-            evaluation = row.name in ("asterisk-core-en", "asterisk-core-es")
-            assert (row.speaker == "allison-smith") == evaluation == (row.test == ("*",))
-            assert not set(row.validation) & set(row.test)
         if row.plan and not row.default:
             assert row.note
     download_data.print_list(download_data.CORPORA)
@@ -112,11 +73,9 @@ def test_what_the_flags_choose():
     def names(*arguments):
         return [row.name for row in download_data.choose(*arguments)]
 
-    assert names(["packages"], None) == [r.name for r in download_data.PACKAGES]
     assert set(names(["emotion"], None)) == {"crema-d", "ravdess", "rasa-hindi", "rasa-telugu"}
     assert names(["emotion"], ["hindi"]) == ["rasa-hindi"]
-    assert names(["klettres", "openslr-66"], None) == ["openslr-66", "klettres"]
-    assert set(names(None, ["other"])) <= {row.name for row in download_data.PACKAGES}
+    assert names(["openslr-66", "gramvaani"], None) == ["gramvaani", "openslr-66"]
     # The user's own copies come alone, unless --corpora says more.
     own = Options(fisher_dir=Path("x"))
     assert names(None, None, own) == ["fisher"]
@@ -125,10 +84,10 @@ def test_what_the_flags_choose():
     assert names(None, None, release) == names(None, ["hindi"], release) == ["common-voice-hindi"]
     everything = names(["default"], None, release)
     assert set(everything) == {*names(None, None), "common-voice-hindi"}
-    with pytest.raises(UserError, match="no corpus 'nope'"):
-        names(["nope"], None)
+    with pytest.raises(UserError, match="no corpus 'packages'.*tools/package_recordings.py"):
+        names(["packages"], None)
     with pytest.raises(UserError, match="no corpus of that language"):
-        names(["klettres"], ["telugu"])
+        names(["gramvaani"], ["telugu"])
 
 
 def test_all_missing_licences_are_told_at_once_before_anything_is_fetched(server):
@@ -365,7 +324,7 @@ def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys):
         return str(caught.value)
 
     assert "no corpus 'nope'" in refused("--corpora", "nope")
-    assert "NAME=VALUE" in refused("--mirror", "klettres")
+    assert "NAME=VALUE" in refused("--mirror", "crema-d")
     assert "--mirror nope=x" in refused("--mirror", "nope=x")
     assert "nothing left" in refused("--corpora", "spring-inx")
     assert "no such folder" in refused("--corpora", "fisher", "--fisher_dir", "nowhere")
