@@ -1,0 +1,388 @@
+"""Audio files: reading any window of any format, writing, and what a file says of itself.
+
+Letters in shapes: `T` samples, `C` channels. 24 kHz; a codec's frame is 480 samples (50 a second).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import soundfile
+import soxr
+
+from command import UserError, part_name
+
+SAMPLE_RATE = 24000
+HOP = 480
+FRAME_SECONDS = HOP / SAMPLE_RATE
+# What `write_audio` makes: libsndfile's format and subtype.
+WRITABLE = {
+    ".wav": ("WAV", "PCM_16"),
+    ".flac": ("FLAC", "PCM_16"),
+    ".ogg": ("OGG", None),
+    ".opus": ("OGG", "OPUS"),
+    ".mp3": ("MP3", None),
+}
+# What a scan takes: libsndfile reads the first line, PyAV the others.
+AUDIO_SUFFIXES = (
+    *WRITABLE, ".oga", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".wave",
+    ".m4a", ".m4b", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".mov", ".wma", ".amr", ".3gp", ".ac3",
+    ".wv", ".ape", ".tta", ".gsm", ".mp2", ".mpga", ".spx",
+)  # fmt: skip
+
+# Seconds read on either side of a window, so that the resampler's filter is settled inside it.
+_MARGIN = 0.05
+# An MP3 or Ogg header may promise a little more than the stream holds; that is no damage.
+_SLACK = 0.12
+# Floats that pass it (+42 dB) are no recording at the scale of floats.
+_LOUDEST_FLOAT = 128.0
+_READ_ERRORS = (RuntimeError, OSError, ValueError, TypeError)
+
+
+class AudioError(UserError):
+    """An audio file that is missing, empty, damaged or of an unknown format."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader's worker hands errors over as a whole traceback: keep what they said.
+        if message.startswith("Caught ") and "AudioError: " in message:
+            message = message.strip().rsplit("AudioError: ", 1)[1]
+        super().__init__(message)
+
+
+def read_audio(
+    path: str | Path,
+    start: float = 0.0,
+    duration: float | None = None,
+    sample_rate: int = SAMPLE_RATE,
+    speed: float = 1.0,
+) -> np.ndarray:
+    """Read `duration` seconds from `start` as mono float32 `[T]` at `sample_rate`.
+
+    Seeks, so a window of a long file costs the window alone. Reads up to the end of the file
+    where `duration` is None or reaches past it. Plays it `speed` times as fast, in the same
+    resampling. Raises AudioError on anything unreadable.
+    """
+    path = Path(path)
+    try:
+        with _open(path, end=None if duration is None else start + duration) as file:
+            return _read_open(file, path, start, duration, sample_rate, speed)
+    except AudioError:
+        raise
+    except _READ_ERRORS as error:
+        raise _audio_error(path, error) from error
+
+
+def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
+    """A whole file with its channels apart: float32 `[T, C]` at its own sample rate, and that rate.
+
+    Raises AudioError as `read_audio` does.
+    """
+    path = Path(path)
+    try:
+        with _open(path) as file:
+            return _samples(file, path, file.frames), file.samplerate
+    except AudioError:
+        raise
+    except _READ_ERRORS as error:
+        raise _audio_error(path, error) from error
+
+
+def _samples(
+    file: soundfile.SoundFile | _Decoded | _Chain, path: Path, count: int
+) -> np.ndarray:
+    """The next `count` samples `[T, C]`, sound ones; raises AudioError where they are not."""
+    samples = file.read(count, dtype="float32", always_2d=True)
+    missing = count - len(samples)
+    if missing > (_SLACK * file.samplerate if not _counts_exactly(file, path) else 0):
+        short = missing / file.samplerate
+        raise AudioError(f"{path}: truncated, {short:.2f} s missing; fetch it again")
+    if not np.isfinite(samples).all():
+        raise AudioError(f"{path}: holds samples that are no numbers (NaN or infinite); remove it")
+    if getattr(file, "subtype", "") in ("FLOAT", "DOUBLE"):
+        samples = samples / _full_scale(path)
+        if np.abs(samples).max(initial=0.0) > _LOUDEST_FLOAT:
+            raise AudioError(f"{path}: floats far beyond full scale; scale them to [-1, 1]")
+    return samples
+
+
+def _read_open(
+    file: soundfile.SoundFile | _Decoded | _Chain,
+    path: Path,
+    start: float,
+    duration: float | None,
+    sample_rate: int,
+    speed: float,
+) -> np.ndarray:
+    rate, total = file.samplerate, file.frames
+    first = min(max(round(start * rate), 0), total)
+    last = total if duration is None else min(first + round(duration * rate), total)
+    if first == last:
+        return np.zeros(0, np.float32)
+    in_rate = rate * speed
+    plain = in_rate == sample_rate
+    margin = 0 if plain else math.ceil(_MARGIN * rate)
+    before, after = max(first - margin, 0), min(last + margin, total)
+    if before:
+        file.seek(before)
+    samples = _samples(file, path, after - before)
+    # As every player does: float formats and Vorbis may pass full scale.
+    mono = np.clip(_mono(samples), -1.0, 1.0)
+    if plain:
+        return mono
+    resampled = soxr.resample(mono, in_rate, sample_rate)
+    skip = round((first - before) * sample_rate / in_rate)
+    keep = round((last - first) * sample_rate / in_rate)
+    return np.clip(resampled[skip : skip + keep], -1.0, 1.0)
+
+
+def _mono(samples: np.ndarray) -> np.ndarray:
+    """`[T, C]` → the mean of the channels `[T]`; the loudest where they cancel each other out."""
+    if samples.shape[1] == 1 or not len(samples):
+        return samples[:, 0]
+    mixed = samples.mean(axis=1)
+    powers = np.square(samples).mean(axis=0)
+    if np.square(mixed).mean() < 0.01 * powers.mean():
+        return samples[:, powers.argmax()]
+    return mixed
+
+
+@lru_cache(maxsize=4096)
+def _full_scale(path: Path) -> float:
+    """What stands for 1.0 in a file of floats: some hold whole numbers of 16, 24 or 32 bits.
+
+    Looked for all over the file, so that every window of it is scaled alike.
+    """
+    with soundfile.SoundFile(os.fsencode(path)) as file:
+        peak = 0.0
+        for place in np.linspace(0, max(file.frames - 1024, 0), 64).astype(int):
+            file.seek(place)
+            block = np.abs(file.read(1024, dtype="float32"))
+            peak = max(peak, block[np.isfinite(block)].max(initial=0.0))
+    if peak <= _LOUDEST_FLOAT:
+        return 1.0
+    return next((float(scale) for scale in (2**15, 2**23) if peak <= scale), 2.0**31)
+
+
+def _counts_exactly(file: soundfile.SoundFile | _Decoded | _Chain, path: Path) -> bool:
+    """Whether the number of samples that the file tells is no estimate."""
+    return isinstance(file, soundfile.SoundFile) and path.suffix.lower() in (".wav", ".flac")
+
+
+def _open(
+    path: Path, coded: BinaryIO | None = None, end: float | None = None
+) -> soundfile.SoundFile | _Decoded | _Chain:
+    """An audio file that can be read from anywhere up to `end` s: by libsndfile, else by PyAV.
+
+    libsndfile knows no AAC and no Matroska, cannot seek in GSM, hears the first part of a chained
+    Ogg alone and believes a WAV header that was written before its sound. Raises AudioError.
+    """
+    error: Exception = AudioError(f"{path}: holds no samples; remove it or record it again")
+    try:
+        file = soundfile.SoundFile(coded or os.fsencode(path))
+        if file.frames > 0 and file.seekable():
+            beyond = end is None or end * file.samplerate > file.frames
+            parts = _ogg_parts(path, coded) if beyond and file.format == "OGG" else []
+            return _Chain(path, parts) if len(parts) > 1 else file
+        file.close()
+    except _READ_ERRORS as failure:
+        error = failure
+    try:
+        if coded is not None:
+            coded.seek(0)
+        return _Decoded(path, coded)
+    except (ImportError, EOFError, *_READ_ERRORS):
+        raise (error if isinstance(error, AudioError) else _audio_error(path, error)) from None
+
+
+class _Decoded:
+    """An audio file as PyAV decodes it, used like a SoundFile."""
+
+    # Where a place is found by its time; in others what comes before is decoded too.
+    _indexed = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "wav", "asf")  # wav: PCM alone
+    _settling = 0.2  # s decoded before what is wanted: decoders remember
+
+    def __init__(self, path: Path, coded: BinaryIO | None = None) -> None:
+        import av
+
+        # libav takes names that are UTF-8 alone.
+        self._file = None if coded or str(path).isprintable() else open(path, "rb")  # noqa: SIM115
+        self._container = av.open(coded or self._file or str(path))
+        if not self._container.streams.audio:
+            raise AudioError(f"{path}: holds no sound; remove it")
+        self._stream = self._container.streams.audio[0]
+        self._resampler = av.AudioResampler
+        frame = next(self._container.decode(self._stream), None)
+        if frame is None:
+            raise AudioError(f"{path}: holds no samples; remove it or record it again")
+        self.samplerate, self._first = frame.sample_rate, frame.pts or 0
+        kind, codec = self._container.format.name, self._stream.codec_context.name
+        self._seeks = kind in self._indexed and (kind != "wav" or codec.startswith("pcm"))
+        self._at = 0
+        self._container.seek(0)
+        self.frames = round(self._seconds() * self.samplerate)
+
+    def _seconds(self) -> float:
+        base = float(self._stream.time_base)
+        if not self._seeks:  # told by the bit rate, if at all
+            packets = self._container.demux(self._stream)
+            seconds = sum(packet.duration or 0 for packet in packets) * base
+            self._container.seek(0)
+            return seconds
+        if self._stream.duration:
+            return self._stream.duration * base
+        return (self._container.duration or 0) / 1e6
+
+    def __enter__(self) -> _Decoded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+        if self._file is not None:
+            self._file.close()
+
+    def seek(self, frame: int) -> None:
+        """Go to a sample."""
+        self._at = frame
+
+    def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
+        """`[T, C]` from the current place on, as far as the file goes."""
+        base, start = float(self._stream.time_base), self._at / self.samplerate - self._settling
+        if self._seeks and start > 0:
+            self._container.seek(self._first + int(start / base), stream=self._stream)
+        resampler = self._resampler(format="fltp")
+        parts, at, skip = [], None, 0
+        for frame in self._container.decode(self._stream):
+            if at is None:
+                pts = self._first if frame.pts is None or not self._seeks else frame.pts
+                at = max(0, round((pts - self._first) * base * self.samplerate))
+                skip = max(self._at - at, 0)
+            for plain in resampler.resample(frame):
+                parts.append(plain.to_ndarray().T)
+            at += frame.samples
+            if at >= self._at + frames:
+                break
+        self._at += frames
+        samples = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
+        return samples[skip : skip + frames].astype(dtype, copy=False)
+
+
+class _Chain:
+    """The parts of a chained Ogg file one after the other, used like a SoundFile."""
+
+    def __init__(self, path: Path, parts: Sequence[bytes]) -> None:
+        self._parts = [soundfile.SoundFile(io.BytesIO(part)) for part in parts]
+        if len({part.samplerate for part in self._parts}) > 1:
+            raise AudioError(f"{path}: parts of several sample rates; convert it")
+        self.samplerate = self._parts[0].samplerate
+        self.frames = sum(part.frames for part in self._parts)
+        self._at = 0
+
+    def __enter__(self) -> _Chain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for part in self._parts:
+            part.close()
+
+    def seek(self, frame: int) -> None:
+        """Go to a sample."""
+        self._at = frame
+
+    def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
+        """`[T, 1]` from the current place on, as far as the file goes; parts in mono."""
+        found, before, end = [], 0, self._at + frames
+        for part in self._parts:
+            first, last = (min(max(at - before, 0), part.frames) for at in (self._at, end))
+            before += part.frames
+            if first < last:
+                part.seek(first)
+                found.append(_mono(part.read(last - first, dtype=dtype, always_2d=True)))
+        self._at = end
+        return np.concatenate([*found, np.zeros(0, dtype)])[:, None]
+
+
+def _ogg_parts(path: Path, coded: BinaryIO | None) -> list[bytes]:
+    """The files that a chained Ogg file is made of; empty where it is one, by its last page."""
+    with contextlib.nullcontext(coded) if coded else open(path, "rb") as file:
+        place = file.tell()
+        file.seek(0)
+        head = file.read(18)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 65536))  # a page is no longer
+        tail = file.read()
+        last = tail.rfind(b"OggS\0")
+        if last >= 0 and tail[last + 14 : last + 18] == head[14:18]:  # the stream's number
+            file.seek(place)
+            return []
+        file.seek(0)
+        whole = file.read()
+        file.seek(place)
+    starts = [found.start() for found in re.finditer(rb"OggS\0[\x02\x06]", whole)]
+    return [whole[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def _audio_error(path: Path, error: Exception) -> AudioError:
+    if not path.exists():
+        return AudioError(f"{path}: no such audio file; check the manifest or download it again")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = reason.split(": ")[-1].rstrip(".")
+    return AudioError(f"{path}: cannot be read as audio ({reason}); remove it or fetch it again")
+
+
+def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
+    """Write `[T]` or `[T, C]` in [-1, 1] in the format of the suffix, 16 bit, atomically.
+
+    Raises AudioError on an unknown suffix and where the file cannot be written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in WRITABLE:
+        raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(WRITABLE)}")
+    kind, subtype = WRITABLE[suffix]
+    part = part_name(path)
+    samples = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)
+    try:
+        channels = 1 if samples.ndim == 1 else samples.shape[1]
+        with soundfile.SoundFile(
+            os.fsencode(part), "w", sample_rate, channels, subtype, format=kind
+        ) as file:
+            # In blocks: libsndfile's Vorbis writer overflows its stack on a long file at once.
+            for first in range(0, len(samples), 65536):
+                file.write(samples[first : first + 65536])
+        os.replace(part, path)
+    except _READ_ERRORS as error:
+        part.unlink(missing_ok=True)
+        raise AudioError(f"{path}: cannot be written ({error}); is the disk full?") from error
+
+
+def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
+    """(duration in seconds, sample rate) of an audio file; raises AudioError on a bad one.
+
+    `coded`: the file where it is open, or its bytes in memory: then the disk is not asked again.
+    The end of compressed files is read, because a cut file keeps an intact header.
+    """
+    path = Path(path)
+    try:
+        with _open(path, coded) as file:
+            frames, rate = file.frames, file.samplerate
+            if not (isinstance(file, soundfile.SoundFile) and file.format in ("WAV", "WAVEX")):
+                tail = min(frames, math.ceil(0.2 * rate))
+                file.seek(frames - tail)
+                if len(file.read(tail, dtype="float32")) < tail - _SLACK * rate:
+                    raise AudioError(f"{path}: truncated; fetch it again")
+    except AudioError:
+        raise
+    except _READ_ERRORS as error:
+        raise _audio_error(path, error) from error
+    if frames < FRAME_SECONDS * rate:
+        raise AudioError(f"{path}: shorter than one frame of {FRAME_SECONDS * 1000:.0f} ms")
+    return frames / rate, rate
