@@ -52,6 +52,7 @@ import soxr
 
 import praat
 import speech
+from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
 from command import (
     ArgumentParser,
     LongHelp,
@@ -68,18 +69,7 @@ from command import (
     whole,
     writable_folder,
 )
-from data import (
-    MANIFEST,
-    SAMPLE_RATE,
-    AudioError,
-    Clip,
-    load_clips,
-    read_audio,
-    read_manifest,
-    scan_folder,
-    write_audio,
-    write_manifest,
-)
+from data import MANIFEST, Clip, load_clips, read_manifest, scan_folder, write_manifest
 from engines import ENGINES, PACKAGED, Line, Said, trimmed
 from make_conversations import Made, draw_noise, run_parts
 from training import setup_distributed

@@ -24,9 +24,9 @@ import numpy as np
 import soxr
 import torch
 
+from audio import SAMPLE_RATE
 from codec import Codec
 from command import UserError
-from data import SAMPLE_RATE
 from s2s import PAD, S2S, Sampling
 
 LEVEL_SECONDS = 0.005

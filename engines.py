@@ -19,8 +19,8 @@ import torch
 
 import praat
 import speech
+from audio import SAMPLE_RATE
 from command import UserError
-from data import SAMPLE_RATE
 
 
 def _import(module: str, pip: str):

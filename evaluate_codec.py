@@ -50,6 +50,7 @@ from tqdm import tqdm
 import hold_out
 import phone_probe
 import training
+from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
 from codec import Codec, CodecConfig, si_sdr
 from command import (
     ArgumentParser,
@@ -61,17 +62,7 @@ from command import (
     writable_file,
     write_text,
 )
-from data import (
-    LANGUAGES,
-    SAMPLE_RATE,
-    SPLITS,
-    AudioError,
-    Clip,
-    count_speakers,
-    load_clips,
-    read_audio,
-    write_audio,
-)
+from data import LANGUAGES, SPLITS, Clip, count_speakers, load_clips
 from training import PLAN_BUDGET_USD
 
 HERE = Path(__file__).resolve().parent

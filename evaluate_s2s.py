@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import hold_out
 import speech
+from audio import SAMPLE_RATE, AudioError, write_audio
 from codec import Codec
 from command import (
     ArgumentParser,
@@ -57,7 +58,7 @@ from command import (
     writable_folder,
     write_text,
 )
-from data import SAMPLE_RATE, SPLITS, AudioError, write_audio
+from data import SPLITS
 from duplex import (
     QUIET_DBFS,
     DuplexEngine,

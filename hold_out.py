@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from data import SAMPLE_RATE, AudioError, Clip, read_audio
+from audio import SAMPLE_RATE, AudioError, read_audio
+from data import Clip
 
 
 class VoiceEmbedder:

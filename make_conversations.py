@@ -41,6 +41,7 @@ import torch
 from tqdm import tqdm
 
 import speech
+from audio import HOP, SAMPLE_RATE, read_channels, write_audio
 from codec import Codec
 from command import (
     ArgumentParser,
@@ -59,16 +60,12 @@ from command import (
 )
 from data import (
     EMOTIONS,
-    HOP,
     LANGUAGES,
     MANIFEST,
-    SAMPLE_RATE,
     SPLITS,
     Clip,
-    read_channels,
     read_manifest,
     split_for,
-    write_audio,
     write_manifest,
 )
 from training import setup_distributed

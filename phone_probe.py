@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from audio import FRAME_SECONDS, SAMPLE_RATE, AudioError, read_audio
 from codec import Codec
 from command import UserError
-from data import FRAME_SECONDS, SAMPLE_RATE, AudioError, Clip, frame_labels, read_audio
+from data import Clip, frame_labels
 from speech import PHONES, SILENCE
 
 MAX_DELAY = 8  # frames

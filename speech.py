@@ -40,8 +40,8 @@ import soundfile as sf
 import soxr
 
 import praat
+from audio import SAMPLE_RATE
 from command import UserError
-from data import SAMPLE_RATE
 
 SILENCE = "_"
 

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
 from command import ArgumentParser, UserError, number, run, whole, writable_file
-from data import EMOTIONS, LANGUAGES, SAMPLE_RATE, AudioError, read_audio, write_audio
+from data import EMOTIONS, LANGUAGES
 from duplex import (
     QUIET_DBFS,
     CallRecord,

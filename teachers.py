@@ -27,8 +27,8 @@ import torchaudio
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from audio import FRAME_SECONDS, HOP, SAMPLE_RATE, AudioError, read_audio
 from command import UserError
-from data import FRAME_SECONDS, HOP, SAMPLE_RATE, AudioError, read_audio
 
 TEACHER_RATE = 16_000
 # What a feature of WavLM and a mel frame of Whisper hear (25 ms) reaches this far to each side of

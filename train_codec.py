@@ -76,6 +76,7 @@ import command
 import discriminator
 import teachers
 import training
+from audio import SAMPLE_RATE
 from codec import (
     AveragedCodec,
     Codec,
@@ -91,7 +92,6 @@ from codec import (
 )
 from command import ArgumentParser, UserError, number, share, whole
 from data import (
-    SAMPLE_RATE,
     Clips,
     WindowDataset,
     count_speakers,

@@ -16,9 +16,10 @@ import torch
 import command
 import evaluate_codec as e
 import training
+from audio import SAMPLE_RATE, read_audio, write_audio
 from codec import Codec, CodecConfig, stored_config
 from command import UserError
-from data import SAMPLE_RATE, Clip, read_audio, write_audio, write_manifest
+from data import Clip, write_manifest
 from evaluate_codec import CodebookUse, Coded, Peer, Row
 
 SPOKEN = e.HERE / "samples" / "question_english.wav"

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import hold_out
-from data import SAMPLE_RATE, Clip, write_audio
+from audio import SAMPLE_RATE, write_audio
+from data import Clip
 
 
 def unit(rng, *shape):

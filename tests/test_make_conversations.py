@@ -20,9 +20,10 @@ import torch
 
 import make_conversations as mc
 import speech
+from audio import HOP, SAMPLE_RATE
 from codec import Codec, CodecConfig, stored_config
 from command import UserError, only_one
-from data import HOP, SAMPLE_RATE, load_clips, read_manifest
+from data import load_clips, read_manifest
 from training import save_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "conversations"

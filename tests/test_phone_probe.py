@@ -12,8 +12,9 @@ from test_evaluate_codec import checkpoint, codec, corpus, quick, refused, speec
 
 import evaluate_codec
 import phone_probe
+from audio import write_audio
 from command import UserError
-from data import Clip, read_manifest, write_audio, write_manifest
+from data import Clip, read_manifest, write_manifest
 from phone_probe import codes_and_phones, count_pairs, fit_logistic, probe, probe_clips
 
 PHONES = ("_", "a", "b", "c", "d")

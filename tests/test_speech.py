@@ -13,8 +13,8 @@ import pytest
 import evaluate_s2s
 import praat
 import speech
+from audio import SAMPLE_RATE
 from command import UserError
-from data import SAMPLE_RATE
 
 TEXTS = {
     "english": ["Hello there, what is the weather like today?", "I lost my keys near the park."],

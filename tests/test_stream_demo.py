@@ -28,8 +28,8 @@ from test_duplex import (
 )
 
 import stream_demo
+from audio import AudioError
 from command import UserError
-from data import AudioError
 from duplex import DuplexEngine, LatencyLedger, VoiceDetector
 from stream_demo import (
     MicrophoneCall,

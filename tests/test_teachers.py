@@ -12,8 +12,8 @@ import torch
 import transformers
 
 import teachers
+from audio import SAMPLE_RATE, write_audio
 from command import UserError
-from data import SAMPLE_RATE, write_audio
 from teachers import FeatureCache, Teacher, distillation_loss, load_teacher, ssl_loss, window_of
 
 CPU = torch.device("cpu")

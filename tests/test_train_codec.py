@@ -19,8 +19,9 @@ import torch
 import command
 import train_codec
 import training
+from audio import write_audio
 from codec import Codec, CodecConfig, stored_config
-from data import Clip, write_audio, write_manifest
+from data import Clip, write_manifest
 from speech import PHONES
 from tools.launches import Launches, counting
 

@@ -58,7 +58,8 @@ class Place:
 
 def make_speech(folder: Path, smoke: bool) -> Path:
     """A corpus of modulated tones over noise, with phone labels, as `--data_dirs` takes it."""
-    from data import Clip, write_audio, write_manifest
+    from audio import write_audio
+    from data import Clip, write_manifest
     from speech import PHONES
 
     folder.mkdir(parents=True, exist_ok=True)
