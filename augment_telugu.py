@@ -65,13 +65,14 @@ from command import (
     number,
     only_one,
     run,
+    run_parts,
     text_lines,
     whole,
     writable_folder,
 )
 from data import MANIFEST, Clip, load_clips, read_manifest, scan_folder, write_manifest
 from engines import ENGINES, PACKAGED, Line, Said, trimmed
-from make_conversations import Made, draw_noise, run_parts
+from make_conversations import Made, draw_noise
 from training import setup_distributed
 
 GOAL_HOURS = 2000.0
@@ -498,7 +499,8 @@ def _copy_into(folder: Path, final: Path, root: Path, args: argparse.Namespace) 
     options = Options(str(folder), args.seed, args.format, tuple(args.snr_db), noises)
     parts, started = split_into_parts(tasks), os.times()
     if parts:
-        results = run_parts(make_part, options, parts, args.num_workers, len(parts))
+        work = functools.partial(make_part, options)
+        results = list(run_parts(work, parts, args.num_workers, len(parts)))
         _report(results, final.parent, started)
     print_hours("after", [*real, *_publish_copies(folder, final)], root, args.goal_hours)
 
@@ -869,7 +871,8 @@ def _speak_into(
     # A GPU is fed by one process.
     workers, started = 0 if device != "cpu" else args.num_workers, os.times()
     if missing:
-        made = run_parts(make_synthetic_part, options, missing, workers, count)
+        work = functools.partial(make_synthetic_part, options)
+        made = list(run_parts(work, missing, workers, count))
         _report(made, folder, started)
     _publish_synthetic(folder)
     print_hours("after", _training_clips(root, True), root, args.goal_hours)

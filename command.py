@@ -1,4 +1,4 @@
-"""What every script shares: flags, one-line errors, folders, JSON lines, cores.
+"""What every script shares: flags, one-line errors, folders, JSON lines, cores, processes.
 
 Needs the standard library alone, so that a wrong flag is told at once.
 """
@@ -11,14 +11,21 @@ import errno
 import fcntl
 import hashlib
 import io
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import signal
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TextIO
 
@@ -202,6 +209,61 @@ def _cgroup_quota() -> float:
 def default_workers(most: int = 16) -> int:
     """Processes to start where the user names no number: one a usable core, `most` at most."""
     return min(most, usable_cores())
+
+
+# --------------------------------------------------------------------------------- processes
+
+
+def run_parts(work: Callable, parts: Sequence, num_workers: int, total: int) -> Iterator:
+    """`work(part)` of each part, in their order, by `num_workers` processes, or (0) in this one.
+
+    `total` counts the parts that are made already too, for the progress bar. Raises UserError where
+    a process ends without an answer.
+    """
+    from tqdm import tqdm
+
+    bar = tqdm(total=total, initial=total - len(parts), unit="part", disable=None, smoothing=0.1)
+    said = time.monotonic()
+    with contextlib.closing(_results(work, parts, num_workers)) as results, bar:
+        for done, result in enumerate(results, total - len(parts) + 1):
+            bar.update()
+            if bar.disable and (time.monotonic() - said > 30 or done == total):  # in a log
+                said = time.monotonic()
+                print(f"{done}/{total} parts", file=sys.stderr)
+            yield result
+
+
+def _results(work: Callable, parts: Sequence, num_workers: int) -> Iterator:
+    if num_workers == 0 or len(parts) < 2:
+        yield from map(work, parts)
+        return
+    workers = min(num_workers, len(parts))
+    # spawn: forked copies of a process that has used torch's or onnxruntime's threads hang.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+    waiting, ahead = iter(parts), deque()
+    try:
+        while True:
+            # A few each, so that results that nobody has taken do not fill the memory.
+            for part in itertools.islice(waiting, 4 * workers - len(ahead)):
+                ahead.append(pool.submit(work, part))
+            if not ahead:
+                return
+            yield ahead.popleft().result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a worker process ended without an answer (out of memory?); run the same command again "
+            "with fewer --num_workers: it goes on"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Ctrl-C ends it without a traceback; torch, imported already or later, uses one thread."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
 
 
 # --------------------------------------------------------------------------------- folders

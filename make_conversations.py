@@ -23,22 +23,16 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import soxr
 import torch
-from tqdm import tqdm
 
 import speech
 from audio import HOP, SAMPLE_RATE, read_channels, write_audio
@@ -54,6 +48,7 @@ from command import (
     only_one,
     part_name,
     run,
+    run_parts,
     whole,
     writable_folder,
     write_text,
@@ -1550,65 +1545,6 @@ class RecordingFiles:
 # ---------------------------------------------------------------------------------- running
 
 
-def _start_worker() -> None:
-    torch.set_num_threads(1)
-
-
-def run_parts(
-    work: Callable,
-    options: Options,
-    parts: Sequence,
-    num_workers: int,
-    total: int,
-    finish: Callable[[Made], Made] | None = None,
-) -> list[Made]:
-    """`work(options, part)` for each part, in processes or (0) here, with a progress bar.
-
-    `finish` is called here with each result, in the order of the parts.
-    """
-    made, done, seconds = [], total - len(parts), 0.0
-    started = last = time.monotonic()
-    bar = tqdm(total=total, initial=done, unit="part", disable=None, smoothing=0.1)
-    for result in _results(work, options, parts, num_workers):
-        made.append(finish(result) if finish else result)
-        now = time.monotonic()
-        seconds += result.seconds
-        rate = seconds / max(now - started, 1e-3)
-        bar.set_postfix_str(f"{rate:.0f}x real time", refresh=False)
-        bar.update()
-        if bar.disable and (now - last > 30 or len(made) == len(parts)):
-            last = now
-            print(f"{done + len(made)}/{total} parts, {rate:.0f}x real time", file=sys.stderr)
-    bar.close()
-    return made
-
-
-def _results(work: Callable, options: Options, parts: Sequence, num_workers: int) -> Iterator[Made]:
-    if num_workers == 0 or len(parts) < 2:
-        yield from (work(options, part) for part in parts)
-        return
-    # spawn: forked copies of a process that has used torch's or onnxruntime's threads hang.
-    context = multiprocessing.get_context("spawn")
-    workers = min(num_workers, len(parts))
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
-        waiting, ahead = iter(parts), deque()
-        try:
-            while True:
-                # A few each, so that results that nobody has taken do not fill the memory.
-                for part in itertools.islice(waiting, 4 * workers - len(ahead)):
-                    ahead.append(pool.submit(work, options, part))
-                if not ahead:
-                    return
-                yield ahead.popleft().result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                "a worker process died (out of memory?); run the same command again with fewer "
-                "--num_workers: it goes on"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -1663,7 +1599,8 @@ def make_clips(args: argparse.Namespace) -> None:
             if not (folder / f"{index:05d}").is_dir():
                 missing.append(parts[-1])
     started = time.monotonic()
-    made = run_parts(make_clip_part, options, missing, args.num_workers, len(parts))
+    work = functools.partial(make_clip_part, options)
+    made = list(run_parts(work, missing, args.num_workers, len(parts)))
     for language in args.languages:
         folder = root / language / "synthetic"
         mine = [p for p in parts if p.language == language]
@@ -1717,9 +1654,9 @@ def _encode_recordings(args, options: Options, codec: Codec, info: dict):
     files = RecordingFiles(folder, recordings, codec, options.device)
     (folder / "state.json").unlink(missing_ok=True)
     try:
-        made = run_parts(
-            make_recording, options, files.missing, args.num_workers, len(recordings), files.add
-        )
+        work = functools.partial(make_recording, options)
+        results = run_parts(work, files.missing, args.num_workers, len(recordings))
+        made = [files.add(result) for result in results]
     finally:
         files.flush()
     return files.names, made, doubles + [reason for reason in files.done.values() if reason]
@@ -1747,7 +1684,8 @@ def _make_scripted(args, options: Options, codec: Codec, info: dict):
             _write_arrow(folder / made.part.file, rows)
         return replace(made, rows=())
 
-    made = run_parts(make_conversation_part, options, missing, args.num_workers, len(parts), finish)
+    work = functools.partial(make_conversation_part, options)
+    made = [finish(part) for part in run_parts(work, missing, args.num_workers, len(parts))]
     if (folder / "audio").is_dir():
         lines = sorted((folder / "audio").glob("*.lines"))
         text = "".join(file.read_text(encoding="utf-8") for file in lines)

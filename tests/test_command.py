@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,20 @@ def test_a_file_in_the_making_has_a_short_name_of_its_own(tmp_path):
     assert len(parts) == 3 and all(len(os.fsencode(part.name)) < 50 for part in parts)
     for part in parts:
         part.touch()
+
+
+def _part(part):
+    if part == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return part, os.getpid()
+
+
+def test_parts_come_in_order_from_processes_or_here(capsys):
+    here = list(command.run_parts(_part, [1, 2], 0, 3))
+    assert here == [(1, os.getpid()), (2, os.getpid())]
+    assert "3/3 parts" in capsys.readouterr().err
+    there = list(command.run_parts(_part, range(9), 2, 9))
+    assert [part for part, _ in there] == list(range(9))
+    assert os.getpid() not in {process for _, process in there}
+    with pytest.raises(UserError, match="fewer --num_workers"):
+        list(command.run_parts(_part, [1, "dies", 3], 2, 3))
