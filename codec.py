@@ -26,9 +26,9 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
-import training
+import checkpoints
+from checkpoints import fingerprint, load_checkpoint
 from command import UserError
-from training import fingerprint, load_checkpoint
 from transformer import (
     StreamingTransformer,
     TransformerConfig,
@@ -972,12 +972,12 @@ class AveragedCodec:
 
 def codec_config(stored: dict, path: str | Path) -> CodecConfig:
     """The config of a checkpoint's `config.json`. Raises UserError for another kind of model."""
-    return training.config_of(CodecConfig, "codec", stored, path)
+    return checkpoints.config_of(CodecConfig, "codec", stored, path)
 
 
 def stored_config(config: CodecConfig) -> dict:
     """What goes into `config.json`."""
-    return training.stored_config("codec", config)
+    return checkpoints.stored_config("codec", config)
 
 
 def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:

@@ -47,6 +47,7 @@ import soxr
 import torch
 from tqdm import tqdm
 
+import checkpoints
 import hold_out
 import phone_probe
 import training
@@ -1077,7 +1078,7 @@ def probe_codecs(args: argparse.Namespace, codec: Codec, found: Sequence[Clip]) 
     device = next(codec.parameters()).device
     paths = dict.fromkeys((args.codec, *args.probe_against))
     for path in paths:
-        training.find_checkpoint(path)  # before the first is probed
+        checkpoints.find_checkpoint(path)  # before the first is probed
     results = {}
     for path in paths:
         probed = codec if path == args.codec else Codec.from_checkpoint(path, device)

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+import checkpoints
 import training
+from checkpoints import load_checkpoint
 from command import UserError
-from training import load_checkpoint
 from transformer import (
     StreamingTransformer,
     TransformerConfig,
@@ -851,9 +852,9 @@ def add_turn(stream: TextStream, tokenizer: Tokenizer, turn: dict) -> int:
 
 def s2s_config(stored: dict, path: str | Path) -> S2SConfig:
     """The config of a checkpoint's `config.json`. Raises UserError for another kind of model."""
-    return training.config_of(S2SConfig, "s2s", stored, path)
+    return checkpoints.config_of(S2SConfig, "s2s", stored, path)
 
 
 def stored_config(config: S2SConfig) -> dict:
     """What goes into `config.json`."""
-    return training.stored_config("s2s", config)
+    return checkpoints.stored_config("s2s", config)

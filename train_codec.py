@@ -72,6 +72,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
+import checkpoints
 import command
 import discriminator
 import teachers
@@ -281,7 +282,7 @@ def check_kept(args, model: Codec, inherited: list[str]) -> None:
                         f"size, and codes that depend on it were to be kept")  # fmt: skip
 
 
-def sizes(args, checkpoint: training.Checkpoint | None, speaks: bool) -> CodecConfig:
+def sizes(args, checkpoint: checkpoints.Checkpoint | None, speaks: bool) -> CodecConfig:
     """The codec's sizes: those of the preset, or of the codec that goes on or whose codes are kept.
 
     Sets `args.window_seconds` where it was left open. What runs is what was trained: a window has
@@ -292,7 +293,7 @@ def sizes(args, checkpoint: training.Checkpoint | None, speaks: bool) -> CodecCo
     config = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
     source = checkpoint
     if source is None and args.init_from and not words_learn(args):
-        source = training.load_checkpoint(args.init_from, with_trainer=False)
+        source = checkpoints.load_checkpoint(args.init_from, with_trainer=False)
     if source is not None:
         stored = codec_config(source.config, source.path)
         whole = checkpoint is not None or args.decoder_only  # else it is the words that stay
@@ -478,11 +479,11 @@ def describe(
 
 def export(args) -> None:
     """Writes the newest checkpoint in half precision, as the demo and the LM's data take it."""
-    training.check_export(args)
-    checkpoint = training.load_checkpoint(args.checkpoint_dir, with_trainer=False)
+    checkpoints.check_export(args)
+    checkpoint = checkpoints.load_checkpoint(args.checkpoint_dir, with_trainer=False)
     model = Codec(codec_config(checkpoint.config, checkpoint.path))
     model.load_tensors(checkpoint.tensors, args.checkpoint_dir)
-    folder = training.save_export(
+    folder = checkpoints.save_export(
         args.export, checkpoint.step, stored_config(model.config), model.export_tensors()
     )
     exported = Codec.from_checkpoint(folder)
@@ -556,7 +557,7 @@ def train(args, run: training.Run) -> None:
     if args.teacher_cache:
         cache = teachers.FeatureCache(args.teacher_cache, teacher, args.teacher_cache_gib)
     if args.init_from and checkpoint is None:
-        inherited = training.inherit_weights(model, args.init_from)
+        inherited = checkpoints.inherit_weights(model, args.init_from)
         check_kept(args, model, inherited)
         prefix = "quantizer."
         model.quantizer.resume_from_codes(

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import checkpoints
 import command
 import s2s
 import training
@@ -509,7 +510,7 @@ def starting_tokenizer(
     """
     theirs = None
     if init_from:
-        theirs = training.load_checkpoint(init_from, with_trainer=False).tokenizer
+        theirs = checkpoints.load_checkpoint(init_from, with_trainer=False).tokenizer
     if theirs is not None:
         tokenizer = Tokenizer.from_str(theirs)
         unknown = tokenizer.token_to_id("<unk>")
@@ -523,7 +524,7 @@ def starting_tokenizer(
 def inherit(model: S2S, path: str, same_tokens: bool) -> None:
     """Starts from another LM's weights; those tied to token ids only with the same tokenizer."""
     tied = () if same_tokens else ("text_embedding", "text_head", "depth_text")
-    training.inherit_weights(model, path, tied)
+    checkpoints.inherit_weights(model, path, tied)
 
 
 def describe(run: training.Run, model: S2S, rows, hours: float) -> None:
@@ -572,11 +573,11 @@ def new_config(args, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
 
 def export(args) -> None:
     """Writes the newest checkpoint in half precision, as the demo takes it."""
-    training.check_export(args)
-    checkpoint = training.load_checkpoint(args.checkpoint_dir, with_trainer=False)
+    checkpoints.check_export(args)
+    checkpoint = checkpoints.load_checkpoint(args.checkpoint_dir, with_trainer=False)
     s2s.s2s_config(checkpoint.config, args.checkpoint_dir)  # refuses another model's folder
     tensors = {name: tensor.half() for name, tensor in checkpoint.tensors.items()}
-    folder = training.save_export(
+    folder = checkpoints.save_export(
         args.export, checkpoint.step, checkpoint.config, tensors, checkpoint.tokenizer
     )
     print(f"wrote {folder}: dialogue LM of step {checkpoint.step}")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torchaudio
 from torch import nn
 
+import checkpoints
 import training
 from codec import (
     AveragedCodec,
@@ -730,7 +731,7 @@ def test_waveform_loss_is_the_relative_error():
 
 
 def test_an_export_comes_back(model, tmp_path):
-    folder = training.save_export(
+    folder = checkpoints.save_export(
         tmp_path / "codec", 7, stored_config(SMALL), model.export_tensors()
     )
     loaded = Codec.from_checkpoint(folder)
@@ -777,7 +778,7 @@ def one_line(error):
 def test_wrong_checkpoints_are_refused_in_one_line(model, tmp_path):
     def save(name, config, tensors=None):
         tensors = model.export_tensors() if tensors is None else tensors
-        return training.save_export(tmp_path / name, 1, config, tensors)
+        return checkpoints.save_export(tmp_path / name, 1, config, tensors)
 
     stored = stored_config(SMALL)
     with pytest.raises(UserError) as error:

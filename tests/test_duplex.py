@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models
 import codec as codec_module
 import duplex
 import s2s
+from checkpoints import save_checkpoint
 from codec import Codec, CodecConfig
 from command import UserError
 from data import EMOTIONS, LANGUAGES
@@ -38,7 +39,6 @@ from duplex import (
     response_latencies,
 )
 from s2s import S2S, S2SConfig, Sampling
-from training import save_checkpoint
 
 RATE = 24000
 PATCH = 0.04

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import command
 import evaluate_codec as e
-import training
 from audio import SAMPLE_RATE, read_audio, write_audio
 from codec import Codec, CodecConfig, stored_config
 from command import UserError
@@ -43,7 +43,7 @@ def codec() -> Codec:
 @pytest.fixture(scope="module")
 def checkpoint(codec, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("codec")
-    training.save_export(folder, 7, stored_config(codec.config), codec.export_tensors())
+    checkpoints.save_export(folder, 7, stored_config(codec.config), codec.export_tensors())
     return folder
 
 

@@ -21,10 +21,10 @@ import torch
 import make_conversations as mc
 import speech
 from audio import HOP, SAMPLE_RATE
+from checkpoints import save_checkpoint
 from codec import Codec, CodecConfig, stored_config
 from command import UserError, only_one
 from data import load_clips, read_manifest
-from training import save_checkpoint
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "conversations"
 CODES = ("agent_codes", "user_codes")

@@ -10,6 +10,7 @@ import pytest
 from test_corpora import ROOT, ROWS, dataset, served
 from test_fetching import Server, coded, server, tar_of
 
+import checkpoints
 import data
 import training
 from codec import Codec
@@ -79,7 +80,7 @@ def test_from_nothing_to_a_checkpoint(sources, tmp_path):
     )  # fmt: skip
     assert made.returncode == 0, made.stdout + made.stderr
 
-    checkpoint = training.load_checkpoint(folder / "checkpoints_codec")
+    checkpoint = checkpoints.load_checkpoint(folder / "checkpoints_codec")
     assert checkpoint.step == 3 and checkpoint.trainer is not None
     model = Codec.from_checkpoint(folder / "checkpoints_codec")
     assert model.decode(model.encode(0.1 * training.torch.randn(1, 1, 4800))).shape == (1, 1, 4800)

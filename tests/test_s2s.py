@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-import training
+import checkpoints
 from command import UserError
 from s2s import (
     IGNORE,
@@ -778,7 +778,7 @@ def test_code_tables_start_from_vectors_of_another_width(width):
 def save(model, folder, tokenizer, config=None, tensors=None):
     config = stored_config(model.config) if config is None else config
     tensors = model.state_dict() if tensors is None else tensors
-    return training.save_export(folder, 3, config, tensors, tokenizer)
+    return checkpoints.save_export(folder, 3, config, tensors, tokenizer)
 
 
 def test_a_checkpoint_comes_back(tmp_path, tokenizer):

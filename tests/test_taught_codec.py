@@ -14,7 +14,7 @@ from test_train_codec import (  # noqa: F401
     train,
 )
 
-import training
+import checkpoints
 from codec import Codec
 
 
@@ -42,11 +42,11 @@ def test_a_taught_run_stops_and_goes_on(corpus, folders, kind, tmp_path, capsys)
     train(corpus, parts, **same)
     assert metrics(parts) == metrics(whole)
     assert_same_state(parts, whole)
-    trainer = training.load_checkpoint(whole).trainer
+    trainer = checkpoints.load_checkpoint(whole).trainer
     assert trainer["projection"]["weight"].shape == (32, 64)
 
     # Nothing of the teacher is in what ships.
-    shipped = training.load_checkpoint(whole).tensors
+    shipped = checkpoints.load_checkpoint(whole).tensors
     assert shipped.keys() == Codec(Codec.from_checkpoint(whole).config).state_dict().keys()
     capsys.readouterr()  # the bars of the teachers that were loaded
     other = {**same, "teacher": "none"}
@@ -60,7 +60,7 @@ def test_the_projection_learns_and_codebook_0_with_it(corpus, folders, tmp_path)
     train(corpus, tmp_path / "taught", **same, teacher=folders["wavlm"], max_steps=2)
     train(corpus, tmp_path / "start", **same, teacher=folders["wavlm"], max_steps=1, gen_lr=0)
     none, taught, start = (
-        training.load_checkpoint(tmp_path / f) for f in ("none", "taught", "start")
+        checkpoints.load_checkpoint(tmp_path / f) for f in ("none", "taught", "start")
     )
     layer = "quantizer.semantic_in.weight"
     moved = (taught.tensors[layer] - start.tensors[layer]).norm()

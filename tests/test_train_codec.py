@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import command
 import train_codec
 import training
@@ -134,7 +135,7 @@ def flat(value, name=""):
 
 def assert_same_state(one: Path, other: Path) -> None:
     """Weights, discriminator, optimizers and balancer, bit for bit."""
-    a, b = training.load_checkpoint(one), training.load_checkpoint(other)
+    a, b = checkpoints.load_checkpoint(one), checkpoints.load_checkpoint(other)
     assert a.step == b.step and a.config == b.config
     states = []
     for checkpoint in (a, b):
@@ -183,7 +184,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(corpus, whole_run, tmp_path, cap
     folder = tmp_path / "run"
     for stop in (2, 5):
         train(corpus, folder, max_steps=stop)
-        assert training.find_checkpoint(folder).name == f"step_{stop:08d}"
+        assert checkpoints.find_checkpoint(folder).name == f"step_{stop:08d}"
     train(corpus, folder)
     assert "resuming" in capsys.readouterr().out
     assert metrics(folder) == metrics(whole_run[0])
@@ -211,7 +212,7 @@ def test_a_killed_run_goes_on_with_its_gan(corpus, tmp_path):
             time.sleep(0.01)
         process.kill()
     assert process.wait() == -signal.SIGKILL, (tmp_path / "log.txt").read_text()[-2000:]
-    assert training.find_checkpoint(folder).name == "step_00000004"
+    assert checkpoints.find_checkpoint(folder).name == "step_00000004"
     train(corpus, folder, disc_start=0)
     rows = metrics(folder)
     assert rows == metrics(whole)
@@ -233,7 +234,7 @@ def test_a_step_that_is_not_finite_moves_nothing(corpus, tmp_path, monkeypatch):
     train(corpus, after, max_steps=7, disc_start=0)
     row = metrics(after)[-1]
     assert row["step"] == 7 and row["skipped"] == 1 and row["waveform"] is None
-    a, b = (training.load_checkpoint(folder) for folder in (before, after))
+    a, b = (checkpoints.load_checkpoint(folder) for folder in (before, after))
     assert a.tensors.keys() == b.tensors.keys() and b.step == 7
     for name, tensor in a.tensors.items():
         assert torch.equal(tensor, b.tensors[name]), name
@@ -249,7 +250,7 @@ def test_a_step_that_is_not_finite_moves_nothing(corpus, tmp_path, monkeypatch):
 
 
 def test_the_average_ships_and_the_weights_go_on(corpus, whole_run, tmp_path):
-    checkpoint = training.load_checkpoint(whole_run[0])
+    checkpoint = checkpoints.load_checkpoint(whole_run[0])
     shown, trained = checkpoint.tensors, checkpoint.trainer["trained_weights"]
     assert checkpoint.trainer["average"] == {"steps": 8, "decay": 0.5}
     names = ("decoder.0.norm.weight", "quantizer.codebooks.3.embedding")
@@ -258,14 +259,14 @@ def test_the_average_ships_and_the_weights_go_on(corpus, whole_run, tmp_path):
 
     # From an older checkpoint, which has neither an average nor a second guard.
     trainer = {k: v for k, v in checkpoint.trainer.items() if k not in OLDER_LACK}
-    training.save_checkpoint(tmp_path / "old", 8, checkpoint.config, trained, trainer)
+    checkpoints.save_checkpoint(tmp_path / "old", 8, checkpoint.config, trained, trainer)
     train(corpus, tmp_path / "old", num_epochs=2)
-    again = training.load_checkpoint(tmp_path / "old")
+    again = checkpoints.load_checkpoint(tmp_path / "old")
     assert all(torch.equal(again.tensors[name], trained[name]) for name in trained)
 
     train(corpus, tmp_path / "off", max_steps=1, ema_decay=0)
     assert not {"average", "trained_weights"} & set(
-        training.load_checkpoint(tmp_path / "off").trainer
+        checkpoints.load_checkpoint(tmp_path / "off").trainer
     )
 
 
@@ -292,7 +293,7 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     rows = [row for row in metrics(tmp_path / "run") if "lr" in row]
     last = rows[-1]["step"]
     assert 10 <= last <= 12 and f"{last} of 40 steps" in said, said
-    assert training.load_checkpoint(tmp_path / "run").trainer["total_steps"] == last
+    assert checkpoints.load_checkpoint(tmp_path / "run").trainer["total_steps"] == last
     rates = [row["lr"] for row in rows]
     falls = [one - other for one, other in zip(rates[2:], rates[3:], strict=False)]
     assert max(falls) < 0.2 * max(rates)  # smoothly, though the schedule was cut to a half
@@ -300,7 +301,7 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     spent = [json.loads(x)["dollars"] for x in (tmp_path / "costs.jsonl").read_text().splitlines()]
     assert sum(spent) == pytest.approx(last)
     train(corpus, tmp_path / "run", listen_share=0, **changes)  # pasted again: there is no more
-    assert training.find_checkpoint(tmp_path / "run").name == f"step_{last:08d}"
+    assert checkpoints.find_checkpoint(tmp_path / "run").name == f"step_{last:08d}"
 
 
 def test_held_out_windows_sound_in_tensorboard(corpus, tmp_path, monkeypatch):
@@ -366,7 +367,7 @@ def test_the_average_spans_a_fiftieth_of_the_run_or_what_is_asked():
 def test_listening_first_leaves_the_rest_as_it_was(corpus, tmp_path):
     train(corpus, tmp_path / "start", gen_lr=0, max_steps=1, listen_share=1)
     train(corpus, tmp_path / "run", num_epochs=1, listen_share=1)
-    start, run = (training.load_checkpoint(tmp_path / f).tensors for f in ("start", "run"))
+    start, run = (checkpoints.load_checkpoint(tmp_path / f).tensors for f in ("start", "run"))
     heard = ("encoder.0.", "quantizer.semantic_in", "quantizer.codebooks.0.")
     for name, tensor in start.items():
         assert name.startswith(heard) or torch.equal(tensor, run[name]), name
@@ -374,14 +375,14 @@ def test_listening_first_leaves_the_rest_as_it_was(corpus, tmp_path):
     sizes = [float(run[f"quantizer.codebooks.{k}.cluster_size"].sum()) for k in (0, 1)]
     assert sizes[0] > 0 and sizes[1] == 0  # by k-means, and not yet
     train(corpus, tmp_path / "heir", num_epochs=1, listen_share=0, init_from=tmp_path / "run")
-    heir = training.load_checkpoint(tmp_path / "heir").tensors
+    heir = checkpoints.load_checkpoint(tmp_path / "heir").tensors
     assert float(heir["quantizer.codebooks.7.cluster_size"].sum()) > 0
 
 
 def test_a_decoder_learns_alone_and_keeps_every_code(corpus, whole_run, tmp_path, capsys):
     assert "--init_from" in refused(corpus, tmp_path / "none", capsys, "--decoder_only")
     train(corpus, tmp_path / "run", "--decoder_only", num_epochs=1, init_from=whole_run[0])
-    start, run = (training.load_checkpoint(f).tensors for f in (whole_run[0], tmp_path / "run"))
+    start, run = (checkpoints.load_checkpoint(f).tensors for f in (whole_run[0], tmp_path / "run"))
     kept = ("encoder.", "quantizer.")
     for name, tensor in start.items():
         assert torch.equal(tensor, run[name]) == name.startswith(kept), name
@@ -393,7 +394,7 @@ def test_codes_are_kept_whole_or_not_at_all(whole_run, corpus, tmp_path, capsys)
     """A decoder alone takes the sizes of its codec; words of other sizes are refused."""
     small = dataclasses.replace(CodecConfig.tiny(), semantic_layers=1, context=12)
     model = Codec(small)
-    training.save_export(tmp_path / "small", 1, stored_config(small), model.export_tensors())
+    checkpoints.save_export(tmp_path / "small", 1, stored_config(small), model.export_tensors())
     train(corpus, tmp_path / "run", "--decoder_only", max_steps=1, init_from=tmp_path / "small")
     heir = Codec.from_checkpoint(tmp_path / "run")
     assert heir.config == small
@@ -410,7 +411,7 @@ def test_sound_learns_beside_words_that_are_kept(corpus, tmp_path, capsys):
         corpus, tmp_path / "run", "--keep_words", num_epochs=1, init_from=tmp_path / "words",
         precision="bf16",
     )  # fmt: skip
-    words, run = (training.load_checkpoint(tmp_path / f).tensors for f in ("words", "run"))
+    words, run = (checkpoints.load_checkpoint(tmp_path / f).tensors for f in ("words", "run"))
     kept = ("encoder.0.", "quantizer.semantic_in", "quantizer.codebooks.0.")
     for name, tensor in words.items():
         assert torch.equal(tensor, run[name]) == name.startswith(kept), name
@@ -435,7 +436,7 @@ def test_two_ranks_learn_as_one_process(corpus, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("an epoch is") == 1  # the first rank alone speaks
-    runs = [training.load_checkpoint(f).tensors for f in (start, one, two)]
+    runs = [checkpoints.load_checkpoint(f).tensors for f in (start, one, two)]
     names = [n for n, p in Codec(train_codec.CodecConfig.tiny()).named_parameters()]
     first, single, ranks = (torch.cat([run[n].flatten() for n in names]) for run in runs)
     moved, apart = (single - first).norm(), (ranks - single).norm()
@@ -454,7 +455,7 @@ def test_exports_and_inherits(corpus, whole_run, tmp_path, capsys):
     train(corpus, tmp_path / "heir", init_from=folder, gen_lr=1e-9, max_steps=1)
     said = capsys.readouterr().out
     assert f"init_from {folder}: inherited " in said
-    heir = training.load_checkpoint(tmp_path / "heir").tensors
+    heir = checkpoints.load_checkpoint(tmp_path / "heir").tensors
     for name, tensor in codec.named_parameters():
         torch.testing.assert_close(heir[name], tensor, atol=1e-5, rtol=1e-5)
     assert heir["quantizer.codebooks.7.cluster_size"].min() > 0  # goes on from the codes it got
@@ -481,14 +482,14 @@ def test_bad_input_ends_in_one_line(corpus, whole_run, tmp_path, capsys):
 
     other = tmp_path / "other"
     tensors = {"x": torch.zeros(2)}
-    training.save_checkpoint(other, 3, {"model": "s2s"}, tensors, {"step": 3})
+    checkpoints.save_checkpoint(other, 3, {"model": "s2s"}, tensors, {"step": 3})
     assert "another model" in refused(corpus, other, capsys)
     assert "no tensor fits" in refused(corpus, tmp_path / "b", capsys, init_from=other)
     assert "nothing" in refused(corpus, tmp_path / "b", capsys, init_from=tmp_path / "nothing")
 
     cut = tmp_path / "cut" / "step_00000008"
     cut.mkdir(parents=True)
-    for file in training.find_checkpoint(whole_run[0]).iterdir():
+    for file in checkpoints.find_checkpoint(whole_run[0]).iterdir():
         (cut / file.name).write_bytes(file.read_bytes()[:5000])
     assert "cut" in refused(corpus, tmp_path / "cut", capsys)
 
@@ -585,7 +586,7 @@ def test_a_window_is_at_least_twice_the_context(tmp_path, capsys):
     # Codes that are kept keep the context that they were made with, and the window follows it.
     shipped = ROOT / "checkpoints" / "tiny" / "codec"
     own = Codec.from_checkpoint(shipped).config
-    checkpoint = training.load_checkpoint(shipped, with_trainer=False)
+    checkpoint = checkpoints.load_checkpoint(shipped, with_trainer=False)
     assert sizes(checkpoint, preset="tiny", window_seconds=2.56) == (own, 2.56)
     assert capsys.readouterr().out == "" and own.context == 64
     assert sizes(checkpoint, preset="tiny", window_seconds=1.5)[0] == own

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoints
 import codec as codec_module
 import command
 import s2s
@@ -62,7 +63,7 @@ def make_codec(folder: Path, seed: int) -> Codec:
         acoustic_dim=8, codebook_sizes=(16,) * 8,
     )  # fmt: skip
     model = Codec(config)
-    training.save_export(folder, 1, codec_module.stored_config(config), model.export_tensors())
+    checkpoints.save_export(folder, 1, codec_module.stored_config(config), model.export_tensors())
     return Codec.from_checkpoint(folder)
 
 
@@ -161,7 +162,7 @@ def flat(value, name=""):
 
 def assert_same_state(one: Path, other: Path) -> None:
     """Weights, tokenizer and optimizer, bit for bit."""
-    a, b = training.load_checkpoint(one), training.load_checkpoint(other)
+    a, b = checkpoints.load_checkpoint(one), checkpoints.load_checkpoint(other)
     assert (a.step, a.config, a.tokenizer) == (b.step, b.config, b.tokenizer)
     states = []
     for checkpoint in (a, b):
@@ -202,7 +203,7 @@ def test_a_run_says_what_it_will_do_and_logs_what_it_did(world, whole_run):
     assert all(row["skipped"] == 0 and row["text"] > 0 for row in steps)
     assert steps[-1]["text"] < steps[0]["text"]
     assert [row["step"] for row in rows if "validation_text" in row] == [4, 8]
-    config = training.load_checkpoint(folder).config
+    config = checkpoints.load_checkpoint(folder).config
     assert config["codec_fingerprint"] == fingerprint
     assert config["codebook_sizes"] == [16] * 8 and config["frame_rate"] == 50.0
 
@@ -212,7 +213,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(world, whole_run, tmp_path, caps
     folder = tmp_path / "run"
     for stop in (1, 6):
         train(world, folder, max_steps=stop)
-        assert training.find_checkpoint(folder).name == f"step_{stop:08d}"
+        assert checkpoints.find_checkpoint(folder).name == f"step_{stop:08d}"
     train(world, folder)
     assert "resuming" in capsys.readouterr().out
     assert metrics(folder) == metrics(whole_run[0])
@@ -236,7 +237,7 @@ def test_a_killed_run_goes_on(world, whole_run, tmp_path):
             time.sleep(0.01)
         process.kill()
     assert process.wait() == -signal.SIGKILL, (tmp_path / "log.txt").read_text()[-2000:]
-    assert training.find_checkpoint(folder).name == "step_00000004"
+    assert checkpoints.find_checkpoint(folder).name == "step_00000004"
     train(world, folder)
     assert metrics(folder) == metrics(whole_run[0])
     assert_same_state(folder, whole_run[0])
@@ -253,7 +254,7 @@ def test_exports_and_inherits(world, whole_run, tmp_path, capsys):
 
     train(world, tmp_path / "heir", init_from=shipped, lr=1e-9, max_steps=1)
     assert f"init_from {shipped}: inherited " in capsys.readouterr().out
-    heir = training.load_checkpoint(tmp_path / "heir").tensors
+    heir = checkpoints.load_checkpoint(tmp_path / "heir").tensors
     for name, tensor in model.named_parameters():
         torch.testing.assert_close(heir[name], tensor, atol=1e-5, rtol=1e-5)
 
@@ -280,10 +281,10 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     rows = [row for row in metrics(tmp_path / "run") if "lr" in row]
     last = rows[-1]["step"]
     assert 8 <= last <= 12 and f"{last} of 40 steps" in said, said
-    assert training.load_checkpoint(tmp_path / "run").trainer["total_steps"] == last
+    assert checkpoints.load_checkpoint(tmp_path / "run").trainer["total_steps"] == last
     assert rows[-1]["lr"] < 0.2 * max(row["lr"] for row in rows)
     train(world, tmp_path / "run", **changes)  # pasted again: there is no more
-    assert training.find_checkpoint(tmp_path / "run").name == f"step_{last:08d}"
+    assert checkpoints.find_checkpoint(tmp_path / "run").name == f"step_{last:08d}"
 
 
 def test_a_tokenizer_goes_on_where_it_can_spell_the_new_texts(world, whole_run, tmp_path, capsys):
@@ -410,7 +411,7 @@ def test_bad_input_ends_in_one_line(world, whole_run, tmp_path, capsys):
 
     other = tmp_path / "other"
     tensors = {"x": torch.zeros(2)}
-    training.save_checkpoint(other, 3, {"model": "codec"}, tensors, {"step": 3})
+    checkpoints.save_checkpoint(other, 3, {"model": "codec"}, tensors, {"step": 3})
     assert "another model" in refused(world, other, capsys)
 
 
@@ -717,8 +718,8 @@ def finished(whole_run, tmp_path):
     return Path(shutil.copytree(whole_run[0], tmp_path / "finished"))
 
 
-def last(folder: Path) -> training.Checkpoint:
-    return training.load_checkpoint(folder)
+def last(folder: Path) -> checkpoints.Checkpoint:
+    return checkpoints.load_checkpoint(folder)
 
 
 def test_a_finished_run_is_extended(world, finished, capsys):
@@ -763,7 +764,7 @@ def test_changes_that_a_run_cannot_take_are_refused(world, finished, capsys):
 def test_trainer_state_of_another_version_is_told(world, whole_run, tmp_path, capsys, lacking):
     old, folder = last(whole_run[0]), tmp_path / "old"
     trainer = {k: v for k, v in old.trainer.items() if k != lacking}
-    training.save_checkpoint(folder, 8, old.config, old.tensors, trainer, old.tokenizer)
+    checkpoints.save_checkpoint(folder, 8, old.config, old.tensors, trainer, old.tokenizer)
     if lacking == "epoch":
         assert "no epoch in its trainer state" in refused(world, folder, capsys)
         return

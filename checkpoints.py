@@ -1,0 +1,405 @@
+"""Checkpoint folders: written whole or not at all, found, loaded, exported, inherited from."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from command import UserError, writable_folder
+
+T = TypeVar("T")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_STEP_NAME = re.compile(r"step_(\d+)(\.replaced)?")
+_TEMPORARY = ".tmp-"
+_PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype)
+
+
+@dataclass
+class Checkpoint:
+    """A loaded checkpoint folder. `trainer` and `tokenizer` are None where it holds none."""
+
+    path: Path
+    step: int
+    config: dict
+    tensors: dict[str, Tensor]
+    trainer: dict | None
+    tokenizer: str | None
+
+
+def save_checkpoint(
+    run_dir: str | Path,
+    step: int,
+    config: dict,
+    tensors: dict[str, Tensor],
+    trainer: dict | None = None,
+    tokenizer: str | None = None,
+    keep_last: int = 3,
+    best: bool = False,
+) -> Path:
+    """Write `run_dir/step_00001000/` and drop all but the last `keep_last` and the best one.
+
+    Files go to a temporary folder, are synced and then renamed, so that a kill at any moment
+    leaves the earlier checkpoints whole. Tensors keep their precision (give fp16 for a shipped
+    model). `trainer` holds plain containers, numbers, strings and tensors, which is all that
+    loading without pickled code can read back. `tokenizer` is JSON of the `tokenizers` library.
+    `best` makes this the best one so far (`best.json`).
+    Call on the main rank only. Raises UserError on a full disk; TypeError for a bad `trainer`.
+    """
+    run_dir = Path(run_dir)
+    _check_plain(trainer, "trainer")
+    final = run_dir / f"step_{step:08d}"
+    temporary = run_dir / f"{_TEMPORARY}{final.name}"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(run_dir)
+        temporary.mkdir()
+        _write_files(temporary, step, config, tensors, trainer, tokenizer)
+        _publish(temporary, final)
+        if best:
+            write_atomically(run_dir / "best.json", json.dumps({"checkpoint": final.name}))
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_disk_full(error):
+            raise UserError(_disk_full_message(run_dir, final)) from error
+        raise
+    _prune(run_dir, final, keep_last)
+    return final
+
+
+def save_export(
+    folder: str | Path,
+    step: int,
+    config: dict,
+    tensors: dict[str, Tensor],
+    tokenizer: str | None = None,
+) -> Path:
+    """Write a shipped folder: config, weights and tokenizer alone, in place of what is there.
+
+    Other files in the folder (a model card) stay. Raises UserError on a full disk.
+    """
+    folder = Path(folder)
+    temporary = folder / f"{_TEMPORARY}export"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        _write_files(temporary, step, config, tensors, None, tokenizer)
+        for file in temporary.iterdir():
+            os.replace(file, folder / file.name)
+        _sync(folder)
+    except OSError as error:
+        if _is_disk_full(error):
+            raise UserError(_disk_full_message(folder, folder)) from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def check_export(args: argparse.Namespace) -> None:
+    """Raises UserError where `--export` would write into the run's own folder, or cannot at all.
+
+    A shipped model beside the steps would hide them: the run could never go on.
+    """
+    export, run_dir = (Path(path).resolve() for path in (args.export, args.checkpoint_dir))
+    if export == run_dir or run_dir in export.parents or any(export.glob("step_*")):
+        raise UserError(f"--export {args.export}: is a run's folder; export into another one")
+    find_checkpoint(run_dir)
+    writable_folder(export, "--export")
+
+
+def config_of(kind: type[T], model: str, stored: dict, where: str | Path) -> T:
+    """The config dataclass `kind` that a checkpoint's `config.json` holds.
+
+    Raises UserError for another kind of model, or fields that this version does not know.
+    """
+    if stored.get("model") != model:
+        raise UserError(f"{where}: holds a {stored.get('model', 'nameless')} model, not a {model}")
+    fields = {field.name for field in dataclasses.fields(kind)}
+    unknown = set(stored) - fields - {"model"}
+    if unknown:
+        raise UserError(f"{where}: config has unknown fields: {', '.join(sorted(unknown))}")
+    return kind(**{name: value for name, value in stored.items() if name in fields})
+
+
+def stored_config(model: str, config: object) -> dict:
+    """What goes into `config.json`."""
+    return {"model": model, **dataclasses.asdict(config)}
+
+
+def open_run(
+    run_dir: str | Path, model: str, fresh: bool, device: str | torch.device
+) -> Checkpoint | None:
+    """The checkpoint that a run goes on from, None for a new run.
+
+    Raises UserError where `fresh` meets a used folder, or the folder holds another `model`.
+    """
+    folder = Path(run_dir)
+    used = folder.is_dir() and any(file.name != ".lock" for file in folder.iterdir())
+    if fresh and used:
+        raise UserError(f"--fresh: {folder} is not empty; move it away or choose another folder")
+    if not used or not any(folder.glob("step_*")):
+        return None
+    checkpoint = load_checkpoint(folder, device)
+    if checkpoint.config.get("model") != model:
+        raise UserError(f"{folder}: holds another model's checkpoints; choose another folder")
+    return checkpoint
+
+
+def inherit_weights(
+    model: torch.nn.Module, path: str | Path, skip: tuple[str, ...] = ()
+) -> list[str]:
+    """Start from the weights of another checkpoint wherever name and shape agree; say so.
+
+    Tensors whose name starts with one of `skip` are left as they are. Returns the names taken.
+    """
+    tensors = load_checkpoint(path, with_trainer=False).tensors
+    own = model.state_dict()
+    fitting = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name in own and tensor.shape == own[name].shape and not name.startswith(skip)
+    }
+    if not fitting:
+        raise UserError(f"--init_from {path}: no tensor fits; give a checkpoint of the same model")
+    model.load_state_dict(fitting, strict=False)
+    print(f"init_from {path}: inherited {len(fitting)} of {len(own)} tensors")
+    return list(fitting)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder that `path` means: a run's newest complete step, or itself.
+
+    `path` is a run folder, a step folder, or a shipped folder (config.json and
+    model.safetensors). Temporary and incomplete folders are passed over.
+    Raises UserError where there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such checkpoint folder")
+    if _is_complete(path):
+        return path
+    for _, _, folder in reversed(_step_folders(path)):
+        if _is_complete(folder):
+            return folder
+    if (path / "config.json").exists() or (path / "model.safetensors").exists():
+        raise UserError(f"{path}: incomplete checkpoint; copy it again or take an earlier step")
+    raise UserError(
+        f"{path}: no complete checkpoint here (neither step_* folders nor config.json with "
+        "model.safetensors); train first or give another folder"
+    )
+
+
+def load_checkpoint(
+    path: str | Path, device: str | torch.device = "cpu", with_trainer: bool = True
+) -> Checkpoint:
+    """Load what `find_checkpoint(path)` finds, tensors on `device`, no pickled code executed.
+
+    Raises UserError for a missing or damaged checkpoint.
+    """
+    folder = find_checkpoint(path)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = folder / "model.safetensors"
+        tensors = load_file(weights, device=str(device))
+        with safe_open(weights, framework="pt") as opened:
+            step = int((opened.metadata() or {}).get("step", 0))
+        trainer = None
+        if with_trainer and (folder / "trainer.pt").exists():
+            trainer = torch.load(folder / "trainer.pt", map_location=device, weights_only=True)
+        tokenizer = None
+        if (folder / "tokenizer.json").exists():
+            tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    except (OSError, ValueError, EOFError, SafetensorError, RuntimeError, KeyError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(_damaged(folder, error)) from error
+    except Exception as error:  # torch.load raises pickle.UnpicklingError for what it refuses
+        if type(error).__name__ == "UnpicklingError":
+            raise UserError(_damaged(folder, error)) from error
+        raise
+    return Checkpoint(folder, step, config, tensors, trainer, tokenizer)
+
+
+def fingerprint(config: dict, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) over the config's sorted JSON and every tensor's name, dtype, shape, bytes."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _write_files(folder, step, config, tensors, trainer, tokenizer) -> None:
+    (folder / "config.json").write_text(
+        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    metadata = {"format": "pt", "step": str(step)}
+    save_file(_unshared(tensors), folder / "model.safetensors", metadata=metadata)
+    if tokenizer is not None:
+        (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    if trainer is not None:
+        with open(folder / "trainer.pt", "wb") as file:
+            torch.save(trainer, file)
+    for file in folder.iterdir():
+        _sync(file)
+    _sync(folder)
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CPU copies in which no two tensors share memory, which safetensors refuses."""
+    result, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        result[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return result
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    # A folder cannot be renamed over a full one. The one replaced keeps a name that
+    # find_checkpoint knows, so that there is no moment without a complete checkpoint.
+    replaced = final.with_name(f"{final.name}.replaced")
+    if final.exists():
+        final.rename(replaced)
+    temporary.rename(final)
+    _sync(final.parent)
+    if replaced.exists():
+        _discard(replaced)
+
+
+def _prune(run_dir: Path, newest: Path, keep_last: int) -> None:
+    folders = [folder for _, _, folder in _step_folders(run_dir)]
+    kept = {newest.name, _best_name(run_dir), *(f.name for f in folders[-max(1, keep_last) :])}
+    for folder in folders:
+        if folder.name not in kept:
+            _discard(folder)
+
+
+def _best_name(run_dir: Path) -> str | None:
+    try:
+        return json.loads((run_dir / "best.json").read_text(encoding="utf-8"))["checkpoint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _step_folders(run_dir: Path) -> list[tuple[int, bool, Path]]:
+    """(step, whether it is the standing one, folder), oldest first."""
+    found = []
+    for folder in run_dir.iterdir():
+        match = _STEP_NAME.fullmatch(folder.name)
+        if match and folder.is_dir():
+            found.append((int(match[1]), match[2] is None, folder))
+    return sorted(found)
+
+
+def _discard(folder: Path) -> None:
+    # Renamed first: a kill in mid-removal must not leave a folder that looks complete.
+    doomed = folder.with_name(f"{_TEMPORARY}old-{folder.name}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_leftovers(run_dir: Path) -> None:
+    for leftover in run_dir.glob(f"{_TEMPORARY}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    for replaced in run_dir.glob("step_*.replaced"):  # killed while a step was saved again
+        standing = replaced.with_suffix("")
+        if _is_complete(standing):
+            _discard(replaced)
+        else:
+            shutil.rmtree(standing, ignore_errors=True)
+            replaced.rename(standing)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all files are there at full length (a broken copy of a checkpoint is not)."""
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = folder / "model.safetensors"
+        with open(weights, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length <= weights.stat().st_size else None
+        if header is None:
+            return False
+        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        if weights.stat().st_size != 8 + length + max(ends, default=0):
+            return False
+        trainer = folder / "trainer.pt"
+        return not trainer.exists() or zipfile.is_zipfile(trainer)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _check_plain(value: object, where: str) -> None:
+    """Refuse at save time what `weights_only` would refuse at load time, after the pod is lost."""
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"{where} key")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple, set):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif not (isinstance(value, Tensor) or type(value) in _PLAIN):
+        raise TypeError(f"{where} is a {type(value).__name__}: store plain values or tensors")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    # safetensors (Rust) and torch.save (C++) wrap the system's error in their own.
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return True
+        text = str(error)
+        if "os error 28" in text or "os error 122" in text or "No space left" in text:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _disk_full_message(run_dir: Path, final: Path) -> str:
+    try:
+        kept = f"the last complete checkpoint, {find_checkpoint(run_dir)}, is kept"
+    except UserError:
+        kept = "there is no earlier checkpoint"
+    return f"{final}: the disk is full, this checkpoint was not saved; {kept}; free some space"
+
+
+def _damaged(folder: Path, error: Exception) -> str:
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return f"{folder}: damaged checkpoint ({reason}); copy it again or take an earlier step"
