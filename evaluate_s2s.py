@@ -59,14 +59,13 @@ from command import (
     write_text,
 )
 from data import SPLITS
-from duplex import (
+from duplex import DuplexEngine, load_models
+from ledger import (
     QUIET_DBFS,
-    DuplexEngine,
     ReplyClock,
     Response,
     UserTurn,
     frame_levels,
-    load_models,
     percentiles,
     response_latencies,
 )

@@ -29,20 +29,17 @@ import torch
 from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
 from command import ArgumentParser, UserError, number, run, whole, writable_file
 from data import EMOTIONS, LANGUAGES
-from duplex import (
+from duplex import DuplexEngine, ReplyText, TickResult, load_models
+from ledger import (
     QUIET_DBFS,
     CallRecord,
-    DuplexEngine,
     LatencyLedger,
-    ReplyText,
     Response,
     StreamResampler,
-    TickResult,
     UserTurn,
     VoiceDetector,
     find_speech,
     frame_levels,
-    load_models,
 )
 from s2s import PAD, S2S, Sampling
 from training import setup_distributed
@@ -249,9 +246,7 @@ def answer_recording(
     return reply[:heard].reshape(-1), record
 
 
-def _feed_due(
-    engine: DuplexEngine, patches: np.ndarray, fed: int, pacer: PacedInput | None
-) -> int:
+def _feed_due(engine: DuplexEngine, patches: np.ndarray, fed: int, pacer: PacedInput | None) -> int:
     """Feed what has arrived by now, waiting where nothing has; returns the patches fed."""
     if pacer is None:
         engine.feed(0, patches[fed], bounded=False)

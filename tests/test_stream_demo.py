@@ -30,7 +30,8 @@ from test_duplex import (
 import stream_demo
 from audio import AudioError
 from command import UserError
-from duplex import DuplexEngine, LatencyLedger, VoiceDetector
+from duplex import DuplexEngine
+from ledger import LatencyLedger, VoiceDetector
 from stream_demo import (
     MicrophoneCall,
     SoundBridge,

@@ -294,7 +294,8 @@ def part_train_s2s(place: Place) -> dict:
 def part_tick(place: Place) -> dict:
     """The engine's tick by stage, p50 and p95 in ms, at several numbers of callers."""
     from codec import Codec, CodecConfig
-    from duplex import DuplexEngine, LatencyLedger
+    from duplex import DuplexEngine
+    from ledger import LatencyLedger
     from s2s import S2S, S2SConfig
 
     torch.manual_seed(0)
