@@ -702,7 +702,7 @@ def augment(
     """
     speed = draw_speed(rng, probability)
     if speed != 1.0 and len(audio):
-        audio = soxr.resample(audio, sample_rate * speed, sample_rate)
+        audio = change_speed(audio, sample_rate, speed)
     return _augment_in_place_of_time(audio, rng, sample_rate, probability)
 
 
@@ -720,26 +720,40 @@ def _augment_in_place_of_time(
     if not len(audio):
         return audio
     if noise:
-        audio = _add_noise(audio, rng)
+        snr_db = rng.uniform(*SNR_RANGE_DB)
+        audio = add_noise(audio, coloured_noise(len(audio), rng), snr_db)
     if band:
         audio = _band_limit(audio, rng, sample_rate)
     if gain:
         audio = audio * 10 ** (rng.uniform(*GAIN_RANGE_DB) / 20)
-    peak = float(np.abs(audio).max())
-    # Scaled down rather than clipped: clipping is a distortion that nobody asked for.
-    return (audio / peak if peak > 1 else audio).astype(np.float32, copy=False)
+    return unclipped(audio)
 
 
-def _add_noise(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Noise whose power falls as 1/f^slope, from white (0) to brown (2), at a drawn SNR."""
-    snr_db, slope = rng.uniform(*SNR_RANGE_DB), rng.uniform(0.0, 2.0)
-    spectrum = np.fft.rfft(rng.standard_normal(len(audio), dtype=np.float32))
+def change_speed(audio: np.ndarray, sample_rate: int, speed: float) -> np.ndarray:
+    """Audio `[T]` played `speed` times as fast, pitch moving with it: `[T / speed]`."""
+    return soxr.resample(audio, sample_rate * speed, sample_rate)
+
+
+def coloured_noise(length: int, rng: np.random.Generator) -> np.ndarray:
+    """Noise `[length]` with power as 1/f^slope, slope drawn from 0 (white) to 2 (brown)."""
+    slope = rng.uniform(0.0, 2.0)
+    spectrum = np.fft.rfft(rng.standard_normal(length, dtype=np.float32))
     spectrum /= np.maximum(np.arange(len(spectrum)), 1) ** (slope / 2)
-    noise = np.fft.irfft(spectrum, len(audio))
+    return np.fft.irfft(spectrum, length)
+
+
+def add_noise(audio: np.ndarray, noise: np.ndarray, snr_db: float) -> np.ndarray:
+    """`audio + noise`, both `[T]`, at an SNR of mean powers; `audio` where either is silent."""
     power, noise_power = np.mean(audio**2), np.mean(noise**2)
-    if noise_power == 0:
+    if power == 0 or noise_power == 0:
         return audio
     return audio + noise * np.sqrt(power / noise_power / 10 ** (snr_db / 10))
+
+
+def unclipped(audio: np.ndarray) -> np.ndarray:
+    """Audio `[T]` as float32, scaled down where it passes full scale: clipping would distort it."""
+    peak = float(np.abs(audio).max(initial=0.0))
+    return (audio / peak if peak > 1 else audio).astype(np.float32, copy=False)
 
 
 def _band_limit(audio: np.ndarray, rng: np.random.Generator, sample_rate: int) -> np.ndarray:

@@ -491,11 +491,12 @@ def test_speed_is_chosen_three_times_in_ten_and_moves_pitch_and_length():
 def test_noise_meets_its_snr():
     audio = sine(440, 1, 24000)
     found = []
-    for seed in range(20):
-        noisy = data._add_noise(audio, np.random.default_rng(seed))
-        asked = np.random.default_rng(seed).uniform(*data.SNR_RANGE_DB)
+    for asked in range(5, 25):
+        noise = data.coloured_noise(len(audio), np.random.default_rng(asked))
+        noisy = data.add_noise(audio, noise, asked)
         found.append(10 * np.log10(np.sum(audio**2) / np.sum((noisy - audio) ** 2)) - asked)
     np.testing.assert_allclose(found, 0, atol=0.01)
+    np.testing.assert_array_equal(data.add_noise(audio, 0 * noise, 5.0), audio)
 
 
 def test_band_limit_removes_the_top_and_keeps_the_voice():
