@@ -52,7 +52,7 @@ import hold_out
 import phone_probe
 import training
 from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
-from codec import Codec, CodecConfig, si_sdr
+from codec import Codec, CodecConfig
 from command import (
     ArgumentParser,
     UserError,
@@ -64,6 +64,7 @@ from command import (
     write_text,
 )
 from data import LANGUAGES, SPLITS, Clip, count_speakers, load_clips
+from losses import si_sdr
 from training import PLAN_BUDGET_USD
 
 HERE = Path(__file__).resolve().parent

@@ -26,12 +26,8 @@ import checkpoints
 import training
 from checkpoints import load_checkpoint
 from command import UserError
-from transformer import (
-    StreamingTransformer,
-    TransformerConfig,
-    TransformerState,
-    stream_weights,
-)
+from streamed import stream_weights
+from transformer import StreamingTransformer, TransformerConfig, TransformerState
 
 PAD = 0  # text id of "no token in this patch"
 IGNORE = -100  # a label that is not known

@@ -82,14 +82,10 @@ from codec import (
     AveragedCodec,
     Codec,
     CodecConfig,
-    MelLoss,
     PhoneHead,
-    SpectralLoss,
     codec_config,
     count_parameters,
-    si_sdr,
     stored_config,
-    waveform_loss,
 )
 from command import ArgumentParser, UserError, number, share, whole
 from data import (
@@ -100,6 +96,7 @@ from data import (
     load_splits,
     training_batches,
 )
+from losses import MelLoss, SpectralLoss, si_sdr, waveform_loss
 from speech import PHONES
 
 UNKNOWN_PHONE = -100

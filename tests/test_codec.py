@@ -21,16 +21,13 @@ from codec import (
     CodecConfig,
     FrameConv,
     LogMel,
-    MelLoss,
     SpectralHead,
-    SpectralLoss,
     codec_fingerprint,
     count_parameters,
-    si_sdr,
     stored_config,
-    waveform_loss,
 )
 from command import UserError
+from losses import MelLoss, SpectralLoss, si_sdr, waveform_loss
 
 CONTEXT = 6
 SMALL = CodecConfig(

@@ -8,13 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from transformer import (
-    StreamedLinear,
-    StreamingTransformer,
-    TransformerConfig,
-    stream_weights,
-    windowed_attention,
-)
+from streamed import StreamedLinear, stream_weights
+from transformer import StreamingTransformer, TransformerConfig, windowed_attention
 
 CONTEXT = 8
 

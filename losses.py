@@ -1,0 +1,83 @@
+"""What reconstructions are compared by: spectra, waveform, SI-SDR. Audio `[B, 1, T]`, in fp32."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import torchaudio
+from torch import Tensor, nn
+
+
+class SpectralLoss(nn.Module):
+    """Multi-scale L1 distance of log magnitudes in fp32, bin by bin (Yamamoto et al. 2020, eq. 5).
+
+    From about 2 kHz on bands of mels are wider than the distance of two harmonics, and cannot tell
+    a voice from noise; single bins of long windows can.
+    """
+
+    def __init__(self, windows: tuple[int, ...] = (2048, 1024, 512), floor: float = 1e-4) -> None:
+        super().__init__()
+        self.windows, self.floor = windows, floor
+        for window in windows:
+            self.register_buffer(f"window_{window}", torch.hann_window(window), persistent=False)
+
+    def forward(self, estimate: Tensor, target: Tensor) -> Tensor:
+        """Audio `[B, 1, T]` twice → a scalar, the mean over scales."""
+        with torch.autocast(estimate.device.type, enabled=False):
+            both = torch.cat((estimate.float(), target.float()))[:, 0]
+            return torch.stack([self._scale(both, window) for window in self.windows]).mean()
+
+    def _scale(self, both: Tensor, window: int) -> Tensor:
+        taper = getattr(self, f"window_{window}")
+        spectrum = torch.stft(both, window, window // 4, window=taper, return_complex=True)
+        power = spectrum.real.square() + spectrum.imag.square()
+        magnitude = (power + 1e-9).sqrt().transpose(1, 2) / taper.sum()  # [2 B, frames, bins]
+        estimate, target = torch.log10(self._bands(magnitude, window) + self.floor).chunk(2)
+        return F.l1_loss(estimate, target)
+
+    def _bands(self, magnitude: Tensor, window: int) -> Tensor:
+        return magnitude
+
+
+class MelLoss(SpectralLoss):
+    """The same over bands of mels, after DAC (Kumar et al. 2023, section 3.4)."""
+
+    def __init__(
+        self,
+        sample_rate: int = 24_000,
+        windows: tuple[int, ...] = (2048, 1024, 512, 256, 128),
+        mels: tuple[int, ...] = (128, 96, 64, 32, 16),
+        floor: float = 1e-3,
+    ) -> None:
+        super().__init__(windows, floor)
+        for window, bands in zip(windows, mels, strict=True):
+            filters = torchaudio.functional.melscale_fbanks(
+                window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate
+            )
+            self.register_buffer(f"filters_{window}", filters, persistent=False)
+
+    def _bands(self, magnitude: Tensor, window: int) -> Tensor:
+        return (magnitude @ getattr(self, f"filters_{window}")).clamp(min=0)
+
+
+def waveform_loss(estimate: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """‖x − y‖² / ‖x‖² per sample, averaged: it makes phase learnable. Audio `[B, 1, T]` twice.
+
+    The floor under the denominator (−40 dB RMS) keeps near-silence from dominating the batch.
+    `weights` `[B]` multiply the samples' errors (1 by default).
+    """
+    estimate, target = estimate.float(), target.float()
+    energy = target.square().mean((1, 2)).clamp(min=1e-4)
+    errors = (estimate - target).square().mean((1, 2)) / energy
+    return (errors if weights is None else weights * errors).mean()
+
+
+def si_sdr(estimate: Tensor, target: Tensor) -> Tensor:
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019), per clip `[B]`."""
+    estimate, target = (
+        x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (estimate, target)
+    )
+    energy = target.square().sum(1, keepdim=True).clamp(min=1e-8)
+    projection = (estimate * target).sum(1, keepdim=True) / energy * target
+    noise = (estimate - projection).square().sum(1).clamp(min=1e-8)
+    return 10 * torch.log10(projection.square().sum(1).clamp(min=1e-8) / noise)
