@@ -59,6 +59,7 @@ from command import (
     write_text,
 )
 from data import SPLITS
+from dialogues import SPOKEN, Exchange, choose_exchanges, load_scripts
 from duplex import DuplexEngine, load_models
 from ledger import (
     QUIET_DBFS,
@@ -71,14 +72,10 @@ from ledger import (
 )
 from make_conversations import (
     MAX_PITCH_RANGE,
-    SPOKEN,
-    Exchange,
     Take,
-    choose_exchanges,
     cut_take,
     draw_voice,
     insert_pause,
-    load_scripts,
     say_what_can_be_said,
     user_voices,
 )

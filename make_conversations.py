@@ -19,15 +19,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +39,9 @@ from codec import Codec
 from command import (
     ArgumentParser,
     UserError,
-    check_fields,
     default_workers,
-    first_line,
-    json_lines,
     number,
     only_one,
-    part_name,
     run,
     run_parts,
     whole,
@@ -60,14 +55,28 @@ from data import (
     SPLITS,
     Clip,
     read_manifest,
-    split_for,
     write_manifest,
+)
+from dialogues import (
+    CODEBOOKS,
+    INFO_FILE,
+    SPOKEN,
+    Exchange,
+    Recording,
+    choose_exchanges,
+    digest,
+    finish_dataset,
+    join_arrow,
+    load_code_dataset,
+    load_scripts,
+    printable,
+    read_json,
+    read_recordings,
+    write_arrow,
+    write_json,
 )
 from training import setup_distributed
 
-SPOKEN = tuple(language for language in LANGUAGES if language != "other")
-INFO_FILE = "samvad.json"
-CODEBOOKS = 8  # what the LM reads and writes
 PART_SECONDS = 300.0
 PART_CONVERSATIONS = 16
 CLIP_PART_SECONDS = 120.0
@@ -131,313 +140,11 @@ BACKCHANNELS = {
 BACKCHANNEL = "backchannel"  # the intent of such a turn: it asks for no answer
 
 
-# ---------------------------------------------------------------------------------- scripts
-
-
-@dataclass(frozen=True)
-class Line:
-    """One turn as written; `texts` are wordings to choose from (the agent has one)."""
-
-    who: str
-    texts: tuple[str, ...]
-    emotion: str
-
-
-@dataclass(frozen=True)
-class Exchange:
-    """One line of `conversations/<language>.jsonl`.
-
-    `id` is the same for the training and the held-out wordings of an exchange (the file marks the
-    latter by "-h"): a reply is right if it is the reply of the same exchange.
-    """
-
-    id: str
-    language: str
-    intent: str
-    lines: tuple[Line, ...]
-    held_out: bool = False
-
-    @property
-    def is_archetype(self) -> bool:
-        """Whether it is the first, simplest exchange of its intent."""
-        return self.id.endswith("-001")
-
-
-def load_scripts(path: str | Path) -> list[Exchange]:
-    """The exchanges of a `.jsonl` file, or of all of a folder. UserError where one is bad."""
-    path = Path(path)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path}: no scripts (*.jsonl) there; check --scripts")
-    found: dict[tuple, Exchange] = {}
-    for file in files:
-        for exchange in _read_script(file):
-            key = (exchange.language, exchange.id, exchange.held_out)
-            if key in found:
-                raise UserError(f"{file}: the id {exchange.id!r} is there twice")
-            found[key] = exchange
-    return list(found.values())
-
-
-_EXCHANGE_FIELDS = {
-    "id": "text",
-    "language": SPOKEN,
-    "intent": "text",
-    "turns": "list of object",
-    "held_out": "flag?",
-}
-_LINE_FIELDS = {
-    "who": ("user", "agent"),
-    "text": "text?",
-    "texts": "list of text?",
-    "emotion": (*EMOTIONS, None),
-}
-
-
-def _read_script(path: Path) -> Iterator[Exchange]:
-    for count, fields in json_lines(path):
-        where = f"{path}, line {count}"
-        check_fields(fields, _EXCHANGE_FIELDS, where)
-        lines = tuple(
-            _script_line(turn, f"{where}: turn {i}") for i, turn in enumerate(fields["turns"], 1)
-        )
-        whos = [line.who for line in lines]
-        if not whos or whos != ["user", "agent"] * (len(whos) // 2):
-            raise UserError(f"{where}: turns must go user, agent, user, agent…")
-        held_out = bool(fields.get("held_out"))
-        name = fields["id"].removesuffix("-h") if held_out else fields["id"]
-        yield Exchange(name, fields["language"], fields["intent"], lines, held_out)
-
-
-def _script_line(turn: dict, where: str) -> Line:
-    check_fields(turn, _LINE_FIELDS, where)
-    texts = turn.get("texts")
-    if texts is None:
-        check_fields(turn, {"text": "text"}, where)
-        texts = [turn["text"]]
-    for text in texts:
-        if not any(c.isalnum() for c in speech.clean_text(text)):
-            raise UserError(f"{where}: {text!r} has nothing to say")
-    if not texts:
-        raise UserError(f"{where}: texts is empty")
-    return Line(turn["who"], tuple(texts), turn.get("emotion") or "neutral")
-
-
-def choose_exchanges(
-    exchanges: Iterable[Exchange],
-    language: str,
-    split: str,
-    intents: Sequence[str] = (),
-    archetypes: bool = False,
-) -> list[Exchange]:
-    """Those a split may use: training wordings for train, held-out ones otherwise."""
-    mine = [e for e in exchanges if e.language == language]
-    unknown = set(intents) - {e.intent for e in mine}
-    if unknown:
-        raise UserError(f"no {language} script has intent {', '.join(sorted(unknown))}")
-    chosen = [
-        e
-        for e in mine
-        if e.held_out == (split != "train")
-        and (not intents or e.intent in intents)
-        and (e.is_archetype or not archetypes)
-    ]
-    if not chosen:
-        raise UserError(f"no {language} script left for split {split}; check --intents, --scripts")
-    return chosen
-
-
-# ---------------------------------------------------------------------------------- code dataset
-
-
-def _features():
-    """Columns of the code dataset. Arrow has no mixed lists: spans are structs on disk."""
-    from datasets import Array2D, Features, List, Value
-
-    def spans(name: str):
-        return List({name: Value("string"), "start": Value("float32"), "end": Value("float32")})
-
-    text, seconds = Value("string"), Value("float32")
-    turn = {
-        "who": text,
-        "start": seconds,
-        "end": seconds,
-        "text": text,
-        "emotion": text,
-        "intent": text,
-        "exchange": text,
-        "voice": text,
-        "interrupted": Value("bool"),
-        "phones": spans("phone"),
-        "words": spans("word"),
-    }
-    codes = Array2D((None, CODEBOOKS), "uint16")
-    return Features(
-        {
-            "id": text,
-            "language": text,
-            "source": text,
-            "split": text,
-            "agent_codes": codes,
-            "user_codes": codes,
-            "turns": List(turn),
-        }
-    )
-
-
-_SPANS = (("phones", "phone"), ("words", "word"))
-
-
-def _turn_to_disk(turn: dict) -> dict:
-    fields = ("who", "start", "end", "text", "emotion", "intent", "exchange", "voice")
-    stored = {name: turn.get(name) for name in fields}
-    stored["interrupted"] = bool(turn.get("interrupted", False))
-    for column, name in _SPANS:
-        spans = turn.get(column)
-        stored[column] = spans and [{name: s[0], "start": s[1], "end": s[2]} for s in spans]
-    return stored
-
-
-def _turn_from_disk(turn: dict) -> dict:
-    turn = dict(turn)
-    for column, name in _SPANS:
-        spans = turn[column]
-        turn[column] = spans and [[s[name], s["start"], s["end"]] for s in spans]
-    return turn
-
-
-def _decode_batch(batch: dict) -> dict:
-    out = dict(batch)
-    for column in ("agent_codes", "user_codes"):
-        if column in out:
-            out[column] = [np.asarray(c, np.uint16).reshape(-1, CODEBOOKS) for c in out[column]]
-    if "turns" in out:
-        out["turns"] = [[_turn_from_disk(turn) for turn in turns] for turns in out["turns"]]
-    return out
-
-
-def _write_arrow(path: Path, rows: Iterable[dict]) -> None:
-    from datasets.arrow_writer import ArrowWriter
-
-    part = part_name(path)
-    with ArrowWriter(path=str(part), features=_features()) as writer:
-        for row in rows:
-            writer.write({**row, "turns": [_turn_to_disk(turn) for turn in row["turns"]]})
-        writer.finalize()
-    _publish(part, path)
-
-
-def _join_arrow(path: Path, files: Sequence[Path], wanted: Sequence[bool] = ()) -> None:
-    """One Arrow file of the rows of several, which are removed; of those `wanted`, if told."""
-    import pyarrow
-
-    told = iter(wanted)
-
-    part = part_name(path)
-    with contextlib.ExitStack() as stack:
-        writer = None
-        for file in files:
-            with pyarrow.ipc.open_stream(str(file)) as reader:
-                if writer is None:
-                    sink = stack.enter_context(pyarrow.OSFile(str(part), "wb"))
-                    writer = stack.enter_context(pyarrow.ipc.new_stream(sink, reader.schema))
-                for batch in reader:
-                    if not wanted:
-                        writer.write_batch(batch)
-                        continue
-                    for row in range(len(batch)):
-                        if next(told):
-                            writer.write_batch(batch.slice(row, 1))
-    _publish(part, path)
-    for file in files:
-        file.unlink()
-
-
-def _finish_dataset(folder: Path, files: Sequence[str], info: dict) -> None:
-    """Writes what makes a folder of Arrow files a `datasets` folder; `state.json` comes last."""
-    from datasets import DatasetInfo
-
-    DatasetInfo(features=_features()).write_to_directory(str(folder))
-    _write_json(folder / INFO_FILE, info)
-    state = {
-        "_data_files": [{"filename": name} for name in files],
-        "_fingerprint": _digest(info["codec_fingerprint"], *files),
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
-    _write_json(folder / "state.json", state)
-
-
-def save_code_dataset(path: str | Path, rows: Iterable[dict], info: dict) -> None:
-    """Write `rows` as a code dataset (one Arrow file).
-
-    A row is {id, language, source, split, agent_codes `[F, 8]`, user_codes `[F, 8]`, turns}; a
-    turn {who, start, end, text, emotion?, intent?, exchange?, voice?, phones?, words?}. `info`
-    needs codec_fingerprint, frame_rate and codebook_sizes.
-    """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_arrow(folder / "data-00000.arrow", rows)
-    _finish_dataset(folder, ["data-00000.arrow"], info)
-
-
-def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
-    """(Dataset, info) of a code dataset folder; a row is as `save_code_dataset` takes it.
-
-    Codes come as uint16 `[F, 8]` arrays, phones and words as `[[symbol, start, end], …]` or None.
-    The Arrow files stay on disk (memory-mapped). UserError where the folder is missing or not
-    complete, and where its codes were made by another codec than `codec_fingerprint`.
-    """
-    from datasets import load_from_disk
-
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no code dataset there; make it by make_conversations.py")
-    if not (folder / "state.json").exists() or not (folder / INFO_FILE).exists():
-        raise UserError(f"{folder}: not a complete code dataset; run make_conversations.py again")
-    try:
-        info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
-        made_by = info["codec_fingerprint"]
-        dataset = load_from_disk(str(folder))
-    except Exception as error:  # Arrow and JSON each raise their own kinds on damaged files
-        raise UserError(
-            f"{folder}: damaged code dataset ({first_line(error)}); make it anew"
-        ) from error
-    if codec_fingerprint is not None and made_by != codec_fingerprint:
-        raise UserError(
-            f"{folder}: codes of another codec: dataset {made_by[:16]}…, "
-            f"codec {codec_fingerprint[:16]}…; make the dataset anew with this codec"
-        )
-    return dataset.with_transform(_decode_batch), info
-
-
 # ---------------------------------------------------------------------------------- small things
 
 
-def _publish(part: Path, path: Path) -> None:
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _write_json(path: Path, value: dict) -> None:
-    write_text(path, _printable(json.dumps(value, indent=1, ensure_ascii=False)) + "\n")
-
-
-def _printable(text: str) -> str:
-    """Text that UTF-8 can write: a file's name may hold other bytes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def _write_dropped(folder: Path, dropped: Sequence[str]) -> None:
-    write_text(folder / "dropped.txt", _printable("".join(f"{reason}\n" for reason in dropped)))
-
-
-def _digest(*values: object) -> str:
-    return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).hexdigest()[:20]
+    write_text(folder / "dropped.txt", printable("".join(f"{reason}\n" for reason in dropped)))
 
 
 def _uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
@@ -1242,148 +949,6 @@ def _clip_drawer(studio: Studio, language: str) -> Callable:
     return draw
 
 
-# ---------------------------------------------------------------------------------- recordings
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A two-channel file; `turns` as in the code dataset, possibly without the user's."""
-
-    id: str
-    path: Path
-    agent_channel: int
-    user_channel: int
-    language: str
-    source: str
-    split: str
-    turns: tuple
-    key: str = ""  # LINE:FILE, digests of what its codes are made of; without a file LINE:
-
-
-_RECORDING_FIELDS = {
-    "id": "text?",
-    "path": "path",
-    "agent_channel": "whole?",
-    "user_channel": "whole?",
-    "language": (*LANGUAGES, None),
-    "source": "text?",
-    "split": (*SPLITS, None),
-    "turns": "list of object?",
-}
-_TURN_FIELDS = {
-    "who": ("user", "agent"),
-    "start": "number",
-    "end": "number",
-    "text": "text?",
-    "emotion": (*EMOTIONS, None),
-    "intent": "text?",
-    "exchange": "text?",
-    "voice": "text?",
-    "interrupted": "flag?",
-    "phones": "list of span?",
-    "words": "list of span?",
-}
-
-
-def read_recordings(
-    folder: str | Path, language: str = "other", dropped: list[str] | None = None
-) -> list[Recording]:
-    """Recordings of every `*.jsonl` below a folder: Samvad's lines or moshi-finetune's.
-
-    Samvad: {id, path, agent_channel, user_channel, language, source, turns}. moshi-finetune:
-    {path, duration}, with `<path>.json` {"alignments": [[word, [start, end], speaker], …]}; the
-    left channel is the agent, SPEAKER_MAIN. `language` is used where a line has none. A recording
-    that was there before is left out, and said in `dropped`. UserError names what is malformed.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; check --conversations")
-    found: dict[tuple, Recording] = {}
-    for manifest in sorted(folder.rglob("*.jsonl")):
-        for count, fields in json_lines(manifest):
-            where = f"{manifest}, line {count}"
-            recording = _recording(fields, manifest, folder, language, where)
-            same = (recording.id, recording.path, recording.agent_channel)
-            if found.setdefault(same, recording) is not recording and dropped is not None:
-                dropped.append(f"{where}: the recording {recording.id!r} was there before")
-    if not found:
-        raise UserError(f"{folder}: no conversation manifest (*.jsonl) with lines there")
-    return list(found.values())
-
-
-def _recording(fields: dict, manifest: Path, root: Path, language: str, where: str) -> Recording:
-    check_fields(fields, _RECORDING_FIELDS, where)
-    path = manifest.parent / fields["path"]
-    within = path if path.is_relative_to(root) else root / fields["path"]
-    name = fields.get("id") or _printable(within.with_suffix("").relative_to(root).as_posix())
-    channels = [fields.get(f"{who}_channel") for who in ("agent", "user")]
-    agent, user = (default if c is None else c for c, default in zip(channels, (0, 1), strict=True))
-    if min(agent, user) < 0 or agent == user:
-        raise UserError(f"{where}: agent_channel {agent} and user_channel {user}: two are needed")
-    turns, aligned = fields.get("turns"), path.with_suffix(".json")
-    if turns is None:
-        turns = _turns_of_alignments(aligned) if aligned.exists() else []
-    for i, turn in enumerate(turns, 1):
-        check_fields(turn, _TURN_FIELDS, f"{where}: turn {i}")
-        if not 0 <= turn["start"] <= turn["end"]:
-            raise UserError(f"{where}: turn {i} goes from {turn['start']} to {turn['end']} s")
-        unknown = {phone for phone, _, _ in turn.get("phones") or ()} - set(speech.PHONES)
-        if unknown:
-            raise UserError(f"{where}: turn {i}: no phone {sorted(unknown)[0]!r} is known")
-    recording = Recording(
-        name,
-        path,
-        agent,
-        user,
-        fields.get("language") or language,
-        fields.get("source") or _printable(manifest.parent.resolve().name),
-        fields.get("split") or split_for(name),
-        tuple(turns),
-    )
-    content = ""
-    with contextlib.suppress(OSError, ValueError):  # not there: told when it is read
-        found = path.stat()
-        content = _digest(found.st_size, found.st_mtime_ns)
-    return replace(recording, key=f"{_digest(asdict(recording))}:{content}")
-
-
-def _aligned_words(path: Path) -> list[list]:
-    """[[word, [start, end], speaker], …] of a file of moshi-finetune; UserError on others."""
-    try:
-        words = json.loads(path.read_text(encoding="utf-8-sig"))["alignments"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path}: no alignments ({first_line(error)})") from None
-    check_fields({"alignments": words}, {"alignments": "list"}, str(path))
-    for i, word in enumerate(words):
-        try:
-            text, (start, end), speaker = word
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{path}: alignments[{i}] is not [word, [start, end], speaker]"
-            ) from None
-        fields = {"word": [text, start, end], "speaker": speaker}
-        check_fields(fields, {"word": "span", "speaker": "text"}, f"{path}: alignments[{i}]")
-    return words
-
-
-def _turns_of_alignments(path: Path, pause: float = 0.8) -> list[dict]:
-    """Words of one speaker without a longer pause between them are one turn."""
-    turns: list[dict] = []
-    open_turns: dict[str, dict] = {}
-    for word, (start, end), speaker in sorted(_aligned_words(path), key=lambda a: a[1][0]):
-        who = "agent" if speaker == "SPEAKER_MAIN" else "user"
-        turn = open_turns.get(who)
-        if turn is None or start - turn["end"] > pause:
-            turn = {"who": who, "start": start, "end": end, "words": [], "text": ""}
-            open_turns[who] = turn
-            turns.append(turn)
-        turn["end"] = max(end, turn["end"])
-        turn["words"].append([word.strip(), start, end])
-    for turn in turns:
-        turn["text"] = " ".join(word for word, _, _ in turn["words"])
-    return turns
-
-
 def _read_channels(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
     """(agent, user) float32 `[T]` at 24 kHz. UserError on a file that cannot be used."""
     audio, rate = read_channels(recording.path)
@@ -1464,7 +1029,7 @@ class RecordingFiles:
         self._last = time.monotonic()
         self._files: list[tuple[int, Path]] = []
         self.done: dict[str, str | None] = {}  # key → why it was left out
-        lists = {path: _read_json(path) for path in sorted(folder.glob("recordings-*.json"))}
+        lists = {path: read_json(path) for path in sorted(folder.glob("recordings-*.json"))}
         encoded = {
             key.partition(":")[0]: key
             for listed in lists.values()
@@ -1489,11 +1054,11 @@ class RecordingFiles:
         if not arrow.exists():
             wanted = {k: reason for k, reason in wanted.items() if reason is not None}
         if wanted != listed:
-            new = self._folder / f"recordings-{_digest(wanted)}.arrow"
+            new = self._folder / f"recordings-{digest(wanted)}.arrow"
             if None in wanted.values():
-                _join_arrow(new, [arrow], [k in wanted for k, r in listed.items() if r is None])
+                join_arrow(new, [arrow], [k in wanted for k, r in listed.items() if r is None])
             if wanted:
-                _write_json(new.with_suffix(".json"), wanted)
+                write_json(new.with_suffix(".json"), wanted)
             for old in (arrow, arrow.with_suffix(".json")):
                 old.unlink(missing_ok=True)
             arrow = new
@@ -1530,10 +1095,10 @@ class RecordingFiles:
             return
         self._encode()
         listed = {m.part.key: next(iter(m.dropped), None) for m in self._pending}
-        arrow = self._folder / f"recordings-{_digest(listed)}.arrow"
+        arrow = self._folder / f"recordings-{digest(listed)}.arrow"
         if self._rows:
-            _write_arrow(arrow, self._rows)
-        _write_json(arrow.with_suffix(".json"), listed)
+            write_arrow(arrow, self._rows)
+        write_json(arrow.with_suffix(".json"), listed)
         self._keep(listed, arrow)
         self._pending, self._rows = [], []
 
@@ -1545,19 +1110,12 @@ class RecordingFiles:
 # ---------------------------------------------------------------------------------- running
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({first_line(error)}); remove its folder") from None
-
-
 def _claim(folder: Path, name: str, settings: dict) -> None:
     """Marks a folder as made with these settings; UserError where it was made with others."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / name
     if file.exists():
-        known = _read_json(file)
+        known = read_json(file)
         for key, value in json.loads(json.dumps(settings)).items():
             if known.get(key) != value:
                 raise UserError(
@@ -1567,7 +1125,7 @@ def _claim(folder: Path, name: str, settings: dict) -> None:
     else:
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder}: holds other files; give an empty or a new folder")
-        _write_json(file, settings)
+        write_json(file, settings)
 
 
 def _report(
@@ -1639,7 +1197,7 @@ def make_dataset(args: argparse.Namespace, device: str) -> None:
         _write_dropped(folder, dropped)
         first = f"; first: {dropped[0]}" if dropped else ""
         raise UserError(f"{folder}: nothing could be made, {len(dropped)} left out{first}")
-    _finish_dataset(folder, files, info)
+    finish_dataset(folder, files, info)
     _report(made, folder, time.monotonic() - started, dropped)
     dataset, _ = load_code_dataset(folder, info["codec_fingerprint"])
     print(f"{folder}: {len(dataset)} conversations, codec {info['codec_fingerprint'][:16]}…")
@@ -1681,7 +1239,7 @@ def _make_scripted(args, options: Options, codec: Codec, info: dict):
         if rows and "agent" in rows[0]:
             rows = encode_rows(rows, codec, options.device)
         if rows:
-            _write_arrow(folder / made.part.file, rows)
+            write_arrow(folder / made.part.file, rows)
         return replace(made, rows=())
 
     work = functools.partial(make_conversation_part, options)
@@ -1698,7 +1256,7 @@ def _joined(folder: Path, parts: Sequence[Part]) -> list[str]:
     for name, group in itertools.groupby(parts, lambda part: part.joined_file):
         files = [folder / part.file for part in group if not part.cut_short]
         if len(files) == FILE_PARTS and all(file.exists() for file in files):
-            _join_arrow(folder / name, files)
+            join_arrow(folder / name, files)
     names = (
         part.joined_file if (folder / part.joined_file).exists() else part.file for part in parts
     )

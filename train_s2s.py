@@ -31,7 +31,7 @@ import training
 from codec import Codec
 from command import ArgumentParser, UserError, number, share, whole
 from data import frame_labels, split_for, training_batches
-from make_conversations import load_code_dataset
+from dialogues import load_code_dataset
 from s2s import IGNORE, PAD, S2S, Batch, S2SConfig, TextStream
 from speech import PHONES
 

@@ -696,9 +696,9 @@ def test_behavior_sd_becomes_conversations(server, tmp_path):
         ("agent", "Hi."), ("user", "yeah"), ("user", "Hello."),
     ]
     assert all((folder / line["path"]).exists() for line in lines)
-    import make_conversations
+    import dialogues
 
-    recordings = make_conversations.read_recordings(folder)
+    recordings = dialogues.read_recordings(folder)
     assert len(recordings) == 3 and recordings[0].source == "behavior-sd"
     found = download_data.verify(replace(row, hours=3 / 3600), tmp_path)
     assert (found.problem, found.files) == ("", 3)

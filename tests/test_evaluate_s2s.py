@@ -14,6 +14,7 @@ from test_duplex import FakeClock, FakeCodec, FakeLM, save_pair, small_pair, ton
 import evaluate_s2s as e
 import speech
 from command import UserError
+from dialogues import Exchange, Line, load_scripts
 from evaluate_s2s import (
     AskedTurn,
     Asking,
@@ -35,7 +36,6 @@ from evaluate_s2s import (
     table,
     taught_replies,
 )
-from make_conversations import Exchange, Line, load_scripts
 
 RATE = 24000
 SCRIPTS = e.HERE / "conversations"

@@ -18,6 +18,7 @@ import pytest
 import soundfile
 import torch
 
+import dialogues
 import make_conversations as mc
 import speech
 from audio import HOP, SAMPLE_RATE
@@ -537,7 +538,7 @@ def test_datasets_are_checked(tmp_path):
     codes = np.arange(24, dtype=np.uint16).reshape(3, 8)
     rows = [{**row, "agent_codes": codes, "user_codes": codes + 1, "turns": [turn]}]
     info = {"codec_fingerprint": "f" * 64, "frame_rate": 50.0, "codebook_sizes": [1024] * 8}
-    mc.save_code_dataset(tmp_path / "d", rows, info)
+    dialogues.save_code_dataset(tmp_path / "d", rows, info)
     dataset, read = mc.load_code_dataset(tmp_path / "d", "f" * 64)
     assert read == info and np.array_equal(dataset[0]["user_codes"], codes + 1)
     assert dataset[0]["turns"][0]["phones"] == [["a", 0.0, 0.5]]
@@ -624,7 +625,7 @@ def test_malformed_conversation_lines_are_named(tmp_path, changes, turn):
     bad = json.dumps({"path": "b.wav", "turns": [{**TURN, **turn}], **changes})
     (tmp_path / "m.jsonl").write_text(f"{good}\n{bad}\n")
     with pytest.raises(UserError, match="m.jsonl, line 2") as told:
-        mc.read_recordings(tmp_path)
+        dialogues.read_recordings(tmp_path)
     field = next(iter({**changes, **turn}))
     assert field in str(told.value) or "goes from" in str(told.value) or "phone" in str(told.value)
 
@@ -648,14 +649,14 @@ def test_malformed_alignments_are_named(tmp_path, text):
     (tmp_path / "m.jsonl").write_text('{"path": "a.wav", "duration": 2.0}\n')
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match="a.json: .*alignments"):
-        mc.read_recordings(tmp_path)
+        dialogues.read_recordings(tmp_path)
 
 
 def test_bad_conversation_folders_are_named(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        mc.read_recordings(tmp_path / "none")
+        dialogues.read_recordings(tmp_path / "none")
     with pytest.raises(UserError, match="no conversation manifest"):
-        mc.read_recordings(tmp_path)
+        dialogues.read_recordings(tmp_path)
 
 
 def recordings_of(folder: Path, **sounds: np.ndarray) -> None:

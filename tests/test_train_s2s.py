@@ -27,7 +27,7 @@ from s2s import IGNORE, PAD, S2S, S2SConfig
 
 pytest.importorskip("datasets", reason="code datasets: pip install datasets")
 
-from make_conversations import save_code_dataset  # noqa: E402
+from dialogues import save_code_dataset  # noqa: E402
 from tools.launches import counting  # noqa: E402
 
 ROOT = Path(__file__).parent.parent

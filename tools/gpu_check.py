@@ -86,7 +86,7 @@ def make_speech(folder: Path, smoke: bool) -> Path:
 def make_codes(folder: Path, smoke: bool) -> Path:
     """A code dataset of random codes, a turn of each side every eight seconds."""
     from codec import Codec
-    from make_conversations import load_scripts, save_code_dataset
+    from dialogues import load_scripts, save_code_dataset
 
     codec = Codec.from_checkpoint(ROOT / "checkpoints" / "tiny" / "codec")
     exchanges = load_scripts(ROOT / "conversations")
