@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from command import UserError, part_name
+from command import UserError, atomic_write
 
 SAMPLE_RATE = 24000
 HOP = 480
@@ -348,19 +348,16 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
     if suffix not in WRITABLE:
         raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(WRITABLE)}")
     kind, subtype = WRITABLE[suffix]
-    part = part_name(path)
     samples = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)
+    channels = 1 if samples.ndim == 1 else samples.shape[1]
     try:
-        channels = 1 if samples.ndim == 1 else samples.shape[1]
-        with soundfile.SoundFile(
+        with atomic_write(path, sync=False) as part, soundfile.SoundFile(
             os.fsencode(part), "w", sample_rate, channels, subtype, format=kind
         ) as file:
             # In blocks: libsndfile's Vorbis writer overflows its stack on a long file at once.
             for first in range(0, len(samples), 65536):
                 file.write(samples[first : first + 65536])
-        os.replace(part, path)
     except _READ_ERRORS as error:
-        part.unlink(missing_ok=True)
         raise AudioError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 

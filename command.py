@@ -302,18 +302,42 @@ def writable_file(path: str | Path, flag: str) -> Path:
     return file
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file whole or not at all: what stood there before stays until the end."""
+@contextlib.contextmanager
+def atomic_write(path: str | Path, sync: bool = True) -> Iterator[Path]:
+    """Where to write a file that takes the name `path` at the block's end, and only if that ends.
+
+    What stood there stays until then. Links are followed; a device or a pipe is written itself.
+    `sync`: on the disk before it takes the name. A kill leaves a hidden `.part` file behind.
+    """
     real = Path(os.path.realpath(path))
-    if real.exists() and not real.is_file():  # a device or a pipe: nothing to replace
-        real.write_text(text, encoding="utf-8")
+    if real.exists() and not real.is_file():
+        yield real
         return
     part = part_name(real)
     try:
-        part.write_text(text, encoding="utf-8")
+        yield part
+        if sync:
+            sync_to_disk(part)
         os.replace(part, real)
+        if sync:
+            sync_to_disk(real.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file in UTF-8, whole or not at all."""
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def sync_to_disk(path: str | Path) -> None:
+    """Returns once what was written to a file, or the names in a folder, outlast a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_name(name: str, most: int = 200) -> str:
@@ -355,16 +379,49 @@ def only_one(folder: str | Path) -> Iterator[None]:
 # ------------------------------------------------------------------------------ JSON lines
 
 
-def json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
+def json_lines(path: str | Path, skip_damaged: bool = False) -> Iterator[tuple[int, dict]]:
     """(line number, object) of each line that is not blank.
 
     Lines end at a line feed alone: U+2028, U+2029 and U+0085 are legal within a JSON string.
-    Raises UserError that names file and line for what is not UTF-8, not JSON or not an object.
+    Raises UserError that names file and line for what is not UTF-8, not JSON or not an object;
+    `skip_damaged`: passes over it, as in a log whose last line a kill cut short.
     """
     with open(path, "rb") as file:
         for number_, line in enumerate(file, start=1):
             if line.strip():
-                yield number_, json_line(line, f"{path}, line {number_}", first=number_ == 1)
+                try:
+                    row = json_line(line, f"{path}, line {number_}", first=number_ == 1)
+                except UserError:
+                    if not skip_damaged:
+                        raise
+                else:
+                    yield number_, row
+
+
+def append_json_line(path: str | Path, row: dict) -> None:
+    """Add a line to a log; one before it that a kill cut short does not swallow it."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(as_json_line(row).encode())
+
+
+def finite_or_none(value: float | int | str | None) -> float | int | str | None:
+    """What JSON can hold: a float, or a tensor of one, is a finite float or None."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def read_json(path: str | Path, remedy: str = "remove it") -> dict:
+    """The object that a file holds; UserError with the `remedy` where it is damaged."""
+    try:
+        return json_line(Path(path).read_bytes(), str(path), first=True)
+    except UserError as error:
+        raise UserError(f"{error}; {remedy}") from None
 
 
 def json_line(line: bytes, where: str, first: bool = False) -> dict:

@@ -38,10 +38,10 @@ from audio import write_audio as write_audio
 from command import (
     UserError,
     as_json_line,
+    atomic_write,
     check_fields,
     default_workers,
     json_line,
-    part_name,
 )
 from training import Distributed, item_rng
 
@@ -325,16 +325,9 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(os.path.abspath(path.parent))
-    part = part_name(path)
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            for clip in clips:
-                file.write(as_json_line(_fields_to_write(clip, folder)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
+        for clip in clips:
+            file.write(as_json_line(_fields_to_write(clip, folder)))
 
 
 def _fields_to_write(clip: Clip, folder: Path) -> dict:

@@ -151,6 +151,17 @@ def test_a_result_is_written_whole_or_what_stood_there_stays(tmp_path):
     assert file.read_text() == "old" and Path("/dev/null").is_char_device()
 
 
+def test_what_a_block_writes_takes_its_name_only_where_the_block_ends(tmp_path):
+    file, link = tmp_path / "a.bin", tmp_path / "link.bin"
+    link.symlink_to(file)
+    with command.atomic_write(link) as part:
+        part.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), command.atomic_write(file, sync=False) as part:
+        part.write_bytes(b"new")
+        raise ZeroDivisionError
+    assert file.read_bytes() == b"old" and link.is_symlink() and len(os.listdir(tmp_path)) == 2
+
+
 def test_one_process_a_folder_and_the_lock_goes_with_it(tmp_path):
     second = command.only_one(tmp_path)
     with (
@@ -198,6 +209,27 @@ def test_a_bad_json_line_is_named(tmp_path, line):
     with pytest.raises(command.UserError, match=r"a\.jsonl, line 3: not") as caught:
         next(rows)
     assert "\n" not in str(caught.value)
+
+
+def test_a_log_goes_on_after_a_line_that_was_cut_short(tmp_path):
+    log = tmp_path / "log.jsonl"
+    command.append_json_line(log, {"step": 1, "text": "न"})
+    log.write_bytes(log.read_bytes() + b'{"step": 2, "te')
+    for step in (3, 4):
+        command.append_json_line(log, {"step": step})
+    rows = command.json_lines(log, skip_damaged=True)
+    assert [(number, row["step"]) for number, row in rows] == [(1, 1), (3, 3), (4, 4)]
+
+
+def test_json_is_read_or_named_and_holds_no_nan(tmp_path):
+    (tmp_path / "a.json").write_text('\ufeff{"a": 1}', encoding="utf-8")
+    assert command.read_json(tmp_path / "a.json") == {"a": 1}
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(UserError, match="a.json: not JSON .*; make it anew$"):
+        command.read_json(tmp_path / "a.json", "make it anew")
+    values = [1.5, float("nan"), float("-inf"), 3, True, "a", None]
+    wanted = [1.5, None, None, 3, True, "a", None]
+    assert [command.finite_or_none(value) for value in values] == wanted
 
 
 def test_a_file_in_the_making_has_a_short_name_of_its_own(tmp_path):
