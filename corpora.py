@@ -1,7 +1,7 @@
 """The kinds of corpora: each from what was fetched to a folder of audio with a manifest.
 
 A row of download_data.py's table is one of the classes below; a fetcher a class turns its files
-into clips or conversations, and `fetch` renames the folder into place when it is whole. How the
+into clips or conversations, and `fetch` renames the folder into place when it is complete. How the
 bytes arrive is in fetching.py.
 """
 
@@ -25,36 +25,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import data
-from command import (
-    UserError,
-    as_json_line,
-    check_fields,
-    file_name,
-    first_line,
-    text_lines,
-)
-from fetching import (
-    FILE_THREADS,
-    GIGABYTE,
-    Bar,
-    Damaged,
-    Shard,
-    audio_suffix,
-    disk_full,
-    download,
-    fetch_shard,
-    free_bytes,
-    hub_folders,
-    hub_shards,
-    make_readable,
-    packed,
-    parquet_columns,
-    parquet_rows,
-    read_sphere,
-    sizes,
-    unpack,
-    write_bytes,
-)
+import fetching
+from audio import AUDIO_SUFFIXES, AudioError, probe, write_audio
+from command import UserError, as_json_line, check_fields, file_name, first_line, text_lines
+from fetching import FILE_THREADS, GIGABYTE, Bar, Damaged, Shard
 
 RECORD = "corpus.json"
 UNREADABLE = "unreadable.txt"
@@ -65,8 +39,8 @@ RECORD_OF_ROW = {
 RECORD_FIELDS = {
     "hours": "number", "whole": "flag", "max_hours": "number", "unpack_seconds": "number?",
 }  # fmt: skip
-# Audio that nothing here reads: told, so that no hour is lost in silence.
-PASSED_OVER = {".sph", ".raw", ".pcm", ".shn", ".ra", ".rm", ".g722", ".dsf", ".mpc", ".vox"}
+# Audio that nothing here reads: reported, so that no hour is lost in silence.
+NOT_READ = {".sph", ".raw", ".pcm", ".shn", ".ra", ".rm", ".g722", ".dsf", ".mpc", ".vox"}
 
 
 # ---------------------------------------------------------------------------- kinds of corpora
@@ -76,11 +50,10 @@ PASSED_OVER = {".sph", ".raw", ".pcm", ".shn", ".ra", ".rm", ".g722", ".dsf", ".
 class Corpus:
     """One row of the table; each subclass is one way of getting it.
 
-    `hours` and `gigabytes` are what lies on disk in the end, `download_gb` what comes over the
-    network (where it differs), `transient_gb` what is needed beside it for a while. `exact` says
-    that `hours` was counted by its authors; else --verify trusts what was fetched. `split` puts
-    all of a corpus of one or two voices into one split. `note` says why it is in the default
-    set or not, `plan` which of the plan's lines it stands for.
+    `hours` and `gigabytes` are on disk in the end, `download_gb` over the network where that
+    differs, `transient_gb` beside it for a while. `exact`: its authors counted `hours`; else
+    --verify trusts what was fetched. `split`: all of it, for one or two voices. `note`: why it is
+    in the default set or not; `plan`: which of the plan's lines it stands for.
     """
 
     name: str
@@ -104,6 +77,10 @@ class Corpus:
     def place(self) -> str:
         """The folder below --data_dir that holds this corpus' folder."""
         return self.group if self.group in ("emotion", "conversations") else self.language
+
+    def folder(self, data_dir: Path) -> Path:
+        """Where it lies in the end."""
+        return data_dir / self.place / self.name
 
     @property
     def origin(self) -> str:
@@ -152,18 +129,16 @@ class Archives(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class Hub(Corpus):
-    """Parquet shards on the Hugging Face Hub, in `folders` (a config each) of `repo`; where
-    `parents` are named, in all folders that the dataset now has below them.
+    """Parquet shards on the Hugging Face Hub, in `folders` of `repo` and below them.
 
     `audio` holds the coded bytes, alone or as {bytes, path}. `speakers` and `keys` are columns:
-    the first of `speakers` that a row fills names the speaker, where there is none the split
-    hangs on all of `keys`, or on group 1 of `recording` in the audio's path. `keep` is (column,
-    value) of the rows to take. `tagged` text loses its <noise>, [marks] and {glosses}.
+    the first of `speakers` that a row fills names the speaker; without one the split hangs on all
+    of `keys`, or on group 1 of `recording` in the audio's path. `keep`: (column, value) of the
+    rows to take. `tagged` text loses its <noise>, [marks] and {glosses}.
     """
 
     repo: str
     folders: tuple[str, ...]
-    parents: tuple[str, ...] = ()
     audio: str = "audio_filepath"
     text: str = "text"
     speakers: tuple[str, ...] = ("speaker_id",)
@@ -219,7 +194,7 @@ class Absent(Corpus):
 
 
 @dataclass(frozen=True)
-class Options:
+class FetchOptions:
     """What the flags say about how to fetch. `max_hours` is per corpus, 0 for no limit."""
 
     max_hours: float = 0.0
@@ -242,7 +217,7 @@ class Job:
     part: Path
     archives: Path
     bar: Bar
-    options: Options
+    options: FetchOptions
 
     @property
     def audio(self) -> Path:
@@ -261,7 +236,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Fetched:
-    """What a fetcher brings: clips or conversations, and files or rows that cannot be read."""
+    """What a fetcher brings: clips or conversations, and files or rows that cannot be read.
+
+    `whole` is False where --max_hours cut it short.
+    """
 
     lines: list[data.Clip] | list[dict]
     unreadable: list[str] = field(default_factory=list)
@@ -271,20 +249,20 @@ class Fetched:
 def fetch(
     corpus: Corpus,
     data_dir: Path,
-    options: Options | None = None,
+    options: FetchOptions | None = None,
     stopped: threading.Event | None = None,
 ) -> bool:
     """Bring one corpus into place; False where it was there already. Raises UserError.
 
     A corpus that an earlier --max_hours had cut short goes on where this call allows more.
     """
-    options = options or Options()
-    folder = data_dir / corpus.place / corpus.name
+    options = options or FetchOptions()
+    folder = corpus.folder(data_dir)
     # Hidden, so that no trainer scans it while it grows.
     part = folder.with_name(f".{corpus.name}.part")
+    if not needs_fetching(corpus, data_dir, options):
+        return False
     if (folder / data.MANIFEST).exists():
-        if not _wants_more(folder, options):
-            return False
         shutil.rmtree(part, ignore_errors=True)
         folder.rename(part)
     elif folder.exists():
@@ -304,9 +282,9 @@ def fetch(
         part.rename(folder)
         shutil.rmtree(archives, ignore_errors=True)
     except OSError as error:
-        if not disk_full(error):
+        if not fetching.disk_full(error):
             raise
-        free = free_bytes(part) / GIGABYTE
+        free = fetching.free_bytes(part) / GIGABYTE
         raise UserError(
             f"{corpus.name}: the disk of {data_dir} is full ({free:.2f} GB free); free some space "
             "and run again: it goes on where it was"
@@ -316,17 +294,14 @@ def fetch(
     return True
 
 
-def needs_fetching(corpus: Corpus, data_dir: Path, options: Options) -> bool:
+def needs_fetching(corpus: Corpus, data_dir: Path, options: FetchOptions) -> bool:
     """Whether `fetch` would do anything."""
-    folder = data_dir / corpus.place / corpus.name
-    return not (folder / data.MANIFEST).exists() or _wants_more(folder, options)
-
-
-def _wants_more(folder: Path, options: Options) -> bool:
+    folder = corpus.folder(data_dir)
+    if not (folder / data.MANIFEST).exists():
+        return True
     record = read_record(folder)
-    if record.get("whole", True):
-        return False
-    return not options.max_hours or options.max_hours > record.get("max_hours", 0)
+    more = not options.max_hours or options.max_hours > record.get("max_hours", 0)
+    return more and not record.get("whole", True)
 
 
 def read_record(folder: Path) -> dict:
@@ -340,18 +315,17 @@ def read_record(folder: Path) -> dict:
 
 
 def _write_folder(
-    corpus: Corpus, part: Path, found: Fetched, options: Options, unpack_seconds: float
+    corpus: Corpus, part: Path, found: Fetched, options: FetchOptions, unpack_seconds: float
 ) -> None:
     """The manifest, the list of what could not be read, and how the folder came to be."""
-    seconds = sum(
-        line["duration"] if isinstance(line, dict) else line.duration for line in found.lines
-    )
+    conversations = isinstance(found.lines[0], dict)
+    durations = (line["duration"] if conversations else line.duration for line in found.lines)
     record = {
         "name": corpus.name,
         "source": corpus.origin,
         "license": corpus.license,
         "commercial_ok": corpus.commercial_ok,
-        "hours": seconds / 3600,
+        "hours": sum(durations) / 3600,
         "files": len(found.lines),
         "unreadable": len(found.unreadable),
         "whole": found.whole,
@@ -359,31 +333,29 @@ def _write_folder(
         "unpack_seconds": round(unpack_seconds, 3),
     }
     if found.unreadable:
-        told = "\n".join(found.unreadable) + "\n"
-        write_bytes(part / UNREADABLE, told.encode(errors="backslashreplace"))
+        listed = "\n".join(found.unreadable) + "\n"
+        fetching.write_bytes(part / UNREADABLE, listed.encode(errors="backslashreplace"))
         tqdm.write(
             f"{corpus.name}: {len(found.unreadable)} files left out, unreadable or listed but "
             f"not there: see {UNREADABLE} in its folder",
             file=sys.stderr,
         )
-    write_bytes(part / RECORD, (json.dumps(record, indent=2) + "\n").encode())
-    if isinstance(found.lines[0], dict):
-        write_bytes(part / data.MANIFEST, "".join(map(as_json_line, found.lines)).encode())
+    fetching.write_bytes(part / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    if conversations:
+        lines = "".join(map(as_json_line, found.lines))
+        fetching.write_bytes(part / data.MANIFEST, lines.encode())
     else:
         data.write_manifest(part / data.MANIFEST, found.lines)
 
 
-def _clip(corpus: Corpus, path: Path, duration: float, sample_rate: int, key: str) -> data.Clip:
-    """A clip with what its corpus says of it, its split hanging on `key`."""
+def clip_of(
+    corpus: Corpus, path: Path, duration: float, sample_rate: int, split: str, **more: str | None
+) -> data.Clip:
+    """A clip with what its corpus says of it; a corpus of one split has the last word on it."""
     return data.Clip(
-        path=path,
-        duration=duration,
-        sample_rate=sample_rate,
-        language=corpus.language,
-        license=corpus.license,
-        commercial_ok=corpus.commercial_ok,
-        split=corpus.split or data.split_for(key),
-    )
+        path, duration, sample_rate, corpus.language, license=corpus.license,
+        commercial_ok=corpus.commercial_ok, split=corpus.split or split, **more,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ archives, files
@@ -420,8 +392,7 @@ def _download_from_any(job: Job, archive: Archive, file: Path) -> None:
     for number, base in enumerate(bases, start=1):
         url = f"{base.rstrip('/')}/{archive.name}"
         try:
-            download(url, file, job.bar, checksum=archive.checksum)
-            return
+            return fetching.download(url, file, job.bar, checksum=archive.checksum)
         except UserError as error:
             if number == len(bases):
                 raise
@@ -433,15 +404,14 @@ def _unpack_apart(file: Path, target: Path, bar: Bar) -> None:
     staging = target.with_name(f".{target.name}")
     try:
         with bar.unpacking():
-            unpack(file, staging, bar)
-    except Damaged as error:
+            fetching.unpack(file, staging, bar)
+    except UserError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if not isinstance(error, Damaged):
+            raise
         # Without a checksum this is how a bad copy shows: the next run fetches it anew.
         file.unlink()
-        shutil.rmtree(staging, ignore_errors=True)
         raise UserError(f"{error}; removed: run again to fetch it anew") from error
-    except UserError:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     staging.rename(target)
 
 
@@ -449,17 +419,16 @@ def fetch_files(job: Job) -> Fetched:
     """Every file that a CSV names, a few at a time. One that is not there is listed."""
     base = (job.mirror or job.corpus.base).rstrip("/")
     listing = job.archives / job.corpus.listing
-    download(f"{base}/{job.corpus.listing}", listing, job.bar)
+    fetching.download(f"{base}/{job.corpus.listing}", listing, job.bar)
     names = [row[job.corpus.column] for row in _table(listing, ",", (job.corpus.column,))]
-    there = sizes(job.audio)
+    there = fetching.sizes(job.audio)
 
     def take(name: str) -> str:
         below = job.corpus.pattern.format(name)
         target = job.audio / file_name(Path(below).name)
-        if target.with_suffix(".flac").name in there:
-            return ""
         try:
-            download(f"{base}/{below}", target, job.bar)
+            if target.with_suffix(".flac").name not in there:
+                fetching.download(f"{base}/{below}", target, job.bar)
         except UserError as error:
             if "HTTP 404" not in str(error):
                 raise
@@ -498,11 +467,11 @@ def fetch_common_voice(job: Job) -> Fetched:
 
 
 def _clips_of(job: Job, layout: str, whole: bool) -> Fetched:
-    """Clips of all below the audio folder that the layout knows; what else sounds is told."""
+    """Clips of all below the audio folder that the layout knows; what is left out is reported."""
     load, describe = LAYOUTS[layout]
     texts = load(job.audio)
     files = sorted(job.audio.rglob("*.*"))
-    paths = [path for path in files if path.suffix.lower() in data.AUDIO_SUFFIXES]
+    paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
 
     def take(path: Path) -> data.Clip | str | None:
         about = describe(path, texts)
@@ -511,30 +480,29 @@ def _clips_of(job: Job, layout: str, whole: bool) -> Fetched:
 
     with job.bar.unpacking(), ThreadPoolExecutor(FILE_THREADS) as pool:
         taken = list(pool.map(take, paths))
-    _say_left_out(job, "in no list, or named otherwise than the corpus names its clips",
-                  [path for path, found in zip(paths, taken, strict=True) if found is None])
-    _say_left_out(job, "of a format that is not read",
-                  [path for path in files if path.suffix.lower() in PASSED_OVER])  # fmt: skip
+    unknown = [path for path, found in zip(paths, taken, strict=True) if found is None]
+    not_read = [path for path in files if path.suffix.lower() in NOT_READ]
+    for left_out, why in (
+        (unknown, "in no list, or named otherwise than the corpus names its clips"),
+        (not_read, "of a format that is not read"),
+    ):
+        if left_out:
+            first = left_out[0].relative_to(job.part)
+            tqdm.write(f"{job.corpus.name}: {len(left_out)} files left out, {why}; first: {first}")
     unreadable = [found for found in taken if isinstance(found, str)]
     # By path: a kill between packing a WAV and removing it leaves both.
     clips = {found.path: found for found in taken if isinstance(found, data.Clip)}
     return Fetched(list(clips.values()), unreadable, whole)
 
 
-def _say_left_out(job: Job, why: str, paths: list[Path]) -> None:
-    if paths:
-        first = paths[0].relative_to(job.part)
-        tqdm.write(f"{job.corpus.name}: {len(paths)} files left out, {why}; first: {first}")
-
-
 def _clip_of_file(job: Job, path: Path, about: About) -> data.Clip | str:
     try:
-        path, duration, sample_rate = make_readable(path, job.options.keep_wav)
-    except data.AudioError as error:
+        path, duration, sample_rate = fetching.make_readable(path, job.options.keep_wav)
+    except AudioError as error:
         return str(error)
-    key = about.speaker or about.key or path.relative_to(job.audio).as_posix()
-    clip = _clip(job.corpus, path, duration, sample_rate, key)
-    return replace(clip, speaker=about.speaker, text=about.text or None, emotion=about.emotion)
+    split = data.split_for(about.speaker or about.key or path.relative_to(job.audio).as_posix())
+    known = {"speaker": about.speaker, "text": about.text or None, "emotion": about.emotion}
+    return clip_of(job.corpus, path, duration, sample_rate, split, **known)
 
 
 def _texts(root: Path, name: str, between: str) -> dict[str, str]:
@@ -570,23 +538,22 @@ def _validated(root: Path) -> dict[str, dict[str, str]]:
 
 
 def _named(prefix: str, pattern: str, path: Path) -> str | None:
-    """The speaker that a file's name gives, where it is named as the corpus names its own: a name
-    that only begins with a number (a date) tells no speaker."""
+    """The speaker in a file's name, where the corpus names its own files so: a name that only
+    begins with a number (a date) names no speaker."""
     match = re.fullmatch(pattern, path.stem)
     return f"{prefix}-{match[1]}" if match else None
 
 
+# Readers are numbered alike in all three LibriVox corpora: one name keeps each in one split.
 def _librispeech(path: Path, texts: dict) -> About:
-    # Readers are numbered alike in all three LibriVox corpora: one name keeps each in one split.
-    reader = _named("librivox", r"(\d+)-\d+-\d+", path)
-    return About(reader, texts.get(path.stem, "").lower())
+    return About(_named("librivox", r"(\d+)-\d+-\d+", path), texts.get(path.stem, "").lower())
 
 
 def _libritts(path: Path, _: dict) -> About:
-    said = None
+    text = None
     with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
-        said = path.with_suffix(".normalized.txt").read_text(encoding="utf-8").strip()
-    return About(_named("librivox", r"(\d+)_\d+_\d+_\d+", path), said)
+        text = path.with_suffix(".normalized.txt").read_text(encoding="utf-8").strip()
+    return About(_named("librivox", r"(\d+)_\d+_\d+_\d+", path), text)
 
 
 def _librilight(path: Path, _: dict) -> About:
@@ -607,19 +574,14 @@ def _kaldi(path: Path, texts: dict) -> About:
     return About(text=texts.get(path.stem), key=path.stem.rpartition("-")[0] or path.stem)
 
 
-def _common_voice_clip(path: Path, rows: dict) -> About | None:
+def _common_voice(path: Path, rows: dict) -> About | None:
     row = rows.get(path.name)
     return About(f"common-voice-{row['client_id'][:16]}", row["sentence"]) if row else None
 
 
 CREMA_D_EMOTIONS = {
-    "ANG": "angry",
-    "DIS": "disgust",
-    "FEA": "fear",
-    "HAP": "happy",
-    "NEU": "neutral",
-    "SAD": "sad",
-}
+    "ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad",
+}  # fmt: skip
 CREMA_D_SENTENCES = {
     "IEO": "It's eleven o'clock.",
     "TIE": "That is exactly what happened.",
@@ -637,66 +599,54 @@ CREMA_D_SENTENCES = {
 RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
 RAVDESS_SENTENCES = ("Kids are talking by the door.", "Dogs are sitting by the door.")
 # Rasa's other styles (commands, conversation, news, books) are no emotion: they stay unlabelled.
-RASA_EMOTIONS = {
-    "happy": "happy",
-    "happiness": "happy",
-    "sad": "sad",
-    "sadness": "sad",
-    "anger": "angry",
-    "angry": "angry",
-    "fear": "fear",
-    "disgust": "disgust",
-    "surprise": "surprise",
-    "neutral": "neutral",
-    "wiki": "neutral",
-    "indic": "neutral",
-}
+RASA_EMOTIONS = {name: name for name in ("happy", "sad", "angry", "fear", "disgust", "surprise")}
+RASA_EMOTIONS |= {"happiness": "happy", "sadness": "sad", "anger": "angry"}
+RASA_EMOTIONS |= {name: "neutral" for name in ("neutral", "wiki", "indic")}
 
 
 def _crema_d(path: Path, _: dict) -> About | None:
     parts = path.stem.split("_")
     if len(parts) != 4 or parts[2] not in CREMA_D_EMOTIONS:
         return None
-    said = CREMA_D_SENTENCES.get(parts[1])
-    return About(f"crema-d-{parts[0]}", said, CREMA_D_EMOTIONS[parts[2]])
+    text, emotion = CREMA_D_SENTENCES.get(parts[1]), CREMA_D_EMOTIONS[parts[2]]
+    return About(f"crema-d-{parts[0]}", text, emotion)
 
 
 def _ravdess(path: Path, _: dict) -> About | None:
     match = re.fullmatch(r"03-0[12]-0([1-8])-0[12]-0([12])-0[12]-(\d\d)", path.stem)
     if not match:
         return None
-    said, felt = RAVDESS_SENTENCES[int(match[2]) - 1], RAVDESS_EMOTIONS[int(match[1]) - 1]
-    return About(f"ravdess-{match[3]}", said, felt)
-
-
-def _no_texts(_: Path) -> dict:
-    return {}
+    text, emotion = RAVDESS_SENTENCES[int(match[2]) - 1], RAVDESS_EMOTIONS[int(match[1]) - 1]
+    return About(f"ravdess-{match[3]}", text, emotion)
 
 
 # Name of a layout -> (texts of a folder, what is known of a file; None where it is no clip).
 LAYOUTS: dict[str, tuple[Callable[[Path], dict], Callable[[Path, dict], About | None]]] = {
     "librispeech": (lambda root: _texts(root, "*.trans.txt", " "), _librispeech),
-    "libritts": (_no_texts, _libritts),
-    "librilight": (_no_texts, _librilight),
+    "libritts": (lambda _: {}, _libritts),
+    "librilight": (lambda _: {}, _librilight),
     "line_index": (lambda root: _texts(root, "line_index.tsv", "\t"), _line_index),
     "transcription": (lambda root: _texts(root, "transcription.txt", " "), _transcription),
     "kaldi": (lambda root: _texts(root, "text", " "), _kaldi),
-    "common_voice": (_validated, _common_voice_clip),
-    "crema_d": (_no_texts, _crema_d),
-    "ravdess": (_no_texts, _ravdess),
+    "common_voice": (_validated, _common_voice),
+    "crema_d": (lambda _: {}, _crema_d),
+    "ravdess": (lambda _: {}, _ravdess),
 }
 
 
 # ------------------------------------------------------------------------- Hugging Face datasets
 
 
+def shards_of(corpus: Hub | HubTars, mirror: str | None) -> list[Shard]:
+    """The shards of a corpus as the dataset has them now."""
+    suffix = ".parquet" if isinstance(corpus, Hub) else ".tar"
+    return fetching.hub_shards(corpus.repo, corpus.revision, corpus.folders, suffix, mirror)
+
+
 def fetch_hub(job: Job) -> Fetched:
     """Parquet shards one after another; what each row became is written down as it happens."""
-    corpus = job.corpus
-    shards = shards_of(corpus, job.mirror)
-    records: list[dict] = []
-    hours, whole = 0.0, True
-    for shard in shards:
+    corpus, records, hours, whole = job.corpus, [], 0.0, True
+    for shard in shards_of(corpus, job.mirror):
         if job.enough(hours):
             whole = False
             break
@@ -704,20 +654,16 @@ def fetch_hub(job: Job) -> Fetched:
         records += taken
         whole &= finished
         hours += sum(record.get("duration", 0.0) for record in taken) / 3600
-    lines = [_clip_of_record(job, record) for record in records if "path" in record]
+    lines = [
+        clip_of(
+            corpus, job.part / record["path"], record["duration"], record["sample_rate"],
+            **{name: record[name] for name in ("split", "speaker", "text", "emotion")},
+        )
+        for record in records
+        if "path" in record
+    ]  # fmt: skip
     bad = [record["unreadable"] for record in records if "unreadable" in record]
     return Fetched(lines, bad, whole)
-
-
-def shards_of(corpus: Hub | HubTars, mirror: str | None) -> list[Shard]:
-    """The shards of a corpus as the dataset has them now."""
-    folders: list[str] = []
-    for parent in getattr(corpus, "parents", ()):
-        known = [folder for folder in corpus.folders if folder.startswith(f"{parent}/")]
-        folders += hub_folders(corpus.repo, corpus.revision, parent, mirror) or known
-    suffix = ".parquet" if isinstance(corpus, Hub) else ".tar"
-    where = tuple(folders) or corpus.folders
-    return hub_shards(corpus.repo, corpus.revision, where, suffix, mirror)
 
 
 def _take_shard(job: Job, shard: Shard, hours: float) -> tuple[list[dict], bool]:
@@ -727,8 +673,9 @@ def _take_shard(job: Job, shard: Shard, hours: float) -> tuple[list[dict], bool]
     if finished:
         job.bar.advance(shard.size)
         return records, True
-    path = fetch_shard(shard, job.archives, job.bar)
-    coming = _new_records(job, shard, path, len(records))
+    path = fetching.fetch_shard(shard, job.archives, job.bar)
+    folder = job.audio / shard.path.removesuffix(".parquet")
+    coming = _new_records(job, shard, path, folder, len(records))
     try:
         with job.bar.unpacking(), open(journal, "a", encoding="utf-8") as file:
             for record in coming:
@@ -738,34 +685,23 @@ def _take_shard(job: Job, shard: Shard, hours: float) -> tuple[list[dict], bool]
                 hours += record.get("duration", 0.0) / 3600
                 if job.enough(hours):
                     coming.close()
-                    _remove_later_rows(job, shard, len(records))
+                    for ahead in folder.iterdir():  # written beyond --max_hours' end
+                        if not ahead.stem.isdigit() or int(ahead.stem) >= len(records):
+                            ahead.unlink()
                     return records, False
             file.write(json.dumps({"end": len(records)}) + "\n")
     except Damaged as error:
-        if shard.local is None:
-            path.unlink()
+        shard.discard(path)
         raise UserError(f"{error}; run again to fetch it anew") from error
-    if shard.local is None:
-        path.unlink()
+    shard.discard(path)
     return records, True
-
-
-def _folder_of(job: Job, shard: Shard) -> Path:
-    return job.audio / re.sub(r"\.parquet$", "", shard.path)
-
-
-def _remove_later_rows(job: Job, shard: Shard, count: int) -> None:
-    """Recordings that were written ahead of --max_hours' end."""
-    for path in _folder_of(job, shard).iterdir():
-        if not path.stem.isdigit() or int(path.stem) >= count:
-            path.unlink()
 
 
 def _read_journal(journal: Path, part: Path) -> tuple[list[dict], bool]:
     """(records of a shard's rows so far, whether it is finished).
 
     Cut off at the first line that a kill tore, or whose recording is not on the disk in full:
-    a lost machine may have written the word down and not yet the recording.
+    after a power cut the journal may be ahead of the recordings.
     """
     journal.parent.mkdir(parents=True, exist_ok=True)
     if not journal.exists():
@@ -782,7 +718,7 @@ def _read_journal(journal: Path, part: Path) -> tuple[list[dict], bool]:
             if "path" in record:
                 path = part / record["path"]
                 if path.parent not in there:
-                    there[path.parent] = sizes(path.parent)
+                    there[path.parent] = fetching.sizes(path.parent)
                 if there[path.parent].get(path.name) != record["bytes"]:
                     break
             records.append(record)
@@ -792,7 +728,7 @@ def _read_journal(journal: Path, part: Path) -> tuple[list[dict], bool]:
 
 
 def _parsed(line: bytes) -> dict | None:
-    """The row that a line of a journal tells of; None where it is torn or damaged."""
+    """The record in a line of a journal; None where it is torn or damaged."""
     try:
         record = json.loads(line) if line.endswith(b"\n") else None
         if "path" in record:
@@ -802,20 +738,20 @@ def _parsed(line: bytes) -> dict | None:
         return None
 
 
-def _new_records(job: Job, shard: Shard, path: Path, first: int) -> Iterator[dict]:
-    """Write the audio of every row from `first` on and tell what became of it, in order."""
+def _new_records(job: Job, shard: Shard, path: Path, folder: Path, first: int) -> Iterator[dict]:
+    """Write the audio of every row from `first` on; what became of each, in order."""
     columns = _columns_of(job.corpus, path)
-    _folder_of(job, shard).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(FILE_THREADS) as pool:
-        for rows in parquet_rows(path, columns, first):
-            job.bar.stage(f"unpacking row {rows[-1][0]}" if rows else "")
-            yield from pool.map(lambda row: _record_of_row(job, shard, *row), rows)
+        for rows in fetching.parquet_rows(path, columns, first):
+            job.bar.stage(f"unpacking row {rows[-1][0]}")
+            yield from pool.map(lambda row: _record_of_row(job, shard, folder, *row), rows)
     job.bar.stage("")
 
 
 def _columns_of(corpus: Hub, path: Path) -> list[str]:
     """The columns to read. Raises UserError where the one with the audio is not there."""
-    there = parquet_columns(path)
+    there = fetching.parquet_columns(path)
     needed = [corpus.audio] + ([corpus.keep[0]] if corpus.keep else [])
     missing = [name for name in needed if name not in there]
     if missing:
@@ -827,7 +763,7 @@ def _columns_of(corpus: Hub, path: Path) -> list[str]:
     return [name for name in there if name in useful]
 
 
-def _record_of_row(job: Job, shard: Shard, number: int, row: dict) -> dict:
+def _record_of_row(job: Job, shard: Shard, folder: Path, number: int, row: dict) -> dict:
     """What becomes of one row, its audio written: {path, bytes, duration, …}, or why not."""
     corpus = job.corpus
     if corpus.keep and row[corpus.keep[0]] != corpus.keep[1]:
@@ -838,17 +774,15 @@ def _record_of_row(job: Job, shard: Shard, number: int, row: dict) -> dict:
     where = f"{shard.path} row {number}"
     if not coded or not isinstance(coded, bytes):
         return {"row": number, "unreadable": f"{where}: no audio"}
-    target = _folder_of(job, shard) / f"{number:06d}"
     try:
-        suffix = audio_suffix(coded)
-        as_flac = packed(io.BytesIO(coded), suffix, job.options.keep_wav, where)
-        if as_flac is not None:
-            coded, suffix = as_flac, ".flac"
-        target = target.with_suffix(suffix)
-        duration, sample_rate = data.probe(target, io.BytesIO(coded))
-    except data.AudioError as error:
+        as_flac, suffix = fetching.packed(io.BytesIO(coded), job.options.keep_wav, where)
+        coded = as_flac or coded
+        suffix = suffix or Path(named).suffix.lower()
+        target = folder / f"{number:06d}{suffix if suffix in AUDIO_SUFFIXES else '.m4a'}"
+        duration, sample_rate = probe(target, io.BytesIO(coded))
+    except AudioError as error:
         return {"row": number, "unreadable": f"{where}: {error}"}
-    # Under its own name at once: the journal names it only when it is whole.
+    # Under its own name at once: the journal names it only when it is complete.
     target.write_bytes(coded)
     speaker, key = _speaker_and_key(corpus, row, named, shard)
     return {
@@ -867,18 +801,18 @@ def _record_of_row(job: Job, shard: Shard, number: int, row: dict) -> dict:
 def _speaker_and_key(corpus: Hub, row: dict, named: str, shard: Shard) -> tuple[str | None, str]:
     """(speaker or None, what the split hangs on)."""
     for column in corpus.speakers:
-        if _is_told(row.get(column)):
+        if _is_filled(row.get(column)):
             speaker = f"{corpus.name}-{str(row[column]).lower()}"
             return speaker, speaker
-    if any(_is_told(row.get(column)) for column in corpus.keys):
+    if any(_is_filled(row.get(column)) for column in corpus.keys):
         return None, "-".join(str(row.get(column)) for column in corpus.keys)
     match = re.search(corpus.recording, named) if corpus.recording and named else None
     # Rows of one shard lie side by side in the corpus, and so may share a voice.
     return None, match.group(1) if match else shard.path
 
 
-def _is_told(value: object) -> bool:
-    """Whether a column says something: a text, a number, a truth; no null, list or NaN."""
+def _is_filled(value: object) -> bool:
+    """Whether a column holds a text, a number or a truth: no null, list or NaN."""
     return isinstance(value, (str, int, float)) and value != "" and value == value
 
 
@@ -892,21 +826,9 @@ def _clean(text: object, tagged: bool) -> str | None:
 
 
 def _official_split(path: str) -> str:
-    match = re.search(r"(train|valid|dev|test)", path.rsplit("/", 2)[-2] + path.rsplit("/")[-1])
+    match = re.search(r"(train|valid|dev|test)", "".join(path.split("/")[-2:]))
     found = match.group(1) if match else "train"
     return "validation" if found in ("valid", "dev") else found
-
-
-def _clip_of_record(job: Job, record: dict) -> data.Clip:
-    path = job.part / record["path"]
-    clip = _clip(job.corpus, path, record["duration"], record["sample_rate"], "")
-    return replace(
-        clip,
-        speaker=record["speaker"],
-        text=record["text"],
-        emotion=record["emotion"],
-        split=job.corpus.split or record["split"],
-    )
 
 
 # -------------------------------------------------------------------------------- conversations
@@ -914,53 +836,47 @@ def _clip_of_record(job: Job, record: dict) -> data.Clip:
 
 def fetch_hub_tars(job: Job) -> Fetched:
     """Tars of two-channel dialogues with their annotations, unpacked one by one."""
-    corpus = job.corpus
-    shards = shards_of(corpus, job.mirror)
-    lines, bad, whole, hours = [], [], True, 0.0
-    for shard in shards:
+    lines, bad, hours = [], [], 0.0
+    for shard in shards_of(job.corpus, job.mirror):
         if job.enough(hours):
-            whole = False
-            break
-        target = job.audio / re.sub(r"\.tar$", "", shard.path)
+            return Fetched(lines, bad, whole=False)
+        target = job.audio / shard.path.removesuffix(".tar")
         if target.exists():
             job.bar.advance(shard.size)
         else:
-            file = fetch_shard(shard, job.archives, job.bar)
+            file = fetching.fetch_shard(shard, job.archives, job.bar)
             _unpack_apart(file, target, job.bar)
-            if shard.local is None:
-                file.unlink()
+            shard.discard(file)
         with job.bar.unpacking():
-            paths = sorted(target.rglob("*.flac"))
-            dialogues = [_dialogue(corpus, path, _official_split(shard.path)) for path in paths]
-        for line in dialogues:
-            (bad if isinstance(line, str) else lines).append(line)
+            for path in sorted(target.rglob("*.flac")):
+                line = _dialogue(job.corpus, path, _official_split(shard.path))
+                (bad if isinstance(line, str) else lines).append(line)
         hours = sum(line["duration"] for line in lines) / 3600
-    return Fetched(lines, bad, whole)
+    return Fetched(lines, bad)
 
 
 def _dialogue(corpus: Corpus, path: Path, split: str) -> dict | str:
-    """A manifest line of Behavior-SD: channel k is speaker k, listeners' sounds are turns too."""
+    """A manifest line of Behavior-SD: channel k is speaker k, backchannels are turns too."""
     try:
-        duration, sample_rate = data.probe(path)
-        about = json.loads(path.with_suffix(".json").read_bytes())
+        duration, sample_rate = probe(path)
         turns = []
-        for said in about["utterances"]:
-            turns.append(_turn(said["speaker_idx"], said))
-            sounds = said.get("backchannels") or []
-            turns += [_turn(1 - said["speaker_idx"], sound) for sound in sounds]
+        for utterance in json.loads(path.with_suffix(".json").read_bytes())["utterances"]:
+            speaker = utterance["speaker_idx"]
+            turns.append(_turn(speaker, utterance))
+            turns += [_turn(1 - speaker, sound) for sound in utterance.get("backchannels") or []]
     except (UserError, FileNotFoundError, ValueError, LookupError, TypeError) as error:
         return f"{path}: {first_line(error)}"
     turns.sort(key=lambda turn: turn["start"])
     return _conversation(corpus, path, duration, sample_rate, turns, split)
 
 
-def _turn(channel: int, said: dict) -> dict:
+def _turn(channel: int, utterance: dict) -> dict:
     """Raises ValueError, KeyError, TypeError or UserError where a field is none of a turn."""
-    start, end = max(float(said["start_time"]), 0.0), float(said["end_time"])
-    text = said.get("tts_text") or ""
+    start, end = max(float(utterance["start_time"]), 0.0), float(utterance["end_time"])
+    text = utterance.get("tts_text") or ""
     check_fields({"text": text}, {"text": "text"}, "utterance")
     if channel not in (0, 1) or not math.isfinite(start + end):
-        raise ValueError(f"an utterance that is none: {said}")
+        raise ValueError(f"an utterance that is none: {utterance}")
     who = "user" if channel else "agent"
     return {"who": who, "start": start, "end": max(end, start), "text": text}
 
@@ -1015,17 +931,16 @@ def _call(job: Job, call: Path, script: Path | None) -> dict | str:
     target = job.audio / file_name(call.parent.name) / f"{file_name(call.stem)}.flac"
     try:
         if not target.exists():
-            samples, rate = read_sphere(call)
+            samples, rate = fetching.read_sphere(call)
             if samples.shape[1] != 2:
-                raise data.AudioError(f"{call}: {samples.shape[1]} channels, not 2")
+                raise AudioError(f"{call}: {samples.shape[1]} channels, not 2")
             target.parent.mkdir(parents=True, exist_ok=True)
-            data.write_audio(target, samples.astype("float32") / 32768, rate)
-        duration, rate = data.probe(target)
-    except data.AudioError as error:
+            write_audio(target, samples.astype("float32") / 32768, rate)
+        duration, rate = probe(target)
+    except AudioError as error:
         return str(error)
     turns = _fisher_turns(script) if script else []
-    split = data.split_for(call.stem)
-    return _conversation(job.corpus, target, duration, rate, turns, split)
+    return _conversation(job.corpus, target, duration, rate, turns, data.split_for(call.stem))
 
 
 def _fisher_turns(script: Path) -> list[dict]:
@@ -1035,15 +950,9 @@ def _fisher_turns(script: Path) -> list[dict]:
         match = re.match(r"\s*(\d*\.?\d+)\s+(\d*\.?\d+)\s+([AB])\d*:\s*(.*)", line)
         if match and float(match[1]) <= float(match[2]):
             who = "agent" if match[3] == "A" else "user"
-            turns.append(
-                {"who": who, "start": float(match[1]), "end": float(match[2]), "text": match[4]}
-            )
+            start, end = float(match[1]), float(match[2])
+            turns.append({"who": who, "start": start, "end": end, "text": match[4]})
     return turns
-
-
-def fetch_nothing(job: Job) -> Fetched:
-    """For rows that say why there is nothing to fetch."""
-    raise UserError(f"{job.corpus.name}: {job.corpus.note}")
 
 
 FETCHERS: dict[type[Corpus], Callable[[Job], Fetched]] = {
@@ -1053,5 +962,4 @@ FETCHERS: dict[type[Corpus], Callable[[Job], Fetched]] = {
     Hub: fetch_hub,
     HubTars: fetch_hub_tars,
     Fisher: fetch_fisher,
-    Absent: fetch_nothing,
 }

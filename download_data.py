@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import data
 import fetching
+from audio import AudioError, probe
 from command import (
     ArgumentParser,
     LongHelp,
@@ -55,11 +56,11 @@ from corpora import (
     Archives,
     Corpus,
     DataCollective,
+    FetchOptions,
     Files,
     Fisher,
     Hub,
     HubTars,
-    Options,
     fetch,
     needs_fetching,
     read_record,
@@ -240,13 +241,7 @@ CORPORA: tuple[Corpus, ...] = (
         plan="SPRING-INX Telugu",
         note="in place of SPRING-INX; closes the plan's gap of 1,200 h with real speech, mostly "
         "untranscribed; districts are added: all that the dataset has now are taken",
-        repo="ARTPARK-IISc/Vaani", parents=("audio/AndhraPradesh", "audio/Telangana"),
-        folders=(  # where the dataset's states should be named otherwise
-            "audio/AndhraPradesh/Anantpur", "audio/AndhraPradesh/Chittoor",
-            "audio/AndhraPradesh/Guntur", "audio/AndhraPradesh/Krishna",
-            "audio/AndhraPradesh/Srikakulam", "audio/AndhraPradesh/Vishakapattanam",
-            "audio/Telangana/Karimnagar", "audio/Telangana/Nalgonda",
-        ),
+        repo="ARTPARK-IISc/Vaani", folders=("audio/AndhraPradesh", "audio/Telangana"),
         audio="audio", text="transcript", speakers=("speakerID", "speaker_id"),
         keys=("district", "pincode"), keep=("language", "Telugu"), tagged=True,
     ),
@@ -485,7 +480,7 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> Verified:
     Copies are told by size and both ends of a file: as good as a whole hash for coded speech, and
     it spares reading half a terabyte.
     """
-    folder = data_dir / corpus.place / corpus.name
+    folder = corpus.folder(data_dir)
     expected = expected_hours(corpus, folder)
     if not (folder / data.MANIFEST).exists():
         return Verified(corpus, expected, present=False)
@@ -556,9 +551,9 @@ def _check_file(path: Path) -> tuple[float, int, bytes] | None:
             file.seek(max(size - DIGEST_BYTES, 0))
             ends += file.read(DIGEST_BYTES)
             file.seek(0)
-            probed = data.probe(path, file)
+            probed = probe(path, file)
         return *probed, hashlib.sha256(size.to_bytes(8, "big") + ends).digest()
-    except (data.AudioError, OSError):
+    except (AudioError, OSError):
         return None
 
 
@@ -620,7 +615,7 @@ def _figure(hours: float) -> str:
 
 
 def choose(
-    names: list[str] | None, languages: list[str] | None, options: Options | None = None
+    names: list[str] | None, languages: list[str] | None, options: FetchOptions | None = None
 ) -> list[Corpus]:
     """The rows asked for: those of --fisher_dir and --cv_dataset_id, and of --corpora; without any
     of these the default set. Raises UserError on an unknown name."""
@@ -631,14 +626,14 @@ def choose(
             f"no corpus '{unknown[0]}'; --list shows them; groups: {', '.join(GROUPS)}; Debian's "
             "packages: tools/package_recordings.py"
         )
-    chosen = [row for row in CORPORA if _is_asked(row, names, languages, options or Options())]
+    chosen = [row for row in CORPORA if _is_asked(row, names, languages, options or FetchOptions())]
     if not chosen:
         raise UserError("no corpus of that language in the table; see --list")
     return chosen
 
 
 def _is_asked(
-    row: Corpus, names: list[str] | None, languages: list[str] | None, options: Options
+    row: Corpus, names: list[str] | None, languages: list[str] | None, options: FetchOptions
 ) -> bool:
     if languages and row.language not in languages:
         return False
@@ -676,21 +671,20 @@ def without_forbidden(
 
 def check_access(corpora: list[Corpus], mirrors: dict[str, str]) -> None:
     """Ask the Hub for every gated dataset before the night begins. UserError names all at once."""
-    problems = {}
+    pages = {}
     for row in corpora:
         endpoint = mirrors.get(row.name)
-        local = endpoint and not endpoint.startswith(("http://", "https://"))
-        if row.gated and not local and row.repo not in problems:
-            problems[row.repo] = fetching.hub_access_problem(row.repo, endpoint)
-    pages = [page for page in problems.values() if page]
-    if pages:
+        if row.gated and not fetching.is_local(endpoint) and row.repo not in pages:
+            pages[row.repo] = fetching.licence_page(row.repo, endpoint)
+    to_accept = [page for page in pages.values() if page]
+    if to_accept:
         raise UserError(
-            f"accept the licence at {' and at '.join(pages)}, then `hf auth login` (or set "
+            f"accept the licence at {' and at '.join(to_accept)}, then `hf auth login` (or set "
             "HF_TOKEN) and run again; or leave them out with --corpora"
         )
 
 
-def check_disk(corpora: list[Corpus], data_dir: Path, options: Options, jobs: int) -> None:
+def check_disk(corpora: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int) -> None:
     """Print what the fetch takes; UserError where the disk cannot hold it."""
     free = fetching.free_bytes(data_dir) / GIGABYTE
     scaled = [_scaled(row, options.max_hours) for row in corpora]
@@ -707,7 +701,7 @@ def check_disk(corpora: list[Corpus], data_dir: Path, options: Options, jobs: in
         )
 
 
-def as_listed(row: Corpus, options: Options) -> Corpus:
+def as_listed(row: Corpus, options: FetchOptions) -> Corpus:
     """The row with the size of the shards that the dataset has now, hours and disk in proportion;
     as the table says where it cannot be asked."""
     if not isinstance(row, (Hub, HubTars)) or row.exact:
@@ -727,7 +721,7 @@ def as_listed(row: Corpus, options: Options) -> Corpus:
 
 def as_counted(row: Corpus, data_dir: Path) -> Corpus:
     """The row with the hours that were counted where it lies on the disk whole."""
-    record = read_record(data_dir / row.place / row.name)
+    record = read_record(row.folder(data_dir))
     return replace(row, hours=record["hours"], exact=True) if record.get("whole") else row
 
 
@@ -748,7 +742,7 @@ def _scaled(row: Corpus, max_hours: float) -> Corpus:
 
 
 def fetch_all(
-    corpora: list[Corpus], data_dir: Path, options: Options, jobs: int
+    corpora: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int
 ) -> dict[str, str]:
     """Fetch side by side; why the others failed, in a line each, by name."""
     stopped = threading.Event()
@@ -789,12 +783,12 @@ def print_failed(failed: dict[str, str], corpora: int) -> None:
 
 
 def _fetch_and_say(
-    corpus: Corpus, data_dir: Path, options: Options, stopped: threading.Event
+    corpus: Corpus, data_dir: Path, options: FetchOptions, stopped: threading.Event
 ) -> None:
     began = time.monotonic()
     fetch(corpus, data_dir, options, stopped)
     took = (time.monotonic() - began) / 60
-    record = read_record(data_dir / corpus.place / corpus.name)
+    record = read_record(corpus.folder(data_dir))
     tqdm.write(_wrapped(f"{corpus.name}: fetched in {took:,.1f} min{_unpacked(record)}"))
 
 
@@ -845,9 +839,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def options_of(arguments: argparse.Namespace) -> Options:
+def options_of(arguments: argparse.Namespace) -> FetchOptions:
     """The flags that say how to fetch. Raises UserError on bad values."""
-    return Options(
+    return FetchOptions(
         max_hours=arguments.max_hours,
         mirrors=_pairs("--mirror", arguments.mirror, (row.name for row in CORPORA)),
         keep_wav=arguments.keep_wav,
@@ -875,9 +869,12 @@ def main() -> int:
         return fetch_missing(corpora, arguments, options)
 
 
-def fetch_missing(corpora: list[Corpus], arguments: argparse.Namespace, options: Options) -> int:
+def fetch_missing(
+    corpora: list[Corpus], arguments: argparse.Namespace, options: FetchOptions
+) -> int:
     """Fetch what is not there yet and report; the exit code."""
     data_dir = arguments.data_dir
+    fetching.check_python()
     absent = [row for row in corpora if needs_fetching(row, data_dir, options)]
     # The largest archives first, while the disk is empty.
     absent.sort(key=lambda row: -row.transient_gb)
@@ -907,7 +904,7 @@ def _with_present(
     there = [
         row
         for row in CORPORA
-        if (data_dir / row.place / row.name / data.MANIFEST).exists()
+        if (row.folder(data_dir) / data.MANIFEST).exists()
         and (not languages or row.language in languages)
     ]
     return [row for row in CORPORA if row in corpora or row in there]

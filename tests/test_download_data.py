@@ -16,7 +16,7 @@ import data
 import download_data
 import fetching
 from command import UserError, only_one
-from corpora import Options
+from corpora import FetchOptions
 
 __all__ = ["Server", "server"]  # fixtures, found by name
 
@@ -43,7 +43,8 @@ def test_the_table_holds_what_the_design_demands(capsys):
     names = [row.name for row in download_data.CORPORA]
     assert len(names) == len(set(names))
     for row in download_data.CORPORA:
-        assert row.language in data.LANGUAGES and type(row) in corpora.FETCHERS
+        assert row.language in data.LANGUAGES
+        assert (type(row) in corpora.FETCHERS) != isinstance(row, corpora.Absent)
         assert row.license and (row.hours > 0 or isinstance(row, corpora.Absent))
         assert row.name not in download_data.GROUPS
         if isinstance(row, corpora.Archives):
@@ -77,10 +78,10 @@ def test_what_the_flags_choose():
     assert names(["emotion"], ["hindi"]) == ["rasa-hindi"]
     assert names(["openslr-66", "gramvaani"], None) == ["gramvaani", "openslr-66"]
     # The user's own copies come alone, unless --corpora says more.
-    own = Options(fisher_dir=Path("x"))
+    own = FetchOptions(fisher_dir=Path("x"))
     assert names(None, None, own) == ["fisher"]
     assert names(["openslr-66"], None, own) == ["openslr-66", "fisher"]
-    release = Options(cv_dataset_ids={"hindi": "x"})
+    release = FetchOptions(cv_dataset_ids={"hindi": "x"})
     assert names(None, None, release) == names(None, ["hindi"], release) == ["common-voice-hindi"]
     everything = names(["default"], None, release)
     assert set(everything) == {*names(None, None), "common-voice-hindi"}
@@ -135,7 +136,7 @@ def test_disputed_licences_are_not_for_commercial_use_and_say_so(capsys):
 
 def test_hours_are_counted_from_the_shards_and_estimates_until_then(server, tmp_path, capsys):
     row = ROWS["indicvoices-telugu"]
-    options = Options(mirrors={row.name: server.url})
+    options = FetchOptions(mirrors={row.name: server.url})
     assert download_data._hours(row).startswith("~")
     files = dataset(row, seconds=2)
     server.add_dataset(row.repo, files)
@@ -148,19 +149,20 @@ def test_hours_are_counted_from_the_shards_and_estimates_until_then(server, tmp_
     counted = download_data.as_counted(row, tmp_path)
     assert (counted.hours, counted.exact) == (pytest.approx(12 * 2 / 3600), True)
     # A Hub that does not answer is the fetch's to tell.
-    assert download_data.as_listed(row, Options(mirrors={row.name: str(tmp_path / "no")})) is row
+    nowhere = FetchOptions(mirrors={row.name: str(tmp_path / "no")})
+    assert download_data.as_listed(row, nowhere) is row
 
 
 def test_disk_and_money_are_told_first_and_a_small_disk_refused(tmp_path, monkeypatch, capsys):
     rows = download_data.choose(None, None)
     monkeypatch.setattr(fetching, "free_bytes", lambda folder: 100e9)
     with pytest.raises(UserError, match="GB needed, 100 GB free.*--max_hours"):
-        download_data.check_disk(rows, tmp_path, Options(), 4)
+        download_data.check_disk(rows, tmp_path, FetchOptions(), 4)
     printed = capsys.readouterr().out
     assert "WAV 24 kHz 1,037" in printed and "idle H200" in printed
     assert max(len(line) for line in printed.splitlines()) <= 80
     monkeypatch.setattr(fetching, "free_bytes", lambda folder: 150e9)
-    download_data.check_disk(rows, tmp_path, Options(max_hours=10), 2)
+    download_data.check_disk(rows, tmp_path, FetchOptions(max_hours=10), 2)
     short = download_data._scaled(ROWS["librispeech"], 200)
     assert (short.hours, short.transient_gb) == (pytest.approx(464.2), pytest.approx(23.0))
     # One archive: --max_hours cannot cut it.
@@ -171,7 +173,7 @@ def test_disk_and_money_are_told_first_and_a_small_disk_refused(tmp_path, monkey
     part.mkdir(parents=True)
     (part / "x").write_bytes(bytes(1000))
     monkeypatch.setattr(fetching, "folder_bytes", lambda folder: 460e9 if folder == part else 0)
-    download_data.check_disk([ROWS["openslr-66"]], tmp_path, Options(), 4)
+    download_data.check_disk([ROWS["openslr-66"]], tmp_path, FetchOptions(), 4)
 
 
 # ----------------------------------------------------------------------------------- the script
@@ -270,7 +272,7 @@ def test_a_manifest_that_cannot_be_read_is_its_corpus_fault_alone(tmp_path, monk
 def test_verify_opens_each_file_once(server, tmp_path, monkeypatch):
     row = ROWS["kathbath-telugu"]
     server.add_dataset(row.repo, dataset(row))
-    download_data.fetch(row, tmp_path, Options(mirrors={row.name: server.url}))
+    download_data.fetch(row, tmp_path, FetchOptions(mirrors={row.name: server.url}))
     asked = asked_of(monkeypatch)
     assert download_data.verify(row, tmp_path).state == "ok, small"
     assert not [one for one in asked if ".flac" in one]

@@ -14,6 +14,7 @@ from test_fetching import sine
 import corpora
 import data
 import download_data
+from audio import AudioError, read_audio, write_audio
 from command import UserError
 from tools import package_recordings
 from tools.package_recordings import PACKAGES, Packages
@@ -43,7 +44,7 @@ def package(tmp_path):
     voices = tree / "usr/share/voices"
     for number, name in enumerate(("ann/1", "ann/2", "bo/1")):
         (voices / name).parent.mkdir(parents=True, exist_ok=True)
-        data.write_audio(voices / f"{name}.wav", np.full(16000, 0.1 * (number + 1)), 16000)
+        write_audio(voices / f"{name}.wav", np.full(16000, 0.1 * (number + 1)), 16000)
     (voices / "cy").mkdir()
     (voices / "cy/1.raw").write_bytes(np.full(16000, 1000, "<i2").tobytes())
     shutil.copy(voices / "ann/1.wav", voices / "ann/copy.wav")
@@ -77,7 +78,7 @@ def test_a_corpus_lands_whole_with_speakers_splits_and_licence(package, capsys):
         "cy/1.flac": ("voices-cy", "test"),
     }
     assert all((one.duration, one.sample_rate, one.license) == (1, 16000, "GPL-2") for one in clips)
-    cy = data.read_audio(found["cy/1.flac"].path, sample_rate=16000)
+    cy = read_audio(found["cy/1.flac"].path, sample_rate=16000)
     np.testing.assert_allclose(cy, 1000 / 32768, atol=1e-4)
     assert (folder / "copyright.voices-pkg").read_text() == "GPL-2"
     assert "3.wav" in (folder / "unreadable.txt").read_text()
@@ -93,7 +94,7 @@ def test_a_killed_run_leaves_nothing_half_done_and_the_next_completes(package, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "probe", die)
+        patch.setattr(package_recordings, "probe", die)
         with pytest.raises(KeyboardInterrupt):
             corpora.fetch(CORPUS, package)
     assert not (package / "other/voices").exists()
@@ -208,7 +209,7 @@ def test_g722_comes_back_as_it_was_coded(tmp_path):
     assert np.hypot(*fit) == pytest.approx(0.5, abs=0.01)
     assert 10 * np.log10(np.mean((basis @ fit) ** 2) / np.mean(error**2)) > 25
     (tmp_path / "empty.g722").touch()
-    with pytest.raises(data.AudioError):
+    with pytest.raises(AudioError):
         package_recordings.decode_g722(tmp_path / "empty.g722")
 
 

@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,7 +29,7 @@ import numpy as np  # noqa: E402
 import corpora  # noqa: E402
 import data  # noqa: E402
 import download_data  # noqa: E402
-import fetching  # noqa: E402
+from audio import AudioError, probe, read_audio, write_audio  # noqa: E402
 from command import (  # noqa: E402
     ArgumentParser,
     LongHelp,
@@ -40,7 +40,7 @@ from command import (  # noqa: E402
     writable_file,
     writable_folder,
 )
-from corpora import Corpus, Fetched, Job, Options  # noqa: E402
+from corpora import Corpus, Fetched, FetchOptions, Job  # noqa: E402
 
 G722_RATE = 16000
 G722_PACKET = 160  # bytes: 20 ms at 64 kbit/s
@@ -263,16 +263,17 @@ def _take_recording(
     try:
         if source.suffix in DECODERS:
             target = target.with_suffix(".flac")
-            data.write_audio(target, *DECODERS[source.suffix](source))
+            write_audio(target, *DECODERS[source.suffix](source))
         else:
             source.replace(target)
-        duration, sample_rate = data.probe(target)
-    except data.AudioError as error:
+        duration, sample_rate = probe(target)
+    except AudioError as error:
         target.unlink(missing_ok=True)
         return str(error)
     speaker, split = speaker_and_split(corpus, name)
-    clip = corpora._clip(corpus, target, duration, sample_rate, "")
-    return replace(clip, speaker=speaker, text=text, split=split)
+    return corpora.clip_of(
+        corpus, target, duration, sample_rate, split, speaker=speaker, text=text
+    )
 
 
 def speaker_and_split(corpus: Packages, name: str) -> tuple[str | None, str]:
@@ -292,20 +293,21 @@ def speaker_and_split(corpus: Packages, name: str) -> tuple[str | None, str]:
 
 def decode_g722(path: Path) -> tuple[np.ndarray, int]:
     """(audio `[T]`, 16000) of a headerless G.722 file, packet by packet of 20 ms."""
-    av = fetching._pyav("G.722 recordings")
+    import av
+
     context = av.CodecContext.create("g722", "r")
     coded = path.read_bytes()
     packets = [coded[at : at + G722_PACKET] for at in range(0, len(coded), G722_PACKET)]
     frames = [frame for packet in packets for frame in context.decode(av.Packet(packet))]
     samples = [frame.to_ndarray().reshape(-1) for frame in frames]
     if not samples:
-        raise data.AudioError(f"{path}: holds no samples")
+        raise AudioError(f"{path}: holds no samples")
     return np.concatenate(samples).astype(np.float32) / 32768, G722_RATE
 
 
 def decode_gsm(path: Path) -> tuple[np.ndarray, int]:
     """(audio `[T]`, 8000) of a headerless GSM 06.10 file."""
-    return data.read_audio(path, sample_rate=8000), 8000
+    return read_audio(path, sample_rate=8000), 8000
 
 
 def decode_raw(path: Path) -> tuple[np.ndarray, int]:
@@ -358,7 +360,7 @@ def main() -> int:
         return download_data.report(chosen, arguments)
     arguments.corpora = [row.name for row in chosen]
     with only_one(writable_folder(arguments.data_dir, "--data_dir")):
-        return download_data.fetch_missing(chosen, arguments, Options())
+        return download_data.fetch_missing(chosen, arguments, FetchOptions())
 
 
 if __name__ == "__main__":
