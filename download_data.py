@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,14 +76,10 @@ HOURS_TOLERANCE = 0.02  # share of the expected hours that may be absent
 DIGEST_BYTES = 1 << 16  # read at each end of a file to tell copies
 GROUPS = ("default", "emotion", "conversations")
 # What a stored hour of mono speech takes, in MB. FLAC as measured over LibriSpeech (59.3 GB).
-MEGABYTES_AN_HOUR = (
-    ("WAV 24 kHz", 172.8),
-    ("WAV 16 kHz", 115.2),
-    ("FLAC 16 kHz", 62.0),
-    ("MP3 64 kbit/s", 28.8),
-    ("Opus 24 kbit/s", 10.8),
-    ("codes 4 kbit/s", 1.8),
-)
+MEGABYTES_AN_HOUR = {
+    "WAV 24 kHz": 172.8, "WAV 16 kHz": 115.2, "FLAC 16 kHz": 62.0, "MP3 64 kbit/s": 28.8,
+    "Opus 24 kbit/s": 10.8, "codes 4 kbit/s": 1.8,
+}  # fmt: skip
 CPU_POD_USD = 0.12  # an hour; RunPod's smallest CPU pods, 2025
 H200_USD = 3.39
 
@@ -327,11 +324,6 @@ CORPORA: tuple[Corpus, ...] = (
 # ----------------------------------------------------------------------------------------- list
 
 
-def _hours(corpus: Corpus) -> str:
-    text = f"{corpus.hours:,.0f}" if corpus.hours >= 20 else f"{corpus.hours:.2f}"
-    return text if corpus.exact else f"~{text}"
-
-
 def print_list(corpora: Iterable[Corpus]) -> None:
     """The table, 80 columns wide, with totals."""
     corpora = list(corpora)
@@ -351,6 +343,11 @@ def print_list(corpora: Iterable[Corpus]) -> None:
     print("commercial use; hours with ~ are estimates. GB: on disk, WAV packed as FLAC.")
     print_totals(corpora)
     print_reasons(corpora)
+
+
+def _hours(corpus: Corpus) -> str:
+    text = f"{corpus.hours:,.0f}" if corpus.hours >= 20 else f"{corpus.hours:.2f}"
+    return text if corpus.exact else f"~{text}"
 
 
 def print_totals(corpora: list[Corpus]) -> None:
@@ -400,14 +397,13 @@ def print_costs(corpora: list[Corpus], free_gb: float, jobs: int) -> None:
     """Disk, time and money of a fetch, before anything moves."""
     hours, final = sum(r.hours for r in corpora), sum(r.gigabytes for r in corpora)
     network = sum(row.download_gb or row.gigabytes for row in corpora)
-    peak = peak_gigabytes(corpora, jobs)
     print(
         f"to fetch: {len(corpora)} corpora, {_figure(hours)} h; network: {network:,.1f} GB\n"
-        f"disk: {final:,.1f} GB in the end, {peak:,.1f} at the most, archives included; "
-        f"{free_gb:,.0f} free\n(the plan's volume: {PLAN_DISK_GB} GB)"
+        f"disk: {final:,.1f} GB in the end, {peak_gigabytes(corpora, jobs):,.1f} at the most, "
+        f"archives included; {free_gb:,.0f} free\n(the plan's volume: {PLAN_DISK_GB} GB)"
     )
-    formats = ", ".join(f"{name} {6000 * mb / 1e3:,.0f}" for name, mb in MEGABYTES_AN_HOUR)
-    print(_wrapped(f"6,000 h take, in GB: {formats}"))
+    formats = [f"{name} {6000 * mb / 1e3:,.0f}" for name, mb in MEGABYTES_AN_HOUR.items()]
+    print(_wrapped(f"6,000 h take, in GB: {', '.join(formats)}"))
     for rate in (25, 100):
         took = network * 1e3 / rate / 3600
         print(
@@ -423,7 +419,8 @@ def print_costs(corpora: list[Corpus], free_gb: float, jobs: int) -> None:
 class Verified:
     """What `--verify` found of one corpus. `rates`: Hz -> hours; `expected` in hours.
 
-    `table_hours` is the table's figure, 0 where --max_hours asked for less.
+    `fault` is what is wrong with all of it; `small`: less than nine tenths of the table's hours,
+    where --max_hours did not ask for less.
     """
 
     corpus: Corpus
@@ -434,27 +431,22 @@ class Verified:
     rates: tuple[tuple[int, float], ...] = ()
     unreadable: tuple[str, ...] = ()
     duplicates: int = 0
-    present: bool = True
-    table_hours: float = 0.0
+    small: bool = False
     fault: str = ""
 
     @property
     def problem(self) -> str:
         """What is missing, in words, or an empty string."""
-        if self.fault:
-            return "cannot be read"
-        if not self.present:
-            return "not there"
-        if self.unreadable:
-            return f"{len(self.unreadable)} unreadable"
+        if self.fault or self.unreadable:
+            return self.fault or f"{len(self.unreadable)} unreadable"
         # The table's figures are rounded to two places.
         missing = self.hours < self.expected * (1 - HOURS_TOLERANCE) - 0.005
         return "hours missing" if missing else ""
 
     @property
     def state(self) -> str:
-        """The problem, or "ok"; whole shards may still hold less than the table estimates."""
-        return self.problem or ("ok, small" if self.hours < 0.9 * self.table_hours else "ok")
+        """The problem, or "ok"; complete shards may still hold less than the table estimates."""
+        return self.problem or ("ok, small" if self.small else "ok")
 
     def as_json(self) -> dict:
         """For `--json`."""
@@ -477,47 +469,46 @@ class Verified:
 def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> Verified:
     """Hold a corpus against its manifest and the table; with `every_file`, probe and compare all.
 
-    Copies are told by size and both ends of a file: as good as a whole hash for coded speech, and
-    it spares reading half a terabyte.
+    Expected are the table's hours where they are exact, else those that were fetched. Copies are
+    told by size and both ends of a file: as good as a hash of all of it for coded speech, and it
+    spares reading half a terabyte.
     """
     folder = corpus.folder(data_dir)
-    expected = expected_hours(corpus, folder)
+    record = read_record(folder)
+    exact = "hours" not in record or (corpus.exact and record["whole"])
+    expected = corpus.hours if exact else record["hours"]
     if not (folder / data.MANIFEST).exists():
-        return Verified(corpus, expected, present=False)
-    clips = _entries(corpus, folder / data.MANIFEST)
-    bad: list[str] = []
-    duplicates = 0
+        return Verified(corpus, expected, fault="not there")
+    try:
+        clips = _entries(corpus, folder / data.MANIFEST)
+    except (UserError, OSError) as error:  # this corpus' fault alone
+        why = (first_line(error, 400),)
+        return Verified(corpus, expected, unreadable=why, fault="cannot be read")
+    bad, duplicates = [], 0
     if every_file:
-        checked = _check_files([clip.path for clip in clips], corpus.name)
-        bad = [str(c.path) for c, found in zip(clips, checked, strict=True) if not found]
-        duplicates = len(clips) - len(bad) - len({found[2] for found in checked if found})
+        checked = list(zip(clips, _check_files([c.path for c in clips], corpus.name), strict=True))
+        bad = [str(clip.path) for clip, found in checked if not found]
         clips = [
             replace(clip, duration=found[0], sample_rate=found[1])
-            for clip, found in zip(clips, checked, strict=True)
+            for clip, found in checked
             if found
         ]
+        duplicates = len(clips) - len({found[2] for _, found in checked if found})
     rates: Counter[int] = Counter()
     for clip in clips:
         rates[clip.sample_rate] += clip.duration / 3600
+    hours = sum(rates.values())
     return Verified(
         corpus=corpus,
         expected=expected,
         files=len(clips) + len(bad),
-        hours=sum(clip.duration for clip in clips) / 3600,
+        hours=hours,
         speakers=frozenset(clip.speaker for clip in clips if clip.speaker),
         rates=tuple(sorted(rates.items())),
         unreadable=tuple(bad),
         duplicates=duplicates,
-        table_hours=corpus.hours if read_record(folder).get("whole") else 0.0,
+        small=bool(record.get("whole")) and hours < 0.9 * corpus.hours,
     )
-
-
-def expected_hours(corpus: Corpus, folder: Path) -> float:
-    """The hours that ought to be there: the table's where they are exact, else those fetched."""
-    record = read_record(folder)
-    if "hours" not in record or (corpus.exact and record.get("whole")):
-        return corpus.hours
-    return record["hours"]
 
 
 def _entries(corpus: Corpus, manifest: Path) -> list[data.Clip]:
@@ -534,16 +525,14 @@ def _entries(corpus: Corpus, manifest: Path) -> list[data.Clip]:
 
 
 def _check_files(paths: list[Path], name: str) -> list[tuple[float, int, bytes] | None]:
+    silent = not sys.stderr.isatty()
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         checks = pool.map(_check_file, paths)
-        bar = tqdm(
-            checks, total=len(paths), desc=name, unit="file", leave=False,
-            disable=not sys.stderr.isatty(),
-        )
-        return list(bar)
+        return list(tqdm(checks, name, len(paths), leave=False, unit="file", disable=silent))
 
 
 def _check_file(path: Path) -> tuple[float, int, bytes] | None:
+    """(seconds, sample rate, digest) of a file; None where it cannot be read."""
     try:
         with open(path, "rb") as file:  # once: on a network volume that is what takes time
             size = os.fstat(file.fileno()).st_size
@@ -570,11 +559,8 @@ def print_verified(found: list[Verified], data_dir: Path) -> bool:
     for language in data.LANGUAGES:
         _print_language(form, language, [r for r in found if r.corpus.language == language])
     _print_rates(found)
-    for path in [path for row in found for path in row.unreadable][:20]:
-        print(f"unreadable: {path}")
-    for row in found:
-        if row.fault:
-            print(f"{row.corpus.name}: {row.fault}")
+    for what in [what for row in found for what in row.unreadable][:20]:
+        print(f"unreadable: {what}")
     missing = [row.corpus.name for row in found if row.problem]
     if missing:
         print(_wrapped(f"missing in {data_dir}: {', '.join(missing)}"))
@@ -611,7 +597,19 @@ def _figure(hours: float) -> str:
     return f"{hours:,.1f}" if hours >= 100 else f"{hours:.2f}"
 
 
-# ----------------------------------------------------------------------------------------- main
+def report(corpora: list[Corpus], arguments: argparse.Namespace) -> int:
+    """Print what is on disk, and write it as JSON where asked; 1 where something is missing."""
+    found = [verify(corpus, arguments.data_dir, arguments.verify) for corpus in corpora]
+    complete = print_verified(found, arguments.data_dir)
+    if not arguments.verify:
+        print("Counted from the manifests; --verify reads every file.")
+    if arguments.json:
+        rows = [row.as_json() for row in found]
+        fetching.write_bytes(arguments.json, (json.dumps(rows, indent=2) + "\n").encode())
+    return 0 if complete else 1
+
+
+# ------------------------------------------------------------------------- before anything moves
 
 
 def choose(
@@ -619,31 +617,28 @@ def choose(
 ) -> list[Corpus]:
     """The rows asked for: those of --fisher_dir and --cv_dataset_id, and of --corpora; without any
     of these the default set. Raises UserError on an unknown name."""
-    known = {row.name: row for row in CORPORA}
-    unknown = [name for name in names or [] if name not in known and name not in GROUPS]
+    options = options or FetchOptions()
+    unknown = set(names or []) - {row.name for row in CORPORA} - set(GROUPS)
     if unknown:
         raise UserError(
-            f"no corpus '{unknown[0]}'; --list shows them; groups: {', '.join(GROUPS)}; Debian's "
+            f"no corpus '{min(unknown)}'; --list shows them; groups: {', '.join(GROUPS)}; Debian's "
             "packages: tools/package_recordings.py"
         )
-    chosen = [row for row in CORPORA if _is_asked(row, names, languages, options or FetchOptions())]
+
+    def is_asked(row: Corpus) -> bool:
+        own = isinstance(row, Fisher) and options.fisher_dir is not None
+        own |= isinstance(row, DataCollective) and row.language in options.cv_dataset_ids
+        if own or (not names and options.own):
+            return own
+        if not names:
+            return row.default
+        return row.name in names or row.group in names or ("default" in names and row.default)
+
+    speaks = set(languages or data.LANGUAGES)
+    chosen = [row for row in CORPORA if row.language in speaks and is_asked(row)]
     if not chosen:
         raise UserError("no corpus of that language in the table; see --list")
     return chosen
-
-
-def _is_asked(
-    row: Corpus, names: list[str] | None, languages: list[str] | None, options: FetchOptions
-) -> bool:
-    if languages and row.language not in languages:
-        return False
-    own = isinstance(row, Fisher) and options.fisher_dir is not None
-    own |= isinstance(row, DataCollective) and row.language in options.cv_dataset_ids
-    if own or (not names and options.own):
-        return own
-    if names:
-        return row.name in names or row.group in names or ("default" in names and row.default)
-    return row.default
 
 
 def without_forbidden(
@@ -652,18 +647,15 @@ def without_forbidden(
     """The rows that may and can be fetched, a line for each other; UserError if none is left."""
     left = []
     for row in corpora:
-        reason = row.note if isinstance(row, Absent) else ""
-        if not row.commercial_ok and not allow_noncommercial and not isinstance(row, Fisher):
-            reason = (
-                f"{row.license} does not surely allow commercial use: add --allow_noncommercial "
-                "to take it"
-            )
-        if isinstance(row, Fisher) and not fisher_dir:
-            reason = row.note
-        if reason:
-            print(_wrapped(f"skipped: {row.name}: {reason}"))
-            continue
-        left.append(row)
+        if isinstance(row, Absent) or (isinstance(row, Fisher) and not fisher_dir):
+            print(_wrapped(f"skipped: {row.name}: {row.note}"))
+        elif not (row.commercial_ok or allow_noncommercial or isinstance(row, Fisher)):
+            print(_wrapped(
+                f"skipped: {row.name}: {row.license} does not surely allow commercial use: add "
+                "--allow_noncommercial to take it"
+            ))  # fmt: skip
+        else:
+            left.append(row)
     if not left:
         raise UserError("nothing left to fetch; see the lines above, and --list")
     return left
@@ -711,24 +703,19 @@ def as_listed(row: Corpus, options: FetchOptions) -> Corpus:
     except (UserError, OSError):
         return row  # the fetch itself will say why
     grown = listed / GIGABYTE / (row.download_gb or row.gigabytes)
-    return replace(
-        row,
-        hours=row.hours * grown,
-        gigabytes=row.gigabytes * grown,
-        download_gb=listed / GIGABYTE,
-    )
+    sizes = {name: getattr(row, name) * grown for name in ("hours", "gigabytes")}
+    return replace(row, download_gb=listed / GIGABYTE, **sizes)
 
 
 def as_counted(row: Corpus, data_dir: Path) -> Corpus:
-    """The row with the hours that were counted where it lies on the disk whole."""
+    """The row with the hours that were counted where it lies on the disk complete."""
     record = read_record(row.folder(data_dir))
     return replace(row, hours=record["hours"], exact=True) if record.get("whole") else row
 
 
 def _scaled(row: Corpus, max_hours: float) -> Corpus:
-    """The row as --max_hours leaves it; archives are taken whole, some corpora too."""
-    whole = isinstance(row, (Files, DataCollective))
-    if not max_hours or row.hours <= max_hours or whole:
+    """The row as --max_hours leaves it; archives are not cut, nor some corpora."""
+    if not max_hours or row.hours <= max_hours or isinstance(row, (Files, DataCollective)):
         return row
     hours, transient = max_hours, row.transient_gb
     if isinstance(row, Archives):
@@ -741,16 +728,53 @@ def _scaled(row: Corpus, max_hours: float) -> Corpus:
     return replace(row, hours=hours, transient_gb=transient, **sizes)
 
 
+# ---------------------------------------------------------------------------------------- fetch
+
+
+def fetch_missing(
+    corpora: list[Corpus], arguments: argparse.Namespace, options: FetchOptions
+) -> int:
+    """Fetch what is not there yet and report; the exit code."""
+    data_dir, jobs = arguments.data_dir, arguments.jobs
+    absent = [row for row in corpora if needs_fetching(row, data_dir, options)]
+    # The largest archives first, while the disk is empty.
+    absent.sort(key=lambda row: -row.transient_gb)
+    if absent:
+        fetching.check_python()
+        if not arguments.corpora and not options.own:
+            print_reasons(row for row in CORPORA if row in corpora or row.plan)
+        check_access(absent, options.mirrors)
+        check_disk([as_listed(row, options) for row in absent], data_dir, options, jobs)
+    for row in corpora:
+        if row not in absent:
+            print(f"{row.name}: already there")
+    failed = fetch_all(absent, data_dir, options, jobs)
+    if len(failed) == len(corpora) == 1:
+        raise UserError(next(iter(failed.values())))
+    code = report(corpora, arguments)
+    if failed:
+        lines = [f"  {name:<26} {reason}" for name, reason in failed.items()]
+        print(
+            f"error: {len(failed)} of {len(corpora)} corpora failed; the same command tries them "
+            "again:", *lines, sep="\n", file=sys.stderr,
+        )  # fmt: skip
+    return 1 if failed else code
+
+
 def fetch_all(
     corpora: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int
 ) -> dict[str, str]:
     """Fetch side by side; why the others failed, in a line each, by name."""
     stopped = threading.Event()
 
-    def task(corpus: Corpus) -> Callable[[], None]:
-        return lambda: _fetch_and_say(corpus, data_dir, options, stopped)
+    def task(corpus: Corpus) -> None:
+        began = time.monotonic()
+        fetch(corpus, data_dir, options, stopped)
+        took = (time.monotonic() - began) / 60
+        pace = _pace(read_record(corpus.folder(data_dir)))
+        tqdm.write(_wrapped(f"{corpus.name}: fetched in {took:,.1f} min{pace}"))
 
-    tasks = {corpus.name: task(corpus) for corpus in corpora}
+    tasks = {corpus.name: functools.partial(task, corpus) for corpus in corpora}
     results = fetching.side_by_side(tasks, jobs, stopped)
     return {
         name: _reason(name, error, data_dir / ERRORS)
@@ -772,33 +796,16 @@ def _reason(name: str, error: Exception, log: Path) -> str:
     return f"{type(error).__name__}: {first_line(error)}; this is a bug: see {log}"
 
 
-def print_failed(failed: dict[str, str], corpora: int) -> None:
-    """What could not be fetched, and why, on stderr."""
-    print(
-        f"error: {len(failed)} of {corpora} corpora failed; the same command tries them again:",
-        file=sys.stderr,
-    )
-    for name, reason in failed.items():
-        print(f"  {name:<26} {reason}", file=sys.stderr)
-
-
-def _fetch_and_say(
-    corpus: Corpus, data_dir: Path, options: FetchOptions, stopped: threading.Event
-) -> None:
-    began = time.monotonic()
-    fetch(corpus, data_dir, options, stopped)
-    took = (time.monotonic() - began) / 60
-    record = read_record(corpus.folder(data_dir))
-    tqdm.write(_wrapped(f"{corpus.name}: fetched in {took:,.1f} min{_unpacked(record)}"))
-
-
-def _unpacked(record: dict) -> str:
+def _pace(record: dict) -> str:
     """How fast it was unpacked, packed as FLAC and probed; nothing where a killed run began it."""
     hours, seconds = record.get("hours", 0.0), record.get("unpack_seconds", 0.0)
     if not seconds:
         return ""
     times = hours * 3600 / seconds
     return f"; unpacked {_figure(hours)} h in {seconds:,.1f} s ({times:,.0f}x real time)"
+
+
+# ----------------------------------------------------------------------------------------- main
 
 
 def _pairs(flag: str, values: list[str] | None, names: Iterable[str]) -> dict[str, str]:
@@ -853,81 +860,25 @@ def options_of(arguments: argparse.Namespace) -> FetchOptions:
 def main() -> int:
     arguments = parse_args()
     options = options_of(arguments)
-    data_dir, names = arguments.data_dir, arguments.corpora
+    data_dir, names, languages = arguments.data_dir, arguments.corpora, arguments.languages
     if arguments.list:
-        everything = not names and not arguments.languages
-        rows = CORPORA if everything else choose(names, arguments.languages, options)
+        rows = choose(names, languages, options) if names or languages else CORPORA
         print_list(as_counted(row, data_dir) for row in rows)
         return 0
-    corpora = choose(names, arguments.languages, options)
+    chosen = choose(names, languages, options)
     if arguments.json:
         writable_file(arguments.json, "--json")
     if arguments.verify:
-        return report(_with_present(corpora, names, arguments.languages, data_dir), arguments)
-    corpora = without_forbidden(corpora, arguments.allow_noncommercial, options.fisher_dir)
+        # Without --corpora all else that is there, too.
+        there = [
+            row for row in CORPORA
+            if not names and row.language in (languages or data.LANGUAGES)
+            and (row.folder(data_dir) / data.MANIFEST).exists()
+        ]  # fmt: skip
+        return report([row for row in CORPORA if row in chosen or row in there], arguments)
+    chosen = without_forbidden(chosen, arguments.allow_noncommercial, options.fisher_dir)
     with only_one(writable_folder(data_dir, "--data_dir")):
-        return fetch_missing(corpora, arguments, options)
-
-
-def fetch_missing(
-    corpora: list[Corpus], arguments: argparse.Namespace, options: FetchOptions
-) -> int:
-    """Fetch what is not there yet and report; the exit code."""
-    data_dir = arguments.data_dir
-    fetching.check_python()
-    absent = [row for row in corpora if needs_fetching(row, data_dir, options)]
-    # The largest archives first, while the disk is empty.
-    absent.sort(key=lambda row: -row.transient_gb)
-    if absent:
-        if not arguments.corpora and not options.own:
-            print_reasons(row for row in CORPORA if row in corpora or row.plan)
-        check_access(absent, options.mirrors)
-        check_disk([as_listed(row, options) for row in absent], data_dir, options, arguments.jobs)
-    for row in corpora:
-        if row not in absent:
-            print(f"{row.name}: already there")
-    failed = fetch_all(absent, data_dir, options, arguments.jobs)
-    if len(failed) == len(corpora) == 1:
-        raise UserError(next(iter(failed.values())))
-    code = report(corpora, arguments)
-    if failed:
-        print_failed(failed, len(corpora))
-    return 1 if failed else code
-
-
-def _with_present(
-    corpora: list[Corpus], names: list[str] | None, languages: list[str] | None, data_dir: Path
-) -> list[Corpus]:
-    """What --verify looks at: what was asked for, and without --corpora all else that is there."""
-    if names:
-        return corpora
-    there = [
-        row
-        for row in CORPORA
-        if (row.folder(data_dir) / data.MANIFEST).exists()
-        and (not languages or row.language in languages)
-    ]
-    return [row for row in CORPORA if row in corpora or row in there]
-
-
-def _verify_or_say(corpus: Corpus, data_dir: Path, every_file: bool) -> Verified:
-    """As `verify`; a manifest that cannot be read is that corpus' fault alone."""
-    try:
-        return verify(corpus, data_dir, every_file)
-    except (UserError, OSError) as error:
-        return Verified(corpus, corpus.hours, fault=first_line(error, 400))
-
-
-def report(corpora: list[Corpus], arguments: argparse.Namespace) -> int:
-    """Print what is on disk, and write it as JSON where asked; 1 where something is missing."""
-    found = [_verify_or_say(corpus, arguments.data_dir, arguments.verify) for corpus in corpora]
-    complete = print_verified(found, arguments.data_dir)
-    if not arguments.verify:
-        print("Counted from the manifests; --verify reads every file.")
-    if arguments.json:
-        rows = [row.as_json() for row in found]
-        fetching.write_bytes(arguments.json, (json.dumps(rows, indent=2) + "\n").encode())
-    return 0 if complete else 1
+        return fetch_missing(chosen, arguments, options)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def test_verify_at_full_size_fits_80_columns(capsys):
         for row in ROWS.values()
         if row.default
     ]
-    found.append(download_data.Verified(ROWS["gramvaani"], 1108.0, present=False))
+    found.append(download_data.Verified(ROWS["gramvaani"], 1108.0, fault="not there"))
     assert not download_data.print_verified(found, Path("data"))
     printed = capsys.readouterr().out
     assert max(len(line) for line in printed.splitlines()) <= 80
