@@ -27,7 +27,15 @@ from tqdm import tqdm
 import data
 import fetching
 from audio import AUDIO_SUFFIXES, AudioError, probe, write_audio
-from command import UserError, as_json_line, check_fields, file_name, first_line, text_lines
+from command import (
+    UserError,
+    as_json_line,
+    check_fields,
+    file_name,
+    first_line,
+    text_lines,
+    write_text,
+)
 from fetching import FILE_THREADS, GIGABYTE, Bar, Damaged, Shard
 
 RECORD = "corpus.json"
@@ -88,11 +96,6 @@ class Corpus:
         return getattr(self, "repo", "") or getattr(self, "base", "") or self.name
 
     @property
-    def section(self) -> str:
-        """Where --list shows it."""
-        return self.group or self.language
-
-    @property
     def marks(self) -> str:
         """One letter a property, for --list."""
         pairs = (("d", self.default), ("g", self.gated), ("n", not self.commercial_ok))
@@ -128,8 +131,20 @@ class Archives(Corpus):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hub(Corpus):
-    """Parquet shards on the Hugging Face Hub, in `folders` of `repo` and below them.
+class OnHub(Corpus):
+    """Files on the Hugging Face Hub, in `folders` of `repo` and below them."""
+
+    repo: str
+    folders: tuple[str, ...]
+    revision: str = "main"
+    kilohertz: str = "16"
+    transient_gb: float = 0.7
+    exact: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hub(OnHub):
+    """Parquet shards.
 
     `audio` holds the coded bytes, alone or as {bytes, path}. `speakers` and `keys` are columns:
     the first of `speakers` that a row fills names the speaker; without one the split hangs on all
@@ -137,8 +152,6 @@ class Hub(Corpus):
     rows to take. `tagged` text loses its <noise>, [marks] and {glosses}.
     """
 
-    repo: str
-    folders: tuple[str, ...]
     audio: str = "audio_filepath"
     text: str = "text"
     speakers: tuple[str, ...] = ("speaker_id",)
@@ -148,16 +161,11 @@ class Hub(Corpus):
     keep: tuple[str, str] | None = None
     tagged: bool = False
     official_splits: bool = False
-    revision: str = "main"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubTars(Corpus):
-    """Two-channel conversations on the Hub: tars of <id>.flac and <id>.json."""
-
-    repo: str
-    folders: tuple[str, ...]
-    revision: str = "main"
+class HubTars(OnHub):
+    """Two-channel conversations: tars of <id>.flac and <id>.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,17 +341,16 @@ def _write_folder(
         "unpack_seconds": round(unpack_seconds, 3),
     }
     if found.unreadable:
-        listed = "\n".join(found.unreadable) + "\n"
-        fetching.write_bytes(part / UNREADABLE, listed.encode(errors="backslashreplace"))
+        listed = "".join(f"{line}\n" for line in found.unreadable)
+        write_text(part / UNREADABLE, listed.encode(errors="backslashreplace").decode())
         tqdm.write(
             f"{corpus.name}: {len(found.unreadable)} files left out, unreadable or listed but "
             f"not there: see {UNREADABLE} in its folder",
             file=sys.stderr,
         )
-    fetching.write_bytes(part / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+    write_text(part / RECORD, json.dumps(record, indent=2) + "\n")
     if conversations:
-        lines = "".join(map(as_json_line, found.lines))
-        fetching.write_bytes(part / data.MANIFEST, lines.encode())
+        write_text(part / data.MANIFEST, "".join(map(as_json_line, found.lines)))
     else:
         data.write_manifest(part / data.MANIFEST, found.lines)
 
@@ -583,19 +590,13 @@ CREMA_D_EMOTIONS = {
     "ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad",
 }  # fmt: skip
 CREMA_D_SENTENCES = {
-    "IEO": "It's eleven o'clock.",
-    "TIE": "That is exactly what happened.",
-    "IOM": "I'm on my way to the meeting.",
-    "IWW": "I wonder what this is about.",
-    "TAI": "The airplane is almost full.",
-    "MTI": "Maybe tomorrow it will be cold.",
-    "IWL": "I would like a new alarm clock.",
-    "ITH": "I think I have a doctor's appointment.",
-    "DFA": "Don't forget a jacket.",
-    "ITS": "I think I've seen this before.",
-    "TSI": "The surface is slick.",
-    "WSI": "We'll stop in a couple of minutes.",
-}
+    "IEO": "It's eleven o'clock.", "TIE": "That is exactly what happened.",
+    "IOM": "I'm on my way to the meeting.", "IWW": "I wonder what this is about.",
+    "TAI": "The airplane is almost full.", "MTI": "Maybe tomorrow it will be cold.",
+    "IWL": "I would like a new alarm clock.", "ITH": "I think I have a doctor's appointment.",
+    "DFA": "Don't forget a jacket.", "ITS": "I think I've seen this before.",
+    "TSI": "The surface is slick.", "WSI": "We'll stop in a couple of minutes.",
+}  # fmt: skip
 RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
 RAVDESS_SENTENCES = ("Kids are talking by the door.", "Dogs are sitting by the door.")
 # Rasa's other styles (commands, conversation, news, books) are no emotion: they stay unlabelled.
@@ -637,7 +638,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], dict], Callable[[Path, dict], About | 
 # ------------------------------------------------------------------------- Hugging Face datasets
 
 
-def shards_of(corpus: Hub | HubTars, mirror: str | None) -> list[Shard]:
+def shards_of(corpus: OnHub, mirror: str | None) -> list[Shard]:
     """The shards of a corpus as the dataset has them now."""
     suffix = ".parquet" if isinstance(corpus, Hub) else ".tar"
     return fetching.hub_shards(corpus.repo, corpus.revision, corpus.folders, suffix, mirror)

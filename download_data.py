@@ -50,6 +50,7 @@ from command import (
     whole,
     writable_file,
     writable_folder,
+    write_text,
 )
 from corpora import (
     Absent,
@@ -62,6 +63,7 @@ from corpora import (
     Fisher,
     Hub,
     HubTars,
+    OnHub,
     fetch,
     needs_fetching,
     read_record,
@@ -86,29 +88,59 @@ H200_USD = 3.39
 
 # ----------------------------------------------------------------------------------- the table
 
-_OPENSLR = (
-    "https://www.openslr.org/resources",
-    "https://us.openslr.org/resources",
-    "https://openslr.trmal.net/resources",
-)
+_OPENSLR = ("https://www.openslr.org", "https://us.openslr.org", "https://openslr.trmal.net")
+# For rows whose licence differs from place to place.
+_DISPUTED = {
+    "commercial_ok": False,
+    "license": "CC-BY-4.0 (?)",
+    "note": "its licence differs from place to place, so it counts as not for commercial use: name "
+    "it in --corpora, with --allow_noncommercial, after reading them",
+}
 
 
 def _openslr(number: int) -> tuple[str, ...]:
-    return tuple(f"{base}/{number}" for base in _OPENSLR)
+    return tuple(f"{base}/resources/{number}" for base in _OPENSLR)
 
 
 def _ai4bharat(repo: str, language: str, hours: float, gigabytes: float, **more: object) -> Hub:
-    """A row for one language of a corpus of AI4Bharat: gated, 16 kHz, a config a language."""
-    common = {
-        "license": "CC-BY-4.0",
-        "kilohertz": "16",
-        "default": True,
-        "folders": (language,),
-        "transient_gb": 0.7,
-    }
+    """A row for one language of a corpus of AI4Bharat: gated, a folder a language."""
+    common = {"license": "CC-BY-4.0", "default": True, "folders": (language,)}
     return Hub(
         name=f"{repo.lower()}-{language}", language=language, hours=hours, gigabytes=gigabytes,
         gated=True, repo=f"ai4bharat/{repo}", **{**common, **more},
+    )
+
+
+def _kathbath(language: str, hours: float, gigabytes: float) -> Hub:
+    return _ai4bharat(
+        "Kathbath", language, hours, gigabytes, license="CC0-1.0",
+        recording=r"-(\d+)-[mf]\.",  # the speaker, where the column should be gone
+        plan=f"Kathbath {language.capitalize()}",
+    )
+
+
+def _indicvoices(language: str, hours: float, gigabytes: float) -> Hub:
+    return _ai4bharat(
+        "IndicVoices", language, hours, gigabytes, plan=f"IndicVoices {language.capitalize()}",
+        note="still growing, far past its first 225 h: ~ is what a model's card says it used of "
+        "it; counted from its shards as they land",
+    )
+
+
+def _shrutilipi(language: str, hours: float, gigabytes: float, **more: str) -> Hub:
+    # Split by bulletin: who reads it is not said.
+    return _ai4bharat(
+        "Shrutilipi", language, hours, gigabytes, speakers=(), recording=r"([^/]*?)[_-]+sent",
+        **more,
+    )
+
+
+def _rasa(language: str) -> Hub:
+    return _ai4bharat(
+        "Rasa", language, 40, 8.0, download_gb=14.0, kilohertz="48", default=False,
+        group="emotion", folders=(language.capitalize(),), audio="audio", style="style",
+        speakers=("speaker_id", "gender"), split="train",
+        note="emotional speech for phase 4: --corpora emotion",
     )
 
 
@@ -122,130 +154,80 @@ def _common_voice(language: str, hours: float, gigabytes: float) -> DataCollecti
     )
 
 
-def _kathbath(language: str, hours: float, gigabytes: float) -> Hub:
-    return _ai4bharat(
-        "Kathbath", language, hours, gigabytes, license="CC0-1.0", exact=False,
-        recording=r"-(\d+)-[mf]\.",  # the speaker, where the column should be gone
-        plan=f"Kathbath {language.capitalize()}",
-    )
-
-
-def _indicvoices(language: str, hours: float, gigabytes: float) -> Hub:
-    return _ai4bharat(
-        "IndicVoices", language, hours, gigabytes, exact=False,
-        plan=f"IndicVoices {language.capitalize()}",
-        note="still growing, far past the 225 h once told: ~ is what a model's card says it used "
-        "of it; counted from its shards as they land",
-    )
-
-
-# For rows whose licence is told differently in different places.
-_DISPUTED = {"commercial_ok": False, "license": "CC-BY-4.0 (?)"}
-
-
-def _disputed(name: str) -> str:
-    return (
-        "its licence is told differently in different places, so it counts as not for commercial "
-        f"use: --corpora {name} --allow_noncommercial, after reading them"
-    )
-
-
-def _rasa(language: str) -> Hub:
-    return _ai4bharat(
-        "Rasa", language, 40, 8.0, download_gb=14.0, kilohertz="48", default=False, exact=False,
-        group="emotion",
-        folders=(language.capitalize(),), audio="audio", speakers=("speaker_id", "gender"),
-        style="style", split="train",
-        note="emotional speech for phase 4: --corpora emotion",
-    )
-
-
 CORPORA: tuple[Corpus, ...] = (
     Archives(
         name="librispeech", language="english", license="CC-BY-4.0", hours=960.9, kilohertz="16",
-        gigabytes=60, transient_gb=30.6, default=True, plan="LibriSpeech", bases=_openslr(12),
+        gigabytes=60, transient_gb=30.6, default=True, plan="LibriSpeech", layout="librispeech",
+        bases=_openslr(12),
         archives=(
             Archive("train-clean-100.tar.gz", 100.6, 6.4, "md5:2a93770f6d5c6c964bc36631d331a522"),
             Archive("train-clean-360.tar.gz", 363.6, 23.0, "md5:c0e676e450a7ff2f54aeade5171606fa"),
             Archive("train-other-500.tar.gz", 496.7, 30.6, "md5:d1a0fd59409feb2c614ce4d30c387708"),
         ),
-        layout="librispeech",
     ),
-    # Whole chapters without transcripts: training reads windows of them.
+    # Chapters without transcripts: training reads windows of them.
     Archives(
         name="librilight-small", language="english", license="public domain", hours=577.2,
         kilohertz="16", gigabytes=35, transient_gb=35, default=True, plan="LibriLight (small)",
         note="from its authors' archive: facebook/libri-light is no Hugging Face id",
-        bases=("https://dl.fbaipublicfiles.com/librilight/data",),
+        layout="librilight", bases=("https://dl.fbaipublicfiles.com/librilight/data",),
         archives=(Archive("small.tar", 577.2, 35.0, "md5:c49207eb86a8e8ac895561c37232041e"),),
-        layout="librilight",
     ),
     Archives(
         name="libritts-r", language="english", license="CC-BY-4.0", hours=555.2, kilohertz="24",
         gigabytes=55, download_gb=84, transient_gb=88, default=True, plan="Common Voice (english)",
         note="in place of the plan's 500 h of Common Voice: 24 kHz, no account needed. These are "
         "recordings of LibriSpeech, restored: more bandwidth, no new voices or words",
-        bases=_openslr(141),
+        layout="libritts", bases=_openslr(141),
         archives=(
             Archive("train_clean_100.tar.gz", 53.8, 8.1, "md5:6df668d8f5f33e70876bfa33862ad02b"),
             Archive("train_clean_360.tar.gz", 191.3, 29.0, "md5:382eb3e64394b3da6a559f864339b22c"),
             Archive("train_other_500.tar.gz", 310.1, 47.0, "md5:a37a8e9f4fe79d20601639bf23d1add8"),
         ),
-        layout="libritts",
     ),
     _common_voice("english", 2700, 90.0),
-    # Split by bulletin: who reads it is not said.
-    _ai4bharat(
-        "Shrutilipi", "hindi",
-        1620, 100.0,
-        exact=False, speakers=(), recording=r"([^/]*?)[_-]+sent", plan="Gramvaani",
+    _shrutilipi(
+        "hindi", 1620, 100.0, plan="Gramvaani",
         note="news bulletins, in place of Gramvaani's 1,111 h of 8 kHz telephone speech",
     ),
     _kathbath("hindi", 150, 9.5),
     _indicvoices("hindi", 535, 33.0),
     Archives(
-        name="openslr-103", language="hindi",
-        **_DISPUTED,
-        hours=100.6, kilohertz="8", gigabytes=4.0, download_gb=4.7, transient_gb=6.5, exact=False,
-        plan="OpenSLR 103",
-        note=_disputed("openslr-103"), bases=_openslr(103),
+        name="openslr-103", language="hindi", hours=100.6, kilohertz="8", gigabytes=4.0,
+        download_gb=4.7, transient_gb=6.5, exact=False, plan="OpenSLR 103", **_DISPUTED,
+        layout="transcription", bases=_openslr(103),
         archives=(
             Archive("Hindi_train.tar.gz", 95.05, 4.4),
             Archive("Hindi_test.tar.gz", 5.55, 0.3),
         ),
-        layout="transcription",
     ),
     Archives(
         name="gramvaani", language="hindi", license="academic", hours=1108, kilohertz="8",
         gigabytes=32, transient_gb=8, commercial_ok=False, exact=False, plan="Gramvaani",
         note="licensed for academic use only, and mostly 8 kHz MP3: "
         "--corpora gramvaani --allow_noncommercial. The plan's GV_* addresses are gone",
-        bases=_openslr(118),
+        layout="kaldi", bases=_openslr(118),
         archives=(
             Archive("GV_Train_100h.tar.gz", 100, 3.0),
             Archive("GV_Dev_5h.tar.gz", 5, 0.15),
             Archive("GV_Eval_3h.tar.gz", 3, 0.1),
             *(Archive(f"Gramvaani_1000hrData_Part{n}.tar.gz", 200, 6.0) for n in range(1, 6)),
         ),
-        layout="kaldi",
     ),
     _common_voice("hindi", 27, 0.6),
     # Image descriptions by tens of thousands of people, one in twenty transcribed. Where a row
     # names no speaker, the split hangs on the district and postal code.
     Hub(
-        name="vaani-telugu", language="telugu", license="CC-BY-4.0", hours=1486, kilohertz="16",
-        gigabytes=97, download_gb=208, transient_gb=0.7, default=True, exact=False, gated=True,
-        plan="SPRING-INX Telugu",
+        name="vaani-telugu", language="telugu", license="CC-BY-4.0", hours=1486, gigabytes=97,
+        download_gb=208, default=True, gated=True, plan="SPRING-INX Telugu",
         note="in place of SPRING-INX; closes the plan's gap of 1,200 h with real speech, mostly "
         "untranscribed; districts are added: all that the dataset has now are taken",
         repo="ARTPARK-IISc/Vaani", folders=("audio/AndhraPradesh", "audio/Telangana"),
         audio="audio", text="transcript", speakers=("speakerID", "speaker_id"),
         keys=("district", "pincode"), keep=("language", "Telugu"), tagged=True,
     ),
-    _ai4bharat(
-        "Shrutilipi", "telugu",
-        390, 24.0,
-        exact=False, speakers=(), recording=r"([^/]*?)[_-]+sent", plan="SPRING-INX Telugu",
+    _shrutilipi(
+        "telugu", 390, 24.0, plan="SPRING-INX Telugu",
         note="news bulletins, in place of SPRING-INX",
     ),
     _kathbath("telugu", 155, 10.0),
@@ -254,29 +236,25 @@ CORPORA: tuple[Corpus, ...] = (
     Archives(
         name="openslr-66", language="telugu", license="CC-BY-SA-4.0", hours=10.0, kilohertz="48",
         gigabytes=1.0, download_gb=1.1, transient_gb=1.0, default=True, exact=False,
-        plan="OpenSLR 66",
-        bases=_openslr(66),
+        plan="OpenSLR 66", layout="line_index", bases=_openslr(66),
         archives=(
             Archive("te_in_female.zip", 5.0, 0.53),
             Archive("te_in_male.zip", 5.0, 0.55),
         ),
-        layout="line_index",
     ),
     Hub(
-        name="indictts-telugu", language="telugu",
-        **_DISPUTED,
-        hours=9.0, kilohertz="48", gigabytes=1.8, download_gb=3.0, transient_gb=0.7, exact=False,
-        split="train", plan="IndicTTS Telugu",
-        note=_disputed("indictts-telugu"), repo="SPRINGLab/IndicTTS_Telugu", folders=("data",),
-        audio="audio", speakers=("speaker_id", "gender"),
+        name="indictts-telugu", language="telugu", hours=9.0, kilohertz="48", gigabytes=1.8,
+        download_gb=3.0, split="train", plan="IndicTTS Telugu", **_DISPUTED,
+        repo="SPRINGLab/IndicTTS_Telugu", folders=("data",), audio="audio",
+        speakers=("speaker_id", "gender"),
     ),
     # Its loading script no longer runs: the Hub's own parquet conversion. Several people read
     # each sentence and are not named: its own splits, which share no sentence.
     Hub(
-        name="fleurs-telugu", language="telugu", license="CC-BY-4.0", hours=8.0, kilohertz="16",
-        gigabytes=1.0, download_gb=1.6, transient_gb=0.7, default=True, exact=False,
-        repo="google/fleurs", folders=("te_in",), revision="refs/convert/parquet", audio="audio",
-        text="transcription", speakers=(), official_splits=True,
+        name="fleurs-telugu", language="telugu", license="CC-BY-4.0", hours=8.0, gigabytes=1.0,
+        download_gb=1.6, default=True, repo="google/fleurs", folders=("te_in",),
+        revision="refs/convert/parquet", audio="audio", text="transcription", speakers=(),
+        official_splits=True,
     ),
     _common_voice("telugu", 3, 0.1),
     Absent(
@@ -286,32 +264,27 @@ CORPORA: tuple[Corpus, ...] = (
     ),
     Files(
         name="crema-d", language="english", license="ODbL-1.0", hours=5.26, kilohertz="16",
-        gigabytes=0.4, download_gb=0.6, group="emotion",
+        gigabytes=0.4, download_gb=0.6, group="emotion", layout="crema_d",
         note="emotional speech for phase 4: --corpora emotion",
         base="https://github.com/CheyneyComputerScience/CREMA-D/raw/master",
         listing="SentenceFilenames.csv", column="Filename", pattern="AudioWAV/{}.wav",
-        layout="crema_d",
     ),
     Archives(
         name="ravdess", language="english", license="CC-BY-NC-SA-4.0", hours=1.48, kilohertz="48",
         gigabytes=0.3, download_gb=0.2, transient_gb=0.6, commercial_ok=False, group="emotion",
         note="emotional speech for phase 4: --corpora emotion --allow_noncommercial",
-        bases=("https://zenodo.org/records/1188976/files",),
-        archives=(
-            Archive(
-                "Audio_Speech_Actors_01-24.zip", 1.48, 0.2, "md5:bc696df654c87fed845eb13823edef8a"
-            ),
-        ),
-        layout="ravdess",
+        layout="ravdess", bases=("https://zenodo.org/records/1188976/files",),
+        archives=(Archive("Audio_Speech_Actors_01-24.zip", 1.48, 0.2,
+                          "md5:bc696df654c87fed845eb13823edef8a"),),
     ),
     _rasa("hindi"),
     _rasa("telugu"),
     HubTars(
         name="behavior-sd", language="english", license="CC-BY-4.0", hours=2164, kilohertz="22",
-        gigabytes=188, transient_gb=1.5, group="conversations",
+        gigabytes=188, transient_gb=1.5, exact=True, group="conversations",
         note="two-channel dialogues for phase 3, made by TTS: --corpora behavior-sd "
-        "[--max_hours 100]", repo="yhytoto12/behavior-sd",
-        folders=("train", "validation", "test"),
+        "[--max_hours 100]",
+        repo="yhytoto12/behavior-sd", folders=("train", "validation", "test"),
     ),
     Fisher(
         name="fisher", language="english", license="LDC", hours=984, kilohertz="8", gigabytes=40,
@@ -331,7 +304,7 @@ def print_list(corpora: Iterable[Corpus]) -> None:
     print(form.format("corpus", "language", "hours", "GB", "kHz", "licence", "marks"))
     sections: dict[str, list[Corpus]] = defaultdict(list)
     for row in corpora:
-        sections[row.section].append(row)
+        sections[row.group or row.language].append(row)
     for section, rows in sections.items():
         print(f"-- {section} ".ljust(79, "-"))
         for row in rows:
@@ -605,7 +578,7 @@ def report(corpora: list[Corpus], arguments: argparse.Namespace) -> int:
         print("Counted from the manifests; --verify reads every file.")
     if arguments.json:
         rows = [row.as_json() for row in found]
-        fetching.write_bytes(arguments.json, (json.dumps(rows, indent=2) + "\n").encode())
+        write_text(arguments.json, json.dumps(rows, indent=2) + "\n")
     return 0 if complete else 1
 
 
@@ -696,7 +669,7 @@ def check_disk(corpora: list[Corpus], data_dir: Path, options: FetchOptions, job
 def as_listed(row: Corpus, options: FetchOptions) -> Corpus:
     """The row with the size of the shards that the dataset has now, hours and disk in proportion;
     as the table says where it cannot be asked."""
-    if not isinstance(row, (Hub, HubTars)) or row.exact:
+    if not isinstance(row, OnHub) or row.exact:
         return row
     try:
         listed = sum(shard.size for shard in shards_of(row, options.mirrors.get(row.name)))

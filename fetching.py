@@ -51,8 +51,8 @@ PLAIN_LINE_S = 60.0  # between two lines of progress in a log file
 GIGABYTE = 1e9
 FILE_THREADS = 4  # per corpus, for writing, packing and probing
 # What libsndfile calls a format -> the suffix of its files.
-SUFFIXES = {"WAV": ".wav", "WAVEX": ".wav", "RF64": ".wav", "AIFF": ".aiff", "OGG": ".ogg",
-            "FLAC": ".flac", "MPEG": ".mp3", "MP3": ".mp3"}  # fmt: skip
+SUFFIXES = {"WAVEX": ".wav", "RF64": ".wav", "MPEG": ".mp3"}
+SUFFIXES |= {name: f".{name.lower()}" for name in ("WAV", "AIFF", "OGG", "FLAC", "MP3")}
 # What a network volume or a network says for a while: the same again may work.
 _PASSING = (
     errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY,
@@ -208,14 +208,6 @@ def sizes(folder: Path) -> dict[str, int]:
         return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
 
 
-def write_bytes(path: Path, coded: bytes) -> None:
-    """Write a file under its final name only once it is whole."""
-    part = path.with_name(f".{path.name}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_bytes(coded)
-    os.replace(part, path)
-
-
 # ---------------------------------------------------------------------------------------- HTTP
 
 
@@ -240,7 +232,7 @@ def download(url: str, target: Path, bar: Bar, *, checksum: str = "") -> None:
         if attempt == 2:
             raise UserError(f"{url}: {problem}, fetched twice; try another --mirror, or later")
     os.replace(part, target)
-    _etag_file(part).unlink(missing_ok=True)
+    part.with_suffix(".etag").unlink(missing_ok=True)
 
 
 def _fill(url: str, part: Path, bar: Bar) -> None:
@@ -272,7 +264,7 @@ def _receive(session: requests.Session, url: str, part: Path, bar: Bar) -> bool:
 
     Raises requests' or urllib3's errors for what a later try may mend, UserError for the rest.
     """
-    have, stored_etag = _size(part), _etag_file(part)
+    have, stored_etag = _size(part), part.with_suffix(".etag")
     headers = {"Accept-Encoding": "identity"}
     if have:
         headers["Range"] = f"bytes={have}-"
@@ -283,7 +275,11 @@ def _receive(session: requests.Session, url: str, part: Path, bar: Bar) -> bool:
         start, total = re.match(r"(?:bytes (\d+|\*))?.*?(\d*)$", header).groups()
         if response.status_code == 416:
             return total == str(have) or _start_over(part, bar)
-        _check_status(response, url)
+        if response.status_code in _BUSY:
+            raise requests.HTTPError(f"HTTP {response.status_code}", response=response)
+        if response.status_code not in (200, 206):
+            why = _REFUSED.get(response.status_code, "unexpected answer")
+            raise UserError(f"{url}: {why} (HTTP {response.status_code}); try another --mirror")
         # A server may ignore Range, or hold a new file.
         if have and (response.status_code != 206 or start != str(have)):
             have = int(_start_over(part, bar))
@@ -307,24 +303,11 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _etag_file(part: Path) -> Path:
-    return part.with_name(f"{part.name}.etag")
-
-
 def _start_over(part: Path, bar: Bar) -> bool:
     """Drop what is there; False, for nothing is complete."""
     bar.advance(-_size(part))
     part.unlink(missing_ok=True)
     return False
-
-
-def _check_status(response: requests.Response, url: str) -> None:
-    code = response.status_code
-    if code in _BUSY:
-        raise requests.HTTPError(f"HTTP {code}", response=response)
-    if code not in (200, 206):
-        why = _REFUSED.get(code, "unexpected answer")
-        raise UserError(f"{url}: {why} (HTTP {code}); try another --mirror")
 
 
 def _check_room(part: Path, url: str, more: int) -> None:
@@ -455,7 +438,9 @@ def make_readable(path: Path, keep_wav: bool) -> tuple[Path, float, int]:
             return path, *probe(path, file)
     target = path.with_suffix(".flac")
     probed = probe(target, io.BytesIO(coded))
-    write_bytes(target, coded)
+    part = target.with_name(f".{target.name}.part")
+    part.write_bytes(coded)
+    os.replace(part, target)
     path.unlink()
     return target, *probed
 
@@ -614,12 +599,10 @@ def _hub_files(
     api, about = HfApi(endpoint=endpoint), {"revision": revision, "repo_type": "dataset"}
     with _hub_errors(repo):
         try:
-            entries = list(api.list_repo_tree(repo, folder or None, recursive=True, **about))
+            entries = list(api.list_repo_tree(repo, folder, recursive=True, **about))
         except EntryNotFoundError as error:
-            with contextlib.suppress(EntryNotFoundError):
-                names = ", ".join(entry.path for entry in api.list_repo_tree(repo, **about))
-                raise UserError(f"{repo}: no folder '{folder}' there; it has {names}") from error
-            raise UserError(f"{repo}: no folder '{folder}' there") from error
+            names = ", ".join(entry.path for entry in api.list_repo_tree(repo, **about))
+            raise UserError(f"{repo}: no folder '{folder}' there; it has {names}") from error
     files = [entry for entry in entries if hasattr(entry, "size")]
     return [(file.path, file.size, file.lfs.sha256 if file.lfs else "") for file in files]
 

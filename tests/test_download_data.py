@@ -126,7 +126,7 @@ def test_disputed_licences_are_not_for_commercial_use_and_say_so(capsys):
     rows = [ROWS["openslr-103"], ROWS["indictts-telugu"]]
     download_data.print_list(rows)
     printed = capsys.readouterr().out.replace("\n  ", " ")
-    assert printed.count("its licence is told differently in different places") == 2
+    assert printed.count("its licence differs from place to place") == 2
     for row in rows:
         assert not row.commercial_ok and not row.default and row.marks == "n"
     assert download_data.without_forbidden(rows, True, None) == rows
