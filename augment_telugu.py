@@ -51,7 +51,6 @@ import numpy as np
 import soxr
 
 import praat
-import speech
 from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
 from command import (
     ArgumentParser,
@@ -73,6 +72,7 @@ from command import (
 from data import MANIFEST, Clip, load_clips, read_manifest, scan_folder, write_manifest
 from engines import ENGINES, PACKAGED, Line, Said, trimmed
 from make_conversations import Made, draw_noise
+from phones import phonemize
 from training import setup_distributed
 
 GOAL_HOURS = 2000.0
@@ -647,7 +647,7 @@ class Plausible:
 
     def fault(self, said: Said, text: str, others: Sequence[str]) -> str | None:
         """Why the clip is to be dropped, or None."""
-        count = len(speech.phonemize(text, "telugu"))
+        count = len(phonemize(text, "telugu"))
         if not count:
             return "no phones in the text"
         seconds = len(trimmed(said.audio, said.sample_rate)) / said.sample_rate / count
@@ -677,9 +677,9 @@ class Hama(Plausible):
         if said.sample_rate != SAMPLE_RATE:
             audio = soxr.resample(audio, said.sample_rate, SAMPLE_RATE)
         heard = broad(self._judge.hear(audio))
-        own = self._distance(heard, broad(speech.phonemize(text, "telugu")))
+        own = self._distance(heard, broad(phonemize(text, "telugu")))
         for other in others:
-            if self._distance(heard, broad(speech.phonemize(other, "telugu"))) < own:
+            if self._distance(heard, broad(phonemize(other, "telugu"))) < own:
                 return f"its phones are not found again (distance {own:.2f})"
         return None
 

@@ -43,6 +43,7 @@ from command import (
     default_workers,
     json_line,
 )
+from phones import SILENCE
 from training import Distributed, item_rng
 
 LANGUAGES = ("english", "hindi", "telugu", "other")
@@ -56,7 +57,6 @@ _PASSED_OVER = (
 )  # fmt: skip
 MANIFEST = "manifest.jsonl"
 UNKNOWN_PHONE = -100  # ignored by torch's cross entropy
-SILENCE = "_"  # speech.PHONES[0]
 
 SPEED_RANGE = (0.9, 1.1)
 SNR_RANGE_DB = (5.0, 30.0)

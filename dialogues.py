@@ -16,7 +16,7 @@ import numpy as np
 
 from command import UserError, check_fields, first_line, json_lines, part_name, write_text
 from data import EMOTIONS, LANGUAGES, SPLITS, split_for
-from speech import PHONES, clean_text
+from phones import PHONES, clean_text
 
 SPOKEN = tuple(language for language in LANGUAGES if language != "other")
 INFO_FILE = "samvad.json"

@@ -79,6 +79,7 @@ from make_conversations import (
     say_what_can_be_said,
     user_voices,
 )
+from phones import JOINERS, SILENCE, phonemize
 from s2s import PAD, S2S, Sampling
 from training import setup_distributed
 
@@ -165,7 +166,7 @@ def normalise(text: str) -> str:
 
     Apostrophes and joiners (ZWJ, ZWNJ) are within words.
     """
-    text = re.sub(f"['’{speech.JOINERS}]", "", unicodedata.normalize("NFC", text).lower())
+    text = re.sub(f"['’{JOINERS}]", "", unicodedata.normalize("NFC", text).lower())
     kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
     return " ".join(kept.split())
 
@@ -286,7 +287,7 @@ def _call(name: str, exchange: Exchange, requests, takes: Sequence[Take]) -> Cal
     pieces, turns, now = [], [], LEAD_IN_SECONDS
     for request, take, answer in zip(requests, takes, exchange.lines[1::2], strict=True):
         reply = answer.texts[0]
-        phones = tuple(p for p, _, _ in take.phones or () if p != speech.SILENCE)
+        phones = tuple(p for p, _, _ in take.phones or () if p != SILENCE)
         turns.append(
             AskedTurn(
                 now + take.onset, now + take.offset, request.text, request.emotion, reply, phones
@@ -304,7 +305,7 @@ def _call(name: str, exchange: Exchange, requests, takes: Sequence[Take]) -> Cal
 
 def _reply_seconds(text: str, language: str) -> float:
     """About how long the agent takes to say it: it speaks some twelve phones a second."""
-    return 0.3 + len(speech.phonemize(text, language)) / 11.0
+    return 0.3 + len(phonemize(text, language)) / 11.0
 
 
 def taught_replies(

@@ -75,6 +75,7 @@ from dialogues import (
     write_arrow,
     write_json,
 )
+from phones import SILENCE
 from training import setup_distributed
 
 PART_SECONDS = 300.0
@@ -251,7 +252,7 @@ def insert_pause(take: Take, place: float, seconds: float) -> Take:
         early = [[n, s, min(e, at)] for n, s, e in spans if s < at]
         late = [[n, max(s, at) + seconds, e + seconds] for n, s, e in spans if e > at]
         late = [span for span in late if span[2] - span[1] > 1e-3]
-        return early + ([[speech.SILENCE, at, at + seconds]] if silent else []) + late
+        return early + ([[SILENCE, at, at + seconds]] if silent else []) + late
 
     late = [seconds if (start + end) / 2 > at else 0.0 for _, start, end in take.words]
     words = [[n, s + d, e + d] for (n, s, e), d in zip(take.words, late, strict=True)]

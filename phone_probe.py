@@ -21,7 +21,7 @@ from audio import FRAME_SECONDS, SAMPLE_RATE, AudioError, read_audio
 from codec import Codec
 from command import UserError
 from data import Clip, frame_labels
-from speech import PHONES, SILENCE
+from phones import PHONES, SILENCE
 
 MAX_DELAY = 8  # frames
 

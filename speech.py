@@ -29,7 +29,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import threading
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -42,24 +41,23 @@ import soxr
 import praat
 from audio import SAMPLE_RATE
 from command import UserError
-
-SILENCE = "_"
-
-
-def _symbols(text: str) -> tuple[str, ...]:
-    return tuple(text.split())
-
-
-# Length is kept where it changes quality (a/aː); elsewhere short and long fold into the pairs
-# ɪ/i and ʊ/u. Nasal vowels are a vowel and ŋ; r-coloured diphthongs are a vowel and ɹ.
-VOWELS = _symbols("i ɪ e ɛ æ a aː ɑ ɔ o ʊ u ʌ ə ɚ eɪ aɪ ɔɪ aʊ oʊ")
-CONSONANTS = _symbols(
-    "p b t d ʈ ɖ k ɡ tʃ dʒ m n ɳ ɲ ŋ f v θ ð s z ʃ ʒ h ɹ r ɽ l ɭ j w ʋ "
-    "pʰ bʰ tʰ dʰ ʈʰ ɖʰ kʰ ɡʰ tʃʰ dʒʰ ɽʰ"
+from phones import INSTALL as ESPEAK_INSTALL
+from phones import (
+    JOINERS,
+    PHONES,
+    SILENCE,
+    VOWELS,
+    clean_text,
+    espeak,
+    espeak_language,
+    fold_ipa,
+    phonemize,
+    split_symbols,
+    without_joiners,
 )
-PHONES: tuple[str, ...] = (SILENCE, *VOWELS, *CONSONANTS)
+
 INSTALL = {
-    "espeak": "pip install espeakng-loader (or apt-get install espeak-ng)",
+    "espeak": ESPEAK_INSTALL,
     "hibari": "pip install hibari-tts",
     "flite": "apt-get install flite",
     "festival": "apt-get install festival festvox-kallpc16k festvox-kdlpc16k "
@@ -68,120 +66,8 @@ INSTALL = {
     "festvox-italp16k festvox-itapc16k festvox-suopuhe-lj festvox-suopuhe-mv",
 }
 
+
 # ---------------------------------------------------------------------------- phones
-_ESPEAK_UNITS = {
-    # English
-    "iː": "i", "i": "i", "ɪ": "ɪ", "ᵻ": "ɪ", "ɨ": "ɪ", "e": "e", "eː": "e", "ɛ": "ɛ", "ɛː": "ɛ",
-    "æ": "æ", "æː": "æ", "a": "a", "aː": "aː", "ɑː": "ɑ", "ɑ": "ɑ", "ɒ": "ɑ", "ɔː": "ɔ", "ɔ": "ɔ",
-    "o": "o", "oː": "o", "ʊ": "ʊ", "uː": "u", "u": "u", "ʉ": "u", "ʉː": "u", "ʌ": "ʌ", "ʌː": "ʌ",
-    "ə": "ə", "ɐ": "ə", "əː": "ɚ", "ɚ": "ɚ", "ɜː": "ɚ", "ɜ": "ɚ", "ɝ": "ɚ", "ɞ": "ɚ", "ɵ": "ʊ",
-    "eɪ": "eɪ", "aɪ": "aɪ", "ɔɪ": "ɔɪ", "aʊ": "aʊ", "oʊ": "oʊ", "əʊ": "oʊ", "ɔʊ": "oʊ",
-    "ɐɪ": "aɪ", "ʌɪ": "aɪ", "ʌʊ": "aʊ", "ɛɪ": "eɪ", "oɪ": "ɔɪ", "aɔ": "aʊ", "əɪ": "aɪ",
-    "ɛɹ": "ɛ ɹ", "eəɹ": "ɛ ɹ", "eə": "ɛ ə", "ɪɹ": "ɪ ɹ", "iə": "i ə", "ɪə": "ɪ ə", "ʊɹ": "ʊ ɹ",
-    "ʊə": "ʊ ə", "ɔːɹ": "ɔ ɹ", "ɔɹ": "ɔ ɹ", "oːɹ": "ɔ ɹ", "oɹ": "ɔ ɹ", "oə": "ɔ ə",
-    "ɑːɹ": "ɑ ɹ", "ɑɹ": "ɑ ɹ", "aɪɚ": "aɪ ɚ", "aɪə": "aɪ ə", "aʊɚ": "aʊ ɚ", "aʊə": "aʊ ə",
-    "əl": "ə l", "l̩": "ə l", "ən": "ə n", "n̩": "ə n", "m̩": "ə m", "ɚː": "ɚ", "aɪʊ": "aɪ ʊ",
-    "iːɹ": "i ɹ", "uːɹ": "u ɹ", "ɜːɹ": "ɚ", "əɹ": "ɚ", "ɪː": "i", "ʊː": "u",
-    # consonants
-    **{c: c for c in CONSONANTS},
-    "ɾ": "t", "ʔ": "t", "g": "ɡ", "ɫ": "l", "ɬ": "l", "ʍ": "w", "x": "kʰ", "q": "k", "ɣ": "ɡ",
-    "ç": "h", "ɦ": "h", "t̪": "t", "d̪": "d", "t̪ʰ": "tʰ", "d̪ʰ": "dʰ", "c": "tʃ", "ɟ": "dʒ",
-    "cʰ": "tʃʰ", "ɟʰ": "dʒʰ", "ʂ": "ʃ", "ɕ": "ʃ", "ʑ": "ʒ", "ʲ": "j", "tʲ": "t", "r.": "ɽ",
-    "r.ʰ": "ɽʰ", "ɽ̥": "ɽ", "ɻ": "ɹ", "ɸ": "f", "β": "ʋ", "ʋ̃": "ʋ", "ts": "t s", "dz": "d z",
-    "n̪": "n", "ŋ̩": "ŋ", "rʲ": "r", "ʎ": "l", "ɴ": "ŋ",
-}  # fmt: skip
-# Telugu writes short vowels that Hindi and English folds would confuse with the long ones.
-_ESPEAK_BY_LANGUAGE = {
-    "telugu": {"i": "ɪ", "u": "ʊ", "ɾ": "r"},
-    "hindi": {"ʌ": "ə", "a": "ə", "i": "ɪ", "u": "ʊ", "ɾ": "r", "v": "ʋ"},
-}
-_ESPEAK_LANGUAGE = {"english": "en-us", "hindi": "hi", "telugu": "te"}
-_LONG_TOKEN = sorted(_ESPEAK_UNITS, key=len, reverse=True)
-
-
-def fold_ipa(symbol: str, language: str, unknown: list[str] | None = None) -> list[str]:
-    """One of espeak's IPA symbols as phones of `PHONES`; symbols nobody knows go to `unknown`.
-
-    A symbol that has no entry is read greedily, longest known piece first, so that a rare
-    diphthong is not lost; what is left over is dropped and reported.
-    """
-    nasal = "\u0303" in symbol
-    symbol = re.sub("[\u0303ˈˌ͡|‿'^*!?%-]", "", symbol).strip()
-    symbol = "".join(c for c in symbol if not c.isdigit() and not c.isspace())
-    own = _ESPEAK_BY_LANGUAGE.get(language, {})
-    phones: list[str] = []
-    while symbol:
-        for piece in (symbol, *_LONG_TOKEN):
-            if symbol.startswith(piece) and (piece in own or piece in _ESPEAK_UNITS):
-                phones += (own.get(piece) or _ESPEAK_UNITS[piece]).split()
-                symbol = symbol[len(piece) :]
-                break
-        else:
-            if unknown is not None and symbol[0] not in "ː.ʰ":
-                unknown.append(symbol)
-            symbol = symbol[1:]
-    if nasal and phones and phones[-1] in VOWELS:
-        phones.append("ŋ")
-    return phones
-
-
-def phonemize(text: str, language: str, unknown: list[str] | None = None) -> list[str]:
-    """Text -> phones of `PHONES`, by espeak's rules, without silences. `[]` for text without words.
-
-    Unknown IPA symbols are appended to `unknown` where a list is given. UserError without espeak.
-    """
-    return [p for word in phonemize_words(text, language, unknown) for p in word]
-
-
-def phonemize_words(text: str, language: str, unknown: list[str] | None = None) -> list[list[str]]:
-    """As `phonemize`, one list a word that espeak says (numbers may become several)."""
-    words = []
-    for chunk in _espeak().ipa(clean_text(text), _espeak_language(language)):
-        phones = [p for unit in chunk for p in fold_ipa(unit, language, unknown)]
-        if phones:
-            words.append(phones)
-    return words
-
-
-JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ: they shape letters within a word, and are no border of it
-_STOPS = re.escape(".,!?;:\"'()-")
-
-
-def clean_text(text: str) -> str:
-    """Text without control characters, symbols no engine can say, and with simple quotes.
-
-    Joiners stay within words; other characters of no width go without leaving a space.
-    """
-    text = unicodedata.normalize("NFC", text).translate(
-        str.maketrans("’‘“”–—…।॥\\", "''\"\"--... ")
-    )
-    kept = []
-    for c in text:
-        kind = unicodedata.category(c)
-        if kind == "Cf":  # soft hyphens, marks of direction, joiners that join nothing
-            if c in JOINERS and kept and unicodedata.category(kept[-1])[0] in "LMN":
-                kept.append(c)
-        else:
-            kept.append(c if kind[0] in "LMNPZ" or c in "%$+=" else " ")
-    text = re.sub(f"[{JOINERS}]+(?=[\\s{_STOPS}]|$)", "", "".join(kept))
-    # A final anusvara is m in Telugu (namaskaaram); espeak would say n.
-    text = re.sub(f"\u0c02(?![{JOINERS}]*\\w)", "\u0c2e\u0c4d", text)
-    return re.sub(r"\s+", " ", text).strip()
-
-
-def _unjoined(text: str) -> str:
-    """For engines, some of which take a joiner for the end of a word."""
-    return text.translate(dict.fromkeys(map(ord, JOINERS)))
-
-
-def _espeak_language(language: str) -> str:
-    if language not in _ESPEAK_LANGUAGE:
-        raise UserError(
-            f"no voice speaks {language!r}: languages are {', '.join(_ESPEAK_LANGUAGE)}"
-        )
-    return _ESPEAK_LANGUAGE[language]
-
-
 # ---------------------------------------------------------------------------- interface
 @dataclass(frozen=True)
 class Voice:
@@ -310,7 +196,7 @@ class Synthesizer:
 def _order(item: Request) -> _Order:
     if item.emotion not in STYLES:
         raise UserError(f"no emotion {item.emotion!r}: emotions are {', '.join(STYLES)}")
-    _espeak_language(item.language)
+    espeak_language(item.language)
     voice, style = item.voice, STYLES[item.emotion]
     jitter = np.ones(4)
     if voice.role == "user":
@@ -522,37 +408,35 @@ _PARAMETER_RATE, _PARAMETER_PITCH, _PARAMETER_RANGE = 1, 3, 4
 _NORMAL_WPM = 160
 
 
-class _Espeak:
-    """libespeak-ng, which holds one state a process: every call is made under a lock.
+class _Talker:
+    """What `phones.espeak()` says, with its events.
 
     Flutter, breath noise and phase live in the library's static variables, so what was said
-    before would be heard in what is said now: `say` loads the library anew (half a millisecond)
+    before would sound in what is said now: `say` loads the library anew (half a millisecond)
     and seeds it.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._espeak = espeak()
         self._samples: list[np.ndarray] = []
         self._events: list[tuple[int, float, int, int, str]] = []
         self._callback = _CALLBACK(self._receive)  # kept: ctypes does not hold it
-        self._library: ctypes.CDLL | None = None
-        self._load()
 
-    def _load(self) -> None:
-        if self._library is not None:
-            self._library.espeak_Terminate()
-            _ctypes.dlclose(self._library._handle)
-        self._library, data = _espeak_library()
-        # Synchronous output to a callback; phoneme events in IPA; never exit() on errors.
-        self.rate = self._library.espeak_Initialize(2, 0, data, 1 | 2 | 0x8000)
-        if self.rate <= 0:
-            raise UserError(f"espeak has no data: {INSTALL['espeak']}")
-        self._library.espeak_TextToPhonemes.restype = ctypes.c_char_p
-        self._library.espeak_SetSynthCallback(self._callback)
-        if hasattr(self._library, "espeak_ng_SetRandSeed"):
-            self._library.espeak_ng_SetRandSeed(1)
+    @property
+    def rate(self) -> int:
+        return self._espeak.rate
+
+    def _load(self) -> ctypes.CDLL:
+        self._espeak.library.espeak_Terminate()
+        _ctypes.dlclose(self._espeak.library._handle)
+        self._espeak.load()
+        library = self._espeak.library
+        library.espeak_SetSynthCallback(self._callback)
+        if hasattr(library, "espeak_ng_SetRandSeed"):
+            library.espeak_ng_SetRandSeed(1)
         else:  # before 1.52 the C library's generator, seeded with the time
             ctypes.CDLL(None).srand(1)
+        return library
 
     def _receive(self, wave, count, events) -> int:
         if count > 0:
@@ -568,64 +452,32 @@ class _Espeak:
             i += 1
         return 0
 
-    def _set_voice(self, name: str) -> None:
-        if self._library.espeak_SetVoiceByName(name.encode()) != 0:
-            raise UserError(f"espeak has no voice {name!r}: see espeak-ng --voices")
-
-    def ipa(self, text: str, name: str) -> list[list[str]]:
-        """Words of IPA symbols, stress marks included."""
-        with self._lock:
-            self._set_voice(name)
-            pointer = ctypes.c_char_p(_unjoined(text).encode())
-            words: list[list[str]] = []
-            while pointer.value:
-                mode = 0x02 | (ord("_") << 8)
-                said = self._library.espeak_TextToPhonemes(ctypes.byref(pointer), 1, mode)
-                for word in re.sub(r"\([a-z-]+\)", " ", said.decode()).split():
-                    words.append([unit for unit in word.split("_") if unit])
-        return words
-
     def say(self, text: str, name: str, rate: float, pitch: float, pitch_range: float):
         """float32 audio `[T]`, and the events (type, seconds, text position, length, IPA).
 
         Positions are in the text without its joiners.
         """
-        with self._lock:
-            self._load()
-            self._set_voice(name)
+        with self._espeak.lock:
+            library = self._load()
+            self._espeak.set_voice(name)
             values = (
                 (_PARAMETER_RATE, np.clip(_NORMAL_WPM * rate, 80, 400)),
                 (_PARAMETER_PITCH, np.clip(50 + 50 * math.log2(pitch), 0, 99)),
                 (_PARAMETER_RANGE, np.clip(50 * pitch_range, 0, 99)),
             )
             for parameter, value in values:
-                self._library.espeak_SetParameter(parameter, int(value), 0)
+                library.espeak_SetParameter(parameter, int(value), 0)
             self._samples, self._events = [], []
-            data = _unjoined(text).encode()
-            self._library.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
+            data = without_joiners(text).encode()
+            library.espeak_Synth(data, len(data) + 1, 0, 1, 0, 1, None, None)
             samples, events = self._samples, self._events
         audio = np.concatenate(samples) if samples else np.zeros(0, np.int16)
         return audio.astype(np.float32) / 32768.0, events
 
 
-def _espeak_library() -> tuple[ctypes.CDLL, bytes | None]:
-    """The wheel's library before Debian's: then every machine makes the same phones."""
-    try:
-        import espeakng_loader
-
-        path, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
-        return ctypes.CDLL(str(path)), os.path.dirname(str(data)).encode()
-    except (ImportError, OSError):
-        pass
-    try:
-        return ctypes.CDLL("libespeak-ng.so.1"), None
-    except OSError as error:
-        raise UserError(f"espeak is not installed: {INSTALL['espeak']}") from error
-
-
 @functools.lru_cache(maxsize=1)
-def _espeak() -> _Espeak:
-    return _Espeak()
+def _talker() -> _Talker:
+    return _Talker()
 
 
 def _spans_of_events(events, duration: float, language: str, text: str):
@@ -656,7 +508,7 @@ def _spans_of_events(events, duration: float, language: str, text: str):
 
 
 def _say_espeak(orders: Sequence[_Order]) -> list[_Raw]:
-    espeak, raws = _espeak(), []
+    espeak, raws = _talker(), []
     for o in orders:
         audio, events = espeak.say(o.text, o.name, o.rate, o.pitch, o.pitch_range)
         if not len(audio):
@@ -847,7 +699,7 @@ def _say_hibari(orders: Sequence[_Order]) -> list[_Raw]:
     return raws
 
 
-_SONORANTS = frozenset((*VOWELS, *_symbols("m n ɳ ɲ ŋ l ɭ ɹ r ɽ j w ʋ")))
+_SONORANTS = frozenset((*VOWELS, *split_symbols("m n ɳ ɲ ŋ l ɭ ɹ r ɽ j w ʋ")))
 _SNAP_SECONDS = 0.04
 
 
@@ -886,7 +738,7 @@ def _hibari_sentences(engine: _Hibari, order: _Order) -> list[tuple[list[_Piece]
     """Pieces of each sentence and its written words (none where they do not match)."""
     sentences = []
     if order.language == "english":
-        for sentence in engine.model.split_sentences(_unjoined(order.text)):
+        for sentence in engine.model.split_sentences(without_joiners(order.text)):
             written = [w for w in (t.strip(".,!?;:\"'()") for t in sentence.split()) if w]
             for symbols in engine.model.phonemize(sentence):
                 pieces = _misaki_pieces("".join(c for c in symbols if c in engine.model.vocab))
@@ -953,7 +805,7 @@ _TO_RADIO = {
     "aɪ": "ay", "ɔɪ": "oy", "aʊ": "aw", "oʊ": "ow", "ʈ": "t", "ɖ": "d", "ɡ": "g", "tʃ": "ch",
     "dʒ": "jh", "ɳ": "n", "ɲ": "n", "ŋ": "ng", "θ": "th", "ð": "dh", "ʃ": "sh", "ʒ": "zh",
     "h": "hh", "ɹ": "r", "ɽ": "r", "ɭ": "l", "j": "y", "ʋ": "v",
-    **{c: c for c in _symbols("p b t d k m n f v s z r l w")},
+    **{c: c for c in split_symbols("p b t d k m n f v s z r l w")},
 }  # fmt: skip
 _TO_NSK = {
     "i": "iy", "ɪ": "ih", "e": "eh", "ɛ": "ay", "æ": "eh", "a": "a", "aː": "aa", "ɑ": "aa",
@@ -962,7 +814,7 @@ _TO_NSK = {
     "ɡ": "g", "tʃ": "ch", "dʒ": "j", "ɳ": "N", "ɲ": "n", "ŋ": "n", "θ": "tth", "ð": "dh",
     "z": "j", "ʃ": "sh", "ʒ": "j", "ɹ": "r", "ɽ": "D", "ɭ": "L", "j": "y", "w": "v", "ʋ": "v",
     "pʰ": "f", "bʰ": "bh", "tʰ": "tth", "dʰ": "ddh", "kʰ": "kh",
-    **{c: c for c in _symbols("p b k m n f v s h r l")},
+    **{c: c for c in split_symbols("p b k m n f v s h r l")},
 }  # fmt: skip
 
 # Festival's voices of other languages say each phone as the nearest of theirs. A phone set also
@@ -973,7 +825,7 @@ _TO_CZECH = {
     "aɪ": "a j", "ɔɪ": "o j", "aʊ": "a u", "oʊ": "o u", "ʈ": "t", "ɖ": "d", "ɡ": "g", "tʃ": "c~",
     "dʒ": "dz~", "ɳ": "n", "ɲ": "n~", "ŋ": "n*", "θ": "f", "ð": "d", "ʃ": "s~", "ʒ": "z~",
     "ɹ": "r", "ɽ": "r", "ɭ": "l", "w": "u", "ʋ": "v",
-    **{c: c for c in _symbols("p b t d k m n f v s z h r l j")},
+    **{c: c for c in split_symbols("p b t d k m n f v s z h r l j")},
 }  # fmt: skip
 _TO_ITALIAN = {
     "i": "i1", "ɪ": "i", "e": "e1", "ɛ": "E1", "æ": "E1", "a": "a", "aː": "a1", "ɑ": "a1",
@@ -984,7 +836,7 @@ _TO_ITALIAN = {
     # Italian has no h: its f is the weakest hiss, and aspirates lose their breath.
     "pʰ": "p", "bʰ": "b", "tʰ": "t", "dʰ": "d", "ʈʰ": "t", "ɖʰ": "d", "kʰ": "k", "ɡʰ": "g",
     "tʃʰ": "tS", "dʒʰ": "dZ", "ɽʰ": "r",
-    **{c: c for c in _symbols("p b t d k m n f v s z r l j w")},
+    **{c: c for c in split_symbols("p b t d k m n f v s z r l j w")},
 }  # fmt: skip
 _TO_FINNISH = {
     "i": "i:", "ɪ": "i", "e": "e:", "ɛ": "e", "æ": "@", "a": "a", "aː": "a:", "ɑ": "a:",
@@ -992,7 +844,7 @@ _TO_FINNISH = {
     "aɪ": "a i", "ɔɪ": "o i", "aʊ": "a u", "oʊ": "o u", "ʈ": "t", "ɖ": "d", "ɡ": "g",
     "tʃ": "t S", "dʒ": "d j", "ɳ": "n", "ɲ": "n j", "ŋ": "N", "θ": "f", "ð": "d", "z": "s",
     "ʃ": "S", "ʒ": "S", "ɹ": "r", "ɽ": "r", "ɭ": "l", "ʋ": "v",
-    **{c: c for c in _symbols("p b t d k m n f v s h r l j w")},
+    **{c: c for c in split_symbols("p b t d k m n f v s h r l j w")},
 }  # fmt: skip
 
 
@@ -1233,8 +1085,8 @@ def _festival_segments(order: _Order):
     """
     words = _words(order.text, order.language)
     text = " ".join(w.text + w.pause for w in words)
-    espeak = _espeak()
-    audio, events = espeak.say(text, _espeak_language(order.language), order.rate * 0.95, 1.0, 1.0)
+    espeak = _talker()
+    audio, events = espeak.say(text, espeak_language(order.language), order.rate * 0.95, 1.0, 1.0)
     phones, spans = _spans_of_events(events, len(audio) / espeak.rate, order.language, text)
     if order.language == "english":
         words = _in_context(words, phones, spans)
@@ -1455,7 +1307,7 @@ def voices(language: str, role: str = "user", split: str = "train") -> list[Voic
     Users are split by speaker: those of `HELD_OUT` are heard in no training voice of any
     language, whatever was changed about them. UserError where no engine is installed.
     """
-    _espeak_language(language)
+    espeak_language(language)
     if role not in ("agent", "user"):
         raise UserError(f"no role {role!r}: roles are agent and user")
     if role == "agent":
@@ -1526,7 +1378,7 @@ def _installed(engine: str, name: str) -> bool:
         return find_spec("hibari") is not None and find_spec("onnxruntime") is not None
     if engine == "espeak":
         try:
-            _espeak()
+            espeak()
         except UserError:
             return False
         return True

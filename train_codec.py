@@ -97,7 +97,7 @@ from data import (
     training_batches,
 )
 from losses import MelLoss, SpectralLoss, si_sdr, waveform_loss
-from speech import PHONES
+from phones import PHONES
 
 UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8

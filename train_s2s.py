@@ -32,8 +32,8 @@ from codec import Codec
 from command import ArgumentParser, UserError, number, share, whole
 from data import frame_labels, split_for, training_batches
 from dialogues import load_code_dataset
+from phones import PHONES
 from s2s import IGNORE, PAD, S2S, Batch, S2SConfig, TextStream
-from speech import PHONES
 
 WEIGHTS = {
     "text": 1.0,

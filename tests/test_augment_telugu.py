@@ -21,6 +21,7 @@ import command
 import data
 import engines
 import speech
+from phones import PHONES, SILENCE, phonemize
 
 parselmouth = pytest.importorskip("parselmouth")
 ROOT = Path(__file__).resolve().parent.parent
@@ -631,7 +632,7 @@ def test_the_recogniser_must_find_the_sentence_again(monkeypatch):
     class Judge:
         def hear(self, audio):
             # Hears stops, nasals and vowels rightly, but voicing and place wrongly.
-            phones = speech.phonemize(SENTENCES[1], "telugu")
+            phones = phonemize(SENTENCES[1], "telugu")
             return tuple({"n": "m", "k": "ɡ", "aː": "ʌ", "d": "t"}.get(p, p) for p in phones)
 
     monkeypatch.setattr(evaluate_s2s, "HamaJudge", Judge)
@@ -649,7 +650,7 @@ def test_the_recogniser_must_find_the_sentence_again(monkeypatch):
 def test_broad_classes_fold_what_a_foreign_ear_confuses():
     assert at.broad(["t", "eɪ", "l", "ə", "g", "ə"]) == at.broad(["ʈ", "e", "l", "ʊ", "ɡ", "ʊ"])
     assert at.broad(["p", "p", "aː", "a", "n"]) == "PVN"
-    assert set(speech.PHONES) - {speech.SILENCE} <= set(at._class_of())
+    assert set(PHONES) - {SILENCE} <= set(at._class_of())
 
 
 def test_texts_are_telugu_alone():

@@ -71,7 +71,7 @@ def fake_say(requests):
 @pytest.fixture
 def fake_voices(monkeypatch):
     monkeypatch.setattr(e, "user_voices", lambda language, split: [VOICE])
-    monkeypatch.setattr(speech, "phonemize", lambda text, language: text.split())
+    monkeypatch.setattr("evaluate_s2s.phonemize", lambda text, language: text.split())
 
 
 def judged(**changes) -> Judged:

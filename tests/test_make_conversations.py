@@ -26,6 +26,7 @@ from checkpoints import save_checkpoint
 from codec import Codec, CodecConfig, stored_config
 from command import UserError, only_one
 from data import load_clips, read_manifest
+from phones import PHONES
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "conversations"
 CODES = ("agent_codes", "user_codes")
@@ -407,7 +408,7 @@ def test_dataset_holds_codes_of_its_audio(made, codec_path):
         for turn in row["turns"]:
             assert turn["text"] and turn["voice"].startswith("english/espeak")
             phone, start, end = turn["phones"][len(turn["phones"]) // 2]
-            assert phone in speech.PHONES and turn["start"] - 0.1 < start < end < turn["end"] + 0.1
+            assert phone in PHONES and turn["start"] - 0.1 < start < end < turn["end"] + 0.1
             assert turn["words"] is None or all(len(word) == 3 for word in turn["words"])
 
 
@@ -794,7 +795,7 @@ def test_clips(tmp_path, quick):
         assert info.duration == pytest.approx(clip.duration, abs=1e-3)
         assert clip.phones[0][1] == 0
         assert clip.phones[-1][2] == pytest.approx(clip.duration, abs=1e-3)
-        assert all(p in speech.PHONES and s < e for p, s, e in clip.phones)
+        assert all(p in PHONES and s < e for p, s, e in clip.phones)
     assert len(load_clips([tmp_path / "telugu"], "train")) > 0
     # The same command again, after a part was lost, makes that part again, byte for byte.
     text, lost = manifest.read_text(), sorted(manifest.parent.glob("0*"))[1]

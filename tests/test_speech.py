@@ -15,6 +15,16 @@ import praat
 import speech
 from audio import SAMPLE_RATE
 from command import UserError
+from phones import (
+    _ESPEAK_UNITS,
+    PHONES,
+    SILENCE,
+    VOWELS,
+    clean_text,
+    fold_ipa,
+    phonemize,
+    phonemize_words,
+)
 
 TEXTS = {
     "english": ["Hello there, what is the weather like today?", "I lost my keys near the park."],
@@ -45,7 +55,7 @@ def a_voice(engine: str, language: str) -> speech.Voice:
 
 def needs_espeak() -> None:
     try:
-        speech.phonemize("a", "english")
+        phonemize("a", "english")
     except UserError as error:
         pytest.skip(str(error))
 
@@ -71,16 +81,16 @@ def written_sentences(language: str) -> list[str]:
 
 
 def test_inventory_has_no_doubles_and_starts_with_silence():
-    assert speech.PHONES[0] == speech.SILENCE == "_"
-    assert len(set(speech.PHONES)) == len(speech.PHONES) <= 80
-    folded = {p for units in speech._ESPEAK_UNITS.values() for p in units.split()}
-    assert folded <= set(speech.PHONES)
-    assert set(speech._RADIO.values()) <= set(speech.PHONES)
+    assert PHONES[0] == SILENCE == "_"
+    assert len(set(PHONES)) == len(PHONES) <= 80
+    folded = {p for units in _ESPEAK_UNITS.values() for p in units.split()}
+    assert folded <= set(PHONES)
+    assert set(speech._RADIO.values()) <= set(PHONES)
 
 
 @pytest.mark.parametrize("language", TEXTS)
 def test_every_phone_can_be_said_by_every_engine(language):
-    for phone in speech.PHONES[1:]:
+    for phone in PHONES[1:]:
         assert speech._engine_phones(phone, speech._TO_RADIO)
         assert speech._engine_phones(phone, speech._TO_NSK)
         assert set(speech._engine_phones(phone, speech._TO_RADIO)) <= set(speech._RADIO)
@@ -92,9 +102,9 @@ def test_phones_of_all_scripts_are_in_the_inventory(language):
     unknown: list[str] = []
     sentences = written_sentences(language)
     assert len(sentences) > 100
-    phones = {p for text in sentences for p in speech.phonemize(text, language, unknown)}
+    phones = {p for text in sentences for p in phonemize(text, language, unknown)}
     assert unknown == []
-    assert phones <= set(speech.PHONES[1:])
+    assert phones <= set(PHONES[1:])
 
 
 @pytest.mark.parametrize(
@@ -112,7 +122,7 @@ def test_phones_of_all_scripts_are_in_the_inventory(language):
 )
 def test_known_words(language, word, phones):
     needs_espeak()
-    assert speech.phonemize(word, language) == phones.split()
+    assert phonemize(word, language) == phones.split()
 
 
 JOINED = [("telugu", "సాఫ్ట్\u200cవేర్"), ("telugu", "ఫేస్\u200cబుక్\u200cలో"), ("hindi", "बिल्\u200dकुल"),
@@ -122,12 +132,12 @@ JOINED = [("telugu", "సాఫ్ట్\u200cవేర్"), ("telugu", "ఫే
 @pytest.mark.parametrize(("language", "word"), JOINED)
 def test_a_joiner_is_no_border_of_words(language, word):
     plain = word.replace("\u200c", "").replace("\u200d", "")
-    assert speech.clean_text(f"\u200c {word}\u200d, \u200d{word}.") == f"{word}, {word}."
-    assert speech.clean_text("so\u00adft\u200b\ufeff") == "soft"
+    assert clean_text(f"\u200c {word}\u200d, \u200d{word}.") == f"{word}, {word}."
+    assert clean_text("so\u00adft\u200b\ufeff") == "soft"
     assert evaluate_s2s.normalise(word) == plain
     needs_espeak()
-    assert len(speech.phonemize_words(word, language)) == 1
-    assert speech.phonemize(word, language) == speech.phonemize(plain, language)
+    assert len(phonemize_words(word, language)) == 1
+    assert phonemize(word, language) == phonemize(plain, language)
     assert [w.text for w in speech._words(word, language)] == [word]
 
 
@@ -142,7 +152,7 @@ def test_a_joined_word_is_said_as_one(engine, language, word):
 
 def test_unknown_symbols_are_reported():
     unknown: list[str] = []
-    assert speech.fold_ipa("aʘ", "english", unknown) == ["a"]
+    assert fold_ipa("aʘ", "english", unknown) == ["a"]
     assert unknown == ["ʘ"]
 
 
@@ -163,7 +173,7 @@ def test_phones_tile_the_audio_and_are_heard(engine, language):
         assert phones[-1][2] == pytest.approx(len(audio) / SAMPLE_RATE, abs=1e-3)
         for (_, _, end), (_, start, _) in zip(phones, phones[1:], strict=False):
             assert start == pytest.approx(end, abs=1e-6)
-        assert all(end > start and phone in speech.PHONES for phone, start, end in phones)
+        assert all(end > start and phone in PHONES for phone, start, end in phones)
 
         def samples(kind, audio=audio, phones=phones):
             cut = [
@@ -177,8 +187,8 @@ def test_phones_tile_the_audio_and_are_heard(engine, language):
         def brightness(x):
             return level(np.diff(x)) - level(x)
 
-        vowels, hiss = samples(speech.VOWELS), samples(["s", "ʃ", "tʃ", "tʃʰ"])
-        assert level(samples([speech.SILENCE])) < level(vowels) - 25
+        vowels, hiss = samples(VOWELS), samples(["s", "ʃ", "tʃ", "tʃʰ"])
+        assert level(samples([SILENCE])) < level(vowels) - 25
         if len(hiss):
             assert brightness(hiss) > brightness(vowels) + 5
 
@@ -187,8 +197,8 @@ def test_phones_tile_the_audio_and_are_heard(engine, language):
 def test_phones_are_those_of_the_text(engine, language):
     voice = a_voice(engine, language)
     for text, utterance in zip(TEXTS[language], say(voice, TEXTS[language]), strict=True):
-        said = [p for p, _, _ in utterance.phones if p != speech.SILENCE]
-        expected = speech.phonemize(text, language)
+        said = [p for p, _, _ in utterance.phones if p != SILENCE]
+        expected = phonemize(text, language)
         # English engines have dictionaries of their own, so a few phones differ.
         assert abs(len(said) - len(expected)) <= 3
         same = len(
@@ -237,12 +247,12 @@ def test_speed_and_emotion_change_the_speech(engine):
 def test_every_phone_can_be_said_by_foreign_voices(name):
     for language in TEXTS:
         table = speech._phone_set(name).of(language)
-        for phone in speech.PHONES[1:]:
+        for phone in PHONES[1:]:
             assert speech._engine_phones(phone, table)
     if not speech._installed("festival", name):
         pytest.skip(f"no {name}: {speech.INSTALL['festival']}")
     known = {unit for diphone in speech._diphones(name) for unit in diphone.split("-")}
-    asked = {unit for p in speech.PHONES[1:] for unit in speech._engine_phones(p, table)}
+    asked = {unit for p in PHONES[1:] for unit in speech._engine_phones(p, table)}
     instead = speech._phone_set(name).instead
     assert all({unit, *instead.get(unit, "").split()} & known for unit in asked)
 
@@ -252,8 +262,8 @@ def test_foreign_voices_say_the_phones_of_the_text(name, language):
     voice = a_foreign_voice(name, language)
     assert voice.split == "train"
     for text, utterance in zip(TEXTS[language], say(voice, TEXTS[language]), strict=True):
-        said = [p for p, _, _ in utterance.phones if p != speech.SILENCE]
-        assert said == speech.phonemize(text, language)
+        said = [p for p, _, _ in utterance.phones if p != SILENCE]
+        assert said == phonemize(text, language)
         assert len(utterance.words) == len(text.split())
         assert np.sqrt(np.mean(utterance.audio**2)) > 0.02 and np.abs(utterance.audio).max() < 1
         assert 0.04 < len(utterance.audio) / SAMPLE_RATE / len(said) < 0.2
@@ -297,8 +307,8 @@ def test_nsk_says_the_phones_of_the_text_where_listed(language):
         pytest.skip(f"no {name}: {speech.INSTALL['festival']}")
     voice = next(v for v in speech.voices(language, "user", "validation") if v.name == name)
     for text, utterance in zip(TEXTS[language], say(voice, TEXTS[language]), strict=True):
-        said = [p for p, _, _ in utterance.phones if p != speech.SILENCE]
-        assert said == speech.phonemize(text, language)
+        said = [p for p, _, _ in utterance.phones if p != SILENCE]
+        assert said == phonemize(text, language)
 
 
 def test_hibari_durations_are_those_it_used():
@@ -403,6 +413,6 @@ def test_bad_requests_are_refused():
     with pytest.raises(UserError, match="emotion"):
         say(voice, ["hello"], emotion="bored")
     with pytest.raises(UserError, match="languages are"):
-        speech.phonemize("hola", "spanish")
+        phonemize("hola", "spanish")
     with pytest.raises(UserError, match="engines are"):
         say(speech.Voice("x", "nobody", "english", "e", "e"), ["hello"])

@@ -23,7 +23,7 @@ import training
 from audio import write_audio
 from codec import Codec, CodecConfig, stored_config
 from data import Clip, write_manifest
-from speech import PHONES
+from phones import PHONES
 from tools.launches import Launches, counting
 
 ROOT = Path(__file__).parent.parent

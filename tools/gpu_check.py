@@ -60,7 +60,7 @@ def make_speech(folder: Path, smoke: bool) -> Path:
     """A corpus of modulated tones over noise, with phone labels, as `--data_dirs` takes it."""
     from audio import write_audio
     from data import Clip, write_manifest
-    from speech import PHONES
+    from phones import PHONES
 
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)

@@ -1,0 +1,200 @@
+"""The phone inventory, and text to phones by espeak's rules, for English, Hindi and Telugu.
+
+What knows of phones but makes no speech imports this: the codec's phone head, the dialogue LM's
+labels, the judges of replies. Needs espeak's library for text alone: `INSTALL`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import threading
+import unicodedata
+
+from command import UserError
+
+INSTALL = "pip install espeakng-loader (or apt-get install espeak-ng)"
+SILENCE = "_"
+
+
+def split_symbols(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# Length is kept where it changes quality (a/aː); elsewhere short and long fold into the pairs
+# ɪ/i and ʊ/u. Nasal vowels are a vowel and ŋ; r-coloured diphthongs are a vowel and ɹ.
+VOWELS = split_symbols("i ɪ e ɛ æ a aː ɑ ɔ o ʊ u ʌ ə ɚ eɪ aɪ ɔɪ aʊ oʊ")
+CONSONANTS = split_symbols(
+    "p b t d ʈ ɖ k ɡ tʃ dʒ m n ɳ ɲ ŋ f v θ ð s z ʃ ʒ h ɹ r ɽ l ɭ j w ʋ "
+    "pʰ bʰ tʰ dʰ ʈʰ ɖʰ kʰ ɡʰ tʃʰ dʒʰ ɽʰ"
+)
+PHONES: tuple[str, ...] = (SILENCE, *VOWELS, *CONSONANTS)
+
+_ESPEAK_UNITS = {
+    # English
+    "iː": "i", "i": "i", "ɪ": "ɪ", "ᵻ": "ɪ", "ɨ": "ɪ", "e": "e", "eː": "e", "ɛ": "ɛ", "ɛː": "ɛ",
+    "æ": "æ", "æː": "æ", "a": "a", "aː": "aː", "ɑː": "ɑ", "ɑ": "ɑ", "ɒ": "ɑ", "ɔː": "ɔ", "ɔ": "ɔ",
+    "o": "o", "oː": "o", "ʊ": "ʊ", "uː": "u", "u": "u", "ʉ": "u", "ʉː": "u", "ʌ": "ʌ", "ʌː": "ʌ",
+    "ə": "ə", "ɐ": "ə", "əː": "ɚ", "ɚ": "ɚ", "ɜː": "ɚ", "ɜ": "ɚ", "ɝ": "ɚ", "ɞ": "ɚ", "ɵ": "ʊ",
+    "eɪ": "eɪ", "aɪ": "aɪ", "ɔɪ": "ɔɪ", "aʊ": "aʊ", "oʊ": "oʊ", "əʊ": "oʊ", "ɔʊ": "oʊ",
+    "ɐɪ": "aɪ", "ʌɪ": "aɪ", "ʌʊ": "aʊ", "ɛɪ": "eɪ", "oɪ": "ɔɪ", "aɔ": "aʊ", "əɪ": "aɪ",
+    "ɛɹ": "ɛ ɹ", "eəɹ": "ɛ ɹ", "eə": "ɛ ə", "ɪɹ": "ɪ ɹ", "iə": "i ə", "ɪə": "ɪ ə", "ʊɹ": "ʊ ɹ",
+    "ʊə": "ʊ ə", "ɔːɹ": "ɔ ɹ", "ɔɹ": "ɔ ɹ", "oːɹ": "ɔ ɹ", "oɹ": "ɔ ɹ", "oə": "ɔ ə",
+    "ɑːɹ": "ɑ ɹ", "ɑɹ": "ɑ ɹ", "aɪɚ": "aɪ ɚ", "aɪə": "aɪ ə", "aʊɚ": "aʊ ɚ", "aʊə": "aʊ ə",
+    "əl": "ə l", "l̩": "ə l", "ən": "ə n", "n̩": "ə n", "m̩": "ə m", "ɚː": "ɚ", "aɪʊ": "aɪ ʊ",
+    "iːɹ": "i ɹ", "uːɹ": "u ɹ", "ɜːɹ": "ɚ", "əɹ": "ɚ", "ɪː": "i", "ʊː": "u",
+    # consonants
+    **{c: c for c in CONSONANTS},
+    "ɾ": "t", "ʔ": "t", "g": "ɡ", "ɫ": "l", "ɬ": "l", "ʍ": "w", "x": "kʰ", "q": "k", "ɣ": "ɡ",
+    "ç": "h", "ɦ": "h", "t̪": "t", "d̪": "d", "t̪ʰ": "tʰ", "d̪ʰ": "dʰ", "c": "tʃ", "ɟ": "dʒ",
+    "cʰ": "tʃʰ", "ɟʰ": "dʒʰ", "ʂ": "ʃ", "ɕ": "ʃ", "ʑ": "ʒ", "ʲ": "j", "tʲ": "t", "r.": "ɽ",
+    "r.ʰ": "ɽʰ", "ɽ̥": "ɽ", "ɻ": "ɹ", "ɸ": "f", "β": "ʋ", "ʋ̃": "ʋ", "ts": "t s", "dz": "d z",
+    "n̪": "n", "ŋ̩": "ŋ", "rʲ": "r", "ʎ": "l", "ɴ": "ŋ",
+}  # fmt: skip
+# Telugu writes short vowels that Hindi and English folds would confuse with the long ones.
+_ESPEAK_BY_LANGUAGE = {
+    "telugu": {"i": "ɪ", "u": "ʊ", "ɾ": "r"},
+    "hindi": {"ʌ": "ə", "a": "ə", "i": "ɪ", "u": "ʊ", "ɾ": "r", "v": "ʋ"},
+}
+_ESPEAK_LANGUAGE = {"english": "en-us", "hindi": "hi", "telugu": "te"}
+_LONG_TOKEN = sorted(_ESPEAK_UNITS, key=len, reverse=True)
+
+
+def fold_ipa(symbol: str, language: str, unknown: list[str] | None = None) -> list[str]:
+    """One of espeak's IPA symbols as phones of `PHONES`; symbols nobody knows go to `unknown`.
+
+    A symbol that has no entry is read greedily, longest known piece first, so that a rare
+    diphthong is not lost; what is left over is dropped and reported.
+    """
+    nasal = "\u0303" in symbol
+    symbol = re.sub("[\u0303ˈˌ͡|‿'^*!?%-]", "", symbol).strip()
+    symbol = "".join(c for c in symbol if not c.isdigit() and not c.isspace())
+    own = _ESPEAK_BY_LANGUAGE.get(language, {})
+    phones: list[str] = []
+    while symbol:
+        for piece in (symbol, *_LONG_TOKEN):
+            if symbol.startswith(piece) and (piece in own or piece in _ESPEAK_UNITS):
+                phones += (own.get(piece) or _ESPEAK_UNITS[piece]).split()
+                symbol = symbol[len(piece) :]
+                break
+        else:
+            if unknown is not None and symbol[0] not in "ː.ʰ":
+                unknown.append(symbol)
+            symbol = symbol[1:]
+    if nasal and phones and phones[-1] in VOWELS:
+        phones.append("ŋ")
+    return phones
+
+
+def phonemize(text: str, language: str, unknown: list[str] | None = None) -> list[str]:
+    """Text -> phones of `PHONES`, by espeak's rules, without silences. `[]` for text without words.
+
+    Unknown IPA symbols are appended to `unknown` where a list is given. UserError without espeak.
+    """
+    return [p for word in phonemize_words(text, language, unknown) for p in word]
+
+
+def phonemize_words(text: str, language: str, unknown: list[str] | None = None) -> list[list[str]]:
+    """As `phonemize`, one list a word that espeak says (numbers may become several)."""
+    words = []
+    for chunk in espeak().ipa(clean_text(text), espeak_language(language)):
+        phones = [p for unit in chunk for p in fold_ipa(unit, language, unknown)]
+        if phones:
+            words.append(phones)
+    return words
+
+
+JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ: they shape letters within a word, and are no border of it
+_STOPS = re.escape(".,!?;:\"'()-")
+
+
+def clean_text(text: str) -> str:
+    """Text without control characters, symbols no engine can say, and with simple quotes.
+
+    Joiners stay within words; other characters of no width go without leaving a space.
+    """
+    text = unicodedata.normalize("NFC", text).translate(
+        str.maketrans("’‘“”–—…।॥\\", "''\"\"--... ")
+    )
+    kept = []
+    for c in text:
+        kind = unicodedata.category(c)
+        if kind == "Cf":  # soft hyphens, marks of direction, joiners that join nothing
+            if c in JOINERS and kept and unicodedata.category(kept[-1])[0] in "LMN":
+                kept.append(c)
+        else:
+            kept.append(c if kind[0] in "LMNPZ" or c in "%$+=" else " ")
+    text = re.sub(f"[{JOINERS}]+(?=[\\s{_STOPS}]|$)", "", "".join(kept))
+    # A final anusvara is m in Telugu (namaskaaram); espeak would say n.
+    text = re.sub(f"\u0c02(?![{JOINERS}]*\\w)", "\u0c2e\u0c4d", text)
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def without_joiners(text: str) -> str:
+    """For engines, some of which take a joiner for the end of a word."""
+    return text.translate(dict.fromkeys(map(ord, JOINERS)))
+
+
+def espeak_language(language: str) -> str:
+    if language not in _ESPEAK_LANGUAGE:
+        raise UserError(
+            f"no voice speaks {language!r}: languages are {', '.join(_ESPEAK_LANGUAGE)}"
+        )
+    return _ESPEAK_LANGUAGE[language]
+
+
+class Espeak:
+    """libespeak-ng. It holds one state a process: every call is made under `lock`."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.load()
+
+    def load(self) -> None:
+        """Loads the library, whose rate of samples (Hz) becomes `rate`."""
+        self.library, data = _espeak_library()
+        # Synchronous output to a callback; phoneme events in IPA; never exit() on errors.
+        self.rate = self.library.espeak_Initialize(2, 0, data, 1 | 2 | 0x8000)
+        if self.rate <= 0:
+            raise UserError(f"espeak has no data: {INSTALL}")
+        self.library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+
+    def set_voice(self, name: str) -> None:
+        if self.library.espeak_SetVoiceByName(name.encode()) != 0:
+            raise UserError(f"espeak has no voice {name!r}: see espeak-ng --voices")
+
+    def ipa(self, text: str, name: str) -> list[list[str]]:
+        """Words of IPA symbols, stress marks included."""
+        with self.lock:
+            self.set_voice(name)
+            pointer = ctypes.c_char_p(without_joiners(text).encode())
+            words: list[list[str]] = []
+            while pointer.value:
+                mode = 0x02 | (ord("_") << 8)
+                said = self.library.espeak_TextToPhonemes(ctypes.byref(pointer), 1, mode)
+                for word in re.sub(r"\([a-z-]+\)", " ", said.decode()).split():
+                    words.append([unit for unit in word.split("_") if unit])
+        return words
+
+
+def _espeak_library() -> tuple[ctypes.CDLL, bytes | None]:
+    """The wheel's library before Debian's: then every machine makes the same phones."""
+    try:
+        import espeakng_loader
+
+        path, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
+        return ctypes.CDLL(str(path)), os.path.dirname(str(data)).encode()
+    except (ImportError, OSError):
+        pass
+    try:
+        return ctypes.CDLL("libespeak-ng.so.1"), None
+    except OSError as error:
+        raise UserError(f"espeak is not installed: {INSTALL}") from error
+
+
+@functools.lru_cache(maxsize=1)
+def espeak() -> Espeak:
+    """The library, loaded on first use. UserError where it is not installed."""
+    return Espeak()
