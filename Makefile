@@ -40,9 +40,10 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	@touch $@
 
 # Paced in real time, so that the ledger is that of a live call; one process, one ledger for all three.
+#   FLAGS="--seed 3"    more flags for stream_demo.py
 demo: $(VENV)/installed
 	$(BIN)/python stream_demo.py --wav $(LANGUAGES:%=samples/question_%.wav) \
-	  --out $(LANGUAGES:%=reply_%.wav)
+	  --out $(LANGUAGES:%=reply_%.wav) $(FLAGS)
 	@echo "Listen to $(LANGUAGES:%=reply_%.wav): a toy model speaks; your own training replaces it."
 
 # Two processes of one thread each: small tensors gain nothing from more.
@@ -51,65 +52,9 @@ test: $(VENV)/installed-dev
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
-	@if command -v shellcheck >/dev/null; then shellcheck runpod_setup.sh .ci/run; \
+	@if command -v shellcheck >/dev/null; then shellcheck runpod_setup.sh tools/*.sh .ci/run; \
 	  else echo "shellcheck is not installed: shell scripts not checked (apt-get install shellcheck)"; fi
 
-# bf16 makes the codec's training a third faster on a CPU that multiplies it, and ten times slower on
-# one that does not.
-PRECISION ?= $(shell grep -qs avx512_bf16 /proc/cpuinfo && echo bf16 || echo fp32)
-# The codec's sound and voice: minutes on a GPU, hours on a CPU, which learns less in them. Without
-# the spectral loss, as what ships was taught.
-RECORDED := data/other $(LANGUAGES:%=data/%)
-ifneq ($(shell command -v nvidia-smi 2>/dev/null),)
-define TEACH_SOUND
-	$(BIN)/python train_codec.py --data_dirs $(RECORDED) --preset tiny --teacher none \
-	  --batch_size 36 --window_seconds 2 --epoch_hours 19 --num_epochs 10 --augment_share 0.15 \
-	  --gen_lr 1e-3 --disc_lr 8e-4 --warmup_steps 200 --disc_start 0.75 --mel_weight 2 \
-	  --spectral_weight 0 --lm_rate 0.65 --keep_words --init_from runs/codec_listen \
-	  --num_workers 13 --seed 5 --cuda_graph --checkpoint_dir runs/codec_voice
-endef
-else
-define TEACH_SOUND
-	$(BIN)/python train_codec.py --data_dirs $(RECORDED) \
-	  --preset tiny --batch_size 6 --window_seconds 2 --epoch_hours 0.5 --num_epochs 84 \
-	  --gen_lr 8e-4 --warmup_steps 200 --disc_start 1 --spectral_weight 0 \
-	  --language_temperature 3 --keep_words --precision $(PRECISION) \
-	  --init_from runs/codec_listen --num_workers 1 --seed 1 --checkpoint_dir runs/codec
-	$(BIN)/python train_codec.py --data_dirs $(RECORDED) \
-	  --preset tiny --batch_size 6 --window_seconds 2 --epoch_hours 0.25 --num_epochs 18 \
-	  --gen_lr 5e-4 --disc_lr 1e-3 --warmup_steps 30 --disc_start 0 --disc_seconds 0.75 \
-	  --mel_weight 2 --spectral_weight 0 --language_temperature 3 --decoder_only \
-	  --init_from runs/codec --num_workers 1 --seed 3 --checkpoint_dir runs/codec_voice
-endef
-endif
 # The models in checkpoints/tiny, from nothing; each step resumes when the same line is given again.
-INTENTS := greeting,name,weather,capitals,colours,counting,small_talk,goodbye
 tiny: $(VENV)/installed-dev
-	$(BIN)/python download_data.py --corpora packages --data_dir data
-	$(BIN)/python make_conversations.py --clips_dir data --clips_hours 1.8
-	$(BIN)/python train_codec.py --data_dirs $(LANGUAGES:%=data/%/synthetic) \
-	  --preset tiny --batch_size 24 --window_seconds 2 --epoch_hours 1 --num_epochs 40 \
-	  --gen_lr 1e-3 --listen_share 1 --augment_share 0.4 --teacher none \
-	  --num_workers 1 --seed 1 --checkpoint_dir runs/codec_listen
-	$(TEACH_SOUND)
-	$(BIN)/python train_codec.py --checkpoint_dir runs/codec_voice --export checkpoints/tiny/codec
-	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 3.3 \
-	  --intents $(INTENTS) --exchanges archetypes --output_dir data/conversations/scripted
-	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 0.06 \
-	  --split validation --intents $(INTENTS) --exchanges archetypes \
-	  --output_dir data/conversations/scripted_validation
-	$(BIN)/python train_s2s.py --data_dirs data/conversations/scripted \
-	  data/conversations/scripted_validation --codec checkpoints/tiny/codec --preset tiny \
-	  --batch_size 8 --epoch_hours 2 --num_epochs 44 --lr 8e-4 --warmup_steps 100 \
-	  --listen_share 0.4 --depth_fraction 0.17 --emotion_drop 0.5 --acoustic_drop 0.8 \
-	  --agent_deaf 1 --vocab_size 640 --num_workers 1 --seed 1 --checkpoint_dir runs/s2s
-	$(BIN)/python make_conversations.py --codec checkpoints/tiny/codec --hours 5 --seed 5 \
-	  --intents $(INTENTS) --exchanges archetypes --output_dir data/conversations/scripted_more
-	$(BIN)/python train_s2s.py --data_dirs data/conversations/scripted_more \
-	  data/conversations/scripted data/conversations/scripted_validation \
-	  --codec checkpoints/tiny/codec --preset tiny \
-	  --batch_size 8 --epoch_hours 2 --num_epochs 46 --lr 7e-4 --warmup_steps 100 \
-	  --listen_share 0.25 --depth_fraction 0.17 --emotion_drop 0.5 --acoustic_drop 0.8 \
-	  --agent_deaf 1 --vocab_size 640 --num_workers 1 --seed 2 --init_from runs/s2s \
-	  --checkpoint_dir runs/s2s_more
-	$(BIN)/python train_s2s.py --checkpoint_dir runs/s2s_more --export checkpoints/tiny/s2s
+	PYTHON=$(BIN)/python tools/make_tiny.sh

@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# The models in checkpoints/tiny, from nothing, with the scripts that a user runs: `make tiny`.
+# Each line goes on where it was when this is run again. On two CPU cores about three hours: 10 minutes to
+# speak, 20 for the codec's semantic branch, 75 for its sound and 30 against discriminators, 10 for the
+# conversations, 55 for the dialogue LM. Where there is an NVIDIA GPU the codec's sound takes three minutes
+# and is the better for it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python="${PYTHON:-.venv/bin/python}"
+languages=(english hindi telugu)
+recorded=(data/other "${languages[@]/#/data/}")
+spoken=("${languages[@]/#/data/}")
+spoken=("${spoken[@]/%//synthetic}")
+intents=greeting,name,weather,capitals,colours,counting,small_talk,goodbye
+# bf16 makes the codec's training a third faster on a CPU that multiplies it, ten times slower on one that does not.
+precision=fp32
+! grep -qs avx512_bf16 /proc/cpuinfo || precision=bf16
+
+teach_semantic_branch() {
+    "$python" train_codec.py --data_dirs "${spoken[@]}" --preset tiny --batch_size 24 --window_seconds 2 \
+        --epoch_hours 1 --num_epochs 40 --gen_lr 1e-3 --semantic_share 1 --teacher none \
+        --num_workers 1 --seed 1 --set augment_share=0.4 --checkpoint_dir runs/codec_semantic
+}
+
+# Without the spectral loss, as what ships was taught.
+teach_sound_on_a_gpu() {
+    "$python" train_codec.py --data_dirs "${recorded[@]}" --preset tiny --teacher none --batch_size 36 \
+        --window_seconds 2 --epoch_hours 19 --num_epochs 10 --gen_lr 1e-3 --disc_lr 8e-4 --disc_start 0.75 \
+        --spectral_weight 0 --freeze_semantic --init_from runs/codec_semantic --num_workers 13 --seed 5 \
+        --cuda_graph --set augment_share=0.15 warmup_steps=200 mel_weight=2 lm_rate=0.65 \
+        --checkpoint_dir runs/codec_voice
+}
+
+teach_sound_on_a_cpu() {
+    "$python" train_codec.py --data_dirs "${recorded[@]}" --preset tiny --batch_size 6 --window_seconds 2 \
+        --epoch_hours 0.5 --num_epochs 84 --gen_lr 8e-4 --disc_start 1 --spectral_weight 0 \
+        --language_temperature 3 --freeze_semantic --precision "$precision" --init_from runs/codec_semantic \
+        --num_workers 1 --seed 1 --set warmup_steps=200 --checkpoint_dir runs/codec
+    "$python" train_codec.py --data_dirs "${recorded[@]}" --preset tiny --batch_size 6 --window_seconds 2 \
+        --epoch_hours 0.25 --num_epochs 18 --gen_lr 5e-4 --disc_lr 1e-3 --disc_start 0 --spectral_weight 0 \
+        --language_temperature 3 --decoder_only --init_from runs/codec --num_workers 1 --seed 3 \
+        --set warmup_steps=30 disc_seconds=0.75 mel_weight=2 --checkpoint_dir runs/codec_voice
+}
+
+converse() {  # hours, output folder and what else make_conversations.py is told
+    "$python" make_conversations.py --codec checkpoints/tiny/codec --intents "$intents" \
+        --exchanges archetypes --hours "$1" --output_dir "data/conversations/$2" "${@:3}"
+}
+
+teach_dialogue() {  # epochs, rate, share of ASR, seed, run folder, first dataset, what else
+    "$python" train_s2s.py --data_dirs "data/conversations/$6" data/conversations/scripted \
+        data/conversations/scripted_validation --codec checkpoints/tiny/codec --preset tiny \
+        --batch_size 8 --epoch_hours 2 --num_epochs "$1" --lr "$2" --asr_share "$3" --num_workers 1 \
+        --seed "$4" --checkpoint_dir "runs/$5" "${@:7}"
+}
+
+"$python" tools/package_recordings.py --data_dir data
+"$python" tools/make_clips.py --data_dir data --hours 1.8
+teach_semantic_branch
+if command -v nvidia-smi >/dev/null; then teach_sound_on_a_gpu; else teach_sound_on_a_cpu; fi
+"$python" train_codec.py --checkpoint_dir runs/codec_voice --export checkpoints/tiny/codec
+converse 3.3 scripted
+converse 0.06 scripted_validation --split validation
