@@ -21,7 +21,7 @@ if [ "${1:-}" = wheels ]; then
     names=(soundfile soxr cffi pycparser datasets dill multiprocess)
     versions=$("$python" -m pip list --format=freeze | grep -iE "^($(IFS='|'; echo "${names[*]}"))==")
     rm -rf .carry && mkdir .carry
-    # shellcheck disable=SC2086 (one word a package)
+    # shellcheck disable=SC2086  # one word a package
     "$python" -m pip download -q --no-deps --only-binary=:all: --implementation cp \
         --python-version "${GPU_CHECK_PYTHON:-3.12}" "${platforms[@]}" -d .carry $versions
     du -sh .carry
