@@ -1,4 +1,4 @@
-"""The README is true: its lines run in its order, from a clone to an answer; its map is the code's."""
+"""The README is true: its lines run in order, from a clone to an answer; its map is the code's."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def lines() -> list[str]:
 # ---- the map
 def map_rows() -> list[tuple[str, bool, list[str]]]:
     """(file, whether it is said to exist, what it imports) for every row of the map's tables."""
-    row = r"^\| `([^`]+)`(.*?) \|.*\| ([^|]*) \|$"
+    row = r"^\| `([^`]+)`(.*?) \|.*\|([^|]*)\|$"
     rows = re.findall(row, section("The file map"), re.MULTILINE)
     return [(name, NOT_YET not in rest, re.findall(r"`(\w+)`", to)) for name, rest, to in rows]
 
