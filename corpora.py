@@ -246,12 +246,12 @@ class Job:
 class Fetched:
     """What a fetcher brings: clips or conversations, and files or rows that cannot be read.
 
-    `whole` is False where --max_hours cut it short.
+    `complete` is False where --max_hours cut it short.
     """
 
     lines: list[data.Clip] | list[dict]
     unreadable: list[str] = field(default_factory=list)
-    whole: bool = True
+    complete: bool = True
 
 
 def fetch(
@@ -336,7 +336,7 @@ def _write_folder(
         "hours": sum(durations) / 3600,
         "files": len(found.lines),
         "unreadable": len(found.unreadable),
-        "whole": found.whole,
+        "whole": found.complete,
         "max_hours": options.max_hours,
         "unpack_seconds": round(unpack_seconds, 3),
     }
@@ -380,10 +380,10 @@ class About:
 
 def fetch_archives(job: Job) -> Fetched:
     """Each archive: downloaded, checked, unpacked into a folder of its own, removed."""
-    hours, whole = 0.0, True
+    hours, complete = 0.0, True
     for archive in job.corpus.archives:
         if job.enough(hours):
-            whole = False
+            complete = False
             break
         file, target = job.archives / archive.name, job.audio / archive.stem
         if not target.exists():
@@ -391,7 +391,7 @@ def fetch_archives(job: Job) -> Fetched:
             _unpack_apart(file, target, job.bar)
         file.unlink(missing_ok=True)
         hours += archive.hours
-    return _clips_of(job, job.corpus.layout, whole)
+    return _clips_of(job, job.corpus.layout, complete)
 
 
 def _download_from_any(job: Job, archive: Archive, file: Path) -> None:
@@ -444,7 +444,7 @@ def fetch_files(job: Job) -> Fetched:
 
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         missing = [problem for problem in pool.map(take, names) if problem]
-    found = _clips_of(job, job.corpus.layout, whole=True)
+    found = _clips_of(job, job.corpus.layout, complete=True)
     return replace(found, unreadable=missing + found.unreadable)
 
 
@@ -470,10 +470,10 @@ def fetch_common_voice(job: Job) -> Fetched:
         except Exception as error:  # whatever its HTTP client raises
             raise UserError(f"{job.corpus.name}: the Data Collective says: {error}") from error
         _unpack_apart(file, target, job.bar)
-    return _clips_of(job, "common_voice", whole=True)
+    return _clips_of(job, "common_voice", complete=True)
 
 
-def _clips_of(job: Job, layout: str, whole: bool) -> Fetched:
+def _clips_of(job: Job, layout: str, complete: bool) -> Fetched:
     """Clips of all below the audio folder that the layout knows; what is left out is reported."""
     load, describe = LAYOUTS[layout]
     texts = load(job.audio)
@@ -499,7 +499,7 @@ def _clips_of(job: Job, layout: str, whole: bool) -> Fetched:
     unreadable = [found for found in taken if isinstance(found, str)]
     # By path: a kill between packing a WAV and removing it leaves both.
     clips = {found.path: found for found in taken if isinstance(found, data.Clip)}
-    return Fetched(list(clips.values()), unreadable, whole)
+    return Fetched(list(clips.values()), unreadable, complete)
 
 
 def _clip_of_file(job: Job, path: Path, about: About) -> data.Clip | str:
@@ -646,14 +646,14 @@ def shards_of(corpus: OnHub, mirror: str | None) -> list[Shard]:
 
 def fetch_hub(job: Job) -> Fetched:
     """Parquet shards one after another; what each row became is written down as it happens."""
-    corpus, records, hours, whole = job.corpus, [], 0.0, True
+    corpus, records, hours, complete = job.corpus, [], 0.0, True
     for shard in shards_of(corpus, job.mirror):
         if job.enough(hours):
-            whole = False
+            complete = False
             break
         taken, finished = _take_shard(job, shard, hours)
         records += taken
-        whole &= finished
+        complete &= finished
         hours += sum(record.get("duration", 0.0) for record in taken) / 3600
     lines = [
         clip_of(
@@ -664,7 +664,7 @@ def fetch_hub(job: Job) -> Fetched:
         if "path" in record
     ]  # fmt: skip
     bad = [record["unreadable"] for record in records if "unreadable" in record]
-    return Fetched(lines, bad, whole)
+    return Fetched(lines, bad, complete)
 
 
 def _take_shard(job: Job, shard: Shard, hours: float) -> tuple[list[dict], bool]:
@@ -840,7 +840,7 @@ def fetch_hub_tars(job: Job) -> Fetched:
     lines, bad, hours = [], [], 0.0
     for shard in shards_of(job.corpus, job.mirror):
         if job.enough(hours):
-            return Fetched(lines, bad, whole=False)
+            return Fetched(lines, bad, complete=False)
         target = job.audio / shard.path.removesuffix(".tar")
         if target.exists():
             job.bar.advance(shard.size)
@@ -919,7 +919,7 @@ def fetch_fisher(job: Job) -> Fetched:
     lines, bad, hours = [], [], 0.0
     for call in calls:
         if job.enough(hours):
-            return Fetched(lines, bad, whole=False)
+            return Fetched(lines, bad, complete=False)
         job.bar.advance(call.stat().st_size)
         with job.bar.unpacking():
             line = _call(job, call, scripts.get(call.stem))

@@ -236,7 +236,7 @@ def download(url: str, target: Path, bar: Bar, *, checksum: str = "") -> None:
 
 
 def _fill(url: str, part: Path, bar: Bar) -> None:
-    """Bring `part` to the file's whole length, through any number of cut connections."""
+    """Bring `part` to the file's full length, through any number of cut connections."""
     have = _size(part)
     bar.advance(have)
     failures = 0
@@ -336,7 +336,8 @@ def _wrong_checksum(path: Path, checksum: str, bar: Bar) -> str:
 
 def _reason(error: Exception) -> str:
     """The last, telling part of a chain of network errors."""
-    return first_line(error, 1000).rpartition(": ")[2].strip("\"'()>")[-120:]
+    text = first_line(error, 1000).rpartition(": ")[2].strip("\"'()>")[-120:]
+    return text + ")" * (text.count("(") - text.count(")"))
 
 
 # ------------------------------------------------------------------------------------ archives

@@ -189,7 +189,7 @@ def script(folder, *flags):
     )
 
 
-def test_the_script_fetches_reports_and_verifies(server, tmp_path):
+def test_the_script_fetches_reports_and_verifies(server, tmp_path, monkeypatch, capsys):
     served(server, ROWS["openslr-66"])
     row = ROWS["kathbath-telugu"]
     server.add_dataset(row.repo, dataset(row))
@@ -201,11 +201,13 @@ def test_the_script_fetches_reports_and_verifies(server, tmp_path):
     assert re.search(r"; unpacked [\d.]+ h in [\d.]+ s \([\d,]+x\s+real time\)", made.stdout)
     found = {one["corpus"]: one for one in json.loads((tmp_path / "found.json").read_text())}
     assert found["openslr-66"]["files"] == 1 and found[row.name]["state"] == "ok"
-    again = script(tmp_path, *flags, *mirrors)
-    assert again.returncode == 0 and "openslr-66: already there" in again.stdout
-    absent = script(tmp_path, "--verify", "--languages", "telugu")
-    assert absent.returncode == 1 and "not there" in absent.stdout
-    assert max(len(line) for line in absent.stdout.splitlines()) <= 80
+    monkeypatch.setattr(sys, "argv", ["x", "--data_dir", str(tmp_path), *flags, *mirrors])
+    assert download_data.main() == 0 and "openslr-66: already there" in capsys.readouterr().out
+    verify = ["--data_dir", str(tmp_path), "--verify", "--languages", "telugu"]
+    monkeypatch.setattr(sys, "argv", ["x", *verify])
+    assert download_data.main() == 1
+    printed = capsys.readouterr().out
+    assert "not there" in printed and max(len(line) for line in printed.splitlines()) <= 80
 
 
 def test_one_that_fails_does_not_stop_the_others(server, tmp_path, monkeypatch, capsys):
