@@ -1,9 +1,9 @@
 """The dialogue LM: two streams of codec codes (agent, user) and one of text, in full duplex.
 
-After the RQ-Transformer design of Moshi (Défossez et al. 2024, section 3.4): a temporal transformer
-takes one step a *patch* of `frames_per_step` codec frames; its state gives the text token (the
-agent's inner monologue), which is sampled first, and then a small depth transformer writes the
-agent's codes of the patch. Heads on the temporal state tell what it hears of the user.
+After the RQ-Transformer of Moshi (Défossez et al. 2024, section 3.4): a temporal transformer takes
+one step a *patch* of `frames_per_step` codec frames; its state gives the text token (the agent's
+inner monologue), which is sampled first, and then a small depth transformer writes the agent's
+codes of the patch. Heads on the temporal state recognise the user's speech.
 
 Knows codes and text, never audio. Shapes: `B` batch, `P` patches, `p` frames in a patch,
 `K` codebooks, `F` frames, `D` width.
@@ -24,16 +24,18 @@ from torch import Tensor, nn
 
 import checkpoints
 import training
-from checkpoints import load_checkpoint
 from command import UserError
 from streamed import stream_weights
-from transformer import StreamingTransformer, TransformerConfig, TransformerState
+from transformer import StreamingTransformer, TransformerConfig
 
 PAD = 0  # text id of "no token in this patch"
-IGNORE = -100  # a label that is not known
+IGNORE = -100  # a label that is not known, a code that is not there
 MIN_TURN_PATCHES = 50  # turns without word times: a window has room for one in as many patches
 MAX_TURN_PATCHES, MAX_TURN_TOKENS = 500, 128  # longer ones are not learnt from
-MAX_AGE = 31  # patches since the last token, beyond which it is just long ago
+MAX_AGE = 31  # patches since the last token; more are counted as this many
+
+
+# ------------------------------------------------------------------- configs and what goes in, out
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,10 @@ class S2SConfig:
     depth_layers: int = 2
     depth_heads: int = 4
     code_dim: int = 64  # width of the factorised code tables
-    # Of a token against a PAD in the loss, and so in the odds learnt; 1: none, or not known.
-    text_weight: float = 1.0
-    eagerness: float = 0.0  # dB on the odds of speaking, where `Sampling` names none
-    hear_self: bool = True  # whether the agent's own last codes are heard, or its words alone
-    phones: tuple[str, ...] = ()  # what the listening head names; phones[0] is silence
+    text_weight: float = 1.0  # of a token against PAD in the loss, and so in the odds learnt
+    eagerness: float = 0.0  # dB on the odds of speaking, where `Sampling` gives none
+    hear_self: bool = True  # whether the agent's own last codes are an input, beside its text
+    phones: tuple[str, ...] = ()  # classes of the phone head; phones[0] is silence
     listen_delay: int = 2  # patches by which the heads for phones and words follow the user
     languages: tuple[str, ...] = ("english", "hindi", "telugu")
     emotions: tuple[str, ...] = (
@@ -86,7 +87,7 @@ class S2SConfig:
 
     @classmethod
     def base(cls, **changes) -> S2SConfig:
-        """About 350M parameters, for one H200: 30 s attended to, windows of 45 s in training."""
+        """About 350M parameters, for one H200: a context of 30 s, trained on windows of 45 s."""
         sizes = {
             "vocab_size": 32_000, "dim": 1024, "num_layers": 20, "num_heads": 16, "context": 750,
             "depth_dim": 512, "depth_layers": 6, "depth_heads": 8, "code_dim": 128,
@@ -115,17 +116,25 @@ class S2SConfig:
         return [[(f, 0)] for f in frames] + [[(f, k) for f in frames] for k in levels[1:]]
 
 
+def s2s_config(stored: dict, path: str | Path) -> S2SConfig:
+    """The config of a checkpoint's `config.json`. Raises UserError for another kind of model."""
+    return checkpoints.config_of(S2SConfig, "s2s", stored, path)
+
+
+def stored_config(config: S2SConfig) -> dict:
+    """What goes into `config.json`."""
+    return checkpoints.stored_config("s2s", config)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How text and codes are drawn; a temperature of 0 takes the likeliest.
 
-    `speak_temperature` is that of the choice between a word and silence, which comes first. At 0
-    the agent begins when beginning is likelier than waiting, which keeps it from answering into a
-    pause: gaps of 80 to 240 ms, evenly spread, make beginning likelier than not at 200 ms.
-    `eagerness` is added to the odds of a word against silence, in decibels: 10 makes them ten
-    times what the conversations showed, 0 leaves them as they were; None is the model's own. Where
-    a reply may begin in any of n patches, none of them is likelier than 1 in n: at 0 dB and a
-    `speak_temperature` of 0 it waits for the last, and misses it where the end was in doubt.
+    `speak_temperature` is that of the choice between a token and PAD, which comes first: at 0 the
+    agent begins when beginning is likelier than waiting. `eagerness` is added to the odds of a
+    token against PAD, in decibels (10: ten times those of the training data); None: the config's.
+    Where a reply may begin in any of n patches, none of them is likelier than 1 in n: at 0 dB the
+    agent waits for the last, and misses it where the end of the turn was in doubt.
     """
 
     temperature: float = 0.3
@@ -145,25 +154,24 @@ class Sampling:
 
 @dataclass
 class Batch:
-    """What the LM is trained on; unknown labels are -100.
+    """What the LM is trained on; labels that are unknown and codes that are missing: `IGNORE`.
 
-    `user_codes`, `agent_codes` `[B, P, p, K]` int64 (`IGNORE` where there is none), `said` the
-    agent's codes as it remembers them, `text` `[B, P]` (`PAD` or a token), `agent_emotion` `[B, P]`
-    and `language` `[B]` as inputs (0: not told), `depth_patches` `[B, n]` the places of the patches
-    whose codes are learnt, and the labels: `user_speaking`, `turn_end`, `user_emotion`,
-    `language_label` `[B, P]`, `user_words` `[B, P]` (`PAD` or a token of a word that has ended),
-    `user_phones` `[B, P, p]`.
+    Inputs: `user_codes`, `agent_codes` `[B, P, p, K]` int64, `agent_past` (the agent's codes as
+    its past, corrupted), `text` `[B, P]` (`PAD` or a token), `agent_emotion` `[B, P]`, `language`
+    `[B]` (0: not given), `depth_patches` `[B, n]` (places of the patches whose codes are learnt).
+    Labels: `user_speaking`, `turn_end`, `user_emotion`, `language_label` `[B, P]`, `user_words`
+    `[B, P]` (`PAD` or a token of a word that has ended), `user_phones` `[B, P, p]`.
 
-    Turns of the user whose words have no times, at most `M` a window: `untimed_first` `[B, M]`
-    their first patches, `untimed_tokens` `[B, M, S]` what is said, `untimed_labels` `[B, M, S]`
-    from 1 on which of these each is (a repeated one: its first place), 0 behind them,
-    `untimed_patches` `[B, M]` their lengths; and on the host, `B * M` each, those lengths again and
-    how many tokens there are, as `untimed_lengths`.
+    The user's turns without word times, at most `M` a window: `untimed_first` `[B, M]` their first
+    patches, `untimed_tokens` `[B, M, S]` their text, `untimed_labels` `[B, M, S]` from 1 on which
+    of these each is (a repeated one: its first place), 0 behind them, `untimed_patches` `[B, M]`
+    their lengths; and on the host, `B * M` each, the lengths and the numbers of tokens:
+    `untimed_lengths`.
     """
 
     user_codes: Tensor
     agent_codes: Tensor
-    said: Tensor
+    agent_past: Tensor
     text: Tensor
     agent_emotion: Tensor
     language: Tensor
@@ -188,19 +196,18 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        tensors = {n: change(v) for n, v in fields.items() if isinstance(v, Tensor)}
-        return dataclasses.replace(self, **tensors)
+        fields = vars(self).items()
+        changed = {name: change(value) for name, value in fields if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changed)
 
 
 @dataclass
 class StepOutput:
-    """One patch of one tick, for every slot.
+    """One patch of one tick, for every slot: `agent_codes` `[B, K, p]`, `text` `[B]`.
 
-    `agent_codes` `[B, K, p]`, `text` `[B]`; what is heard of the user: `user_speaking`, `turn_end`
-    `[B]` and `user_emotion` `[B, 8]`, `language` `[B, 3]` as probabilities, `user_words` `[B]` the
-    likeliest token of a word that ended `listen_delay` patches ago, or `PAD`, `user_phones`
-    `[B, p, n]` logits of the phones of then.
+    Of the user, as probabilities: `user_speaking`, `turn_end` `[B]`, `user_emotion` `[B, 8]`,
+    `language` `[B, 3]`; and `listen_delay` patches late: `user_words` `[B]`, the likeliest token
+    of a word that has ended, or `PAD`, `user_phones` `[B, p, n]` logits.
     """
 
     agent_codes: Tensor
@@ -214,23 +221,22 @@ class StepOutput:
 
 
 class S2SState:
-    """A call's state: the temporal cache and what the agent said last, one row a slot, in place.
+    """The state of `B` calls, a row each, changed in place: caches and what was written last.
 
-    `agent` `[B, p, K]` its last patch, `text` `[B]` its last token that is not `PAD`, `age` `[B]`
-    the patches since then.
+    `agent` `[B, p, K]` the agent's last patch, `text` `[B]` its last token that is not `PAD`, `age`
+    `[B]` the patches since then, `delayed` `[B, acoustic_delay]` semantic codes that wait for the
+    acoustic ones of their frame.
     """
 
     def __init__(self, model: S2S, batch_size: int, seed: int) -> None:
         c, device = model.config, model.text_embedding.weight.device
-        self.temporal: TransformerState = model.temporal.init_state(batch_size, max_chunk=1)
-        self.depth: TransformerState = model.depth.init_state(batch_size, max_chunk=1)
+        self.temporal = model.temporal.init_state(batch_size, max_chunk=1)
+        self.depth = model.depth.init_state(batch_size, max_chunk=1)
         self.depth_plans = model.depth.plans(self.depth, len(model.schedule))
-        self.agent = torch.full(
-            (batch_size, c.frames_per_step, c.num_codebooks), IGNORE, device=device
-        )
+        patch = (batch_size, c.frames_per_step, c.num_codebooks)
+        self.agent = torch.full(patch, IGNORE, device=device)
         self.text = torch.full((batch_size,), PAD, device=device)
         self.age = torch.full((batch_size,), MAX_AGE, device=device)
-        # Semantic codes that wait for the acoustic ones of their frame.
         self.delayed = torch.full((batch_size, c.acoustic_delay), IGNORE, device=device)
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -238,19 +244,22 @@ class S2SState:
         """Starts the slots where `mask` `[B]` bool is true anew (all of them if None)."""
         self.temporal.reset(mask)
         self.depth.reset(mask)
-        everyone = torch.ones_like(self.text, dtype=torch.bool)
-        mask = everyone if mask is None else mask
+        if mask is None:
+            mask = torch.ones_like(self.text, dtype=torch.bool)
         self.agent.masked_fill_(mask[:, None, None], IGNORE)
         self.text.masked_fill_(mask, PAD)
         self.age.masked_fill_(mask, MAX_AGE)
         self.delayed.masked_fill_(mask[:, None], IGNORE)
 
 
+# --------------------------------------------------------------------------------------- the model
+
+
 class CodeTables(nn.Module):
     """A narrow table a codebook: codes `[..., K]` → `[..., K, d]`.
 
-    One set for both speakers and for the depth transformer: a code sounds the same whoever says
-    it. The last row of each table stands for "no code".
+    One set for both speakers and for the depth transformer. The last row of each table stands for
+    "no code".
     """
 
     def __init__(self, config: S2SConfig) -> None:
@@ -268,10 +277,10 @@ class CodeTables(nn.Module):
 
     @torch.no_grad()
     def start_from(self, codebooks: Sequence[Tensor]) -> None:
-        """Starts from the codec's own vectors: neighbouring codes sound alike from step 1 on.
+        """Starts from the codec's own vectors `[n, width]` of each level, normalised.
 
-        Narrower vectors leave the table's last columns at zero; of wider ones those directions are
-        kept in which they differ most. Distances stay, but for what these directions hold.
+        Narrower vectors leave the table's last columns at zero; wider ones are projected on the
+        principal directions, which keep the distances best.
         """
         for table, vectors in zip(self.tables, codebooks, strict=False):
             spread = vectors.float().std().clamp(min=1e-5)
@@ -288,22 +297,17 @@ class DepthHeads(nn.Module):
 
     def __init__(self, config: S2SConfig) -> None:
         super().__init__()
-        schedule = config.depth_schedule()
-        self.schedule = schedule
+        self.schedule, width = config.depth_schedule(), config.code_dim
         self.project = nn.ModuleList(
-            nn.Linear(config.depth_dim, len(places) * config.code_dim) for places in schedule
+            nn.Linear(config.depth_dim, len(places) * width) for places in self.schedule
         )
-        self.tables = nn.ModuleList(
-            nn.Linear(config.code_dim, size) for size in config.codebook_sizes
-        )
+        self.tables = nn.ModuleList(nn.Linear(width, size) for size in config.codebook_sizes)
 
     def forward(self, hidden: Tensor, step: int) -> list[Tensor]:
         """`[N, depth_dim]` → logits `[N, size]` for each place of the step."""
-        parts = self.project[step](hidden).chunk(len(self.schedule[step]), dim=-1)
-        return [
-            self.tables[level](part)
-            for (_, level), part in zip(self.schedule[step], parts, strict=True)
-        ]
+        places = self.schedule[step]
+        parts = self.project[step](hidden).chunk(len(places), dim=-1)
+        return [self.tables[k](part) for (_, k), part in zip(places, parts, strict=True)]
 
 
 class S2S(nn.Module):
@@ -316,16 +320,13 @@ class S2S(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.text_embedding = nn.Embedding(c.vocab_size, c.dim)
         self.age_embedding = nn.Embedding(MAX_AGE + 1, c.dim)
-        # A projection of the concatenated codes is one of its own for every frame slot and level,
-        # so that the order of frames is heard.
+        # Codes of a patch are concatenated: every frame and level has weights of its own.
         self.code_tables = CodeTables(c)
         patch_width = c.frames_per_step * c.num_codebooks * c.code_dim
-        self.agent_projection = (
-            nn.Linear(patch_width, c.dim, bias=False) if c.hear_self else None
-        )
+        self.agent_projection = nn.Linear(patch_width, c.dim, bias=False) if c.hear_self else None
         self.user_projection = nn.Linear(patch_width, c.dim, bias=False)
-        self.emotion_embedding = nn.Embedding(len(c.emotions) + 1, c.dim)  # 0: not told
-        self.language_embedding = nn.Embedding(len(c.languages) + 1, c.dim)  # 0: not told
+        self.emotion_embedding = nn.Embedding(len(c.emotions) + 1, c.dim)  # 0: not given
+        self.language_embedding = nn.Embedding(len(c.languages) + 1, c.dim)  # 0: not given
         self.temporal = StreamingTransformer(
             TransformerConfig(c.dim, c.num_layers, c.num_heads, c.context, dropout=c.dropout)
         )
@@ -338,8 +339,7 @@ class S2S(nn.Module):
             "user_phones": c.frames_per_step * max(1, len(c.phones)),
         }
         self.heads = nn.ModuleDict({name: nn.Linear(c.dim, size) for name, size in heads.items()})
-        # What the user says is read with the same vocabulary as what the agent says.
-        self.words_projection = nn.Linear(c.dim, c.dim)
+        self.words_projection = nn.Linear(c.dim, c.dim)  # the user's words, by the text head
         self.schedule = c.depth_schedule()
         self.depth_text = nn.Embedding(c.vocab_size, c.depth_dim)
         self.depth_context = nn.ModuleList(nn.Linear(c.dim, c.depth_dim) for _ in self.schedule)
@@ -351,9 +351,6 @@ class S2S(nn.Module):
             TransformerConfig(c.depth_dim, c.depth_layers, c.depth_heads, len(self.schedule))
         )
         self.depth_heads = DepthHeads(c)
-        self._initialise()
-
-    def _initialise(self) -> None:
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.5 if "tables" in name else 0.1)
@@ -370,7 +367,7 @@ class S2S(nn.Module):
         Raises:
             UserError: nothing complete there, or not a dialogue LM.
         """
-        checkpoint = load_checkpoint(path, with_trainer=False)
+        checkpoint = checkpoints.load_checkpoint(path, with_trainer=False)
         model = cls(s2s_config(checkpoint.config, path))
         model.load_tensors(checkpoint.tensors, path)
         if checkpoint.tokenizer is None:
@@ -390,12 +387,8 @@ class S2S(nn.Module):
     # -- training ------------------------------------------------------------------------------
 
     def _temporal_input(self, text, age, agent, user, emotion, language) -> Tensor:
-        """Sum of embeddings: last token said and its age `[B, P]`, last agent patch and this user
-        patch `[B, P, p, K]`, emotion `[B, P]`, language `[B]` → `[B, P, D]`.
-
-        The last token, not the last patch's (mostly `PAD`): where the agent is in its sentence
-        must not hang on how well it hears its own voice.
-        """
+        """Sum of embeddings: last token that is not `PAD` and its age `[B, P]`, last agent patch
+        and this user patch `[B, P, p, K]`, emotion `[B, P]`, language `[B]` → `[B, P, D]`."""
         x = self.user_projection(self.code_tables(user).flatten(-3))
         if self.agent_projection is not None:
             x = x + self.agent_projection(self.code_tables(agent).flatten(-3))
@@ -404,15 +397,13 @@ class S2S(nn.Module):
 
     def hidden(self, batch: Batch) -> Tensor:
         """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t."""
-        agent = F.pad(batch.said[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
+        agent = F.pad(batch.agent_past[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
         text, age = last_tokens(F.pad(batch.text[:, :-1], (1, 0), value=PAD))
-        emotion, language = batch.agent_emotion, batch.language
-        return self.temporal(
-            self._temporal_input(text, age, agent, batch.user_codes, emotion, language)
-        )
+        inputs = text, age, agent, batch.user_codes, batch.agent_emotion, batch.language
+        return self.temporal(self._temporal_input(*inputs))
 
-    def listen(self, hidden: Tensor) -> dict[str, Tensor]:
-        """Logits of the heads, `[B, P, n]`; `user_phones` `[B, P, p, n]`."""
+    def head_logits(self, hidden: Tensor) -> dict[str, Tensor]:
+        """Logits of the heads on the user, `[B, P, n]`; `user_phones` `[B, P, p, n]`."""
         logits = {name: head(hidden) for name, head in self.heads.items()}
         phones = logits["user_phones"].unflatten(-1, (self.config.frames_per_step, -1))
         words = self.text_head(self.words_projection(hidden))
@@ -427,20 +418,21 @@ class S2S(nn.Module):
         Returns:
             per depth step, per place of `depth_schedule`, logits `[N, size]`.
         """
-        codes = codes.clamp(min=0)
-        inputs = []
-        for step in range(len(self.schedule)):
-            x = self.depth_context[step](hidden) + self.depth_text(text)
-            if step:
-                x = x + self._depth_codes(codes, step - 1)
-            inputs.append(x)
+        codes, said = codes.clamp(min=0), self.depth_text(text)
+        steps = range(len(self.schedule))
+        inputs = [self._depth_input(hidden, said, codes, step) for step in steps]
         out = self.depth(torch.stack(inputs, dim=1))  # [N, steps, depth_dim]
-        return [self.depth_heads(out[:, step], step) for step in range(len(self.schedule))]
+        return [self.depth_heads(out[:, step], step) for step in steps]
 
-    def _depth_codes(self, codes: Tensor, step: int) -> Tensor:
-        """Embeds the codes `[N, p, K]` that depth step `step` wrote → `[N, depth_dim]`."""
-        parts = [self.code_tables.level(codes[:, f, k], k) for f, k in self.schedule[step]]
-        return self.depth_input[step](torch.cat(parts, dim=-1))
+    def _depth_input(self, hidden: Tensor, said: Tensor, codes: Tensor, step: int) -> Tensor:
+        """`[N, depth_dim]`: the temporal state `[N, D]`, the embedded text `[N, depth_dim]` and
+        what step `step` - 1 wrote of the codes `[N, p, K]`."""
+        x = self.depth_context[step](hidden) + said
+        if step == 0:
+            return x
+        places = self.schedule[step - 1]
+        parts = [self.code_tables.level(codes[:, f, k], k) for f, k in places]
+        return x + self.depth_input[step - 1](torch.cat(parts, dim=-1))
 
     def losses(
         self, batch: Batch, speak: bool = True, split: int | None = None
@@ -451,16 +443,16 @@ class S2S(nn.Module):
 
         Args:
             speak: whether the codes of `batch.depth_patches` are learnt too.
-            split: where given, metrics tell the losses of the text and of the user's phones apart
-                for the patches before it (`_within`) and from it on (`_past`).
+            split: a patch: metrics also hold the losses of the text and of the user's phones before
+                it (`_within`) and from it on (`_past`).
         """
         hidden = self.hidden(batch)
-        logits = {**self.listen(hidden), "text": self.text_head(hidden)}
-        losses, metrics = listening_losses(logits, batch)
+        logits = {**self.head_logits(hidden), "text": self.text_head(hidden)}
+        losses, metrics = head_losses(logits, batch)
         for name, labels in (("text", batch.text), ("user_words", batch.user_words)):
             losses[name] = token_loss(logits[name], labels, self.config.text_weight)
-            spoken = torch.where(labels > PAD, labels, IGNORE)
-            metrics[f"{name}_accuracy"] = accuracy(logits[name], spoken)
+            tokens = torch.where(labels > PAD, labels, IGNORE)
+            metrics[f"{name}_accuracy"] = accuracy(logits[name], tokens)
         losses["user_text"] = untimed_words_loss(logits["user_words"], batch)
         if split is not None:
             for name, part in (("within", slice(split)), ("past", slice(split, None))):
@@ -498,17 +490,16 @@ class S2S(nn.Module):
         forced_text: Tensor | None = None,
         timer: Callable[[str], None] | None = None,
     ) -> StepOutput:
-        """Hears a patch of the user and writes the agent's patch of the same tick.
+        """Reads a patch of the user and writes the agent's patch of the same tick.
 
         Args:
             user_codes: `[B, K, p]` int64. active: `[B]` bool, slots that take part.
-            emotion: `[B]`, 0 not told, else 1 + index into `config.emotions`; language: `[B]`,
-                0 not told, else 1 + index into `config.languages`.
+            emotion, language: `[B]`, 0 not given, else 1 + index into the config's names.
             forced: `[B]` bool, slots whose agent patch and text are given, not drawn.
             forced_agent_codes: `[B, K, p]`, forced_text: `[B]`, with `forced`.
             timer: called with "temporal" and "depth" when that stage is done.
         """
-        sampling = sampling or Sampling()
+        sampling, c = sampling or Sampling(), self.config
         none = torch.zeros_like(state.text)
         x = self._temporal_input(
             state.text[:, None],
@@ -519,16 +510,14 @@ class S2S(nn.Module):
             none if language is None else language,
         )
         hidden = self.temporal.step(x, state.temporal, active)[:, 0]
-        listened = self.listen(hidden[:, None])
-        weight = self.config.text_weight
-        text = draw_text(
-            self.text_head(hidden), sampling, state.generator, weight, self.config.eagerness
-        )
+        heads = {name: logits[:, 0] for name, logits in self.head_logits(hidden[:, None]).items()}
+        logits = self.text_head(hidden)
+        text = draw_text(logits, sampling, state.generator, c.text_weight, c.eagerness)
         if forced is not None:
             text = torch.where(forced, forced_text, text)
         if timer:
             timer("temporal")
-        codes = self._write_patch(hidden, text, state, sampling)
+        codes = self._draw_codes(hidden, text, state, sampling)
         if forced is not None:
             given = forced_agent_codes.transpose(1, 2)
             codes = torch.where(forced[:, None, None], given, codes)
@@ -537,29 +526,26 @@ class S2S(nn.Module):
         return StepOutput(
             agent_codes=self._advance(state, codes, text, active).transpose(1, 2),
             text=text,
-            user_speaking=listened["user_speaking"][:, 0, 0].sigmoid(),
-            turn_end=listened["turn_end"][:, 0, 0].sigmoid(),
-            user_emotion=listened["user_emotion"][:, 0].softmax(-1),
-            language=listened["language"][:, 0].softmax(-1),
-            user_words=listened["user_words"][:, 0].argmax(-1),
-            user_phones=listened["user_phones"][:, 0],
+            user_speaking=heads["user_speaking"][:, 0].sigmoid(),
+            turn_end=heads["turn_end"][:, 0].sigmoid(),
+            user_emotion=heads["user_emotion"].softmax(-1),
+            language=heads["language"].softmax(-1),
+            user_words=heads["user_words"].argmax(-1),
+            user_phones=heads["user_phones"],
         )
 
-    def _write_patch(self, hidden, text, state: S2SState, sampling: Sampling) -> Tensor:
+    def _draw_codes(self, hidden, text, state: S2SState, sampling: Sampling) -> Tensor:
         """The depth transformer's steps: codes `[B, p, K]`, each drawn given those before."""
-        codes = torch.zeros_like(state.agent)
-        told = self.depth_text(text)
+        codes, said = torch.zeros_like(state.agent), self.depth_text(text)
         for step, places in enumerate(self.schedule):
-            x = self.depth_context[step](hidden) + told
-            if step:
-                x = x + self._depth_codes(codes, step - 1)
-            out = self.depth.step_by(x[:, None], state.depth, state.depth_plans[step])[:, 0]
+            x = self._depth_input(hidden, said, codes, step)[:, None]
+            out = self.depth.step_by(x, state.depth, state.depth_plans[step])[:, 0]
             for (f, k), logits in zip(places, self.depth_heads(out, step), strict=True):
                 codes[:, f, k] = draw(logits, sampling.temperature, sampling.top_k, state.generator)
         return codes
 
     def _advance(self, state: S2SState, codes: Tensor, text: Tensor, active) -> Tensor:
-        """Keeps the patch for the next step; returns it with semantic and acoustic aligned."""
+        """Stores the patch for the next step; returns it with semantic and acoustic aligned."""
         semantic = torch.cat((state.delayed, codes[:, :, 0]), dim=1)
         aligned = codes.clone()
         aligned[:, :, 0] = semantic[:, : codes.shape[1]].clamp(min=0)
@@ -578,24 +564,29 @@ class S2S(nn.Module):
         return aligned
 
 
+# ---------------------------------------------------------------------------------------- sampling
+
+
 def draw_text(
-    logits: Tensor, sampling: Sampling, generator: torch.Generator, text_weight: float = 1.0,
+    logits: Tensor,
+    sampling: Sampling,
+    generator: torch.Generator,
+    text_weight: float = 1.0,
     eagerness: float = 0.0,
 ) -> Tensor:
-    """PAD or a token for each row of `[B, V]`: whether to speak first, then what to say.
+    """PAD or a token for each row of `[B, V]`: first whether to speak, then what to say.
 
-    Drawn at once, a low temperature favours silence whenever several replies are possible: each of
-    them alone is less likely than PAD, though all of them together are not. A loss that weights
-    tokens by `text_weight` teaches odds so many times too high: they are brought back first.
-    `eagerness`, in decibels, is the model's, where `sampling` names none.
+    In one draw a low temperature would favour PAD wherever several replies are possible: each of
+    them is less likely than PAD, all of them together are not. `text_weight`, that of the loss, is
+    taken off the odds again; `eagerness` (dB) counts where `sampling` gives none.
     """
     if sampling.eagerness is not None:
         eagerness = sampling.eagerness
-    words = logits[:, PAD + 1 :]  # PAD comes first
-    odds = words.logsumexp(1) - math.log(text_weight) + eagerness * math.log(10) / 10
-    silent_or_not = torch.stack((logits[:, PAD], odds), dim=1)
-    speaks = draw(silent_or_not, sampling.speak_temperature, 2, generator)
-    token = draw(words, sampling.text_temperature, sampling.text_top_k, generator)
+    tokens = logits[:, PAD + 1 :]  # PAD comes first
+    odds = tokens.logsumexp(1) - math.log(text_weight) + eagerness * math.log(10) / 10
+    pad_or_token = torch.stack((logits[:, PAD], odds), dim=1)
+    speaks = draw(pad_or_token, sampling.speak_temperature, 2, generator)
+    token = draw(tokens, sampling.text_temperature, sampling.text_top_k, generator)
     return torch.where(speaks == 1, token + PAD + 1, PAD)
 
 
@@ -612,15 +603,17 @@ def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Genera
     return indices.gather(-1, chosen)[:, 0]
 
 
+# ------------------------------------------------------------------------------------------ losses
+
+
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     """Share of known labels hit; logits `[..., n]`, labels `[...]`; nan where none is known."""
     return (logits.argmax(-1) == labels).sum() / (labels != IGNORE).sum()
 
 
 def over_ranks(count: Tensor) -> Tensor:
-    """What a sum is divided by, so that the mean over all ranks of their losses is that of the
-    whole batch, however labels fall among them. Without gradients (validation, which the main rank
-    does alone) it is the count itself. Never zero."""
+    """The divisor of a sum over a rank's labels with which the mean of all ranks' losses is that of
+    the whole batch. Without gradients (validation, by the main rank alone): `count`. Never zero."""
     count = count.float()
     return (training.all_reduce_mean(count) if torch.is_grad_enabled() else count).clamp(min=1e-6)
 
@@ -643,41 +636,15 @@ def token_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
     return (raw * counted.flatten()).sum() / over_ranks(counted.sum())
 
 
-def untimed_turns(turn: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """What `untimed_words_loss` needs of a window's turns without word times; for the host.
-
-    turn `[P]`: 0, or the number of the turn that a patch lies in; text `[P]`: a turn's tokens from
-    its first patch on, then PAD. Turns that touch an edge of the window may be cut, and are left
-    out, as are those that are too long. Fields `untimed_*` as in `Batch`, always of one shape.
-    """
-    room = max(1, len(turn) // MIN_TURN_PATCHES)
-    first, patches = torch.zeros(room, dtype=torch.long), torch.ones(room, dtype=torch.long)
-    counts = torch.zeros(room, dtype=torch.long)
-    tokens, labels = (torch.zeros(room, MAX_TURN_TOKENS, dtype=torch.long) for _ in range(2))
-    row, edges = 0, {0, int(turn[0]), int(turn[-1])}
-    for number in sorted(set(turn.tolist()) - edges):
-        places = (turn == number).nonzero()[:, 0]
-        said = [token for token in text[places].tolist() if token != PAD]
-        if row == room or len(places) > MAX_TURN_PATCHES or len(said) > MAX_TURN_TOKENS:
-            continue
-        first[row], patches[row], counts[row] = places[0], len(places), len(said)
-        tokens[row, : len(said)] = torch.tensor(said)
-        # CTC must know which ones are the same.
-        labels[row, : len(said)] = torch.tensor([said.index(token) + 1 for token in said])
-        row += 1
-    found = {"first": first, "tokens": tokens, "labels": labels, "patches": patches}
-    return {f"untimed_{name}": value for name, value in {**found, "counts": counts}.items()}
-
-
 def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """CTC (Graves et al. 2006) of what was said in each turn, PAD as its blank, per token.
+    """CTC (Graves et al. 2006) of the text of each turn without word times, PAD as its blank, per
+    token.
 
-    `logits` `[B, P, V]`; `untimed_*` of `batch`. Zero (with a gradient of zero) where no turn is
-    told. Of the vocabulary only the blank and each turn's own tokens are looked at.
+    `logits` `[B, P, V]`; `untimed_*` of `batch`. Zero (with a gradient of zero) where there is no
+    such turn. Of the vocabulary only the blank and each turn's own tokens are looked at.
     """
     counts = (batch.untimed_labels.flatten(0, 1) > 0).sum(-1)
-    told = counts > 0
-    turns = over_ranks(told.sum())
+    turns = over_ranks((counts > 0).sum())
     if not any(batch.untimed_lengths[1]):
         return logits[:1, :1, :1].sum() * 0.0
     size, length, vocabulary = logits.shape
@@ -696,27 +663,17 @@ def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
         reduction="none",
         zero_infinity=True,
     )
-    # Its gradient counts on probabilities of all classes, which add up to 1, and holds them too.
+    # torch's gradient takes the classes for all there are, and adds their probabilities to it.
     inside = (span < batch.untimed_patches[..., None]) & (raw > 0).view(size, -1, 1)
     surplus = torch.where(inside[..., None], chosen.exp(), 0.0).sum((-1, -2)).flatten()
     raw = raw - surplus + surplus.detach()
-    return torch.where(told, raw / counts.clamp(min=1), 0.0).sum() / turns
+    return torch.where(counts > 0, raw / counts.clamp(min=1), 0.0).sum() / turns
 
 
-def last_tokens(text: Tensor) -> tuple[Tensor, Tensor]:
-    """For each patch of `[B, P]` the last token up to it (`PAD` before the first), and the
-    patches since it, at most `MAX_AGE`."""
-    places = torch.arange(text.shape[1], device=text.device)
-    last = torch.where(text != PAD, places, -1).cummax(dim=1).values
-    held = torch.where(last < 0, PAD, text.gather(1, last.clamp(min=0)))
-    age = torch.where(last < 0, MAX_AGE, (places - last).clamp(max=MAX_AGE))
-    return held, age
-
-
-def listening_losses(
+def head_losses(
     logits: dict[str, Tensor], batch: Batch
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and accuracies of the heads on what the user says."""
+    """Losses and accuracies of the heads on the user, but for the words."""
     losses, metrics = {}, {}
     for name in ("user_speaking", "turn_end"):
         labels, scores = getattr(batch, name), logits[name][..., 0].float()
@@ -743,67 +700,48 @@ def depth_losses(depth: list[list[Tensor]], schedule, targets: Tensor) -> dict[s
     return {name: torch.stack(values).mean() for name, values in parts.items()}
 
 
-def corrupt(
-    codes: Tensor,
-    generator: torch.Generator,
-    acoustic: float,
-    frames: float,
-    everything: float = 0.0,
-) -> Tensor:
-    """Codes `[B, P, p, K]` with parts gone, so that unheard voices and rooms make sense.
+# -------------------------------------------------------------------------------- text of training
 
-    With probability `acoustic` a sequence keeps only its first few levels (at least the semantic
-    one), with probability `everything` it keeps none; each frame loses all its codes with
-    probability `frames`.
+
+def last_tokens(text: Tensor) -> tuple[Tensor, Tensor]:
+    """For each patch of `[B, P]` the last token up to it (`PAD` before the first), and the
+    patches since it, at most `MAX_AGE`."""
+    places = torch.arange(text.shape[1], device=text.device)
+    last = torch.where(text != PAD, places, -1).cummax(dim=1).values
+    token = torch.where(last < 0, PAD, text.gather(1, last.clamp(min=0)))
+    age = torch.where(last < 0, MAX_AGE, (places - last).clamp(max=MAX_AGE))
+    return token, age
+
+
+def untimed_turns(turn: Tensor, text: Tensor) -> dict[str, Tensor]:
+    """The fields `untimed_*` of `Batch` for one window, always of one shape.
+
+    turn `[P]`: 0, or the number of the turn that a patch lies in; text `[P]`: a turn's tokens from
+    its first patch on, then PAD. Turns that touch an edge of the window may be cut, and are left
+    out, as are those that are too long.
     """
-    batch, _, _, levels = codes.shape
-    keep = torch.randint(1, levels + 1, (batch,), generator=generator)
-    dropped = torch.rand(batch, generator=generator) < acoustic
-    keep = torch.where(dropped, keep, levels)
-    deaf = torch.rand(batch, generator=generator) < everything
-    keep = torch.where(deaf, 0, keep).to(codes.device)
-    gone = torch.arange(levels, device=codes.device) >= keep[:, None]
-    lost = torch.rand(codes.shape[:3], generator=generator).to(codes.device) < frames
-    return codes.masked_fill(gone[:, None, None] | lost[..., None], IGNORE)
-
-
-def code_neighbours(codebooks: Sequence[Tensor], count: int = 8) -> Tensor:
-    """The nearest other codes of each, nearest first: codebooks `[n, d]` → `[K, n, count]`.
-
-    Codebooks smaller than the largest are filled up with code 0.
-    """
-    size = max(len(book) for book in codebooks)
-    table = torch.zeros(len(codebooks), size, count, dtype=torch.long)
-    for k, book in enumerate(codebooks):
-        near = torch.cdist(book.float(), book.float()).fill_diagonal_(float("inf"))
-        near = near.topk(min(count, len(book) - 1), largest=False).indices
-        table[k, : len(book)] = near[:, torch.arange(count) % near.shape[1]]
-    return table
-
-
-def blur(codes: Tensor, neighbours: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Codes `[..., K]` of which a `share` is replaced by one of its neighbours `[K, n, count]`.
-
-    As the same sound in another voice would be heard.
-    """
-    hit = torch.rand(codes.shape, generator=generator).to(codes.device) < share
-    which = torch.randint(neighbours.shape[-1], codes.shape, generator=generator)
-    levels = torch.arange(codes.shape[-1], device=codes.device)
-    others = neighbours[levels, codes.clamp(min=0), which.to(codes.device)]
-    return torch.where(hit & (codes >= 0), others, codes)
-
-
-def delay_acoustic(codes: Tensor, delay: int) -> Tensor:
-    """Frames `[F, K]` with the acoustic levels `delay` frames later; `IGNORE` fills the gap."""
-    if delay == 0:
-        return codes
-    acoustic = F.pad(codes[:, 1:], (0, 0, delay, 0), value=IGNORE)[: len(codes)]
-    return torch.cat((codes[:, :1], acoustic), dim=1)
+    room = max(1, len(turn) // MIN_TURN_PATCHES)
+    first, patches = torch.zeros(room, dtype=torch.long), torch.ones(room, dtype=torch.long)
+    counts = torch.zeros(room, dtype=torch.long)
+    tokens, labels = (torch.zeros(room, MAX_TURN_TOKENS, dtype=torch.long) for _ in range(2))
+    row, edges = 0, {0, int(turn[0]), int(turn[-1])}
+    for number in sorted(set(turn.tolist()) - edges):
+        places = (turn == number).nonzero()[:, 0]
+        spoken = [token for token in text[places].tolist() if token != PAD]
+        if row == room or len(places) > MAX_TURN_PATCHES or len(spoken) > MAX_TURN_TOKENS:
+            continue
+        first[row], patches[row], counts[row] = places[0], len(places), len(spoken)
+        tokens[row, : len(spoken)] = torch.tensor(spoken)
+        # Equal tokens have equal labels: CTC keeps a blank between neighbours that are.
+        labels[row, : len(spoken)] = torch.tensor([spoken.index(token) + 1 for token in spoken])
+        row += 1
+    found = {"first": first, "tokens": tokens, "labels": labels, "patches": patches}
+    return {f"untimed_{name}": value for name, value in {**found, "counts": counts}.items()}
 
 
 @dataclass
 class TextStream:
-    """The agent's words as at most one token a patch; `overflow` counts tokens without a place."""
+    """Words as at most one token a patch; `overflow` counts tokens without a place."""
 
     num_patches: int
     patch_rate: float
@@ -820,12 +758,10 @@ class TextStream:
         Returns the patch of the first one.
         """
         first = self._free = max(self._free, int(seconds * self.patch_rate + 1e-6))
-        for token in tokens:
-            if self._free >= self.num_patches:
-                self.overflow += 1
-                continue
-            self.tokens[self._free] = token
-            self._free += 1
+        placed = tokens[: max(0, self.num_patches - first)]
+        self.tokens[first : first + len(placed)] = placed
+        self._free += len(placed)
+        self.overflow += len(tokens) - len(placed)
         return first
 
 
@@ -846,11 +782,57 @@ def add_turn(stream: TextStream, tokenizer: Tokenizer, turn: dict) -> int:
     return places[min(1, len(words))]
 
 
-def s2s_config(stored: dict, path: str | Path) -> S2SConfig:
-    """The config of a checkpoint's `config.json`. Raises UserError for another kind of model."""
-    return checkpoints.config_of(S2SConfig, "s2s", stored, path)
+# ------------------------------------------------------------------------------- codes of training
 
 
-def stored_config(config: S2SConfig) -> dict:
-    """What goes into `config.json`."""
-    return checkpoints.stored_config("s2s", config)
+def corrupt(
+    codes: Tensor,
+    generator: torch.Generator,
+    acoustic: float,
+    frames: float,
+    everything: float = 0.0,
+) -> Tensor:
+    """Dropout of codes `[B, P, p, K]`, as new voices and rooms ask for.
+
+    With probability `acoustic` a sequence keeps only its first few levels (at least the semantic
+    one), with probability `everything` it keeps none; each frame loses all its codes with
+    probability `frames`.
+    """
+    batch, _, _, levels = codes.shape
+    keep = torch.randint(1, levels + 1, (batch,), generator=generator)
+    keep = torch.where(torch.rand(batch, generator=generator) < acoustic, keep, levels)
+    keep = torch.where(torch.rand(batch, generator=generator) < everything, 0, keep)
+    gone = torch.arange(levels, device=codes.device) >= keep.to(codes.device)[:, None]
+    lost = torch.rand(codes.shape[:3], generator=generator).to(codes.device) < frames
+    return codes.masked_fill(gone[:, None, None] | lost[..., None], IGNORE)
+
+
+def code_neighbours(codebooks: Sequence[Tensor], count: int = 8) -> Tensor:
+    """The nearest other codes of each, nearest first: codebooks `[n, d]` → `[K, n, count]`.
+
+    Codebooks smaller than the largest are filled up with code 0.
+    """
+    size = max(len(book) for book in codebooks)
+    table = torch.zeros(len(codebooks), size, count, dtype=torch.long)
+    for k, book in enumerate(codebooks):
+        near = torch.cdist(book.float(), book.float()).fill_diagonal_(float("inf"))
+        near = near.topk(min(count, len(book) - 1), largest=False).indices
+        table[k, : len(book)] = near[:, torch.arange(count) % near.shape[1]]
+    return table
+
+
+def blur(codes: Tensor, neighbours: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Codes `[..., K]` of which a `share` is replaced by one of its neighbours `[K, n, count]`."""
+    hit = torch.rand(codes.shape, generator=generator).to(codes.device) < share
+    which = torch.randint(neighbours.shape[-1], codes.shape, generator=generator)
+    levels = torch.arange(codes.shape[-1], device=codes.device)
+    others = neighbours[levels, codes.clamp(min=0), which.to(codes.device)]
+    return torch.where(hit & (codes >= 0), others, codes)
+
+
+def delay_acoustic(codes: Tensor, delay: int) -> Tensor:
+    """Frames `[F, K]` with the acoustic levels `delay` frames later; `IGNORE` fills the gap."""
+    if delay == 0:
+        return codes
+    acoustic = F.pad(codes[:, 1:], (0, 0, delay, 0), value=IGNORE)[: len(codes)]
+    return torch.cat((codes[:, :1], acoustic), dim=1)

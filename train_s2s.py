@@ -170,7 +170,7 @@ class Conversations(Dataset):
         window = self.window(rng)
         turns = window.pop("user_turn"), window.pop("user_text")
         window |= s2s.untimed_turns(*turns)
-        window |= {"said": window["agent_codes"], "depth_patches": torch.arange(self.patches)}
+        window |= {"agent_past": window["agent_codes"], "depth_patches": torch.arange(self.patches)}
         if self.neighbours is not None:
             self.disturb(window, rng)
         if rng.random() < self.args.emotion_drop:
@@ -189,9 +189,9 @@ class Conversations(Dataset):
         # Its own past codes too: what it says in a call is not what it was taught, and the words
         # must not follow a slip of the voice.
         said = s2s.corrupt(
-            window["said"][None], generator, args.agent_drop, args.agent_drop, args.agent_deaf
+            window["agent_past"][None], generator, args.agent_drop, args.agent_drop, args.agent_deaf
         )
-        window |= {"user_codes": heard[0], "said": said[0]}
+        window |= {"user_codes": heard[0], "agent_past": said[0]}
         odds = torch.where(window["agent_speaking"], 1.0, SILENT_SHARE)
         drawn = torch.rand(self.patches, generator=generator) ** (1 / odds)  # weighted, each once
         window["depth_patches"] = drawn.topk(self.depth_patches).indices.sort().values

@@ -85,7 +85,7 @@ def make_batch(config, batch=2, patches=9, seed=0) -> Batch:
     return Batch(
         user_codes=codes(batch, patches, p, seed=seed + 1),
         agent_codes=codes(batch, patches, p, seed=seed + 2),
-        said=codes(batch, patches, p, seed=seed + 2),
+        agent_past=codes(batch, patches, p, seed=seed + 2),
         text=torch.where(integers(2, batch, patches) > 0, text, PAD),
         agent_emotion=integers(9, batch, patches),
         language=integers(4, batch),
@@ -124,7 +124,7 @@ def heard(out) -> torch.Tensor:
 
 def heard_offline(model, batch) -> torch.Tensor:
     """The same from the offline pass, `[B, P, n]`."""
-    logits = model.listen(model.hidden(batch))
+    logits = model.head_logits(model.hidden(batch))
     flags = torch.cat((logits["user_speaking"], logits["turn_end"]), dim=-1).sigmoid()
     words = logits["user_words"].argmax(-1, keepdim=True).float()
     flags = torch.cat((flags, words), dim=-1)
@@ -160,7 +160,7 @@ def test_greedy_replies_are_the_likeliest_of_the_offline_pass(order, p):
     for patch in range(7):
         user = batch.user_codes[:, patch].transpose(1, 2)
         out = model.step(user, state, None, batch.agent_emotion[:, patch], batch.language, greedy)
-        batch.agent_codes[:, patch] = batch.said[:, patch] = out.agent_codes.transpose(1, 2)
+        batch.agent_codes[:, patch] = batch.agent_past[:, patch] = out.agent_codes.transpose(1, 2)
         batch.text[:, patch] = out.text
     hidden = model.hidden(batch)
     scores = model.text_head(hidden)
@@ -205,9 +205,9 @@ def test_the_offline_pass_sees_no_future():
     base = model.hidden(batch)
     changed = dataclasses.replace(
         batch, agent_codes=batch.agent_codes.clone(), user_codes=batch.user_codes.clone(),
-        text=batch.text.clone(), said=batch.said.clone(),
+        text=batch.text.clone(), agent_past=batch.agent_past.clone(),
     )  # fmt: skip
-    changed.said[:, 4:] = codes(2, 5, 2, seed=9)
+    changed.agent_past[:, 4:] = codes(2, 5, 2, seed=9)
     changed.text[:, 4:] = 3
     changed.user_codes[:, 5:] = codes(2, 4, 2, seed=10)
     other = model.hidden(changed)
@@ -223,7 +223,7 @@ def test_text_conditions_the_depth_transformer():
         assert not torch.allclose(scores[0][0], scores[0][1], atol=1e-4)
 
 
-@pytest.mark.parametrize("who", ["user_codes", "said"])
+@pytest.mark.parametrize("who", ["user_codes", "agent_past"])
 def test_the_order_of_frames_in_a_patch_is_heard(who):
     model = build()
     batch = make_batch(model.config)
@@ -249,7 +249,7 @@ def test_slots_are_calls_of_their_own():
         seen.append(heard(forced_step(model, batch, patch, state, active=active_at[patch])))
 
     def check(slot, patches):
-        names = ("user_codes", "said", "text", "agent_emotion")
+        names = ("user_codes", "agent_past", "text", "agent_emotion")
         own = {name: getattr(batch, name)[slot : slot + 1, patches] for name in names}
         own = dataclasses.replace(batch, language=batch.language[slot : slot + 1], **own)
         got = torch.stack([seen[patch][slot] for patch in patches])
@@ -573,7 +573,7 @@ def test_corruption_keeps_the_semantic_level():
 def test_an_agent_that_does_not_hear_itself_goes_by_its_words_alone():
     model = build(hear_self=False)
     batch = make_batch(model.config)
-    others = dataclasses.replace(batch, said=(batch.agent_codes + 1) % min(SIZES))
+    others = dataclasses.replace(batch, agent_past=(batch.agent_codes + 1) % min(SIZES))
     torch.testing.assert_close(model.hidden(batch), model.hidden(others), atol=0, rtol=0)
     batch.text[:, 0] = 3
     said = model.hidden(batch)
@@ -639,7 +639,7 @@ def test_losses_are_a_slow_loop():
     losses, metrics = model.losses(batch)
 
     hidden = model.hidden(batch)
-    heads, text_logits = model.listen(hidden), model.text_head(hidden)
+    heads, text_logits = model.head_logits(hidden), model.text_head(hidden)
     places = [(b, t) for b in range(2) for t in range(6)]
     tokens = {
         "text": (text_logits, batch.text),

@@ -648,12 +648,12 @@ def test_what_was_disturbed_is_drawn_with_the_window():
         a, b = clean[(0, index)], other[(0, index)]
         for name in ("text", "agent_codes", "user_words"):
             assert torch.equal(a[name], b[name]), name
-        assert torch.equal(a["said"], a["agent_codes"])
+        assert torch.equal(a["agent_past"], a["agent_codes"])
         assert torch.equal(a["depth_patches"], torch.arange(30))
-        kept = (b["said"] == IGNORE) | (b["said"] == a["said"])
+        kept = (b["agent_past"] == IGNORE) | (b["agent_past"] == a["agent_past"])
         assert kept.all() and b["depth_patches"].shape == (6,)
         assert len(set(b["depth_patches"].tolist())) == 6
-    gone = torch.stack([other[(0, i)]["said"] == IGNORE for i in range(60)]).flatten(1)
+    gone = torch.stack([other[(0, i)]["agent_past"] == IGNORE for i in range(60)]).flatten(1)
     assert 15 < int(gone.all(1).sum()) < 45  # a half of them hears nothing of itself
     heard = torch.stack([other[(0, i)]["user_codes"] for i in range(60)])
     plain = torch.stack([clean[(0, i)]["user_codes"] for i in range(60)])
