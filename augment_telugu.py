@@ -49,7 +49,6 @@ import praat
 from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
 from command import (
     ArgumentParser,
-    LongHelp,
     UserError,
     as_json_line,
     check_fields,
@@ -795,7 +794,7 @@ def _hours_flag(value: str) -> str | float:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(__doc__, formatter_class=LongHelp)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--input_dir", default="data/telugu", help="corpora to copy, sub-folders included")
     add("--output_dir", default="data/telugu/augmented", help="of the copies")

@@ -18,31 +18,19 @@ import multiprocessing
 import os
 import re
 import signal
-import stat
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TextIO
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CGROUP = Path("/sys/fs/cgroup")
 _UNSET = object()
-_KINDS = {
-    "text": ("text", str),
-    "path": ("a path", str),
-    "number": ("a finite number", (int, float)),
-    "any number": ("a number", (int, float)),
-    "whole": ("a whole number", int),
-    "flag": ("true or false", bool),
-    "list": ("a list", list),
-    "object": ("an object", dict),
-    "span": ("a span of [text, start, end]", list),
-}
 
 
 class UserError(Exception):
@@ -56,36 +44,40 @@ def run(main: Callable[[], int | None], resumes: bool = True) -> None:
     refuses counts as the user's. Other exceptions keep their traceback: they are bugs. Nothing
     that is printed can fail: not for the terminal's encoding, nor where nobody reads on.
     """
-    sys.stdout, sys.stderr = (
-        _lasting(stream, original)
-        for stream, original in ((sys.stdout, sys.__stdout__), (sys.stderr, sys.__stderr__))
-    )
+    sys.stdout = _unfailing(sys.stdout, sys.__stdout__)
+    sys.stderr = _unfailing(sys.stderr, sys.__stderr__)
+    code, message = 1, ""
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
-    except KeyboardInterrupt:
-        goes_on = "; the same command goes on from the last checkpoint" if resumes else ""
-        print(f"interrupted{goes_on}", file=sys.stderr)
-        code = 130
+        message = f"error: {error}"
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{why(error)}", file=sys.stderr)
-        code = 1
+        message = f"error: {where}{why(error)}"
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on from the last checkpoint" if resumes else ""
+        code, message = 130, f"interrupted{goes_on}"
+    if message:
+        print(message, file=sys.stderr)
     if code:
         sys.exit(code)
 
 
-def why(error: OSError) -> str:
+def why(error: BaseException) -> str:
     """What the system refused, for one line."""
-    if error.errno in _DISK_FULL:
+    if getattr(error, "errno", None) in DISK_FULL:
         return "the disk is full; free some space and run again"
-    return error.strerror or str(error) or type(error).__name__
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def first_line(error: BaseException, most: int = 160) -> str:
+    """An exception as a part of one line."""
+    lines = map(str.strip, str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:most]
 
 
 class _Drain(io.FileIO):
-    """Where stdout goes: once it is refused (`| head`, a full disk), nowhere, and in silence."""
+    """A raw stream that drops what is refused (`| head`, a full disk) and all that follows."""
 
     def write(self, data) -> int | None:
         try:
@@ -97,32 +89,38 @@ class _Drain(io.FileIO):
             return len(data)
 
 
-def _lasting(stream: TextIO | None, original: TextIO | None) -> TextIO:
+def _unfailing(stream: TextIO | None, original: TextIO | None) -> TextIO:
     """A stream whose writes never fail; one that a caller put in its place stays."""
     if stream is None:  # closed by the shell: `>&-`
         return open(os.devnull, "w", encoding="utf-8")
     if stream is not original or not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.flush()
-    drain = _Drain(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        drain if stream.write_through else io.BufferedWriter(drain),
-        encoding=stream.encoding,
+        io.BufferedWriter(_Drain(stream.fileno(), "w", closefd=False)),
+        stream.encoding,
         errors="backslashreplace",
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
+        line_buffering=stream.line_buffering or stream.write_through,
     )
 
 
 # ----------------------------------------------------------------------------------- flags
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description's lines as they are, and defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if told else action.help
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """With defaults in its help, one line for a wrong flag, and no abbreviated ones."""
 
-    def __init__(self, description: str, **settings) -> None:
-        settings.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(description=description, allow_abbrev=False, **settings)
+    def __init__(self, description: str, formatter_class: type = _Help, **settings) -> None:
+        settings |= {"formatter_class": formatter_class, "allow_abbrev": False}
+        super().__init__(description=description, **settings)
 
     def given(self, argv: list[str] | None = None) -> frozenset[str]:
         """The names of the flags that the command line holds, whatever their values."""
@@ -134,38 +132,16 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the flags\n")
 
 
-class LongHelp(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """For a description of several paragraphs, whose lines stay as they are."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default is None or action.default is False:  # "default: None" tells nothing
-            return action.help
-        return super()._get_help_string(action)
-
-
 def number(
-    low: float = -math.inf, high: float = math.inf, above: float = -math.inf
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    kind: Callable[[str], float] = float,
 ) -> Callable[[str], float]:
     """A flag's `type`: a finite number of at least `low`, at most `high`, more than `above`."""
-    return _in_range(float, low, high, above)
-
-
-def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """A flag's `type`: a whole number from `low` to `high`."""
-    return _in_range(int, low, high, -math.inf)
-
-
-def share(text: str) -> float:
-    """A flag's `type`: from 0 to 1."""
-    return _in_range(float, 0.0, 1.0, -math.inf)(text)
-
-
-def _in_range(kind: type, low: float, high: float, above: float) -> Callable[[str], float]:
-    bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"more than {above:g}"] * (
-        above > -math.inf
-    )
-    bounds += [f"at most {high:g}"] * (high < math.inf)
-    wanted = " and ".join(bounds) or "finite"
+    bounds = {"at least": low, "more than": above, "at most": high}
+    named = [f"{name} {bound:g}" for name, bound in bounds.items() if abs(bound) < math.inf]
+    wanted = " and ".join(named) or "finite"
 
     def parse(text: str) -> float:
         try:
@@ -180,38 +156,33 @@ def _in_range(kind: type, low: float, high: float, above: float) -> Callable[[st
     return parse
 
 
-# ----------------------------------------------------------------------------------- cores
+def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """A flag's `type`: a whole number from `low` to `high`."""
+    return number(low, high, kind=int)
 
 
-def usable_cores() -> int:
-    """The CPU cores that this process may use: its affinity and the cgroup's quota, at least 1.
+share = number(0.0, 1.0)  # a flag's `type`
 
-    A rented pod shows all cores of its host; `os.cpu_count()` tells those.
+
+# ------------------------------------------------------------------------------- processes
+
+
+def default_workers(most: int = 16) -> int:
+    """Processes to start where the user names no number: one a core that this one may use.
+
+    By its affinity and the cgroup's quota: a rented pod shows all cores of its host.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores or 1, math.floor(_cgroup_quota() + 0.5)))
+    return max(1, min(most, math.floor(min(cores or 1, _cgroup_quota()) + 0.5)))
 
 
 def _cgroup_quota() -> float:
     """Cores by the container's quota (cgroup v2, then v1); infinite where there is none."""
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        quota, period = (_CGROUP / "cpu.max").read_text().split()
-        return 1e6 if quota == "max" else max(1.0, int(quota) / int(period))
-    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        folder = _CGROUP / "cpu"
-        quota, period = (
-            int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
-        )
-        return 1e6 if quota < 0 else max(1.0, quota / period)
-    return 1e6
-
-
-def default_workers(most: int = 16) -> int:
-    """Processes to start where the user names no number: one a usable core, `most` at most."""
-    return min(most, usable_cores())
-
-
-# --------------------------------------------------------------------------------- processes
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+            quota, period = " ".join((_CGROUP / file).read_text() for file in files).split()
+            return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    return math.inf
 
 
 def run_parts(work: Callable, parts: Sequence, num_workers: int, total: int) -> Iterator:
@@ -280,8 +251,7 @@ def writable_folder(path: str | Path, flag: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{flag} {folder}: cannot be written ({reason})") from None
+        raise UserError(f"{flag} {folder}: cannot be written ({why(error)})") from None
     return folder
 
 
@@ -289,16 +259,16 @@ def writable_file(path: str | Path, flag: str) -> Path:
     """`path` as a file that can be written; what it holds stays. Raises UserError naming `flag`."""
     file = Path(path)
     writable_folder(file.parent, flag)
-    try:
-        found = stat.S_IFMT(os.stat(file).st_mode)
-    except FileNotFoundError:
-        return file
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {file}: cannot be written ({first_line(error)})") from None
-    if found == stat.S_IFDIR:
+    if os.path.isdir(file):
         raise UserError(f"{flag} {file}: is a folder; name a file")
-    if not os.access(file, os.W_OK):
-        raise UserError(f"{flag} {file}: cannot be written (Permission denied)")
+    try:
+        os.stat(file)
+        if not os.access(file, os.W_OK):
+            raise PermissionError(errno.EACCES, "Permission denied")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {file}: cannot be written ({why(error)})") from None
     return file
 
 
@@ -387,15 +357,16 @@ def json_lines(path: str | Path, skip_damaged: bool = False) -> Iterator[tuple[i
     `skip_damaged`: passes over it, as in a log whose last line a kill cut short.
     """
     with open(path, "rb") as file:
-        for number_, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    row = json_line(line, f"{path}, line {number_}", first=number_ == 1)
-                except UserError:
-                    if not skip_damaged:
-                        raise
-                else:
-                    yield number_, row
+        for at, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json_line(line, f"{path}, line {at}", first=at == 1)
+            except UserError:
+                if skip_damaged:
+                    continue
+                raise
+            yield at, row
 
 
 def append_json_line(path: str | Path, row: dict) -> None:
@@ -445,11 +416,7 @@ def as_json_line(row: dict) -> str:
     take for the end of a line.
     """
     line = json.dumps(row, ensure_ascii=False)
-    odd = any(end in line for end in "\u2028\u2029\x85")
-    try:
-        line.encode()
-    except UnicodeEncodeError:
-        odd = True
+    odd = re.search("[\u2028\u2029\x85\ud800-\udfff]", line)
     return f"{json.dumps(row) if odd else line}\n"
 
 
@@ -480,43 +447,66 @@ def check_fields(row: dict, kinds: dict[str, str | tuple], where: str) -> None:
             if None in kind if isinstance(kind, tuple) else kind.endswith("?"):
                 continue
             state = "is null" if name in row else "is missing"
-            raise UserError(f"{where}: {name} {state}, {_told(kind)} is needed")
+            raise UserError(f"{where}: {name} {state}, {_kind_name(kind)} is needed")
         if not _is_kind(value, kind):
-            raise UserError(f"{where}: {name} is {_short(value)}, not {_told(kind)}")
+            raise UserError(f"{where}: {name} is {_shortened(value)}, not {_kind_name(kind)}")
 
 
 def _is_kind(value: object, kind: str | tuple) -> bool:
     if isinstance(kind, tuple):
         return isinstance(value, type(kind[0])) and value in kind
-    kind = kind.rstrip("?")
+    item = kind.rstrip("?").removeprefix("list of ")
     if kind.startswith("list of "):
-        inner = kind.removeprefix("list of ")
-        return isinstance(value, list) and all(_is_kind(item, inner) for item in value)
-    if kind == "span":
-        if not (isinstance(value, list) and len(value) == 3 and isinstance(value[0], str)):
-            return False
-        return all(_is_kind(time, "number") for time in value[1:]) and 0 <= value[1] <= value[2]
-    if kind in ("number", "any number", "whole"):
-        right = isinstance(value, _KINDS[kind][1]) and not isinstance(value, bool)
-        return right and (kind == "any number" or abs(value) <= sys.float_info.max)
-    if not isinstance(value, _KINDS[kind][1]):
-        return False
-    if kind == "path":
-        return value != "" and re.search("[\0\ud800-\udc7f\udd00-\udfff]", value) is None
-    # JSON may hold half of a surrogate pair, which nothing that is printed or written can.
-    return kind != "text" or re.search("[\ud800-\udfff]", value) is None
+        return isinstance(value, list) and all(_is_kind(one, item) for one in value)
+    return _KINDS[item][1](value)
 
 
-def _told(kind: str | tuple) -> str:
+def _kind_name(kind: str | tuple) -> str:
     if isinstance(kind, tuple):
         return f"one of {', '.join(str(value) for value in kind if value is not None)}"
-    kind = kind.rstrip("?")
-    if kind.startswith("list of "):
-        return f"a list of {kind.removeprefix('list of ')}"
-    return _KINDS[kind][0]
+    item = kind.rstrip("?").removeprefix("list of ")
+    return f"a list of {item}" if kind.startswith("list of ") else _KINDS[item][0]
 
 
-def _short(value: object) -> str:
+def _is_text(value: object) -> bool:
+    # JSON may hold half of a surrogate pair, which nothing that is printed or written can.
+    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None
+
+
+def _is_path(value: object) -> bool:
+    unnameable = "[\0\ud800-\udc7f\udd00-\udfff]"
+    return isinstance(value, str) and value != "" and re.search(unnameable, value) is None
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)  # true and false are of another type
+
+
+def _is_finite(value: object) -> bool:
+    return _is_number(value) and abs(value) <= sys.float_info.max
+
+
+def _is_span(value: object) -> bool:
+    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[0], str):
+        return False
+    return all(map(_is_finite, value[1:])) and 0 <= value[1] <= value[2]
+
+
+# Each kind: its name in a message, and whether a value is of it.
+_KINDS = {
+    "text": ("text", _is_text),
+    "path": ("a path", _is_path),
+    "number": ("a finite number", _is_finite),
+    "any number": ("a number", _is_number),
+    "whole": ("a whole number", lambda value: type(value) is int and _is_finite(value)),
+    "flag": ("true or false", lambda value: isinstance(value, bool)),
+    "list": ("a list", lambda value: isinstance(value, list)),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+    "span": ("a span of [text, start, end]", _is_span),
+}
+
+
+def _shortened(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else f"{text[:37]}…"
 
@@ -528,9 +518,3 @@ def part_name(path: Path) -> Path:
     """
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
     return path.with_name(f".{digest}.{os.getpid()}.part")
-
-
-def first_line(error: BaseException, most: int = 160) -> str:
-    """An exception as a part of one line."""
-    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)[:most]

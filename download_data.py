@@ -39,7 +39,6 @@ import fetching
 from audio import AudioError, probe
 from command import (
     ArgumentParser,
-    LongHelp,
     UserError,
     check_fields,
     first_line,
@@ -794,7 +793,7 @@ def _pairs(flag: str, values: list[str] | None, names: Iterable[str]) -> dict[st
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = ArgumentParser(__doc__, formatter_class=LongHelp)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--languages", nargs="+", choices=data.LANGUAGES, metavar="LANGUAGE",
         help=f"only these of {', '.join(data.LANGUAGES)}")  # fmt: skip

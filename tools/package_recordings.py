@@ -32,7 +32,6 @@ import download_data  # noqa: E402
 from audio import AudioError, probe, read_audio, write_audio  # noqa: E402
 from command import (  # noqa: E402
     ArgumentParser,
-    LongHelp,
     UserError,
     only_one,
     run,
@@ -337,7 +336,7 @@ def choose(names: list[str] | None) -> list[Packages]:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = ArgumentParser(__doc__, formatter_class=LongHelp)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--corpora", nargs="+", metavar="NAME", help="rows of --list; all by default")
     add("--data_dir", type=Path, default=Path("data"), help="where everything goes")
