@@ -7,20 +7,28 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from command import UserError, check_fields, first_line, json_lines, part_name, write_text
+from command import (
+    UserError,
+    atomic_write,
+    check_fields,
+    first_line,
+    json_lines,
+    read_json,
+    write_text,
+)
 from data import EMOTIONS, LANGUAGES, SPLITS, split_for
 from phones import PHONES, clean_text
 
 SPOKEN = tuple(language for language in LANGUAGES if language != "other")
 INFO_FILE = "samvad.json"
 CODEBOOKS = 8  # what the LM reads and writes
+TURN_PAUSE = 0.8  # seconds: words of one speaker with a longer pause between them are two turns
 
 
 # ---------------------------------------------------------------------------------- scripts
@@ -55,22 +63,6 @@ class Exchange:
         return self.id.endswith("-001")
 
 
-def load_scripts(path: str | Path) -> list[Exchange]:
-    """The exchanges of a `.jsonl` file, or of all of a folder. UserError where one is bad."""
-    path = Path(path)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path}: no scripts (*.jsonl) there; check --scripts")
-    found: dict[tuple, Exchange] = {}
-    for file in files:
-        for exchange in _read_script(file):
-            key = (exchange.language, exchange.id, exchange.held_out)
-            if key in found:
-                raise UserError(f"{file}: the id {exchange.id!r} is there twice")
-            found[key] = exchange
-    return list(found.values())
-
-
 _EXCHANGE_FIELDS = {
     "id": "text",
     "language": SPOKEN,
@@ -86,32 +78,45 @@ _LINE_FIELDS = {
 }
 
 
-def _read_script(path: Path) -> Iterator[Exchange]:
-    for count, fields in json_lines(path):
-        where = f"{path}, line {count}"
-        check_fields(fields, _EXCHANGE_FIELDS, where)
-        lines = tuple(
-            _script_line(turn, f"{where}: turn {i}") for i, turn in enumerate(fields["turns"], 1)
-        )
-        whos = [line.who for line in lines]
-        if not whos or whos != ["user", "agent"] * (len(whos) // 2):
-            raise UserError(f"{where}: turns must go user, agent, user, agent…")
-        held_out = bool(fields.get("held_out"))
-        name = fields["id"].removesuffix("-h") if held_out else fields["id"]
-        yield Exchange(name, fields["language"], fields["intent"], lines, held_out)
+def load_scripts(path: str | Path) -> list[Exchange]:
+    """The exchanges of a `.jsonl` file, or of all of a folder. UserError where one is bad."""
+    path = Path(path)
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path}: no scripts (*.jsonl) there; check --scripts")
+    found: dict[tuple, Exchange] = {}
+    for file in files:
+        for number, fields in json_lines(file):
+            exchange = _exchange(fields, f"{file}, line {number}")
+            key = (exchange.language, exchange.id, exchange.held_out)
+            if key in found:
+                raise UserError(f"{file}: the id {exchange.id!r} is there twice")
+            found[key] = exchange
+    return list(found.values())
 
 
-def _script_line(turn: dict, where: str) -> Line:
+def _exchange(fields: dict, where: str) -> Exchange:
+    check_fields(fields, _EXCHANGE_FIELDS, where)
+    lines = tuple(_line(turn, f"{where}: turn {i}") for i, turn in enumerate(fields["turns"], 1))
+    speakers = [line.who for line in lines]
+    if not speakers or speakers != ["user", "agent"] * (len(speakers) // 2):
+        raise UserError(f"{where}: turns must go user, agent, user, agent…")
+    held_out = bool(fields.get("held_out"))
+    name = fields["id"].removesuffix("-h") if held_out else fields["id"]
+    return Exchange(name, fields["language"], fields["intent"], lines, held_out)
+
+
+def _line(turn: dict, where: str) -> Line:
     check_fields(turn, _LINE_FIELDS, where)
     texts = turn.get("texts")
     if texts is None:
         check_fields(turn, {"text": "text"}, where)
         texts = [turn["text"]]
+    if not texts:
+        raise UserError(f"{where}: texts is empty")
     for text in texts:
         if not any(c.isalnum() for c in clean_text(text)):
             raise UserError(f"{where}: {text!r} has nothing to say")
-    if not texts:
-        raise UserError(f"{where}: texts is empty")
     return Line(turn["who"], tuple(texts), turn.get("emotion") or "neutral")
 
 
@@ -139,6 +144,141 @@ def choose_exchanges(
     return chosen
 
 
+# ---------------------------------------------------------------------------------- recordings
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A two-channel file; `turns` as in the code dataset, possibly without the user's."""
+
+    id: str
+    path: Path
+    agent_channel: int
+    user_channel: int
+    language: str
+    source: str
+    split: str
+    turns: tuple
+    key: str = ""  # LINE:FILE, digests of what its codes are made of; without a file LINE:
+
+
+_RECORDING_FIELDS = {
+    "id": "text?",
+    "path": "path",
+    "agent_channel": "whole?",
+    "user_channel": "whole?",
+    "language": (*LANGUAGES, None),
+    "source": "text?",
+    "split": (*SPLITS, None),
+    "turns": "list of object?",
+}
+_TURN_TEXTS = ("text", "emotion", "intent", "exchange", "voice")
+_TURN_FIELDS = {
+    "who": ("user", "agent"),
+    "start": "number",
+    "end": "number",
+    **dict.fromkeys(_TURN_TEXTS, "text?"),
+    "emotion": (*EMOTIONS, None),
+    "interrupted": "flag?",
+    "phones": "list of span?",
+    "words": "list of span?",
+}
+
+
+def read_recordings(
+    folder: str | Path, language: str = "other", dropped: list[str] | None = None
+) -> list[Recording]:
+    """Recordings of every `*.jsonl` below a folder: Samvad's lines or moshi-finetune's.
+
+    Samvad: {id, path, agent_channel, user_channel, language, source, turns}. moshi-finetune:
+    {path, duration}, with `<path>.json` {"alignments": [[word, [start, end], speaker], …]}; the
+    left channel is the agent, SPEAKER_MAIN. `language` is used where a line has none. A recording
+    that is listed twice is taken once, and `dropped` says so. UserError names what is malformed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; check --conversations")
+    found: dict[tuple, Recording] = {}
+    for manifest in sorted(folder.rglob("*.jsonl")):
+        for number, fields in json_lines(manifest):
+            where = f"{manifest}, line {number}"
+            recording = _recording(fields, manifest, folder, language, where)
+            same = (recording.id, recording.path, recording.agent_channel)
+            if found.setdefault(same, recording) is not recording and dropped is not None:
+                dropped.append(f"{where}: the recording {recording.id!r} was there before")
+    if not found:
+        raise UserError(f"{folder}: no conversation manifest (*.jsonl) with lines there")
+    return list(found.values())
+
+
+def _recording(fields: dict, manifest: Path, root: Path, language: str, where: str) -> Recording:
+    check_fields(fields, _RECORDING_FIELDS, where)
+    path = manifest.parent / fields["path"]
+    within = path if path.is_relative_to(root) else root / fields["path"]
+    name = fields.get("id") or printable(within.with_suffix("").relative_to(root).as_posix())
+    agent, user = (fields.get(f"{who}_channel") for who in ("agent", "user"))
+    agent, user = 0 if agent is None else agent, 1 if user is None else user
+    if min(agent, user) < 0 or agent == user:
+        raise UserError(f"{where}: agent_channel {agent} and user_channel {user}: two are needed")
+    turns, aligned = fields.get("turns"), path.with_suffix(".json")
+    if turns is None:
+        turns = _turns_of_alignments(aligned) if aligned.exists() else []
+    for i, turn in enumerate(turns, 1):
+        check_fields(turn, _TURN_FIELDS, f"{where}: turn {i}")
+        if not 0 <= turn["start"] <= turn["end"]:
+            raise UserError(f"{where}: turn {i} goes from {turn['start']} to {turn['end']} s")
+        unknown = {phone for phone, _, _ in turn.get("phones") or ()} - set(PHONES)
+        if unknown:
+            raise UserError(f"{where}: turn {i}: no phone {sorted(unknown)[0]!r} is known")
+    recording = Recording(
+        name,
+        path,
+        agent,
+        user,
+        fields.get("language") or language,
+        fields.get("source") or printable(manifest.parent.resolve().name),
+        fields.get("split") or split_for(name),
+        tuple(turns),
+    )
+    content = ""
+    with contextlib.suppress(OSError, ValueError):  # a missing file is reported when it is read
+        found = path.stat()
+        content = digest(found.st_size, found.st_mtime_ns)
+    return replace(recording, key=f"{digest(asdict(recording))}:{content}")
+
+
+def _turns_of_alignments(path: Path) -> list[dict]:
+    """The turns of a moshi-finetune file, each with its words."""
+    turns: list[dict] = []
+    current: dict[str, dict] = {}
+    for word, (start, end), speaker in sorted(_alignments(path), key=lambda a: a[1][0]):
+        who = "agent" if speaker == "SPEAKER_MAIN" else "user"
+        turn = current.get(who)
+        if turn is None or start - turn["end"] > TURN_PAUSE:
+            turn = current[who] = {"who": who, "start": start, "end": end, "words": []}
+            turns.append(turn)
+        turn["end"] = max(end, turn["end"])
+        turn["words"].append([word.strip(), start, end])
+    for turn in turns:
+        turn["text"] = " ".join(word for word, _, _ in turn["words"])
+    return turns
+
+
+def _alignments(path: Path) -> list[list]:
+    """[[word, [start, end], speaker], …]; UserError on any other file."""
+    fields = read_json(path, '{"alignments": [[word, [start, end], speaker], …]} is needed')
+    check_fields(fields, {"alignments": "list"}, str(path))
+    for i, word in enumerate(fields["alignments"]):
+        where = f"{path}: alignments[{i}]"
+        try:
+            text, (start, end), speaker = word
+        except (TypeError, ValueError):
+            raise UserError(f"{where} is not [word, [start, end], speaker]") from None
+        parts = {"word": [text, start, end], "speaker": speaker}
+        check_fields(parts, {"word": "span", "speaker": "text"}, where)
+    return fields["alignments"]
+
+
 # ---------------------------------------------------------------------------------- code dataset
 
 
@@ -146,44 +286,26 @@ def _features():
     """Columns of the code dataset. Arrow has no mixed lists: spans are structs on disk."""
     from datasets import Array2D, Features, List, Value
 
-    def spans(name: str):
-        return List({name: Value("string"), "start": Value("float32"), "end": Value("float32")})
-
-    text, seconds = Value("string"), Value("float32")
+    text, seconds, codes = Value("string"), Value("float32"), Array2D((None, CODEBOOKS), "uint16")
     turn = {
         "who": text,
         "start": seconds,
         "end": seconds,
-        "text": text,
-        "emotion": text,
-        "intent": text,
-        "exchange": text,
-        "voice": text,
+        **dict.fromkeys(_TURN_TEXTS, text),
         "interrupted": Value("bool"),
-        "phones": spans("phone"),
-        "words": spans("word"),
     }
-    codes = Array2D((None, CODEBOOKS), "uint16")
-    return Features(
-        {
-            "id": text,
-            "language": text,
-            "source": text,
-            "split": text,
-            "agent_codes": codes,
-            "user_codes": codes,
-            "turns": List(turn),
-        }
-    )
+    for column, name in _SPANS:
+        turn[column] = List({name: text, "start": seconds, "end": seconds})
+    row = dict.fromkeys(("id", "language", "source", "split"), text)
+    return Features({**row, "agent_codes": codes, "user_codes": codes, "turns": List(turn)})
 
 
 _SPANS = (("phones", "phone"), ("words", "word"))
 
 
 def _turn_to_disk(turn: dict) -> dict:
-    fields = ("who", "start", "end", "text", "emotion", "intent", "exchange", "voice")
-    stored = {name: turn.get(name) for name in fields}
-    stored["interrupted"] = bool(turn.get("interrupted", False))
+    stored = {name: turn.get(name) for name in ("who", "start", "end", *_TURN_TEXTS)}
+    stored["interrupted"] = bool(turn.get("interrupted"))
     for column, name in _SPANS:
         spans = turn.get(column)
         stored[column] = spans and [{name: s[0], "start": s[1], "end": s[2]} for s in spans]
@@ -191,11 +313,11 @@ def _turn_to_disk(turn: dict) -> dict:
 
 
 def _turn_from_disk(turn: dict) -> dict:
-    turn = dict(turn)
-    for column, name in _SPANS:
-        spans = turn[column]
-        turn[column] = spans and [[s[name], s["start"], s["end"]] for s in spans]
-    return turn
+    spans = {
+        column: turn[column] and [[s[name], s["start"], s["end"]] for s in turn[column]]
+        for column, name in _SPANS
+    }
+    return {**turn, **spans}
 
 
 def _decode_batch(batch: dict) -> dict:
@@ -209,44 +331,35 @@ def _decode_batch(batch: dict) -> dict:
 
 
 def write_arrow(path: Path, rows: Iterable[dict]) -> None:
+    """One Arrow file of rows as `save_code_dataset` takes them."""
     from datasets.arrow_writer import ArrowWriter
 
-    part = part_name(path)
-    with ArrowWriter(path=str(part), features=_features()) as writer:
+    with atomic_write(path) as part, ArrowWriter(path=str(part), features=_features()) as writer:
         for row in rows:
             writer.write({**row, "turns": [_turn_to_disk(turn) for turn in row["turns"]]})
         writer.finalize()
-    publish(part, path)
 
 
-def join_arrow(path: Path, files: Sequence[Path], wanted: Sequence[bool] = ()) -> None:
-    """One Arrow file of the rows of several, which are removed; of those `wanted`, if told."""
+def join_arrow(path: Path, files: Sequence[Path], chosen: Sequence[bool] | None = None) -> None:
+    """One Arrow file of the rows of several, which are removed; of the `chosen` rows, if given."""
     import pyarrow
 
-    told = iter(wanted)
-
-    part = part_name(path)
-    with contextlib.ExitStack() as stack:
-        writer = None
-        for file in files:
-            with pyarrow.ipc.open_stream(str(file)) as reader:
-                if writer is None:
-                    sink = stack.enter_context(pyarrow.OSFile(str(part), "wb"))
-                    writer = stack.enter_context(pyarrow.ipc.new_stream(sink, reader.schema))
-                for batch in reader:
-                    if not wanted:
-                        writer.write_batch(batch)
-                        continue
-                    for row in range(len(batch)):
-                        if next(told):
-                            writer.write_batch(batch.slice(row, 1))
-    publish(part, path)
+    first = 0
+    with atomic_write(path) as part, contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(pyarrow.ipc.open_stream(str(file))) for file in files]
+        writer = stack.enter_context(pyarrow.ipc.new_stream(str(part), readers[0].schema))
+        for batch in (batch for reader in readers for batch in reader):
+            if chosen is not None:
+                mask = pyarrow.array(chosen[first : first + len(batch)])
+                first += len(batch)
+                batch = batch.filter(mask)
+            writer.write_batch(batch)
     for file in files:
         file.unlink()
 
 
 def finish_dataset(folder: Path, files: Sequence[str], info: dict) -> None:
-    """Writes what makes a folder of Arrow files a `datasets` folder; `state.json` comes last."""
+    """Makes a folder of Arrow files a `datasets` folder; `state.json` is written last."""
     from datasets import DatasetInfo
 
     DatasetInfo(features=_features()).write_to_directory(str(folder))
@@ -291,7 +404,7 @@ def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
     if not (folder / "state.json").exists() or not (folder / INFO_FILE).exists():
         raise UserError(f"{folder}: not a complete code dataset; run make_conversations.py again")
     try:
-        info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
+        info = read_json(folder / INFO_FILE)
         made_by = info["codec_fingerprint"]
         dataset = load_from_disk(str(folder))
     except Exception as error:  # Arrow and JSON each raise their own kinds on damaged files
@@ -306,17 +419,11 @@ def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
     return dataset.with_transform(_decode_batch), info
 
 
-# ---------------------------------------------------------------------------------- files
-
-
-def publish(part: Path, path: Path) -> None:
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+# ---------------------------------------------------------------------------------- small pieces
 
 
 def write_json(path: Path, value: dict) -> None:
-    write_text(path, printable(json.dumps(value, indent=1, ensure_ascii=False)) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def printable(text: str) -> str:
@@ -326,152 +433,3 @@ def printable(text: str) -> str:
 
 def digest(*values: object) -> str:
     return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).hexdigest()[:20]
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({first_line(error)}); remove its folder") from None
-
-
-# ---------------------------------------------------------------------------------- recordings
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A two-channel file; `turns` as in the code dataset, possibly without the user's."""
-
-    id: str
-    path: Path
-    agent_channel: int
-    user_channel: int
-    language: str
-    source: str
-    split: str
-    turns: tuple
-    key: str = ""  # LINE:FILE, digests of what its codes are made of; without a file LINE:
-
-
-_RECORDING_FIELDS = {
-    "id": "text?",
-    "path": "path",
-    "agent_channel": "whole?",
-    "user_channel": "whole?",
-    "language": (*LANGUAGES, None),
-    "source": "text?",
-    "split": (*SPLITS, None),
-    "turns": "list of object?",
-}
-_TURN_FIELDS = {
-    "who": ("user", "agent"),
-    "start": "number",
-    "end": "number",
-    "text": "text?",
-    "emotion": (*EMOTIONS, None),
-    "intent": "text?",
-    "exchange": "text?",
-    "voice": "text?",
-    "interrupted": "flag?",
-    "phones": "list of span?",
-    "words": "list of span?",
-}
-
-
-def read_recordings(
-    folder: str | Path, language: str = "other", dropped: list[str] | None = None
-) -> list[Recording]:
-    """Recordings of every `*.jsonl` below a folder: Samvad's lines or moshi-finetune's.
-
-    Samvad: {id, path, agent_channel, user_channel, language, source, turns}. moshi-finetune:
-    {path, duration}, with `<path>.json` {"alignments": [[word, [start, end], speaker], …]}; the
-    left channel is the agent, SPEAKER_MAIN. `language` is used where a line has none. A recording
-    that was there before is left out, and said in `dropped`. UserError names what is malformed.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; check --conversations")
-    found: dict[tuple, Recording] = {}
-    for manifest in sorted(folder.rglob("*.jsonl")):
-        for count, fields in json_lines(manifest):
-            where = f"{manifest}, line {count}"
-            recording = _recording(fields, manifest, folder, language, where)
-            same = (recording.id, recording.path, recording.agent_channel)
-            if found.setdefault(same, recording) is not recording and dropped is not None:
-                dropped.append(f"{where}: the recording {recording.id!r} was there before")
-    if not found:
-        raise UserError(f"{folder}: no conversation manifest (*.jsonl) with lines there")
-    return list(found.values())
-
-
-def _recording(fields: dict, manifest: Path, root: Path, language: str, where: str) -> Recording:
-    check_fields(fields, _RECORDING_FIELDS, where)
-    path = manifest.parent / fields["path"]
-    within = path if path.is_relative_to(root) else root / fields["path"]
-    name = fields.get("id") or printable(within.with_suffix("").relative_to(root).as_posix())
-    channels = [fields.get(f"{who}_channel") for who in ("agent", "user")]
-    agent, user = (default if c is None else c for c, default in zip(channels, (0, 1), strict=True))
-    if min(agent, user) < 0 or agent == user:
-        raise UserError(f"{where}: agent_channel {agent} and user_channel {user}: two are needed")
-    turns, aligned = fields.get("turns"), path.with_suffix(".json")
-    if turns is None:
-        turns = _turns_of_alignments(aligned) if aligned.exists() else []
-    for i, turn in enumerate(turns, 1):
-        check_fields(turn, _TURN_FIELDS, f"{where}: turn {i}")
-        if not 0 <= turn["start"] <= turn["end"]:
-            raise UserError(f"{where}: turn {i} goes from {turn['start']} to {turn['end']} s")
-        unknown = {phone for phone, _, _ in turn.get("phones") or ()} - set(PHONES)
-        if unknown:
-            raise UserError(f"{where}: turn {i}: no phone {sorted(unknown)[0]!r} is known")
-    recording = Recording(
-        name,
-        path,
-        agent,
-        user,
-        fields.get("language") or language,
-        fields.get("source") or printable(manifest.parent.resolve().name),
-        fields.get("split") or split_for(name),
-        tuple(turns),
-    )
-    content = ""
-    with contextlib.suppress(OSError, ValueError):  # not there: told when it is read
-        found = path.stat()
-        content = digest(found.st_size, found.st_mtime_ns)
-    return replace(recording, key=f"{digest(asdict(recording))}:{content}")
-
-
-def _aligned_words(path: Path) -> list[list]:
-    """[[word, [start, end], speaker], …] of a file of moshi-finetune; UserError on others."""
-    try:
-        words = json.loads(path.read_text(encoding="utf-8-sig"))["alignments"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path}: no alignments ({first_line(error)})") from None
-    check_fields({"alignments": words}, {"alignments": "list"}, str(path))
-    for i, word in enumerate(words):
-        try:
-            text, (start, end), speaker = word
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{path}: alignments[{i}] is not [word, [start, end], speaker]"
-            ) from None
-        fields = {"word": [text, start, end], "speaker": speaker}
-        check_fields(fields, {"word": "span", "speaker": "text"}, f"{path}: alignments[{i}]")
-    return words
-
-
-def _turns_of_alignments(path: Path, pause: float = 0.8) -> list[dict]:
-    """Words of one speaker without a longer pause between them are one turn."""
-    turns: list[dict] = []
-    open_turns: dict[str, dict] = {}
-    for word, (start, end), speaker in sorted(_aligned_words(path), key=lambda a: a[1][0]):
-        who = "agent" if speaker == "SPEAKER_MAIN" else "user"
-        turn = open_turns.get(who)
-        if turn is None or start - turn["end"] > pause:
-            turn = {"who": who, "start": start, "end": end, "words": [], "text": ""}
-            open_turns[who] = turn
-            turns.append(turn)
-        turn["end"] = max(end, turn["end"])
-        turn["words"].append([word.strip(), start, end])
-    for turn in turns:
-        turn["text"] = " ".join(word for word, _, _ in turn["words"])
-    return turns
