@@ -75,7 +75,7 @@ from data import (
     unclipped,
     write_manifest,
 )
-from engines import ENGINES, PACKAGED, Line, Said, trimmed
+from engines import ENGINES, Packaged, RawSpeech, Sentence
 from phones import phonemize
 from training import setup_distributed
 
@@ -91,8 +91,7 @@ TEXTS = ".texts"  # in the folder of synthetic speech: its sentences
 RECORDS = ".parts"  # in an output folder: a manifest of what each finished part made
 # Bytes a sample and a file (half a disk block included), fitted to the five copies of 16 and 24 kHz
 # speech of 2 and 8 s, and a tenth more for the noise of real rooms.
-FORMATS = {"ogg": (0.36, 5800), "flac": (1.3, 2500), "opus": (0.22, 2700)}
-OPUS_RATES = (8000, 12000, 16000, 24000)
+FORMATS = {"ogg": (0.36, 5800), "flac": (1.3, 2500)}
 TELUGU_TEXT = re.compile(
     r"[\u0c00-\u0c65\s.,!?;:'\"()\u2013\u2014\u2018-\u201d\u0964\u200c\u200d-]+"
 )
@@ -268,7 +267,7 @@ def make_copies(
     for _, group in itertools.groupby(plans, lambda plan: (plan.clip.path, plan.start)):
         group = list(group)
         try:
-            audio, rate = _read_piece(group[0], args.format)
+            audio, rate = _read_piece(group[0])
         except AudioError as error:
             dropped.append(str(error))
             continue
@@ -287,15 +286,9 @@ def make_copies(
     return PartResult(sum(copy.duration for copy in copies), len(copies), dropped)
 
 
-def copy_rate(sample_rate: int, suffix: str) -> int:
-    """The sample rate of a copy: the original's, at most 24 kHz (the codec's). Opus takes five."""
-    rate = min(sample_rate, SAMPLE_RATE)
-    return rate if suffix != "opus" else min(r for r in OPUS_RATES if r >= rate)
-
-
-def _read_piece(plan: CopyPlan, suffix: str) -> tuple[np.ndarray, int]:
-    """The piece as mono `[T]`, and its rate."""
-    rate = copy_rate(plan.clip.sample_rate, suffix)
+def _read_piece(plan: CopyPlan) -> tuple[np.ndarray, int]:
+    """The piece as mono `[T]` and its rate: the original's, at most 24 kHz (the codec's)."""
+    rate = min(plan.clip.sample_rate, SAMPLE_RATE)
     seconds = None if plan.whole_clip else plan.seconds
     audio = read_audio(plan.clip.path, plan.start, seconds, rate)
     if not len(audio):
@@ -502,7 +495,7 @@ def row_hours(rows: dict[str, dict]) -> float:
 def copy_bytes(plans: Sequence[CopyPlan], suffix: str) -> float:
     """About how many bytes the copies will take."""
     per_sample, per_file = FORMATS[suffix]
-    samples = sum(plan.copy_seconds * copy_rate(plan.clip.sample_rate, suffix) for plan in plans)
+    samples = sum(plan.copy_seconds * min(plan.clip.sample_rate, SAMPLE_RATE) for plan in plans)
     return samples * per_sample + per_file * len(plans)
 
 
@@ -553,7 +546,7 @@ def length_fault(audio: np.ndarray, sample_rate: int, text: str) -> str | None:
     count = len(phonemize(text, "telugu"))
     if not count:
         return "no phones in the text"
-    seconds = len(trimmed(audio, sample_rate)) / sample_rate / count
+    seconds = len(_trimmed(audio, sample_rate)) / sample_rate / count
     low, high = PHONE_SECONDS
     return None if low <= seconds <= high else f"{seconds:.3f} s a phone"
 
@@ -610,7 +603,7 @@ class SyntheticClip(Clip):
 
 @functools.lru_cache(maxsize=1)
 def _engine(name: str, model: str, device: str):
-    return ENGINES[name].make(model, device)
+    return ENGINES[name].make("telugu", model, device)
 
 
 @functools.lru_cache(maxsize=1)
@@ -636,10 +629,12 @@ def choose_texts(clips: Iterable[Clip], text_file: str | None) -> tuple[list[str
     return fit, len(texts) - len(fit)
 
 
-def draw_lines(texts: Sequence[str], voices: Sequence[str], rng: np.random.Generator) -> list[Line]:
+def draw_sentences(
+    texts: Sequence[str], voices: Sequence[str], rng: np.random.Generator
+) -> list[Sentence]:
     """A batch: sentence, voice, rate and pitch of each drawn evenly."""
     return [
-        Line(
+        Sentence(
             text=texts[int(rng.integers(len(texts)))],
             voice=voices[int(rng.integers(len(voices)))],
             rate=round(float(rng.uniform(*RATE_RANGE)), 3),
@@ -663,16 +658,18 @@ def make_speech(
     dropped: list[str] = []
     seconds, in_a_row = 0.0, 0
     while seconds < part_seconds:
-        lines = draw_lines(texts, engine.voices, rng)
-        for line, said in zip(lines, engine.say(lines), strict=True):
+        sentences = draw_sentences(texts, engine.voices, rng)
+        for sentence, raw in zip(sentences, engine.say(sentences), strict=True):
             others = [texts[int(i)] for i in rng.integers(len(texts), size=DECOYS)]
-            if reason := _fault(said, line.text, others, args.check):
-                dropped.append(f"{line.voice}: {reason}: {line.text}")
+            audio, rate = _finished(raw)
+            if reason := _fault(audio, rate, sentence.text, others, args.check):
+                dropped.append(f"{sentence.voice}: {reason}: {sentence.text}")
                 in_a_row += 1
                 continue
             in_a_row = 0
             path = within / f"{index:05d}-{len(clips):03d}.{args.format}"
-            clips.append(_write_speech(path, line, said, args))
+            write_audio(path, audio, rate)
+            clips.append(_synthetic_clip(path, len(audio) / rate, rate, sentence, raw.phones, args))
             seconds += clips[-1].duration
         if in_a_row >= MAX_DROPS:
             raise UserError(
@@ -683,52 +680,77 @@ def make_speech(
     return PartResult(seconds, len(clips), dropped)
 
 
-def _fault(said: Said | None, text: str, others: Sequence[str], check: str) -> str | None:
+def _finished(raw: RawSpeech | None) -> tuple[np.ndarray, int]:
+    """(audio `[T]`, rate): at most 24 kHz, silent edges cut, pitch moved; `[0]` where it cannot."""
+    if raw is None:
+        return np.zeros(0, np.float32), SAMPLE_RATE
+    audio, rate = raw.audio.reshape(-1), min(raw.sample_rate, SAMPLE_RATE)
+    if rate != raw.sample_rate and len(audio):
+        audio = soxr.resample(audio, raw.sample_rate, rate)
+    if raw.phones is None:
+        audio = _trimmed(audio, rate)
+    if abs(raw.semitones) > 0.05 and len(audio):
+        try:
+            audio = praat.shift_pitch(audio, rate, raw.semitones)
+        except (praat.TooShort, UserError):
+            audio = audio[:0]
+    return unclipped(audio), rate
+
+
+def _trimmed(audio: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Without the silence at both ends but 0.1 s; empty where nothing is loud or a number."""
+    if not np.isfinite(audio).all():
+        return audio[:0]
+    threshold = max(0.02 * float(np.abs(audio).max(initial=0.0)), 1e-3)
+    loud = np.flatnonzero(np.abs(audio) > threshold)
+    if not len(loud):
+        return audio[:0]
+    margin = sample_rate // 10
+    return audio[max(loud[0] - margin, 0) : loud[-1] + margin]
+
+
+def _fault(
+    audio: np.ndarray, sample_rate: int, text: str, others: Sequence[str], check: str
+) -> str | None:
     """Why a clip is to be dropped, or None."""
-    if said is None:
+    if len(audio) < sample_rate // 10:
         return "no audio"
-    fault = None if check == "none" else length_fault(said.audio, said.sample_rate, text)
+    fault = None if check == "none" else length_fault(audio, sample_rate, text)
     if fault or check != "hama":
         return fault
-    return recogniser_fault(said.audio, said.sample_rate, text, others)
+    return recogniser_fault(audio, sample_rate, text, others)
 
 
-def _write_speech(path: Path, line: Line, said: Said, args: argparse.Namespace) -> SyntheticClip:
-    row, audio = ENGINES[args.engine], said.audio
-    rate = copy_rate(said.sample_rate, args.format)
-    if rate != said.sample_rate:
-        audio = soxr.resample(audio, said.sample_rate, rate)
-    write_audio(path, audio, rate)
+def _synthetic_clip(
+    path: Path, seconds: float, rate: int, sentence: Sentence, phones: list | None, args
+) -> SyntheticClip:
+    """The clip's line."""
+    row, voice = ENGINES[args.engine], sentence.voice
+    voice = voice if "/" in voice else f"{args.engine}/{voice}"
     return SyntheticClip(
-        path=path,
-        duration=len(audio) / rate,
-        sample_rate=rate,
-        language="telugu",
-        speaker=line.voice if "/" in line.voice else f"{args.engine}/{line.voice}",
-        text=line.text,
+        path, seconds, rate, "telugu", voice, sentence.text,
         license=row.license,
         commercial_ok=row.commercial_ok,
-        phones=said.phones,
+        phones=phones and [[p, round(s, 4), round(e, 4)] for p, s, e in phones],
         engine=args.engine,
         model=args.model,
-        rate=line.rate,
-        semitones=line.semitones,
-        seed=line.seed,
-    )
+        rate=sentence.rate,
+        semitones=sentence.semitones,
+        seed=sentence.seed,
+    )  # fmt: skip
 
 
 def synthesize(args: argparse.Namespace) -> None:
     """Job 2: --synthesize_hours of Telugu speech into --synthetic_dir."""
     root = existing_folder(args.input_dir, "--input_dir")
     row = ENGINES[args.engine]
-    args.model = args.model or row.model
+    args.model = args.model or row.model_of("telugu")
     # Engines that are programs leave a GPU alone, and are spread over the processes.
-    packaged = args.engine in PACKAGED
-    args.device = "cpu" if packaged else str(setup_distributed(args.device).device)
+    args.device = "cpu" if row.make is Packaged else str(setup_distributed(args.device).device)
     workers = args.num_workers if args.device == "cpu" else 0  # a GPU is fed by one process
     output = args.synthetic_dir or root / f"synthetic_{args.engine}"
     with output_folder(output, "--synthetic_dir") as (folder, final):
-        clips = _training_clips(root, may_be_empty=args.text_file is not None)
+        clips = _clips_if_any(root) if args.text_file else load_clips([root], "train")
         texts, left_out = choose_texts(clips, args.text_file)
         if not texts:
             where = f"--text_file {args.text_file}" if args.text_file else f"manifests of {root}"
@@ -750,7 +772,7 @@ def synthesize(args: argparse.Namespace) -> None:
         write_text(folder / TEXTS, "\n".join(texts))
         work = functools.partial(make_speech, folder, args, size)
         make_parts(work, missing, count, workers, folder, final)
-        print_hours("after", _training_clips(root, may_be_empty=True), root, args.goal_hours)
+        print_hours("after", _clips_if_any(root), root, args.goal_hours)
 
 
 def missing_parts(folder: Path, count: int) -> list[int]:
@@ -764,14 +786,11 @@ def missing_parts(folder: Path, count: int) -> list[int]:
     return [i for i in range(count) if not made[i] or made[i] != recorded.get(i)]
 
 
-def _training_clips(root: Path, may_be_empty: bool) -> Sequence[Clip]:
-    """The training clips. With sentences from a file there need not be any yet: they are needed
-    for the table alone, and what is wrong with them is only a note."""
+def _clips_if_any(root: Path) -> Sequence[Clip]:
+    """The training clips; what is wrong with them is a note, as there need not be any yet."""
     try:
         return load_clips([root], "train")
     except UserError as error:
-        if not may_be_empty:
-            raise
         print(f"note: {error}")
         return []
 
@@ -783,7 +802,7 @@ def print_engines() -> None:
     """The table of engines, 80 columns wide; a command goes on behind a backslash, to be pasted."""
     for name, row in ENGINES.items():
         use = "commercial use" if row.commercial_ok else "no commercial use"
-        lines = textwrap.wrap(row.pip, 67, break_long_words=False, break_on_hyphens=False)
+        lines = textwrap.wrap(row.install, 67, break_long_words=False, break_on_hyphens=False)
         for begin, text in ((f"{name:<9} ", f"{row.license}, {use}"), (" " * 10, row.note)):
             print(textwrap.fill(text, 79, initial_indent=begin, subsequent_indent=" " * 10))
         print(textwrap.indent(" \\\n".join(lines), " " * 10))

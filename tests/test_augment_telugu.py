@@ -582,7 +582,7 @@ def test_synthesis_says_what_is_missing(tmp_path, empty_root, texts, monkeypatch
     assert "v1-checkpoints-release/te.zip" in said and "unzip" in said
     for name, pip in (("parler_tts", "parler"), ("piper", "piper")):
         monkeypatch.setitem(sys.modules, name, None)
-        assert engines.ENGINES[pip].pip in refused(*file, "--engine", pip)
+        assert engines.ENGINES[pip].install in refused(*file, "--engine", pip)
     monkeypatch.setitem(sys.modules, "TTS.utils.synthesizer", None)
     for part in ("fastpitch", "hifigan"):
         (tmp_path / "te" / part).mkdir(parents=True)
@@ -601,7 +601,7 @@ def test_an_engine_that_says_nothing_useful_ends(empty_root, texts, monkeypatch)
         def say(self, lines):
             return [None for _ in lines]
 
-    row = replace(engines.ENGINES["espeak"], make=lambda model, device: Mute())
+    row = replace(engines.ENGINES["espeak"], make=lambda language, model, device: Mute())
     monkeypatch.setitem(engines.ENGINES, "espeak", row)
     at._engine.cache_clear()
     with pytest.raises(command.UserError, match="in a row dropped"):
@@ -673,7 +673,7 @@ def test_the_table_of_engines_is_printed(capsys):
     printed = capsys.readouterr().out
     assert max(len(line) for line in printed.splitlines()) <= 80
     joined = " ".join(printed.replace("\\\n", "").split())
-    assert all(name in joined and row.pip in joined for name, row in engines.ENGINES.items())
+    assert all(name in joined and row.install in joined for name, row in engines.ENGINES.items())
     assert "no commercial use" in printed
 
 

@@ -25,7 +25,7 @@ import engines
 
 
 def line(text=SENTENCES[0], voice="female", rate=1.0, semitones=0.0, seed=3):
-    return engines.Line(text, voice, rate, semitones, seed)
+    return engines.Sentence(text, voice, rate, semitones, seed)
 
 
 @pytest.fixture
@@ -54,12 +54,12 @@ def small_vits(tmp_path):
 
 
 def test_mms_speaks_through_transformers(small_vits, empty_root, texts, monkeypatch):
-    engine = engines.Mms(str(small_vits), "cpu")
-    monkeypatch.setattr(engines, "trimmed", lambda audio, rate: audio)
+    engine = engines.Mms("telugu", str(small_vits), "cpu")
     plain, again, fast = engine.say([line(), line(), line(rate=1.6)])
     assert plain.sample_rate == 16000 and np.array_equal(plain.audio, again.audio)
     assert len(fast.audio) < 0.85 * len(plain.audio)
-    assert not np.array_equal(engine.say([line(seed=4)])[0].audio[:100], plain.audio[:100])
+    (other,) = engine.say([line(seed=4)])
+    assert not np.array_equal(other.audio[:100], plain.audio[:100])
     arguments = ("--engine", "mms", "--model", str(small_vits), "--text_file", str(texts))
     synthesize(empty_root, *arguments, "--check", "none", "--synthesize_hours", "0.001")
     clips = data.read_manifest(empty_root / "synthetic_mms" / data.MANIFEST)
@@ -105,7 +105,7 @@ def indictts(tmp_path, monkeypatch):
 
 
 def test_indictts_is_handed_its_own_files(indictts, empty_root, texts):
-    engine = engines.IndicTts(str(indictts), "cpu")
+    engine = engines.IndicTts("telugu", str(indictts), "cpu")
     assert engine.voices == ("female", "male")
     speakers = str((indictts / "fastpitch" / "speakers.pth").resolve())
     assert engine._model.config["speakers_file"] == speakers
@@ -119,12 +119,13 @@ def test_indictts_is_handed_its_own_files(indictts, empty_root, texts):
     plain, fast, high, man = engine.say(
         [line(), line(rate=1.15), line(semitones=2.0), line(voice="male")]
     )
-    assert plain.sample_rate == 22050
-    assert 1.3 < len(plain.audio) / 22050 < 1.7  # the second of silence behind it is cut
-    assert len(fast.audio) == pytest.approx(len(plain.audio) / 1.15, rel=0.05)
-    ratio = pitch_of(high.audio, 22050) / pitch_of(plain.audio, 22050)
+    assert {raw.sample_rate for raw in (plain, fast, high, man)} == {22050}
+    (plain, _), (fast, _), (high, _), (man, _) = map(at._finished, (plain, fast, high, man))
+    assert 1.3 < len(plain) / 22050 < 1.7  # the second of silence behind it is cut
+    assert len(fast) == pytest.approx(len(plain) / 1.15, rel=0.05)
+    ratio = pitch_of(high, 22050) / pitch_of(plain, 22050)
     assert 12 * np.log2(ratio) == pytest.approx(2.0, abs=0.1)
-    assert pitch_of(man.audio, 22050) < 130
+    assert pitch_of(man, 22050) < 130
     synthesize(empty_root, "--model", str(indictts), "--text_file", str(texts), "--device", "cpu")
     clips = data.read_manifest(empty_root / "synthetic_indictts" / data.MANIFEST)
     assert {clip.speaker for clip in clips} == {"indictts/female", "indictts/male"}
@@ -172,16 +173,17 @@ def test_parler_is_told_in_words_and_cut_to_length(monkeypatch):
     others.AutoTokenizer = types.SimpleNamespace(from_pretrained=tokenizer)
     monkeypatch.setitem(sys.modules, "parler_tts", fake)
     monkeypatch.setitem(sys.modules, "transformers", others)
-    engine = engines.Parler("indic", "cpu")
+    engine = engines.Parler("telugu", "indic", "cpu")
     first, second = engine.say(
         [line(voice="Lalitha", rate=0.9, semitones=1.5), line(voice="Kiran", rate=1.1)]
     )
     assert asked["indic"] == [SENTENCES[0]] * 2 and asked["do_sample"]
     assert "Lalitha speaks with a high pitch at a slow pace" in asked["flan"][0]
     assert "Kiran speaks with a moderate pitch at a fast pace" in asked["flan"][1]
-    assert first.sample_rate == 24000
-    assert len(first.audio) / 24000 == pytest.approx(2.0, abs=0.1)
-    assert len(second.audio) / 24000 == pytest.approx(1.0, abs=0.1)
+    assert first.semitones == 0.0  # asked for in words
+    for raw, seconds in ((first, 2.0), (second, 1.0)):
+        audio, rate = at._finished(raw)
+        assert rate == 24000 and len(audio) / rate == pytest.approx(seconds, abs=0.1)
 
 
 def test_piper_reads_a_folder_of_voices(tmp_path, monkeypatch):
@@ -201,9 +203,9 @@ def test_piper_reads_a_folder_of_voices(tmp_path, monkeypatch):
     module.SynthesisConfig = lambda length_scale: types.SimpleNamespace(length_scale=length_scale)
     monkeypatch.setitem(sys.modules, "piper", module)
     with pytest.raises(command.UserError, match="download_voices te_IN-maya-medium"):
-        engines.Piper(str(tmp_path), "cpu")
+        engines.Piper("telugu", str(tmp_path), "cpu")
     (tmp_path / "te_IN-maya-medium.onnx").touch()
-    engine = engines.Piper(str(tmp_path), "cpu")
+    engine = engines.Piper("telugu", str(tmp_path), "cpu")
     assert engine.voices == ("te_IN-maya-medium",)
     slow, plain = engine.say(
         [line(voice="te_IN-maya-medium", rate=0.8), line(voice="te_IN-maya-medium")]
