@@ -10,7 +10,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -19,7 +19,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from command import UserError, atomic_write
+from command import UserError, atomic_write, first_line
 
 SAMPLE_RATE = 24000
 HOP = 480
@@ -51,12 +51,6 @@ _READ_ERRORS = (RuntimeError, OSError, ValueError, TypeError)
 class AudioError(UserError):
     """An audio file that is missing, empty, damaged or of an unknown format."""
 
-    def __init__(self, message: str) -> None:
-        # A DataLoader's worker hands errors over as a whole traceback: keep what they said.
-        if message.startswith("Caught ") and "AudioError: " in message:
-            message = message.strip().rsplit("AudioError: ", 1)[1]
-        super().__init__(message)
-
 
 def read_audio(
     path: str | Path,
@@ -72,13 +66,25 @@ def read_audio(
     resampling. Raises AudioError on anything unreadable.
     """
     path = Path(path)
-    try:
-        with _open(path, end=None if duration is None else start + duration) as file:
-            return _read_open(file, path, start, duration, sample_rate, speed)
-    except AudioError:
-        raise
-    except _READ_ERRORS as error:
-        raise _audio_error(path, error) from error
+    with _opened(path, end=None if duration is None else start + duration) as file:
+        rate, total = file.samplerate, file.frames
+        first = min(max(round(start * rate), 0), total)
+        last = total if duration is None else min(first + round(duration * rate), total)
+        if first == last:
+            return np.zeros(0, np.float32)
+        in_rate = rate * speed
+        margin = 0 if in_rate == sample_rate else math.ceil(_MARGIN * rate)
+        before, after = max(first - margin, 0), min(last + margin, total)
+        if before:
+            file.seek(before)
+        # As every player does: float formats and Vorbis may pass full scale.
+        mono = np.clip(_mono(_read_samples(file, path, after - before)), -1.0, 1.0)
+    if in_rate == sample_rate:
+        return mono
+    resampled = soxr.resample(mono, in_rate, sample_rate)
+    skip = round((first - before) * sample_rate / in_rate)
+    length = round((last - first) * sample_rate / in_rate)
+    return np.clip(resampled[skip : skip + length], -1.0, 1.0)
 
 
 def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
@@ -87,24 +93,62 @@ def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
     Raises AudioError as `read_audio` does.
     """
     path = Path(path)
+    with _opened(path) as file:
+        return _read_samples(file, path, file.frames), file.samplerate
+
+
+def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
+    """(duration in seconds, sample rate) of an audio file; raises AudioError on a bad one.
+
+    `coded`: the file where it is open, or its bytes in memory: then the disk is not asked again.
+    The end of compressed files is read, because a cut file keeps an intact header.
+    """
+    path = Path(path)
+    with _opened(path, coded) as file:
+        frames, rate = file.frames, file.samplerate
+        if not (isinstance(file, soundfile.SoundFile) and file.format in ("WAV", "WAVEX")):
+            tail = min(frames, math.ceil(0.2 * rate))
+            file.seek(frames - tail)
+            if len(file.read(tail, dtype="float32")) < tail - _SLACK * rate:
+                raise AudioError(f"{path}: truncated; fetch it again")
+    if frames < FRAME_SECONDS * rate:
+        raise AudioError(f"{path}: shorter than one frame of {FRAME_SECONDS * 1000:.0f} ms")
+    return frames / rate, rate
+
+
+def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
+    """Write `[T]` or `[T, C]` in [-1, 1] in the format of the suffix, 16 bit, atomically.
+
+    Raises AudioError on an unknown suffix and where the file cannot be written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in WRITABLE:
+        raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(WRITABLE)}")
+    kind, subtype = WRITABLE[suffix]
+    samples = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)
+    channels = 1 if samples.ndim == 1 else samples.shape[1]
     try:
-        with _open(path) as file:
-            return _samples(file, path, file.frames), file.samplerate
-    except AudioError:
-        raise
+        with atomic_write(path, sync=False) as part, soundfile.SoundFile(
+            os.fsencode(part), "w", sample_rate, channels, subtype, format=kind
+        ) as file:
+            # In blocks: libsndfile's Vorbis writer overflows its stack on a long file at once.
+            for first in range(0, len(samples), 65536):
+                file.write(samples[first : first + 65536])
     except _READ_ERRORS as error:
-        raise _audio_error(path, error) from error
+        raise AudioError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 
-def _samples(
-    file: soundfile.SoundFile | _Decoded | _Chain, path: Path, count: int
-) -> np.ndarray:
-    """The next `count` samples `[T, C]`, sound ones; raises AudioError where they are not."""
+# -------------------------------------------------------------------------------------- samples
+
+
+def _read_samples(file: soundfile.SoundFile | _Source, path: Path, count: int) -> np.ndarray:
+    """The next `count` samples `[T, C]`; raises AudioError where they are missing or no numbers."""
     samples = file.read(count, dtype="float32", always_2d=True)
-    missing = count - len(samples)
-    if missing > (_SLACK * file.samplerate if not _counts_exactly(file, path) else 0):
-        short = missing / file.samplerate
-        raise AudioError(f"{path}: truncated, {short:.2f} s missing; fetch it again")
+    missing = (count - len(samples)) / file.samplerate
+    exact = isinstance(file, soundfile.SoundFile) and file.format in ("WAV", "WAVEX", "FLAC")
+    if missing > (0 if exact else _SLACK):
+        raise AudioError(f"{path}: truncated, {missing:.2f} s missing; fetch it again")
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: holds samples that are no numbers (NaN or infinite); remove it")
     if getattr(file, "subtype", "") in ("FLOAT", "DOUBLE"):
@@ -112,36 +156,6 @@ def _samples(
         if np.abs(samples).max(initial=0.0) > _LOUDEST_FLOAT:
             raise AudioError(f"{path}: floats far beyond full scale; scale them to [-1, 1]")
     return samples
-
-
-def _read_open(
-    file: soundfile.SoundFile | _Decoded | _Chain,
-    path: Path,
-    start: float,
-    duration: float | None,
-    sample_rate: int,
-    speed: float,
-) -> np.ndarray:
-    rate, total = file.samplerate, file.frames
-    first = min(max(round(start * rate), 0), total)
-    last = total if duration is None else min(first + round(duration * rate), total)
-    if first == last:
-        return np.zeros(0, np.float32)
-    in_rate = rate * speed
-    plain = in_rate == sample_rate
-    margin = 0 if plain else math.ceil(_MARGIN * rate)
-    before, after = max(first - margin, 0), min(last + margin, total)
-    if before:
-        file.seek(before)
-    samples = _samples(file, path, after - before)
-    # As every player does: float formats and Vorbis may pass full scale.
-    mono = np.clip(_mono(samples), -1.0, 1.0)
-    if plain:
-        return mono
-    resampled = soxr.resample(mono, in_rate, sample_rate)
-    skip = round((first - before) * sample_rate / in_rate)
-    keep = round((last - first) * sample_rate / in_rate)
-    return np.clip(resampled[skip : skip + keep], -1.0, 1.0)
 
 
 def _mono(samples: np.ndarray) -> np.ndarray:
@@ -172,18 +186,30 @@ def _full_scale(path: Path) -> float:
     return next((float(scale) for scale in (2**15, 2**23) if peak <= scale), 2.0**31)
 
 
-def _counts_exactly(file: soundfile.SoundFile | _Decoded | _Chain, path: Path) -> bool:
-    """Whether the number of samples that the file tells is no estimate."""
-    return isinstance(file, soundfile.SoundFile) and path.suffix.lower() in (".wav", ".flac")
+# ---------------------------------------------------------------------------------- containers
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path, coded: BinaryIO | None = None, end: float | None = None
+) -> Iterator[soundfile.SoundFile | _Source]:
+    """`_open` for a block; what goes wrong within is an AudioError."""
+    try:
+        with _open(path, coded, end) as file:
+            yield file
+    except AudioError:
+        raise
+    except _READ_ERRORS as error:
+        raise _audio_error(path, error) from error
 
 
 def _open(
-    path: Path, coded: BinaryIO | None = None, end: float | None = None
-) -> soundfile.SoundFile | _Decoded | _Chain:
+    path: Path, coded: BinaryIO | None, end: float | None
+) -> soundfile.SoundFile | _Source:
     """An audio file that can be read from anywhere up to `end` s: by libsndfile, else by PyAV.
 
-    libsndfile knows no AAC and no Matroska, cannot seek in GSM, hears the first part of a chained
-    Ogg alone and believes a WAV header that was written before its sound. Raises AudioError.
+    libsndfile knows no AAC and no Matroska, cannot seek in GSM, reads only the first part of a
+    chained Ogg and believes a WAV header that was written before its sound.
     """
     error: Exception = AudioError(f"{path}: holds no samples; remove it or record it again")
     try:
@@ -200,11 +226,33 @@ def _open(
             coded.seek(0)
         return _Decoded(path, coded)
     except (ImportError, EOFError, *_READ_ERRORS):
-        raise (error if isinstance(error, AudioError) else _audio_error(path, error)) from None
+        raise error from None
 
 
-class _Decoded:
-    """An audio file as PyAV decodes it, used like a SoundFile."""
+def _audio_error(path: Path, error: Exception) -> AudioError:
+    if not path.exists():
+        return AudioError(f"{path}: no such audio file; check the manifest or download it again")
+    reason = first_line(error).split(": ")[-1].rstrip(".")
+    return AudioError(f"{path}: cannot be read as audio ({reason}); remove it or fetch it again")
+
+
+class _Source:
+    """What is used like a SoundFile: `samplerate`, `frames` in all, and reading from any sample."""
+
+    _at = 0
+
+    def __enter__(self) -> _Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
+    def seek(self, frame: int) -> None:
+        self._at = frame
+
+
+class _Decoded(_Source):
+    """An audio file as PyAV decodes it."""
 
     # Where a place is found by its time; in others what comes before is decoded too.
     _indexed = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "wav", "asf")  # wav: PCM alone
@@ -213,20 +261,20 @@ class _Decoded:
     def __init__(self, path: Path, coded: BinaryIO | None = None) -> None:
         import av
 
-        # libav takes names that are UTF-8 alone.
-        self._file = None if coded or str(path).isprintable() else open(path, "rb")  # noqa: SIM115
-        self._container = av.open(coded or self._file or str(path))
+        self._closing = contextlib.ExitStack()
+        if coded is None and not str(path).isprintable():  # libav takes names that are UTF-8 alone
+            coded = self._closing.enter_context(open(path, "rb"))  # noqa: SIM115
+        self._container = self._closing.enter_context(av.open(coded or str(path)))
         if not self._container.streams.audio:
             raise AudioError(f"{path}: holds no sound; remove it")
         self._stream = self._container.streams.audio[0]
-        self._resampler = av.AudioResampler
         frame = next(self._container.decode(self._stream), None)
         if frame is None:
             raise AudioError(f"{path}: holds no samples; remove it or record it again")
+        self._resampler = av.AudioResampler
         self.samplerate, self._first = frame.sample_rate, frame.pts or 0
         kind, codec = self._container.format.name, self._stream.codec_context.name
         self._seeks = kind in self._indexed and (kind != "wav" or codec.startswith("pcm"))
-        self._at = 0
         self._container.seek(0)
         self.frames = round(self._seconds() * self.samplerate)
 
@@ -240,18 +288,6 @@ class _Decoded:
         if self._stream.duration:
             return self._stream.duration * base
         return (self._container.duration or 0) / 1e6
-
-    def __enter__(self) -> _Decoded:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._container.close()
-        if self._file is not None:
-            self._file.close()
-
-    def seek(self, frame: int) -> None:
-        """Go to a sample."""
-        self._at = frame
 
     def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
         """`[T, C]` from the current place on, as far as the file goes."""
@@ -275,30 +311,20 @@ class _Decoded:
         return samples[skip : skip + frames].astype(dtype, copy=False)
 
 
-class _Chain:
-    """The parts of a chained Ogg file one after the other, used like a SoundFile."""
+class _Chain(_Source):
+    """The parts of a chained Ogg file one after the other, in mono."""
 
     def __init__(self, path: Path, parts: Sequence[bytes]) -> None:
-        self._parts = [soundfile.SoundFile(io.BytesIO(part)) for part in parts]
+        self._closing = contextlib.ExitStack()
+        opened = (soundfile.SoundFile(io.BytesIO(part)) for part in parts)
+        self._parts = [self._closing.enter_context(part) for part in opened]
         if len({part.samplerate for part in self._parts}) > 1:
             raise AudioError(f"{path}: parts of several sample rates; convert it")
         self.samplerate = self._parts[0].samplerate
         self.frames = sum(part.frames for part in self._parts)
-        self._at = 0
-
-    def __enter__(self) -> _Chain:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for part in self._parts:
-            part.close()
-
-    def seek(self, frame: int) -> None:
-        """Go to a sample."""
-        self._at = frame
 
     def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
-        """`[T, 1]` from the current place on, as far as the file goes; parts in mono."""
+        """`[T, 1]` from the current place on, as far as the file goes."""
         found, before, end = [], 0, self._at + frames
         for part in self._parts:
             first, last = (min(max(at - before, 0), part.frames) for at in (self._at, end))
@@ -315,71 +341,13 @@ def _ogg_parts(path: Path, coded: BinaryIO | None) -> list[bytes]:
     with contextlib.nullcontext(coded) if coded else open(path, "rb") as file:
         place = file.tell()
         file.seek(0)
-        head = file.read(18)
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 65536))  # a page is no longer
+        stream = file.read(18)[14:]  # its number, in each of its pages
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))  # a page is no longer
         tail = file.read()
         last = tail.rfind(b"OggS\0")
-        if last >= 0 and tail[last + 14 : last + 18] == head[14:18]:  # the stream's number
-            file.seek(place)
-            return []
         file.seek(0)
-        whole = file.read()
+        chained = last < 0 or tail[last + 14 : last + 18] != stream
+        whole = file.read() if chained else b""
         file.seek(place)
     starts = [found.start() for found in re.finditer(rb"OggS\0[\x02\x06]", whole)]
-    return [whole[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)]
-
-
-def _audio_error(path: Path, error: Exception) -> AudioError:
-    if not path.exists():
-        return AudioError(f"{path}: no such audio file; check the manifest or download it again")
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    reason = reason.split(": ")[-1].rstrip(".")
-    return AudioError(f"{path}: cannot be read as audio ({reason}); remove it or fetch it again")
-
-
-def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
-    """Write `[T]` or `[T, C]` in [-1, 1] in the format of the suffix, 16 bit, atomically.
-
-    Raises AudioError on an unknown suffix and where the file cannot be written.
-    """
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in WRITABLE:
-        raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(WRITABLE)}")
-    kind, subtype = WRITABLE[suffix]
-    samples = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)
-    channels = 1 if samples.ndim == 1 else samples.shape[1]
-    try:
-        with atomic_write(path, sync=False) as part, soundfile.SoundFile(
-            os.fsencode(part), "w", sample_rate, channels, subtype, format=kind
-        ) as file:
-            # In blocks: libsndfile's Vorbis writer overflows its stack on a long file at once.
-            for first in range(0, len(samples), 65536):
-                file.write(samples[first : first + 65536])
-    except _READ_ERRORS as error:
-        raise AudioError(f"{path}: cannot be written ({error}); is the disk full?") from error
-
-
-def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
-    """(duration in seconds, sample rate) of an audio file; raises AudioError on a bad one.
-
-    `coded`: the file where it is open, or its bytes in memory: then the disk is not asked again.
-    The end of compressed files is read, because a cut file keeps an intact header.
-    """
-    path = Path(path)
-    try:
-        with _open(path, coded) as file:
-            frames, rate = file.frames, file.samplerate
-            if not (isinstance(file, soundfile.SoundFile) and file.format in ("WAV", "WAVEX")):
-                tail = min(frames, math.ceil(0.2 * rate))
-                file.seek(frames - tail)
-                if len(file.read(tail, dtype="float32")) < tail - _SLACK * rate:
-                    raise AudioError(f"{path}: truncated; fetch it again")
-    except AudioError:
-        raise
-    except _READ_ERRORS as error:
-        raise _audio_error(path, error) from error
-    if frames < FRAME_SECONDS * rate:
-        raise AudioError(f"{path}: shorter than one frame of {FRAME_SECONDS * 1000:.0f} ms")
-    return frames / rate, rate
+    return [whole[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)] if starts else []

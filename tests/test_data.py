@@ -620,8 +620,9 @@ def test_nothing_but_bad_files_ends_in_one_line(bad_folder):
     windows = data.WindowDataset([clip(bad_folder / "text.wav", 2.0)], 1.0)
     with pytest.raises(command.UserError, match="100 unreadable"):
         windows[0]
+    alone = training.Distributed(0, 1, 0, torch.device("cpu"))
     with pytest.raises(command.UserError) as caught:
-        list(torch.utils.data.DataLoader(windows, 8, num_workers=1))
+        list(data.training_batches(windows, 8, 1, alone, 1))
     assert str(caught.value).startswith("100 unreadable") and "\n" not in str(caught.value)
     with pytest.raises(command.UserError, match="no clips"):
         data.WindowDataset([], 1.0)
