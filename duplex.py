@@ -79,7 +79,8 @@ class TickResult:
     """What one tick gave, a row a slot; rows of slots that were not `active` are zero.
 
     audio [B, T] float32; text [B] token ids (`PAD` = none); user_speaking, turn_end [B]
-    probabilities; user_emotion [B, 8], language [B, 3] probabilities; index [B] the number of the
+    probabilities; user_emotion [B, 8], language [B, 3] probabilities; user_phones [B, p] ids, of
+    the LM's `listen_delay` patches ago; index [B] the number of the
     input patch heard (dropped ones count); waited [B] seconds the patch lay in the queue; dropped
     [B] patches lost since the slot's last tick; muted [B] output silenced by `vad_flush`;
     not_finite [B] samples, heard or spoken, that were not numbers and became silence.
@@ -91,6 +92,7 @@ class TickResult:
     turn_end: np.ndarray
     user_emotion: np.ndarray
     language: np.ndarray
+    user_phones: np.ndarray
     active: np.ndarray
     index: np.ndarray
     waited: np.ndarray
@@ -364,6 +366,7 @@ class DuplexEngine:
             turn_end=_host(step.turn_end) * active,
             user_emotion=_host(step.user_emotion) * keep,
             language=_host(step.language) * keep,
+            user_phones=_host(step.user_phones.argmax(-1)),
             active=active,
             index=index,
             waited=waited,

@@ -131,6 +131,7 @@ class FakeLM(torch.nn.Module):
             turn_end=torch.zeros(slots),
             user_emotion=torch.eye(8)[torch.ones(slots, dtype=torch.long)],
             language=torch.eye(3)[torch.zeros(slots, dtype=torch.long)],
+            user_phones=torch.zeros(slots, 2, 1),
         )
 
 

@@ -16,11 +16,10 @@ import speech
 from command import UserError
 from dialogues import Exchange, Line, load_scripts
 from evaluate_s2s import (
+    AgentSide,
     AskedTurn,
-    Asking,
     Call,
-    Ear,
-    Heard,
+    ExaminedJudge,
     Judged,
     Report,
     ask,
@@ -34,7 +33,7 @@ from evaluate_s2s import (
     phone_error,
     right_text,
     table,
-    taught_replies,
+    training_replies,
 )
 
 RATE = 24000
@@ -66,6 +65,11 @@ def fake_say(requests):
     phones = [("_", 0.0, 0.1), ("k", 0.1, 0.6), ("a", 0.6, 1.0)]
     words = [("one", 0.1, 0.6), ("two", 0.6, 1.0)]
     return [speech.Utterance(tone(1.0, 0.3), phones, words) for _ in requests]
+
+
+def asking(**changes):
+    """The script's flags."""
+    return SimpleNamespace(**{**vars(e.parse_arguments([])), **changes})
 
 
 @pytest.fixture
@@ -100,34 +104,6 @@ def test_text_is_compared_by_letters_and_vowel_signs_alone():
     assert normalise("నా పేరు సంవాద్ అండి.") == "నా పేరు సంవాద్ అండి"
 
 
-def slow_warp(cost) -> float:
-    best = {(0, 0): cost[0, 0]}
-    for i in range(cost.shape[0]):
-        for j in range(cost.shape[1]):
-            before = [best.get(p, np.inf) for p in ((i - 1, j), (i, j - 1), (i - 1, j - 1))]
-            if i or j:
-                best[i, j] = cost[i, j] + min(before)
-    return best[cost.shape[0] - 1, cost.shape[1] - 1]
-
-
-def test_warping_is_the_table_of_sakoe_and_chiba():
-    rng = np.random.default_rng(0)
-    for rows, columns in ((5, 9), (9, 5), (1, 4), (4, 1), (7, 7)):
-        one, two = rng.normal(size=(rows, 3)), rng.normal(size=(columns, 3))
-        cost = np.sqrt(((one[:, None] - two[None]) ** 2).mean(-1))
-        assert e.warped_distance(one, two) == pytest.approx(slow_warp(cost) / (rows + columns))
-    assert e.warped_distance(one, np.repeat(one, 2, axis=0)) == pytest.approx(0, abs=1e-12)
-
-
-def test_cepstra_follow_the_spectrum_not_the_level():
-    rng = np.random.default_rng(0)
-    noise = np.cumsum(rng.normal(size=RATE)).astype("f") * 0.01
-    noise *= np.sin(np.arange(RATE) / 900)
-    found = e.cepstra(noise)
-    assert found.shape == (49, 12) and e.cepstra(noise[:100]).shape == (1, 12)
-    np.testing.assert_allclose(e.cepstra(4 * noise), found, atol=0.2)
-
-
 class EchoCodec(torch.nn.Module):
     """A codec that changes nothing, or keeps silent."""
 
@@ -142,35 +118,36 @@ class EchoCodec(torch.nn.Module):
         return codes
 
 
+class LoudnessJudge:
+    """Transcribes 40 ms of sound each as a phone: its level in tenths; or is deaf."""
+
+    def __init__(self, name="level", deaf=False):
+        self.name, self.deaf = name, deaf
+
+    def transcribe(self, audio):
+        levels = np.abs(audio[: len(audio) // 960 * 960].reshape(-1, 960)).max(1)
+        return () if self.deaf else tuple(int(round(10 * x)) for x in levels if x > 0.01)
+
+    def expected(self, text, audio):
+        return self.transcribe(audio)
+
+
 def test_the_first_judge_that_can_be_trusted_is_taken(monkeypatch):
     rng = np.random.default_rng(0)
     replies = {f"reply {i}": "neutral" for i in range(5)}
-    steps = {t: 0.1 * rng.normal(size=(20, 960)) * rng.uniform(0, 1, (20, 1)) for t in replies}
-    for i, text in enumerate(replies):
-        steps[text][:, : 100 * (i + 1)] = 0.2
+    sounds = {t: np.repeat(rng.integers(1, 10, 20) / 10, 960).astype("f") for t in replies}
 
     def say(replies, texts, language, speed):
-        rows = round(960 / speed)
-        return [np.resize(steps[t], (20, rows)).reshape(-1).astype("f") for t in texts]
+        return {text: sounds[text][: round(19200 * min(1, speed))] for text in texts}
 
-    monkeypatch.setattr(e, "_say_replies", say)
-
-    class Deaf(FakeJudge):
-        name = "deaf"
-
-        def hear(self, audio):
-            return ()
-
-        def expects(self, text, audio):
-            return text
-
-    judges = [Deaf(), e.TemplateJudge(EchoCodec()), Deaf()]
-    ears = e.train_ears(judges, replies, "english", EchoCodec())
-    assert [ear.judge.name for ear in ears] == ["deaf", "dtw"]
-    assert (ears[0].clean, ears[0].coded, ears[0].trusted) == (0.0, 0.0, False)
-    ears = e.train_ears(judges[1:2], replies, "english", EchoCodec(0.0))
-    assert ears[0].coded == 0.0 and not ears[0].trusted
-    assert e.train_ears([], replies, "english", EchoCodec()) == []
+    monkeypatch.setattr(e, "_in_the_agents_voice", say)
+    judges = [LoudnessJudge("deaf", deaf=True), LoudnessJudge(), LoudnessJudge("spare")]
+    examined = e.examine_judges(judges, replies, "english", EchoCodec())
+    assert [one.judge.name for one in examined] == ["deaf", "level"]
+    assert (examined[0].clean, examined[0].coded, examined[0].trusted) == (0.0, 0.0, False)
+    examined = e.examine_judges(judges[1:2], replies, "english", EchoCodec(0.0))
+    assert examined[0].coded == 0.0 and not examined[0].trusted
+    assert e.examine_judges([], replies, "english", EchoCodec()) == []
 
 
 def test_a_right_text_is_near_and_nearest():
@@ -195,7 +172,9 @@ def test_repeated_phones_are_one_in_what_was_said_and_heard():
 
 
 def test_questions_lie_on_the_clock_with_their_lead_in_and_tail(fake_voices):
-    calls = ask([exchange(held_out=True)], "english", Asking(questions_per_exchange=5), fake_say)
+    calls, _ = ask(
+        [exchange(held_out=True)], "english", asking(questions_per_exchange=5), say=fake_say
+    )
     assert len(calls) == 2  # there are no more wordings than two
     assert {c.turns[0].text for c in calls} == {f"question 0 wording {w}" for w in (0, 1)}
     turn = calls[0].turns[0]
@@ -209,7 +188,7 @@ def test_questions_lie_on_the_clock_with_their_lead_in_and_tail(fake_voices):
 def test_later_questions_wait_for_the_reply_before(fake_voices):
     long_reply = " ".join(["word"] * 66)  # six seconds
     scripts = [exchange(replies=(long_reply, "Yes."), held_out=True)]
-    (call,) = ask(scripts, "english", Asking(questions_per_exchange=1), fake_say)
+    (call,), _ = ask(scripts, "english", asking(questions_per_exchange=1), say=fake_say)
     first, second = call.turns
     assert first.reply == long_reply and second.reply == "Yes."
     assert 8.0 < second.start - first.end < 9.0
@@ -225,7 +204,7 @@ def test_emotions_and_ranges_of_pitch_are_those_praat_is_safe_in(fake_voices, mo
         return fake_say(requests)
 
     for emotions in ("neutral", "scripted"):
-        ask([exchange(held_out=True)], "english", Asking(emotions=emotions), say)
+        ask([exchange(held_out=True)], "english", asking(emotions=emotions), say=say)
     assert {r.emotion for r in seen} == {"neutral", "happy"}
     for request in seen:
         style = speech.STYLES[request.emotion]
@@ -242,8 +221,7 @@ def test_a_question_that_no_engine_can_say_is_left_out(fake_voices, capsys):
             raise UserError("festival failed")
         return fake_say(requests)
 
-    left_out: list[str] = []
-    calls = ask(scripts, "english", Asking(), say, left_out)
+    calls, left_out = ask(scripts, "english", asking(), say=say)
     assert len(calls) == 2 and silent not in [c.turns[0].text for c in calls]
     assert len(left_out) == 1 and Report([judged()], left_out=left_out).summary()[
         "calls_not_spoken"
@@ -254,7 +232,7 @@ def test_a_question_that_no_engine_can_say_is_left_out(fake_voices, capsys):
 def test_the_same_seed_asks_the_same(fake_voices):
     scripts = [exchange(held_out=True, wordings=9)]
     texts = [
-        [c.turns[0].text for c in ask(scripts, "english", Asking(seed=s), fake_say)]
+        [c.turns[0].text for c in ask(scripts, "english", asking(seed=s), say=fake_say)[0]]
         for s in (3, 3, 4)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -263,7 +241,7 @@ def test_the_same_seed_asks_the_same(fake_voices):
 def test_a_pause_is_put_inside_the_turn(fake_voices):
     scripts = [exchange(held_out=True)]
     (plain, *_), (paused, *_) = (
-        ask(scripts, "english", Asking(pause_seconds=p), fake_say) for p in (0.0, 0.5)
+        ask(scripts, "english", asking(), p, fake_say)[0] for p in (0.0, 0.5)
     )
     lengths = [c.turns[0].end - c.turns[0].start for c in (plain, paused)]
     assert lengths[1] - lengths[0] == pytest.approx(0.5, abs=0.01)
@@ -271,9 +249,9 @@ def test_a_pause_is_put_inside_the_turn(fake_voices):
 
 def test_the_taught_are_the_training_replies_of_the_chosen_exchanges():
     scripts = load_scripts(SCRIPTS)
-    few = taught_replies(scripts, "english", ("name",), True)
+    few = training_replies(scripts, "english", ("name",), True)
     assert few == {"My name is Samvad.": "happy"} or list(few) == ["My name is Samvad."]
-    assert len(taught_replies(scripts, "telugu", (), False)) > 150
+    assert len(training_replies(scripts, "telugu", (), False)) > 150
 
 
 # ---------------------------------------------------------------------------------- calls
@@ -305,7 +283,7 @@ def test_every_call_gets_its_own_reply_whatever_the_slots():
         clock = FakeClock()
         heard = hold_calls(FakeCodec(clock), FakeListener(clock), calls, slots)
         for audio, one in zip(audios, heard, strict=True):
-            np.testing.assert_allclose(one.reply, audio, atol=1e-6)
+            np.testing.assert_allclose(one.audio, audio, atol=1e-6)
             assert one.text.tolist() == list(range(1, len(audio) // 960 + 1))
             assert one.emotion.shape == (len(one.text), 8)
             # Heard two patches late, so the first label is the third tick's.
@@ -321,9 +299,8 @@ class FakeJudge:
     """Hears the amplitude, in tenths."""
 
     name = "fake"
-    distance = staticmethod(e.relative_distance)
 
-    def hear(self, audio):
+    def transcribe(self, audio):
         loud = np.abs(audio)
         return ("x",) * int(round(10 * loud.max())) if len(audio) and loud.max() > 0.01 else ()
 
@@ -339,11 +316,11 @@ def converse(onset: float, text_at: float, level: float = 0.5, second_turn: bool
     emotion[:, 1], language[:, 0] = 1.0, 1.0
     emotion[45:51] = 0.0
     emotion[45:51, 2] = 1.0  # what counts is the end of the turn
-    heard = Heard(reply, text, emotion, language, np.array([0] * 50 + [1, 1, 2, 0, 3] * 10))
+    agent = AgentSide(reply, text, emotion, language, np.array([0] * 50 + [1, 1, 2, 0, 3] * 10))
     turns = [AskedTurn(1.0, 2.0, "q", "sad", "five", ("a", "b"))]
     if second_turn:
         turns.append(AskedTurn(5.0, 6.0, "q2", "sad", "six", ()))
-    return call_of(np.zeros(8 * RATE, np.float32), *turns), heard
+    return call_of(np.zeros(8 * RATE, np.float32), *turns), agent
 
 
 LM = SimpleNamespace(
@@ -352,15 +329,16 @@ LM = SimpleNamespace(
         languages=("english", "hindi", "telugu"),
         phones=("_", "a", "b", "k"),
         frame_rate=50.0,
+        patch_rate=25.0,
     ),
     tokenizer=SimpleNamespace(decode=lambda ids: {5: "five", 6: "six"}[ids[-1]]),
 )
-EAR = Ear(FakeJudge(), {"five": ("x",) * 5, "six": ("x",) * 9}, 1.0, 1.0)
+JUDGE = ExaminedJudge(FakeJudge(), {"five": ("x",) * 5, "six": ("x",) * 9}, 1.0, 1.0)
 
 
 def test_an_answer_is_timed_read_and_heard():
-    call, heard = converse(onset=2.25, text_at=2.2)
-    (turn,) = judge_call(call, heard, LM, 0.04, ["five", "six"], EAR)
+    call, agent = converse(onset=2.25, text_at=2.2)
+    (turn,) = judge_call(call, agent, LM, ["five", "six"], JUDGE)
     assert turn.kind == "answered" and turn.latency == pytest.approx(0.25, abs=0.011)
     assert turn.said == "five" and turn.text and turn.audio
     assert turn.emotion == ("sad", "sad") and turn.language == ("english", "english")
@@ -369,24 +347,24 @@ def test_an_answer_is_timed_read_and_heard():
 
 @pytest.mark.parametrize("onset,kind", [(1.5, "takeover"), (1.9, "answered"), (4.3, "unanswered")])
 def test_early_and_late_replies_are_told_apart(onset, kind):
-    (turn,) = judge_call(*converse(onset, onset), LM, 0.04, ["five"], None)
+    (turn,) = judge_call(*converse(onset, onset), LM, ["five"], None)
     assert turn.kind == kind and turn.audio is None
 
 
 def test_a_reply_of_the_next_turn_is_not_this_one_s():
-    call, heard = converse(onset=6.2, text_at=6.2, second_turn=True)
-    first, second = judge_call(call, heard, LM, 0.04, ["five", "six"], EAR)
+    call, agent = converse(onset=6.2, text_at=6.2, second_turn=True)
+    first, second = judge_call(call, agent, LM, ["five", "six"], JUDGE)
     assert first.kind == "unanswered" and first.said == "" and not first.audio
     assert second.kind == "answered" and second.said == "five" and not second.text
 
 
 def test_a_loud_reply_of_other_sounds_is_wrong_by_ear():
-    (turn,) = judge_call(*converse(2.2, 2.2, level=0.9), LM, 0.04, ["five", "six"], EAR)
+    (turn,) = judge_call(*converse(2.2, 2.2, level=0.9), LM, ["five", "six"], JUDGE)
     assert turn.text and not turn.audio
 
 
 def test_nothing_heard_is_never_right():
-    assert not EAR.right(np.zeros(RATE, np.float32), "five")
+    assert not JUDGE.right(np.zeros(RATE, np.float32), "five")
 
 
 # ---------------------------------------------------------------------------------- the report
@@ -399,7 +377,7 @@ def test_shares_are_over_all_turns_and_the_baseline_is_the_commonest_reply():
         judged(kind="unanswered", latency=None, text=False, audio=False, wanted="No."),
         judged(audio=False, wanted="Perhaps.", latency=0.4, emotion=("sad", "neutral")),
     ]
-    s = Report(turns, ear=EAR).summary()
+    s = Report(turns, judges=[JUDGE]).summary()
     assert (s["turns"], s["answered"], s["takeovers"], s["unanswered"]) == (4, 0.5, 1, 1)
     assert (s["right_text"], s["right_audio"], s["right_both"]) == (0.75, 0.5, 0.5)
     assert s["right_and_in_time"] == 0.25 and s["majority_answer"] == 0.5
@@ -408,7 +386,7 @@ def test_shares_are_over_all_turns_and_the_baseline_is_the_commonest_reply():
 
 
 def test_a_judge_that_cannot_be_trusted_is_not_asked_for_a_figure():
-    s = Report([judged(audio=False)], ear=replace(EAR, clean=0.5)).summary()
+    s = Report([judged(audio=False)], judges=[replace(JUDGE, clean=0.5)]).summary()
     assert s["right_audio"] is None and s["right_both"] is None and s["right_and_in_time"] == 1.0
     text = table({"telugu": s})
     assert "fake is not trusted, it finds 50% of clean" in text and "stands alone" in text
@@ -416,16 +394,16 @@ def test_a_judge_that_cannot_be_trusted_is_not_asked_for_a_figure():
 
 
 def test_goals_are_met_or_not():
-    s = Report([judged()], ear=EAR).summary()
+    s = Report([judged()], judges=[JUDGE]).summary()
     assert goals("english", s) == {"answered": True, "response": True, "right": True}
-    s = Report([judged(kind="unanswered", latency=None, text=False)], ear=EAR).summary()
+    s = Report([judged(kind="unanswered", latency=None, text=False)], judges=[JUDGE]).summary()
     assert goals("english", s) == {"answered": False, "response": None, "right": False}
 
 
 def test_the_table_fits_80_columns():
-    s = Report([judged()], ear=EAR).summary()
+    s = Report([judged()], judges=[JUDGE]).summary()
     empty = Report().summary()
-    deaf = Report([judged()], ear=replace(EAR, coded=0.06), deaf=[EAR]).summary()
+    deaf = Report([judged()], judges=[JUDGE, replace(JUDGE, coded=0.06)]).summary()
     text = table({"english": s, "hindi": deaf, "telugu": empty})
     assert max(map(len, text.splitlines())) <= 80
 
@@ -514,9 +492,9 @@ def test_one_language_that_fails_and_a_full_disk_cost_no_figures(
 
 
 def test_a_call_that_cannot_be_saved_is_a_warning(tmp_path, capsys):
-    heard = SimpleNamespace(reply=np.zeros(960, np.float32))
+    agent = SimpleNamespace(audio=np.zeros(960, np.float32))
     calls = [call_of(tone(0.04), name=name) for name in ("a/b", "n" * 300, "c")]
-    e.save_calls(tmp_path, calls, [heard] * 3)
+    e.save_calls(tmp_path, calls, [agent] * 3)
     assert [path.name for path in tmp_path.iterdir()] == ["a_b.wav"]
     assert capsys.readouterr().err.count("\n") == 1
 
@@ -531,31 +509,31 @@ def test_a_reply_that_the_agent_cannot_say_is_not_judged_by_ear(monkeypatch, cap
     monkeypatch.setattr(speech, "voices", lambda *_: [VOICE])
     monkeypatch.setattr(e, "_through", lambda codec, audio: audio)
     replies = {"Yes.": "neutral", "Hm.": "neutral"}
-    (ear,) = e.train_ears([e.TemplateJudge(None)], replies, "english", None)
-    assert list(ear.templates) == ["Yes."] and ear.right(tone(1.0), "Hm.") is None
+    (judge,) = e.examine_judges([LoudnessJudge()], replies, "english", None)
+    assert list(judge.expected) == ["Yes."] and judge.right(tone(1.0), "Hm.") is None
     assert "1 replies could not be spoken" in capsys.readouterr().err
-    report = Report([judged(audio=None), judged(audio=False)], ear=ear).summary()
+    report = Report([judged(audio=None), judged(audio=False)], judges=[judge]).summary()
     assert (report["right_audio"], report["right_both"]) == (0.0, 0.5)
 
 
 def test_no_voice_names_what_to_install(monkeypatch):
     monkeypatch.setattr(speech, "_installed", lambda engine, name: False)
     with pytest.raises(UserError, match="flite"):
-        ask([exchange(held_out=True)], "english", Asking(), fake_say)
+        ask([exchange(held_out=True)], "english", asking(), say=fake_say)
 
 
 def test_judges_that_are_missing_say_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "hama", None)
-    assert [j.name for j in e.choose_judges("auto", "telugu", None)] == ["dtw"]
-    assert e.choose_judges("none", "telugu", None) == []
-    assert "pip install hama" in capsys.readouterr().err
+    assert e.choose_judges("auto", "telugu") == e.choose_judges("none", "telugu") == []
+    told = capsys.readouterr().err
+    assert "pip install hama" in told and told.count("\n") == 1
     with pytest.raises(UserError, match="pip install hama"):
-        e.choose_judges("hama", "telugu", None)
+        e.choose_judges("hama", "telugu")
     with pytest.raises(UserError, match="--whisper"):
-        e.choose_judges("whisper", "english", None)
+        e.choose_judges("whisper", "english")
     pytest.importorskip("faster_whisper", reason="pip install faster-whisper")
     with pytest.raises(UserError, match="model.bin"):
-        e.choose_judges("auto", "english", None, tmp_path)
+        e.choose_judges("auto", "english", tmp_path)
 
 
 def test_hama_hears_which_reply_the_agent_says():
@@ -570,6 +548,6 @@ def test_hama_hears_which_reply_the_agent_says():
     known, again = (
         say([speech.Request(t, "english", agent, speed) for t in texts]) for speed in (1.0, 0.93)
     )
-    templates = {t: judge.expects(t, u.audio) for t, u in zip(texts, known, strict=True)}
-    assert [nearest(judge.hear(u.audio), templates) for u in again] == texts
-    assert judge.hear(np.zeros(RATE, np.float32)) == ()
+    templates = {t: judge.expected(t, u.audio) for t, u in zip(texts, known, strict=True)}
+    assert [nearest(judge.transcribe(u.audio), templates) for u in again] == texts
+    assert judge.transcribe(np.zeros(RATE, np.float32)) == ()
