@@ -777,13 +777,10 @@ def synthesize(args: argparse.Namespace) -> None:
 
 def missing_parts(folder: Path, count: int) -> list[int]:
     """The parts, of `count`, without a record or without a file that it lists."""
-    rows = made_rows(folder)
-    made = Counter(int(path.partition("/")[0]) for path in rows)
-    recorded = {
-        int(record.stem): sum(1 for _ in json_lines(record))
-        for record in (folder / RECORDS).glob("*.jsonl")
-    }
-    return [i for i in range(count) if not made[i] or made[i] != recorded.get(i)]
+    there = Counter(path.partition("/")[0] for path in made_rows(folder))
+    records = (folder / RECORDS).glob("*.jsonl")
+    complete = {file.stem for file in records if there[file.stem] == len([*json_lines(file)])}
+    return [i for i in range(count) if f"{i:05d}" not in complete]
 
 
 def _clips_if_any(root: Path) -> Sequence[Clip]:
@@ -832,7 +829,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--noise_copies", type=whole(0, 100), default=1, help="noisy copies of each clip")
     add("--snr_db", type=number(-100, 100), nargs=2, default=[10.0, 30.0], metavar=("LOW", "HIGH"),
         help="of noisy copies")  # fmt: skip
-    add("--noise_dir", help="recordings of noise, in place of white and pink noise")
+    add("--noise_dir", help="recordings of noise, in place of drawn noise")
     add("--skip", nargs="*", default=["synthetic*"], help="corpora not to copy (globs)")
     add("--format", choices=FORMATS, default="ogg", help="of the files made")
     add("--model", help="folder or Hugging Face id of the engine's voice")
