@@ -462,30 +462,30 @@ def test_split_shares():
 # --------------------------------------------------------------------------------- augmentation
 
 
-def test_augmentation_repeats_and_touches_what_it_should():
+def test_distortion_repeats_and_stays_in_range():
     audio = sine(440, 1, 24000)
-    first = data.augment(audio, np.random.default_rng(3), probability=1.0)
-    again = data.augment(audio, np.random.default_rng(3), probability=1.0)
-    np.testing.assert_array_equal(first, again)
-    assert first.dtype == np.float32 and np.abs(first).max() <= 1.0
-    np.testing.assert_array_equal(data.augment(audio, np.random.default_rng(3), 24000, 0.0), audio)
-    assert data.augment(np.zeros(0, np.float32), np.random.default_rng(3), 24000, 1.0).size == 0
-    assert not data.augment(np.zeros(100, np.float32), np.random.default_rng(3), 24000, 1.0).any()
+    first = data.distort(audio, np.random.default_rng(3), 1.0)
+    np.testing.assert_array_equal(first, data.distort(audio, np.random.default_rng(3), 1.0))
+    assert first.dtype == np.float32 and len(first) == 24000 and 0.01 < np.abs(first).max() <= 1.0
+    np.testing.assert_array_equal(data.distort(audio, np.random.default_rng(3), 0.0), audio)
+    assert data.distort(np.zeros(0, np.float32), np.random.default_rng(3), 1.0).size == 0
+    assert not data.distort(np.zeros(100, np.float32), np.random.default_rng(3), 1.0).any()
 
 
-def test_speed_is_chosen_three_times_in_ten_and_moves_pitch_and_length():
+def test_speed_is_chosen_three_times_in_ten_and_moves_pitch_and_length(tmp_path):
     rng = np.random.default_rng(0)
     speeds = np.array([data.draw_speed(rng) for _ in range(4000)])
     assert np.mean(speeds != 1) == pytest.approx(0.3, abs=0.03)
     assert speeds.min() >= 0.9 and speeds.max() <= 1.1
     audio = sine(1000, 2, 24000)
-    for seed in range(5):
-        rng = np.random.default_rng(seed)
-        speed = data.draw_speed(np.random.default_rng(seed), 1.0)
-        fast = data.augment(audio, rng, probability=1.0)
+    data.write_audio(tmp_path / "a.wav", audio)
+    for speed in (0.9, 1.03, 1.1):
+        fast = data.change_speed(audio, 24000, speed)
         assert len(fast) == pytest.approx(48000 / speed, abs=2)
         peak = np.abs(np.fft.rfft(fast * np.hanning(len(fast)))).argmax() * 24000 / len(fast)
         assert peak == pytest.approx(1000 * speed, abs=2)
+        read = data.read_audio(tmp_path / "a.wav", speed=speed)
+        np.testing.assert_allclose(read[100:40000], fast[100:40000], atol=1e-3)
 
 
 def test_noise_meets_its_snr():
@@ -502,8 +502,8 @@ def test_noise_meets_its_snr():
 def test_band_limit_removes_the_top_and_keeps_the_voice():
     high, voice = sine(11500, 1, 24000), sine(1000, 1, 24000)
     for seed in range(10):
-        assert np.abs(data._band_limit(high, np.random.default_rng(seed), 24000)).max() < 0.05
-        kept = data._band_limit(voice, np.random.default_rng(seed), 24000)
+        assert np.abs(data.band_limit(high, np.random.default_rng(seed))).max() < 0.05
+        kept = data.band_limit(voice, np.random.default_rng(seed))
         np.testing.assert_allclose(kept[1000:-1000], voice[1000:-1000], atol=0.01)
 
 
@@ -570,12 +570,9 @@ def test_windows_are_keyed_by_seed_epoch_and_index(tmp_path):
 
     def item(index, seed=0, epoch=0):
         windows = data.WindowDataset(clips, 0.5, seed, epoch_items=10, augment=True)
-        windows.set_epoch(epoch)
-        return windows[index]["audio"]
+        return windows[epoch, index]["audio"]
 
     assert torch.equal(item(3), item(3))
-    assert torch.equal(item(3, epoch=2), data.WindowDataset(
-        clips, 0.5, 0, epoch_items=10, augment=True)[(2, 3)]["audio"])
     for other in (item(4), item(3, seed=1), item(3, epoch=1)):
         assert not torch.equal(item(3), other)
     with pytest.raises(IndexError):
@@ -591,7 +588,7 @@ def test_languages_and_lengths_are_balanced(temperature):
             clips.append(clip(f"{language}{part}", total * part * 3600, language=language))
     windows = data.WindowDataset(clips, 1.0, language_temperature=temperature)
     rng = np.random.default_rng(0)
-    drawn = np.bincount([windows._draw_clip(rng) for _ in range(20000)], minlength=6) / 20000
+    drawn = np.bincount([windows._draw_clip(rng, False) for _ in range(20000)], minlength=6) / 20000
     weights = np.array([total ** (1 / temperature) for total in hours.values()])
     expected = np.outer(weights / weights.sum(), (0.75, 0.25)).ravel()
     np.testing.assert_allclose(drawn, expected, atol=0.015)
@@ -662,9 +659,9 @@ def test_augmented_copies_are_not_augmented_again(tmp_path):
 
 
 def test_ranks_see_together_what_one_would():
-    alone = list(data.ResumableSampler(50, 8, epoch=3))
-    ranks = [list(data.ResumableSampler(50, 4, rank, 2, epoch=3)) for rank in range(2)]
-    assert len(alone) == len(ranks[0]) == len(data.ResumableSampler(50, 4, 1, 2)) == 6
+    alone = list(data.epochs_of_batches(50, 8, 2))
+    ranks = [list(data.epochs_of_batches(50, 8, 2, rank=rank, world_size=2)) for rank in range(2)]
+    assert len(alone) == len(ranks[0]) == len(ranks[1]) == 12
     for joint, *parts in zip(alone, *ranks, strict=True):
         assert all(len(part) == 4 for part in parts)
         assert sorted(itertools.chain(*parts)) == joint
@@ -672,31 +669,31 @@ def test_ranks_see_together_what_one_would():
 
 @pytest.mark.parametrize("consumed", [0, 8, 24, 48])
 def test_sampling_goes_on_after_what_was_consumed(consumed):
-    whole = list(itertools.chain(*data.ResumableSampler(50, 8, epoch=1)))
-    rest = list(itertools.chain(*data.ResumableSampler(50, 8, epoch=1, consumed=consumed)))
-    assert rest == whole[consumed:]
+    whole = list(itertools.chain(*data.epochs_of_batches(50, 8, 2, epoch=1)))
+    rest = list(itertools.chain(*data.epochs_of_batches(50, 8, 2, 1, consumed)))
+    assert rest == whole[consumed:] and whole == [(1, i) for i in range(48)]
 
 
-def test_a_loader_resumes_over_epochs_with_workers(tmp_path):
+def test_windows_are_loaded_on_from_any_place_by_workers(tmp_path):
     data.write_audio(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 5 * 24000))
     windows = data.WindowDataset([clip(tmp_path / "a.wav", 5.0)], 0.2, epoch_items=12)
+    alone = training.Distributed(0, 1, 0, torch.device("cpu"))
 
-    def batches(epoch, consumed, workers):
-        sampler = data.ResumableSampler(12, 4)
-        sampler.set_epoch(epoch, consumed)
-        loader = torch.utils.data.DataLoader(windows, batch_sampler=sampler, num_workers=workers)
-        return [batch["audio"] for batch in loader]
+    def batches(workers, *place):
+        found = data.training_batches(windows, 4, workers, alone, 2, *place)
+        return [batch["audio"] for _, _, batch in found]
 
-    whole = batches(0, 0, 0) + batches(1, 0, 0)
-    resumed = batches(0, 8, 2) + batches(1, 0, 2)
+    whole, resumed = batches(0), batches(2, 0, 8)
     assert len(whole) == 6 and len(resumed) == 4
     for expected, found in zip(whole[2:], resumed, strict=True):
         assert torch.equal(expected, found)
 
 
-def test_an_epoch_smaller_than_a_batch_is_refused():
-    with pytest.raises(command.UserError, match="smaller than one batch"):
-        data.ResumableSampler(5, 4, world_size=2)
+def test_a_batch_that_no_epoch_holds_or_ranks_cannot_share_is_refused():
+    three = training.Distributed(0, 3, 0, torch.device("cpu"))
+    for batch_size, word in ((12, "smaller than one batch"), (4, "divide by 3")):
+        with pytest.raises(command.UserError, match=word):
+            next(data.training_batches(Numbers(), batch_size, 0, three, 1))
 
 
 class Numbers(torch.utils.data.Dataset):
