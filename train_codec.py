@@ -6,64 +6,23 @@
         --num_workers 12
 
 The same command goes on from the last complete checkpoint. An epoch is `--epoch_hours` of audio
-drawn at random. Under `torchrun` the ranks share the batch. The first `--listen_share` of the steps
-teaches the encoder's branch for words alone, which costs a fifth as much; then the rest joins.
+drawn at random. Under `torchrun` the ranks share the batch. The first `--semantic_share` of the
+steps trains the encoder's semantic branch alone, which costs a fifth as much; then the rest joins.
 
 Checkpoints show the average of the weights over the last steps, with codebooks that fit it; it is
 what validates, ships and is inherited. The weights that go on learning are in `trainer.pt`.
 bf16 is for the layers: quantizer, codebook statistics, STFTs and losses stay in fp32.
-
-The sizes of `base`, among what else would make 60 to 70M parameters (ConvNeXt blocks of encoder +
-decoder x their widths; transformer layers of encoder + decoder; of the arithmetic, in millions of
-multiplications a 20 ms frame, what the blocks take; CPU ms a 40 ms step, one x86 core; mel error of
-held-out speech after 300 steps at a quarter of the width, two seeds):
-
-    blocks x widths      layers  parameters  decoder  M / frame  blocks   ms   mel
-    2 + 4 x 384, 512     6 + 8      66.5M     51 %       91       36 %    52   .222 .224  <- base
-    4 + 6 x 384, 512     4 + 8      68.2M     54 %      107       48 %    59   .223 .224
-    1 + 2 x 384, 512     6 + 8      62.4M     49 %       75       22 %    50   .224 .217
-    2 + 4 x 256, 384     6 + 8      61.6M     50 %       75       23 %    48   .236 .226
-    4 + 8 x 256, 384     6 + 8      66.0M     52 %       92       38 %    56   .232 .223
-    4 + 8 x 384, 512     4 + 6      61.9M     55 %      110       59 %    55   .225 .228
-
-So short a training tells narrow fronts from wide ones and hardly more than that: seeds differ by
-.01. Blocks at 200 Hz cost four times what a layer of as many parameters does at 50 Hz.
-
-That was with a waveform in and patches of samples out. What `tiny` hears and how it speaks made a
-greater difference (mel error, STOI and PESQ-WB of held-out speech at 4 kbit/s, after 4 minutes from
-nothing on two cores, words kept; both cost 1 % more parameters):
-
-    in                      out                   mel   STOI  PESQ
-    waveform                patches              .183   .662  1.14
-    waveform                spectra, overlapped  .188   .635  1.13
-    waveform, log-mels      patches              .151   .725  1.24
-    waveform, log-mels      spectra, overlapped  .144   .729  1.24  <- tiny and base
-
-Bands of mels are wider than the distance of two harmonics from about 2 kHz on: --spectral_weight
-compares single bins, too. It pays late: 400 steps of the decoder alone from the shipped codec,
-without discriminators, gave PESQ-WB 2.17 with a share of 2 and 2.13 with 0 on 40 held-out clips
-(--mel_weight 2; STOI .905, predicted MOS 1.4 either way). The first 500 steps of the sound's
-branch, where the waveform's share matters most, gave STOI .753 with a share of 1 and .759 with 0
-(one seed). On two cores a step took a tenth to a fifth longer.
-
-On a CPU `tiny` has discriminators of its own, which see log-mel spectrograms: those of `base`,
-narrow enough for two cores, told real from decoded no better than chance after 360 steps (--disc_lr
-1e-4; after 46 with 1e-3), these in 60 % of cases after 75 steps and about 80 % after 1,000. On CUDA
-they are twice as wide (--disc_preset small): 66 % after 2,300 steps, of a far better codec.
-
-A step of `tiny` is some thousand small kernels: an H200 waits for Python. With --cuda_graph the
-whole step is one launch, and nothing in it waits for the host: skipped steps, balancer, codebooks
-and average are decided on the device. There, at batch 32 x 1.5 s without discriminators, 919 audio
-seconds a second became 4,700 to 5,000, the mel error of the first 30 steps the same to 3 digits.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,27 +57,58 @@ from data import (
 )
 from losses import MelLoss, SpectralLoss, si_sdr, waveform_loss
 from phones import PHONES
+from training import setting
 
 UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
-LISTENED = 4  # held-out windows whose sound goes to TensorBoard
-# Flags that a resumed run can take up, beside those of all trainers.
-APPLIED = ("gen_lr", "disc_lr", "teacher", "precision", "teacher_cache", "teacher_cache_gib",
-           "cuda_graph", "compile")  # fmt: skip
+AUDIBLE_WINDOWS = 4  # held-out windows whose audio goes to TensorBoard
+# Flags and settings that a resumed run can take up, beside those of all trainers.
+CHANGEABLE = ("gen_lr", "disc_lr", "teacher", "precision", "teacher_cache", "teacher_cache_gib",
+              "cuda_graph", "compile")  # fmt: skip
 BALANCE = {"waveform": 1.0, "adversarial": 1.0, "features": 2.0}
+
+
+def _discriminators(name: str) -> str:
+    if name not in ("auto", "tiny", "small", "base"):
+        raise argparse.ArgumentTypeError(f"{name!r} is none of auto, tiny, small, base")
+    return name
+
+
+@dataclass(frozen=True)
+class Settings(training.Settings):
+    """What a preset fixes of the codec's training; `--set` changes it."""
+
+    augment_share: float = setting(0.3, share, "chance of each change of the audio; 0: none")
+    commitment_weight: float = setting(0.03, number(0), "for each codebook in use")
+    disc_preset: str = setting(
+        "auto", _discriminators, "tiny, small or base; auto: base for base, tiny on a CPU"
+    )
+    disc_seconds: float = setting(1.0, number(0.1), "of a window that discriminators see")
+    ema_decay: float | None = setting(
+        None, number(0, 0.999999), "of the weights that ship; 0: none; else over 2 % of the steps"
+    )
+    full_rate: float = setting(0.2, share, "share of windows that use all codebooks")
+    lm_rate: float = setting(0.5, share, "share of windows that use the LM's 8")
+    mel_weight: float = setting(1.0, number(0), "share in the balance; the waveform has 1")
+    phone_weight: float = setting(1.0, number(0), "of the phone labels on codebook 0")
+    teacher_weight: float = setting(1.0, number(0), "of the teacher's cosine on codebook 0")
+    teacher_cache_gib: float = setting(100.0, number(0), "size of --teacher_cache, at most")
+
+
+PRESETS = {"tiny": Settings(), "base": Settings()}
 
 
 class Mode(NamedTuple):
     """What kind of step: a CUDA graph holds one kind."""
 
-    listening: bool  # the words' branch alone
+    semantic_only: bool
     adversarial: bool
     codebooks_move: bool
     codebooks_started: bool
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser("Phase 2: train the codec.")
+    parser = ArgumentParser("Phase 2: train the codec.", epilog=Settings.help())
     plan = parser.add_argument_group("the plan's flags")
     plan.add_argument(
         "--data_dirs", nargs="+", default=["data/english", "data/hindi", "data/telugu"]
@@ -130,57 +120,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--checkpoint_dir", default="checkpoints_codec")
     plan.add_argument("--num_workers", type=whole(0), help="by default one a core")
     more = parser.add_argument_group("advanced")
-    more.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto")
-    more.add_argument(
-        "--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60"
-    )
     more.add_argument(
         "--window_seconds", type=whole_frames, help="of a clip; by default twice the attention's"
     )
     more.add_argument("--language_temperature", type=number(above=0), default=2.0, help="1: hours")
     more.add_argument("--commercial_only", action="store_true", help="skip non-commercial audio")
-    more.add_argument("--augment_share", type=share, default=0.3, help="chance of each change")
-    more.add_argument("--no_augment", action="store_true", help="train on the audio as it is")
-    more.add_argument("--listen_share", type=share, default=0.1, help="of the steps: phones alone")
-    more.add_argument("--keep_words", action="store_true", help="codebook 0 as --init_from has it")
-    more.add_argument("--decoder_only", action="store_true", help="keep every code as it is")
-    more.add_argument("--disc_start", type=share, default=0.1, help="share of the steps; 1: no GAN")
     more.add_argument(
-        "--disc_preset",
-        choices=("auto", "tiny", "small", "base"),
-        default="auto",
-        help="their sizes; auto: base for base, tiny on a CPU, small between",
+        "--semantic_share", type=share, default=0.1, help="of the steps: the semantic branch alone"
     )
-    more.add_argument("--disc_seconds", type=number(0.1), default=1.0, help="of a window, judged")
-    more.add_argument("--mel_weight", type=number(0), default=1.0, help="the waveform has 1")
+    more.add_argument(
+        "--freeze_semantic", action="store_true", help="codebook 0 as --init_from has it"
+    )
+    more.add_argument("--decoder_only", action="store_true", help="freeze encoder and quantizer")
+    more.add_argument("--disc_start", type=share, default=0.1, help="share of the steps; 1: no GAN")
     more.add_argument(
         "--spectral_weight", type=number(0), default=1.0, help="share of the bins one by one"
     )
-    more.add_argument("--lm_rate", type=share, default=0.5, help="share that uses the LM's 8")
-    more.add_argument("--full_rate", type=share, default=0.2, help="share that uses all codebooks")
-    more.add_argument(
-        "--commitment_weight", type=number(0), default=0.03, help="for each codebook in use"
-    )
-    more.add_argument("--phone_weight", type=number(0), default=1.0)
     more.add_argument(
         "--teacher",
         default="auto",
         help="none, wavlm, whisper, or the folder or id of such a model; auto: WavLM-large on CUDA",
     )
-    more.add_argument("--teacher_weight", type=number(0), default=1.0, help="cosine on codebook 0")
     more.add_argument(
         "--ssl_loss_weight",
         type=number(0),
         default=1.0,
         help="share, in the balance, of the teacher's view of the output; mel has 1",
     )
-    more.add_argument("--teacher_cache", metavar="FOLDER", help="keep the targets of whole clips")
-    more.add_argument("--teacher_cache_gib", type=number(0), default=100.0, help="at most")
-    more.add_argument(
-        "--ema_decay",
-        type=number(0, 0.999999),
-        help="of the weights that validate and ship; 0: none; by default over 2%% of the steps",
-    )
+    more.add_argument("--teacher_cache", metavar="FOLDER", help="store the teacher's targets")
     more.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
     )
@@ -191,8 +158,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     more.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     more.add_argument("--quantizer_start", type=whole(0), default=200, help="steps before k-means")
-    more.add_argument("--warmup_steps", type=whole(0), default=500)
-    training.add_run_flags(more)
+    training.add_run_flags(more, Settings, warmup_steps=500)
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args
@@ -226,7 +192,7 @@ def average_decay(asked: float | None, total_steps: int) -> float:
 
 
 def judged_part(samples: int, seconds: float, seed: tuple[int, ...]) -> Tensor:
-    """Which samples of the windows the discriminators hear in this step, `[n]`, on every rank the
+    """Which samples of the windows the discriminators see in this step, `[n]`, on every rank the
     same.
 
     They cost more than the codec, and a part drawn anew each step teaches the same.
@@ -260,27 +226,27 @@ def training_losses(spectra: nn.ModuleDict, estimate: Tensor, audio: Tensor, cou
     return estimate, losses
 
 
-def words_learn(args) -> bool:
+def semantic_learns(args) -> bool:
     """Whether codebook 0 and its branch move."""
-    return not (args.decoder_only or args.keep_words)
+    return not (args.decoder_only or args.freeze_semantic)
 
 
-def check_kept(args, model: Codec, inherited: list[str]) -> None:
-    """Raises UserError where codes that are to stay would come from weights drawn at random."""
-    if words_learn(args):
+def check_frozen(args, model: Codec, inherited: list[str]) -> None:
+    """Raises UserError where frozen codes would come from weights drawn at random."""
+    if semantic_learns(args):
         return
-    kept = ("encoder.0.", "quantizer.semantic_in.", "quantizer.codebooks.0.embedding")
+    frozen = ("encoder.0.", "quantizer.semantic_in.", "quantizer.codebooks.0.embedding")
     if args.decoder_only:
-        kept = ("encoder.", "quantizer.")
-    there = {name for name in model.export_tensors() if name.startswith(kept)}
-    lacking = sorted(there - set(inherited))
+        frozen = ("encoder.", "quantizer.")
+    needed = {name for name in model.export_tensors() if name.startswith(frozen)}
+    lacking = sorted(needed - set(inherited))
     if lacking:
         raise UserError(f"--init_from {args.init_from}: {lacking[0]} is not there or of another "
-                        f"size, and codes that depend on it were to be kept")  # fmt: skip
+                        f"size, and it was to be frozen")  # fmt: skip
 
 
-def sizes(args, checkpoint: checkpoints.Checkpoint | None, speaks: bool) -> CodecConfig:
-    """The codec's sizes: those of the preset, or of the codec that goes on or whose codes are kept.
+def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> CodecConfig:
+    """The codec's sizes: those of the preset, or of the codec that goes on or is frozen.
 
     Sets `args.window_seconds` where it was left open. What runs is what was trained: a window has
     at least twice the frames that attention sees, so that it slides and all of a call is met.
@@ -289,15 +255,15 @@ def sizes(args, checkpoint: checkpoints.Checkpoint | None, speaks: bool) -> Code
     """
     config = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
     source = checkpoint
-    if source is None and args.init_from and not words_learn(args):
+    if source is None and args.init_from and not semantic_learns(args):
         source = checkpoints.load_checkpoint(args.init_from, with_trainer=False)
     if source is not None:
         stored = codec_config(source.config, source.path)
-        whole = checkpoint is not None or args.decoder_only  # else it is the words that stay
-        config = stored if whole else dataclasses.replace(config, context=stored.context)
+        same = checkpoint is not None or args.decoder_only  # else the semantic branch alone
+        config = stored if same else dataclasses.replace(config, context=stored.context)
     needed = 2 * config.context / config.frame_rate
-    if args.window_seconds is None:  # runs of older versions had 2 s
-        args.window_seconds = needed if checkpoint is None else 2.0
+    if args.window_seconds is None:
+        args.window_seconds = needed
     frames = round(args.window_seconds * config.frame_rate)
     if frames >= 2 * config.context:
         return config
@@ -307,12 +273,12 @@ def sizes(args, checkpoint: checkpoints.Checkpoint | None, speaks: bool) -> Code
         raise UserError(f"{short}, so that it would run as it was never trained: "
                         f"give at least {needed:g}")  # fmt: skip
     if source is not None:
-        told = f"warning: {short}, which {source.path} has: what lies past a window is not trained"
+        note = f"warning: {short}, which {source.path} has: what lies past a window is not trained"
     else:
         config = dataclasses.replace(config, context=frames // 2)
-        told = f"{short} that the preset has: this codec gets one of {config.context}"
-    if speaks:
-        print(told, flush=True)
+        note = f"{short} that the preset has: this codec gets one of {config.context}"
+    if prints:
+        print(note, flush=True)
     return config
 
 
@@ -328,12 +294,12 @@ def discriminator_config(
 
 
 def phases(args) -> Callable[[int], dict[str, int]]:
-    """First steps of listening, of the whole codec and of the discriminators, for so many steps."""
+    """First steps of the semantic branch alone, of the whole codec and of the discriminators."""
 
     def starts(total: int) -> dict[str, int]:
-        listen_steps = int(args.listen_share * total) if words_learn(args) else 0
-        joined = max(listen_steps, int(args.disc_start * total))
-        return {"listening": 0, "plain": listen_steps, "adversarial": joined}
+        semantic_steps = int(args.semantic_share * total) if semantic_learns(args) else 0
+        joined = max(semantic_steps, int(args.disc_start * total))
+        return {"semantic": 0, "codec": semantic_steps, "adversarial": joined}
 
     return starts
 
@@ -347,7 +313,7 @@ def validated_rates(config: CodecConfig) -> list[int]:
 def log_audio(metrics: training.Metrics, step: int, model: Codec, batches: list[dict], device):
     """The first held-out windows to TensorBoard: the recordings before step 1, then what became of
     them at each rate."""
-    audio = batches[0]["audio"][:LISTENED].to(device)
+    audio = batches[0]["audio"][:AUDIBLE_WINDOWS].to(device)
     sounds = {"reference": audio}
     if step > 0:
         rates = validated_rates(model.config)
@@ -416,20 +382,21 @@ def validation_batches(clips: Clips, config: CodecConfig, phone_ids: dict[str, i
 def filled(item: dict) -> dict:
     """A window whose clip was shorter, laid end to end: silence would pass for easy speech."""
     frames = item["audio"].view(len(item["phones"]), -1)
-    heard = frames.any(1).nonzero()
-    last = int(heard[-1]) + 1 if len(heard) else len(frames)
+    loud = frames.any(1).nonzero()
+    last = int(loud[-1]) + 1 if len(loud) else len(frames)
     places = torch.arange(len(frames)) % last
     return {**item, "audio": frames[places].view(1, -1), "phones": item["phones"][places]}
 
 
-def step_draws(args, config: CodecConfig, audio: Tensor, step: int, rank: int) -> dict[str, Tensor]:
+def step_draws(
+    seed: int, settings: Settings, config: CodecConfig, audio: Tensor, step: int, rank: int
+) -> dict[str, Tensor]:
     """What a step draws at random: by (seed, step) alone, and for `counts` by rank."""
-    counts = draw_num_codebooks(
-        len(audio), config.num_codebooks, args.lm_rate, args.full_rate, (args.seed, step, rank)
-    )
-    generator = training.keyed_generator(args.seed, step, 1 << 20)
+    rates = settings.lm_rate, settings.full_rate
+    counts = draw_num_codebooks(len(audio), config.num_codebooks, *rates, (seed, step, rank))
+    generator = training.keyed_generator(seed, step, 1 << 20)
     draws = torch.rand(config.num_codebooks, max(config.codebook_sizes), generator=generator)
-    part = judged_part(audio.shape[-1], args.disc_seconds, (args.seed, step, 1 << 21))
+    part = judged_part(audio.shape[-1], settings.disc_seconds, (seed, step, 1 << 21))
     return {"counts": counts, "draws": draws, "part": part}
 
 
@@ -445,32 +412,23 @@ def codebook_metrics(all_codes: Tensor) -> dict[str, float]:
     return values
 
 
-def describe(
+def description(
     run: training.Run, model: Codec, teacher: teachers.Teacher | None, clips: Clips
-) -> None:
-    """What the user reads before step 1."""
-    args, total, steps = run.args, run.hours(), run.planned
-    config = model.config
+) -> str:
+    """What the user reads before step 1, beside the settings and the forecast."""
+    args, config = run.args, model.config
     context = config.context / config.frame_rate
     counts = count_parameters(model)
     codes = counts.pop("codebooks")
     parts = ", ".join(f"{name} {count:.1f}" for name, count in counts.items())
     hours = ", ".join(f"{name} {h:.1f} h" for name, h in hours_by_language(clips).items())
     taught = f"{teacher.source} ({teacher.name}), " if teacher else ""
-    price = ""
-    if run.device.type == "cuda":
-        price = f" = {training.format_dollars(total * args.usd_per_hour)}"
-    rate = args.num_epochs * args.epoch_hours / max(total, 1e-9)
-    print(
+    return (
         f"preset {args.preset}: codec {sum(counts.values()):.1f}M parameters ({parts}), "
         f"{config.num_codebooks} codebooks ({codes:.1f}), device {run.device}\n"
         f"teacher: {taught}phone labels, {clips.hours('phones'):.1f} h\n"
         f"windows of {args.window_seconds:g} s, attention over {context:g} s\n"
-        f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}\n"
-        f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
-        f"{steps} steps = {training.format_hours(total)}{price} at {rate:.0f} audio seconds "
-        f"a second ({'at most' if args.cuda_graph else 'estimate'})",
-        flush=True,
+        f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}"
     )
 
 
@@ -489,33 +447,244 @@ def export(args) -> None:
     )
 
 
-def main() -> None:
-    args = parse_args()
-    if args.export:
-        return export(args)
-    if args.teacher_cache and args.ssl_loss_weight:
-        raise UserError("--teacher_cache saves nothing while the output is heard as well: "
-                        "add --ssl_loss_weight 0")  # fmt: skip
-    with training.open_training("codec", args, APPLIED) as run:
-        train(args, run)
+@dataclass
+class Learner:
+    """What learns, what it learns from, and what moves it."""
+
+    model: Codec
+    head: PhoneHead
+    projection: nn.Linear | None  # codebook 0 to the teacher's features, in training only
+    disc: discriminator.Discriminator
+    teacher: teachers.Teacher | None
+    spectra: nn.ModuleDict
+    cast: torch.autocast
+    balancer: training.Balancer
+    optimizer: torch.optim.AdamW
+    disc_optimizer: torch.optim.AdamW
+    # One guard each: healthy steps of the one must not hide that the other stands still.
+    guard: training.StepGuard = field(default_factory=training.StepGuard)
+    disc_guard: training.StepGuard = field(default_factory=training.StepGuard)
+    average: AveragedCodec | None = None
+
+    @property
+    def shown(self) -> Codec:
+        """The codec that validates and ships."""
+        return self.average.model if self.average else self.model
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
-def train(args, run: training.Run) -> None:
-    """The training itself, within its run."""
-    process, device, checkpoint = run.process, run.device, run.checkpoint
-    if args.cuda_graph and (device.type != "cuda" or process.world_size > 1):
+def make_learner(
+    run: training.Run, config: CodecConfig, teacher: teachers.Teacher | None
+) -> Learner:
+    """Models and optimizers, new, inherited or those of the run's checkpoint."""
+    args, settings, device, checkpoint = run.args, run.settings, run.device, run.checkpoint
+    # The same seed gives every rank the same weights.
+    model = Codec(config).to(device).train()
+    head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
+    judges = discriminator_config(settings.disc_preset, config, device)
+    if checkpoint is not None:
+        judges = discriminator.DiscriminatorConfig.stored(checkpoint.trainer["judges"])
+    disc = discriminator.Discriminator(judges).to(device)
+    spectra = nn.ModuleDict({"mel": MelLoss(config.sample_rate)})
+    if args.spectral_weight:
+        spectra["spectral"] = SpectralLoss()
+    projection = None
+    if teacher is not None:
+        projection = nn.Linear(config.semantic_dim, teacher.width).to(device)
+    if args.init_from and checkpoint is None:
+        inherited = checkpoints.inherit_weights(model, args.init_from)
+        check_frozen(args, model, inherited)
+        prefix = "quantizer."
+        model.quantizer.resume_from_codes(
+            [name.removeprefix(prefix) for name in inherited if name.startswith(prefix)]
+        )
+    frozen = []
+    if args.freeze_semantic:  # acoustic codebooks beside a semantic branch that was taught first
+        frozen = [model.encoder[0], model.quantizer.semantic_in, head, projection]
+    if args.decoder_only:  # a better voice for an LM that was trained on these codes
+        frozen = [model.encoder, model.quantizer, head, projection]
+    for part in filter(None, frozen):
+        part.requires_grad_(False)
+    if checkpoint is not None:
+        stored_teacher = checkpoint.trainer["teacher"]
+        teachers.check_same_teacher(stored_teacher, teacher, checkpoint.path)
+        # Where weights are averaged, the model that a checkpoint shows is their average.
+        trained = checkpoint.trainer.get("trained_weights", checkpoint.tensors)
+        model.load_tensors(trained, checkpoint.path)
+    training.start_equal([model, head, disc, projection])
+    groups = training.parameter_groups([model, head, projection], weight_decay=0.01)
+    disc_groups = training.parameter_groups([disc], weight_decay=0.01)
+    balance = {"mel": settings.mel_weight, "spectral": args.spectral_weight}
+    learner = Learner(
+        model,
+        head,
+        projection,
+        disc,
+        teacher,
+        spectra.to(device),
+        precision(device, args.precision),
+        training.Balancer({**BALANCE, **balance, "ssl": args.ssl_loss_weight}),
+        torch.optim.AdamW(groups, args.gen_lr, (0.8, 0.99), fused=True),
+        torch.optim.AdamW(disc_groups, args.disc_lr, (0.8, 0.99), fused=True),
+    )
+    names = ("head", "disc", "optimizer", "disc_optimizer", "balancer", "guard", "disc_guard")
+    run.parts |= {name: getattr(learner, name) for name in names}
+    if projection is not None:
+        run.parts["projection"] = projection
+    run.restore()
+    decay = average_decay(settings.ema_decay, run.schedule.total)
+    if decay > 0:
+        learner.average = run.parts["average"] = AveragedCodec(model, decay)
+        if checkpoint is not None and "average" in checkpoint.trainer:  # else the run was shorter
+            learner.average.model.load_tensors(checkpoint.tensors, checkpoint.path)
+            learner.average.load_state_dict(checkpoint.trainer["average"])
+    for each in (learner.optimizer, learner.disc_optimizer):
+        training.make_capturable(each, args.cuda_graph, device)
+    if args.compile:  # the forward passes alone; a stream goes step by step
+        for part in (*model.encoder, model.decoder):
+            part.compile()
+    return learner
+
+
+def learn(
+    learner: Learner,
+    args: argparse.Namespace,
+    settings: Settings,
+    mode: Mode,
+    audio: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    draws: Tensor,
+    part: Tensor,
+    ramp: Tensor,
+    target: Tensor | None = None,
+    known: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """One step, everything that the device does: forward, losses, backward, step, for the codec and
+    then for the discriminators. Gives what there is to log, as tensors.
+
+    audio `[B, 1, T]`, labels `[B, F]`; `counts`, `draws`, `part` of `step_draws`; `ramp`, a scalar,
+    is the part of their share that the discriminators have by now; `target` and `known` are what a
+    cache holds of the teacher, who otherwise runs here.
+    Nothing waits for the device, but for the start of the codebooks.
+    """
+    model, teacher, average = learner.model, learner.teacher, learner.average
+    optimizer, disc_optimizer = learner.optimizer, learner.disc_optimizer
+    phones_learn = semantic_learns(args)
+    row: dict[str, Tensor] = {}
+
+    # The codec's forward pass: reconstruction, and codebook 0 as phones.
+    with learner.cast:
+        if mode.semantic_only:
+            estimate, info = None, model.hear(audio)
+        else:
+            estimate, info = model(audio, counts)
+        phone_logits = learner.head(info.semantic) if phones_learn else None
+        taught = phones_learn and learner.projection is not None
+        view = learner.projection(info.semantic) if taught else None
+    reference = None
+    if teacher is not None and target is None:
+        with torch.no_grad():
+            reference = teacher(audio)
+            target = teacher.target(reference)
+
+    # Losses on the waveform, which are balanced.
+    losses = {}
+    if not mode.semantic_only:
+        estimate, losses = training_losses(learner.spectra, estimate, audio, counts)
+        if reference is not None and args.ssl_loss_weight:
+            losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
+    if mode.adversarial:
+        # One pass serves both sides: nothing changes the discriminators before their step below.
+        with learner.cast:
+            real_logits, real_features = learner.disc(audio.index_select(-1, part))
+            fake_logits, fake_features = learner.disc(estimate.index_select(-1, part))
+        losses["adversarial"] = discriminator.generator_loss(fake_logits)
+        losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
+        row |= discriminator.verdict(real_logits, fake_logits)
+
+    # Losses beside them. Alone, codebook 0 is held to its codes as the LM's eight are together.
+    levels = LM_CODEBOOKS if mode.semantic_only else 1
+    others = levels * settings.commitment_weight * info.commitment
+    if phones_learn:
+        phones, row["phone_accuracy"] = phone_loss(phone_logits, labels)
+        others = others + settings.phone_weight * phones
+        row["phones"] = phones
+    if view is not None:
+        distillation = teachers.distillation_loss(view, target, known)
+        others = others + settings.teacher_weight * distillation
+        row["distillation"] = distillation
+
+    # The codec's backward pass and step.
+    optimizer.zero_grad(set_to_none=True)
+    if mode.semantic_only:
+        others.backward()
+    else:
+        joining = {"adversarial": ramp, "features": ramp}
+        shares = learner.balancer.backward(losses, estimate, others, joining)
+        row |= {f"share_{name}": value for name, value in shares.items()}
+    training.average_gradients(learner.parameters)
+    norm = nn.utils.clip_grad_norm_(learner.parameters, settings.grad_clip)
+    # Fused optimizers, codebooks and average stand still where this is 1.
+    optimizer.found_inf = learner.guard.watch(sum(losses.values()) + others, norm)
+    optimizer.step()
+    restarted = []
+    if mode.codebooks_move:
+        restarted = model.quantizer.update(info, draws, args.freeze_semantic, optimizer.found_inf)
+    if average:
+        average.update(model, restarted, optimizer.found_inf)
+
+    # The discriminators' step, on the same reconstruction, and not through the codec.
+    if mode.adversarial:
+        disc_parameters = list(learner.disc.parameters())
+        disc_loss = discriminator.discriminator_loss(real_logits, fake_logits)
+        disc_optimizer.zero_grad(set_to_none=True)
+        disc_loss.backward(inputs=disc_parameters)
+        training.average_gradients(disc_parameters)
+        disc_norm = nn.utils.clip_grad_norm_(disc_parameters, settings.grad_clip)
+        disc_optimizer.found_inf = learner.disc_guard.watch(disc_loss, disc_norm)
+        disc_optimizer.step()
+        losses["discriminator"] = disc_loss
+    row |= {**losses, "commitment": info.commitment, "grad_norm": norm}
+    return {name: value.detach() for name, value in row.items()} | {"codes": info.codes}
+
+
+def check_flags(args: argparse.Namespace, run: training.Run) -> None:
+    """Raises UserError for flags that do not go together."""
+    if args.cuda_graph and (run.device.type != "cuda" or run.process.world_size > 1):
         raise UserError("--cuda_graph needs a CUDA GPU, and one alone")
-    taught = words_learn(args) or args.ssl_loss_weight > 0  # else nobody listens to a teacher
+    if not (semantic_learns(args) or run.resumed or args.init_from):
+        flag = "--decoder_only" if args.decoder_only else "--freeze_semantic"
+        raise UserError(f"{flag} needs --init_from, the codec whose codes are frozen")
+
+
+def load_teacher(args: argparse.Namespace, run: training.Run):
+    """The teacher and the cache of its targets, where the run has them."""
     if args.teacher == "auto":
-        args.teacher = "wavlm" if device.type == "cuda" else "none"
-    teacher = teachers.load_teacher(args.teacher, device) if taught else None
-    if args.teacher_cache and teacher is None:
+        args.teacher = "wavlm" if run.device.type == "cuda" else "none"
+    needed = semantic_learns(args) or args.ssl_loss_weight > 0
+    teacher = teachers.load_teacher(args.teacher, run.device) if needed else None
+    if not args.teacher_cache:
+        return teacher, None
+    if teacher is None:
         raise UserError("--teacher_cache needs a --teacher")
+    return teacher, teachers.FeatureCache(
+        args.teacher_cache, teacher, run.settings.teacher_cache_gib
+    )
+
+
+def train(args: argparse.Namespace, run: training.Run) -> None:
+    """The training itself, within its run."""
+    process, device, settings = run.process, run.device, run.settings
+    check_flags(args, run)
+    teacher, cache = load_teacher(args, run)
     training.seed_everything(args.seed)  # whichever teacher there is, the same weights
     if args.cuda_graph:  # what it holds must live on a stream of its own from the start
         torch.cuda.set_stream(torch.cuda.Stream(device))
-
-    config = sizes(args, checkpoint, run.is_main)
+    config = sizes(args, run.checkpoint, run.is_main)
 
     # Data: windows drawn at random from the training speakers.
     phone_ids = {phone: i for i, phone in enumerate(PHONES)}
@@ -523,256 +692,89 @@ def train(args, run: training.Run) -> None:
     clips, held_out = load_splits(
         args.data_dirs, ("train", "validation"), args.commercial_only, unreadable
     )
+    items = run.plan(clips.hours(), phases(args))
     dataset = WindowDataset(
-        clips,
-        args.window_seconds,
-        args.seed,
-        run.plan(clips.hours(), phases(args)),
-        args.language_temperature,
-        0.0 if args.no_augment else args.augment_share,
-        phone_ids,
-        unreadable,
-    )
+        clips, args.window_seconds, args.seed, items, args.language_temperature,
+        settings.augment_share, phone_ids, unreadable,
+    )  # fmt: skip
     # On every rank, though one validates: reading it draws from the generator of the weights.
     validation = validation_batches(held_out, config, phone_ids)
 
-    # Models and optimizers; the same seed gives every rank the same weights.
-    model = Codec(config).to(device).train()
-    head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
-    judges = discriminator_config(args.disc_preset, config, device)
-    if checkpoint is not None and "judges" in checkpoint.trainer:
-        judges = discriminator.DiscriminatorConfig.stored(checkpoint.trainer["judges"])
-    disc = discriminator.Discriminator(judges).to(device)
-    spectra = nn.ModuleDict({"mel": MelLoss(config.sample_rate)})
-    if args.spectral_weight:
-        spectra["spectral"] = SpectralLoss()
-    spectra.to(device)
-    cast = precision(device, args.precision)
-    projection, cache = None, None  # beside the head, as training only: codebook 0 to the teacher
-    if teacher is not None:
-        projection = nn.Linear(config.semantic_dim, teacher.width).to(device)
-    if args.teacher_cache:
-        cache = teachers.FeatureCache(args.teacher_cache, teacher, args.teacher_cache_gib)
-    if args.init_from and checkpoint is None:
-        inherited = checkpoints.inherit_weights(model, args.init_from)
-        check_kept(args, model, inherited)
-        prefix = "quantizer."
-        model.quantizer.resume_from_codes(
-            [name.removeprefix(prefix) for name in inherited if name.startswith(prefix)]
-        )
-    if not words_learn(args) and checkpoint is None and not args.init_from:
-        flag = "--decoder_only" if args.decoder_only else "--keep_words"
-        raise UserError(f"{flag} needs --init_from, the codec whose codes are kept")
-    kept = []
-    if args.keep_words:  # sound of its own beside words that were taught first
-        kept = [model.encoder[0], model.quantizer.semantic_in, head, projection]
-    if args.decoder_only:  # a better voice for an LM that was trained on these codes
-        kept = [model.encoder, model.quantizer, head, projection]
-    for part in filter(None, kept):
-        part.requires_grad_(False)
-    groups = training.parameter_groups([model, head, projection], weight_decay=0.01)
-    generator_parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, args.gen_lr, (0.8, 0.99), fused=True)
-    disc_groups = training.parameter_groups([disc], weight_decay=0.01)
-    disc_optimizer = torch.optim.AdamW(disc_groups, args.disc_lr, (0.8, 0.99), fused=True)
-    balance = {"mel": args.mel_weight, "spectral": args.spectral_weight}
-    balancer = training.Balancer({**BALANCE, **balance, "ssl": args.ssl_loss_weight})
-    # One guard each: healthy steps of the one must not hide that the other stands still.
-    guard, disc_guard = training.StepGuard(), training.StepGuard()
-    run.parts |= {
-        "head": head,
-        "disc": disc,
-        "optimizer": optimizer,
-        "disc_optimizer": disc_optimizer,
-        "balancer": balancer,
-        "guard": guard,
-        "disc_guard": disc_guard,
-    }
-    if projection is not None:
-        run.parts["projection"] = projection
-    average, decay = None, average_decay(args.ema_decay, run.schedule.total)
-    if checkpoint is not None:
-        stored_teacher = checkpoint.trainer.get("teacher", "none")
-        teachers.check_same_teacher(stored_teacher, teacher, checkpoint.path)
-        # Where weights are averaged, the model that a checkpoint shows is their average.
-        trained = checkpoint.trainer.get("trained_weights", checkpoint.tensors)
-        model.load_tensors(trained, checkpoint.path)
-    training.start_equal([model, head, disc, projection])
-    if decay > 0:
-        average = AveragedCodec(model, decay)
-        if checkpoint is not None and "average" in checkpoint.trainer:
-            average.model.load_tensors(checkpoint.tensors, checkpoint.path)
-            average.load_state_dict(checkpoint.trainer["average"])
-    del checkpoint
-    run.restore()
-    for each in (optimizer, disc_optimizer):
-        training.make_capturable(each, args.cuda_graph, device)
-    if args.compile:  # the forward passes alone; a stream goes step by step
-        for part in (*model.encoder, model.decoder):
-            part.compile()
-
-    def stored() -> dict:
-        trainer = {"teacher": teacher.name if teacher else "none"}
-        trainer |= {"judges": dataclasses.asdict(judges)}
-        if average:
-            trainer["trained_weights"] = model.state_dict()
-        shown = (average.model if average else model).state_dict()
-        return {"config": stored_config(config), "tensors": shown, "trainer": trainer}
-
-    def validated() -> dict[str, float]:
-        shown = average.model if average else model
-        phone_head = head if words_learn(args) else None
-        if args.tensorboard:
-            log_audio(run.metrics, run.step, shown, validation, device)
-        return validate(shown, phone_head, spectra, validation, device, cast)
-
-    def speak(listening: bool, audio: Tensor, counts: Tensor):
-        """Reconstruction, what the quantizer did, and codebook 0 as phones and to the teacher."""
-        words = words_learn(args)
-        with cast:
-            estimate, info = (None, model.hear(audio)) if listening else model(audio, counts)
-            phones = head(info.semantic) if words else None
-            view = projection(info.semantic) if words and projection is not None else None
-        return estimate, info, phones, view
-
-    def judge(audio: Tensor, estimate: Tensor):
-        with cast:
-            return disc(audio), disc(estimate)
-
-    # On several ranks gradients are averaged while the backward pass goes on.
-    speak = training.Parallel(process, [model, head, projection], speak)
-    judge = training.Parallel(process, [disc], judge)
-
-    def learn(
-        mode: Mode,
-        audio: Tensor,
-        labels: Tensor,
-        counts: Tensor,
-        draws: Tensor,
-        part: Tensor,
-        ramp: Tensor,
-        target: Tensor | None = None,
-        known: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """One step: everything that the device does; gives what there is to log, as tensors.
-
-        `ramp`, a scalar, is the part of their share that the discriminators have by now; `target`
-        and `known` are what a cache holds of the teacher, who otherwise listens here.
-        Nothing waits for the device, but for the start of the codebooks.
-        """
-        # Generator: balanced losses on the waveform, the rest beside them.
-        estimate, info, phone_logits, view = speak(
-            mode.listening, audio, counts, partly=mode.listening
-        )
-        reference, losses = None, {}
-        if teacher is not None and target is None:
-            with torch.no_grad():
-                reference = teacher(audio)
-                target = teacher.target(reference)
-        if not mode.listening:
-            estimate, losses = training_losses(spectra, estimate, audio, counts)
-            if reference is not None and args.ssl_loss_weight:
-                losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
-        row = {}
-        if mode.adversarial:
-            # One pass serves both sides: nothing changes the judges before their own step below.
-            judged = (sound.index_select(-1, part) for sound in (audio, estimate))
-            (real_logits, real_features), (fake_logits, fake_features) = judge(*judged)
-            losses["adversarial"] = discriminator.generator_loss(fake_logits)
-            losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
-            row |= discriminator.verdict(real_logits, fake_logits)
-        # Alone, codebook 0 is held to its codes as the LM's eight are together.
-        levels = LM_CODEBOOKS if mode.listening else 1
-        others = levels * args.commitment_weight * info.commitment
-        if words_learn(args):
-            phones, row["phone_accuracy"] = phone_loss(phone_logits, labels)
-            others = others + args.phone_weight * phones
-            row["phones"] = phones
-        if view is not None:
-            distillation = teachers.distillation_loss(view, target, known)
-            others = others + args.teacher_weight * distillation
-            row["distillation"] = distillation
-        optimizer.zero_grad(set_to_none=True)
-        if mode.listening:
-            others.backward()
-        else:
-            joining = {"adversarial": ramp, "features": ramp}
-            shares = balancer.backward(losses, estimate, others, joining)
-            row |= {f"share_{name}": share for name, share in shares.items()}
-        norm = nn.utils.clip_grad_norm_(generator_parameters, args.grad_clip)
-        # Fused optimizers, codebooks and average stand still where this is 1.
-        optimizer.found_inf = guard.watch(sum(losses.values()) + others, norm)
-        optimizer.step()
-        restarted = []
-        if mode.codebooks_move:
-            restarted = model.quantizer.update(info, draws, args.keep_words, optimizer.found_inf)
-        if average:
-            average.update(model, restarted, optimizer.found_inf)
-
-        # Discriminator, on the same reconstruction.
-        if mode.adversarial:
-            disc_loss = discriminator.discriminator_loss(real_logits, fake_logits)
-            disc_optimizer.zero_grad(set_to_none=True)
-            disc_loss.backward(inputs=list(disc.parameters()))  # and not through the codec
-            disc_norm = nn.utils.clip_grad_norm_(disc.parameters(), args.grad_clip)
-            disc_optimizer.found_inf = disc_guard.watch(disc_loss, disc_norm)
-            disc_optimizer.step()
-            losses["discriminator"] = disc_loss
-        row |= {**losses, "commitment": info.commitment, "grad_norm": norm}
-        return {name: value.detach() for name, value in row.items()} | {"codes": info.codes}
-
-    replayed = training.StepGraph(learn) if args.cuda_graph else None
+    learner = make_learner(run, config, teacher)
+    model = learner.model
+    step = functools.partial(learn, learner, args, settings)
+    replayed = training.StepGraph(step) if args.cuda_graph else None
 
     def take_step(batch: dict, phase: str, probe: bool = False) -> dict[str, Tensor]:
         """One step of that phase, from the batch on; as a `probe`, with all that it comes to do."""
-        listening = phase == "listening"
+        semantic_only = phase == "semantic"
         # Each part is quantized once its vectors have settled a little.
-        settled = run.step - (0 if listening else run.schedule.starts["plain"])
+        settled = run.step - (0 if semantic_only else run.schedule.starts["codec"])
         moves = (probe or settled >= args.quantizer_start) and not args.decoder_only
-        chosen = step_draws(args, config, batch["audio"], run.step, process.rank)
-        chosen["ramp"] = torch.tensor(run.schedule.ramp(run.step, "adversarial"))
-        inputs = {"audio": batch["audio"], "labels": batch["phones"], **chosen}
+        inputs = {"audio": batch["audio"], "labels": batch["phones"]}
+        inputs |= step_draws(args.seed, settings, config, batch["audio"], run.step, process.rank)
+        inputs["ramp"] = torch.tensor(run.schedule.ramp(run.step, "adversarial"))
         if device.type == "cuda":  # of memory that is not pinned a copy would wait for the device
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
         if cache is not None:
             inputs["target"], inputs["known"] = cache(batch, inputs["audio"])
         started = model.quantizer.is_initialised
-        take = learn if probe or not replayed else replayed
-        return take(Mode(listening, phase == "adversarial", moves, started), **inputs)
+        take = step if probe or not replayed else replayed
+        return take(Mode(semantic_only, phase == "adversarial", moves, started), **inputs)
 
-    mine = range(args.batch_size // process.world_size)
-    first = default_collate([dataset[(0, i)] for i in mine])
-    others = [average.model] if average else []
-    if average:
-        run.parts["average"] = average
-    run.estimate(lambda phase: take_step(first, phase, probe=True), [model, *others])
+    def stored() -> dict:
+        trainer = {"teacher": teacher.name if teacher else "none"}
+        trainer |= {"judges": dataclasses.asdict(learner.disc.config)}
+        if learner.average:
+            trainer["trained_weights"] = model.state_dict()
+        shown = learner.shown.state_dict()
+        return {"config": stored_config(config), "tensors": shown, "trainer": trainer}
+
+    def validated() -> dict[str, float]:
+        if args.tensorboard:
+            log_audio(run.metrics, run.step, learner.shown, validation, device)
+        head = learner.head if semantic_learns(args) else None
+        return validate(learner.shown, head, learner.spectra, validation, device, learner.cast)
+
     run.stored, run.validate = stored, validated if validation else None
     run.best_by = f"validation_mel_{config.num_codebooks}"
-    run.told = {"mel": "mel", "waveform": "waveform", "phone_accuracy": "phones"}
-    if run.is_main:
-        describe(run, model, teacher, clips)
-    run.begin()
+    run.shown = {"mel": "mel", "waveform": "waveform", "phone_accuracy": "phones"}
+
+    first = default_collate([dataset[(0, i)] for i in range(args.batch_size // process.world_size)])
+    averaged = [learner.average.model] if learner.average else []
+    run.estimate(lambda phase: take_step(first, phase, probe=True), [model, *averaged])
+    run.begin(description(run, model, teacher, clips))
     if run.metrics and args.tensorboard and validation and not run.resumed:
         log_audio(run.metrics, 0, model, validation, device)
 
     place = (sys.maxsize, run.epoch, run.consumed)
     batches = training_batches(dataset, args.batch_size, run.workers, process, *place)
     for batch in run.steps(batches):
-        rates = {phase: run.schedule.rate(run.step, phase) for phase in ("plain", "adversarial")}
-        rate = run.schedule.rate(run.step) if run.phase == "listening" else rates["plain"]
-        training.set_learning_rate(optimizer, rate * args.gen_lr)
-        training.set_learning_rate(disc_optimizer, rates["adversarial"] * args.disc_lr)
-        row = take_step(batch, run.phase)
+        rates = {phase: run.schedule.rate(run.step, phase) for phase in ("codec", "adversarial")}
+        rate = run.schedule.rate(run.step) if run.phase == "semantic" else rates["codec"]
+        training.set_learning_rate(learner.optimizer, rate * args.gen_lr)
+        training.set_learning_rate(learner.disc_optimizer, rates["adversarial"] * args.disc_lr)
+        row = take_step(batch, run.phase) | {"lr": rate * args.gen_lr}
         if replayed and replayed.warming:
             run.meter.measure_anew()
-        row |= {"lr": rate * args.gen_lr}
 
         def logged(row: dict = row) -> dict:
             used = codebook_metrics(row.pop("codes"))
             return row | used | {"unreadable": dataset.unreadable}
 
         run.step_done(logged)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.export:
+        return export(args)
+    if args.teacher_cache and args.ssl_loss_weight:
+        raise UserError("--teacher_cache saves nothing while the teacher runs on the output too: "
+                        "add --ssl_loss_weight 0")  # fmt: skip
+    with training.open_training("codec", args, PRESETS, CHANGEABLE) as run:
+        train(args, run)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@
     python train_s2s.py --data_dirs data/conversations/scripted --codec checkpoints/tiny/codec \
         --checkpoint_dir checkpoints_s2s
 
-The same command goes on from the last complete checkpoint. The first `--listen_share` of the steps
-teaches it to listen and to answer in text alone, which costs half as much; then it learns to speak.
+The same command goes on from the last complete checkpoint. The first `--asr_share` of the steps
+trains speech recognition and the replies' text alone, without codes, which costs half as much;
+then it learns to speak.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import string
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from data import frame_labels, split_for, training_batches
 from dialogues import load_code_dataset
 from phones import PHONES
 from s2s import IGNORE, PAD, S2S, Batch, S2SConfig, TextStream
+from training import setting
 
 WEIGHTS = {
     "text": 1.0,
@@ -49,16 +52,16 @@ WEIGHTS = {
 }
 
 
-# What a line on the terminal tells, and as what.
-TOLD = {
+# Metrics on the terminal's lines, and their names there.
+SHOWN = {
     "loss": "loss",
     "text": "text",
     "text_accuracy": "hit",
     "user_phones_accuracy": "phones",
     "user_words_accuracy": "words",
 }
-# Flags that a resumed run can take up, beside those of all trainers.
-APPLIED = ("lr", "codec", "eagerness")
+# Flags and settings that a resumed run can take up, beside those of all trainers.
+CHANGEABLE = ("lr", "codec", "eagerness")
 # Patches in which the agent is silent are soon learnt: fewer of them are spoken in training.
 SILENT_SHARE = 0.25
 # Windows that begin where a conversation does, as every call; the others begin anywhere.
@@ -68,8 +71,36 @@ LEAD_PATCHES = 250  # of a long conversation before its window
 SHORTEST = 4  # frames: the longest patch; a conversation below that says nothing
 
 
+def one_of(*values: object) -> Callable[[str], object]:
+    """A setting's type: one of `values`, all of one type."""
+
+    def parse(text: str) -> object:
+        if text not in map(str, values):
+            raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(map(str, values))}")
+        return type(values[0])(text)
+
+    return parse
+
+
+@dataclass(frozen=True)
+class Settings(training.Settings):
+    """What a preset fixes of the LM's training; `--set` changes it."""
+
+    frames_per_step: int = setting(2, one_of(1, 2, 4), "codec frames in a patch")
+    depth_order: str = setting("level", one_of("level", "frame"), "in which codes are written")
+    acoustic_delay: int = setting(0, whole(0, 100), "frames")
+    text_weight: float = setting(10.0, number(above=0), "of a token against PAD, in the loss")
+    code_noise: float = setting(0.1, share, "share of user codes replaced by near ones")
+    frame_drop: float = setting(0.05, share, "share of user frames masked")
+    agent_drop: float = setting(0.3, share, "share of the agent's past levels and frames masked")
+    language_drop: float = setting(0.5, share, "share of windows without the language's label")
+
+
+PRESETS = {"tiny": Settings(), "base": Settings()}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser("Phase 3: train the dialogue LM.")
+    parser = ArgumentParser("Phase 3: train the dialogue LM.", epilog=Settings.help())
     plan = parser.add_argument_group("the plan's flags")
     plan.add_argument("--data_dirs", nargs="+", default=["data/conversations/scripted"])
     plan.add_argument("--codec", default="checkpoints/tiny/codec", help="that encoded the data")
@@ -79,35 +110,31 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--checkpoint_dir", default="checkpoints_s2s")
     plan.add_argument("--num_workers", type=whole(0), help="by default one a core")
     more = parser.add_argument_group("advanced")
-    more.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto")
-    more.add_argument("--frames_per_step", type=int, choices=(1, 2, 4), default=2)
-    more.add_argument("--depth_order", choices=("level", "frame"), default="level")
-    more.add_argument("--acoustic_delay", type=whole(0, 100), default=0, help="frames")
     more.add_argument("--vocab_size", type=whole(3), default=2048, help="of a new tokenizer")
-    more.add_argument(
-        "--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60"
-    )
     more.add_argument(
         "--window_seconds", type=number(0.1, 6000), help="by default 1.5 times the context"
     )
     more.add_argument(
         "--context_seconds", type=number(0.1, 4000), help="attended to; by default the preset's"
     )
-    more.add_argument("--listen_share", type=share, default=0.3, help="of the steps, without codes")
-    more.add_argument("--depth_fraction", type=share, default=0.15, help="of its patches learnt")
-    more.add_argument("--text_weight", type=number(above=0), default=10.0, help="token against PAD")
+    more.add_argument("--asr_share", type=share, default=0.3, help="of the steps, without codes")
+    more.add_argument(
+        "--depth_fraction", type=share, default=0.15, help="of a window's patches spoken"
+    )
     more.add_argument(
         "--eagerness", type=number(-100, 100), default=10.0, help="dB on its odds of speaking"
     )
-    more.add_argument("--acoustic_drop", type=share, default=0.6, help="user windows cut in levels")
-    more.add_argument("--code_noise", type=share, default=0.1, help="user codes made near ones")
-    more.add_argument("--frame_drop", type=share, default=0.05, help="user frames lost")
-    more.add_argument("--agent_drop", type=share, default=0.3, help="as both, of its own past")
-    more.add_argument("--agent_deaf", type=share, default=0.5, help="windows without; 1: never any")
-    more.add_argument("--emotion_drop", type=share, default=0.1, help="windows not told it")
-    more.add_argument("--language_drop", type=share, default=0.5, help="windows not told it")
-    more.add_argument("--warmup_steps", type=whole(0), default=300)
-    training.add_run_flags(more)
+    more.add_argument(
+        "--acoustic_drop", type=share, default=0.6, help="windows that lose user codebooks"
+    )
+    more.add_argument(
+        "--agent_window_drop", type=share, default=0.5,
+        help="windows without the agent's own past codes; 1: the model never takes any",
+    )  # fmt: skip
+    more.add_argument(
+        "--emotion_drop", type=share, default=0.1, help="windows without the emotion's label"
+    )
+    training.add_run_flags(more, Settings, warmup_steps=300)
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args
@@ -143,11 +170,13 @@ class Conversations(Dataset):
         config: S2SConfig,
         tokenizer: Tokenizer,
         args: argparse.Namespace,
+        settings: Settings,
         items: int,
         frames: np.ndarray | None = None,
         neighbours: Tensor | None = None,
     ) -> None:
-        self.rows, self.config, self.tokenizer, self.args = rows, config, tokenizer, args
+        self.rows, self.config, self.tokenizer = rows, config, tokenizer
+        self.args, self.settings = args, settings
         self.items, self.neighbours = items, neighbours
         self.patches = round(args.window_seconds * config.patch_rate)
         self.depth_patches = max(1, round(args.depth_fraction * self.patches))
@@ -175,23 +204,22 @@ class Conversations(Dataset):
             self.disturb(window, rng)
         if rng.random() < self.args.emotion_drop:
             window["agent_emotion"].zero_()
-        if rng.random() < self.args.language_drop:
+        if rng.random() < self.settings.language_drop:
             window["language"].zero_()
         window.pop("agent_speaking")
         return window
 
     def disturb(self, window: dict[str, Tensor], rng: np.random.Generator) -> None:
-        """Corrupts what is heard, and draws the patches whose codes are learnt."""
-        args = self.args
+        """Corrupts the codes that the LM reads, and draws the patches whose codes are learnt."""
+        args, settings = self.args, self.settings
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        heard = s2s.blur(window["user_codes"][None], self.neighbours, args.code_noise, generator)
-        heard = s2s.corrupt(heard, generator, args.acoustic_drop, args.frame_drop)
-        # Its own past codes too: what it says in a call is not what it was taught, and the words
+        user = s2s.blur(window["user_codes"][None], self.neighbours, settings.code_noise, generator)
+        user = s2s.corrupt(user, generator, args.acoustic_drop, settings.frame_drop)
+        # Its own past codes too: what it says in a call is not what it was taught, and the text
         # must not follow a slip of the voice.
-        said = s2s.corrupt(
-            window["agent_past"][None], generator, args.agent_drop, args.agent_drop, args.agent_deaf
-        )
-        window |= {"user_codes": heard[0], "agent_past": said[0]}
+        drops = settings.agent_drop, settings.agent_drop, args.agent_window_drop
+        past = s2s.corrupt(window["agent_past"][None], generator, *drops)
+        window |= {"user_codes": user[0], "agent_past": past[0]}
         odds = torch.where(window["agent_speaking"], 1.0, SILENT_SHARE)
         drawn = torch.rand(self.patches, generator=generator) ** (1 / odds)  # weighted, each once
         window["depth_patches"] = drawn.topk(self.depth_patches).indices.sort().values
@@ -474,12 +502,13 @@ def validate(model: S2S, batches: list[Batch], device: torch.device) -> dict[str
     return {f"validation_{name}": statistics.fmean(row[name] for row in rows) for name in rows[0]}
 
 
-def validation_batches(rows, frames, config, tokenizer, args, count: int = 4) -> list[Batch]:
+def validation_batches(rows, frames, config, tokenizer, args, settings, count=4) -> list[Batch]:
     """`count` batches of four held-out calls, three times the attention context long."""
     seconds = VALIDATION_CONTEXTS * config.context / config.patch_rate
-    changes = {"emotion_drop": 1.0, "language_drop": 1.0, "window_seconds": seconds}
-    quiet = argparse.Namespace(**{**vars(args), **changes})
-    calls = Conversations(rows, config, tokenizer, quiet, 4 * count, frames)
+    changes = {"emotion_drop": 1.0, "window_seconds": seconds}
+    unlabelled = argparse.Namespace(**{**vars(args), **changes})
+    settings = dataclasses.replace(settings, language_drop=1.0)
+    calls = Conversations(rows, config, tokenizer, unlabelled, settings, 4 * count, frames)
     return [collate([calls[(0, 4 * i + j)] for j in range(4)])[0] for i in range(count)]
 
 
@@ -527,46 +556,41 @@ def inherit(model: S2S, path: str, same_tokens: bool) -> None:
     checkpoints.inherit_weights(model, path, tied)
 
 
-def describe(run: training.Run, model: S2S, rows, hours: float) -> None:
-    """What the user reads before step 1."""
-    args, c, total_steps = run.args, model.config, run.planned
+def description(run: training.Run, model: S2S, rows, hours: float) -> str:
+    """What the user reads before step 1, beside the settings and the forecast."""
+    c = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    total, price = run.hours(), ""
-    if run.device.type == "cuda":
-        price = f" = {training.format_dollars(total * args.usd_per_hour)}"
-    print(
-        f"preset {args.preset}: dialogue LM {parameters:.1f}M parameters, "
+    return (
+        f"preset {run.args.preset}: dialogue LM {parameters:.1f}M parameters, "
         f"vocabulary {c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, "
         f"depth order {c.depth_order}, device {run.device}\n"
         f"backbone: none (random weights); codec {c.codec_fingerprint[:16]}\n"
-        f"data: {len(rows)} conversations, {hours:.1f} h\n"
-        f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
-        f"{total_steps} steps = {training.format_hours(total)}{price} (estimate)",
-        flush=True,
+        f"data: {len(rows)} conversations, {hours:.1f} h"
     )
 
 
 def phases(args) -> Callable[[int], dict[str, int]]:
-    """First steps of listening and speaking, for a run of so many steps."""
-    return lambda total: {"listening": 0, "speaking": int(args.listen_share * total)}
+    """First steps of recognition alone and of the whole dialogue, for a run of so many steps."""
+    return lambda total: {"asr": 0, "dialogue": int(args.asr_share * total)}
 
 
-def new_config(args, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
+def new_config(args, settings: Settings, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
+    """The sizes of a new LM: the preset's, with what flags and settings say."""
     make = S2SConfig.base if args.preset == "base" else S2SConfig.tiny
-    rate = codec.config.frame_rate / args.frames_per_step
+    rate = codec.config.frame_rate / settings.frames_per_step
     seconds = args.context_seconds or make().context / make().patch_rate
     return make(
         context=max(1, round(seconds * rate)),
-        text_weight=args.text_weight,
+        text_weight=settings.text_weight,
         eagerness=args.eagerness,
         codebook_sizes=codec.config.codebook_sizes[:8],
         codec_fingerprint=codec.fingerprint,
         frame_rate=codec.config.frame_rate,
-        frames_per_step=args.frames_per_step,
-        depth_order=args.depth_order,
-        acoustic_delay=args.acoustic_delay,
+        frames_per_step=settings.frames_per_step,
+        depth_order=settings.depth_order,
+        acoustic_delay=settings.acoustic_delay,
         vocab_size=tokenizer.get_vocab_size(),
-        hear_self=args.agent_deaf < 1,
+        hear_self=args.agent_window_drop < 1,
         phones=PHONES,
     )
 
@@ -583,97 +607,98 @@ def export(args) -> None:
     print(f"wrote {folder}: dialogue LM of step {checkpoint.step}")
 
 
-def main() -> None:
-    args = parse_args()
-    if args.export:
-        return export(args)
-    with training.open_training("s2s", args, APPLIED) as run:
-        train(args, run)
+def config_and_tokenizer(
+    args, settings: Settings, checkpoint: checkpoints.Checkpoint | None, codec: Codec, rows
+) -> tuple[S2SConfig, Tokenizer, bool]:
+    """Those of the run that goes on, or new ones; and whether the tokenizer is `--init_from`'s.
+
+    Raises UserError where the run was trained on another codec's codes.
+    """
+    if checkpoint is None:
+        texts = all_texts(rows)
+        tokenizer, inherited = starting_tokenizer(texts, args.vocab_size, args.init_from)
+        return new_config(args, settings, codec, tokenizer), tokenizer, inherited
+    config = s2s.s2s_config(checkpoint.config, checkpoint.path)
+    config = dataclasses.replace(config, eagerness=args.eagerness)
+    if config.codec_fingerprint != codec.fingerprint:
+        raise UserError(
+            f"{checkpoint.path}: trained on codes of codec {config.codec_fingerprint[:16]}, "
+            f"--codec is {codec.fingerprint[:16]}; give the codec it was trained with"
+        )
+    return config, Tokenizer.from_str(checkpoint.tokenizer), False
 
 
 def train(args, run: training.Run) -> None:
     """The training itself, within its run."""
-    process, device, checkpoint = run.process, run.device, run.checkpoint
+    process, device, settings, checkpoint = run.process, run.device, run.settings, run.checkpoint
 
-    # The codec names the codes; the data must have been encoded with it.
+    # Data: windows of calls, encoded with the codec that names the codes.
     codec = Codec.from_checkpoint(args.codec)
     (rows, frames), held_out, hours = load_rows(args, codec.fingerprint)
-    if checkpoint is not None:
-        config = s2s.s2s_config(checkpoint.config, checkpoint.path)
-        told = {"text_weight": args.text_weight, "eagerness": args.eagerness}
-        config = dataclasses.replace(config, **told)
-        tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
-        if config.codec_fingerprint != codec.fingerprint:
-            raise UserError(
-                f"{checkpoint.path}: trained on codes of codec {config.codec_fingerprint[:16]}, "
-                f"--codec is {codec.fingerprint[:16]}; give the codec it was trained with"
-            )
-    else:
-        texts = all_texts(rows)
-        tokenizer, same_tokens = starting_tokenizer(texts, args.vocab_size, args.init_from)
-        config = new_config(args, codec, tokenizer)
+    config, tokenizer, same_tokens = config_and_tokenizer(args, settings, checkpoint, codec, rows)
     args.window_seconds = fitting_window(args, config)
     codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
     items, near = run.plan(hours, phases(args)), s2s.code_neighbours(codebooks)
-    dataset = Conversations(rows, config, tokenizer, args, items, frames, near)
-    validation = validation_batches(*held_out, config, tokenizer, args)
+    dataset = Conversations(rows, config, tokenizer, args, settings, items, frames, near)
+    validation = validation_batches(*held_out, config, tokenizer, args, settings)
 
+    # Model and optimizer: new, inherited or those of the run's checkpoint.
     model = S2S(config).to(device).train()
     if checkpoint is None:
         model.code_tables.start_from(codebooks)
         if args.init_from:
             inherit(model, args.init_from, same_tokens)
+    else:
+        model.load_tensors(checkpoint.tensors, checkpoint.path)
     groups = training.parameter_groups([model], weight_decay=0.05)
     optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.95), fused=True)
     guard = training.StepGuard()
     run.parts |= {"optimizer": optimizer, "guard": guard}
-    if checkpoint is not None:
-        model.load_tensors(checkpoint.tensors, checkpoint.path)
     del checkpoint
     run.restore()
     training.start_equal([model])
 
-    def losses_of(batch: Batch, speak: bool):
-        return batch_losses(model, batch, speak)
-
-    forward = training.Parallel(process, [model], losses_of)
-
-    def take_step(batch: Batch, phase: str) -> dict:
-        """One step of that phase; gives what there is to log, as tensors."""
-        speak = phase == "speaking"
+    def step(batch: Batch, phase: str) -> dict[str, Tensor]:
+        """Forward, losses, backward, step; gives what there is to log."""
         batch = batch.to(device)
         generator = training.keyed_generator(args.seed, run.step, process.rank)
         torch.manual_seed(generator.initial_seed())  # dropout: a resumed run draws the same
-        loss, losses, metrics = forward(batch, speak, partly=not speak)
+        loss, losses, metrics = batch_losses(model, batch, speak=phase == "dialogue")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # on several ranks the mean of their gradients
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
-        optimizer.found_inf = guard.watch(loss, norm)
+        loss.backward()
+        training.average_gradients(model.parameters())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        optimizer.found_inf = guard.watch(loss, norm)  # 1: the fused optimizer stands still
         optimizer.step()
         row = {**losses, **metrics, "loss": loss, "grad_norm": norm}
         return {name: value.detach() for name, value in row.items()}
 
-    mine = range(args.batch_size // process.world_size)
-    first = collate([dataset[(0, i)] for i in mine])[0]
-    run.estimate(lambda phase: take_step(first, phase), [model])
     run.stored = lambda: {
         "config": s2s.stored_config(config),
         "tensors": model.state_dict(),
         "tokenizer": tokenizer.to_str(),
     }
     run.validate = lambda: validate(model, validation, device)
-    run.best_by, run.told = "validation_text", TOLD
-    if run.is_main:
-        describe(run, model, rows, hours)
-    run.begin()
+    run.best_by, run.shown = "validation_text", SHOWN
+    first = collate([dataset[(0, i)] for i in range(args.batch_size // process.world_size)])[0]
+    run.estimate(lambda phase: step(first, phase), [model])
+    run.begin(description(run, model, rows, hours))
 
     place = (sys.maxsize, run.epoch, run.consumed)
     batches = training_batches(dataset, args.batch_size, run.workers, process, *place, collate)
     for batch, overflow in run.steps(batches):
         rate = args.lr * run.schedule.rate(run.step, final_ratio=0.05)
         training.set_learning_rate(optimizer, rate)
-        row = take_step(batch, run.phase)
+        row = step(batch, run.phase)
         run.step_done(lambda: {**row, "lr": rate, "text_overflow": overflow})  # noqa: B023
+
+
+def main() -> None:
+    args = parse_args()
+    if args.export:
+        return export(args)
+    with training.open_training("s2s", args, PRESETS, CHANGEABLE) as run:
+        train(args, run)
 
 
 if __name__ == "__main__":

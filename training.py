@@ -1,4 +1,4 @@
-"""What the trainers share: torchrun, seeds, schedule, metrics, money, balancer."""
+"""What surrounds the steps of a training: ranks, schedule, metrics, money, saving and resuming."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import argparse
 import atexit
 import contextlib
 import copy
-import gc
+import dataclasses
 import json
 import math
 import os
 import random
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,16 +25,20 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import Checkpoint, open_run, save_checkpoint, write_atomically
+from checkpoints import Checkpoint, open_run, save_checkpoint
 from command import (
     UserError,
+    append_json_line,
     default_workers,
+    finite_or_none,
     first_line,
+    json_lines,
     number,
     only_one,
     whole,
     writable_file,
     writable_folder,
+    write_text,
 )
 
 T = TypeVar("T")
@@ -113,93 +116,48 @@ def cleanup_distributed() -> None:
         dist.destroy_process_group()
 
 
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def all_reduce_mean(tensor: Tensor) -> Tensor:
     """The mean of `tensor` over all ranks, as a new tensor; `tensor` itself on one process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _num_ranks() == 1:
         return tensor
     total = tensor.detach().clone()
     dist.all_reduce(total)
-    return total / dist.get_world_size()
+    return total / _num_ranks()
 
 
-class _Forward(torch.nn.Module):
-    """A function of several modules as one module, which is what DDP takes."""
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Call after a backward pass: each gradient becomes its mean over the ranks.
 
-    def __init__(self, modules: list[torch.nn.Module], function: Callable) -> None:
-        super().__init__()
-        self.parts = torch.nn.ModuleList(modules)
-        self._function = function
-
-    def forward(self, *inputs):
-        return self._function(*inputs)
-
-
-class Parallel:
-    """Calls `function`, whose forward pass uses `modules`; on several ranks as one under DDP.
-
-    DistributedDataParallel averages gradients while the backward pass goes on, in which each
-    parameter gets its gradient once; `torch.autograd.grad` for what is no parameter does not count.
+    Every rank must have gradients for the same parameters. Nothing on one process.
     """
-
-    def __init__(
-        self,
-        process: Distributed,
-        modules: Iterable[torch.nn.Module | None],
-        function: Callable,
-    ) -> None:
-        self._world_size, self._function = process.world_size, function
-        self._modules = [module for module in modules if module is not None]
-        self._wrapped: torch.nn.Module | None = None
-        self._partly = False
-
-    def __call__(self, *inputs, partly: bool = False):
-        """`partly`: some of the parameters get no gradient in this phase."""
-        if self._world_size == 1:
-            return self._function(*inputs)
-        if self._wrapped is None or partly != self._partly:
-            self._wrapped, self._partly = None, partly
-            gc.collect()  # with the hooks of the one before
-            self._wrapped = torch.nn.parallel.DistributedDataParallel(
-                _Forward(self._modules, self._function),
-                find_unused_parameters=partly,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
-        return self._wrapped(*inputs)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if _num_ranks() == 1 or not gradients:
+        return
+    means = all_reduce_mean(torch.cat([gradient.flatten() for gradient in gradients]))
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, mean in zip(gradients, means.split(sizes), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def start_equal(modules: Iterable[torch.nn.Module | None]) -> None:
     """Parameters and buffers as rank 0 has them, on every rank; nothing on one process."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _num_ranks() == 1:
         return
     for module in filter(None, modules):
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, 0)
 
 
-def parameter_groups(
-    modules: Iterable[torch.nn.Module | None], weight_decay: float
-) -> list[dict[str, object]]:
-    """What AdamW is to move: matrices with decay; norms, biases, scales and embeddings without."""
-    decayed, others = {}, {}
-    for module in filter(None, modules):
-        embeddings = {
-            id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)
-        }
-        for name, parameter in module.named_parameters():
-            plain = parameter.ndim < 2 or id(parameter) in embeddings or "embedding" in name
-            if parameter.requires_grad:
-                (others if plain else decayed)[id(parameter)] = parameter
-    groups = ((decayed, weight_decay), (others, 0.0))
-    return [{"params": [*g.values()], "weight_decay": decay} for g, decay in groups if g]
-
-
-def from_main_rank(number: int) -> int:
-    """Rank 0's `number`, on every rank."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return number
+def from_main_rank(value: int) -> int:
+    """Rank 0's `value`, on every rank."""
+    if _num_ranks() == 1:
+        return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor(number, device=device)
+    shared = torch.tensor(value, device=device)
     dist.broadcast(shared, 0)
     return int(shared)
 
@@ -221,35 +179,141 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(item_rng(*key).integers(2**62)))
 
 
-def choose_preset(preset: str, device: torch.device) -> str:
-    """`auto` is base on CUDA and tiny elsewhere."""
-    if preset != "auto":
-        return preset
-    return "base" if device.type == "cuda" else "tiny"
+# ----------------------------------------------------------------------- flags and settings
 
 
-def add_run_flags(group: argparse._ArgumentGroup) -> None:
+def setting(default: object, parse: Callable[[str], object], meaning: str) -> object:
+    """A field of `Settings`: its default, what reads its value from `--set`, and what it means."""
+    return dataclasses.field(default=default, metadata={"parse": parse, "meaning": meaning})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a preset fixes of a training, and `--set NAME=VALUE` changes. Trainers add their own."""
+
+    grad_clip: float = setting(1.0, number(above=0), "largest norm of the gradient")
+    save_minutes: float = setting(15.0, number(0), "between two checkpoints, at most")
+
+    @classmethod
+    def parse(cls, text: str) -> tuple[str, object]:
+        """`--set`'s type: NAME=VALUE as (name, value)."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        name, equals, value = text.partition("=")
+        if not equals or name not in fields:
+            names = ", ".join(fields)
+            raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of {names}")
+        try:
+            return name, fields[name].metadata["parse"](value)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{name}: {error}") from None
+
+    @classmethod
+    def help(cls) -> str:
+        """The settings and what they mean, a line each."""
+        lines = [
+            f"  {field.name:<20}{field.metadata['meaning']} ({field.default})"
+            for field in dataclasses.fields(cls)
+        ]
+        return "\n".join(["settings of the preset, for --set:", *lines])
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
+
+
+class _Merge(argparse.Action):
+    """Collects `--set NAME=VALUE ...`, however often it is given, in one dict."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, (before if isinstance(before, dict) else {}) | dict(values))
+
+
+def add_run_flags(
+    group: argparse._ArgumentGroup, settings: type[Settings], warmup_steps: int
+) -> None:
     """The flags that all trainers share."""
+    group.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto",
+                       help="auto: base on CUDA")  # fmt: skip
+    group.add_argument("--set", nargs="+", action=_Merge, type=settings.parse, default={},
+                       metavar="NAME=VALUE", help="settings of the preset, see below")  # fmt: skip
+    group.add_argument(
+        "--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60"
+    )
+    group.add_argument("--warmup_steps", type=whole(0), default=warmup_steps)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--threads", type=whole(1), help="CPU threads")
     group.add_argument("--seed", type=whole(-(2**63), 2**63 - 1), default=0)
     group.add_argument("--fresh", action="store_true", help="start over, in an empty folder")
     group.add_argument("--init_from", help="checkpoint whose weights to start from")
-    group.add_argument("--grad_clip", type=number(above=0), default=1.0)
     group.add_argument("--save_every_epochs", type=whole(1), default=5)
-    group.add_argument("--save_minutes", type=number(0), default=15.0)
-    group.add_argument("--keep_last", type=whole(1), default=3)
+    group.add_argument("--keep_last", type=whole(1), default=3, help="checkpoints, and the best")
     group.add_argument("--log_every", type=whole(1), default=50, help="steps a line of metrics")
     group.add_argument("--max_steps", type=whole(1), help="stop here, though the schedule goes on")
     group.add_argument("--usd_per_hour", type=number(above=0), default=3.39)
-    group.add_argument(
-        "--budget_usd", type=number(above=0), help="most to spend: the run ends within it"
-    )
+    group.add_argument("--budget_usd", type=number(above=0), help="the run ends within it")
     group.add_argument("--tensorboard", action="store_true")
     group.add_argument("--export", metavar="FOLDER", help="write the newest checkpoint as shipped")
 
 
-# -------------------------------------------------------------------------------- schedule
+# How and where a run works, not what it learns: free to differ whenever it is resumed.
+LOCAL = frozenset({
+    "device", "threads", "num_workers", "checkpoint_dir", "fresh", "save_every_epochs",
+    "save_minutes", "keep_last", "log_every", "max_steps", "usd_per_hour", "tensorboard", "export",
+    "given", "set",
+})  # fmt: skip
+# What a resumed run can take up in its middle.
+CHANGEABLE = frozenset({
+    "num_epochs", "batch_size", "data_dirs", "commercial_only", "grad_clip", "budget_usd",
+})  # fmt: skip
+
+
+def spell_flag(name: str, value: object) -> str:
+    """A flag as the command line has it."""
+    if isinstance(value, bool) or value is None:
+        return f"--{name}" if value else f"no --{name}"
+    values = value if isinstance(value, list) else [value]
+    return " ".join([f"--{name}", *map(str, values)])
+
+
+def spell_setting(name: str, value: object) -> str:
+    """A setting as the command line has it."""
+    return f"--set {name}={value}"
+
+
+def take_stored(
+    values: dict,
+    stored: dict,
+    given: Iterable[str],
+    changeable: frozenset[str],
+    where: str | Path,
+    spell: Callable[[str, object], str],
+) -> list[str]:
+    """Makes `values` those that a resumed run has stored, but for what the command line changes.
+
+    `given` names what stands on the command line. Returns lines to print. Raises UserError for a
+    change that is not among `changeable`.
+    """
+    lines = []
+    for name, before in stored.items():
+        now = values.get(name, before)
+        if now == before or name in LOCAL:
+            continue
+        if name not in given or now == "auto":
+            values[name] = before
+            # A value that the run worked out itself is no news.
+            if now not in (None, "auto") or name == "budget_usd":
+                lines.append(f"as the run was started: {spell(name, before)}")
+        elif name in changeable:
+            lines.append(f"from here on {spell(name, now)} (until now {before})")
+        else:
+            raise UserError(
+                f"{spell(name, now)}: the run in {where} was started with {spell(name, before)}; "
+                "give that, or start in a new --checkpoint_dir with --init_from"
+            )
+    return lines
+
+
+# --------------------------------------------------------------------------- schedule, steps
 
 
 class Schedule:
@@ -278,9 +342,9 @@ class Schedule:
     def ahead(self, step: int, total: int | None = None) -> dict[str, int]:
         """How many steps of each phase come after `step` steps, if there were `total` in all."""
         total = self.total if total is None else total
-        starts = list(self._moved(step, total).items())
-        ends = [start for _, start in starts[1:]] + [total]
-        spans = zip(starts, ends, strict=True)
+        starts = self._moved(step, total)
+        ends = [*list(starts.values())[1:], total]
+        spans = zip(starts.items(), ends, strict=True)
         return {name: max(0, min(end, total) - max(start, step)) for (name, start), end in spans}
 
     def resize(self, step: int, total: int) -> None:
@@ -328,21 +392,20 @@ class Schedule:
         return {"total": self.total, "starts": dict(self.starts), "turn": list(self._turn)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.total, self._turn = state["total"], tuple(state["turn"])
-        self.starts |= {n: start for n, start in state["starts"].items() if n in self.starts}
+        self.total, self.starts = state["total"], dict(state["starts"])
+        self._turn = tuple(state["turn"])
 
 
 class StepGuard:
     """Tells which steps to skip: those whose loss or gradient norm is not finite on any rank.
 
     `watch` gives the answer on the device, where optimizer and codebooks can heed it without a wait
-    (and within a CUDA graph); `settle` tells the host. `check` is both. `skipped` counts them.
+    (and within a CUDA graph); `settle` brings the counts to the host.
     """
 
     def __init__(self, max_consecutive: int = 5) -> None:
         self.max_consecutive = max_consecutive
-        self.skipped = 0
-        self.consecutive = 0
+        self.skipped = self.consecutive = 0
         self._counts: Tensor | None = None  # skipped since the last settling, in a row by now
         self._last: Tensor | None = None  # loss and gradient norm
 
@@ -359,10 +422,8 @@ class StepGuard:
         return skip
 
     def settle(self) -> None:
-        """Brings the counts to the host; waits for the device.
-
-        Raises UserError after `max_consecutive` skipped steps in a row.
-        """
+        """Waits for the device and counts. Raises UserError after `max_consecutive` skipped steps
+        in a row."""
         if self._counts is None:
             return
         skipped, consecutive = self._counts.tolist()
@@ -377,15 +438,6 @@ class StepGuard:
                 "it goes on from the last complete checkpoint"
             )
 
-    def check(self, loss: float | Tensor, grad_norm: float | Tensor) -> bool:
-        """True to go on, False to skip this step; all ranks get the same answer.
-
-        Raises UserError after `max_consecutive` skipped steps in a row.
-        """
-        skip = self.watch(*(torch.as_tensor(value) for value in (loss, grad_norm)))
-        self.settle()
-        return not skip
-
     def state_dict(self) -> dict:
         self.settle()
         return {"skipped": self.skipped, "consecutive": self.consecutive}
@@ -393,6 +445,23 @@ class StepGuard:
     def load_state_dict(self, state: dict) -> None:
         self.skipped, self.consecutive = state["skipped"], state["consecutive"]
         self._counts = None
+
+
+def parameter_groups(
+    modules: Iterable[torch.nn.Module | None], weight_decay: float
+) -> list[dict[str, object]]:
+    """What AdamW is to move: matrices with decay; norms, biases, scales and embeddings without."""
+    decayed, others = {}, {}
+    for module in filter(None, modules):
+        embeddings = {
+            id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)
+        }
+        for name, parameter in module.named_parameters():
+            plain = parameter.ndim < 2 or id(parameter) in embeddings or "embedding" in name
+            if parameter.requires_grad:
+                (others if plain else decayed)[id(parameter)] = parameter
+    groups = ((decayed, weight_decay), (others, 0.0))
+    return [{"params": [*g.values()], "weight_decay": decay} for g, decay in groups if g]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -495,9 +564,8 @@ class Balancer:
         `losses`: scalars computed from `output` `[B, 1, T]`, names known to `weights` (any
         subset; the shares of those present add up to 1). `others`: a scalar to add as it is
         (commitment, teacher, phones). `ramps`: scalars above 0 by which the weights of some losses
-        are multiplied, as of one that joins. Losses whose gradient is zero, or which do not depend
-        on the output, are harmless. Nothing but the model gets gradients (discriminators do not).
-        A non-finite gradient is passed on for StepGuard to see and leaves the means alone.
+        are multiplied, as of one that joins. Nothing but the model gets gradients (discriminators
+        do not). A non-finite gradient is passed on for StepGuard to see and leaves the means alone.
         Returns each loss' share of the output gradient's norm in this step, as scalars. Nothing
         waits for the device.
         """
@@ -515,9 +583,9 @@ class Balancer:
             tensors, seeds = [output, others], [seeds[0], torch.ones_like(others)]
         torch.autograd.backward(tensors, seeds)
         parts = {name: norms[name] * scales[name] for name in names}
-        whole = torch.stack(list(parts.values())).sum()
-        whole = torch.where(whole == 0, 1.0, whole)
-        return {name: part / whole for name, part in parts.items()}
+        joint = torch.stack(list(parts.values())).sum()
+        joint = torch.where(joint == 0, 1.0, joint)
+        return {name: part / joint for name, part in parts.items()}
 
     def _gradients(self, losses: dict[str, Tensor], output: Tensor) -> dict[str, Tensor]:
         unknown = set(losses) - set(self.weights)
@@ -537,31 +605,27 @@ class Balancer:
     def _update(self, norms: dict[str, Tensor]) -> None:
         finite = torch.stack(list(norms.values())).isfinite().all()
         for name, norm in norms.items():
-            sums, counts = self._means(name, norm)
+            for store in (self._sums, self._counts):
+                there = store.get(name)
+                if there is None or there.device != norm.device:
+                    store[name] = torch.full_like(norm, 0.0 if there is None else float(there))
+            sums, counts = self._sums[name], self._counts[name]
             # A loss at exactly zero (not yet started) would pull its mean down, and its first
             # real gradient would arrive many times too large.
             counts_in = finite & (norm > 0)
             sums.copy_(torch.where(counts_in, self.decay * sums + norm, sums))
             counts.copy_(torch.where(counts_in, self.decay * counts + 1.0, counts))
 
-    def _means(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum and count of a loss' norms, where `like` lives."""
-        for store in (self._sums, self._counts):
-            there = store.get(name)
-            if there is None or there.device != like.device:
-                store[name] = torch.full_like(like, 0.0 if there is None else float(there))
-        return self._sums[name], self._counts[name]
-
     def _scales(self, names: list[str], ramps: dict[str, Tensor]) -> dict[str, Tensor]:
         weights = {name: self.weights[name] for name in names}
-        whole = sum(weights.values()) or 1.0
+        joint = sum(weights.values()) or 1.0
         if any(name in ramps for name in names):  # tensors, which the host must not read
             weights = {name: w * ramps[name] if name in ramps else w for name, w in weights.items()}
-            whole = sum(weights.values())
+            joint = sum(weights.values())
         scales = {}
         for name in names:
             sums, counts = self._sums[name], self._counts[name]
-            scale = self.total_norm * weights[name] / whole * counts / sums
+            scale = self.total_norm * weights[name] / joint * counts / sums
             scales[name] = torch.where(sums > 0, scale, 1.0)
         return scales
 
@@ -579,35 +643,6 @@ class Balancer:
 # --------------------------------------------------------------------------------- metrics
 
 
-class TimedBatches(Generic[T]):
-    """Batches as they come, and the share of the time that the loop stood waiting for them.
-
-    A share near zero: more workers would gain nothing. On CUDA, whose work goes on while the loop
-    waits, it is the most that loading can have cost.
-    """
-
-    def __init__(self, batches: Iterable[T]) -> None:
-        self.batches = batches
-        self._waited, self._since = 0.0, time.perf_counter()
-
-    def __iter__(self) -> Iterator[T]:
-        batches = iter(self.batches)
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self._waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    def waited_share(self) -> float:
-        """The share since the last call, or since the beginning."""
-        now = time.perf_counter()
-        share = self._waited / (now - self._since)
-        self._waited, self._since = 0.0, now
-        return share
-
-
 class Metrics:
     """One JSON object a step in `run_dir/metrics.jsonl`, and TensorBoard curves where asked.
 
@@ -617,19 +652,16 @@ class Metrics:
 
     def __init__(self, run_dir: str | Path, resume_step: int = 0, tensorboard: bool = False):
         self.path = Path(run_dir) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            self._rewind(resume_step)
+            rows = (row for _, row in json_lines(self.path, skip_damaged=True))
+            kept = [row for row in rows if row.get("step", 0) <= resume_step]
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = _tensorboard(self.path.parent, resume_step) if tensorboard else None
 
-    def _rewind(self, resume_step: int) -> None:
-        kept = [row for row in _json_lines(self.path) if row.get("step", 0) <= resume_step]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-
     def log(self, step: int, **values: float | int | str | Tensor) -> None:
         """Append one line; a value that is not finite is written as null."""
-        row = {name: _json_number(value) for name, value in values.items()}
+        row = {name: finite_or_none(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -654,26 +686,6 @@ def _tensorboard(run_dir: Path, resume_step: int):
     except ImportError:
         raise UserError("--tensorboard needs a package: pip install tensorboard") from None
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
-
-
-def _json_number(value: float | int | str | Tensor | None) -> float | int | str | None:
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def _json_lines(path: Path) -> list[dict]:
-    """The objects in a JSON-lines file; lines that a kill cut short are passed over."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
 
 
 # ----------------------------------------------------------------------------------- money
@@ -701,10 +713,10 @@ class CostMeter:
     """Measures a command's pace; projects its hours and dollars; keeps the shared ledger.
 
     Phases of a schedule have a pace each: measured where the phase has run, else expected (see
-    `expect`), corrected by what came of the other expectations. Each run appends what it spent to
-    `ledger` at least once a minute, so that a killed pod's time counts too. Disabled (default
-    without CUDA) it projects hours only and writes nothing. `budget_usd` is for this run, its
-    earlier, resumed parts included. Enable on the main rank only.
+    `Run.estimate`), corrected by what came of the other expectations. Each run appends what it
+    spent to `ledger` at least once a minute, so that a killed pod's time counts too. Disabled
+    (default without CUDA) it projects hours only and writes nothing. `budget_usd` is for this run,
+    its earlier, resumed parts included. Enable on the main rank only.
     """
 
     flush_seconds = 60.0
@@ -734,19 +746,16 @@ class CostMeter:
         self._schedule, self._planned, self._done, self._ticks = Schedule(0), 0, 0, 0
         self._started = self._flushed = self._latest = None
 
-    def start(
-        self, schedule: Schedule | int, done_steps: int = 0, planned_steps: int | None = None
-    ) -> None:
-        """Start the clock; `done_steps` were done before (resume), `planned_steps` were asked for,
+    def start(self, schedule: Schedule, done_steps: int = 0, planned: int | None = None) -> None:
+        """Start the clock; `done_steps` were done before (resume), `planned` were asked for,
         where a budget has already shortened the schedule."""
-        self._schedule = Schedule(schedule) if isinstance(schedule, int) else schedule
-        self._planned = planned_steps or self._schedule.total
+        self._schedule, self._planned = schedule, planned or schedule.total
         self._done = done_steps
         self._started = self._flushed = self._latest = self._clock()
         self.measure_anew()
 
-    def tick(self, steps: int = 1) -> None:
-        """Count finished steps."""
+    def tick(self) -> None:
+        """Count a finished step."""
         now = self._clock()
         phase = self._schedule.phase(self._done)
         if phase != self._phase:
@@ -755,10 +764,10 @@ class CostMeter:
         if self._ticks > self.warmup_ticks:
             pace = self._measured.setdefault(phase, [0.0, 0])
             pace[0] += now - self._latest
-            pace[1] += steps
+            pace[1] += 1
             self.news |= self._ticks == self.warmup_ticks + 1
         self._latest = now
-        self._done += steps
+        self._done += 1
         if now - self._flushed >= self.flush_seconds:
             self.flush()
 
@@ -772,20 +781,14 @@ class CostMeter:
         here = 0.0 if self._started is None else (self._clock() - self._started) / 3600
         return self._earlier_hours + here
 
-    def spent_usd(self) -> float:
-        """Dollars spent on all stages, by the ledger, with what is not yet in it."""
-        rows = _json_lines(self.ledger) if self.ledger.exists() else []
-        return sum(_number(row, "dollars") for row in rows) + self._unwritten_usd()
-
     def hours_ahead(self, total: int | None = None) -> float:
         """What is left of the run, or would be if it had `total` steps; nan until known."""
         spans = self._schedule.ahead(self._done, total)
         return sum(steps * self._pace(phase) for phase, steps in spans.items() if steps) / 3600
 
-    def projected(self) -> tuple[float, float]:
-        """(hours, dollars) of this run from its first to its last step; nan until known."""
-        hours = self.elapsed_hours() + self.hours_ahead()
-        return hours, hours * self.usd_per_hour
+    def projected_hours(self) -> float:
+        """Of this run from its first to its last step; nan until known."""
+        return self.elapsed_hours() + self.hours_ahead()
 
     def fitted_steps(self) -> int:
         """The total with which the schedule ends within the budget, on every rank the same.
@@ -808,8 +811,8 @@ class CostMeter:
         fits = self.hours_ahead() <= left
         if fits and not early:
             return total
-        first = max(done, 1)
-        few, many = first, max(first, self._planned if early else total)
+        few = max(done, 1)
+        many = max(few, self._planned if early else total)
         while few < many:
             middle = (few + many + 1) // 2
             if self.hours_ahead(middle) <= 0.98 * left:
@@ -822,11 +825,19 @@ class CostMeter:
 
     def line(self) -> str:
         """`projected 41 h = $139 (spent $212 of $1,500)`; hours alone where disabled."""
-        hours, dollars = self.projected()
+        hours = self.projected_hours()
         if not self.enabled:
             return f"projected {format_hours(hours)}"
+        dollars = format_dollars(hours * self.usd_per_hour)
         spent = f"spent {format_dollars(self.spent_usd())} of {format_dollars(PLAN_BUDGET_USD)}"
-        return f"projected {format_hours(hours)} = {format_dollars(dollars)} ({spent})"
+        return f"projected {format_hours(hours)} = {dollars} ({spent})"
+
+    def spent_usd(self) -> float:
+        """Dollars spent on all stages, by the ledger, with what is not yet in it."""
+        spent = sum(_number(row, "dollars") for row in self._ledger_rows())
+        if self._started is None or not self.enabled:
+            return spent
+        return spent + (self._clock() - self._flushed) / 3600 * self.usd_per_hour
 
     def flush(self) -> None:
         """Append what was spent since the last time to the ledger; call at the end too."""
@@ -843,30 +854,27 @@ class CostMeter:
             "hours": hours,
             "dollars": hours * self.usd_per_hour,
         }
-        self.ledger.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.ledger, "a+b") as file:
-            # A line cut short by a kill must not swallow this one.
-            torn = file.tell() > 0 and _last_byte(file) != b"\n"
-            file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+        append_json_line(self.ledger, row)
 
     def state_dict(self) -> dict:
-        measured = {phase: seconds / n for phase, (seconds, n) in self._measured.items() if n}
-        expected = {**self.expected, **measured}
+        expected = {**self.expected, **self._known()}
         paces = {"expected": expected, "machine": self.machine}
         return {"run": self._run, "hours": self.elapsed_hours(), **paces}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on counting a resumed run, what it spent after its last checkpoint included."""
         self._run = state["run"]
-        rows = _json_lines(self.ledger) if self.ledger.exists() else []
-        written = sum(_number(row, "hours") for row in rows if row.get("run") == self._run)
-        self._earlier_hours = max(state["hours"], written)
-        self.expected = dict(state.get("expected", {}))
-        self.machine = state.get("machine", "")
+        rows = [row for row in self._ledger_rows() if row.get("run") == self._run]
+        self._earlier_hours = max(state["hours"], sum(_number(row, "hours") for row in rows))
+        self.expected, self.machine = dict(state["expected"]), state["machine"]
+
+    def _known(self) -> dict[str, float]:
+        """Seconds a step of each phase that was measured."""
+        return {phase: seconds / n for phase, (seconds, n) in self._measured.items() if n}
 
     def _pace(self, phase: str) -> float:
         """Seconds a step; nan where nothing is known."""
-        known = {name: seconds / n for name, (seconds, n) in self._measured.items() if n}
+        known = self._known()
         if phase in known:
             return known[phase]
         if phase not in self.expected:
@@ -876,10 +884,10 @@ class CostMeter:
         correction = sum(known[name] for name in both) / expected if expected > 0 else 1.0
         return self.expected[phase] * correction
 
-    def _unwritten_usd(self) -> float:
-        if self._started is None or not self.enabled:
-            return 0.0
-        return (self._clock() - self._flushed) / 3600 * self.usd_per_hour
+    def _ledger_rows(self) -> list[dict]:
+        if not self.ledger.exists():
+            return []
+        return [row for _, row in json_lines(self.ledger, skip_damaged=True)]
 
 
 def _number(row: dict, name: str) -> float:
@@ -888,58 +896,7 @@ def _number(row: dict, name: str) -> float:
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
 
 
-def _last_byte(file) -> bytes:
-    file.seek(-1, os.SEEK_END)
-    return file.read(1)
-
-
-# -------------------------------------------------------------------------- what surrounds a step
-
-# How and where a run works, not what it learns: free to differ whenever it is resumed.
-FREE = frozenset({
-    "device", "threads", "num_workers", "checkpoint_dir", "fresh", "save_every_epochs",
-    "save_minutes", "keep_last", "log_every", "max_steps", "usd_per_hour", "tensorboard", "export",
-    "given",
-})  # fmt: skip
-# What a resumed run can take up in its middle.
-APPLIED = frozenset({
-    "num_epochs", "batch_size", "data_dirs", "commercial_only", "grad_clip", "budget_usd",
-})  # fmt: skip
-
-
-def take_flags(
-    args: argparse.Namespace, stored: dict, applied: frozenset[str], where: str | Path
-) -> list[str]:
-    """Makes `args` those of the run that is resumed, but for what the command line changes.
-
-    `args.given` names the flags on the command line; those that are not there are as the run was
-    started. Returns what to tell. Raises UserError for a change that is not among `applied`.
-    """
-    told = []
-    for name, before in stored.items():
-        now = getattr(args, name, before)
-        if now == before or name in FREE:
-            continue
-        if name not in args.given or now == "auto":
-            setattr(args, name, before)
-            # What nobody had asked for the run has worked out itself.
-            if now not in (None, "auto") or name == "budget_usd":
-                told.append(f"as the run was started: {_flag(name, before)}")
-        elif name in applied:
-            told.append(f"from here on {_flag(name, now)} (until now {before})")
-        else:
-            raise UserError(
-                f"{_flag(name, now)}: the run in {where} was started with {_flag(name, before)}; "
-                "give that, or start in a new --checkpoint_dir with --init_from"
-            )
-    return told
-
-
-def _flag(name: str, value: object) -> str:
-    if isinstance(value, bool) or value is None:
-        return f"--{name}" if value else f"no --{name}"
-    values = value if isinstance(value, list) else [value]
-    return " ".join([f"--{name}", *map(str, values)])
+# -------------------------------------------------------------------------- around the loop
 
 
 class Run:
@@ -947,23 +904,28 @@ class Run:
 
     In this order: `open_training` gives one; `plan` fixes the schedule; the trainer makes its
     models and fills `parts` (name → what has a `state_dict`) and `stored`; `restore`; `estimate`;
-    then `for batch in run.steps(...)` with `run.step_done` as the last line of each step.
+    `begin`; then `for batch in run.steps(...)` with `run.step_done` as the last line of each step.
 
     args: the flags, on a resumed run those it was started with but for what was changed.
+    settings: what the preset fixes, likewise.
     checkpoint: where it goes on from, on the CPU; None for a new run, and once it is restored.
     step, epoch, consumed: steps done, the epoch, and samples consumed in it.
-    stored: gives config, weights, further state and tokenizer of a checkpoint.
+    stored: gives config, tensors, further trainer state and tokenizer of a checkpoint.
+    validate: gives scores by name; the lowest `best_by` is the best checkpoint's.
+    shown: metrics on the terminal's lines → under which name.
     """
 
     def __init__(
         self,
         stage: str,
         args: argparse.Namespace,
+        settings: Settings,
         process: Distributed,
         checkpoint: Checkpoint | None,
-        told: list[str],
+        news: list[str],
     ) -> None:
-        self.args, self.process, self.checkpoint = args, process, checkpoint
+        self.args, self.settings = args, settings
+        self.process, self.checkpoint = process, checkpoint
         self.resumed = checkpoint is not None
         self.is_main, self.device = process.is_main, process.device
         self.workers = loader_workers(args.num_workers)
@@ -977,11 +939,12 @@ class Run:
         self.stored: Callable[[], dict] = dict
         self.validate: Callable[[], dict[str, float]] | None = None
         self.best_by = ""
-        self.told: dict[str, str] = {}  # what a line shows of the metrics → under which name
+        self.shown: dict[str, str] = {}
         self.step = self.epoch = self.consumed = 0
         self.best = math.inf
         self.metrics: Metrics | None = None
-        self._changes, self._refit = told, True
+        self._bar: tqdm | None = None
+        self._news, self._refit = news, True
         self._saved_step = -1
 
     # -- before the first step -------------------------------------------------------------------
@@ -999,33 +962,26 @@ class Run:
         self.planned = args.num_epochs * self.steps_per_epoch
         self.schedule = Schedule(self.planned, starts, args.warmup_steps)
         if self.checkpoint is not None:
-            self._go_on(starts)
+            self._go_on(self.checkpoint.trainer)
         return self.steps_per_epoch * args.batch_size
 
-    def _go_on(self, starts: Callable[[int], dict[str, int]]) -> None:
+    def _go_on(self, trainer: dict) -> None:
         """The place and schedule of a checkpoint, with what flags have changed."""
-        args, trainer, where = self.args, self.checkpoint.trainer, self.checkpoint.path
-        lacking = [k for k in ("step", "epoch", "consumed", "total_steps") if k not in trainer]
-        if lacking:
-            raise UserError(f"{where}: no {lacking[0]} in its trainer state; use --init_from")
+        args, before = self.args, trainer["flags"]
         self.step, self.epoch, self.consumed = (trainer[k] for k in ("step", "epoch", "consumed"))
-        self.best = trainer.get("best", math.inf)
-        before, total = trainer.get("flags", {}), trainer["total_steps"]
-        self.schedule = Schedule(total, starts, args.warmup_steps)
-        if "schedule" in trainer:
-            self.schedule.load_state_dict(trainer["schedule"])
+        self.best = trainer["best"]
+        self.schedule.load_state_dict(trainer["schedule"])
+        total = self.schedule.total
         epochs = args.num_epochs - self.epoch - 1
         left = max(0, self.steps_per_epoch - math.ceil(self.consumed / args.batch_size))
         self.planned = self.step + max(0, left + epochs * self.steps_per_epoch)
-        # An older checkpoint does not tell whether a budget had shortened it.
-        known = "planned_steps" in trainer or args.budget_usd is None
-        self._refit = before.get("budget_usd", args.budget_usd) != args.budget_usd
-        if before.get("batch_size", args.batch_size) != args.batch_size or self.planned < total:
+        self._refit = before["budget_usd"] != args.budget_usd
+        if before["batch_size"] != args.batch_size or self.planned < total:
             self.schedule.resize(self.step, self.planned)
-        elif known and self.planned > trainer.get("planned_steps", total):
+        elif self.planned > trainer["planned_steps"]:
             self.schedule.extend(self.step, self.planned)
         if self.schedule.total != total:
-            self._changes.append(f"the schedule had {total} steps, now {self.schedule.total}")
+            self._news.append(f"the schedule had {total} steps, now {self.schedule.total}")
             self._refit = True
 
     def restore(self) -> None:
@@ -1033,9 +989,6 @@ class Run:
         if self.checkpoint is not None:
             trainer, where = self.checkpoint.trainer, self.checkpoint.path
             for name, part in self.parts.items():
-                if name not in trainer:
-                    self._changes.append(f"{where} holds no {name}: that starts anew")
-                    continue
                 try:
                     part.load_state_dict(trainer[name])
                 except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
@@ -1073,16 +1026,26 @@ class Run:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
-    def hours(self) -> float:
-        """Of the whole run, from its first to its last step, as far as is known."""
-        return self.meter.elapsed_hours() + self.meter.hours_ahead()
+    def forecast(self) -> str:
+        """`an epoch is 60.0 h of audio; 100 epochs = 56,250 steps = 41 h = $139`."""
+        args, hours = self.args, self.meter.projected_hours()
+        price = ""
+        if self.device.type == "cuda":
+            price = f" = {format_dollars(hours * args.usd_per_hour)}"
+        return (
+            f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
+            f"{self.planned} steps = {format_hours(hours)}{price}"
+        )
 
-    def begin(self) -> None:
-        """What changed is told, the budget met, the log opened. Call after the run is described."""
+    def begin(self, description: str) -> None:
+        """Prints what the run is and what changed, meets the budget, opens the log."""
         args = self.args
-        if self.resumed and self.is_main:
-            where = f"resuming {args.checkpoint_dir} at step {self.step} of {self.schedule.total}"
-            print("\n".join([where, *self._changes]), flush=True)
+        if self.is_main:
+            print(f"{description}\nsettings: {self.settings}\n{self.forecast()} (estimate)")
+            if self.resumed:
+                place = f"at step {self.step} of {self.schedule.total}"
+                print("\n".join([f"resuming {args.checkpoint_dir} {place}", *self._news]))
+            print(end="", flush=True)
         if self._refit:
             self.meter.news = True
             self._fit(print)
@@ -1104,13 +1067,13 @@ class Run:
         """The batches of the steps to make; `batches` as `data.training_batches` gives them."""
         total = self.schedule.total
         self._bar = tqdm(total=total, initial=self.step, disable=None if self.is_main else True)
-        self._timed = TimedBatches(batches)
-        self._last_save = self._last_log = time.monotonic()
-        self._samples = 0
-        source = iter(self._timed)
+        self._last_save = self._last_log = time.perf_counter()
+        self._samples, self._waited = 0, 0.0
+        source = iter(batches)
         while self.step < self.stop_at:
-            with _worker_errors():
-                place = next(source, None)
+            asked = time.perf_counter()
+            place = next(source, None)
+            self._waited += time.perf_counter() - asked
             if place is None:
                 break
             self.epoch, self.consumed, batch = place
@@ -1143,7 +1106,7 @@ class Run:
         ended = self.consumed > (self.steps_per_epoch - 1) * args.batch_size
         best = bool(ended and self.is_main and self.validate and self._validated())
         due = ended and (self.epoch + 1) % args.save_every_epochs == 0
-        due |= time.monotonic() - self._last_save > 60 * args.save_minutes
+        due |= time.perf_counter() - self._last_save > 60 * self.settings.save_minutes
         if self.is_main and (due or best or self.step >= self.stop_at):
             self.save(best)
 
@@ -1153,7 +1116,8 @@ class Run:
         trainer |= {"step": self.step, "epoch": self.epoch, "consumed": self.consumed}
         trainer |= {"best": self.best, "schedule": self.schedule.state_dict()}
         trainer |= {"total_steps": self.schedule.total, "planned_steps": self.planned}
-        trainer["flags"] = {k: v for k, v in vars(self.args).items() if k not in FREE}
+        trainer["flags"] = {k: v for k, v in vars(self.args).items() if k not in LOCAL}
+        trainer["settings"] = dataclasses.asdict(self.settings)
         stored = self.stored()
         trainer |= stored.pop("trainer", {})
         save_checkpoint(
@@ -1164,15 +1128,16 @@ class Run:
             best=best,
             **stored,
         )
-        self._last_save, self._saved_step = time.monotonic(), self.step
+        self._last_save, self._saved_step = time.perf_counter(), self.step
 
     @property
     def _guards(self) -> list[StepGuard]:
         return [part for part in self.parts.values() if isinstance(part, StepGuard)]
 
     def _fit(self, say: Callable[[str], object]) -> None:
-        total, before = self.meter.fitted_steps(), self.schedule.total
-        if total == before:
+        """Makes the schedule end within the budget."""
+        total = self.meter.fitted_steps()
+        if total == self.schedule.total:
             return
         self.schedule.resize(self.step, total)
         if self.is_main:
@@ -1181,23 +1146,24 @@ class Run:
                 f"budget {budget}: {total} of {self.planned} steps, "
                 "and the learning rate ends with them"
             )
-        if hasattr(self, "_bar"):
+        if self._bar is not None:
             self._bar.total = total
 
     def _log(self, row: dict) -> None:
-        row = {name: _json_number(value) for name, value in row.items()}
-        now = time.monotonic()
-        pace = self._samples * self.args.window_seconds / (now - self._last_log)
+        now = time.perf_counter()
+        seconds = now - self._last_log
+        pace = self._samples * self.args.window_seconds / seconds
+        row = {name: finite_or_none(value) for name, value in row.items()}
         row |= {"skipped": sum(guard.skipped for guard in self._guards), "epoch": self.epoch}
-        row |= {"audio_seconds_per_second": pace, "data_wait": self._timed.waited_share()}
+        row |= {"audio_seconds_per_second": pace, "data_wait": self._waited / seconds}
         self.metrics.log(self.step, **row)
-        shown = {told: row[name] for name, told in self.told.items() if row.get(name) is not None}
-        learnt = "".join(f"{told} {value:.3f} " for told, value in shown.items())
+        shown = [(label, row.get(name)) for name, label in self.shown.items()]
+        learnt = "".join(f"{label} {value:.3f} " for label, value in shown if value is not None)
         tqdm.write(
             f"step {self.step}/{self.schedule.total} {learnt}{pace:.0f}x real time, "
             f"{row['data_wait']:.0%} of it waiting for data, {self.meter.line()}"
         )
-        self._last_log, self._samples = now, 0
+        self._last_log, self._samples, self._waited = now, 0, 0.0
 
     def _validated(self) -> bool:
         """Validates; whether this is the best so far."""
@@ -1217,18 +1183,22 @@ class Run:
 
 
 def keeps_costs(args: argparse.Namespace, device: torch.device) -> bool:
+    """Whether a run writes what it spends to the ledger."""
     return device.type == "cuda" or args.budget_usd is not None
 
 
 @contextlib.contextmanager
 def open_training(
-    stage: str, args: argparse.Namespace, applied: Iterable[str] = ()
+    stage: str,
+    args: argparse.Namespace,
+    presets: dict[str, Settings],
+    changeable: Iterable[str] = (),
 ) -> Iterator[Run]:
     """A run in `--checkpoint_dir`, new or resumed, for the time of this process.
 
-    First of all: what would stop it hours later stops it here. `applied`: flags of this trainer
-    that a resumed run can take up, beside `APPLIED`. Raises UserError where the device is not
-    there, the folder cannot be written or is at work, or the checkpoint does not fit.
+    First of all: what would stop it hours later stops it here. `changeable`: flags and settings of
+    this trainer that a resumed run can take up, beside `CHANGEABLE`. Raises UserError where the
+    device is not there, the folder cannot be written or is at work, or the checkpoint does not fit.
     """
     process = setup_distributed(args.device)
     if args.batch_size % process.world_size:
@@ -1244,20 +1214,43 @@ def open_training(
                 writable_file("costs.jsonl", "the ledger of costs")
         # Tensors on the CPU: the parts take copies to where they live.
         checkpoint = open_run(folder, stage, args.fresh and process.is_main, "cpu")
-        told: list[str] = []
-        if checkpoint is not None:
-            if checkpoint.trainer is None:
-                where = checkpoint.path
-                raise UserError(f"{where}: an export has no trainer state; use --init_from")
-            flags = checkpoint.trainer.get("flags")
-            if flags is None:
-                told = [f"{checkpoint.path} is of an older version and holds no flags: those given"]
-            told += take_flags(args, flags or {}, APPLIED.union(applied), checkpoint.path)
-        args.preset = choose_preset(args.preset, process.device)
+        settings, news = _as_started(args, presets, checkpoint, process, changeable)
         seed_everything(args.seed)
-        run = Run(stage, args, process, checkpoint, told)
+        run = Run(stage, args, settings, process, checkpoint, news)
         stack.callback(run.close)
         yield run
+
+
+def _as_started(
+    args: argparse.Namespace,
+    presets: dict[str, Settings],
+    checkpoint: Checkpoint | None,
+    process: Distributed,
+    changeable: Iterable[str],
+) -> tuple[Settings, list[str]]:
+    """Flags (in place) and settings as a checkpoint has them, changed by the command line; with
+    lines on what changed."""
+    news, changeable = [], CHANGEABLE.union(changeable)
+    if checkpoint is not None:
+        trainer, where = checkpoint.trainer, checkpoint.path
+        if trainer is None:
+            raise UserError(f"{where}: an export has no trainer state; use --init_from")
+        needed = ("step", "epoch", "consumed", "best", "schedule", "planned_steps", "flags",
+                  "settings")  # fmt: skip
+        for name in needed:
+            if name not in trainer:
+                raise UserError(
+                    f"{where}: no {name} in its trainer state, as another version wrote it; start "
+                    "in a new --checkpoint_dir with --init_from"
+                )
+        news = take_stored(vars(args), trainer["flags"], args.given, changeable, where, spell_flag)
+    if args.preset == "auto":
+        args.preset = "base" if process.device.type == "cuda" else "tiny"
+    values = {**dataclasses.asdict(presets[args.preset]), **args.set}
+    if checkpoint is not None:
+        stored = trainer["settings"]
+        news += take_stored(values, stored, args.set, changeable, where, spell_setting)
+    return dataclasses.replace(presets[args.preset], **values), news
 
 
 def _remove_unused(folder: Path) -> None:
@@ -1277,22 +1270,3 @@ def _put_back(parts: list) -> Iterator[None]:
         yield
     for part, state in zip(parts, states, strict=True):
         part.load_state_dict(state)
-
-
-@contextlib.contextmanager
-def _worker_errors() -> Iterator[None]:
-    """What goes wrong in a loader's worker, as one line."""
-    try:
-        yield
-    except UserError as error:
-        lines = str(error).strip().splitlines()
-        if len(lines) > 1:  # with the worker's traceback
-            raise UserError(re.sub(r"^\S+Error: ", "", lines[-1])) from error
-        raise
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "ancdata" not in str(error):
-            raise
-        raise UserError(
-            f"a worker that loads data ended ({first_line(error)}): is there memory for it? Lower "
-            "--num_workers and run again; it goes on from the last checkpoint"
-        ) from error

@@ -21,7 +21,7 @@ from codec import Codec
 @pytest.mark.parametrize("kind", ["wavlm", "whisper"])
 def test_a_taught_run_stops_and_goes_on(corpus, folders, kind, tmp_path, capsys):  # noqa: F811
     """Two steps of each kind: the branch for words alone, then all; the same in two parts."""
-    same = {"teacher": folders[kind], "listen_share": 0.5, "num_epochs": 1, "quantizer_start": 1}
+    same = {"teacher": folders[kind], "semantic_share": 0.5, "num_epochs": 1, "quantizer_start": 1}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(corpus, whole, **same)
     name = {"wavlm": "3 layers of 32", "whisper": "2 layers of 32"}[kind]
@@ -55,7 +55,7 @@ def test_a_taught_run_stops_and_goes_on(corpus, folders, kind, tmp_path, capsys)
 
 def test_the_projection_learns_and_codebook_0_with_it(corpus, folders, tmp_path):  # noqa: F811
     """The teacher's gradient reaches both; without phones it is all that codebook 0 gets."""
-    same = {"num_epochs": 1, "listen_share": 1, "phone_weight": 0, "quantizer_start": 100}
+    same = {"num_epochs": 1, "semantic_share": 1, "phone_weight": 0, "quantizer_start": 100}
     train(corpus, tmp_path / "none", **same, teacher="none", max_steps=2)
     train(corpus, tmp_path / "taught", **same, teacher=folders["wavlm"], max_steps=2)
     train(corpus, tmp_path / "start", **same, teacher=folders["wavlm"], max_steps=1, gen_lr=0)

@@ -28,7 +28,6 @@ from tools.launches import Launches, counting
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 3.0
-OLDER_LACK = ("average", "trained_weights", "disc_guard")
 # Four steps of two half-second windows an epoch.
 SMALL = {
     "preset": "tiny",
@@ -41,11 +40,10 @@ SMALL = {
     "threads": 1,
     "warmup_steps": 2,
     "quantizer_start": 2,
-    "listen_share": 0.25,
+    "semantic_share": 0.25,
     "save_every_epochs": 1,
     "log_every": 1,
     "disc_start": 1,
-    "ema_decay": 0.5,
 }
 
 
@@ -86,10 +84,15 @@ def corpus(tmp_path_factory):
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+SETTINGS = [field.name for field in dataclasses.fields(train_codec.Settings)]
+
+
 def flags(corpus, folder, *switches, **changes) -> list[str]:
-    values = {**SMALL, "checkpoint_dir": folder, **changes}
+    """Flags by name; what is a setting goes to `--set`."""
+    values = {**SMALL, "checkpoint_dir": folder, "ema_decay": 0.5, **changes}
+    settings = [f"{name}={values.pop(name)}" for name in SETTINGS if name in values]
     pairs = [[f"--{name}", str(value)] for name, value in values.items()]
-    return ["--data_dirs", str(corpus), *sum(pairs, []), *switches]
+    return ["--data_dirs", str(corpus), *sum(pairs, []), "--set", *settings, *switches]
 
 
 def train(corpus, folder, *switches, **changes) -> None:
@@ -249,7 +252,7 @@ def test_a_step_that_is_not_finite_moves_nothing(corpus, tmp_path, monkeypatch):
     assert any(not torch.equal(v, moved[k]) for k, v in flat(a.trainer["disc"]))
 
 
-def test_the_average_ships_and_the_weights_go_on(corpus, whole_run, tmp_path):
+def test_the_average_ships_and_the_weights_go_on(corpus, whole_run, tmp_path, capsys):
     checkpoint = checkpoints.load_checkpoint(whole_run[0])
     shown, trained = checkpoint.tensors, checkpoint.trainer["trained_weights"]
     assert checkpoint.trainer["average"] == {"steps": 8, "decay": 0.5}
@@ -257,12 +260,11 @@ def test_the_average_ships_and_the_weights_go_on(corpus, whole_run, tmp_path):
     assert not any(torch.equal(shown[name], trained[name]) for name in names)
     assert Codec.from_checkpoint(whole_run[0]).state_dict().keys() == trained.keys()
 
-    # From an older checkpoint, which has neither an average nor a second guard.
-    trainer = {k: v for k, v in checkpoint.trainer.items() if k not in OLDER_LACK}
+    # A checkpoint of an older version, whose flags had other names, ends in one line.
+    trainer = {k: v for k, v in checkpoint.trainer.items() if k != "settings"}
     checkpoints.save_checkpoint(tmp_path / "old", 8, checkpoint.config, trained, trainer)
-    train(corpus, tmp_path / "old", num_epochs=2)
-    again = checkpoints.load_checkpoint(tmp_path / "old")
-    assert all(torch.equal(again.tensors[name], trained[name]) for name in trained)
+    line = refused(corpus, tmp_path / "old", capsys)
+    assert "no settings in its trainer state" in line and "--init_from" in line
 
     train(corpus, tmp_path / "off", max_steps=1, ema_decay=0)
     assert not {"average", "trained_weights"} & set(
@@ -279,15 +281,15 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     monkeypatch.setattr(training, "CostMeter", meter)
     tick = training.CostMeter.func.tick
 
-    def slow(self, steps=1):
+    def slow(self):
         now[0] += 3600
-        tick(self, steps)
+        tick(self)
 
     monkeypatch.setattr(meter.func, "tick", slow)
     monkeypatch.setattr(training.Run, "_seconds", lambda *_: 1800.0)
     monkeypatch.chdir(tmp_path)
     changes = {"num_epochs": 10, "budget_usd": 12, "usd_per_hour": 1}  # 40 steps, thought $20
-    train(corpus, tmp_path / "run", listen_share=0, **changes)
+    train(corpus, tmp_path / "run", semantic_share=0, **changes)
     said = capsys.readouterr().out
     assert "budget $12: 23 of 40 steps" in said
     rows = [row for row in metrics(tmp_path / "run") if "lr" in row]
@@ -300,7 +302,7 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     assert rates[2:] == sorted(rates[2:], reverse=True) and rates[-1] < 0.2 * max(rates)
     spent = [json.loads(x)["dollars"] for x in (tmp_path / "costs.jsonl").read_text().splitlines()]
     assert sum(spent) == pytest.approx(last)
-    train(corpus, tmp_path / "run", listen_share=0, **changes)  # pasted again: there is no more
+    train(corpus, tmp_path / "run", semantic_share=0, **changes)  # pasted again: there is no more
     assert checkpoints.find_checkpoint(tmp_path / "run").name == f"step_{last:08d}"
 
 
@@ -317,7 +319,7 @@ def test_held_out_windows_sound_in_tensorboard(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(training.Metrics, "log_audio", listen)
     for stop in (4, 8):
         train(corpus, tmp_path, "--tensorboard", max_steps=stop)
-    clips = range(train_codec.LISTENED)
+    clips = range(train_codec.AUDIBLE_WINDOWS)
     assert [h[:2] for h in heard] == [
         (step, f"held_out_{i}/{name}")
         for step, name in ((0, "reference"), (4, "8_codebooks"), (8, "8_codebooks"))
@@ -365,8 +367,8 @@ def test_the_average_spans_a_fiftieth_of_the_run_or_what_is_asked():
 
 
 def test_listening_first_leaves_the_rest_as_it_was(corpus, tmp_path):
-    train(corpus, tmp_path / "start", gen_lr=0, max_steps=1, listen_share=1)
-    train(corpus, tmp_path / "run", num_epochs=1, listen_share=1)
+    train(corpus, tmp_path / "start", gen_lr=0, max_steps=1, semantic_share=1)
+    train(corpus, tmp_path / "run", num_epochs=1, semantic_share=1)
     start, run = (checkpoints.load_checkpoint(tmp_path / f).tensors for f in ("start", "run"))
     heard = ("encoder.0.", "quantizer.semantic_in", "quantizer.codebooks.0.")
     for name, tensor in start.items():
@@ -374,7 +376,7 @@ def test_listening_first_leaves_the_rest_as_it_was(corpus, tmp_path):
     assert not torch.equal(start["encoder.0.1.linear.weight"], run["encoder.0.1.linear.weight"])
     sizes = [float(run[f"quantizer.codebooks.{k}.cluster_size"].sum()) for k in (0, 1)]
     assert sizes[0] > 0 and sizes[1] == 0  # by k-means, and not yet
-    train(corpus, tmp_path / "heir", num_epochs=1, listen_share=0, init_from=tmp_path / "run")
+    train(corpus, tmp_path / "heir", num_epochs=1, semantic_share=0, init_from=tmp_path / "run")
     heir = checkpoints.load_checkpoint(tmp_path / "heir").tensors
     assert float(heir["quantizer.codebooks.7.cluster_size"].sum()) > 0
 
@@ -400,15 +402,16 @@ def test_codes_are_kept_whole_or_not_at_all(whole_run, corpus, tmp_path, capsys)
     assert heir.config == small
     for name, tensor in Codec.from_checkpoint(tmp_path / "small").encoder.state_dict().items():
         assert torch.equal(heir.encoder.state_dict()[name], tensor), name
-    said = refused(corpus, tmp_path / "other", capsys, "--keep_words", init_from=tmp_path / "small")
-    assert "encoder.0" in said and "to be kept" in said
+    start = {"init_from": tmp_path / "small"}
+    said = refused(corpus, tmp_path / "other", capsys, "--freeze_semantic", **start)
+    assert "encoder.0" in said and "to be frozen" in said
 
 
 def test_sound_learns_beside_words_that_are_kept(corpus, tmp_path, capsys):
-    assert "--init_from" in refused(corpus, tmp_path / "none", capsys, "--keep_words")
-    train(corpus, tmp_path / "words", num_epochs=1, listen_share=1)
+    assert "--init_from" in refused(corpus, tmp_path / "none", capsys, "--freeze_semantic")
+    train(corpus, tmp_path / "words", num_epochs=1, semantic_share=1)
     train(
-        corpus, tmp_path / "run", "--keep_words", num_epochs=1, init_from=tmp_path / "words",
+        corpus, tmp_path / "run", "--freeze_semantic", num_epochs=1, init_from=tmp_path / "words",
         precision="bf16",
     )  # fmt: skip
     words, run = (checkpoints.load_checkpoint(tmp_path / f).tensors for f in ("words", "run"))
@@ -426,11 +429,11 @@ def test_two_ranks_learn_as_one_process(corpus, tmp_path):
     """
     same = {"num_epochs": 1, "full_rate": 1, "quantizer_start": 100}
     start, one, two = tmp_path / "start", tmp_path / "one", tmp_path / "two"
-    train(corpus, start, "--no_augment", **same, gen_lr=0, max_steps=1)
-    train(corpus, one, "--no_augment", **same)
+    train(corpus, start, augment_share=0, **same, gen_lr=0, max_steps=1)
+    train(corpus, one, augment_share=0, **same)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, "train_codec.py"]
-    command += flags(corpus, two, "--no_augment", **same)
+    command += flags(corpus, two, augment_share=0, **same)
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900
     )
@@ -505,7 +508,7 @@ def test_speakers_need_not_be_held_out_nor_windows_be_whole_frames(tmp_path, cap
 def test_steps_replayed_as_a_cuda_graph_learn_what_eager_ones_do(corpus, tmp_path):
     """Through the start of the codebooks and of the discriminators, and a resumption."""
     changes = {"teacher": "none", "device": "cuda", "precision": "fp32", "disc_start": 0.5}
-    changes |= {"num_epochs": 10, "listen_share": 0, "disc_preset": "tiny"}
+    changes |= {"num_epochs": 10, "semantic_share": 0, "disc_preset": "tiny"}
     rows = {}
     for name, switches in (("eager", ()), ("graph", ("--cuda_graph",))):
         for stop in (30, 40):
@@ -526,11 +529,11 @@ def test_a_cuda_graph_without_a_gpu_is_refused(corpus, tmp_path, capsys):
 
 def test_a_run_keeps_what_it_trains(corpus, whole_run, tmp_path, capsys):
     folder = Path(shutil.copytree(whole_run[0], tmp_path / "run"))
-    for switch in ("--decoder_only", "--keep_words", "--no_augment"):
+    for switch in ("--decoder_only", "--freeze_semantic"):
         line = refused(corpus, folder, capsys, switch, num_epochs=4)
         assert f"{switch}: the run in" in line and f"no {switch}" in line
     assert "--preset base" in refused(corpus, folder, capsys, preset="base")
-    assert "--disc_preset" in refused(corpus, folder, capsys, disc_preset="base")
+    assert "--set disc_preset=base" in refused(corpus, folder, capsys, disc_preset="base")
     assert "is a run's folder" in refused(corpus, folder, capsys, export=folder / "shipped")
     train(corpus, folder)  # there is nothing left
     assert "done: step 8" in capsys.readouterr().out
@@ -540,11 +543,13 @@ def test_a_run_keeps_what_it_trains(corpus, whole_run, tmp_path, capsys):
 WRONG = [
     "--batch_size 0", "--batch_size 1.5", "--num_epochs 0", "--gen_lr -1", "--disc_lr nan",
     "--num_workers -1", "--epoch_hours nan", "--epoch_hours 0", "--window_seconds 0.02",
-    "--window_seconds nan", "--language_temperature 0", "--augment_share 2", "--listen_share -0.1",
-    "--disc_start 1.5", "--disc_seconds 0", "--mel_weight -1", "--lm_rate 1.1",
-    "--ema_decay 1", "--teacher_cache_gib -1", "--quantizer_start -1", "--warmup_steps -1",
-    "--threads 0", "--grad_clip 0", "--save_every_epochs 0", "--save_minutes -1", "--keep_last 0",
+    "--window_seconds nan", "--language_temperature 0", "--semantic_share -0.1",
+    "--disc_start 1.5", "--quantizer_start -1", "--warmup_steps -1",
+    "--threads 0", "--save_every_epochs 0", "--keep_last 0", "--preset huge",
     "--log_every 0", "--max_steps 0", "--usd_per_hour 0", "--budget_usd -3", "--seed 1e3",
+    "--set augment_share=2", "--set disc_seconds=0", "--set mel_weight=-1", "--set lm_rate=x",
+    "--set ema_decay=1", "--set teacher_cache_gib=-1", "--set grad_clip=0", "--set mel_weight",
+    "--set save_minutes=-1", "--set disc_preset=huge", "--set gen_lr=1", "--set",
 ]  # fmt: skip
 
 
@@ -561,10 +566,10 @@ def test_flags_out_of_range_are_told_before_anything_is_loaded(capsys):
 
 def sizes(checkpoint=None, **flags) -> tuple[CodecConfig, float]:
     args = train_codec.parse_args([x for k, v in flags.items() for x in (f"--{k}", str(v))])
-    args.decoder_only, args.keep_words = (
-        flags.get(k) == "" for k in ("decoder_only", "keep_words")
+    args.decoder_only, args.freeze_semantic = (
+        flags.get(k) == "" for k in ("decoder_only", "freeze_semantic")
     )
-    config = train_codec.sizes(args, checkpoint, True)
+    config = train_codec.sizes(args, checkpoint, prints=True)
     return config, args.window_seconds
 
 
@@ -592,7 +597,7 @@ def test_a_window_is_at_least_twice_the_context(tmp_path, capsys):
     assert sizes(checkpoint, preset="tiny", window_seconds=1.5)[0] == own
     said = capsys.readouterr().out
     assert said.startswith("warning") and "75 frames" in said and "64" in said
-    for flag in ("--decoder_only", "--keep_words"):
+    for flag in ("--decoder_only", "--freeze_semantic"):
         args = train_codec.parse_args([flag, "--preset", "tiny", "--init_from", str(shipped)])
         assert train_codec.sizes(args, None, True).context == 64 and args.window_seconds == 2.56
     args = train_codec.parse_args(["--preset", "tiny", "--init_from", str(shipped)])
@@ -659,7 +664,7 @@ def test_what_joins_late_warms_up_first(corpus, tmp_path):
     shares = [row["share_adversarial"] + row["share_features"] for row in joined]
     # Of 2 for waveform and mel: 1/3, 2/3 and then all of 3.
     assert shares[0] == pytest.approx(1 / 3, abs=0.05) and shares[0] < shares[1] < shares[2]
-    schedule = training.Schedule(8, lambda _: {"plain": 2, "adversarial": 4}, 3)
+    schedule = training.Schedule(8, lambda _: {"codec": 2, "adversarial": 4}, 3)
     expected = [schedule.rate(i) for i in range(8)]
     judges = [value / 1e-3 for value in rates[-16:][1::2]][4:]
     assert judges == pytest.approx([1 / 3, *(min(expected[i], (i - 3) / 3) for i in (5, 6, 7))])

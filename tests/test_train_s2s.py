@@ -38,6 +38,7 @@ TEXTS = {
     "telugu": ("మీరు ఎలా ఉన్నారు", "నేను బాగున్నాను"),
 }
 # Four steps of two windows of 1.2 s an epoch; codes are learnt from the third step on.
+SETTINGS = train_s2s.Settings()
 SMALL = {
     "preset": "tiny",
     "device": "cpu",
@@ -49,7 +50,7 @@ SMALL = {
     "num_workers": 0,
     "threads": 1,
     "warmup_steps": 2,
-    "listen_share": 0.25,
+    "asr_share": 0.25,
     "save_every_epochs": 1,
     "log_every": 1,
 }
@@ -265,9 +266,9 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     """On a clock where a step costs a dollar: first by the estimate, then by what it measures."""
     now, tick = [0.0], training.CostMeter.tick
 
-    def slow(self, steps=1):
+    def slow(self):
         now[0] += 3600
-        tick(self, steps)
+        tick(self)
 
     monkeypatch.setattr(training.CostMeter, "tick", slow)
     meter = functools.partial(training.CostMeter, clock=lambda: now[0])
@@ -303,10 +304,12 @@ def untrained(world) -> tuple[S2S, train_s2s.Conversations, argparse.Namespace]:
     codec = Codec.from_checkpoint(world / "mine" / "codec")
     (rows, frames), _, _ = train_s2s.load_rows(args, codec.fingerprint)
     tokenizer = train_s2s.train_tokenizer(train_s2s.all_texts(rows), 200)
-    config = train_s2s.new_config(args, codec, tokenizer)
+    config = train_s2s.new_config(args, SETTINGS, codec, tokenizer)
     near = s2s.code_neighbours([book.embedding for book in codec.quantizer.codebooks])
     torch.manual_seed(0)
-    calls = train_s2s.Conversations(rows, config, tokenizer, args, 100, frames, near)
+    calls = train_s2s.Conversations(
+        rows, config, tokenizer, args, SETTINGS, 100, frames, near
+    )
     return S2S(config), calls, args
 
 
@@ -346,7 +349,7 @@ def test_validation_shows_what_breaks_past_the_context(world, monkeypatch):
     """States past the 20 patches that attention sees, as if their positions were never trained."""
     model, calls, args = untrained(world)
     batches = train_s2s.validation_batches(
-        calls.rows, None, model.config, calls.tokenizer, args, count=1
+        calls.rows, None, model.config, calls.tokenizer, args, SETTINGS, count=1
     )
     assert batches[0].text.shape == (4, 60)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -426,14 +429,16 @@ def reader(
         codebook_sizes=(16,) * 8, vocab_size=200, phones=("_", "a", "i"), listen_delay=1, **changes
     )
     args = argparse.Namespace(
-        seed=0, window_seconds=window_seconds, emotion_drop=0.0, language_drop=0.0,
-        depth_fraction=0.2, code_noise=0.1, acoustic_drop=0.6, frame_drop=0.05, agent_drop=0.3,
-        agent_deaf=0.5,
+        seed=0, window_seconds=window_seconds, emotion_drop=0.0, depth_fraction=0.2,
+        acoustic_drop=0.6, agent_window_drop=0.5,
     )  # fmt: skip
+    settings = train_s2s.Settings(language_drop=0.0)
     rows = rows or [conversation(i, language, "train") for i, language in enumerate(TEXTS)]
     tokenizer = train_s2s.train_tokenizer(texts, 200)
     near = torch.arange(16).roll(1).view(1, 16, 1).expand(8, -1, -1) if disturbed else None
-    return train_s2s.Conversations(rows, config, tokenizer, args, 100, neighbours=near)
+    return train_s2s.Conversations(
+        rows, config, tokenizer, args, settings, 100, neighbours=near
+    )
 
 
 def test_words_are_encoded_alone_as_in_the_sentence():
@@ -685,7 +690,7 @@ def test_short_conversations_train_too(world, tmp_path, capsys):
     make_dataset(world / "mine" / "short", codec, rows)
     folder = tmp_path / "run"
     train(
-        world, folder, data="mine/short", max_steps=3, listen_share=0, epoch_hours=1, num_epochs=4
+        world, folder, data="mine/short", max_steps=3, asr_share=0, epoch_hours=1, num_epochs=4
     )
     assert "2 of 6 conversations left out" in capsys.readouterr().out
     rows = [row for row in metrics(folder) if "loss" in row]
@@ -695,9 +700,10 @@ def test_short_conversations_train_too(world, tmp_path, capsys):
 
 WRONG = [
     "--batch_size 0", "--num_epochs 0", "--lr -1", "--num_workers -1", "--epoch_hours inf",
-    "--window_seconds 0", "--frames_per_step 3", "--acoustic_delay -1", "--vocab_size 0",
-    "--listen_share 2", "--depth_fraction -1", "--text_weight 0", "--acoustic_drop nan",
-    "--agent_deaf 1.01", "--warmup_steps -1", "--budget_usd nan", "--log_every 0",
+    "--window_seconds 0", "--set frames_per_step=3", "--set acoustic_delay=-1", "--vocab_size 0",
+    "--asr_share 2", "--depth_fraction -1", "--set text_weight=0", "--acoustic_drop nan",
+    "--set depth_order=up", "--set lr=1",
+    "--agent_window_drop 1.01", "--warmup_steps -1", "--budget_usd nan", "--log_every 0",
 ]  # fmt: skip
 
 
@@ -728,7 +734,7 @@ def test_a_finished_run_is_extended(world, finished, capsys):
     assert "from here on --num_epochs 3 (until now 2)" in said and "had 8 steps, now 12" in said
     trainer = last(finished).trainer
     assert (trainer["step"], trainer["total_steps"], trainer["flags"]["num_epochs"]) == (12, 12, 3)
-    assert trainer["schedule"]["starts"]["speaking"] == 2  # it does not listen alone again
+    assert trainer["schedule"]["starts"]["dialogue"] == 2  # it does not listen alone again
     rates = [row["lr"] for row in metrics(finished) if "lr" in row]
     expected = training.Schedule(12, warmup_steps=2).rate(11, final_ratio=0.05)
     assert rates[11] == pytest.approx(3e-4 * expected)
@@ -751,7 +757,8 @@ def test_another_batch_and_rate_are_applied_and_every_step_is_saved(world, tmp_p
 
 
 def test_changes_that_a_run_cannot_take_are_refused(world, finished, capsys):
-    for change in ({"preset": "base"}, {"window_seconds": 2.4}, {"seed": 1}, {"agent_deaf": 1}):
+    changes = {"preset": "base", "window_seconds": 2.4, "seed": 1, "agent_window_drop": 1}
+    for change in ({name: value} for name, value in changes.items()):
         flag = f"--{next(iter(change))} "
         assert flag in refused(world, finished, capsys, **change)
     assert last(finished).step == 8
@@ -760,17 +767,27 @@ def test_changes_that_a_run_cannot_take_are_refused(world, finished, capsys):
     assert "is a run's folder" in refused(world, finished, capsys, export=finished)
 
 
-@pytest.mark.parametrize("lacking", ["flags", "guard", "epoch", "optimizer"])
-def test_trainer_state_of_another_version_is_told(world, whole_run, tmp_path, capsys, lacking):
+@pytest.mark.parametrize("lacking", ["flags", "settings", "epoch", "guard", "optimizer"])
+def test_trainer_state_of_another_version_is_refused(
+    world, whole_run, tmp_path, capsys, lacking
+):
     old, folder = last(whole_run[0]), tmp_path / "old"
     trainer = {k: v for k, v in old.trainer.items() if k != lacking}
     checkpoints.save_checkpoint(folder, 8, old.config, old.tensors, trainer, old.tokenizer)
-    if lacking == "epoch":
-        assert "no epoch in its trainer state" in refused(world, folder, capsys)
-        return
-    train(world, folder, num_epochs=3, max_steps=9)
-    assert f"holds no {lacking}" in capsys.readouterr().out
-    assert last(folder).step == 9
+    line = refused(world, folder, capsys, num_epochs=3)
+    assert lacking in line and "--init_from" in line
+
+
+def test_settings_of_a_run_stay(world, finished, capsys):
+    settings = ("--set", "agent_drop=0.4", "--set", "grad_clip=2")
+    line = refused(world, finished, capsys, *settings, num_epochs=3)
+    assert "--set agent_drop=0.4: the run in" in line
+    assert "started with --set agent_drop=0.3" in line
+    train(world, finished, "--set", "grad_clip=2", num_epochs=3, max_steps=9)
+    assert "from here on --set grad_clip=2.0 (until now 1.0)" in capsys.readouterr().out
+    train(world, finished, num_epochs=3, max_steps=10)
+    said = capsys.readouterr().out
+    assert "grad_clip=2.0" in said and "as the run was started: --set grad_clip=2.0" in said
 
 
 def test_a_folder_that_cannot_be_used_is_told_first(world, tmp_path, capsys):
@@ -796,7 +813,7 @@ def test_two_ranks_learn_what_one_process_does(world, tmp_path, monkeypatch):
         "s2s.S2SConfig.tiny = lambda **given: tiny(dropout=0.0, **given)\n"
         "train_s2s.main()\n"
     )
-    same = {"num_epochs": 1, "listen_share": 0.5, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0}
+    same = {"num_epochs": 1, "asr_share": 0.5, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0}
     same |= {"epoch_hours": 4 * 4 * 1.2 / 3600}
     start, one, two = tmp_path / "start", tmp_path / "one", tmp_path / "two"
     tiny = S2SConfig.tiny

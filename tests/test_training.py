@@ -1,6 +1,5 @@
 """training.py: balancer, schedule, metrics, money."""
 
-import argparse
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 import training
+from command import ArgumentParser, json_lines
 from training import (
     Balancer,
     CostMeter,
@@ -79,24 +79,16 @@ torch.manual_seed(here.rank)
 layer, idle = torch.nn.Linear(32, 4), torch.nn.Linear(2, 2)
 training.start_equal([layer, idle, None])
 def squared(audio): return layer(audio).square().mean()
-parallel = training.Parallel(here, [layer, idle], squared)
-for partly in (True, False):
-    layer.zero_grad(set_to_none=True)
-    idle.requires_grad_(partly)
-    loss = parallel(audio[here.rank * 2 : here.rank * 2 + 2], partly=partly)
-    loss.backward()
-    mean = layer.weight.grad.clone()
-    layer.weight.grad = None
-    whole, = torch.autograd.grad(squared(audio), layer.weight)
-    assert torch.allclose(mean, whole, rtol=1e-4, atol=1e-6)
-# As the discriminators learn: not through what they judge.
-sound = audio[here.rank * 2 : here.rank * 2 + 2].clone().requires_grad_()
-layer.zero_grad(set_to_none=True)
-parallel(sound).backward(inputs=list(layer.parameters()))
-assert torch.allclose(layer.weight.grad, whole, rtol=1e-4, atol=1e-6) and sound.grad is None
-guard = training.StepGuard()
-assert guard.check(1.0, 1.0)
-assert not guard.check(float("nan") if here.rank else 1.0, 1.0)
+parameters = [*layer.parameters(), *idle.parameters()]
+squared(audio[here.rank * 2 : here.rank * 2 + 2]).backward()
+training.average_gradients(parameters)
+whole = torch.autograd.grad(squared(audio), list(layer.parameters()))
+for parameter, expected in zip(layer.parameters(), whole):
+    assert torch.allclose(parameter.grad, expected, rtol=1e-4, atol=1e-6)
+assert idle.weight.grad is None
+guard, good = training.StepGuard(), torch.tensor(1.0)
+assert guard.watch(good, good) == 0
+assert guard.watch(torch.tensor(float("nan")) if here.rank else good, good) == 1
 
 training.cleanup_distributed()
 balancer = training.Balancer({"a": 1.0, "b": 3.0})
@@ -211,59 +203,53 @@ def test_matrices_alone_decay():
 # -- runs --------------------------------------------------------------------------------------
 
 
-def given(**flags):
-    return argparse.Namespace(**{"given": frozenset(flags), "lr": 1e-3, "layers": 2, **flags})
-
-
 def test_flags_of_a_resumed_run_are_kept_applied_or_refused():
     stored = {"lr": 2e-3, "layers": 4, "keep": True, "preset": "tiny"}
-    args = given(log_every=3)
-    args.preset, args.keep = "auto", False
-    told = training.take_flags(args, stored, frozenset(), "run")
-    assert (args.lr, args.layers, args.preset, args.keep) == (2e-3, 4, "tiny", True)
-    assert told == [f"as the run was started: --{x}" for x in ("lr 0.002", "layers 4", "keep")]
-    args = given(lr=5e-4, preset="auto", num_epochs=4, layers=4)
-    told = training.take_flags(args, {**stored, "log_every": 1}, frozenset({"lr"}), "run")
-    assert args.lr == 5e-4 and told == ["from here on --lr 0.0005 (until now 0.002)"]
+
+    def take(stored, **given):
+        values = {"lr": 1e-3, "layers": 2, **given}
+        changeable = frozenset({"lr"})
+        return values, training.take_stored(
+            values, stored, given, changeable, "run", training.spell_flag
+        )
+
+    values, lines = take(stored)
+    assert values == {"lr": 2e-3, "layers": 4}  # what nobody knows any more is not looked at
+    assert lines == [f"as the run was started: --{x}" for x in ("lr 0.002", "layers 4")]
+    values, lines = take({**stored, "log_every": 1}, lr=5e-4, preset="auto", layers=4, log_every=3)
+    assert (values["lr"], values["preset"], values["log_every"]) == (5e-4, "tiny", 3)
+    assert lines == ["from here on --lr 0.0005 (until now 0.002)"]
     for flags, line in (({"layers": 3}, "--layers 3.*--layers 4"), ({"preset": "base"}, "tiny")):
         with pytest.raises(UserError, match=line):
-            training.take_flags(given(**flags), stored, frozenset({"lr"}), "run")
+            take(stored, **flags)
 
 
-class _Unlucky(torch.utils.data.Dataset):
-    def __init__(self, how):
-        self.how = how
-
-    def __len__(self):
-        return 4
-
-    def __getitem__(self, index):
-        if self.how == "dies":
-            os._exit(9)
-        raise UserError("a.wav: cut short")
-
-
-@pytest.mark.parametrize(("how", "told"), [("dies", "--num_workers"), ("raises", "^a.wav: cut sh")])
-def test_a_worker_that_ends_is_one_line(how, told):
-    loader = torch.utils.data.DataLoader(_Unlucky(how), num_workers=1)
-    with pytest.raises(UserError, match=told) as caught, training._worker_errors():
-        next(iter(loader))
-    assert "\n" not in str(caught.value)
+def test_settings_are_read_and_checked_by_name():
+    parser = ArgumentParser("")
+    training.add_run_flags(parser.add_argument_group("all"), training.Settings, warmup_steps=9)
+    args = parser.parse_args(["--set", "grad_clip=2", "save_minutes=5", "--set", "grad_clip=3"])
+    assert args.set == {"grad_clip": 3.0, "save_minutes": 5.0} and args.warmup_steps == 9
+    assert parser.parse_args([]).set == {} and parser.given(["--set", "grad_clip=1"]) == {"set"}
+    assert str(training.Settings(**args.set)) == "grad_clip=3.0 save_minutes=5.0"
+    assert "grad_clip" in training.Settings.help()
 
 
 def test_step_guard_skips_counts_and_stops():
+    def healthy(guard, loss, norm=1.0):
+        skip = guard.watch(torch.tensor(loss), torch.tensor(norm))
+        guard.settle()
+        return not skip
+
     guard = StepGuard(max_consecutive=3)
-    assert guard.check(torch.tensor(1.0), 2.0)
-    assert not guard.check(float("nan"), 1.0)
-    assert not guard.check(1.0, torch.tensor(float("inf")))
-    assert guard.check(1.0, 1.0)
-    assert (guard.skipped, guard.consecutive) == (2, 0)
-    assert not guard.check(math.nan, 1.0)
+    assert healthy(guard, 1.0, 2.0)
+    assert not healthy(guard, math.nan) and not healthy(guard, 1.0, math.inf)
+    assert healthy(guard, 1.0) and (guard.skipped, guard.consecutive) == (2, 0)
+    assert not healthy(guard, math.nan)
     restored = StepGuard(max_consecutive=3)
     restored.load_state_dict(guard.state_dict())
-    assert not restored.check(math.nan, 1.0)
+    assert not healthy(restored, math.nan)
     with pytest.raises(UserError, match="3 steps in a row were not finite"):
-        restored.check(math.nan, 1.0)
+        healthy(restored, math.nan)
 
 
 # ---------------------------------------------------------------------------- loss balance
@@ -448,28 +434,6 @@ def test_metrics_resume_drops_later_and_cut_lines(tmp_path):
     ]  # fmt: skip
 
 
-def test_the_share_of_the_time_that_a_loop_waits_for_data(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
-
-    def spend(seconds):
-        clock[0] += seconds
-
-    def loaded():
-        for batch in range(4):
-            spend(1.0)
-            yield batch
-
-    timed, shares = training.TimedBatches(loaded()), []
-    seen = []
-    for batch in timed:
-        seen.append(batch)
-        spend(3.0 if batch < 2 else 0.0)
-        if batch % 2:
-            shares.append(timed.waited_share())
-    assert seen == [0, 1, 2, 3] and shares == [0.25, 1.0]
-
-
 def test_metrics_tensorboard_or_the_line_to_install_it(tmp_path):
     try:
         import tensorboard  # noqa: F401
@@ -510,33 +474,31 @@ def test_cost_meter_projects_spends_and_resumes(tmp_path):
     (tmp_path / "costs.jsonl").write_text('{"stage": "data", "dollars": 100.0}\n{"stage": "co')
     clock = Clock()
     cost = meter(tmp_path, clock, budget_usd=1.0)
-    cost.start(1000)
-    assert math.isnan(cost.projected()[0]) and "? h" in cost.line()
+    cost.start(Schedule(1000))
+    assert math.isnan(cost.projected_hours()) and "? h" in cost.line()
     for seconds in [30, 5, 5] + [2] * 100:  # a slow start is not taken for the pace
         clock.now += seconds
         cost.tick()
-    hours, dollars = cost.projected()
-    assert hours == pytest.approx((240 + 897 * 2) / 3600)
-    assert dollars == pytest.approx(hours * 3.6)
+    assert cost.projected_hours() == pytest.approx((240 + 897 * 2) / 3600)
     assert cost.fitted_steps() == 103 + int(0.98 * (1.0 - 0.24) / 0.002)
     assert cost.spent_usd() == pytest.approx(100.24)
     assert cost.line() == "projected 34 min = $2.03 (spent $100 of $1,500)"
     state = cost.state_dict()
     clock.now += 60  # after the checkpoint, then killed: only the ledger knows of these
     cost.tick()
-    written = training._json_lines(cost.ledger)
+    written = [row for _, row in json_lines(cost.ledger, skip_damaged=True)]
     assert written[-1]["stage"] == "codec" and written[0]["stage"] == "data"
 
     later = Clock()
     resumed = meter(tmp_path, later, budget_usd=1.0)
     resumed.load_state_dict(state)
     assert resumed.elapsed_hours() == pytest.approx(300 / 3600)
-    resumed.start(1000, done_steps=103)
+    resumed.start(Schedule(1000), done_steps=103)
     for _ in range(10):
         later.now += 2
         resumed.tick()
     resumed.flush()
-    assert resumed.projected()[0] == pytest.approx((300 + 20 + 887 * 2) / 3600)
+    assert resumed.projected_hours() == pytest.approx((300 + 20 + 887 * 2) / 3600)
     assert resumed.spent_usd() == pytest.approx(100.32)
 
 
@@ -563,7 +525,7 @@ def test_a_dearer_phase_ahead_binds_from_the_first_minutes(tmp_path):
     for steps, seconds in ((98, 1.0), (90, 3.0)):
         spend(cost, clock, steps, seconds)
         assert cost.fitted_steps() == total
-    assert cost.projected()[1] == pytest.approx(392)
+    assert 3600 * cost.projected_hours() == pytest.approx(392)
 
 
 def test_what_is_measured_corrects_an_estimate_both_ways(tmp_path):
@@ -613,7 +575,7 @@ def test_the_ledger_may_hold_what_is_no_number(tmp_path):
 def test_cost_meter_disabled_writes_nothing(tmp_path):
     clock = Clock()
     cost = meter(tmp_path, clock, enabled=False, budget_usd=5.0)
-    cost.start(10)
+    cost.start(Schedule(10))
     for _ in range(5):
         clock.now += 3600
         cost.tick()

@@ -257,10 +257,10 @@ def part_train_codec(place: Place) -> dict:
     if place.smoke:
         flags += ["--preset", "tiny", "--device", "cpu", "--batch_size", "2", "--threads", "1",
                   "--num_workers", "0", "--max_steps", "4", "--log_every", "1",
-                  "--disc_preset", "tiny"]  # fmt: skip
+                  "--set", "disc_preset=tiny"]  # fmt: skip
     else:
         flags += ["--preset", "base"]
-    full = ["--listen_share", "0", "--disc_start", "0", "--quantizer_start", "5"]
+    full = ["--semantic_share", "0", "--disc_start", "0", "--quantizer_start", "5"]
     found = {
         "listening": run_script(place, "train_codec", "listening", 90, flags),
         "full": run_script(place, "train_codec", "full", 100, [*flags, *full]),
@@ -286,7 +286,7 @@ def part_train_s2s(place: Place) -> dict:
         flags += ["--preset", "base"]
     found = {
         "listening": run_script(place, "train_s2s", "listening", 80, flags),
-        "full": run_script(place, "train_s2s", "full", 80, [*flags, "--listen_share", "0"]),
+        "full": run_script(place, "train_s2s", "full", 80, [*flags, "--asr_share", "0"]),
     }
     return found | {"plan": plan_of(LM_PLAN_HOURS, LM_LISTENS, found["listening"], found["full"])}
 

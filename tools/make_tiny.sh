@@ -19,28 +19,28 @@ precision=fp32
 
 teach_semantic_branch() {
     "$python" train_codec.py --data_dirs "${spoken[@]}" --preset tiny --batch_size 24 --window_seconds 2 \
-        --epoch_hours 1 --num_epochs 40 --gen_lr 1e-3 --listen_share 1 --teacher none \
-        --num_workers 1 --seed 1 --augment_share 0.4 --checkpoint_dir runs/codec_semantic
+        --epoch_hours 1 --num_epochs 40 --gen_lr 1e-3 --semantic_share 1 --teacher none \
+        --num_workers 1 --seed 1 --set augment_share=0.4 --checkpoint_dir runs/codec_semantic
 }
 
 # Without the spectral loss, as what ships was taught.
 teach_sound_on_a_gpu() {
     "$python" train_codec.py --data_dirs "${recorded[@]}" --preset tiny --teacher none --batch_size 36 \
         --window_seconds 2 --epoch_hours 19 --num_epochs 10 --gen_lr 1e-3 --disc_lr 8e-4 --disc_start 0.75 \
-        --spectral_weight 0 --keep_words --init_from runs/codec_semantic --num_workers 13 --seed 5 \
-        --cuda_graph --augment_share 0.15 --warmup_steps 200 --mel_weight 2 --lm_rate 0.65 \
+        --spectral_weight 0 --freeze_semantic --init_from runs/codec_semantic --num_workers 13 --seed 5 \
+        --cuda_graph --warmup_steps 200 --set augment_share=0.15 mel_weight=2 lm_rate=0.65 \
         --checkpoint_dir runs/codec_voice
 }
 
 teach_sound_on_a_cpu() {
     "$python" train_codec.py --data_dirs "${recorded[@]}" --preset tiny --batch_size 6 --window_seconds 2 \
         --epoch_hours 0.5 --num_epochs 84 --gen_lr 8e-4 --disc_start 1 --spectral_weight 0 \
-        --language_temperature 3 --keep_words --precision "$precision" --init_from runs/codec_semantic \
+        --language_temperature 3 --freeze_semantic --precision "$precision" --init_from runs/codec_semantic \
         --num_workers 1 --seed 1 --warmup_steps 200 --checkpoint_dir runs/codec
     "$python" train_codec.py --data_dirs "${recorded[@]}" --preset tiny --batch_size 6 --window_seconds 2 \
         --epoch_hours 0.25 --num_epochs 18 --gen_lr 5e-4 --disc_lr 1e-3 --disc_start 0 --spectral_weight 0 \
         --language_temperature 3 --decoder_only --init_from runs/codec --num_workers 1 --seed 3 \
-        --warmup_steps 30 --disc_seconds 0.75 --mel_weight 2 --checkpoint_dir runs/codec_voice
+        --warmup_steps 30 --set disc_seconds=0.75 mel_weight=2 --checkpoint_dir runs/codec_voice
 }
 
 converse() {  # hours, output folder and what else make_conversations.py is told
@@ -51,7 +51,7 @@ converse() {  # hours, output folder and what else make_conversations.py is told
 teach_dialogue() {  # epochs, rate, share of ASR, seed, run folder, first dataset, what else
     "$python" train_s2s.py --data_dirs "data/conversations/$6" data/conversations/scripted \
         data/conversations/scripted_validation --codec checkpoints/tiny/codec --preset tiny \
-        --batch_size 8 --epoch_hours 2 --num_epochs "$1" --lr "$2" --listen_share "$3" --num_workers 1 \
+        --batch_size 8 --epoch_hours 2 --num_epochs "$1" --lr "$2" --asr_share "$3" --num_workers 1 \
         --seed "$4" --checkpoint_dir "runs/$5" "${@:7}"
 }
 
@@ -62,7 +62,7 @@ if command -v nvidia-smi >/dev/null; then teach_sound_on_a_gpu; else teach_sound
 "$python" train_codec.py --checkpoint_dir runs/codec_voice --export checkpoints/tiny/codec
 converse 3.3 scripted
 converse 0.06 scripted_validation --split validation
-dialogue=(--depth_fraction 0.17 --emotion_drop 0.5 --acoustic_drop 0.8 --agent_deaf 1 --vocab_size 640 --warmup_steps 100)
+dialogue=(--depth_fraction 0.17 --emotion_drop 0.5 --acoustic_drop 0.8 --agent_window_drop 1 --vocab_size 640 --warmup_steps 100)
 teach_dialogue 44 8e-4 0.4 1 s2s scripted "${dialogue[@]}"
 converse 5 scripted_more --seed 5
 teach_dialogue 46 7e-4 0.25 2 s2s_more scripted_more --init_from runs/s2s "${dialogue[@]}"
