@@ -156,8 +156,8 @@ class Clips(Sequence[Clip]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    def __add__(self, other: Iterable[Clip]) -> list[Clip]:
-        return [*self, *other]
+    def __add__(self, other: Iterable[Clip]) -> Clips:
+        return Clips.joined([self.table, Clips.of(other).table])
 
     def column(self, name: str) -> np.ndarray:
         """A number or flag of every clip, in their order."""
@@ -356,29 +356,23 @@ class _Scan:
 
     def report(self, log: str | Path | None) -> None:
         """Warnings on stderr; the unreadable files are listed in `log`."""
-        warnings = []
-        if self.bad:
-            listed = ""
-            if log is not None:
-                Path(log).parent.mkdir(parents=True, exist_ok=True)
-                Path(log).write_bytes(os.fsencode("".join(f"{path}\n" for path in self.bad)))
-                listed = f"listed in {log}; "
-            count = len(self.bad)
-            first = self.reasons[0]
-            warnings.append(f"{count} unreadable audio files skipped, {listed}first: {first}")
+        listed = ""
+        if self.bad and log is not None:
+            Path(log).parent.mkdir(parents=True, exist_ok=True)
+            Path(log).write_bytes(os.fsencode("".join(f"{path}\n" for path in self.bad)))
+            listed = f"listed in {log}; "
+        first = "".join(self.reasons[:1]).encode(errors="backslashreplace").decode()  # no UTF-8
+        warnings = [(len(self.bad), f"unreadable audio files skipped, {listed}first: {first}")]
         for suffix, count in sorted(self.passed_over.items()):
-            warnings.append(f"{count} files of {suffix} passed over: convert them to be trained on")
-        if self.measured:
-            warnings.append(
-                f"{self.measured} clips whose manifest has no possible duration were measured"
-            )
-        if self.disagreeing:
-            warnings.append(
-                f"{self.disagreeing} files are held out by one manifest and not by another: kept "
-                "out of training"
-            )
-        for warning in warnings:  # names may be no UTF-8
-            print(f"warning: {warning.encode(errors='backslashreplace').decode()}", file=sys.stderr)
+            warnings.append((count, f"files of {suffix} passed over: convert them to be trained on"))
+        warnings += [
+            (self.measured, "clips whose manifest has no possible duration were measured"),
+            (self.disagreeing, "files are held out by one manifest and not by another: kept out of "
+             "training"),
+        ]  # fmt: skip
+        for count, what in warnings:
+            if count:
+                print(f"warning: {count} {what}", file=sys.stderr)
 
 
 def _existing_folder(path: str | Path) -> Path:

@@ -284,7 +284,8 @@ def test_clips_are_a_list_in_columns(tmp_path):
     listed[3] = replace(listed[3], phones=[["a", 0.0, 0.5]], text="न", language="telugu")
     clips = data.Clips.of(listed)
     assert list(clips) == listed and clips == listed and clips[3] == listed[3]
-    assert clips[-1] == listed[-1] and clips[1:6:2] == listed[1:6:2] and clips + [] == listed
+    assert clips[-1] == listed[-1] and clips[1:6:2] == listed[1:6:2]
+    assert clips[:2] + clips[2:4] + listed[4:] == listed == clips + []
     with pytest.raises(IndexError):
         clips[7]
     assert pickle.loads(pickle.dumps(clips)) == listed and data.Clips.of(clips) is clips
