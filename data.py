@@ -356,22 +356,24 @@ class _Scan:
 
     def report(self, log: str | Path | None) -> None:
         """Warnings on stderr; the unreadable files are listed in `log`."""
-        listed = ""
+        listed = f"first: {self.reasons[0]}" if self.bad else ""
         if self.bad and log is not None:
             Path(log).parent.mkdir(parents=True, exist_ok=True)
             Path(log).write_bytes(os.fsencode("".join(f"{path}\n" for path in self.bad)))
-            listed = f"listed in {log}; "
-        first = "".join(self.reasons[:1]).encode(errors="backslashreplace").decode()  # no UTF-8
-        warnings = [(len(self.bad), f"unreadable audio files skipped, {listed}first: {first}")]
-        for suffix, count in sorted(self.passed_over.items()):
-            warnings.append((count, f"files of {suffix} passed over: convert them to be trained on"))
-        warnings += [
+            listed = f"listed in {log}; {listed}"
+        counts = [(len(self.bad), f"unreadable audio files skipped, {listed}")]
+        counts += [
+            (count, f"files of {suffix} passed over: convert them to be trained on")
+            for suffix, count in sorted(self.passed_over.items())
+        ]
+        counts += [
             (self.measured, "clips whose manifest has no possible duration were measured"),
             (self.disagreeing, "files are held out by one manifest and not by another: kept out of "
              "training"),
         ]  # fmt: skip
-        for count, what in warnings:
-            if count:
+        for count, what in counts:
+            if count:  # names may be no UTF-8
+                what = what.encode(errors="backslashreplace").decode()
                 print(f"warning: {count} {what}", file=sys.stderr)
 
 
