@@ -497,14 +497,15 @@ def test_requirements_take_the_same_pair_as_the_set_up() -> None:
 
 
 def test_the_set_up_brings_every_engine_that_speaks() -> None:
-    """speech.INSTALL names what each engine needs: a pod that was set up must lack none of it."""
+    """Every engine names what it needs: a pod that was set up must lack none of it."""
     setup = (REPOSITORY / "runpod_setup.sh").read_text()
     packages = set(setup.split("debian_packages=(")[1].split(")\n")[0].split())
     wheels = {
         line.split(">")[0] for line in (REPOSITORY / "requirements.txt").read_text().splitlines()
     }
     ci = set((REPOSITORY / ".ci" / "run").read_text().split("packages=(")[1].split(")")[0].split())
-    for engine, how in {**speech.INSTALL, "praat": praat.INSTALL}.items():
+    installs = {name: engine.install for name, engine in speech.all_engines().items()}
+    for engine, how in {**installs, "praat": praat.INSTALL}.items():
         alternatives = [part.strip(" ()") for part in how.split(" (or ")]
         for line in alternatives:
             command, _, names = line.partition(" install ")

@@ -25,6 +25,7 @@ from phones import (
     phonemize,
     phonemize_words,
 )
+from tools import toy_voices
 
 TEXTS = {
     "english": ["Hello there, what is the weather like today?", "I lost my keys near the park."],
@@ -36,8 +37,8 @@ ENGINES = ("espeak", "hibari", "flite", "festival")
 CASES = [(engine, language) for engine in ENGINES for language in TEXTS]
 FOREIGN = [
     (name, language)
-    for _, name, _, languages in speech._RECORDED
-    if name in speech._FOREIGN
+    for _, name, _, languages in toy_voices._RECORDED
+    if name in toy_voices._FOREIGN
     for language in languages
 ]
 
@@ -49,7 +50,7 @@ def a_voice(engine: str, language: str) -> speech.Voice:
     except UserError as error:
         pytest.skip(str(error))
     if not found:
-        pytest.skip(f"no {engine} voice for {language}: {speech.INSTALL[engine]}")
+        pytest.skip(f"no {engine} voice for {language}: {toy_voices.INSTALL[engine]}")
     return found[0]
 
 
@@ -63,8 +64,8 @@ def needs_espeak() -> None:
 def a_foreign_voice(name: str, language: str) -> speech.Voice:
     """A Czech, Italian or Finnish speaker of a language, or a skip that says what is missing."""
     needs_espeak()
-    if not speech._installed("festival", name):
-        pytest.skip(f"no {name}: {speech.INSTALL['festival']}")
+    if not toy_voices._installed("festival", name):
+        pytest.skip(f"no {name}: {toy_voices.INSTALL['festival']}")
     return next(v for v in speech.voices(language) if v.name == name)
 
 
@@ -85,15 +86,15 @@ def test_inventory_has_no_doubles_and_starts_with_silence():
     assert len(set(PHONES)) == len(PHONES) <= 80
     folded = {p for units in _ESPEAK_UNITS.values() for p in units.split()}
     assert folded <= set(PHONES)
-    assert set(speech._RADIO.values()) <= set(PHONES)
+    assert set(toy_voices._RADIO.values()) <= set(PHONES)
 
 
 @pytest.mark.parametrize("language", TEXTS)
 def test_every_phone_can_be_said_by_every_engine(language):
     for phone in PHONES[1:]:
-        assert speech._engine_phones(phone, speech._TO_RADIO)
-        assert speech._engine_phones(phone, speech._TO_NSK)
-        assert set(speech._engine_phones(phone, speech._TO_RADIO)) <= set(speech._RADIO)
+        assert toy_voices._engine_phones(phone, toy_voices._TO_RADIO)
+        assert toy_voices._engine_phones(phone, toy_voices._TO_NSK)
+        assert set(toy_voices._engine_phones(phone, toy_voices._TO_RADIO)) <= set(toy_voices._RADIO)
 
 
 @pytest.mark.parametrize("language", TEXTS)
@@ -138,7 +139,7 @@ def test_a_joiner_is_no_border_of_words(language, word):
     needs_espeak()
     assert len(phonemize_words(word, language)) == 1
     assert phonemize(word, language) == phonemize(plain, language)
-    assert [w.text for w in speech._words(word, language)] == [word]
+    assert [w.text for w in toy_voices._words(word, language)] == [word]
 
 
 @pytest.mark.parametrize("engine", ["espeak", "hibari"])
@@ -243,17 +244,17 @@ def test_speed_and_emotion_change_the_speech(engine):
     assert np.sqrt(np.mean(sad.audio**2)) < np.sqrt(np.mean(plain.audio**2))
 
 
-@pytest.mark.parametrize("name", speech._FOREIGN)
+@pytest.mark.parametrize("name", toy_voices._FOREIGN)
 def test_every_phone_can_be_said_by_foreign_voices(name):
     for language in TEXTS:
-        table = speech._phone_set(name).of(language)
+        table = toy_voices._phone_set(name).of(language)
         for phone in PHONES[1:]:
-            assert speech._engine_phones(phone, table)
-    if not speech._installed("festival", name):
-        pytest.skip(f"no {name}: {speech.INSTALL['festival']}")
-    known = {unit for diphone in speech._diphones(name) for unit in diphone.split("-")}
-    asked = {unit for p in PHONES[1:] for unit in speech._engine_phones(p, table)}
-    instead = speech._phone_set(name).instead
+            assert toy_voices._engine_phones(phone, table)
+    if not toy_voices._installed("festival", name):
+        pytest.skip(f"no {name}: {toy_voices.INSTALL['festival']}")
+    known = {unit for diphone in toy_voices._diphones(name) for unit in diphone.split("-")}
+    asked = {unit for p in PHONES[1:] for unit in toy_voices._engine_phones(p, table)}
+    instead = toy_voices._phone_set(name).instead
     assert all({unit, *instead.get(unit, "").split()} & known for unit in asked)
 
 
@@ -277,34 +278,34 @@ def test_odd_characters_do_no_harm_to_foreign_voices(name, language):
 
 def test_a_missing_diphone_is_stood_for_or_heard_as_two(monkeypatch):
     diphones = {"#-s", "s-a:", "a:-#", "a:-z", "z-#", "#-z"}
-    monkeypatch.setattr(speech, "_diphones", lambda name: frozenset(diphones))
+    monkeypatch.setattr(toy_voices, "_diphones", lambda name: frozenset(diphones))
     asked = [(unit, 0.1, 100.0) for unit in ("#", "s", "a", "z", "z", "#")]
-    said = [unit for unit, _, _ in speech._recorded_units(asked, "czech_dita")]
+    said = [unit for unit, _, _ in toy_voices._recorded_units(asked, "czech_dita")]
     assert said == ["#", "s", "a:", "z", "#", "z", "#"]
 
 
 def test_units_that_were_not_asked_for_are_refused():
-    words = [speech._Word("sa", ("s", "a"), "")]
+    words = [toy_voices._Word("sa", ("s", "a"), "")]
     units = [("#", 0.0, 0.1), ("s", 0.1, 0.2), ("a:", 0.2, 0.3), ("#", 0.3, 0.4)]
-    table = speech._TO_CZECH
-    assert speech._units_to_phones(units, words, table) is None
-    assert speech._units_to_phones(units, words, table, ["s", "a"]) is None
-    phones = speech._units_to_phones(units, words, table, ["s", "a:"])
+    table = toy_voices._TO_CZECH
+    assert toy_voices._units_to_phones(units, words, table) is None
+    assert toy_voices._units_to_phones(units, words, table, ["s", "a"]) is None
+    phones = toy_voices._units_to_phones(units, words, table, ["s", "a:"])
     assert [p for p, _, _ in phones] == ["_", "s", "a", "_"]
 
 
 def test_festival_says_why_it_failed():
     said = "SIOD ERROR: could not open file hindi_phones.scm\nclosing a file left open: x.scm\n"
-    assert speech._festival_reason(said).endswith("hindi_phones.scm")
-    assert speech._festival_reason("") == "no reason given"
+    assert toy_voices._festival_reason(said).endswith("hindi_phones.scm")
+    assert toy_voices._festival_reason("") == "no reason given"
 
 
 @pytest.mark.parametrize("language", ["hindi", "telugu"])
 def test_nsk_says_the_phones_of_the_text_where_listed(language):
     needs_espeak()
     name = f"{language}_NSK_diphone"
-    if not speech._installed("festival", name):
-        pytest.skip(f"no {name}: {speech.INSTALL['festival']}")
+    if not toy_voices._installed("festival", name):
+        pytest.skip(f"no {name}: {toy_voices.INSTALL['festival']}")
     voice = next(v for v in speech.voices(language, "user", "validation") if v.name == name)
     for text, utterance in zip(TEXTS[language], say(voice, TEXTS[language]), strict=True):
         said = [p for p, _, _ in utterance.phones if p != SILENCE]
@@ -313,10 +314,10 @@ def test_nsk_says_the_phones_of_the_text_where_listed(language):
 
 def test_hibari_durations_are_those_it_used():
     a_voice("hibari", "english")
-    model = speech._hibari(0)
+    model = toy_voices._hibari(0)
     agent = speech.voices("english", "agent")[0]
     order = speech._order(speech.Request(TEXTS["english"][1], "english", agent))
-    pieces, _ = speech._hibari_sentences(model, order)[0]
+    pieces, _ = toy_voices._hibari_sentences(model, order)[0]
     symbols = "".join(s for s, _ in pieces)
     audio, lengths, _ = model.say(symbols, order.rate, order.seed)
     assert lengths.sum() == len(audio)  # durations are those that the model used
