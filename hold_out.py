@@ -5,7 +5,6 @@ Names tell speakers apart only as far as corpora name them; two corpora may hold
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -14,27 +13,7 @@ from tqdm import tqdm
 
 from audio import SAMPLE_RATE, AudioError, read_audio
 from data import Clip
-
-
-class VoiceEmbedder:
-    """Resemblyzer's speaker embedding (Wan et al. 2018). Raises ImportError without the package."""
-
-    least = 0.5  # s of voice
-
-    def __init__(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from resemblyzer import VoiceEncoder, preprocess_wav, sampling_rate
-        self.encoder = VoiceEncoder("cpu", verbose=False)
-        self._prepare, self._rate = preprocess_wav, sampling_rate
-
-    def __call__(self, audio: np.ndarray, sample_rate: int) -> np.ndarray | None:
-        """`[T]` → a unit vector `[256]` of its voiced parts, None where they are short."""
-        if len(audio) < self.least * sample_rate or not audio.any():
-            return None
-        voiced = self._prepare(audio, source_sr=sample_rate)
-        long_enough = len(voiced) >= self.least * self._rate
-        return self.encoder.embed_utterance(voiced) if long_enough else None
+from evaluate_codec import VoiceEmbedder
 
 
 def compare_voices(held_out: np.ndarray, known: np.ndarray) -> dict:
@@ -80,6 +59,17 @@ def check_clips(held_out: Sequence[Clip], known: Sequence[Clip], seconds: float 
         one, other = names[0][compared["held_out"]], names[1][compared["nearest"]]
         found |= {**compared, "held_out": one, "nearest": other}
     return found
+
+
+def described(found: dict) -> str:
+    """`check_clips`' figures as a line."""
+    if found["max_cosine"] is None:
+        return "speakers: too little audio of named ones to compare them with training's"
+    return (
+        f"speakers: {found['held_out']} is nearest to a training voice, cosine "
+        f"{found['max_cosine']:.2f} to {found['nearest']} ({found['known_voices']} compared); "
+        f"a training voice has {found['same_voice_cosine']:.2f} with itself"
+    )
 
 
 def _by_speaker(clips: Sequence[Clip]) -> dict[str, list[Clip]]:

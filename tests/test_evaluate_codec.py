@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from audio import SAMPLE_RATE, read_audio, write_audio
 from codec import Codec, CodecConfig, stored_config
 from command import UserError
 from data import Clip, write_manifest
-from evaluate_codec import CodebookUse, Coded, Peer, Row
+from evaluate_codec import CodebookUse, Row
 
 SPOKEN = e.HERE / "samples" / "question_english.wav"
 
@@ -61,7 +60,7 @@ def corpus(speech, tmp_path_factory) -> Path:
     files = {
         "plain": (speech, SAMPLE_RATE, "english"),
         "plain_hindi": (speech[::-1].copy(), SAMPLE_RATE, "hindi"),
-        "short": (speech[:300], SAMPLE_RATE, "english"),
+        "short": (speech[:6000], SAMPLE_RATE, "english"),
         "silent": (np.zeros(SAMPLE_RATE * 2, np.float32), SAMPLE_RATE, "english"),
         "clipped": (np.clip(60 * speech, -1, 1), SAMPLE_RATE, "english"),
         "narrow": (speech[::3].copy(), 8000, "english"),
@@ -80,6 +79,11 @@ def corpus(speech, tmp_path_factory) -> Path:
 
 def row(codec="samvad", kbps=4.0, clip="a", seconds=2.0, bits=8000, language="english", **scores):
     return Row(clip, language, seconds, codec, kbps, bits, 2 * bits, scores)
+
+
+def likeness():
+    """Makes a judge that needs no package: the cosine of two waveforms."""
+    return lambda x, y: float(x @ y / max(1e-9, np.linalg.norm(x) * np.linalg.norm(y)))
 
 
 def refused(capsys, *flags, code: int = 1) -> str:
@@ -109,7 +113,8 @@ def test_snr_and_si_sdr_are_the_slow_formulas():
     assert scores["snr"] == pytest.approx(10 * math.log10(signal / noise))
     ratio = sum(along * along) / sum(across * across)
     assert scores["si_sdr"] == pytest.approx(10 * math.log10(ratio))
-    assert e.snr(x, x) == pytest.approx(100) and e.snr(0 * x, x) == pytest.approx(0)
+    assert e.waveform_scores(x, x)["snr"] == pytest.approx(100)
+    assert e.waveform_scores(0 * x, x)["snr"] == pytest.approx(0)
 
 
 def test_perplexity_is_the_exponential_of_the_entropy():
@@ -126,8 +131,6 @@ def test_perplexity_is_the_exponential_of_the_entropy():
         assert shown["perplexity_share"] == pytest.approx(math.exp(entropy) / size, abs=1e-3)
         assert shown["used"] == pytest.approx(sum(p > 0 for p in shares) / size, abs=1e-3)
     assert found["speech_frames"] == 400 and not found["too_few_frames"]
-    both = (use + use).summary()
-    assert both["codebooks"] == found["codebooks"] and both["speech_frames"] == 800
 
 
 def test_speech_is_within_forty_decibels_of_the_loudest_frame():
@@ -142,7 +145,8 @@ def test_rates_are_half_a_kilobit_a_codebook_and_codes_do_not_depend_on_how_many
     audio = speech[:24100]  # 51 frames, the last one filled up
     coded, codes = e.code_samvad(codec, audio, [1, 4, 8])
     assert codes.shape == (8, 51)
-    for count, got in coded.items():
+    assert list(coded) == [("samvad", 0.5), ("samvad", 2.0), ("samvad", 4.0)]
+    for count, got in zip((1, 4, 8), coded.values(), strict=True):
         batch = torch.from_numpy(audio)[None, None]
         alone = codec.decode(codec.encode(batch, count))[0, 0, :24100].clamp(-1, 1)
         np.testing.assert_allclose(got.audio, alone.numpy(), atol=1e-5)
@@ -179,71 +183,15 @@ def test_each_odd_clip_is_skipped_or_noted(corpus):
     for name in ("plain", "short", "silent", "clipped", "narrow", "broken"):
         path = next(corpus.glob(f"{name}.*"))
         clip = Clip(path, 2.0, 8000 if name == "narrow" else 24000, "english")
-        audio, kinds[name] = e.read_clip(clip, 1.5, 480)
-        assert (audio is None) == (name in ("short", "silent", "broken"))
-        assert audio is None or len(audio) == 36000
+        try:
+            audio, kinds[name] = e.read_clip(clip, 1.5, 12000)
+            assert len(audio) == 36000
+        except e.Skipped as reason:
+            kinds[name] = str(reason)
     assert kinds == {
-        "plain": [], "short": ["too short"], "silent": ["silent"], "broken": ["unreadable"],
+        "plain": [], "short": "too short", "silent": "silent", "broken": "unreadable",
         "clipped": ["clipped"], "narrow": ["recorded at 8 kHz"],
     }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------- peers
-
-
-def test_nearest_rates_and_pairs():
-    config = replace(CodecConfig.tiny(), codebook_sizes=(1024,) * 16)
-    points = e.points_of(config, [2, 8, 16], ["opus", "codec2", "speex"])
-    assert points == [
-        ("samvad", 1), ("samvad", 4), ("samvad", 8),
-        ("opus", 6), ("opus", 8),
-        ("codec2", 1.2), ("codec2", 3.2),
-        ("speex", 2.15), ("speex", 3.95), ("speex", 8),
-    ]  # fmt: skip
-    paired = {peer: own[1] for own, peer in e.pairs(points)}
-    assert paired["opus", 6] == 4 and paired["opus", 8] == 8 and paired["codec2", 3.2] == 4
-    assert Peer(None, (1.6, 2.4), (), "").nearest(2.0) == 2.4
-
-
-def test_bits_of_an_ogg_file_are_those_of_its_audio_packets():
-    def page(*lacing):
-        return b"OggS" + bytes(22) + bytes([len(lacing), *lacing]) + bytes(sum(lacing))
-
-    data = page(19) + page(255, 30) + page(255, 255, 7, 100) + page(40)
-    assert e.ogg_bits(data) == 8 * (255 + 255 + 7 + 100 + 40)
-
-
-def loudness(audio: np.ndarray) -> np.ndarray:
-    """Log energy every 5 ms, each over 20 ms, without its mean."""
-    power = np.convolve(audio.astype(np.float64) ** 2, np.ones(480) / 480, "same")[::120]
-    levels = np.log(power + 1e-6)
-    return levels - levels.mean()
-
-
-@pytest.mark.parametrize(("name", "kbps"), [("opus", 6), ("codec2", 3.2), ("speex", 3.95),
-                                            ("speex", 12.8)])  # fmt: skip
-def test_peers_code_at_the_rate_and_place_they_say(name, kbps, speech, tmp_path, monkeypatch):
-    if any(not shutil.which(program) for program in e.PEERS[name].programs):
-        pytest.skip(f"{e.PEERS[name].package} is not installed")
-    coded = e.PEERS[name].code(speech, kbps, tmp_path)
-    file = next(tmp_path.glob("coded.*"))
-    assert coded.file_bits == 8 * file.stat().st_size
-    assert coded.audio.shape == speech.shape and coded.audio.dtype == np.float32
-    assert coded.net_bits / 2000 == pytest.approx(kbps, rel=0.25)
-    assert coded.net_bits <= coded.file_bits
-    # In place: its loudness fits that of the recording best where it stands.
-    ours, theirs = loudness(speech), loudness(coded.audio)
-    fits = {lag: float((np.roll(theirs, -lag) * ours).sum()) for lag in range(-8, 9)}
-    assert abs(max(fits, key=fits.get)) <= 2
-    assert e.PEERS[name].code(speech[:400], kbps, tmp_path).audio.shape == (400,)
-
-
-def test_a_missing_or_failing_program_is_named(monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda program: None)
-    with pytest.raises(UserError, match="apt-get install opus-tools"):
-        e.check_tools(["opus"])
-    with pytest.raises(UserError, match="ls failed"):
-        e._tool("ls", "--no-such-option")
 
 
 # ---------------------------------------------------------------------------------- judges
@@ -261,7 +209,6 @@ def test_judges_that_compare(name, perfect, speech):
     judge = built(name)
     reference = e.for_judges(speech)
     noisy = reference + 0.1 * np.random.default_rng(0).standard_normal(len(reference), np.float32)
-    assert judge.needs_reference
     assert judge(reference.copy(), reference) == pytest.approx(perfect, abs=0.01)
     assert judge(noisy, reference) < 0.95 * perfect
     assert judge(noisy[:200], reference[:200]) is None
@@ -274,7 +221,7 @@ def test_judges_that_only_listen(name, speech, capsys):
     judge = built(name)
     reference = e.for_judges(speech)
     noisy = reference + 0.1 * np.random.default_rng(0).standard_normal(len(reference), np.float32)
-    assert not judge.needs_reference and 1 <= judge(noisy) < judge(reference) <= 5
+    assert name in e.NO_REFERENCE and 1 <= judge(noisy) < judge(reference) <= 5
     assert capsys.readouterr().out == ""
 
 
@@ -316,7 +263,7 @@ def two_clips():
     return rows, points
 
 
-def test_means_rates_and_wins():
+def test_means_and_rates():
     rows, points = two_clips()
     found = e.summarise(rows, points)
     assert found["clips"] == 2 and found["seconds"] == 8.0
@@ -325,10 +272,6 @@ def test_means_rates_and_wins():
     assert own["scores"] == {"snr": 9.0, "pesq": 2.0, "mos": 2.5}
     assert own["measured"] == {"snr": 2, "pesq": 1, "mos": 2}
     assert own["net_kbps"] == pytest.approx(32800 / 8000) and own["file_kbps"] == 8.2
-    (wins,) = found["better_than"]
-    # A tie is no win; a clip that one of the two lacks does not count.
-    assert wins["share"] == {"snr": 1.0, "pesq": 0.0, "mos": 0.5}
-    assert wins["measured"] == {"snr": 2, "pesq": 1, "mos": 2}
 
 
 def a_group(**scores) -> dict:
@@ -341,7 +284,7 @@ def a_group(**scores) -> dict:
 
 
 def some_times(device="cpu") -> dict:
-    clocks = {"offline": 0.02, "stream_40ms": 0.1, "stream_80ms": 0.05, "mimi_80ms": 0.45}
+    clocks = {"offline": 0.02, "stream_40ms": 0.1, "stream_80ms": 0.05}
     found = {name: {"wall": 5 * t, "cpu": t} for name, t in clocks.items()}
     return {"device": device, "threads": 1, "num_codebooks": 8, **found}
 
@@ -366,9 +309,6 @@ def test_criteria_are_met_not_met_or_not_measured():
         "perplexity/size, least acoustic one": True,
         "codes in use, least used level": True,
         "real-time factor, 40 ms steps": True,
-        "times cheaper than Mimi, 40 ms steps": False,
-        "times cheaper than Mimi, 80 ms steps": True,
-        "clips won from speex at 3.95 kbit/s": False,
     }
     assert found["predicted MOS at 4 kbit/s"]["beside"] == "uncoded 4.50"
     found = verdicts(a_group(), some_times("cuda:0"), spent=1600.0)
@@ -414,33 +354,17 @@ def test_every_way_is_timed_on_one_thread(codec, quick):
                for clock in ("wall", "cpu"))  # fmt: skip
 
 
-def test_mimi_is_timed_beside_it(codec, quick):
-    try:
-        mimi, _ = e.load_mimi(torch.device("cpu"))
-    except UserError as error:
-        pytest.skip(str(error))
-    books = [m.embedding for m in mimi.modules() if hasattr(m, "embedding_sum")]
-    assert books and all(float(book.std()) > 0.5 for book in books)
-    found = e.real_time_factors(codec, against_mimi=True, rounds=1)
-    assert found["mimi_80ms"]["cpu"] > found["stream_80ms"]["cpu"]
-
-
 # ---------------------------------------------------------------------------------- the script
 
 
 def test_the_whole_run(checkpoint, corpus, tmp_path, quick, monkeypatch, capsys):
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
-    pytest.importorskip("pystoi", reason="pip install pystoi")
-
-    def halved(audio, kbps, folder):
-        return Coded(0.5 * audio, len(audio), 2 * len(audio))
-
-    monkeypatch.setitem(e.PEERS, "opus", Peer(halved, (6,), (), ""))
+    monkeypatch.setitem(e.JUDGES, "stoi", (likeness, ""))
     monkeypatch.chdir(tmp_path)
     output, picture = tmp_path / "out.json", tmp_path / "rates.png"
     e.main([
-        "--codec", str(checkpoint), "--data_dirs", str(corpus), "--against", "opus",
-        "--judges", "stoi", "--output", str(output), "--plot", str(picture), "--device", "cpu",
+        "--codec", str(checkpoint), "--data_dirs", str(corpus), "--judges", "stoi",
+        "--output", str(output), "--plot", str(picture), "--device", "cpu",
     ])  # fmt: skip
     printed = capsys.readouterr().out
     summary = json.loads(printed.splitlines()[-1])
@@ -455,32 +379,13 @@ def test_the_whole_run(checkpoint, corpus, tmp_path, quick, monkeypatch, capsys)
 
     pooled = summary["groups"]["all"]
     assert pooled["clips"] == 4 and pooled["speakers"] == 4
-    assert len(rows) == 4 * (1 + 3 + 1)
-    opus = pooled["points"][-1]
-    # |x - x/2|² is a quarter of |x|², and the better-scaled reference leaves nothing over.
-    assert opus["scores"]["snr"] == pytest.approx(6.0206, abs=1e-3)
-    assert opus["scores"]["si_sdr"] > 60 and opus["scores"]["stoi"] == pytest.approx(1, abs=1e-3)
-    assert opus["net_kbps"] == 24 and opus["file_kbps"] == 48
-    assert [p["net_kbps"] for p in pooled["points"][:3]] == pytest.approx([1, 2, 4], rel=0.01)
-    assert pooled["better_than"][0]["samvad_kbps"] == 4
+    assert len(rows) == 4 * (1 + 3)
+    assert [p["net_kbps"] for p in pooled["points"]] == pytest.approx([1, 2, 4], rel=0.01)
     mean = np.mean([r["scores"]["snr"] for r in rows if r["asked_kbps"] == 2])
     assert pooled["points"][1]["scores"]["snr"] == pytest.approx(mean, abs=1e-3)
     assert max(map(len, printed.splitlines()[4:-1])) <= 80
     assert "skipped: 1 silent, 1 too short, 1 unreadable" in printed
     assert "not measured, for want of clips: telugu" in printed
-
-
-@pytest.mark.parametrize("known", [0, 3])
-def test_evaluated_speakers_are_compared_with_training_ones(monkeypatch, known):
-    found = {"voices": 1, "known_voices": known, "max_cosine": None}
-    if known:
-        found |= {"max_cosine": 0.71, "same_voice_cosine": 0.9, "held_out": "a", "nearest": "b"}
-    monkeypatch.setattr(e.hold_out, "check_clips", lambda held_out, known: found)
-    monkeypatch.setattr(e, "load_clips", lambda folders, split, commercial_only: [split])
-    args = e.parse_arguments(["--check_speakers", "data/english"])
-    got, line = e.check_speakers(args, [])
-    assert got is found and "\n" not in line
-    assert "0.71 to b (3 compared)" in line if known else "too little audio" in line
 
 
 def test_nothing_left_to_evaluate_says_why(checkpoint, tmp_path, quick, capsys):
@@ -497,7 +402,6 @@ def test_nothing_left_to_evaluate_says_why(checkpoint, tmp_path, quick, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--against", "mp3"], "--against mp3: not one of opus, codec2, speex, mimi"),
         (["--min_seconds", "3", "--max_seconds", "2"], "--min_seconds must be below"),
         (["--output", "/proc/nowhere/all.json"], "--output /proc/nowhere: cannot be written"),
         (["--output", "/tmp"], "--output /tmp: is a folder"),
@@ -512,7 +416,7 @@ def test_bad_flags_end_in_one_line(flags, said, capsys):
 @pytest.mark.parametrize(
     "flag",
     ["--max_clips 0", "--threads 0", "--seed -1", "--min_seconds nan", "--max_seconds inf",
-     "--codebooks 0 4", "--probe_clips -1", "--split all", "--max 3", "--judges ear"],
+     "--codebooks 0 4", "--split all", "--max 3", "--judges ear"],
 )  # fmt: skip
 def test_flags_out_of_range_end_in_one_line(flag, capsys):
     assert flag.split()[0] in refused(capsys, *flag.split(), code=2)
@@ -523,38 +427,6 @@ def test_a_plot_that_cannot_be_drawn_is_refused_at_once(name, said, capsys, tmp_
     pytest.importorskip("matplotlib", reason="pip install matplotlib")
     monkeypatch.chdir(tmp_path)
     assert said in refused(capsys, "--plot", name, "--output", "same.png")
-
-
-def test_one_bad_clip_costs_neither_the_run_nor_its_figures(
-    checkpoint, corpus, tmp_path, quick, monkeypatch, capsys
-):
-    """A peer's program and a judge that fail now and then; then the disk is full."""
-
-    def opus(audio, kbps, folder):
-        if np.abs(audio).max() > 0.99:
-            raise e.PeerError("opusenc failed (too loud)")
-        return Coded(audio, len(audio), len(audio))
-
-    def stumbling(audio, reference):
-        raise ZeroDivisionError("no frames")
-
-    def full(path, text):
-        raise OSError(28, "No space left on device", str(path))
-
-    stumbling.needs_reference = True
-    monkeypatch.setitem(e.PEERS, "opus", Peer(opus, (6,), (), ""))
-    monkeypatch.setattr(e, "load_judges", lambda names: {"stoi": stumbling})
-    monkeypatch.setattr(e, "write_text", full)
-    monkeypatch.chdir(tmp_path)
-    flags = ("--codec", checkpoint, "--data_dirs", corpus, "--against", "opus", "--device", "cpu")
-    with pytest.raises(OSError, match="No space"):
-        e.main([*map(str, flags), "--output", "out.json"])
-    printed = capsys.readouterr()
-    summary = json.loads(printed.out.splitlines()[-1])
-    assert summary["skipped"]["opusenc failed (too loud)"] == 1
-    assert summary["groups"]["all"]["clips"] == 3
-    assert summary["groups"]["all"]["points"][0]["measured"]["stoi"] == 0
-    assert "stoi failed on a clip: no frames" in printed.err
 
 
 def test_a_plot_without_matplotlib_is_refused_at_once(monkeypatch, capsys):
@@ -568,8 +440,11 @@ def test_a_step_captured_as_a_cuda_graph_says_what_the_eager_one_does(codec):
     own.load_state_dict(codec.state_dict())
     own.cuda()
     audio = 0.1 * torch.randn(1, 1, 20 * SAMPLE_RATE // 25, device="cuda")
-    ear, mouth = own.init_encoder_state(1), own.init_decoder_state(1)
+    encoder, decoder = own.init_encoder_state(1), own.init_decoder_state(1)
     steps = audio.split(2 * own.config.hop, dim=-1)
-    eager = torch.cat([own.decode_step(own.encode_step(x, ear), mouth) for x in steps], dim=-1)
-    run = e.GraphedStep(own, 2, 8)
-    torch.testing.assert_close(run(audio), eager, rtol=0, atol=1e-4)
+    eager = [own.decode_step(own.encode_step(x, encoder), decoder) for x in steps]
+    torch.cuda.synchronize()
+    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+        graphed = e.stepper(own, 2, 8, graph=True)(audio)
+        torch.cuda.synchronize()
+    torch.testing.assert_close(graphed, torch.cat(eager, dim=-1), rtol=0, atol=1e-4)

@@ -77,3 +77,13 @@ def test_the_real_embedding_refuses_silence_and_brevity():
     embed = hold_out.VoiceEmbedder()
     assert embed(np.zeros(SAMPLE_RATE), SAMPLE_RATE) is None
     assert embed(np.ones(100, np.float32), SAMPLE_RATE) is None
+
+
+@pytest.mark.parametrize("known", [0, 3])
+def test_what_was_found_is_said_in_a_line(known):
+    found = {"voices": 1, "known_voices": known, "max_cosine": None}
+    if known:
+        found |= {"max_cosine": 0.71, "same_voice_cosine": 0.9, "held_out": "a", "nearest": "b"}
+    line = hold_out.described(found)
+    assert "\n" not in line
+    assert "0.71 to b (3 compared)" in line if known else "too little audio" in line
