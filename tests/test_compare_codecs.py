@@ -1,4 +1,5 @@
 """Other codecs beside ours: rates against file sizes, who wins, and a program that fails."""
+# ruff: noqa: F811 (fixtures of another test)
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def loudness(audio: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize(("name", "kbps"), [("opus", 6), ("codec2", 3.2), ("speex", 3.95),
                                             ("speex", 12.8)])  # fmt: skip
-def test_peers_code_at_the_rate_and_place_they_say(name, kbps, speech, tmp_path, monkeypatch):  # noqa: F811
+def test_peers_code_at_the_rate_and_place_they_say(name, kbps, speech, tmp_path, monkeypatch):
     if any(not shutil.which(program) for program in c.PEERS[name].programs):
         pytest.skip(f"{c.PEERS[name].package} is not installed")
     coded = c.PEERS[name].code(speech, kbps, tmp_path)
@@ -100,7 +101,7 @@ def test_wins_and_criteria():
     assert max(map(len, c.wins_table("english", group).splitlines())) <= 80
 
 
-def test_the_whole_comparison(checkpoint, corpus, tmp_path, quick, monkeypatch, capsys):  # noqa: F811
+def test_the_whole_comparison(checkpoint, corpus, tmp_path, quick, monkeypatch, capsys):
     def halved(audio, kbps, folder):
         return Coded(0.5 * audio, len(audio), 2 * len(audio))
 
@@ -127,7 +128,7 @@ def test_codecs_that_are_not_known_end_in_one_line():
         c.main(["--against", "mp3"])
 
 
-def test_mimi_is_timed_beside_it(codec, quick):  # noqa: F811
+def test_mimi_is_timed_beside_it(codec, quick):
     try:
         mimi, _ = c.load_mimi(torch.device("cpu"))
     except UserError as error:
@@ -145,7 +146,7 @@ def test_one_bad_clip_costs_neither_the_run_nor_its_figures(
     tmp_path,
     quick,
     monkeypatch,
-    capsys,  # noqa: F811
+    capsys,
 ):
     """A peer's program and a judge that fail now and then; then the disk is full."""
 
