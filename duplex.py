@@ -23,34 +23,29 @@ import torch
 from audio import SAMPLE_RATE
 from codec import Codec
 from command import UserError
-from ledger import LEVEL_SECONDS, QUIET_DBFS, frame_levels
+from ledger import LEVEL_SECONDS, QUIET_DBFS, StageTimes, frame_levels
 from s2s import PAD, S2S, Sampling
 
 MAX_QUEUED_PATCHES = 3
 
 
-# ---------------------------------------------------------------------------- models and results
+# ----------------------------------------------------------------------------------- the models
 
 
 def check_codec_matches(codec: Codec, lm: S2S) -> None:
     """Raise `UserError` unless `lm` was trained on the codes of this very `codec`."""
-    wanted = lm.config.codec_fingerprint
-    if wanted != codec.fingerprint:
-        raise UserError(
-            f"the dialogue model was trained on codes of codec {wanted or '(none named)'}, but this"
-            f" codec is {codec.fingerprint}; give the matching pair with --codec and --lm"
-        )
     sizes = tuple(lm.config.codebook_sizes)
-    if tuple(codec.config.codebook_sizes)[: len(sizes)] != sizes:
-        raise UserError(
-            f"the dialogue model wants codebooks of {sizes}, the codec has"
-            f" {tuple(codec.config.codebook_sizes)}; give the matching pair with --codec and --lm"
-        )
-    if float(lm.config.frame_rate) != float(codec.config.frame_rate):
-        raise UserError(
-            f"the dialogue model runs at {lm.config.frame_rate} frames a second, the codec at"
-            f" {codec.config.frame_rate}; give the matching pair with --codec and --lm"
-        )
+    have_sizes = tuple(codec.config.codebook_sizes)[: len(sizes)]
+    for what, wanted, have in (
+        ("codec", lm.config.codec_fingerprint or "(none named)", codec.fingerprint),
+        ("codebooks", sizes, have_sizes),
+        ("frames a second", float(lm.config.frame_rate), float(codec.config.frame_rate)),
+    ):
+        if wanted != have:
+            raise UserError(
+                f"the dialogue model was trained on {what}: {wanted}, this codec has {have};"
+                " give the matching pair with --codec and --lm"
+            )
 
 
 def load_models(
@@ -63,46 +58,30 @@ def load_models(
     return codec, lm
 
 
-@dataclass(frozen=True)
-class StageTimes:
-    """Seconds one tick took, stage by stage; `total` ends when the samples are on the host."""
+class ReplyText:
+    """Token ids in, readable text out as soon as its bytes are complete. PAD adds nothing."""
 
-    encode: float
-    temporal: float
-    depth: float
-    decode: float
-    total: float
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self.reset()
 
+    def reset(self) -> None:
+        self._ids: list[int] = []
+        self.text = ""
 
-@dataclass(frozen=True)
-class TickResult:
-    """What one tick gave, a row a slot; rows of slots that were not `active` are zero.
-
-    audio [B, T] float32; text [B] token ids (`PAD` = none); user_speaking, turn_end [B]
-    probabilities; user_emotion [B, 8], language [B, 3] probabilities; user_phones [B, p] ids, of
-    the LM's `listen_delay` patches ago; index [B] the number of the
-    input patch heard (dropped ones count); waited [B] seconds the patch lay in the queue; dropped
-    [B] patches lost since the slot's last tick; muted [B] output silenced by `vad_flush`;
-    not_finite [B] samples, heard or spoken, that were not numbers and became silence.
-    """
-
-    audio: np.ndarray
-    text: np.ndarray
-    user_speaking: np.ndarray
-    turn_end: np.ndarray
-    user_emotion: np.ndarray
-    language: np.ndarray
-    user_phones: np.ndarray
-    active: np.ndarray
-    index: np.ndarray
-    waited: np.ndarray
-    dropped: np.ndarray
-    muted: np.ndarray
-    not_finite: np.ndarray
-    times: StageTimes
+    def push(self, token: int) -> str:
+        """The text this token adds, "" while a character's bytes are incomplete."""
+        if token == PAD:
+            return ""
+        self._ids.append(int(token))
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith("\ufffd"):
+            return ""
+        new, self.text = text[len(self.text) :], text
+        return new
 
 
-# --------------------------------------------------------------------------------- input queue
+# ------------------------------------------------------------------------------------ the queue
 
 
 @dataclass(frozen=True)
@@ -118,9 +97,8 @@ class QueuedPatch:
 class PatchQueue:
     """One caller's input, cut into patches; never more than `max_patches` wait.
 
-    Beyond that the oldest are dropped and counted. One silent patch stands for a whole run of
-    them, so that speech from before and after the gap is not spliced into new words, and the
-    queue with it keeps to its bound: latency never grows.
+    Beyond that the oldest are dropped and counted. One silent patch stands for all that were
+    dropped in a row, so that speech from before and after the gap is not spliced into new words.
     """
 
     def __init__(self, patch_samples: int, max_patches: int = MAX_QUEUED_PATCHES):
@@ -146,62 +124,81 @@ class PatchQueue:
             patch = audio[start : start + self.patch_samples]
             self._patches.append(QueuedPatch(patch, arrived, self._next_index))
             self._next_index += 1
-            if bounded:
-                self._bound()
+            if bounded and len(self._patches) > self.max_patches:
+                self._drop()
 
     def pop(self) -> QueuedPatch:
         return self._patches.popleft()
 
-    def _bound(self) -> None:
-        while len(self._patches) > self.max_patches:
-            oldest = self._patches.popleft()
-            replaced = self._patches.popleft()
-            self.dropped += 1 if oldest.gap else 2
-            silence = np.zeros(self.patch_samples, np.float32)
-            self._patches.appendleft(
-                QueuedPatch(silence, replaced.arrived, replaced.index, gap=True)
-            )
+    def _drop(self) -> None:
+        """Silence in place of the two oldest."""
+        oldest, last = self.pop(), self.pop()
+        self.dropped += 1 if oldest.gap else 2
+        silence = np.zeros(self.patch_samples, np.float32)
+        self._patches.appendleft(QueuedPatch(silence, last.arrived, last.index, gap=True))
 
 
-# ---------------------------------------------------------------------------------- vad flush
+# ----------------------------------------------------------------------------------- the engine
 
 
 class BargeInFlush:
-    """`--vad_flush` for one slot: when to silence an agent whose user talks over it.
+    """`--vad_flush`: which slots' agents are silenced because their users talk over them.
 
-    Starts after `confirm` ticks of voice while the agent is heard, ends after `release` ticks
-    without voice.
+    From `confirm` ticks of voice while the agent is audible to `release` ticks without voice.
     """
 
-    def __init__(self, confirm: int = 2, release: int = 2):
+    def __init__(self, slots: int = 1, confirm: int = 2, release: int = 2):
         self.confirm, self.release = confirm, release
-        self.reset()
+        self.flushing = np.zeros(slots, bool)
+        self._voiced, self._unvoiced = np.zeros((2, slots), np.int64)  # ticks in a row
 
-    def reset(self) -> None:
-        self.flushing = False
-        self._voiced = 0
-        self._unvoiced = 0
+    def reset(self, slot: int) -> None:
+        self.flushing[slot], self._voiced[slot], self._unvoiced[slot] = False, 0, 0
 
-    def update(self, user_voice: bool, agent_audible: bool) -> bool:
-        """One tick's decision: True = mute this output, force silence into the agent's stream."""
-        self._voiced = self._voiced + 1 if user_voice else 0
-        self._unvoiced = 0 if user_voice else self._unvoiced + 1
-        if self.flushing:
-            self.flushing = self._unvoiced < self.release
-        elif agent_audible and self._voiced >= self.confirm:
-            self.flushing = True
-        return self.flushing
+    def update(self, voice: np.ndarray, audible: np.ndarray, active: np.ndarray) -> np.ndarray:
+        """A tick of the slots `active`: [B] bool, True = silence the agent in it."""
+        self._voiced[active] = np.where(voice, self._voiced + 1, 0)[active]
+        self._unvoiced[active] = np.where(voice, 0, self._unvoiced + 1)[active]
+        begins = audible & (self._voiced >= self.confirm)
+        goes_on = self._unvoiced < self.release
+        self.flushing[active] = np.where(self.flushing, goes_on, begins)[active]
+        return self.flushing & active
 
 
-# -------------------------------------------------------------------------------------- engine
+@dataclass
+class TickResult:
+    """What one tick gave, a row a slot; rows of slots that were not `active` are zero.
+
+    audio [B, T] float32; text [B] token ids (`PAD` = none); user_speaking, turn_end [B],
+    user_emotion [B, 8], language [B, 3] probabilities; user_phones [B, p] ids, of `listen_delay`
+    patches ago; muted [B] output silenced by `vad_flush`; not_finite [B] samples of input or output
+    that were not numbers and became silence. Of the queue: index [B] the number of the input patch
+    (dropped ones count), waited [B] seconds it lay there, dropped [B] patches lost since the slot's
+    last tick.
+    """
+
+    audio: np.ndarray
+    text: np.ndarray
+    user_speaking: np.ndarray
+    turn_end: np.ndarray
+    user_emotion: np.ndarray
+    language: np.ndarray
+    user_phones: np.ndarray
+    active: np.ndarray
+    muted: np.ndarray
+    not_finite: np.ndarray
+    times: StageTimes
+    index: np.ndarray
+    waited: np.ndarray
+    dropped: np.ndarray
 
 
 class DuplexEngine:
     """Codec and dialogue LM in lock-step, for `slots` callers on one device.
 
-    `feed` queues a slot's input, `run_once` runs a tick over the slots that have a whole patch
-    waiting (None when there is none), `run_ready` runs them back to back. `tick` is the step
-    itself, for callers with queues of their own.
+    `feed` queues a slot's input, `run_once` runs a tick over the slots that have a patch waiting
+    (None when there is none), `run_ready` runs them back to back. `tick` is the step itself, for
+    callers with queues of their own.
 
     sampling: None for the LM's default. clock: seconds, monotonic.
     Raises `UserError` when the two models do not belong together.
@@ -230,14 +227,13 @@ class DuplexEngine:
         self._encoder = codec.init_encoder_state(slots)
         self._decoder = codec.init_decoder_state(slots)
         self._lm_state = lm.init_state(slots, seed=seed)
-        self._emotion = torch.zeros(slots, dtype=torch.int64, device=self.device)
-        self._language = torch.zeros(slots, dtype=torch.int64, device=self.device)
+        self._emotion, self._language = torch.zeros(
+            (2, slots), dtype=torch.int64, device=self.device
+        )
         self.queues = [PatchQueue(self.patch_samples, max_queued) for _ in range(slots)]
         self._reported_drops = np.zeros(slots, np.int64)
-        self._user_voice = np.zeros(slots, bool)
-        self._audible = np.zeros(slots, bool)
-        self._muted = np.zeros(slots, bool)
-        self._flush = [BargeInFlush() for _ in range(slots)]
+        self._flush = BargeInFlush(slots)
+        self._user_voice, self._audible, self._muted = np.zeros((3, slots), bool)
         self._silence = self._silence_codes() if vad_flush else None
 
     @property
@@ -245,7 +241,14 @@ class DuplexEngine:
         """Patch + acoustic delay; the codec looks nothing ahead."""
         return self.patch_seconds + self.lm.config.acoustic_delay / self.lm.config.frame_rate
 
-    # ---- per slot
+    @torch.inference_mode()
+    def _silence_codes(self) -> torch.Tensor:
+        """The codes [B, K, p] that the codec settles on after a second of digital silence."""
+        second = torch.zeros(1, 1, self.codec.config.sample_rate, device=self.device)
+        codes = self.codec.encode(second, num_codebooks=self.num_codebooks)
+        return codes[..., -self.frames_per_step :].repeat(self.slots, 1, 1)
+
+    # ---- slots
 
     def reset(self, slot: int | None = None) -> None:
         """Forget one slot's call; or all of them, and draw from the seed again. The voice
@@ -259,7 +262,7 @@ class DuplexEngine:
             self._lm_state.generator.manual_seed(self.seed)
         for one in chosen:
             self.queues[one].clear()
-            self._flush[one].reset()
+            self._flush.reset(one)
             self._reported_drops[one] = 0
             self._user_voice[one] = self._audible[one] = self._muted[one] = False
 
@@ -269,11 +272,11 @@ class DuplexEngine:
         Raises `UserError` for one that the model does not know.
         """
         config = self.lm.config
-        self._emotion[slot] = _number_of(emotion, config.emotions, "emotion")
-        self._language[slot] = _number_of(language, config.languages, "language")
+        self._emotion[slot] = _class_id(emotion, config.emotions, "emotion")
+        self._language[slot] = _class_id(language, config.languages, "language")
 
     def set_user_voice(self, slot: int, speaking: bool) -> None:
-        """Tell `vad_flush` whether a detector hears the user of this slot now."""
+        """For `vad_flush`: whether a detector finds voice in the user's audio now."""
         self._user_voice[slot] = speaking
 
     def feed(
@@ -287,7 +290,7 @@ class DuplexEngine:
     # ---- ticks
 
     def run_ready(self) -> Iterator[TickResult]:
-        """Back-to-back ticks until no slot has a whole patch waiting."""
+        """Back-to-back ticks until no slot has a patch waiting."""
         while (result := self.run_once()) is not None:
             yield result
 
@@ -298,22 +301,17 @@ class DuplexEngine:
             return None
         started = self.clock()
         frames = np.zeros((self.slots, self.patch_samples), np.float32)
-        index = np.zeros(self.slots, np.int64)
-        waited = np.zeros(self.slots)
+        index, waited = np.zeros(self.slots, np.int64), np.zeros(self.slots)
         for slot in np.flatnonzero(active):
             patch = self.queues[slot].pop()
             frames[slot], index[slot] = patch.audio, patch.index
             waited[slot] = max(0.0, started - patch.arrived)
-        total = np.array([queue.dropped for queue in self.queues])
-        dropped = np.where(active, total - self._reported_drops, 0)
+        dropped = np.array([queue.dropped for queue in self.queues]) - self._reported_drops
+        dropped *= active
         self._reported_drops += dropped
-        return self._tick(frames, active, index, waited, dropped)
-
-    def tick(self, frames: np.ndarray, active: np.ndarray | None = None) -> TickResult:
-        """One patch for every slot. frames [B, T]; active [B] bool, all by default."""
-        active = np.ones(self.slots, bool) if active is None else np.asarray(active, bool)
-        zeros = np.zeros(self.slots, np.int64)
-        return self._tick(np.asarray(frames, np.float32), active, zeros, zeros * 0.0, zeros)
+        result = self.tick(frames, active)
+        result.index, result.waited, result.dropped = index, waited, dropped
+        return result
 
     def warm_up(self, ticks: int = 8) -> int:
         """Run silent ticks, then forget them: lazy initialisation is not a caller's latency."""
@@ -323,25 +321,21 @@ class DuplexEngine:
         return ticks
 
     @torch.inference_mode()
-    def _tick(
-        self,
-        frames: np.ndarray,
-        active: np.ndarray,
-        index: np.ndarray,
-        waited: np.ndarray,
-        dropped: np.ndarray,
-    ) -> TickResult:
-        forced = self._decide_flush(active)
-        frames, not_finite = _finite(frames)
+    def tick(self, frames: np.ndarray, active: np.ndarray | None = None) -> TickResult:
+        """One patch for every slot. frames [B, T]; active [B] bool, all by default."""
+        active = np.ones(self.slots, bool) if active is None else np.asarray(active, bool)
+        muted = np.zeros(self.slots, bool)
+        if self.vad_flush:
+            muted = self._flush.update(self._user_voice, self._audible, active)
+        frames, lost = _finite(np.asarray(frames, np.float32))
         frames = frames.clip(-1.0, 1.0)
-        marks: dict[str, float] = {}
-        self._mark(marks, "start")
+        marks = [self._now()]
         audio = torch.from_numpy(frames).to(self.device)[:, None]  # [B, 1, T]
         mask = None if active.all() else torch.from_numpy(active).to(self.device)
         user_codes = self.codec.encode_step(
             audio, self._encoder, num_codebooks=self.num_codebooks, active=mask
         )  # [B, K, p]
-        self._mark(marks, "encode")
+        marks.append(self._now())
         step = self.lm.step(
             user_codes,
             self._lm_state,
@@ -349,79 +343,63 @@ class DuplexEngine:
             emotion=self._emotion,
             language=self._language,
             sampling=self.sampling,
-            timer=lambda stage: self._mark(marks, stage),
-            **self._forcing(forced),
+            timer=lambda stage: marks.append(self._now()),
+            **self._forced(muted),
         )
-        self._mark(marks, "lm")
+        marks.append(self._now())
         reply = self.codec.decode_step(step.agent_codes, self._decoder, active=mask)[:, 0]
         reply = reply.float().cpu().numpy()  # [B, T]
-        self._mark(marks, "decode")
-        keep = active[:, None].astype(np.float32)
-        reply, lost = _finite(reply)
-        reply = self._mute(reply * keep, forced)
+        marks.append(self._now())
+        reply, lost_reply = _finite(reply)
+        row = active[:, None].astype(np.float32)
+        none = np.zeros(self.slots, np.int64)
         return TickResult(
-            audio=reply,
+            audio=self._mute(reply * row, muted),
             text=np.where(active, _host(step.text), PAD),
             user_speaking=_host(step.user_speaking) * active,
             turn_end=_host(step.turn_end) * active,
-            user_emotion=_host(step.user_emotion) * keep,
-            language=_host(step.language) * keep,
-            user_phones=_host(step.user_phones.argmax(-1)),
+            user_emotion=_host(step.user_emotion) * row,
+            language=_host(step.language) * row,
+            user_phones=_host(step.user_phones.argmax(-1)) * active[:, None],
             active=active,
-            index=index,
-            waited=waited,
-            dropped=dropped,
-            muted=forced,
-            not_finite=(not_finite + lost) * active,
-            times=_stage_times(marks),
+            muted=muted,
+            not_finite=(lost + lost_reply) * active,
+            times=StageTimes.from_marks(*marks),
+            index=none,
+            waited=none * 0.0,
+            dropped=none,
         )
 
-    def _forcing(self, forced: np.ndarray) -> dict:
-        """What `S2S.step` is told of the slots that are silenced."""
-        if not forced.any():
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.clock()
+
+    def _forced(self, muted: np.ndarray) -> dict:
+        """For `S2S.step`: silence in the stream of agents that are muted, so that they know."""
+        if not muted.any():
             return {}
         return {
-            "forced": torch.from_numpy(forced).to(self.device),
+            "forced": torch.from_numpy(muted).to(self.device),
             "forced_agent_codes": self._silence,
             "forced_text": torch.full_like(self._emotion, PAD),
         }
 
-    def _decide_flush(self, active: np.ndarray) -> np.ndarray:
-        """[B] bool: slots whose agent is silenced in this tick."""
-        forced = np.zeros(self.slots, bool)
-        if self.vad_flush:
-            for slot in np.flatnonzero(active):
-                forced[slot] = self._flush[slot].update(
-                    bool(self._user_voice[slot]), bool(self._audible[slot])
-                )
-        return forced
-
-    def _mute(self, reply: np.ndarray, forced: np.ndarray) -> np.ndarray:
-        """Silence the forced slots; the first muted patch fades out in 5 ms, without a click."""
+    def _mute(self, reply: np.ndarray, muted: np.ndarray) -> np.ndarray:
+        """Silence the muted slots; the first muted patch fades out in 5 ms, without a click."""
+        if not self.vad_flush:
+            return reply
         fade = int(LEVEL_SECONDS * SAMPLE_RATE)
-        for slot in np.flatnonzero(forced):
+        for slot in np.flatnonzero(muted):
             reply[slot, :fade] *= 0.0 if self._muted[slot] else np.linspace(1, 0, fade)
             reply[slot, fade:] = 0.0
-        self._muted = forced
-        for slot in range(self.slots) if self.vad_flush else ():
-            self._audible[slot] = frame_levels(reply[slot]).max() > QUIET_DBFS
+        self._muted = muted
+        self._audible = np.array([frame_levels(row).max() > QUIET_DBFS for row in reply])
         return reply
 
-    @torch.inference_mode()
-    def _silence_codes(self) -> torch.Tensor:
-        """The codes [B, K, p] that the codec settles on after a second of digital silence."""
-        second = torch.zeros(1, 1, self.codec.config.sample_rate, device=self.device)
-        codes = self.codec.encode(second, num_codebooks=self.num_codebooks)
-        return codes[..., -self.frames_per_step :].repeat(self.slots, 1, 1)
 
-    def _mark(self, marks: dict[str, float], stage: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        marks[stage] = self.clock()
-
-
-def _number_of(name: str | None, known: Sequence[str], what: str) -> int:
-    """What the LM is told: 0 for its own choice, else the place in `known`, from 1."""
+def _class_id(name: str | None, known: Sequence[str], what: str) -> int:
+    """The LM's id: 0 for its own choice, else the place in `known`, from 1."""
     if name is not None and name not in known:
         raise UserError(f"{what} {name}: the dialogue model knows {', '.join(known)}")
     return 0 if name is None else known.index(name) + 1
@@ -437,39 +415,4 @@ def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _host(tensor: torch.Tensor) -> np.ndarray:
-    if tensor.is_floating_point():
-        tensor = tensor.float()
-    return tensor.cpu().numpy()
-
-
-def _stage_times(marks: dict[str, float]) -> StageTimes:
-    return StageTimes(
-        encode=marks["encode"] - marks["start"],
-        temporal=marks["temporal"] - marks["encode"],
-        depth=marks["depth"] - marks["temporal"],
-        decode=marks["decode"] - marks["lm"],
-        total=marks["decode"] - marks["start"],
-    )
-
-
-class ReplyText:
-    """Token ids in, readable text out as soon as its bytes are whole. PAD adds nothing."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self.reset()
-
-    def reset(self) -> None:
-        self._ids: list[int] = []
-        self.text = ""
-
-    def push(self, token: int) -> str:
-        """The text this token adds, "" while a character's bytes are incomplete."""
-        if token == PAD:
-            return ""
-        self._ids.append(int(token))
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
-            return ""
-        new, self.text = text[len(self.text) :], text
-        return new
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()

@@ -337,10 +337,12 @@ def test_warm_up_leaves_no_trace():
 
 
 def test_flush_waits_for_confirmation_and_for_the_end_of_voice():
-    flush = BargeInFlush(confirm=2, release=2)
+    flush = BargeInFlush(2, confirm=2, release=2)
     inputs = [(1, 0), (1, 0), (0, 1), (1, 1), (1, 1), (1, 0), (0, 0), (1, 0), (0, 0), (0, 0)]
-    decided = [flush.update(bool(voice), bool(agent)) for voice, agent in inputs]
-    assert decided == [False] * 4 + [True] * 5 + [False]
+    always = np.ones(2, bool)
+    decided = [flush.update(*np.array([pair, (0, 0)], bool).T, always) for pair in inputs]
+    assert [both[0] for both in decided] == [False] * 4 + [True] * 5 + [False]
+    assert not any(both[1] for both in decided)
 
 
 def test_vad_flush_mutes_then_forces_silence_codes_and_pad():
@@ -474,7 +476,7 @@ def test_a_slot_s_words_do_not_depend_on_its_neighbours_coming_and_going():
 def test_vad_flush_reaches_the_real_model_s_memory():
     codec, lm = small_pair()
     engine = DuplexEngine(codec, lm, vad_flush=True)
-    engine._flush[0].flushing = True
+    engine._flush.flushing[0] = True
     engine.set_user_voice(0, True)
     result = engine.tick(noise_patches(1)[None])
     assert result.muted[0] and result.text[0] == 0
