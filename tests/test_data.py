@@ -295,7 +295,7 @@ def test_clips_are_a_list_in_columns(tmp_path):
 
 
 def test_a_manifest_of_many_clips_is_read_in_blocks_and_is_small(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_BLOCK_BYTES", 4000)
+    monkeypatch.setattr(data, "_BLOCK_ROWS", 30)
     lines = [{"path": f"wavs/{i}.wav", "speaker": f"{i // 50}"} for i in range(500)]
     path = listing(tmp_path, *lines)
     clips = data.read_manifest(path)
