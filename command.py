@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import io
 import itertools
@@ -283,7 +284,9 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[Path]:
     if real.exists() and not real.is_file():
         yield real
         return
-    part = part_name(real)
+    # Short whatever the name, which may be as long as the system allows; this process's own.
+    digest = hashlib.sha256(os.fsencode(real.name)).hexdigest()[:16]
+    part = real.with_name(f".{digest}.{os.getpid()}.part")
     try:
         yield part
         if sync:
@@ -442,30 +445,31 @@ def check_fields(row: dict, kinds: dict[str, str | tuple], where: str) -> None:
     that `kinds` does not name pass.
     """
     for name, kind in kinds.items():
+        wanted, matches, optional = _kind(kind)
         value = row.get(name)
         if value is None:
-            if None in kind if isinstance(kind, tuple) else kind.endswith("?"):
-                continue
-            state = "is null" if name in row else "is missing"
-            raise UserError(f"{where}: {name} {state}, {_kind_name(kind)} is needed")
-        if not _is_kind(value, kind):
-            raise UserError(f"{where}: {name} is {_shortened(value)}, not {_kind_name(kind)}")
+            if not optional:
+                state = "is null" if name in row else "is missing"
+                raise UserError(f"{where}: {name} {state}, {wanted} is needed")
+        elif not matches(value):
+            raise UserError(f"{where}: {name} is {_shortened(value)}, not {wanted}")
 
 
-def _is_kind(value: object, kind: str | tuple) -> bool:
+@functools.cache
+def _kind(kind: str | tuple) -> tuple[str, Callable[[object], bool], bool]:
+    """(its name in a message, whether a value is of it, whether the field may be missing)."""
     if isinstance(kind, tuple):
-        return isinstance(value, type(kind[0])) and value in kind
-    item = kind.rstrip("?").removeprefix("list of ")
-    if kind.startswith("list of "):
-        return isinstance(value, list) and all(_is_kind(one, item) for one in value)
-    return _KINDS[item][1](value)
+        named = f"one of {', '.join(str(value) for value in kind if value is not None)}"
+        return named, lambda value: type(value) is type(kind[0]) and value in kind, None in kind
+    item = kind.removesuffix("?").removeprefix("list of ")
+    named, matches = _KINDS[item]
+    if not kind.startswith("list of "):
+        return named, matches, kind.endswith("?")
 
+    def all_match(value: object) -> bool:
+        return isinstance(value, list) and all(map(matches, value))
 
-def _kind_name(kind: str | tuple) -> str:
-    if isinstance(kind, tuple):
-        return f"one of {', '.join(str(value) for value in kind if value is not None)}"
-    item = kind.rstrip("?").removeprefix("list of ")
-    return f"a list of {item}" if kind.startswith("list of ") else _KINDS[item][0]
+    return f"a list of {item}", all_match, kind.endswith("?")
 
 
 def _is_text(value: object) -> bool:
@@ -509,12 +513,3 @@ _KINDS = {
 def _shortened(value: object) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 40 else f"{text[:37]}…"
-
-
-def part_name(path: Path) -> Path:
-    """Where a file is written before it takes the name `path`: beside it, this process's own.
-
-    Short whatever the name, which may be as long as the system allows.
-    """
-    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
-    return path.with_name(f".{digest}.{os.getpid()}.part")

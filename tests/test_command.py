@@ -232,11 +232,13 @@ def test_json_is_read_or_named_and_holds_no_nan(tmp_path):
 
 
 def test_a_file_in_the_making_has_a_short_name_of_its_own(tmp_path):
-    names = ["न" * 80 + "abc.wav.textgr1", "న" * 80 + "abd.wav.textgr1", "\udcff.wav"]
-    parts = {command.part_name(tmp_path / name) for name in names}
+    parts = set()
+    for name in ("न" * 80 + "abc.wav.textgr1", "న" * 80 + "abd.wav.textgr1", "\udcff.wav"):
+        with command.atomic_write(tmp_path / name) as part:
+            part.touch()
+            parts.add(part)
+        assert name in os.listdir(tmp_path)
     assert len(parts) == 3 and all(len(os.fsencode(part.name)) < 50 for part in parts)
-    for part in parts:
-        part.touch()
 
 
 def _part(part):
