@@ -1,13 +1,15 @@
 """Hold-out by voice: halves, means and the nearest pair against a slow search."""
 
+import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
 
-import hold_out
 from audio import SAMPLE_RATE, write_audio
-from data import Clip
+from data import Clip, write_manifest
+from tools import hold_out
 
 
 def unit(rng, *shape):
@@ -70,6 +72,18 @@ def test_speakers_without_name_or_audio_are_left_out(clips, tmp_path):
     held_out += clips("pitched", 0.1, augmented=True)
     found = hold_out.check_clips(held_out, clips("ann", 0.1))
     assert found == {"voices": 0, "known_voices": 1, "max_cosine": None, "unreadable_clips": 1}
+
+
+def test_the_command_compares_a_split_with_the_training_speakers(clips, tmp_path, capsys):
+    known = [dataclasses.replace(c, split="train") for c in clips("ann", 0.1) + clips("ben", 0.02)]
+    others = [dataclasses.replace(c, split="test") for c in clips("dora", 0.09)]
+    write_manifest(tmp_path / "manifest.jsonl", known + others)
+    hold_out.main(["--data_dirs", str(tmp_path), "--split", "test"])
+    line, result = capsys.readouterr().out.splitlines()[-2:]
+    assert "nearest are dora and ann" in line
+    assert json.loads(result)["known_voices"] == 2
+    hold_out.main(["--data_dirs", str(tmp_path), "--split", "train", "--max_clips", "1"])
+    assert "no named speaker" in capsys.readouterr().out
 
 
 def test_the_real_embedding_refuses_silence_and_brevity():

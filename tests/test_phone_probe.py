@@ -12,12 +12,11 @@ import pytest
 import torch
 from test_evaluate_codec import checkpoint, codec, corpus, speech  # noqa: F401
 
-import phone_probe
 from audio import write_audio
 from command import UserError
 from data import Clip, read_manifest, write_manifest
-from phone_probe import codes_and_phones, count_pairs, fit_logistic, probe, probe_clips
-from tools import probe_codec
+from tools import phone_probe, probe_codec
+from tools.phone_probe import codes_and_phones, count_pairs, fit_logistic, probe, probe_clips
 
 PHONES = ("_", "a", "b", "c", "d")
 

@@ -23,7 +23,7 @@ from codec import Codec  # noqa: E402
 from command import ArgumentParser, number, run, whole  # noqa: E402
 from data import SPLITS, count_speakers, load_clips  # noqa: E402
 from evaluate_codec import SPOKEN, draw_clips  # noqa: E402
-from phone_probe import probe_clips, probe_codec, probe_table  # noqa: E402
+from tools.phone_probe import probe_clips, probe_codec, probe_table  # noqa: E402
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

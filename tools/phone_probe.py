@@ -10,18 +10,22 @@ without vectors.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from audio import FRAME_SECONDS, SAMPLE_RATE, AudioError, read_audio
-from codec import Codec
-from command import UserError
-from data import Clip, frame_labels
-from phones import PHONES, SILENCE
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from audio import FRAME_SECONDS, SAMPLE_RATE, AudioError, read_audio  # noqa: E402
+from codec import Codec  # noqa: E402
+from command import UserError  # noqa: E402
+from data import Clip, frame_labels  # noqa: E402
+from phones import PHONES, SILENCE  # noqa: E402
 
 MAX_DELAY = 8  # frames
 
@@ -38,9 +42,9 @@ def probe_clips(
     heard = {clip.speaker or clip.path for clip in scored}
     fit = [clip for clip in fit if clip.phones and (clip.speaker or clip.path) not in heard]
     if not scored:
-        raise UserError(f"--probe: {where}: no clip with phone labels; choose another --split")
+        raise UserError(f"{where}: no clip with phone labels; choose another --split")
     if not fit:
-        raise UserError(f"--probe: {where}: no labelled clip of other speakers in split train")
+        raise UserError(f"{where}: no labelled clip of other speakers in split train")
     return fit, scored
 
 
@@ -140,7 +144,7 @@ def probe(
     seen = [count_pairs(fit, delay, *size) for delay in range(MAX_DELAY + 1)]
     new = [count_pairs(scored, delay, *size) for delay in range(MAX_DELAY + 1)]
     if not (seen[0].sum() and new[0].sum()):
-        raise UserError(f"--probe: every labelled clip is shorter than {MAX_DELAY + 1} frames")
+        raise UserError(f"every labelled clip is shorter than {MAX_DELAY + 1} frames")
     guesses = [fit_logistic(vectors, counts) for counts in seen]
     best = int(np.argmin([error(c, g) for c, g in zip(seen, guesses, strict=True)]))
     counts, guess = new[best], guesses[best]

@@ -1,19 +1,30 @@
 """Whether held-out voices are truly others: speaker embeddings of theirs and of training voices.
 
-Names tell speakers apart only as far as corpora name them; two corpora may hold one person.
+    python tools/hold_out.py --data_dirs data/english data/hindi --split validation
+
+Names tell speakers apart only as far as corpora name them; two corpora may hold one person. The
+last line of stdout is the result as JSON.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 
-import numpy as np
-from tqdm import tqdm
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-from audio import SAMPLE_RATE, AudioError, read_audio
-from data import Clip
-from evaluate_codec import VoiceEmbedder
+import numpy as np  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from audio import SAMPLE_RATE, AudioError, read_audio  # noqa: E402
+from command import ArgumentParser, UserError, run, whole  # noqa: E402
+from data import SPLITS, Clip, load_clips  # noqa: E402
+from evaluate_codec import JUDGES, SPOKEN, VoiceEmbedder, draw_clips  # noqa: E402
 
 
 def compare_voices(held_out: np.ndarray, known: np.ndarray) -> dict:
@@ -104,3 +115,44 @@ def _halves(
             return None
         vectors.append(vector)
     return np.stack(vectors)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data_dirs", nargs="+", type=Path, default=[f"data/{name}" for name in SPOKEN],
+        help="folders whose held-out speakers are looked at")  # fmt: skip
+    add("--split", choices=SPLITS, default="validation", help="of --data_dirs [validation]")
+    add("--train_dirs", nargs="+", type=Path, metavar="FOLDER",
+        help="folders whose training speakers they are compared with [--data_dirs]")  # fmt: skip
+    add("--max_clips", type=whole(1), default=200, help="held-out clips a language [200]")
+    add("--commercial_only", action="store_true")
+    add("--seed", type=whole(0, 2**63 - 1), default=0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    held_out = load_clips(args.data_dirs, args.split, args.commercial_only)
+    held_out = draw_clips(held_out, args.max_clips, args.seed)
+    known = load_clips(args.train_dirs or args.data_dirs, "train", args.commercial_only)
+    try:
+        found = check_clips(held_out, known)
+    except ImportError as error:
+        raise UserError(f"this needs a package ({error}): {JUDGES['speaker'][1]}") from error
+    if found["max_cosine"] is None:
+        print(
+            f"no named speaker with enough audio among {len(held_out)} held-out or training clips"
+        )
+    else:
+        print(
+            f"{found['voices']} held-out voices against {found['known_voices']} training ones: "
+            f"nearest are {found['held_out']} and {found['nearest']}, cosine "
+            f"{found['max_cosine']:.3f} (two halves of one training voice: "
+            f"{found['same_voice_cosine']:.3f})"
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run(main, resumes=False)
