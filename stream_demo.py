@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import queue
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +32,6 @@ from ledger import (
     QUIET_DBFS,
     CallRecord,
     LatencyLedger,
-    Response,
     StreamResampler,
     UserTurn,
     VoiceDetector,
@@ -65,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--codec", type=Path, default=TINY / "codec", help="checkpoint folder [the tiny one]")
     add("--lm", type=Path, default=TINY / "s2s", help="checkpoint folder [the tiny one]")
     add("--emotion", choices=EMOTIONS, help="how the agent speaks [as it sees fit]")
-    add("--language", choices=SPOKEN, help="of the call [heard by the model itself]")
+    add("--language", choices=SPOKEN, help="of the call [recognised by the model]")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling [0]")
     more = parser.add_argument_group("advanced").add_argument
     more("--fast", action="store_true", help="with --wav: do not pace, never drop")
@@ -78,11 +75,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
     more("--threads", type=whole(1, 1024), default=1, help="CPU threads [1]")
     args = parser.parse_args(argv)
-    _check(args)
-    return args
-
-
-def _check(args: argparse.Namespace) -> None:
     if args.out and not args.wav:
         raise UserError("--out needs --wav: the reply to a recording is what it holds")
     if args.fast and not args.wav:
@@ -93,6 +85,7 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.wav and not args.out:
         args.out = [Path(f"reply_{path.stem}.wav") for path in args.wav]
+    return args
 
 
 def check_outputs(wavs: Sequence[Path], outs: Sequence[Path]) -> None:
@@ -112,27 +105,21 @@ def check_outputs(wavs: Sequence[Path], outs: Sequence[Path]) -> None:
                 raise UserError(f"--out {out}: {reason}; end the name in .wav") from None
 
 
-# ---------------------------------------------------------------------------------- what it says
+# ------------------------------------------------------------------------------------ transcript
 
 
 class Transcript:
-    """Prints the reply's text as it comes, and keeps what the user sounded like."""
+    """Prints the reply's text as it comes, and averages what the model recognised of the user."""
 
-    def __init__(self, lm: S2S, patch_seconds: float, write: Callable[[str], Any]):
+    def __init__(self, lm: S2S, patch_seconds: float, write: Callable[[str], Any] | None = None):
         self._stream = ReplyText(lm.tokenizer)
         self._emotions, self._languages = lm.config.emotions, lm.config.languages
-        self._write = write
+        self._write = write or (lambda text: print(text, end="", flush=True))
         self._patch_seconds = patch_seconds
         self._silent = 0.0
-        self._lines: list[str] = []
         self._emotion = np.zeros(len(self._emotions))
         self._language = np.zeros(len(self._languages))
         self._weight = 0.0
-
-    @property
-    def text(self) -> str:
-        """All replies so far, a line each."""
-        return "\n".join(line.strip() for line in [*self._lines, self._stream.text] if line.strip())
 
     def add(self, result: TickResult, slot: int = 0) -> None:
         weight = float(result.user_speaking[slot])
@@ -141,8 +128,8 @@ class Transcript:
             self._language += weight * result.language[slot]
             self._weight += weight
         new = self._stream.push(int(result.text[slot]))
-        said = result.text[slot] != PAD
-        self._silent = 0.0 if said else self._silent + self._patch_seconds
+        spoke = result.text[slot] != PAD
+        self._silent = 0.0 if spoke else self._silent + self._patch_seconds
         if new:
             begins = self._stream.text == new
             self._write(("samvad: " + new.lstrip()) if begins else new)
@@ -152,11 +139,10 @@ class Transcript:
     def end_line(self) -> None:
         if self._stream.text:
             self._write("\n")
-            self._lines.append(self._stream.text)
             self._stream.reset()
 
     def user_line(self) -> str:
-        """What the model heard in the user's voice, from the moments it thought them speaking."""
+        """The user's emotion and language, from the moments the model found them speaking."""
         if not self._weight:
             return "you: the model heard nobody speak"
         emotion, language = self._emotion / self._weight, self._language / self._weight
@@ -166,37 +152,7 @@ class Transcript:
         )
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _response_line(response: Response) -> str:
-    if response.latency is None:
-        return "no answer within 2 s"
-    if response.kind == "takeover":
-        return f"began {-response.latency * 1000:.0f} ms before the end of the question"
-    return f"answered {response.latency * 1000:.0f} ms after the end of the question"
-
-
 # ------------------------------------------------------------------------------------ recordings
-
-
-class PacedInput:
-    """A recording that arrives like a microphone's: a patch when its last sample is due."""
-
-    def __init__(self, patch_seconds: float, clock: Callable[[], float], sleep: Callable):
-        self.patch_seconds, self._clock, self._sleep = patch_seconds, clock, sleep
-        self._start = clock()
-
-    def due(self, patch: int) -> float:
-        return self._start + (patch + 1) * self.patch_seconds
-
-    def arrived(self, patch: int) -> bool:
-        return self._clock() >= self.due(patch)
-
-    def wait(self, patch: int) -> None:
-        self._sleep(max(0.0, self.due(patch) - self._clock()))
 
 
 def answer_recording(
@@ -207,62 +163,52 @@ def answer_recording(
     tail_seconds: float = 4.0,
     paced: bool = True,
     detector: VoiceDetector | None = None,
-    clock: Callable[[], float] = time.perf_counter,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[np.ndarray, CallRecord]:
     """Play `audio` [T] to slot 0, then silence; returns the reply [T'] and the call's record.
 
-    The tail lasts `tail_seconds`, and until a reply under way has ended. Patches dropped by a
-    machine too slow leave silence in the reply, so that it stays on the question's clock. What
-    ends the call early, be it Ctrl-C, stands in the record's `stopped`; the reply lasts until then.
+    `paced`: a patch is fed when its last sample is due, on the engine's clock. The tail lasts
+    `tail_seconds`, and until a reply under way has ended. Patches dropped by a machine too slow
+    leave silence in the reply, so that it stays on the question's clock. What ends the call early,
+    be it Ctrl-C, stands in the record's `stopped`; the reply lasts until then.
     """
     engine.reset()
-    length = engine.patch_samples
-    spoken = -(-len(audio) // length)
-    tail = int(np.ceil(tail_seconds / engine.patch_seconds))
-    overtime = int(np.ceil(REPLY_OVERTIME_SECONDS / engine.patch_seconds))
-    patches = np.zeros((spoken + tail + overtime, length), np.float32)
+    seconds, queue = engine.patch_seconds, engine.queues[0]
+    spoken = -(-len(audio) // engine.patch_samples)
+    end = spoken + int(np.ceil(tail_seconds / seconds))
+    overtime = int(np.ceil(REPLY_OVERTIME_SECONDS / seconds))
+    patches = np.zeros((end + overtime, engine.patch_samples), np.float32)
     patches.reshape(-1)[: len(audio)] = audio
     reply = np.zeros_like(patches)
-    record = CallRecord(engine.patch_seconds)
-    pacer = PacedInput(engine.patch_seconds, clock, sleep) if paced else None
-    fed = heard = 0
+    record = CallRecord(seconds)
+    start = engine.clock()
+
+    fed = done = 0
     try:
-        while heard < len(patches):
-            before, fed = fed, _feed_due(engine, patches, fed, pacer)
-            if detector is not None:
-                engine.set_user_voice(0, detector.push(patches[before:fed].reshape(-1)))
+        while done < len(patches):
+            until = fed if len(queue) else fed + 1  # patches that have arrived, at least one
+            if paced:
+                sleep(max(0.0, start + until * seconds - engine.clock()))
+                until = max(until, int((engine.clock() - start) / seconds + 1e-6))
+            for patch in patches[fed:until]:
+                fed += 1
+                arrived = start + fed * seconds if paced else None
+                engine.feed(0, patch, arrived, bounded=paced)
+                if detector is not None:
+                    engine.set_user_voice(0, detector.push(patch))
             result = engine.run_once()
-            heard = int(result.index[0]) + 1
-            reply[heard - 1] = result.audio[0]
+            done = int(result.index[0]) + 1
+            reply[done - 1] = result.audio[0]
             record.add(result)
             ledger.tick(result)
             transcript.add(result)
-            if heard >= spoken + tail and _quiet(reply[:heard], engine.patch_seconds):
+            last = reply[max(0, done - int(0.5 / seconds)) : done]
+            if done >= end and frame_levels(last.reshape(-1)).max() < QUIET_DBFS:
                 break
     except (Exception, KeyboardInterrupt) as error:
         record.stopped = error
     transcript.end_line()
-    return reply[:heard].reshape(-1), record
-
-
-def _feed_due(engine: DuplexEngine, patches: np.ndarray, fed: int, pacer: PacedInput | None) -> int:
-    """Feed what has arrived by now, waiting where nothing has; returns the patches fed."""
-    if pacer is None:
-        engine.feed(0, patches[fed], bounded=False)
-        return fed + 1
-    if not len(engine.queues[0]):
-        pacer.wait(fed)
-    waiting = not len(engine.queues[0])
-    while fed < len(patches) and (waiting or pacer.arrived(fed)):
-        engine.feed(0, patches[fed], arrived=pacer.due(fed))
-        fed, waiting = fed + 1, False
-    return fed
-
-
-def _quiet(reply: np.ndarray, patch_seconds: float) -> bool:
-    last = reply[-max(1, int(0.5 / patch_seconds)) :]
-    return frame_levels(last.reshape(-1)).max() < QUIET_DBFS
+    return reply[:done].reshape(-1), record
 
 
 Question = tuple[np.ndarray, UserTurn | None]  # a recording [T] and when it is spoken in
@@ -278,9 +224,9 @@ def answer_recordings(
 
     Raises at the end what could not be written where it should, at once what stopped a call.
     """
-    misplaced = []
+    failures = []
     for path, out, (audio, turn) in zip(args.wav, args.out, questions, strict=True):
-        transcript = Transcript(engine.lm, engine.patch_seconds, _write)
+        transcript = Transcript(engine.lm, engine.patch_seconds)
         end = f"speech ends at {turn.end:.2f} s, by {turn.source}" if turn else "no speech found"
         print(f"{path}: {len(audio) / SAMPLE_RATE:.2f} s, {end}")
         reply, record = answer_recording(
@@ -292,15 +238,21 @@ def answer_recordings(
             paced=not args.fast,
             detector=VoiceDetector() if args.vad_flush else None,
         )
-        kept, failure = save_reply(out, reply)
-        misplaced += [failure] if failure else []
+        written, failure = save_reply(out, reply)
+        failures += [failure] if failure else []
         for response in ledger.call(record, [turn] if turn else []):
-            print(_response_line(response))
-        print(f"{transcript.user_line()}\nreply: {kept}\n")
+            ms = abs(response.latency or 0.0) * 1000
+            lines = {
+                "answered": f"answered {ms:.0f} ms after the end of the question",
+                "takeover": f"began {ms:.0f} ms before the end of the question",
+                "unanswered": "no answer within 2 s",
+            }
+            print(lines[response.kind])
+        print(f"{transcript.user_line()}\nreply: {written}\n")
         if record.stopped:
             raise record.stopped
-    if misplaced:
-        raise UserError("; ".join(misplaced))
+    if failures:
+        raise UserError("; ".join(failures))
 
 
 def save_reply(out: Path, reply: np.ndarray) -> tuple[Path | None, str | None]:
@@ -317,7 +269,7 @@ def save_reply(out: Path, reply: np.ndarray) -> tuple[Path | None, str | None]:
         rescue = folder / f"{out.stem[:40]}-{os.getpid()}.wav"
         with contextlib.suppress(AudioError, OSError):
             write_audio(rescue, reply)
-            return rescue, f"{failure}; the reply is kept in {rescue}"
+            return rescue, f"{failure}; the reply is in {rescue}"
     return None, f"{failure}; the reply is lost"
 
 
@@ -340,7 +292,7 @@ def read_question(path: Path) -> Question:
 class SoundBridge:
     """Between the sound card's thread and ours: bounded queues of bytes, nothing else.
 
-    An output queue that runs dry once a reply is playing is an underrun: counted, heard as
+    An output queue that runs dry once a reply is playing is an underrun: counted, played as
     silence. Input that nobody takes for a second is dropped and counted.
     """
 
@@ -375,7 +327,7 @@ class SoundBridge:
                     self.outputs.get_nowait()
                     self.skipped += 1
 
-    def heard(self, timeout: float) -> list[tuple[float, bytes]]:
+    def recorded(self, timeout: float) -> list[tuple[float, bytes]]:
         """Every input block that has come, waiting `timeout` seconds for a first one."""
         blocks = [self.inputs.get(timeout=timeout)]
         while True:
@@ -438,14 +390,25 @@ class MicrophoneCall:
         self._to_engine = StreamResampler(self._rate, SAMPLE_RATE)
         self._to_card = StreamResampler(SAMPLE_RATE, self._rate)
         self._unplayed = np.zeros(0, np.float32)
-        self._unheard: list[np.ndarray] = []  # patches the detector has not had yet
+        self._undetected: list[np.ndarray] = []  # input that the detector has not had yet
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Talk until Ctrl-C or `stop()`; the ledger then holds the call, also after an error."""
         self.engine.reset()
+        ledger = self.ledger
         try:
-            with self._open() as stream:
-                self._note_delays(stream)
+            with self._sounddevice.RawStream(
+                samplerate=self._rate,
+                blocksize=self._block,
+                channels=1,
+                dtype="int16",
+                latency="low",
+                callback=self.bridge.callback,
+            ) as stream:
+                ledger.device_seconds = float(sum(stream.latency))
+                ledger.resampler_seconds = (
+                    self._to_engine.delay_seconds + self._to_card.delay_seconds
+                )
                 self._loop(stop)
         except KeyboardInterrupt:
             pass
@@ -458,33 +421,16 @@ class MicrophoneCall:
                     f"the sound card refused: {error}; plug it in, close what else uses it"
                 ) from error
         finally:
-            self._finish()
-
-    def _finish(self) -> None:
-        self.transcript.end_line()
-        self.ledger.output_underruns += self.bridge.underruns
-        self.ledger.input_overflows += self.bridge.overflows
-        self.ledger.output_overflows += self.bridge.skipped
-        self.ledger.call(self.record, self.detector.turns(ended=True))
-
-    def _open(self) -> Any:
-        return self._sounddevice.RawStream(
-            samplerate=self._rate,
-            blocksize=self._block,
-            channels=1,
-            dtype="int16",
-            latency="low",
-            callback=self.bridge.callback,
-        )
-
-    def _note_delays(self, stream: Any) -> None:
-        self.ledger.device_seconds = float(sum(stream.latency))
-        self.ledger.resampler_seconds = self._to_engine.delay_seconds + self._to_card.delay_seconds
+            self.transcript.end_line()
+            ledger.output_underruns += self.bridge.underruns
+            ledger.input_overflows += self.bridge.overflows
+            ledger.output_overflows += self.bridge.skipped
+            ledger.call(self.record, self.detector.turns(ended=True))
 
     def _loop(self, stop: Callable[[], bool]) -> None:
         while not stop():
             try:
-                self._take(self.bridge.heard(SILENT_CARD_SECONDS))
+                self._take(self.bridge.recorded(SILENT_CARD_SECONDS))
             except queue.Empty:
                 raise UserError(
                     f"the microphone sent nothing for {SILENT_CARD_SECONDS:.0f} s; is it unplugged?"
@@ -492,7 +438,7 @@ class MicrophoneCall:
             while (result := self.engine.run_once()) is not None:
                 self._give(result)
                 if not self.bridge.inputs.empty():
-                    self._take(self.bridge.heard(0.0))
+                    self._take(self.bridge.recorded(0.0))
 
     def _take(self, blocks: list[tuple[float, bytes]]) -> None:
         for arrived, block in blocks:
@@ -502,7 +448,7 @@ class MicrophoneCall:
             if self.engine.vad_flush:  # it decides within this very tick
                 self.engine.set_user_voice(0, self.detector.push(audio))
             else:
-                self._unheard.append(audio)
+                self._undetected.append(audio)
 
     def _give(self, result: TickResult) -> None:
         backlog = self.bridge.outputs.qsize() * BLOCK_SECONDS
@@ -516,18 +462,9 @@ class MicrophoneCall:
         self.record.add(result, extra_seconds=delay)
         self.ledger.tick(result)
         self.transcript.add(result)
-        for audio in self._unheard:
+        for audio in self._undetected:  # beside the tick, not before it
             self.detector.push(audio)
-        self._unheard.clear()
-
-
-def talk(engine: DuplexEngine, sounddevice: Any, ledger: LatencyLedger) -> None:
-    """A live call through the sound card until Ctrl-C."""
-    transcript = Transcript(engine.lm, engine.patch_seconds, _write)
-    call = MicrophoneCall(engine, sounddevice, ledger, transcript, VoiceDetector())
-    print("Speak when you like; Ctrl-C ends the call. Wear headphones, or it hears itself.")
-    call.run()
-    print(f"\n{transcript.user_line()}\n")
+        self._undetected.clear()
 
 
 # -------------------------------------------------------------------------------------- main
@@ -536,9 +473,7 @@ def talk(engine: DuplexEngine, sounddevice: Any, ledger: LatencyLedger) -> None:
 def lm_sampling(args: argparse.Namespace) -> Sampling:
     """The model's own sampling, changed where the command line says so."""
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "eagerness")}
-    return dataclasses.replace(
-        Sampling(), **{name: value for name, value in given.items() if value is not None}
-    )
+    return Sampling(**{name: value for name, value in given.items() if value is not None})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -554,13 +489,8 @@ def main(argv: list[str] | None = None) -> None:
         device_rate(sounddevice)
     codec, lm = load_models(args.codec, args.lm, str(device))
     print(f"codec {args.codec}, dialogue model {args.lm}, on {device}, seed {args.seed}")
-    engine = DuplexEngine(
-        codec,
-        lm,
-        sampling=lm_sampling(args),
-        seed=args.seed,
-        vad_flush=args.vad_flush,
-    )
+    sampling = lm_sampling(args)
+    engine = DuplexEngine(codec, lm, 1, sampling, args.seed, vad_flush=args.vad_flush)
     engine.set_voice(0, args.emotion, args.language)
     ledger = LatencyLedger(
         engine.patch_seconds, engine.algorithmic_seconds, warmup_ticks=engine.warm_up()
@@ -569,8 +499,11 @@ def main(argv: list[str] | None = None) -> None:
         if args.wav:
             answer_recordings(engine, questions, ledger, args)
         else:
-            talk(engine, sounddevice, ledger)
-    finally:  # whatever ended the call, what was measured is told
+            transcript = Transcript(engine.lm, engine.patch_seconds)
+            print("Speak when you like; Ctrl-C ends the call. Wear headphones, or it hears itself.")
+            MicrophoneCall(engine, sounddevice, ledger, transcript, VoiceDetector()).run()
+            print(f"\n{transcript.user_line()}\n")
+    finally:  # whatever ended the call, what was measured is printed
         print(ledger.table())
         print(ledger.json_line())
 
