@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -28,11 +29,14 @@ import data
 import fetching
 from audio import AUDIO_SUFFIXES, AudioError, probe, write_audio
 from command import (
+    DISK_FULL,
     UserError,
     as_json_line,
     check_fields,
     file_name,
     first_line,
+    json_lines,
+    read_json,
     text_lines,
     write_text,
 )
@@ -81,14 +85,14 @@ class Corpus:
     plan: str = ""
     note: str = ""
 
+    def folder(self, data_dir: Path) -> Path:
+        """Where it lies in the end."""
+        return data_dir / self.place / self.name
+
     @property
     def place(self) -> str:
         """The folder below --data_dir that holds this corpus' folder."""
         return self.group if self.group in ("emotion", "conversations") else self.language
-
-    def folder(self, data_dir: Path) -> Path:
-        """Where it lies in the end."""
-        return data_dir / self.place / self.name
 
     @property
     def origin(self) -> str:
@@ -119,7 +123,7 @@ class Archive:
 
 @dataclass(frozen=True, kw_only=True)
 class Archives(Corpus):
-    """Archives on the web below one of `bases`, tried in turn; `layout` names a reader."""
+    """Archives on the web below one of `bases`, tried in turn; `layout` is one of LAYOUTS."""
 
     bases: tuple[str, ...]
     archives: tuple[Archive, ...]
@@ -163,7 +167,6 @@ class Hub(OnHub):
     official_splits: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
 class HubTars(OnHub):
     """Two-channel conversations: tars of <id>.flac and <id>.json."""
 
@@ -179,23 +182,18 @@ class Files(Corpus):
     layout: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class DataCollective(Corpus):
     """Common Voice at the Mozilla Data Collective, by the id of one release."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Fisher(Corpus):
     """Fisher as the LDC ships it; read from --fisher_dir, never downloaded."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class Absent(Corpus):
     """A corpus of the plan that does not exist; `note` says so."""
 
-    @property
-    def marks(self) -> str:
-        return "none"
+    marks = "none"
 
 
 # ------------------------------------------------------------------------- a corpus on its way
@@ -210,11 +208,6 @@ class FetchOptions:
     keep_wav: bool = False
     cv_dataset_ids: dict[str, str] = field(default_factory=dict)
     fisher_dir: Path | None = None
-
-    @property
-    def own(self) -> bool:
-        """Whether corpora are named by the user's own copies or releases of them."""
-        return self.fisher_dir is not None or bool(self.cv_dataset_ids)
 
 
 @dataclass(frozen=True)
@@ -265,11 +258,11 @@ def fetch(
     A corpus that an earlier --max_hours had cut short goes on where this call allows more.
     """
     options = options or FetchOptions()
+    if not needs_fetching(corpus, data_dir, options):
+        return False
     folder = corpus.folder(data_dir)
     # Hidden, so that no trainer scans it while it grows.
     part = folder.with_name(f".{corpus.name}.part")
-    if not needs_fetching(corpus, data_dir, options):
-        return False
     if (folder / data.MANIFEST).exists():
         shutil.rmtree(part, ignore_errors=True)
         folder.rename(part)
@@ -277,20 +270,19 @@ def fetch(
         raise UserError(f"{folder}: there without {data.MANIFEST}; move it away and run again")
     from_nothing = not part.exists()
     part.mkdir(parents=True, exist_ok=True)
-    archives = data_dir / ".archives" / corpus.name
     size = 0 if options.max_hours else (corpus.download_gb or corpus.gigabytes) * GIGABYTE
     bar = Bar(corpus.name, round(size), stopped)
+    job = Job(corpus, part, data_dir / ".archives" / corpus.name, bar, options)
     try:
-        found = FETCHERS[type(corpus)](Job(corpus, part, archives, bar, options))
+        found = FETCHERS[type(corpus)](job)
         if not found.lines:
             raise UserError(f"{corpus.name}: no audio in {corpus.origin}; new layout?")
         # What an earlier run unpacked is in the hours and not in the seconds.
-        seconds = bar.unpack_seconds if from_nothing else 0.0
-        _write_folder(corpus, part, found, options, seconds)
+        _write_folder(job, found, bar.unpack_seconds if from_nothing else 0.0)
         part.rename(folder)
-        shutil.rmtree(archives, ignore_errors=True)
+        shutil.rmtree(job.archives, ignore_errors=True)
     except OSError as error:
-        if not fetching.disk_full(error):
+        if error.errno not in DISK_FULL:
             raise
         free = fetching.free_bytes(part) / GIGABYTE
         raise UserError(
@@ -305,27 +297,24 @@ def fetch(
 def needs_fetching(corpus: Corpus, data_dir: Path, options: FetchOptions) -> bool:
     """Whether `fetch` would do anything."""
     folder = corpus.folder(data_dir)
-    if not (folder / data.MANIFEST).exists():
-        return True
     record = read_record(folder)
     more = not options.max_hours or options.max_hours > record.get("max_hours", 0)
-    return more and not record.get("whole", True)
+    return not (folder / data.MANIFEST).exists() or (more and not record.get("whole", True))
 
 
 def read_record(folder: Path) -> dict:
     """What `corpus.json` says of how the folder was fetched; empty where there is none."""
     try:
-        record = json.loads((folder / RECORD).read_bytes())
+        record = read_json(folder / RECORD)
         check_fields(record, RECORD_FIELDS, RECORD)
-    except (OSError, ValueError, AttributeError, UserError):
+    except (OSError, UserError):
         return {}
     return record
 
 
-def _write_folder(
-    corpus: Corpus, part: Path, found: Fetched, options: FetchOptions, unpack_seconds: float
-) -> None:
+def _write_folder(job: Job, found: Fetched, unpack_seconds: float) -> None:
     """The manifest, the list of what could not be read, and how the folder came to be."""
+    corpus, part = job.corpus, job.part
     conversations = isinstance(found.lines[0], dict)
     durations = (line["duration"] if conversations else line.duration for line in found.lines)
     record = {
@@ -337,7 +326,7 @@ def _write_folder(
         "files": len(found.lines),
         "unreadable": len(found.unreadable),
         "whole": found.complete,
-        "max_hours": options.max_hours,
+        "max_hours": job.options.max_hours,
         "unpack_seconds": round(unpack_seconds, 3),
     }
     if found.unreadable:
@@ -368,30 +357,19 @@ def clip_of(
 # ------------------------------------------------------------------------------ archives, files
 
 
-@dataclass(frozen=True)
-class About:
-    """What a layout knows of one file. `key` is what the split hangs on, else the speaker."""
-
-    speaker: str | None = None
-    text: str | None = None
-    emotion: str | None = None
-    key: str = ""
-
-
 def fetch_archives(job: Job) -> Fetched:
     """Each archive: downloaded, checked, unpacked into a folder of its own, removed."""
-    hours, complete = 0.0, True
+    hours = 0.0
     for archive in job.corpus.archives:
         if job.enough(hours):
-            complete = False
-            break
-        file, target = job.archives / archive.name, job.audio / archive.stem
+            return _clips_of(job, job.corpus.layout, complete=False)
+        target = job.audio / archive.stem
         if not target.exists():
+            file = job.archives / archive.name
             _download_from_any(job, archive, file)
             _unpack_apart(file, target, job.bar)
-        file.unlink(missing_ok=True)
         hours += archive.hours
-    return _clips_of(job, job.corpus.layout, complete)
+    return _clips_of(job, job.corpus.layout)
 
 
 def _download_from_any(job: Job, archive: Archive, file: Path) -> None:
@@ -406,20 +384,31 @@ def _download_from_any(job: Job, archive: Archive, file: Path) -> None:
             tqdm.write(f"{error}; trying {bases[number]}", file=sys.stderr)
 
 
-def _unpack_apart(file: Path, target: Path, bar: Bar) -> None:
-    """Unpack beside `target`, then rename: what has the final name is complete and checked."""
-    staging = target.with_name(f".{target.name}")
+@contextlib.contextmanager
+def _used_up(file: Path, own: bool = True) -> Iterator[None]:
+    """Removes an archive or shard after the block, and where the block finds it damaged: without
+    a checksum this is how a bad copy shows. One that is not our `own` download stays."""
     try:
-        with bar.unpacking():
-            fetching.unpack(file, staging, bar)
-    except UserError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not isinstance(error, Damaged):
+        yield
+    except Damaged as error:
+        if not own:
             raise
-        # Without a checksum this is how a bad copy shows: the next run fetches it anew.
         file.unlink()
         raise UserError(f"{error}; removed: run again to fetch it anew") from error
-    staging.rename(target)
+    if own:
+        file.unlink(missing_ok=True)
+
+
+def _unpack_apart(file: Path, target: Path, bar: Bar, own: bool = True) -> None:
+    """Unpack beside `target`, then rename: what has the final name is complete and checked."""
+    staging = target.with_name(f".{target.name}")
+    with _used_up(file, own), bar.unpacking():
+        try:
+            fetching.unpack(file, staging, bar)
+        except UserError:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        staging.rename(target)
 
 
 def fetch_files(job: Job) -> Fetched:
@@ -444,21 +433,21 @@ def fetch_files(job: Job) -> Fetched:
 
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         missing = [problem for problem in pool.map(take, names) if problem]
-    found = _clips_of(job, job.corpus.layout, complete=True)
+    found = _clips_of(job, job.corpus.layout)
     return replace(found, unreadable=missing + found.unreadable)
 
 
 def fetch_common_voice(job: Job) -> Fetched:
     """One release, by Mozilla's own client, then unpacked like any archive."""
-    dataset = job.options.cv_dataset_ids.get(job.corpus.language)
+    name, dataset = job.corpus.name, job.options.cv_dataset_ids.get(job.corpus.language)
     if not dataset:
-        raise UserError(f"{job.corpus.name}: {job.corpus.note}")
+        raise UserError(f"{name}: {job.corpus.note}")
     if not os.environ.get("MDC_API_KEY"):
-        raise UserError(f"{job.corpus.name}: set MDC_API_KEY, from your Data Collective account")
+        raise UserError(f"{name}: set MDC_API_KEY, from your Data Collective account")
     try:
         import datacollective
     except ImportError as error:
-        raise UserError(f"{job.corpus.name}: pip install datacollective") from error
+        raise UserError(f"{name}: pip install datacollective") from error
     target = job.audio / "clips"
     if not target.exists():
         job.archives.mkdir(parents=True, exist_ok=True)
@@ -468,25 +457,44 @@ def fetch_common_voice(job: Job) -> Fetched:
         try:
             file = Path(call(dataset, download_directory=str(job.archives)))
         except Exception as error:  # whatever its HTTP client raises
-            raise UserError(f"{job.corpus.name}: the Data Collective says: {error}") from error
+            raise UserError(f"{name}: the Data Collective says: {error}") from error
         _unpack_apart(file, target, job.bar)
-    return _clips_of(job, "common_voice", complete=True)
+    return _clips_of(job, "common_voice")
 
 
-def _clips_of(job: Job, layout: str, complete: bool) -> Fetched:
+# ------------------------------------------------------------------ how corpora name their files
+
+# {stem of a file: (text, speaker)}, of what a corpus lists.
+Listed = dict[str, tuple[str, str | None]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a corpus names its files, and where it says more of them.
+
+    `named`: a pattern for the end of a path without its suffix. Its groups: `speaker`, called so
+    after `prefix`; `key`, what the split hangs on where nobody is named; `sentence` and
+    `emotion`, keys of these tables. `lists`: reads what is listed in a folder. `beside`: the
+    suffix of a file with the text of one. `strict`: what is not named or listed so is no clip.
+    """
+
+    named: str = "(?!)"
+    prefix: str = ""
+    lists: Callable[[Path], Listed] | None = None
+    beside: str = ""
+    sentences: dict[str, str] = field(default_factory=dict)
+    emotions: dict[str, str] = field(default_factory=dict)
+    strict: bool = False
+
+
+def _clips_of(job: Job, layout_name: str, complete: bool = True) -> Fetched:
     """Clips of all below the audio folder that the layout knows; what is left out is reported."""
-    load, describe = LAYOUTS[layout]
-    texts = load(job.audio)
+    layout = LAYOUTS[layout_name]
+    listed = layout.lists(job.audio) if layout.lists else {}
     files = sorted(job.audio.rglob("*.*"))
     paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
-
-    def take(path: Path) -> data.Clip | str | None:
-        about = describe(path, texts)
-        job.bar.advance(0)
-        return None if about is None else _clip_of_file(job, path, about)
-
     with job.bar.unpacking(), ThreadPoolExecutor(FILE_THREADS) as pool:
-        taken = list(pool.map(take, paths))
+        taken = list(pool.map(lambda path: _clip_of_file(job, path, layout, listed), paths))
     unknown = [path for path, found in zip(paths, taken, strict=True) if found is None]
     not_read = [path for path in files if path.suffix.lower() in NOT_READ]
     for left_out, why in (
@@ -502,25 +510,44 @@ def _clips_of(job: Job, layout: str, complete: bool) -> Fetched:
     return Fetched(list(clips.values()), unreadable, complete)
 
 
-def _clip_of_file(job: Job, path: Path, about: About) -> data.Clip | str:
+def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.Clip | str | None:
+    """The file as a clip, why it cannot be read, or None where it is none."""
+    job.bar.advance(0)
+    below = path.relative_to(job.audio).with_suffix("").as_posix()
+    match = re.search(f"(?:^|/)(?:{layout.named})$", below)
+    if layout.strict and not match and path.stem not in listed:
+        return None
+    groups = match.groupdict() if match else {}
+    text, speaker = listed.get(path.stem, (layout.sentences.get(groups.get("sentence")), None))
+    if "speaker" in groups:
+        speaker = layout.prefix + groups["speaker"].replace("_", "-")
+    if layout.beside:
+        with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
+            text = path.with_suffix(layout.beside).read_text(encoding="utf-8").strip()
     try:
         path, duration, sample_rate = fetching.make_readable(path, job.options.keep_wav)
     except AudioError as error:
         return str(error)
-    split = data.split_for(about.speaker or about.key or path.relative_to(job.audio).as_posix())
-    known = {"speaker": about.speaker, "text": about.text or None, "emotion": about.emotion}
-    return clip_of(job.corpus, path, duration, sample_rate, split, **known)
+    key = speaker or groups.get("key") or path.relative_to(job.audio).as_posix()
+    return clip_of(
+        job.corpus, path, duration, sample_rate, data.split_for(key), speaker=speaker,
+        text=text or None, emotion=layout.emotions.get(groups.get("emotion")),
+    )  # fmt: skip
 
 
-def _texts(root: Path, name: str, between: str) -> dict[str, str]:
-    """`id text` lines of every file of that name (a glob) below `root`, but what is no UTF-8."""
-    texts = {}
-    for path in sorted(root.rglob(name)):
-        for line in text_lines(path, "replace"):
-            key, _, text = line.strip().partition(between)
-            if "\ufffd" not in text:
-                texts[key.strip()] = text.strip()
-    return texts
+def _texts(name: str, between: str, in_capitals: bool = False) -> Callable[[Path], Listed]:
+    """Reads the `stem text` lines of every file of that name (a glob), but what is no UTF-8."""
+
+    def read(root: Path) -> Listed:
+        listed = {}
+        for path in sorted(root.rglob(name)):
+            for line in text_lines(path, "replace"):
+                stem, _, text = map(str.strip, line.strip().partition(between))
+                if "\ufffd" not in text:
+                    listed[stem] = (text.lower() if in_capitals else text, None)
+        return listed
+
+    return read
 
 
 def _table(path: Path, delimiter: str, needed: tuple[str, ...]) -> Iterator[dict[str, str]]:
@@ -537,53 +564,13 @@ def _table(path: Path, delimiter: str, needed: tuple[str, ...]) -> Iterator[dict
             raise UserError(f"{path}, line {rows.line_num}: {error}") from error
 
 
-def _validated(root: Path) -> dict[str, dict[str, str]]:
-    """Rows of Common Voice's validated.tsv by file name."""
-    needed = ("client_id", "path", "sentence")
-    paths = sorted(root.rglob("validated.tsv"))
-    return {row["path"]: row for path in paths for row in _table(path, "\t", needed)}
-
-
-def _named(prefix: str, pattern: str, path: Path) -> str | None:
-    """The speaker in a file's name, where the corpus names its own files so: a name that only
-    begins with a number (a date) names no speaker."""
-    match = re.fullmatch(pattern, path.stem)
-    return f"{prefix}-{match[1]}" if match else None
-
-
-# Readers are numbered alike in all three LibriVox corpora: one name keeps each in one split.
-def _librispeech(path: Path, texts: dict) -> About:
-    return About(_named("librivox", r"(\d+)-\d+-\d+", path), texts.get(path.stem, "").lower())
-
-
-def _libritts(path: Path, _: dict) -> About:
-    text = None
-    with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
-        text = path.with_suffix(".normalized.txt").read_text(encoding="utf-8").strip()
-    return About(_named("librivox", r"(\d+)_\d+_\d+_\d+", path), text)
-
-
-def _librilight(path: Path, _: dict) -> About:
-    return About(f"librivox-{path.parts[-3]}" if path.parts[-3].isdecimal() else None)
-
-
-def _line_index(path: Path, texts: dict) -> About:
-    match = re.fullmatch(r"(te[fm]_\d+)_\d+", path.stem)
-    return About(match and match[1].replace("_", "-"), texts.get(path.stem))
-
-
-def _transcription(path: Path, texts: dict) -> About:
-    return About(_named("openslr-103", r"(\d+)_\d+", path), texts.get(path.stem))
-
-
-def _kaldi(path: Path, texts: dict) -> About:
-    # Callers are not named: the parts of a call, <call>-<part>, stay together.
-    return About(text=texts.get(path.stem), key=path.stem.rpartition("-")[0] or path.stem)
-
-
-def _common_voice(path: Path, rows: dict) -> About | None:
-    row = rows.get(path.name)
-    return About(f"common-voice-{row['client_id'][:16]}", row["sentence"]) if row else None
+def _validated(root: Path) -> Listed:
+    """What Common Voice's validated.tsv lists."""
+    return {
+        Path(row["path"]).stem: (row["sentence"], f"common-voice-{row['client_id'][:16]}")
+        for path in sorted(root.rglob("validated.tsv"))
+        for row in _table(path, "\t", ("client_id", "path", "sentence"))
+    }
 
 
 CREMA_D_EMOTIONS = {
@@ -598,41 +585,37 @@ CREMA_D_SENTENCES = {
     "TSI": "The surface is slick.", "WSI": "We'll stop in a couple of minutes.",
 }  # fmt: skip
 RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
-RAVDESS_SENTENCES = ("Kids are talking by the door.", "Dogs are sitting by the door.")
+RAVDESS_SENTENCES = {"1": "Kids are talking by the door.", "2": "Dogs are sitting by the door."}
+LAYOUTS = {
+    # Readers are numbered alike in all three LibriVox corpora: one name keeps each in one split.
+    "librispeech": Layout(
+        r"(?P<speaker>\d+)-\d+-\d+", "librivox-", _texts("*.trans.txt", " ", in_capitals=True)
+    ),
+    "libritts": Layout(r"(?P<speaker>\d+)_\d+_\d+_\d+", "librivox-", beside=".normalized.txt"),
+    "librilight": Layout(r"(?P<speaker>\d+)/[^/]+/[^/]+", "librivox-"),
+    "line_index": Layout(r"(?P<speaker>te[fm]_\d+)_\d+", lists=_texts("line_index.tsv", "\t")),
+    "transcription": Layout(
+        r"(?P<speaker>\d+)_\d+", "openslr-103-", _texts("transcription.txt", " ")
+    ),
+    # Callers are not named: the parts of a call, <call>-<part>, stay together.
+    "kaldi": Layout(r"(?P<key>[^/]+)-[^/-]*", lists=_texts("text", " ")),
+    "common_voice": Layout(lists=_validated, strict=True),
+    "crema_d": Layout(
+        r"(?P<speaker>[^/_]+)_(?P<sentence>[A-Z]+)_(?P<emotion>ANG|DIS|FEA|HAP|NEU|SAD)_[^/_]*",
+        "crema-d-", sentences=CREMA_D_SENTENCES, emotions=CREMA_D_EMOTIONS, strict=True,
+    ),
+    "ravdess": Layout(
+        r"03-0[12]-0(?P<emotion>[1-8])-0[12]-0(?P<sentence>[12])-0[12]-(?P<speaker>\d\d)",
+        "ravdess-", sentences=RAVDESS_SENTENCES,
+        emotions={str(n): emotion for n, emotion in enumerate(RAVDESS_EMOTIONS, start=1)},
+        strict=True,
+    ),
+}  # fmt: skip
+
 # Rasa's other styles (commands, conversation, news, books) are no emotion: they stay unlabelled.
 RASA_EMOTIONS = {name: name for name in ("happy", "sad", "angry", "fear", "disgust", "surprise")}
 RASA_EMOTIONS |= {"happiness": "happy", "sadness": "sad", "anger": "angry"}
 RASA_EMOTIONS |= {name: "neutral" for name in ("neutral", "wiki", "indic")}
-
-
-def _crema_d(path: Path, _: dict) -> About | None:
-    parts = path.stem.split("_")
-    if len(parts) != 4 or parts[2] not in CREMA_D_EMOTIONS:
-        return None
-    text, emotion = CREMA_D_SENTENCES.get(parts[1]), CREMA_D_EMOTIONS[parts[2]]
-    return About(f"crema-d-{parts[0]}", text, emotion)
-
-
-def _ravdess(path: Path, _: dict) -> About | None:
-    match = re.fullmatch(r"03-0[12]-0([1-8])-0[12]-0([12])-0[12]-(\d\d)", path.stem)
-    if not match:
-        return None
-    text, emotion = RAVDESS_SENTENCES[int(match[2]) - 1], RAVDESS_EMOTIONS[int(match[1]) - 1]
-    return About(f"ravdess-{match[3]}", text, emotion)
-
-
-# Name of a layout -> (texts of a folder, what is known of a file; None where it is no clip).
-LAYOUTS: dict[str, tuple[Callable[[Path], dict], Callable[[Path, dict], About | None]]] = {
-    "librispeech": (lambda root: _texts(root, "*.trans.txt", " "), _librispeech),
-    "libritts": (lambda _: {}, _libritts),
-    "librilight": (lambda _: {}, _librilight),
-    "line_index": (lambda root: _texts(root, "line_index.tsv", "\t"), _line_index),
-    "transcription": (lambda root: _texts(root, "transcription.txt", " "), _transcription),
-    "kaldi": (lambda root: _texts(root, "text", " "), _kaldi),
-    "common_voice": (_validated, _common_voice),
-    "crema_d": (lambda _: {}, _crema_d),
-    "ravdess": (lambda _: {}, _ravdess),
-}
 
 
 # ------------------------------------------------------------------------- Hugging Face datasets
@@ -646,8 +629,8 @@ def shards_of(corpus: OnHub, mirror: str | None) -> list[Shard]:
 
 def fetch_hub(job: Job) -> Fetched:
     """Parquet shards one after another; what each row became is written down as it happens."""
-    corpus, records, hours, complete = job.corpus, [], 0.0, True
-    for shard in shards_of(corpus, job.mirror):
+    records, hours, complete = [], 0.0, True
+    for shard in shards_of(job.corpus, job.mirror):
         if job.enough(hours):
             complete = False
             break
@@ -657,7 +640,7 @@ def fetch_hub(job: Job) -> Fetched:
         hours += sum(record.get("duration", 0.0) for record in taken) / 3600
     lines = [
         clip_of(
-            corpus, job.part / record["path"], record["duration"], record["sample_rate"],
+            job.corpus, job.part / record["path"], record["duration"], record["sample_rate"],
             **{name: record[name] for name in ("split", "speaker", "text", "emotion")},
         )
         for record in records
@@ -676,25 +659,24 @@ def _take_shard(job: Job, shard: Shard, hours: float) -> tuple[list[dict], bool]
         return records, True
     path = fetching.fetch_shard(shard, job.archives, job.bar)
     folder = job.audio / shard.path.removesuffix(".parquet")
-    coming = _new_records(job, shard, path, folder, len(records))
-    try:
-        with job.bar.unpacking(), open(journal, "a", encoding="utf-8") as file:
-            for record in coming:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
-                records.append(record)
-                hours += record.get("duration", 0.0) / 3600
-                if job.enough(hours):
-                    coming.close()
-                    for ahead in folder.iterdir():  # written beyond --max_hours' end
-                        if not ahead.stem.isdigit() or int(ahead.stem) >= len(records):
-                            ahead.unlink()
-                    return records, False
-            file.write(json.dumps({"end": len(records)}) + "\n")
-    except Damaged as error:
-        shard.discard(path)
-        raise UserError(f"{error}; run again to fetch it anew") from error
-    shard.discard(path)
+    with (
+        _used_up(path, own=not fetching.is_local(shard.source)),
+        job.bar.unpacking(),
+        contextlib.closing(_new_records(job, shard, path, folder, len(records))) as coming,
+        open(journal, "a", encoding="utf-8") as file,
+    ):
+        for record in coming:
+            file.write(as_json_line(record))
+            file.flush()
+            records.append(record)
+            hours += record.get("duration", 0.0) / 3600
+            if job.enough(hours):
+                coming.close()
+                for ahead in folder.iterdir():  # written beyond --max_hours' end
+                    if not ahead.stem.isdigit() or int(ahead.stem) >= len(records):
+                        ahead.unlink()
+                return records, False
+        file.write(as_json_line({"end": len(records)}))
     return records, True
 
 
@@ -705,54 +687,36 @@ def _read_journal(journal: Path, part: Path) -> tuple[list[dict], bool]:
     after a power cut the journal may be ahead of the recordings.
     """
     journal.parent.mkdir(parents=True, exist_ok=True)
-    if not journal.exists():
-        return [], False
-    records, good = [], 0
-    there: dict[Path, dict[str, int]] = {}
-    with open(journal, "rb") as file:
-        for line in file:
-            record = _parsed(line)
-            if record is None:
-                break
+    records, there = [], {}
+    with contextlib.suppress(FileNotFoundError, UserError):
+        for _, record in json_lines(journal):
             if "end" in record:
                 return records, True
             if "path" in record:
+                check_fields(record, RECORD_OF_ROW, "row")
                 path = part / record["path"]
                 if path.parent not in there:
                     there[path.parent] = fetching.sizes(path.parent)
                 if there[path.parent].get(path.name) != record["bytes"]:
                     break
             records.append(record)
-            good += len(line)
-    os.truncate(journal, good)
+    journal.write_text("".join(map(as_json_line, records)), encoding="utf-8")
     return records, False
-
-
-def _parsed(line: bytes) -> dict | None:
-    """The record in a line of a journal; None where it is torn or damaged."""
-    try:
-        record = json.loads(line) if line.endswith(b"\n") else None
-        if "path" in record:
-            check_fields(record, RECORD_OF_ROW, "row")
-        return record if isinstance(record, dict) else None
-    except (ValueError, TypeError, UserError):
-        return None
 
 
 def _new_records(job: Job, shard: Shard, path: Path, folder: Path, first: int) -> Iterator[dict]:
     """Write the audio of every row from `first` on; what became of each, in order."""
-    columns = _columns_of(job.corpus, path)
     folder.mkdir(parents=True, exist_ok=True)
+    columns = functools.partial(_columns_of, job.corpus)
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         for rows in fetching.parquet_rows(path, columns, first):
-            job.bar.stage(f"unpacking row {rows[-1][0]}")
+            job.bar.advance(0, f"unpacking row {rows[-1][0]}")
             yield from pool.map(lambda row: _record_of_row(job, shard, folder, *row), rows)
-    job.bar.stage("")
+    job.bar.advance(0, "")
 
 
-def _columns_of(corpus: Hub, path: Path) -> list[str]:
+def _columns_of(corpus: Hub, there: list[str]) -> list[str]:
     """The columns to read. Raises UserError where the one with the audio is not there."""
-    there = fetching.parquet_columns(path)
     needed = [corpus.audio] + ([corpus.keep[0]] if corpus.keep else [])
     missing = [name for name in needed if name not in there]
     if missing:
@@ -775,11 +739,10 @@ def _record_of_row(job: Job, shard: Shard, folder: Path, number: int, row: dict)
     where = f"{shard.path} row {number}"
     if not coded or not isinstance(coded, bytes):
         return {"row": number, "unreadable": f"{where}: no audio"}
+    as_flac, suffix = fetching.packed(io.BytesIO(coded), job.options.keep_wav)
+    coded, suffix = as_flac or coded, suffix or Path(named).suffix.lower()
+    target = folder / f"{number:06d}{suffix if suffix in AUDIO_SUFFIXES else '.m4a'}"
     try:
-        as_flac, suffix = fetching.packed(io.BytesIO(coded), job.options.keep_wav, where)
-        coded = as_flac or coded
-        suffix = suffix or Path(named).suffix.lower()
-        target = folder / f"{number:06d}{suffix if suffix in AUDIO_SUFFIXES else '.m4a'}"
         duration, sample_rate = probe(target, io.BytesIO(coded))
     except AudioError as error:
         return {"row": number, "unreadable": f"{where}: {error}"}
@@ -801,24 +764,23 @@ def _record_of_row(job: Job, shard: Shard, folder: Path, number: int, row: dict)
 
 def _speaker_and_key(corpus: Hub, row: dict, named: str, shard: Shard) -> tuple[str | None, str]:
     """(speaker or None, what the split hangs on)."""
-    for column in corpus.speakers:
-        if _is_filled(row.get(column)):
-            speaker = f"{corpus.name}-{str(row[column]).lower()}"
-            return speaker, speaker
-    if any(_is_filled(row.get(column)) for column in corpus.keys):
+
+    def is_filled(column: str) -> bool:  # with a text, a number or a truth: no null, list or NaN
+        value = row.get(column)
+        return isinstance(value, (str, int, float)) and value != "" and value == value
+
+    for column in filter(is_filled, corpus.speakers):
+        speaker = f"{corpus.name}-{str(row[column]).lower()}"
+        return speaker, speaker
+    if any(map(is_filled, corpus.keys)):
         return None, "-".join(str(row.get(column)) for column in corpus.keys)
     match = re.search(corpus.recording, named) if corpus.recording and named else None
     # Rows of one shard lie side by side in the corpus, and so may share a voice.
     return None, match.group(1) if match else shard.path
 
 
-def _is_filled(value: object) -> bool:
-    """Whether a column holds a text, a number or a truth: no null, list or NaN."""
-    return isinstance(value, (str, int, float)) and value != "" and value == value
-
-
 def _clean(text: object, tagged: bool) -> str | None:
-    """One line of words. ZWJ and ZWNJ stay: they are no spaces, and part of words."""
+    """Text in one line. ZWJ and ZWNJ stay: they are no spaces, and part of words."""
     if not isinstance(text, str):
         return None
     if tagged:
@@ -846,29 +808,26 @@ def fetch_hub_tars(job: Job) -> Fetched:
             job.bar.advance(shard.size)
         else:
             file = fetching.fetch_shard(shard, job.archives, job.bar)
-            _unpack_apart(file, target, job.bar)
-            shard.discard(file)
+            _unpack_apart(file, target, job.bar, own=not fetching.is_local(shard.source))
         with job.bar.unpacking():
             for path in sorted(target.rglob("*.flac")):
-                line = _dialogue(job.corpus, path, _official_split(shard.path))
+                line = _dialogue(job, path, _official_split(shard.path))
                 (bad if isinstance(line, str) else lines).append(line)
         hours = sum(line["duration"] for line in lines) / 3600
     return Fetched(lines, bad)
 
 
-def _dialogue(corpus: Corpus, path: Path, split: str) -> dict | str:
+def _dialogue(job: Job, path: Path, split: str) -> dict | str:
     """A manifest line of Behavior-SD: channel k is speaker k, backchannels are turns too."""
     try:
-        duration, sample_rate = probe(path)
         turns = []
-        for utterance in json.loads(path.with_suffix(".json").read_bytes())["utterances"]:
+        for utterance in read_json(path.with_suffix(".json"))["utterances"]:
             speaker = utterance["speaker_idx"]
             turns.append(_turn(speaker, utterance))
             turns += [_turn(1 - speaker, sound) for sound in utterance.get("backchannels") or []]
+        return _conversation(job, path, turns, split)
     except (UserError, FileNotFoundError, ValueError, LookupError, TypeError) as error:
         return f"{path}: {first_line(error)}"
-    turns.sort(key=lambda turn: turn["start"])
-    return _conversation(corpus, path, duration, sample_rate, turns, split)
 
 
 def _turn(channel: int, utterance: dict) -> dict:
@@ -882,16 +841,14 @@ def _turn(channel: int, utterance: dict) -> dict:
     return {"who": who, "start": start, "end": max(end, start), "text": text}
 
 
-def _conversation(
-    corpus: Corpus, path: Path, duration: float, rate: int, turns: list[dict], split: str
-) -> dict:
-    """A line of a manifest of conversations; its path is relative to the corpus' folder."""
-    root = next(parent for parent in path.parents if parent.name == "audio").parent
-    # The folder too: archives of a corpus may count their files alike.
-    below = path.relative_to(root / "audio").with_suffix("").as_posix()
+def _conversation(job: Job, path: Path, turns: list[dict], split: str) -> dict:
+    """A line of a manifest of conversations. Raises AudioError where the audio is none."""
+    corpus, (duration, rate) = job.corpus, probe(path)
+    # With its folder: archives of a corpus may count their files alike.
+    below = path.relative_to(job.audio).with_suffix("").as_posix()
     return {
         "id": f"{corpus.name}/{below}",
-        "path": path.relative_to(root).as_posix(),
+        "path": path.relative_to(job.part).as_posix(),
         "agent_channel": 0,
         "user_channel": 1,
         "language": corpus.language,
@@ -901,7 +858,7 @@ def _conversation(
         "split": split,
         "duration": round(duration, 4),
         "sample_rate": rate,
-        "turns": turns,
+        "turns": sorted(turns, key=lambda turn: turn["start"]),
     }
 
 
@@ -910,38 +867,37 @@ def fetch_fisher(job: Job) -> Fetched:
     folder = job.options.fisher_dir
     if folder is None:
         raise UserError(f"fisher: {job.corpus.note}")
-    if not folder.is_dir():
-        raise UserError(f"--fisher_dir {folder}: no such folder")
     calls = sorted(folder.rglob("*.sph"))
-    scripts = {path.stem: path for path in folder.rglob("fe_*.txt")}
     if not calls:
-        raise UserError(f"--fisher_dir {folder}: no .sph files there; give the LDC's own folders")
+        problem = "no .sph files there" if folder.is_dir() else "no such folder"
+        raise UserError(f"--fisher_dir {folder}: {problem}; give the LDC's own folders")
+    scripts = {path.stem: path for path in folder.rglob("fe_*.txt")}
     lines, bad, hours = [], [], 0.0
     for call in calls:
         if job.enough(hours):
             return Fetched(lines, bad, complete=False)
         job.bar.advance(call.stat().st_size)
-        with job.bar.unpacking():
-            line = _call(job, call, scripts.get(call.stem))
-        (bad if isinstance(line, str) else lines).append(line)
-        hours += 0 if isinstance(line, str) else line["duration"] / 3600
+        turns = _fisher_turns(scripts[call.stem]) if call.stem in scripts else []
+        try:
+            with job.bar.unpacking():
+                path = _two_channels(job, call)
+                lines.append(_conversation(job, path, turns, data.split_for(call.stem)))
+            hours += lines[-1]["duration"] / 3600
+        except AudioError as error:
+            bad.append(str(error))
     return Fetched(lines, bad)
 
 
-def _call(job: Job, call: Path, script: Path | None) -> dict | str:
+def _two_channels(job: Job, call: Path) -> Path:
+    """A call as FLAC, written where it is not there yet. Raises AudioError, UserError."""
     target = job.audio / file_name(call.parent.name) / f"{file_name(call.stem)}.flac"
-    try:
-        if not target.exists():
-            samples, rate = fetching.read_sphere(call)
-            if samples.shape[1] != 2:
-                raise AudioError(f"{call}: {samples.shape[1]} channels, not 2")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_audio(target, samples.astype("float32") / 32768, rate)
-        duration, rate = probe(target)
-    except AudioError as error:
-        return str(error)
-    turns = _fisher_turns(script) if script else []
-    return _conversation(job.corpus, target, duration, rate, turns, data.split_for(call.stem))
+    if not target.exists():
+        samples, rate = fetching.read_sphere(call)
+        if samples.shape[1] != 2:
+            raise AudioError(f"{call}: {samples.shape[1]} channels, not 2")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(target, samples.astype("float32") / 32768, rate)
+    return target
 
 
 def _fisher_turns(script: Path) -> list[dict]:

@@ -22,12 +22,13 @@ import itertools
 import json
 import os
 import sys
+import tarfile
 import textwrap
 import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ from command import (
     only_one,
     run,
     whole,
+    why,
     writable_file,
     writable_folder,
     write_text,
@@ -107,40 +109,22 @@ def _ai4bharat(repo: str, language: str, hours: float, gigabytes: float, **more:
     return Hub(
         name=f"{repo.lower()}-{language}", language=language, hours=hours, gigabytes=gigabytes,
         gated=True, repo=f"ai4bharat/{repo}", **{**common, **more},
-    )
+    )  # fmt: skip
 
 
-def _kathbath(language: str, hours: float, gigabytes: float) -> Hub:
-    return _ai4bharat(
-        "Kathbath", language, hours, gigabytes, license="CC0-1.0",
-        recording=r"-(\d+)-[mf]\.",  # the speaker, where the column should be gone
-        plan=f"Kathbath {language.capitalize()}",
-    )
-
-
-def _indicvoices(language: str, hours: float, gigabytes: float) -> Hub:
-    return _ai4bharat(
-        "IndicVoices", language, hours, gigabytes, plan=f"IndicVoices {language.capitalize()}",
-        note="still growing, far past its first 225 h: ~ is what a model's card says it used of "
-        "it; counted from its shards as they land",
-    )
-
-
-def _shrutilipi(language: str, hours: float, gigabytes: float, **more: str) -> Hub:
-    # Split by bulletin: who reads it is not said.
-    return _ai4bharat(
-        "Shrutilipi", language, hours, gigabytes, speakers=(), recording=r"([^/]*?)[_-]+sent",
-        **more,
-    )
-
-
-def _rasa(language: str) -> Hub:
-    return _ai4bharat(
-        "Rasa", language, 40, 8.0, download_gb=14.0, kilohertz="48", default=False,
-        group="emotion", folders=(language.capitalize(),), audio="audio", style="style",
-        speakers=("speaker_id", "gender"), split="train",
-        note="emotional speech for phase 4: --corpora emotion",
-    )
+# The speaker's number in the path, where the column should be gone.
+_KATHBATH = {"license": "CC0-1.0", "recording": r"-(\d+)-[mf]\."}
+_INDICVOICES = {
+    "note": "still growing, far past its first 225 h: ~ is what a model's card says it used of "
+    "it; counted from its shards as they land",
+}
+# Split by bulletin: who reads it is not said.
+_SHRUTILIPI = {"speakers": (), "recording": r"([^/]*?)[_-]+sent"}
+_RASA = {
+    "download_gb": 14.0, "kilohertz": "48", "default": False, "group": "emotion", "audio": "audio",
+    "style": "style", "speakers": ("speaker_id", "gender"), "split": "train",
+    "note": "emotional speech for phase 4: --corpora emotion",
+}  # fmt: skip
 
 
 def _common_voice(language: str, hours: float, gigabytes: float) -> DataCollective:
@@ -185,12 +169,12 @@ CORPORA: tuple[Corpus, ...] = (
         ),
     ),
     _common_voice("english", 2700, 90.0),
-    _shrutilipi(
-        "hindi", 1620, 100.0, plan="Gramvaani",
+    _ai4bharat(
+        "Shrutilipi", "hindi", 1620, 100.0, plan="Gramvaani", **_SHRUTILIPI,
         note="news bulletins, in place of Gramvaani's 1,111 h of 8 kHz telephone speech",
     ),
-    _kathbath("hindi", 150, 9.5),
-    _indicvoices("hindi", 535, 33.0),
+    _ai4bharat("Kathbath", "hindi", 150, 9.5, plan="Kathbath Hindi", **_KATHBATH),
+    _ai4bharat("IndicVoices", "hindi", 535, 33.0, plan="IndicVoices Hindi", **_INDICVOICES),
     Archives(
         name="openslr-103", language="hindi", hours=100.6, kilohertz="8", gigabytes=4.0,
         download_gb=4.7, transient_gb=6.5, exact=False, plan="OpenSLR 103", **_DISPUTED,
@@ -225,12 +209,12 @@ CORPORA: tuple[Corpus, ...] = (
         audio="audio", text="transcript", speakers=("speakerID", "speaker_id"),
         keys=("district", "pincode"), keep=("language", "Telugu"), tagged=True,
     ),
-    _shrutilipi(
-        "telugu", 390, 24.0, plan="SPRING-INX Telugu",
+    _ai4bharat(
+        "Shrutilipi", "telugu", 390, 24.0, plan="SPRING-INX Telugu", **_SHRUTILIPI,
         note="news bulletins, in place of SPRING-INX",
     ),
-    _kathbath("telugu", 155, 10.0),
-    _indicvoices("telugu", 296, 33.0),
+    _ai4bharat("Kathbath", "telugu", 155, 10.0, plan="Kathbath Telugu", **_KATHBATH),
+    _ai4bharat("IndicVoices", "telugu", 296, 33.0, plan="IndicVoices Telugu", **_INDICVOICES),
     # Both archives hold a line_index.tsv: they are unpacked apart.
     Archives(
         name="openslr-66", language="telugu", license="CC-BY-SA-4.0", hours=10.0, kilohertz="48",
@@ -276,8 +260,8 @@ CORPORA: tuple[Corpus, ...] = (
         archives=(Archive("Audio_Speech_Actors_01-24.zip", 1.48, 0.2,
                           "md5:bc696df654c87fed845eb13823edef8a"),),
     ),
-    _rasa("hindi"),
-    _rasa("telugu"),
+    _ai4bharat("Rasa", "hindi", 40, 8.0, folders=("Hindi",), **_RASA),
+    _ai4bharat("Rasa", "telugu", 40, 8.0, folders=("Telugu",), **_RASA),
     HubTars(
         name="behavior-sd", language="english", license="CC-BY-4.0", hours=2164, kilohertz="22",
         gigabytes=188, transient_gb=1.5, exact=True, group="conversations",
@@ -307,38 +291,30 @@ def print_list(corpora: Iterable[Corpus]) -> None:
     for section, rows in sections.items():
         print(f"-- {section} ".ljust(79, "-"))
         for row in rows:
-            size = f"{row.gigabytes:,.1f}" if row.gigabytes < 9.95 else f"{row.gigabytes:,.0f}"
-            fields = (row.name, row.language, _hours(row), size, row.kilohertz, row.license)
-            print(form.format(*fields, row.marks).rstrip())
+            hours = f"{'' if row.exact else '~'}{_figure(row.hours)}"
+            fields = (row.name, row.language, hours, _figure(row.gigabytes), row.kilohertz)
+            print(form.format(*fields, row.license, row.marks).rstrip())
     print("-" * 79)
     print("marks: d default set, g gated (accept its licence on Hugging Face), n not for")
     print("commercial use; hours with ~ are estimates. GB: on disk, WAV packed as FLAC.")
-    print_totals(corpora)
-    print_reasons(corpora)
-
-
-def _hours(corpus: Corpus) -> str:
-    text = f"{corpus.hours:,.0f}" if corpus.hours >= 20 else f"{corpus.hours:.2f}"
-    return text if corpus.exact else f"~{text}"
-
-
-def print_totals(corpora: list[Corpus]) -> None:
-    """Hours and disk of the default set by language, and hours by licence."""
     chosen = [row for row in corpora if row.default]
-    if chosen:
-        print("\ndefault set:")
-        for language in data.LANGUAGES:
-            rows = [row for row in chosen if row.language == language]
-            if rows:
-                hours, size = (sum(getattr(r, n) for r in rows) for n in ("hours", "gigabytes"))
-                print(f"  {language:<10} {hours:>7,.0f} h of {GOAL_HOURS:,} {size:>7,.0f} GB")
-        size = sum(row.gigabytes for row in chosen)
-        print(f"  {'together':<10} {sum(r.hours for r in chosen):>7,.0f} h {size:>16,.0f} GB")
+    for language in (*data.LANGUAGES, "together"):
+        rows = [row for row in chosen if language in (row.language, "together")]
+        if rows:
+            hours, size = sum(row.hours for row in rows), sum(row.gigabytes for row in rows)
+            goal = "" if language == "together" else f" of {GOAL_HOURS:,}"
+            print(f"default set, {language:<10} {hours:>7,.0f} h{goal:<9} {size:>7,.0f} GB")
     licences: Counter[str] = Counter()
     for row in corpora:
         licences[row.license + ("" if row.commercial_ok else " (not commercial)")] += row.hours
     parts = [f"{name} {hours:,.0f} h" for name, hours in licences.most_common() if hours >= 0.5]
     print(_wrapped("by licence, all rows: " + ", ".join(parts)))
+    print_reasons(corpora)
+
+
+def _figure(number: float) -> str:
+    """Hours or gigabytes with about three digits."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.{1 if number >= 20 else 2}f}"
 
 
 def print_reasons(corpora: Iterable[Corpus]) -> None:
@@ -385,6 +361,8 @@ def print_costs(corpora: list[Corpus], free_gb: float, jobs: int) -> None:
 
 
 # --------------------------------------------------------------------------------------- verify
+
+VERIFY_FORM = "{:<26} {:>7} {:>7} {:>7} {:>6} {:>3} {:>4}  {}"
 
 
 @dataclass(frozen=True)
@@ -442,7 +420,7 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> Verified:
     """Hold a corpus against its manifest and the table; with `every_file`, probe and compare all.
 
     Expected are the table's hours where they are exact, else those that were fetched. Copies are
-    told by size and both ends of a file: as good as a hash of all of it for coded speech, and it
+    found by size and both ends of a file: as good as a hash of all of it for coded speech, and it
     spares reading half a terabyte.
     """
     folder = corpus.folder(data_dir)
@@ -454,18 +432,18 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> Verified:
     try:
         clips = _entries(corpus, folder / data.MANIFEST)
     except (UserError, OSError) as error:  # this corpus' fault alone
-        why = (first_line(error, 400),)
-        return Verified(corpus, expected, unreadable=why, fault="cannot be read")
+        reason = first_line(error, 400)
+        return Verified(corpus, expected, unreadable=(reason,), fault="cannot be read")
     bad, duplicates = [], 0
     if every_file:
-        checked = list(zip(clips, _check_files([c.path for c in clips], corpus.name), strict=True))
+        hidden = not sys.stderr.isatty()
+        with ThreadPoolExecutor(FILE_THREADS) as pool:
+            checks = pool.map(_check_file, clips)
+            shown = tqdm(checks, corpus.name, len(clips), leave=False, unit="file", disable=hidden)
+            checked = list(zip(clips, shown, strict=True))
         bad = [str(clip.path) for clip, found in checked if not found]
-        clips = [
-            replace(clip, duration=found[0], sample_rate=found[1])
-            for clip, found in checked
-            if found
-        ]
-        duplicates = len(clips) - len({found[2] for _, found in checked if found})
+        clips = [found[0] for _, found in checked if found]
+        duplicates = len(clips) - len({found[1] for _, found in checked if found})
     rates: Counter[int] = Counter()
     for clip in clips:
         rates[clip.sample_rate] += clip.duration / 3600
@@ -483,54 +461,54 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> Verified:
     )
 
 
-def _entries(corpus: Corpus, manifest: Path) -> list[data.Clip]:
+def _entries(corpus: Corpus, manifest: Path) -> Sequence[data.Clip]:
     if corpus.group != "conversations":
         return data.read_manifest(manifest)
     fields = {"path": "path", "duration": "number", "sample_rate": "whole", "language": "text"}
     clips = []
     for at, line in json_lines(manifest):
         check_fields(line, fields, f"{manifest}, line {at}")
-        clips.append(
-            data.Clip(manifest.parent / line["path"], *(line[name] for name in list(fields)[1:]))
-        )
+        path, *others = (line[name] for name in fields)
+        clips.append(data.Clip(manifest.parent / path, *others))
     return clips
 
 
-def _check_files(paths: list[Path], name: str) -> list[tuple[float, int, bytes] | None]:
-    silent = not sys.stderr.isatty()
-    with ThreadPoolExecutor(FILE_THREADS) as pool:
-        checks = pool.map(_check_file, paths)
-        return list(tqdm(checks, name, len(paths), leave=False, unit="file", disable=silent))
-
-
-def _check_file(path: Path) -> tuple[float, int, bytes] | None:
-    """(seconds, sample rate, digest) of a file; None where it cannot be read."""
+def _check_file(clip: data.Clip) -> tuple[data.Clip, bytes] | None:
+    """(the clip as its file is, a digest of the file); None where it cannot be read."""
     try:
-        with open(path, "rb") as file:  # once: on a network volume that is what takes time
+        with open(clip.path, "rb") as file:  # once: on a network volume that is what takes time
             size = os.fstat(file.fileno()).st_size
             ends = file.read(DIGEST_BYTES)
             file.seek(max(size - DIGEST_BYTES, 0))
             ends += file.read(DIGEST_BYTES)
             file.seek(0)
-            probed = probe(path, file)
-        return *probed, hashlib.sha256(size.to_bytes(8, "big") + ends).digest()
+            duration, sample_rate = probe(clip.path, file)
     except (AudioError, OSError):
         return None
+    digest = hashlib.sha256(size.to_bytes(8, "big") + ends).digest()
+    return replace(clip, duration=duration, sample_rate=sample_rate), digest
 
 
 def print_verified(found: list[Verified], data_dir: Path) -> bool:
     """The table of what is on disk; True where nothing is missing."""
-    form = "{:<26} {:>7} {:>7} {:>7} {:>6} {:>3} {:>4}  {}"
-    print(form.format("corpus", "files", "hours", "of", "spk", "bad", "dup", "state"))
+    print(VERIFY_FORM.format("corpus", "files", "hours", "of", "spk", "bad", "dup", "state"))
     print("-" * 79)
     for row in found:
-        counts = (len(row.speakers) or "?", len(row.unreadable), row.duplicates)
-        hours = (_figure(row.hours), _figure(row.expected))
-        print(form.format(row.corpus.name, row.files, *hours, *counts, row.state))
+        _print_counts(row.corpus.name, [row], row.state)
     print("-" * 79)
     for language in data.LANGUAGES:
-        _print_language(form, language, [r for r in found if r.corpus.language == language])
-    _print_rates(found)
+        rows = [row for row in found if row.corpus.language == language]
+        # Emotion and conversations are other stages' data: they count for no language's goal.
+        speech = sum(row.hours for row in rows if row.corpus.place == language)
+        if rows:
+            _print_counts(language, rows, f"{speech / GOAL_HOURS:.0%} of goal")
+    by_rate: Counter[tuple[str, int]] = Counter()
+    for row in found:
+        by_rate += {(row.corpus.language, rate): hours for rate, hours in row.rates}
+    most = max(by_rate.values(), default=0)
+    for (language, rate), hours in sorted(by_rate.items()):
+        bar = "#" * max(1, round(36 * hours / most))
+        print(f"{language:<10} {rate:>6} Hz {_figure(hours):>9} h  {bar}")
     for what in [what for row in found for what in row.unreadable][:20]:
         print(f"unreadable: {what}")
     missing = [row.corpus.name for row in found if row.problem]
@@ -540,33 +518,16 @@ def print_verified(found: list[Verified], data_dir: Path) -> bool:
     return not missing
 
 
-def _print_language(form: str, language: str, rows: list[Verified]) -> None:
-    if not rows:
-        return
-    hours, expected = (_figure(sum(getattr(r, n) for r in rows)) for n in ("hours", "expected"))
-    speakers = len(frozenset().union(*(row.speakers for row in rows)))
-    counts = (sum(len(r.unreadable) for r in rows), sum(r.duplicates for r in rows))
-    # Emotion and conversations are other stages' data: they count for no language's goal.
-    speech = sum(r.hours for r in rows if r.corpus.place == language)
-    goal = f"{speech / GOAL_HOURS:.0%} of goal" if language != "other" else ""
-    files = sum(row.files for row in rows)
-    print(form.format(language, files, hours, expected, speakers, *counts, goal).rstrip())
-
-
-def _print_rates(found: list[Verified]) -> None:
-    """Hours by language and sample rate, as bars."""
-    hours: Counter[tuple[str, int]] = Counter()
-    for row in found:
-        for rate, some in row.rates:
-            hours[row.corpus.language, rate] += some
-    most = max(hours.values(), default=0)
-    for (language, rate), some in sorted(hours.items()):
-        bar = "#" * max(1, round(36 * some / most)) if most else ""
-        print(f"{language:<10} {rate:>6} Hz {_figure(some):>9} h  {bar}")
-
-
-def _figure(hours: float) -> str:
-    return f"{hours:,.1f}" if hours >= 100 else f"{hours:.2f}"
+def _print_counts(name: str, rows: list[Verified], state: str) -> None:
+    """A line of the table: one corpus, or all of a language."""
+    files, hours, expected, duplicates = (
+        sum(getattr(row, field) for row in rows)
+        for field in ("files", "hours", "expected", "duplicates")
+    )
+    speakers = len(frozenset().union(*(row.speakers for row in rows))) or "?"
+    bad = sum(len(row.unreadable) for row in rows)
+    figures = (files, _figure(hours), _figure(expected), speakers, bad, duplicates)
+    print(VERIFY_FORM.format(name, *figures, state))
 
 
 def report(corpora: list[Corpus], arguments: argparse.Namespace) -> int:
@@ -596,18 +557,14 @@ def choose(
             f"no corpus '{min(unknown)}'; --list shows them; groups: {', '.join(GROUPS)}; Debian's "
             "packages: tools/package_recordings.py"
         )
-
-    def is_asked(row: Corpus) -> bool:
-        own = isinstance(row, Fisher) and options.fisher_dir is not None
-        own |= isinstance(row, DataCollective) and row.language in options.cv_dataset_ids
-        if own or (not names and options.own):
-            return own
-        if not names:
-            return row.default
-        return row.name in names or row.group in names or ("default" in names and row.default)
-
-    speaks = set(languages or data.LANGUAGES)
-    chosen = [row for row in CORPORA if row.language in speaks and is_asked(row)]
+    own = {f"common-voice-{language}" for language in options.cv_dataset_ids}
+    own |= {"fisher"} if options.fisher_dir else set()
+    wanted = own | set(names or ()) or {"default"}
+    chosen = [
+        row for row in CORPORA
+        if row.language in (languages or data.LANGUAGES)
+        and (row.name in wanted or row.group in wanted or (row.default and "default" in wanted))
+    ]  # fmt: skip
     if not chosen:
         raise UserError("no corpus of that language in the table; see --list")
     return chosen
@@ -619,13 +576,14 @@ def without_forbidden(
     """The rows that may and can be fetched, a line for each other; UserError if none is left."""
     left = []
     for row in corpora:
+        reason = ""
         if isinstance(row, Absent) or (isinstance(row, Fisher) and not fisher_dir):
-            print(_wrapped(f"skipped: {row.name}: {row.note}"))
+            reason = row.note
         elif not (row.commercial_ok or allow_noncommercial or isinstance(row, Fisher)):
-            print(_wrapped(
-                f"skipped: {row.name}: {row.license} does not surely allow commercial use: add "
-                "--allow_noncommercial to take it"
-            ))  # fmt: skip
+            reason = f"{row.license} does not surely allow commercial use: add "
+            reason += "--allow_noncommercial to take it"
+        if reason:
+            print(_wrapped(f"skipped: {row.name}: {reason}"))
         else:
             left.append(row)
     if not left:
@@ -635,12 +593,11 @@ def without_forbidden(
 
 def check_access(corpora: list[Corpus], mirrors: dict[str, str]) -> None:
     """Ask the Hub for every gated dataset before the night begins. UserError names all at once."""
-    pages = {}
-    for row in corpora:
-        endpoint = mirrors.get(row.name)
-        if row.gated and not fetching.is_local(endpoint) and row.repo not in pages:
-            pages[row.repo] = fetching.licence_page(row.repo, endpoint)
-    to_accept = [page for page in pages.values() if page]
+    gated = {
+        (row.repo, mirrors.get(row.name)) for row in corpora
+        if row.gated and not fetching.is_local(mirrors.get(row.name))
+    }  # fmt: skip
+    to_accept = sorted({fetching.licence_page(*place) for place in gated} - {""})
     if to_accept:
         raise UserError(
             f"accept the licence at {' and at '.join(to_accept)}, then `hf auth login` (or set "
@@ -675,14 +632,13 @@ def as_listed(row: Corpus, options: FetchOptions) -> Corpus:
     except (UserError, OSError):
         return row  # the fetch itself will say why
     grown = listed / GIGABYTE / (row.download_gb or row.gigabytes)
-    sizes = {name: getattr(row, name) * grown for name in ("hours", "gigabytes")}
-    return replace(row, download_gb=listed / GIGABYTE, **sizes)
+    return replace(_share_of(row, grown), download_gb=listed / GIGABYTE)
 
 
-def as_counted(row: Corpus, data_dir: Path) -> Corpus:
-    """The row with the hours that were counted where it lies on the disk complete."""
-    record = read_record(row.folder(data_dir))
-    return replace(row, hours=record["hours"], exact=True) if record.get("whole") else row
+def _share_of(row: Corpus, share: float) -> Corpus:
+    """The row with a share of its hours and bytes."""
+    names = ("hours", "gigabytes", "download_gb")
+    return replace(row, **{name: getattr(row, name) * share for name in names})
 
 
 def _scaled(row: Corpus, max_hours: float) -> Corpus:
@@ -695,9 +651,13 @@ def _scaled(row: Corpus, max_hours: float) -> Corpus:
         taken = [a for a, begin in zip(row.archives, before, strict=False) if begin < max_hours]
         hours = sum(archive.hours for archive in taken)
         transient *= max(a.gigabytes for a in taken) / max(a.gigabytes for a in row.archives)
-    share = hours / row.hours
-    sizes = {n: getattr(row, n) * share for n in ("gigabytes", "download_gb")}
-    return replace(row, hours=hours, transient_gb=transient, **sizes)
+    return replace(_share_of(row, hours / row.hours), transient_gb=transient)
+
+
+def as_counted(row: Corpus, data_dir: Path) -> Corpus:
+    """The row with the hours that were counted where it lies on the disk complete."""
+    record = read_record(row.folder(data_dir))
+    return replace(row, hours=record["hours"], exact=True) if record.get("whole") else row
 
 
 # ---------------------------------------------------------------------------------------- fetch
@@ -712,8 +672,10 @@ def fetch_missing(
     # The largest archives first, while the disk is empty.
     absent.sort(key=lambda row: -row.transient_gb)
     if absent:
-        fetching.check_python()
-        if not arguments.corpora and not options.own:
+        if not hasattr(tarfile, "data_filter"):
+            version = sys.version.split()[0]
+            raise UserError(f"Python {version} cannot unpack tar safely: take 3.10.12 or 3.11.4")
+        if all(row.default for row in corpora):
             print_reasons(row for row in CORPORA if row in corpora or row.plan)
         check_access(absent, options.mirrors)
         check_disk([as_listed(row, options) for row in absent], data_dir, options, jobs)
@@ -742,9 +704,13 @@ def fetch_all(
     def task(corpus: Corpus) -> None:
         began = time.monotonic()
         fetch(corpus, data_dir, options, stopped)
-        took = (time.monotonic() - began) / 60
-        pace = _pace(read_record(corpus.folder(data_dir)))
-        tqdm.write(_wrapped(f"{corpus.name}: fetched in {took:,.1f} min{pace}"))
+        line = f"{corpus.name}: fetched in {(time.monotonic() - began) / 60:,.1f} min"
+        record = read_record(corpus.folder(data_dir))
+        hours, seconds = record["hours"], record.get("unpack_seconds")
+        if seconds:  # unpacked, packed as FLAC and probed; 0 where a killed run began it
+            pace = f"{_figure(hours)} h in {seconds:,.1f} s ({hours * 3600 / seconds:,.0f}x real"
+            line += f"; unpacked {pace} time)"
+        tqdm.write(_wrapped(line))
 
     tasks = {corpus.name: functools.partial(task, corpus) for corpus in corpora}
     results = fetching.side_by_side(tasks, jobs, stopped)
@@ -764,17 +730,8 @@ def _reason(name: str, error: Exception, log: Path) -> str:
         file.writelines(traceback.format_exception(error))
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or first_line(error)}; the same command goes on"
+        return f"{where}{why(error)}; the same command goes on"
     return f"{type(error).__name__}: {first_line(error)}; this is a bug: see {log}"
-
-
-def _pace(record: dict) -> str:
-    """How fast it was unpacked, packed as FLAC and probed; nothing where a killed run began it."""
-    hours, seconds = record.get("hours", 0.0), record.get("unpack_seconds", 0.0)
-    if not seconds:
-        return ""
-    times = hours * 3600 / seconds
-    return f"; unpacked {_figure(hours)} h in {seconds:,.1f} s ({times:,.0f}x real time)"
 
 
 # ----------------------------------------------------------------------------------------- main
@@ -784,8 +741,8 @@ def _pairs(flag: str, values: list[str] | None, names: Iterable[str]) -> dict[st
     """NAME=VALUE arguments as a dict. Raises UserError on others, and on an unknown NAME."""
     known, found = set(names), {}
     for value in values or []:
-        name, equals, rest = value.partition("=")
-        if not equals or not rest or name not in known:
+        name, _, rest = value.partition("=")
+        if not rest or name not in known:
             raise UserError(f"{flag} {value}: give NAME=VALUE, NAME one of {', '.join(known)}")
         found[name] = rest
     return found
@@ -818,26 +775,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def options_of(arguments: argparse.Namespace) -> FetchOptions:
-    """The flags that say how to fetch. Raises UserError on bad values."""
-    return FetchOptions(
+def main() -> int:
+    arguments = parse_args()
+    options = FetchOptions(
         max_hours=arguments.max_hours,
         mirrors=_pairs("--mirror", arguments.mirror, (row.name for row in CORPORA)),
         keep_wav=arguments.keep_wav,
         cv_dataset_ids=_pairs("--cv_dataset_id", arguments.cv_dataset_id, data.LANGUAGES),
         fisher_dir=arguments.fisher_dir,
     )
-
-
-def main() -> int:
-    arguments = parse_args()
-    options = options_of(arguments)
     data_dir, names, languages = arguments.data_dir, arguments.corpora, arguments.languages
+    chosen = choose(names, languages, options)
     if arguments.list:
-        rows = choose(names, languages, options) if names or languages else CORPORA
+        rows = chosen if names or languages else CORPORA
         print_list(as_counted(row, data_dir) for row in rows)
         return 0
-    chosen = choose(names, languages, options)
     if arguments.json:
         writable_file(arguments.json, "--json")
     if arguments.verify:

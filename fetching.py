@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gzip
 import hashlib
 import io
 import os
@@ -38,7 +37,7 @@ import urllib3
 from tqdm import tqdm
 
 from audio import AudioError, probe
-from command import UserError, file_name, first_line
+from command import UserError, atomic_write, file_name, first_line
 
 # Seconds to wait before try 2, 3, … of a request, counted from the last byte that arrived, and
 # before a corpus that met a passing fault goes on: half an hour in all.
@@ -53,11 +52,10 @@ FILE_THREADS = 4  # per corpus, for writing, packing and probing
 # What libsndfile calls a format -> the suffix of its files.
 SUFFIXES = {"WAVEX": ".wav", "RF64": ".wav", "MPEG": ".mp3"}
 SUFFIXES |= {name: f".{name.lower()}" for name in ("WAV", "AIFF", "OGG", "FLAC", "MP3")}
-# What a network volume or a network says for a while: the same again may work.
+# What a network volume says for a while, beside refused and timed out connections.
 _PASSING = (
-    errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY,
-    errno.ENOTCONN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN,
-    errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH,
 )  # fmt: skip
 _BUSY = (408, 429, *range(500, 600))
 _REFUSED = {401: "access denied", 403: "access denied", 404: "not there", 410: "gone"}
@@ -85,33 +83,33 @@ class Bar:
         self.stopped = stopped or threading.Event()
         self.unpack_seconds = 0.0
         self.count = 0  # bytes so far
-        self._bar = tqdm(
-            total=total or None, desc=f"{name:<20.20}", unit="B", unit_scale=True, leave=False,
+        self._name, self._total = name, total or None
+        self._shown = tqdm(
+            total=self._total, desc=f"{name:<20.20}", unit="B", unit_scale=True, leave=False,
             dynamic_ncols=True, disable=not sys.stderr.isatty(),
         )  # fmt: skip
-        self._name, self._total = name, total
+        self.close = self._shown.close
         self._began = self._last_line = time.monotonic()
 
-    def advance(self, count: int) -> None:
-        """Count bytes (negative ones where a file starts over). Raises Stopped."""
+    def advance(self, count: int, stage: str | None = None) -> None:
+        """Count bytes (negative ones where a file starts over) and say what is being done.
+
+        Raises Stopped.
+        """
         if self.stopped.is_set():
             raise Stopped
         self.count += count
-        self._bar.update(count)
+        self._shown.update(count)
+        if stage is not None:
+            self._shown.set_postfix_str(stage[:28])
         now = time.monotonic()
-        if self._bar.disable and now - self._last_line > PLAIN_LINE_S:
+        if self._shown.disable and now - self._last_line > PLAIN_LINE_S:
             self._last_line = now
-            meter = tqdm.format_meter(
-                self.count, self._total or None, now - self._began, prefix=self._name, unit="B",
+            line = tqdm.format_meter(
+                self.count, self._total, now - self._began, prefix=self._name, unit="B",
                 unit_scale=True, ncols=79, ascii=True,
             )  # fmt: skip
-            print(meter, flush=True)
-
-    def stage(self, text: str) -> None:
-        """Say what is being done, behind the bar. Raises Stopped."""
-        if self.stopped.is_set():
-            raise Stopped
-        self._bar.set_postfix_str(text[:28])
+            print(line, flush=True)
 
     @contextlib.contextmanager
     def unpacking(self) -> Iterator[None]:
@@ -121,10 +119,6 @@ class Bar:
             yield
         finally:
             self.unpack_seconds += time.monotonic() - began
-
-    def close(self) -> None:
-        """Take the bar off the screen."""
-        self._bar.close()
 
 
 def side_by_side(
@@ -136,25 +130,20 @@ def side_by_side(
     task called again. Ctrl-C sets `stopped`, waits for the workers to end at their next byte, and
     goes on as KeyboardInterrupt.
     """
-    results: dict[str, Any] = {}
     with ThreadPoolExecutor(jobs) as pool:
         futures = {
             pool.submit(_patiently, name, task, stopped): name for name, task in tasks.items()
         }
         try:
-            for future in as_completed(futures):
-                try:
-                    results[futures[future]] = future.result()
-                except Exception as error:
-                    results[futures[future]] = error
+            return {futures[future]: future.result() for future in as_completed(futures)}
         except BaseException:
             stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
-    return results
 
 
 def _patiently(name: str, task: Callable[[], Any], stopped: threading.Event) -> Any:
+    """The task's result or its exception, after as many tries as RETRY_S allows."""
     failures = 0
     while True:
         began = time.monotonic()
@@ -162,23 +151,17 @@ def _patiently(name: str, task: Callable[[], Any], stopped: threading.Event) -> 
             return task()
         except Exception as error:
             failures = 1 if time.monotonic() - began > QUIET_S else failures + 1
-            passing = isinstance(
-                error, (Busy, TimeoutError, requests.ConnectionError, requests.Timeout)
-            ) or (isinstance(error, OSError) and error.errno in _PASSING)
+            passing = isinstance(error, (Busy, ConnectionError, TimeoutError))
+            passing |= isinstance(error, OSError) and error.errno in _PASSING
             if failures > len(RETRY_S) or not passing:
-                raise
+                return error
             wait = RETRY_S[failures - 1]
             tqdm.write(f"{name}: {first_line(error)}; going on in {wait:.0f} s", file=sys.stderr)
             if stopped.wait(wait):
-                raise Stopped from error
+                return Stopped()
 
 
 # ---------------------------------------------------------------------------------------- disk
-
-
-def disk_full(error: OSError) -> bool:
-    """Whether this is a full disk or a full quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def free_bytes(folder: Path) -> int:
@@ -189,13 +172,8 @@ def free_bytes(folder: Path) -> int:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below `folder`; 0 where it does not exist."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):  # gone meanwhile
-                total += os.lstat(os.path.join(parent, name)).st_size
-    return total
+    """Bytes of all that lies below `folder`; 0 where it does not exist."""
+    return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -223,16 +201,15 @@ def download(url: str, target: Path, bar: Bar, *, checksum: str = "") -> None:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.part")
-    for attempt in (1, 2):
+    for _ in range(2):
         _fill(url, part, bar)
         problem = _wrong_checksum(part, checksum, bar)
         if not problem:
-            break
+            os.replace(part, target)
+            part.with_suffix(".etag").unlink(missing_ok=True)
+            return
         _start_over(part, bar)
-        if attempt == 2:
-            raise UserError(f"{url}: {problem}, fetched twice; try another --mirror, or later")
-    os.replace(part, target)
-    part.with_suffix(".etag").unlink(missing_ok=True)
+    raise UserError(f"{url}: {problem}, fetched twice; try another --mirror, or later")
 
 
 def _fill(url: str, part: Path, bar: Bar) -> None:
@@ -248,15 +225,16 @@ def _fill(url: str, part: Path, bar: Bar) -> None:
                     return
                 reason = "the connection closed early"
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-                reason = _reason(error)
+                # The last, telling part of a chain of network errors.
+                reason = first_line(error, 1000).rpartition(": ")[2]
+                reason = re.sub(r"[\"'>]+\)*$", "", reason)[-120:]
             have = _size(part)
             failures = 1 if have > before else failures + 1
             if failures > len(BACK_OFF_S):
                 raise UserError(f"{url}: {reason}; the same command goes on from {have} bytes")
-            bar.stage(f"waiting: {reason}")
-            if bar.stopped.wait(BACK_OFF_S[failures - 1]):
-                raise Stopped
-            bar.stage("")
+            bar.advance(0, f"waiting: {reason}")
+            bar.stopped.wait(BACK_OFF_S[failures - 1])
+            bar.advance(0, "")
 
 
 def _receive(session: requests.Session, url: str, part: Path, bar: Bar) -> bool:
@@ -276,7 +254,7 @@ def _receive(session: requests.Session, url: str, part: Path, bar: Bar) -> bool:
         if response.status_code == 416:
             return total == str(have) or _start_over(part, bar)
         if response.status_code in _BUSY:
-            raise requests.HTTPError(f"HTTP {response.status_code}", response=response)
+            raise requests.HTTPError(f"HTTP {response.status_code}")
         if response.status_code not in (200, 206):
             why = _REFUSED.get(response.status_code, "unexpected answer")
             raise UserError(f"{url}: {why} (HTTP {response.status_code}); try another --mirror")
@@ -285,7 +263,12 @@ def _receive(session: requests.Session, url: str, part: Path, bar: Bar) -> bool:
             have = int(_start_over(part, bar))
         length = response.headers.get("Content-Length", "")
         total = int(total) if total else have + int(length) if length.isdigit() else None
-        _check_room(part, url, (total or 0) - have)
+        more, free = ((total or 0) - have) / GIGABYTE, free_bytes(part.parent) / GIGABYTE
+        if more > free:
+            raise UserError(
+                f"{url}: needs {more:.2f} GB more, {free:.2f} GB are free in {part.parent}; free "
+                "some and run again: it goes on there"
+            )
         etag = response.headers.get("ETag", "")
         if etag and not etag.startswith("W/"):
             stored_etag.write_text(etag)
@@ -310,34 +293,18 @@ def _start_over(part: Path, bar: Bar) -> bool:
     return False
 
 
-def _check_room(part: Path, url: str, more: int) -> None:
-    free = free_bytes(part.parent)
-    if more > free:
-        raise UserError(
-            f"{url}: needs {more / GIGABYTE:.2f} GB more, {free / GIGABYTE:.2f} GB are free in "
-            f"{part.parent}; free some and run again: it goes on there"
-        )
-
-
 def _wrong_checksum(path: Path, checksum: str, bar: Bar) -> str:
     """What differs from "kind:digest", or an empty string."""
     if not checksum:
         return ""
     kind, _, expected = checksum.partition(":")
-    bar.stage(f"checking {kind}")
     digest = hashlib.new(kind)
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-            bar.advance(0)
-    bar.stage("")
+            bar.advance(0, f"checking {kind}")
+    bar.advance(0, "")
     return "" if digest.hexdigest() == expected else f"{kind} {digest.hexdigest()}, not {expected}"
-
-
-def _reason(error: Exception) -> str:
-    """The last, telling part of a chain of network errors."""
-    text = first_line(error, 1000).rpartition(": ")[2].strip("\"'()>")[-120:]
-    return text + ")" * (text.count("(") - text.count(")"))
 
 
 # ------------------------------------------------------------------------------------ archives
@@ -349,12 +316,9 @@ def _undamaged(path: Path) -> Iterator[None]:
     try:
         yield
     except (
-        tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, EOFError, zlib.error,
-        pyarrow.ArrowException,
+        tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, pyarrow.ArrowException, OSError,
     ) as error:  # fmt: skip
-        raise Damaged(f"{path}: damaged ({first_line(error)})") from error
-    except OSError as error:
-        if error.errno is not None:
+        if getattr(error, "errno", None) is not None:  # of this disk
             raise
         raise Damaged(f"{path}: damaged ({first_line(error)})") from error
 
@@ -369,21 +333,23 @@ def unpack(archive: Path, folder: Path, bar: Bar) -> int:
     count, there = 0, {}
 
     def place(name: str, size: int, plain: bool) -> str:
-        """Where a file goes; nowhere if it is there already."""
+        """Where a file goes, its names such as every disk takes; nowhere if it is there."""
         nonlocal count
-        path = _safe_path(name, archive.name)
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise UserError(f"{archive.name}: {name!r} points outside its folder; not unpacked")
         if not plain:
             raise UserError(f"{archive.name}: '{name}' is a link or device; not unpacked")
+        path = PurePosixPath(*(file_name(part, 240) for part in path.parts))
         count += 1
-        if count % 100 == 0:
-            bar.stage(f"unpacking {count}")
+        bar.advance(0, f"unpacking {count}" if count % 100 == 0 else None)
         parent = folder / path.parent
         if parent not in there:
             there[parent] = sizes(parent)
         return "" if there[parent].get(path.name) == size else str(path)
 
     def choose(member: tarfile.TarInfo, into: str) -> tarfile.TarInfo | None:
-        """tarfile's filter: its own, for plain files under names such as every disk takes."""
+        """tarfile's filter: its own, for plain files under `place`'s names."""
         target = "" if member.isdir() else place(member.name, member.size, member.isreg())
         if not target:
             return None
@@ -395,33 +361,18 @@ def unpack(archive: Path, folder: Path, bar: Bar) -> int:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as opened:
                 for member in opened.infolist():
-                    kind = stat.S_IFMT(member.external_attr >> 16)
-                    if not member.is_dir():
-                        plain = kind in (0, stat.S_IFREG)
-                        member.filename = place(member.filename, member.file_size, plain)
-                        if member.filename:
-                            opened.extract(member, folder)
+                    plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG)
+                    if member.is_dir():
+                        continue
+                    member.filename = place(member.filename, member.file_size, plain)
+                    if member.filename:
+                        opened.extract(member, folder)
         else:
             with tarfile.open(archive) as opened:
                 opened.extractall(folder, filter=choose)
                 while opened.fileobj.read(CHUNK):  # to the end, where gzip keeps its checksum
                     pass
     return count
-
-
-def _safe_path(name: str, label: str) -> PurePosixPath:
-    """Where a member goes, its names such as every disk takes."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{label}: {name!r} points outside its folder; not unpacked")
-    return PurePosixPath(*(file_name(part, 240) for part in path.parts))
-
-
-def check_python() -> None:
-    """Raises UserError where this Python's tarfile has no safe extraction yet."""
-    if not hasattr(tarfile, "data_filter"):
-        version = sys.version.split()[0]
-        raise UserError(f"Python {version} cannot unpack tar safely: take 3.10.12, 3.11.4 or newer")
 
 
 # --------------------------------------------------------------------------------------- audio
@@ -433,43 +384,36 @@ def make_readable(path: Path, keep_wav: bool) -> tuple[Path, float, int]:
     `path` is replaced where they differ: see `packed`. Raises AudioError.
     """
     with open(path, "rb") as file:
-        coded, _ = packed(file, keep_wav, path)
+        coded, _ = packed(file, keep_wav)
         if coded is None:
             file.seek(0)
             return path, *probe(path, file)
     target = path.with_suffix(".flac")
     probed = probe(target, io.BytesIO(coded))
-    part = target.with_name(f".{target.name}.part")
-    part.write_bytes(coded)
-    os.replace(part, target)
+    with atomic_write(target, sync=False) as part:
+        part.write_bytes(coded)
     path.unlink()
     return target, *probed
 
 
-def packed(source: BinaryIO, keep_wav: bool, where: object) -> tuple[bytes | None, str]:
+def packed(source: BinaryIO, keep_wav: bool) -> tuple[bytes | None, str]:
     """(a recording as FLAC, its suffix); (None, suffix) where it stays as it is, byte for byte.
 
     16 and 24 bit WAV and AIFF keep their very samples, at about half the size (`keep_wav` leaves
-    WAV alone). The suffix is empty where libsndfile does not know the format. Raises AudioError
-    that names `where`.
+    WAV alone). The suffix is empty where libsndfile does not know the format.
     """
+    suffix, made = "", io.BytesIO()
     try:
         with soundfile.SoundFile(source) as file:
             suffix = ".opus" if file.subtype == "OPUS" else SUFFIXES.get(file.format, "")
             lossless = suffix == ".aiff" or (suffix == ".wav" and not keep_wav)
             if not lossless or file.subtype not in ("PCM_16", "PCM_24") or file.frames == 0:
                 return None, suffix
-            samples, subtype, rate = file.read(dtype="int32"), file.subtype, file.samplerate
-    except (soundfile.LibsndfileError, ValueError):
-        return None, ""
-    made = io.BytesIO()
-    try:
-        soundfile.write(made, samples, rate, subtype, format="FLAC")
-        made.seek(0)
-        again, _ = soundfile.read(made, dtype="int32")
-    except (soundfile.LibsndfileError, AssertionError, ValueError) as error:
-        raise AudioError(f"{where}: cannot be packed as FLAC ({error})") from error
-    return (made.getvalue(), ".flac") if np.array_equal(again, samples) else (None, suffix)
+            samples = file.read(dtype="int32")
+            soundfile.write(made, samples, file.samplerate, file.subtype, format="FLAC")
+    except (soundfile.LibsndfileError, ValueError):  # FLAC has no more than 8 channels
+        return None, suffix
+    return made.getvalue(), ".flac"
 
 
 def read_sphere(path: Path) -> tuple[np.ndarray, int]:
@@ -478,16 +422,16 @@ def read_sphere(path: Path) -> tuple[np.ndarray, int]:
     Those packed with "shorten" take `sph2pipe` on the PATH. Raises UserError where that is
     missing, AudioError on a damaged file.
     """
-    source = io.BytesIO(path.read_bytes())
-    if b"shorten" in source.getvalue()[:1024]:
+    coded = path.read_bytes()
+    if b"shorten" in coded[:1024]:
         if shutil.which("sph2pipe") is None:
             raise UserError(
                 f"{path}: packed with shorten; build LDC's sph2pipe, put it on the PATH, run again"
             )
-        unpacked = subprocess.run(["sph2pipe", "-f", "sph", str(path)], capture_output=True)
-        source = io.BytesIO(unpacked.stdout)
+        command = ["sph2pipe", "-f", "sph", str(path)]
+        coded = subprocess.run(command, capture_output=True).stdout
     try:
-        return soundfile.read(source, dtype="int16", always_2d=True)
+        return soundfile.read(io.BytesIO(coded), dtype="int16", always_2d=True)
     except (soundfile.LibsndfileError, ValueError) as error:
         raise AudioError(f"{path}: cannot be read as NIST SPHERE ({error})") from error
 
@@ -508,11 +452,6 @@ class Shard:
     path: str
     size: int
     sha256: str = ""
-
-    def discard(self, path: Path) -> None:
-        """Remove the copy that `fetch_shard` made; a local dataset keeps its own."""
-        if not is_local(self.source):
-            path.unlink()
 
 
 def is_local(source: str | None) -> bool:
@@ -535,8 +474,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
             "login` (or set HF_TOKEN) and run again"
         ) from error
     except errors.HfHubHTTPError as error:
-        busy = error.response is not None and error.response.status_code in _BUSY
-        kind = Busy if busy else UserError
+        kind = Busy if getattr(error.response, "status_code", 0) in _BUSY else UserError
         raise kind(f"{repo}: Hugging Face answers: {first_line(error)}") from error
     except Exception as error:  # the HTTP library under huggingface_hub differs by version
         if getattr(error, "errno", None) is not None:  # of this disk
@@ -571,29 +509,27 @@ def hub_shards(
     """
     found = []
     for folder in folders:
-        files = _local_files if is_local(source) else _hub_files
-        shards = [
-            Shard(repo, revision, source, *listed)
-            for listed in files(repo, revision, folder, source)
-            if listed[0].endswith(suffix)
-        ]
-        found += sorted(shards, key=lambda shard: shard.path)
+        if is_local(source):
+            root = Path(source)
+            if not (root / folder).is_dir():
+                raise UserError(f"{root}: no folder '{folder}' there")
+            files = [
+                (path.relative_to(root).as_posix(), path.stat().st_size)
+                for path in (root / folder).rglob(f"*{suffix}")
+            ]
+        else:
+            files = _hub_files(repo, revision, folder, source)
+        listed = (Shard(repo, revision, source, *file) for file in sorted(files))
+        found += [shard for shard in listed if shard.path.endswith(suffix)]
     if not found:
         raise UserError(f"{repo}: no {suffix} files in {', '.join(folders)}; has it changed?")
     return found
 
 
-def _local_files(_: str, __: str, folder: str, source: str) -> list[tuple[str, int]]:
-    root = Path(source)
-    if not (root / folder).is_dir():
-        raise UserError(f"{root}: no folder '{folder}' there")
-    files = (path for path in (root / folder).rglob("*") if path.is_file())
-    return [(path.relative_to(root).as_posix(), path.stat().st_size) for path in files]
-
-
 def _hub_files(
     repo: str, revision: str, folder: str, endpoint: str | None
 ) -> list[tuple[str, int, str]]:
+    """(path, bytes, sha256) of every file below a folder."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -613,11 +549,9 @@ def fetch_shard(shard: Shard, folder: Path, bar: Bar) -> Path:
 
     Raises UserError (Busy where a later try may mend it).
     """
-    if is_local(shard.source):
-        bar.advance(shard.size)
-        return Path(shard.source) / shard.path
-    target = folder / shard.path.replace("/", "__")
-    if target.exists():
+    local = is_local(shard.source)
+    target = Path(shard.source) / shard.path if local else folder / shard.path.replace("/", "__")
+    if local or target.exists():
         bar.advance(shard.size)
         return target
     from huggingface_hub import hf_hub_download
@@ -639,8 +573,7 @@ def fetch_shard(shard: Shard, folder: Path, bar: Bar) -> Path:
             shard.repo, shard.path, repo_type="dataset", revision=shard.revision,
             endpoint=shard.source, local_dir=folder / "hub", tqdm_class=IntoBar,
         ))  # fmt: skip
-        checksum = f"sha256:{shard.sha256}" if shard.sha256 else ""
-        problem = _wrong_checksum(made, checksum, bar)
+        problem = _wrong_checksum(made, shard.sha256 and f"sha256:{shard.sha256}", bar)
         if problem:
             made.unlink()
             raise Busy(f"{shard.repo}: {shard.path}: {problem}")
@@ -648,21 +581,17 @@ def fetch_shard(shard: Shard, folder: Path, bar: Bar) -> Path:
     return target
 
 
-def parquet_rows(path: Path, columns: list[str], first: int = 0) -> Iterator[list[tuple]]:
+def parquet_rows(
+    path: Path, columns: Callable[[list[str]], list[str]], first: int = 0
+) -> Iterator[list[tuple]]:
     """Batches of (row number, {column: value}) from row `first` on; audio stays the bytes it was.
 
-    Raises Damaged.
+    `columns`: from the names that the file has, those to read. Raises Damaged.
     """
     row = 0
     with _undamaged(path), pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(32, columns=columns):
+        for batch in file.iter_batches(32, columns=columns(file.schema_arrow.names)):
             begin, row = row, row + len(batch)
             if row > first:
                 numbered = enumerate(batch.to_pylist(), begin)
                 yield [(number, values) for number, values in numbered if number >= first]
-
-
-def parquet_columns(path: Path) -> list[str]:
-    """The top-level columns of a parquet file. Raises Damaged."""
-    with _undamaged(path):
-        return pyarrow.parquet.read_schema(path).names

@@ -680,16 +680,17 @@ def test_behavior_sd_becomes_conversations(server, tmp_path):
     said = {"speaker_idx": 0, "start_time": 0, "end_time": 1}
     spoilt = [3], [{**said, "speaker_idx": "0"}], [{**said, "end_time": float("nan")}]
     odd = [[], *({"utterances": utterances} for utterances in spoilt)]
-    for at, one in enumerate(odd):
-        (tmp_path / f"{at}.json").write_text(json.dumps(one))
-        (tmp_path / f"{at}.flac").write_bytes(stereo.getvalue())
-        assert f"{at}.flac: " in corpora._dialogue(row, tmp_path / f"{at}.flac", "train")
     bodies = {"0000000004.flac": stereo.getvalue(), "0000000004.json": json.dumps(about).encode()}
+    for at, one in enumerate(odd):
+        bodies |= {f"{at}.flac": stereo.getvalue(), f"{at}.json": json.dumps(one).encode()}
     splits = ("train", "validation", "test")
     server.add_dataset(row.repo, {f"{split}/0001.tar": tar_of(bodies, False) for split in splits})
     options = FetchOptions(mirrors={row.name: server.url})
     assert corpora.fetch(row, tmp_path, options)
     folder = tmp_path / "conversations/behavior-sd"
+    listed = (folder / corpora.UNREADABLE).read_text().splitlines()
+    names = [f"{split}/0001/{at}.flac: " for split in splits for at in range(len(odd))]
+    assert all(name in line for name, line in zip(names, listed, strict=True))
     lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
     assert [line["split"] for line in lines] == list(splits)
     assert len({line["id"] for line in lines}) == 3
