@@ -24,25 +24,10 @@ import pyarrow.compute
 import soxr
 import torch
 
-from audio import (
-    AUDIO_SUFFIXES,
-    FRAME_SECONDS,
-    HOP,
-    SAMPLE_RATE,
-    AudioError,
-    probe,
-    read_audio,
-)
+from audio import AUDIO_SUFFIXES, FRAME_SECONDS, HOP, SAMPLE_RATE, AudioError, probe, read_audio
 from audio import read_channels as read_channels  # so that all of audio's can be had here
 from audio import write_audio as write_audio
-from command import (
-    UserError,
-    as_json_line,
-    atomic_write,
-    check_fields,
-    default_workers,
-    json_lines,
-)
+from command import UserError, as_json_line, atomic_write, check_fields, default_workers, json_lines
 from phones import SILENCE
 from training import Distributed, item_rng
 
@@ -299,15 +284,14 @@ def scan_folder(path: str | Path) -> tuple[list[Clip], list[Path]]:
     """
     root, scan = _existing_folder(path), _Scan()
     files = [file for folder, names in _walk([root]) for file in scan.audio_files(folder, names)]
-    return _scan_files(files, path, scan), scan.bad
+    return _scan_files(files, path, scan), list(scan.bad)
 
 
 @dataclass
 class _Scan:
     """What a look through folders met besides clips, for the user to know."""
 
-    bad: list[Path] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+    bad: dict[Path, str] = field(default_factory=dict)  # and why
     passed_over: Counter = field(default_factory=Counter)  # by suffix
     measured: int = 0
     disagreeing: int = 0
@@ -324,14 +308,12 @@ class _Scan:
         files = list(files)
         with ThreadPoolExecutor(4 * default_workers(8)) as pool:
             probed = list(pool.map(_probe_or_reason, files))
-        bad = [i for i, found in enumerate(probed) if isinstance(found, str)]
-        self.bad += [files[i] for i in bad]
-        self.reasons += [probed[i] for i in bad]
+        self.bad |= {f: why for f, why in zip(files, probed, strict=True) if isinstance(why, str)}
         return [None if isinstance(found, str) else found for found in probed]
 
     def report(self, log: str | Path | None) -> None:
         """Warnings on stderr; the unreadable files are listed in `log`."""
-        listed = f"first: {self.reasons[0]}" if self.bad else ""
+        listed = "".join(f"first: {why}" for why in [*self.bad.values()][:1])
         if self.bad and log is not None:
             Path(log).parent.mkdir(parents=True, exist_ok=True)
             Path(log).write_bytes(os.fsencode("".join(f"{path}\n" for path in self.bad)))
@@ -475,9 +457,7 @@ def load_splits(
     chosen = [clips.where(at == names.index(s) if s in names else at < 0) for s in splits]
     for split, own in zip(splits, chosen, strict=True):
         if not len(own) and split == "train":
-            raise UserError(
-                f"{where}: {len(clips)} clips, none in the train split; add recordings"
-            )
+            raise UserError(f"{where}: {len(clips)} clips, none in the train split; add more")
     return chosen
 
 
@@ -562,14 +542,12 @@ def _listed_beside(clips: Clips, folders: set[str]) -> Iterator[str]:
     """Real paths of the clips in these folders, and of those that are links, wherever they lie."""
     at, names = clips.codes("folder")
     real = [os.path.realpath(os.fsdecode(name)) for name in names]
-    links = {}
-    for folder in filter(os.path.isdir, set(real)):
-        with os.scandir(folder) as entries:
-            links |= {e.path: os.path.realpath(e.path) for e in entries if e.is_symlink()}
+    entries = (entry for folder in {*real} if os.path.isdir(folder) for entry in os.scandir(folder))
+    links = {entry.path: os.path.realpath(entry.path) for entry in entries if entry.is_symlink()}
     linked = [os.path.basename(os.fsencode(path)) for path in links]
     maybe = np.isin(at, [i for i, name in enumerate(real) if name in folders])
-    wanted = pyarrow.array(linked, pyarrow.large_binary())
-    maybe |= pyarrow.compute.is_in(clips.table["name"], wanted).to_numpy()
+    linked = pyarrow.array(linked, pyarrow.large_binary())
+    maybe |= pyarrow.compute.is_in(clips.table["name"], linked).to_numpy()
     below = clips.table["name"].filter(pyarrow.array(maybe)).to_pylist()
     for i, name in zip(at[maybe], below, strict=True):
         path = os.path.join(real[i], os.fsdecode(name))
