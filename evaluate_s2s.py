@@ -60,7 +60,6 @@ from duplex import DuplexEngine, load_models
 from ledger import (
     QUIET_DBFS,
     ReplyClock,
-    Response,
     UserTurn,
     frame_levels,
     percentiles,
@@ -332,79 +331,66 @@ def _agent_side(results, slot: int, late: int) -> AgentSide:
 # ---------------------------------------------------------------------------------- judges
 
 
-class HamaJudge:
-    """Phones of a reply against those of the right one, both transcribed by `hama`.
+@dataclass(frozen=True)
+class Judge:
+    """A recogniser: audio `[T]` at 16 kHz → phones, or letters; () or "" where there are none.
 
-    It knows English and Korean; other languages come out as the same wrong phones each time, which
-    is enough to tell replies apart.
+    `letters`: a right reply is transcribed as its text; else as the agent's own voice saying it.
     """
 
-    name = "hama"
+    name: str
+    recognise: Callable[[np.ndarray], Sequence[str]]
+    letters: bool
 
-    def __init__(self) -> None:
-        try:
-            from hama import ASRModel
-        except ImportError as error:
-            raise UserError(
-                "no phone recogniser to judge the replies' audio: pip install hama"
-            ) from error
-        self._model = ASRModel()
+    def transcribe(self, audio: np.ndarray) -> Sequence[str]:
+        """24 kHz `[T]` → symbols, of the stretch that is not quiet, with 0.1 s around it.
 
-    def transcribe(self, audio: np.ndarray) -> tuple[str, ...]:
-        """24 kHz `[T]` → phones; () for silence."""
-        audio = _for_recognition(audio)
-        if not len(audio):
+        Recognisers invent words in silence.
+        """
+        loud = np.flatnonzero(frame_levels(audio) > QUIET_DBFS)
+        if not len(loud):
             return ()
-        return tuple(self._model.transcribe_waveform(audio, JUDGE_RATE).phonemes)
+        step, margin = SAMPLE_RATE // 200, SAMPLE_RATE // 10
+        audio = audio[max(0, loud[0] * step - margin) : (loud[-1] + 1) * step + margin]
+        if len(audio) < margin:
+            return ()
+        return self.recognise(soxr.resample(audio, SAMPLE_RATE, JUDGE_RATE))
 
-    def expected(self, text: str, audio: np.ndarray) -> Sequence[str]:
-        """The transcription of a reply, given in the agent's own voice `[T]`."""
-        return self.transcribe(audio)
+
+def hama_judge() -> Judge:
+    """Phones, by `hama`. It knows English and Korean; other languages come out as the same wrong
+    phones each time, which is enough to tell replies apart."""
+    try:
+        from hama import ASRModel
+    except ImportError as error:
+        raise UserError("no recogniser to judge the replies' audio: pip install hama") from error
+    model = ASRModel()
+
+    def recognise(audio: np.ndarray) -> tuple[str, ...]:
+        return tuple(model.transcribe_waveform(audio, JUDGE_RATE).phonemes)
+
+    return Judge("hama", recognise, letters=False)
 
 
-class WhisperJudge:
+def whisper_judge(folder: Path, threads: int = 1) -> Judge:
     """English words, by a Whisper folder through faster-whisper; compared letter by letter."""
+    try:
+        from faster_whisper import WhisperModel
+    except ImportError as error:
+        raise UserError("--whisper needs faster-whisper: pip install faster-whisper") from error
+    if not (Path(folder) / "model.bin").is_file():
+        raise UserError(f"{folder}: no faster-whisper model (model.bin) there; check --whisper")
+    options = {"device": "cpu", "compute_type": "int8", "cpu_threads": threads}
+    try:
+        model = WhisperModel(str(folder), **options)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(f"{folder}: faster-whisper cannot load it ({error})") from error
 
-    name = "whisper"
-
-    def __init__(self, folder: Path, threads: int = 1) -> None:
-        try:
-            from faster_whisper import WhisperModel
-        except ImportError as error:
-            raise UserError("--whisper needs faster-whisper: pip install faster-whisper") from error
-        if not (Path(folder) / "model.bin").is_file():
-            raise UserError(f"{folder}: no faster-whisper model (model.bin) there; check --whisper")
-        options = {"device": "cpu", "compute_type": "int8", "cpu_threads": threads}
-        try:
-            self._model = WhisperModel(str(folder), **options)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise UserError(f"{folder}: faster-whisper cannot load it ({error})") from error
-
-    def transcribe(self, audio: np.ndarray) -> str:
-        audio = _for_recognition(audio)
-        if not len(audio):
-            return ""
-        segments, _ = self._model.transcribe(audio, language="en", beam_size=1)
+    def recognise(audio: np.ndarray) -> str:
+        segments, _ = model.transcribe(audio, language="en", beam_size=1)
         return normalise(" ".join(segment.text for segment in segments))
 
-    def expected(self, text: str, audio: np.ndarray) -> str:
-        return normalise(text)
-
-
-Judge = HamaJudge | WhisperJudge
-
-
-def _for_recognition(audio: np.ndarray) -> np.ndarray:
-    """24 kHz `[T]` → the stretch that is not quiet, with 0.1 s around it, at 16 kHz.
-
-    Recognisers invent words in silence. Empty below 0.1 s.
-    """
-    loud = np.flatnonzero(frame_levels(audio) > QUIET_DBFS)
-    if not len(loud):
-        return audio[:0]
-    step, margin = SAMPLE_RATE // 200, SAMPLE_RATE // 10
-    audio = audio[max(0, loud[0] * step - margin) : (loud[-1] + 1) * step + margin]
-    return soxr.resample(audio, SAMPLE_RATE, JUDGE_RATE) if len(audio) >= margin else audio[:0]
+    return Judge("whisper", recognise, letters=True)
 
 
 @dataclass(frozen=True)
@@ -419,6 +405,10 @@ class ExaminedJudge:
     @property
     def trusted(self) -> bool:
         return min(self.clean, self.coded) >= TRUSTED
+
+    @property
+    def shares(self) -> dict[str, float]:
+        return {"clean": round(self.clean, 4), "coded": round(self.coded, 4)}
 
     def right(self, audio: np.ndarray, reply: str) -> bool | None:
         """Whether audio `[T]` is transcribed nearest to `reply`, and near.
@@ -444,10 +434,10 @@ def choose_judges(
         raise UserError("--judge whisper needs --whisper, the folder of a faster-whisper model")
     judges: list[Judge] = []
     if whisper is not None and language == "english" and name in ("auto", "whisper"):
-        judges.append(WhisperJudge(whisper, threads))
+        judges.append(whisper_judge(whisper, threads))
     if name in ("auto", "hama"):
         try:
-            judges.append(HamaJudge())
+            judges.append(hama_judge())
         except UserError as error:
             if name == "hama":
                 raise
@@ -475,7 +465,10 @@ def examine_judges(
     coded = {text: _through(codec, audio) for text, audio in clean.items()}
     examined: list[ExaminedJudge] = []
     for judge in judges:
-        expected = {text: judge.expected(text, audio) for text, audio in known.items()}
+        expected = {
+            text: normalise(text) if judge.letters else judge.transcribe(audio)
+            for text, audio in known.items()
+        }
         found = [
             [_finds(judge, expected, audio, text) for text, audio in sounds.items()]
             for sounds in (clean, coded)
@@ -526,52 +519,41 @@ def judge_call(
     call: Call, agent: AgentSide, lm: S2S, replies: Sequence[str], judge: ExaminedJudge | None
 ) -> list[Judged]:
     """Every turn of a call; a reply's share of the call ends where the next question begins."""
-    patch_seconds = 1.0 / lm.config.patch_rate
-    turns = [UserTurn(t.start, t.end, "manifest") for t in call.turns]
-    responses = response_latencies(frame_levels(agent.audio), turns, ReplyClock(patch_seconds))
-    ends = [*(turn.start for turn in call.turns[1:]), len(agent.text) * patch_seconds]
-    return [
-        _judge_turn(call, turn, response, end, agent, lm, replies, judge)
-        for turn, response, end in zip(call.turns, responses, ends, strict=True)
-    ]
-
-
-def _judge_turn(
-    call: Call,
-    turn: AskedTurn,
-    response: Response,
-    until: float,
-    agent: AgentSide,
-    lm: S2S,
-    replies: Sequence[str],
-    judge: ExaminedJudge | None,
-) -> Judged:
     c = lm.config
-    first, turn_end, last = (int(s * c.patch_rate) for s in (turn.start, turn.end, until))
-    ids = [int(i) for i in agent.text[first:last] if i != PAD]
-    said = lm.tokenizer.decode(ids).strip() if ids else ""
-    # A takeover is judged from its own beginning; otherwise what came earlier is no reply.
-    begin = min(turn.end - 0.2, response.onset or np.inf)
-    audio = agent.audio[int(begin * SAMPLE_RATE) : int(until * SAMPLE_RATE)]
-    span = slice(max(first, turn_end - round(HEAD_SECONDS * c.patch_rate)), turn_end + 1)
-    errors, phones = 0, 0
-    if c.phones and turn.phones:
-        frames = slice(int(turn.start * c.frame_rate), int(turn.end * c.frame_rate) + 1)
-        errors, phones = phone_error(_phone_runs(agent.phones[frames], c.phones), turn.phones)
-    return Judged(
-        call.id,
-        turn.text,
-        turn.reply,
-        said,
-        response.kind,
-        response.latency,
-        right_text(said, turn.reply, replies),
-        judge.right(audio, turn.reply) if judge else None,
-        (c.emotions[int(agent.emotion[span].mean(0).argmax())], turn.emotion),
-        (c.languages[int(agent.language[span].mean(0).argmax())], call.language),
-        errors,
-        phones,
-    )
+    turns = [UserTurn(t.start, t.end, "manifest") for t in call.turns]
+    clock = ReplyClock(1.0 / c.patch_rate)
+    responses = response_latencies(frame_levels(agent.audio), turns, clock)
+    ends = [*(turn.start for turn in call.turns[1:]), len(agent.text) / c.patch_rate]
+    judged = []
+    for turn, response, until in zip(call.turns, responses, ends, strict=True):
+        first, turn_end, last = (int(s * c.patch_rate) for s in (turn.start, turn.end, until))
+        ids = [int(i) for i in agent.text[first:last] if i != PAD]
+        said = lm.tokenizer.decode(ids).strip() if ids else ""
+        # A takeover is judged from its own beginning; otherwise what came earlier is no reply.
+        begin = min(turn.end - 0.2, response.onset or np.inf)
+        audio = agent.audio[int(begin * SAMPLE_RATE) : int(until * SAMPLE_RATE)]
+        span = slice(max(first, turn_end - round(HEAD_SECONDS * c.patch_rate)), turn_end + 1)
+        errors, phones = 0, 0
+        if c.phones and turn.phones:
+            frames = slice(int(turn.start * c.frame_rate), int(turn.end * c.frame_rate) + 1)
+            errors, phones = phone_error(_phone_runs(agent.phones[frames], c.phones), turn.phones)
+        judged.append(
+            Judged(
+                call=call.id,
+                asked=turn.text,
+                wanted=turn.reply,
+                said=said,
+                kind=response.kind,
+                latency=response.latency,
+                text=right_text(said, turn.reply, replies),
+                audio=judge.right(audio, turn.reply) if judge else None,
+                emotion=(c.emotions[int(agent.emotion[span].mean(0).argmax())], turn.emotion),
+                language=(c.languages[int(agent.language[span].mean(0).argmax())], call.language),
+                phone_errors=errors,
+                phones=phones,
+            )
+        )
+    return judged
 
 
 def _phone_runs(ids: np.ndarray, phones: Sequence[str]) -> list[str]:
@@ -600,11 +582,13 @@ class Report:
 
     def summary(self) -> dict:
         turns, last = self.turns, self.judges[-1] if self.judges else None
+        shares = last.shares if last else {}
         kinds = Counter(t.kind for t in turns)
         times = percentiles([t.latency for t in turns if t.kind == "answered"]) or {}
         trusted = self.judge is not None
-        phones = sum(t.phones for t in turns)
+        errors, phones = sum(t.phone_errors for t in turns), sum(t.phones for t in turns)
         most = Counter(normalise(t.wanted) for t in turns).most_common(1)
+        by_audio = [t.audio for t in turns if t.audio is not None]
         right = [t.text and (t.audio is not False or not trusted) for t in turns]
         in_time = [r and t.kind == "answered" for r, t in zip(right, turns, strict=True)]
         return {
@@ -616,31 +600,23 @@ class Report:
             "response_p50_ms": times.get("p50"),
             "response_p95_ms": times.get("p95"),
             "right_text": _share([t.text for t in turns]),
-            "right_audio": _share([t.audio for t in turns if t.audio is not None])
-            if trusted
-            else None,
+            "right_audio": _share(by_audio) if trusted else None,
             "right_both": _share(right) if trusted else None,
             "right_and_in_time": _share(in_time),
             "majority_answer": round(most[0][1] / len(turns), 4) if turns else None,
             "judge": last and last.judge.name,
-            "judge_clean": last and round(last.clean, 4),
-            "judge_coded": last and round(last.coded, 4),
+            "judge_clean": shares.get("clean"),
+            "judge_coded": shares.get("coded"),
             "judge_trusted": trusted,
             "judges_not_trusted": {
-                examined.judge.name: {
-                    "clean": round(examined.clean, 4), "coded": round(examined.coded, 4)
-                }
-                for examined in self.judges
-                if examined is not self.judge
+                one.judge.name: one.shares for one in self.judges if one is not self.judge
             },
             "user_emotion": _share([t.emotion[0] == t.emotion[1] for t in turns]),
             "user_language": _share([t.language[0] == t.language[1] for t in turns]),
-            "phone_error": round(sum(t.phone_errors for t in turns) / phones, 4)
-            if phones
-            else None,
+            "phone_error": round(errors / phones, 4) if phones else None,
             "pause_turns": len(self.paused),
             "pause_takeovers": _share([t.kind == "takeover" for t in self.paused]),
-        }  # fmt: skip
+        }
 
 
 _ROWS = (  # key, label, goal

@@ -118,18 +118,17 @@ class EchoCodec(torch.nn.Module):
         return codes
 
 
-class LoudnessJudge:
-    """Transcribes 40 ms of sound each as a phone: its level in tenths; or is deaf."""
+def loudness_judge(name="level") -> e.Judge:
+    """Transcribes each 40 ms of sound as a phone: its level in tenths."""
 
-    def __init__(self, name="level", deaf=False):
-        self.name, self.deaf = name, deaf
+    def recognise(audio):
+        levels = np.abs(audio[: len(audio) // 640 * 640].reshape(-1, 640)).max(1)
+        return tuple(int(round(10 * x)) for x in levels if x > 0.01)
 
-    def transcribe(self, audio):
-        levels = np.abs(audio[: len(audio) // 960 * 960].reshape(-1, 960)).max(1)
-        return () if self.deaf else tuple(int(round(10 * x)) for x in levels if x > 0.01)
+    return e.Judge(name, recognise, letters=False)
 
-    def expected(self, text, audio):
-        return self.transcribe(audio)
+
+DEAF = e.Judge("deaf", lambda audio: (), letters=False)
 
 
 def test_the_first_judge_that_can_be_trusted_is_taken(monkeypatch):
@@ -141,7 +140,7 @@ def test_the_first_judge_that_can_be_trusted_is_taken(monkeypatch):
         return {text: sounds[text][: round(19200 * min(1, speed))] for text in texts}
 
     monkeypatch.setattr(e, "_in_the_agents_voice", say)
-    judges = [LoudnessJudge("deaf", deaf=True), LoudnessJudge(), LoudnessJudge("spare")]
+    judges = [DEAF, loudness_judge(), loudness_judge("spare")]
     examined = e.examine_judges(judges, replies, "english", EchoCodec())
     assert [one.judge.name for one in examined] == ["deaf", "level"]
     assert (examined[0].clean, examined[0].coded, examined[0].trusted) == (0.0, 0.0, False)
@@ -295,14 +294,9 @@ def test_every_call_gets_its_own_reply_whatever_the_slots():
 # ---------------------------------------------------------------------------------- judging
 
 
-class FakeJudge:
-    """Hears the amplitude, in tenths."""
-
-    name = "fake"
-
-    def transcribe(self, audio):
-        loud = np.abs(audio)
-        return ("x",) * int(round(10 * loud.max())) if len(audio) and loud.max() > 0.01 else ()
+def amplitude(audio) -> tuple[str, ...]:
+    """As many phones as the amplitude has tenths."""
+    return ("x",) * int(round(10 * np.abs(audio).max()))
 
 
 def converse(onset: float, text_at: float, level: float = 0.5, second_turn: bool = False):
@@ -333,7 +327,8 @@ LM = SimpleNamespace(
     ),
     tokenizer=SimpleNamespace(decode=lambda ids: {5: "five", 6: "six"}[ids[-1]]),
 )
-JUDGE = ExaminedJudge(FakeJudge(), {"five": ("x",) * 5, "six": ("x",) * 9}, 1.0, 1.0)
+REPLIES = {"five": ("x",) * 5, "six": ("x",) * 9}
+JUDGE = ExaminedJudge(e.Judge("fake", amplitude, False), REPLIES, 1.0, 1.0)
 
 
 def test_an_answer_is_timed_read_and_heard():
@@ -509,7 +504,7 @@ def test_a_reply_that_the_agent_cannot_say_is_not_judged_by_ear(monkeypatch, cap
     monkeypatch.setattr(speech, "voices", lambda *_: [VOICE])
     monkeypatch.setattr(e, "_through", lambda codec, audio: audio)
     replies = {"Yes.": "neutral", "Hm.": "neutral"}
-    (judge,) = e.examine_judges([LoudnessJudge()], replies, "english", None)
+    (judge,) = e.examine_judges([loudness_judge()], replies, "english", None)
     assert list(judge.expected) == ["Yes."] and judge.right(tone(1.0), "Hm.") is None
     assert "1 replies could not be spoken" in capsys.readouterr().err
     report = Report([judged(audio=None), judged(audio=False)], judges=[judge]).summary()
@@ -542,12 +537,12 @@ def test_hama_hears_which_reply_the_agent_says():
         agent = speech.voices("english", "agent")[0]
     except UserError as error:
         pytest.skip(str(error))
-    judge = e.HamaJudge()
+    judge = e.hama_judge()
     texts = ["My name is Samvad.", "You are welcome."]
     say = speech.Synthesizer().synthesize
     known, again = (
         say([speech.Request(t, "english", agent, speed) for t in texts]) for speed in (1.0, 0.93)
     )
-    templates = {t: judge.expected(t, u.audio) for t, u in zip(texts, known, strict=True)}
+    templates = {t: judge.transcribe(u.audio) for t, u in zip(texts, known, strict=True)}
     assert [nearest(judge.transcribe(u.audio), templates) for u in again] == texts
     assert judge.transcribe(np.zeros(RATE, np.float32)) == ()
