@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -58,7 +58,7 @@ NOT_READ = {".sph", ".raw", ".pcm", ".shn", ".ra", ".rm", ".g722", ".dsf", ".mpc
 # ---------------------------------------------------------------------------- kinds of corpora
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Corpus:
     """One row of the table; each subclass is one way of getting it.
 
@@ -70,10 +70,11 @@ class Corpus:
 
     name: str
     language: str
-    license: str
     hours: float
+    gigabytes: float
     kilohertz: str
-    gigabytes: float = 0.1
+    license: str
+    _: KW_ONLY
     download_gb: float = 0.0
     transient_gb: float = 0.0
     commercial_ok: bool = True
@@ -97,7 +98,9 @@ class Corpus:
     @property
     def origin(self) -> str:
         """Where it comes from, for its record."""
-        return getattr(self, "repo", "") or getattr(self, "base", "") or self.name
+        places = (getattr(self, name, "") for name in ("repo", "base", "bases"))
+        place = next(filter(None, places), self.name)
+        return place if isinstance(place, str) else place[0]
 
     @property
     def marks(self) -> str:
@@ -129,10 +132,6 @@ class Archives(Corpus):
     archives: tuple[Archive, ...]
     layout: str
 
-    @property
-    def origin(self) -> str:
-        return self.bases[0]
-
 
 @dataclass(frozen=True, kw_only=True)
 class OnHub(Corpus):
@@ -141,7 +140,6 @@ class OnHub(Corpus):
     repo: str
     folders: tuple[str, ...]
     revision: str = "main"
-    kilohertz: str = "16"
     transient_gb: float = 0.7
     exact: bool = False
 
@@ -210,15 +208,23 @@ class FetchOptions:
     fisher_dir: Path | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
-    """One corpus on its way: `part` becomes its folder, `archives` is removed in the end."""
+    """One corpus on its way: `part` becomes its folder, `archives` is removed in the end.
+
+    `lines` are its clips or conversations so far, `unreadable` the files or rows that are left
+    out and why; `complete` is False where --max_hours cut it short.
+    """
 
     corpus: Corpus
     part: Path
     archives: Path
     bar: Bar
     options: FetchOptions
+    lines: list[data.Clip] | list[dict] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    hours: float = 0.0
+    complete: bool = True
 
     @property
     def audio(self) -> Path:
@@ -230,21 +236,19 @@ class Job:
         """What --mirror says in place of the table's address."""
         return self.options.mirrors.get(self.corpus.name)
 
-    def enough(self, hours: float) -> bool:
-        """Whether --max_hours is reached."""
-        return bool(self.options.max_hours) and hours >= self.options.max_hours
+    def take(self, found: data.Clip | dict | str) -> None:
+        """Add a clip or a conversation, or why a file or row is none."""
+        if isinstance(found, str):
+            self.unreadable.append(found)
+        else:
+            self.lines.append(found)
+            self.hours += (found["duration"] if isinstance(found, dict) else found.duration) / 3600
 
-
-@dataclass(frozen=True)
-class Fetched:
-    """What a fetcher brings: clips or conversations, and files or rows that cannot be read.
-
-    `complete` is False where --max_hours cut it short.
-    """
-
-    lines: list[data.Clip] | list[dict]
-    unreadable: list[str] = field(default_factory=list)
-    complete: bool = True
+    def stops_here(self) -> bool:
+        """Whether --max_hours is reached, and the corpus ends before its end."""
+        reached = bool(self.options.max_hours) and self.hours >= self.options.max_hours
+        self.complete &= not reached
+        return reached
 
 
 def fetch(
@@ -274,11 +278,11 @@ def fetch(
     bar = Bar(corpus.name, round(size), stopped)
     job = Job(corpus, part, data_dir / ".archives" / corpus.name, bar, options)
     try:
-        found = FETCHERS[type(corpus)](job)
-        if not found.lines:
+        FETCHERS[type(corpus)](job)
+        if not job.lines:
             raise UserError(f"{corpus.name}: no audio in {corpus.origin}; new layout?")
         # What an earlier run unpacked is in the hours and not in the seconds.
-        _write_folder(job, found, bar.unpack_seconds if from_nothing else 0.0)
+        _write_folder(job, bar.unpack_seconds if from_nothing else 0.0)
         part.rename(folder)
         shutil.rmtree(job.archives, ignore_errors=True)
     except OSError as error:
@@ -312,36 +316,34 @@ def read_record(folder: Path) -> dict:
     return record
 
 
-def _write_folder(job: Job, found: Fetched, unpack_seconds: float) -> None:
+def _write_folder(job: Job, unpack_seconds: float) -> None:
     """The manifest, the list of what could not be read, and how the folder came to be."""
     corpus, part = job.corpus, job.part
-    conversations = isinstance(found.lines[0], dict)
-    durations = (line["duration"] if conversations else line.duration for line in found.lines)
     record = {
         "name": corpus.name,
         "source": corpus.origin,
         "license": corpus.license,
         "commercial_ok": corpus.commercial_ok,
-        "hours": sum(durations) / 3600,
-        "files": len(found.lines),
-        "unreadable": len(found.unreadable),
-        "whole": found.complete,
+        "hours": job.hours,
+        "files": len(job.lines),
+        "unreadable": len(job.unreadable),
+        "whole": job.complete,
         "max_hours": job.options.max_hours,
         "unpack_seconds": round(unpack_seconds, 3),
     }
-    if found.unreadable:
-        listed = "".join(f"{line}\n" for line in found.unreadable)
+    if job.unreadable:
+        listed = "".join(f"{line}\n" for line in job.unreadable)
         write_text(part / UNREADABLE, listed.encode(errors="backslashreplace").decode())
         tqdm.write(
-            f"{corpus.name}: {len(found.unreadable)} files left out, unreadable or listed but "
+            f"{corpus.name}: {len(job.unreadable)} files left out, unreadable or listed but "
             f"not there: see {UNREADABLE} in its folder",
             file=sys.stderr,
         )
     write_text(part / RECORD, json.dumps(record, indent=2) + "\n")
-    if conversations:
-        write_text(part / data.MANIFEST, "".join(map(as_json_line, found.lines)))
+    if isinstance(job.lines[0], dict):
+        write_text(part / data.MANIFEST, "".join(map(as_json_line, job.lines)))
     else:
-        data.write_manifest(part / data.MANIFEST, found.lines)
+        data.write_manifest(part / data.MANIFEST, job.lines)
 
 
 def clip_of(
@@ -357,19 +359,18 @@ def clip_of(
 # ------------------------------------------------------------------------------ archives, files
 
 
-def fetch_archives(job: Job) -> Fetched:
+def fetch_archives(job: Job) -> None:
     """Each archive: downloaded, checked, unpacked into a folder of its own, removed."""
-    hours = 0.0
     for archive in job.corpus.archives:
-        if job.enough(hours):
-            return _clips_of(job, job.corpus.layout, complete=False)
+        if job.stops_here():
+            break
         target = job.audio / archive.stem
         if not target.exists():
             file = job.archives / archive.name
             _download_from_any(job, archive, file)
             _unpack_apart(file, target, job.bar)
-        hours += archive.hours
-    return _clips_of(job, job.corpus.layout)
+        job.hours += archive.hours  # as the table has it, until they are counted
+    _take_clips(job, job.corpus.layout)
 
 
 def _download_from_any(job: Job, archive: Archive, file: Path) -> None:
@@ -411,7 +412,7 @@ def _unpack_apart(file: Path, target: Path, bar: Bar, own: bool = True) -> None:
         staging.rename(target)
 
 
-def fetch_files(job: Job) -> Fetched:
+def fetch_files(job: Job) -> None:
     """Every file that a CSV names, a few at a time. One that is not there is listed."""
     base = (job.mirror or job.corpus.base).rstrip("/")
     listing = job.archives / job.corpus.listing
@@ -419,7 +420,7 @@ def fetch_files(job: Job) -> Fetched:
     names = [row[job.corpus.column] for row in _table(listing, ",", (job.corpus.column,))]
     there = fetching.sizes(job.audio)
 
-    def take(name: str) -> str:
+    def download(name: str) -> str:
         below = job.corpus.pattern.format(name)
         target = job.audio / file_name(Path(below).name)
         try:
@@ -432,12 +433,11 @@ def fetch_files(job: Job) -> Fetched:
         return ""
 
     with ThreadPoolExecutor(FILE_THREADS) as pool:
-        missing = [problem for problem in pool.map(take, names) if problem]
-    found = _clips_of(job, job.corpus.layout)
-    return replace(found, unreadable=missing + found.unreadable)
+        job.unreadable += filter(None, pool.map(download, names))
+    _take_clips(job, job.corpus.layout)
 
 
-def fetch_common_voice(job: Job) -> Fetched:
+def fetch_common_voice(job: Job) -> None:
     """One release, by Mozilla's own client, then unpacked like any archive."""
     name, dataset = job.corpus.name, job.options.cv_dataset_ids.get(job.corpus.language)
     if not dataset:
@@ -459,7 +459,7 @@ def fetch_common_voice(job: Job) -> Fetched:
         except Exception as error:  # whatever its HTTP client raises
             raise UserError(f"{name}: the Data Collective says: {error}") from error
         _unpack_apart(file, target, job.bar)
-    return _clips_of(job, "common_voice")
+    _take_clips(job, "common_voice")
 
 
 # ------------------------------------------------------------------ how corpora name their files
@@ -487,8 +487,8 @@ class Layout:
     strict: bool = False
 
 
-def _clips_of(job: Job, layout_name: str, complete: bool = True) -> Fetched:
-    """Clips of all below the audio folder that the layout knows; what is left out is reported."""
+def _take_clips(job: Job, layout_name: str) -> None:
+    """Take all below the audio folder that the layout knows; what is left out is reported."""
     layout = LAYOUTS[layout_name]
     listed = layout.lists(job.audio) if layout.lists else {}
     files = sorted(job.audio.rglob("*.*"))
@@ -504,10 +504,11 @@ def _clips_of(job: Job, layout_name: str, complete: bool = True) -> Fetched:
         if left_out:
             first = left_out[0].relative_to(job.part)
             tqdm.write(f"{job.corpus.name}: {len(left_out)} files left out, {why}; first: {first}")
-    unreadable = [found for found in taken if isinstance(found, str)]
     # By path: a kill between packing a WAV and removing it leaves both.
-    clips = {found.path: found for found in taken if isinstance(found, data.Clip)}
-    return Fetched(list(clips.values()), unreadable, complete)
+    found = {getattr(one, "path", one): one for one in taken if one is not None}
+    job.hours = 0.0
+    for one in found.values():
+        job.take(one)
 
 
 def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.Clip | str | None:
@@ -627,57 +628,51 @@ def shards_of(corpus: OnHub, mirror: str | None) -> list[Shard]:
     return fetching.hub_shards(corpus.repo, corpus.revision, corpus.folders, suffix, mirror)
 
 
-def fetch_hub(job: Job) -> Fetched:
-    """Parquet shards one after another; what each row became is written down as it happens."""
-    records, hours, complete = [], 0.0, True
+def fetch_hub(job: Job) -> None:
+    """Parquet shards one after another; what each row became is written down as it happens.
+
+    Goes on at the first row that is not written down.
+    """
     for shard in shards_of(job.corpus, job.mirror):
-        if job.enough(hours):
-            complete = False
-            break
-        taken, finished = _take_shard(job, shard, hours)
-        records += taken
-        complete &= finished
-        hours += sum(record.get("duration", 0.0) for record in taken) / 3600
-    lines = [
-        clip_of(
+        if job.stops_here():
+            return
+        journal = job.part / ".rows" / f"{shard.path.replace('/', '__')}.rows"
+        records, finished = _read_journal(journal, job.part)
+        for record in records:
+            _take_record(job, record)
+        if finished:
+            job.bar.advance(shard.size)
+            continue
+        path = fetching.fetch_shard(shard, job.archives, job.bar)
+        folder = job.audio / shard.path.removesuffix(".parquet")
+        with (
+            _used_up(path, own=not fetching.is_local(shard.source)),
+            job.bar.unpacking(),
+            contextlib.closing(_new_records(job, shard, path, folder, len(records))) as coming,
+            open(journal, "a", encoding="utf-8") as file,
+        ):
+            for record in coming:
+                file.write(as_json_line(record))
+                file.flush()
+                _take_record(job, record)
+                if job.stops_here():
+                    coming.close()
+                    for ahead in folder.iterdir():  # written beyond --max_hours' end
+                        if not ahead.stem.isdigit() or int(ahead.stem) > record["row"]:
+                            ahead.unlink()
+                    return
+            file.write(as_json_line({"end": True}))
+
+
+def _take_record(job: Job, record: dict) -> None:
+    """Take what a row became: a clip, or why it is none; rows of other languages are neither."""
+    if "unreadable" in record:
+        job.take(record["unreadable"])
+    elif "path" in record:
+        job.take(clip_of(
             job.corpus, job.part / record["path"], record["duration"], record["sample_rate"],
             **{name: record[name] for name in ("split", "speaker", "text", "emotion")},
-        )
-        for record in records
-        if "path" in record
-    ]  # fmt: skip
-    bad = [record["unreadable"] for record in records if "unreadable" in record]
-    return Fetched(lines, bad, complete)
-
-
-def _take_shard(job: Job, shard: Shard, hours: float) -> tuple[list[dict], bool]:
-    """(records of the rows, whether all of them are there). Goes on at the first missing row."""
-    journal = job.part / ".rows" / f"{shard.path.replace('/', '__')}.rows"
-    records, finished = _read_journal(journal, job.part)
-    if finished:
-        job.bar.advance(shard.size)
-        return records, True
-    path = fetching.fetch_shard(shard, job.archives, job.bar)
-    folder = job.audio / shard.path.removesuffix(".parquet")
-    with (
-        _used_up(path, own=not fetching.is_local(shard.source)),
-        job.bar.unpacking(),
-        contextlib.closing(_new_records(job, shard, path, folder, len(records))) as coming,
-        open(journal, "a", encoding="utf-8") as file,
-    ):
-        for record in coming:
-            file.write(as_json_line(record))
-            file.flush()
-            records.append(record)
-            hours += record.get("duration", 0.0) / 3600
-            if job.enough(hours):
-                coming.close()
-                for ahead in folder.iterdir():  # written beyond --max_hours' end
-                    if not ahead.stem.isdigit() or int(ahead.stem) >= len(records):
-                        ahead.unlink()
-                return records, False
-        file.write(as_json_line({"end": len(records)}))
-    return records, True
+        ))  # fmt: skip
 
 
 def _read_journal(journal: Path, part: Path) -> tuple[list[dict], bool]:
@@ -797,12 +792,11 @@ def _official_split(path: str) -> str:
 # -------------------------------------------------------------------------------- conversations
 
 
-def fetch_hub_tars(job: Job) -> Fetched:
+def fetch_hub_tars(job: Job) -> None:
     """Tars of two-channel dialogues with their annotations, unpacked one by one."""
-    lines, bad, hours = [], [], 0.0
     for shard in shards_of(job.corpus, job.mirror):
-        if job.enough(hours):
-            return Fetched(lines, bad, complete=False)
+        if job.stops_here():
+            return
         target = job.audio / shard.path.removesuffix(".tar")
         if target.exists():
             job.bar.advance(shard.size)
@@ -811,10 +805,7 @@ def fetch_hub_tars(job: Job) -> Fetched:
             _unpack_apart(file, target, job.bar, own=not fetching.is_local(shard.source))
         with job.bar.unpacking():
             for path in sorted(target.rglob("*.flac")):
-                line = _dialogue(job, path, _official_split(shard.path))
-                (bad if isinstance(line, str) else lines).append(line)
-        hours = sum(line["duration"] for line in lines) / 3600
-    return Fetched(lines, bad)
+                job.take(_dialogue(job, path, _official_split(shard.path)))
 
 
 def _dialogue(job: Job, path: Path, split: str) -> dict | str:
@@ -862,7 +853,7 @@ def _conversation(job: Job, path: Path, turns: list[dict], split: str) -> dict:
     }
 
 
-def fetch_fisher(job: Job) -> Fetched:
+def fetch_fisher(job: Job) -> None:
     """The LDC's folders as they are: SPHERE files become two-channel FLAC, side A the agent."""
     folder = job.options.fisher_dir
     if folder is None:
@@ -872,32 +863,28 @@ def fetch_fisher(job: Job) -> Fetched:
         problem = "no .sph files there" if folder.is_dir() else "no such folder"
         raise UserError(f"--fisher_dir {folder}: {problem}; give the LDC's own folders")
     scripts = {path.stem: path for path in folder.rglob("fe_*.txt")}
-    lines, bad, hours = [], [], 0.0
     for call in calls:
-        if job.enough(hours):
-            return Fetched(lines, bad, complete=False)
+        if job.stops_here():
+            return
         job.bar.advance(call.stat().st_size)
-        turns = _fisher_turns(scripts[call.stem]) if call.stem in scripts else []
-        try:
-            with job.bar.unpacking():
-                path = _two_channels(job, call)
-                lines.append(_conversation(job, path, turns, data.split_for(call.stem)))
-            hours += lines[-1]["duration"] / 3600
-        except AudioError as error:
-            bad.append(str(error))
-    return Fetched(lines, bad)
+        with job.bar.unpacking():
+            job.take(_call(job, call, scripts.get(call.stem)))
 
 
-def _two_channels(job: Job, call: Path) -> Path:
-    """A call as FLAC, written where it is not there yet. Raises AudioError, UserError."""
+def _call(job: Job, call: Path, script: Path | None) -> dict | str:
+    """A manifest line of a call, written as FLAC where it is not yet; why it cannot be read."""
     target = job.audio / file_name(call.parent.name) / f"{file_name(call.stem)}.flac"
-    if not target.exists():
-        samples, rate = fetching.read_sphere(call)
-        if samples.shape[1] != 2:
-            raise AudioError(f"{call}: {samples.shape[1]} channels, not 2")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_audio(target, samples.astype("float32") / 32768, rate)
-    return target
+    try:
+        if not target.exists():
+            samples, rate = fetching.read_sphere(call)
+            if samples.shape[1] != 2:
+                raise AudioError(f"{call}: {samples.shape[1]} channels, not 2")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_audio(target, samples.astype("float32") / 32768, rate)
+        turns = _fisher_turns(script) if script else []
+        return _conversation(job, target, turns, data.split_for(call.stem))
+    except AudioError as error:
+        return str(error)
 
 
 def _fisher_turns(script: Path) -> list[dict]:
@@ -912,7 +899,7 @@ def _fisher_turns(script: Path) -> list[dict]:
     return turns
 
 
-FETCHERS: dict[type[Corpus], Callable[[Job], Fetched]] = {
+FETCHERS: dict[type[Corpus], Callable[[Job], None]] = {
     Archives: fetch_archives,
     Files: fetch_files,
     DataCollective: fetch_common_voice,

@@ -105,10 +105,10 @@ def _openslr(number: int) -> tuple[str, ...]:
 
 def _ai4bharat(repo: str, language: str, hours: float, gigabytes: float, **more: object) -> Hub:
     """A row for one language of a corpus of AI4Bharat: gated, a folder a language."""
-    common = {"license": "CC-BY-4.0", "default": True, "folders": (language,)}
+    common = {"kilohertz": "16", "license": "CC-BY-4.0", "default": True, "folders": (language,)}
     return Hub(
-        name=f"{repo.lower()}-{language}", language=language, hours=hours, gigabytes=gigabytes,
-        gated=True, repo=f"ai4bharat/{repo}", **{**common, **more},
+        f"{repo.lower()}-{language}", language, hours, gigabytes, gated=True,
+        repo=f"ai4bharat/{repo}", **{**common, **more},
     )  # fmt: skip
 
 
@@ -129,19 +129,18 @@ _RASA = {
 
 def _common_voice(language: str, hours: float, gigabytes: float) -> DataCollective:
     return DataCollective(
-        name=f"common-voice-{language}", language=language, license="CC0-1.0", hours=hours,
-        kilohertz="48", gigabytes=gigabytes, transient_gb=gigabytes, exact=False,
-        plan=f"Common Voice ({language})",
+        f"common-voice-{language}", language, hours, gigabytes, "48", "CC0-1.0", exact=False,
+        transient_gb=gigabytes, plan=f"Common Voice ({language})",
         note=f"left Hugging Face in October 2025: needs a Mozilla Data Collective account, "
         f"MDC_API_KEY and --cv_dataset_id {language}=ID; about {hours:,.0f} h",
     )
 
 
+# Name, language, hours, GB, kHz and licence, then the rest by name.
 CORPORA: tuple[Corpus, ...] = (
     Archives(
-        name="librispeech", language="english", license="CC-BY-4.0", hours=960.9, kilohertz="16",
-        gigabytes=60, transient_gb=30.6, default=True, plan="LibriSpeech", layout="librispeech",
-        bases=_openslr(12),
+        "librispeech", "english", 960.9, 60, "16", "CC-BY-4.0", transient_gb=30.6, default=True,
+        plan="LibriSpeech", layout="librispeech", bases=_openslr(12),
         archives=(
             Archive("train-clean-100.tar.gz", 100.6, 6.4, "md5:2a93770f6d5c6c964bc36631d331a522"),
             Archive("train-clean-360.tar.gz", 363.6, 23.0, "md5:c0e676e450a7ff2f54aeade5171606fa"),
@@ -150,18 +149,17 @@ CORPORA: tuple[Corpus, ...] = (
     ),
     # Chapters without transcripts: training reads windows of them.
     Archives(
-        name="librilight-small", language="english", license="public domain", hours=577.2,
-        kilohertz="16", gigabytes=35, transient_gb=35, default=True, plan="LibriLight (small)",
+        "librilight-small", "english", 577.2, 35, "16", "public domain", transient_gb=35,
+        default=True, plan="LibriLight (small)", layout="librilight",
         note="from its authors' archive: facebook/libri-light is no Hugging Face id",
-        layout="librilight", bases=("https://dl.fbaipublicfiles.com/librilight/data",),
+        bases=("https://dl.fbaipublicfiles.com/librilight/data",),
         archives=(Archive("small.tar", 577.2, 35.0, "md5:c49207eb86a8e8ac895561c37232041e"),),
     ),
     Archives(
-        name="libritts-r", language="english", license="CC-BY-4.0", hours=555.2, kilohertz="24",
-        gigabytes=55, download_gb=84, transient_gb=88, default=True, plan="Common Voice (english)",
+        "libritts-r", "english", 555.2, 55, "24", "CC-BY-4.0", download_gb=84, transient_gb=88,
+        default=True, plan="Common Voice (english)", layout="libritts", bases=_openslr(141),
         note="in place of the plan's 500 h of Common Voice: 24 kHz, no account needed. These are "
         "recordings of LibriSpeech, restored: more bandwidth, no new voices or words",
-        layout="libritts", bases=_openslr(141),
         archives=(
             Archive("train_clean_100.tar.gz", 53.8, 8.1, "md5:6df668d8f5f33e70876bfa33862ad02b"),
             Archive("train_clean_360.tar.gz", 191.3, 29.0, "md5:382eb3e64394b3da6a559f864339b22c"),
@@ -176,20 +174,17 @@ CORPORA: tuple[Corpus, ...] = (
     _ai4bharat("Kathbath", "hindi", 150, 9.5, plan="Kathbath Hindi", **_KATHBATH),
     _ai4bharat("IndicVoices", "hindi", 535, 33.0, plan="IndicVoices Hindi", **_INDICVOICES),
     Archives(
-        name="openslr-103", language="hindi", hours=100.6, kilohertz="8", gigabytes=4.0,
-        download_gb=4.7, transient_gb=6.5, exact=False, plan="OpenSLR 103", **_DISPUTED,
-        layout="transcription", bases=_openslr(103),
+        "openslr-103", "hindi", 100.6, 4.0, "8", download_gb=4.7, transient_gb=6.5, exact=False,
+        plan="OpenSLR 103", **_DISPUTED, layout="transcription", bases=_openslr(103),
         archives=(
-            Archive("Hindi_train.tar.gz", 95.05, 4.4),
-            Archive("Hindi_test.tar.gz", 5.55, 0.3),
+            Archive("Hindi_train.tar.gz", 95.05, 4.4), Archive("Hindi_test.tar.gz", 5.55, 0.3),
         ),
     ),
     Archives(
-        name="gramvaani", language="hindi", license="academic", hours=1108, kilohertz="8",
-        gigabytes=32, transient_gb=8, commercial_ok=False, exact=False, plan="Gramvaani",
+        "gramvaani", "hindi", 1108, 32, "8", "academic", transient_gb=8, commercial_ok=False,
+        exact=False, plan="Gramvaani", layout="kaldi", bases=_openslr(118),
         note="licensed for academic use only, and mostly 8 kHz MP3: "
         "--corpora gramvaani --allow_noncommercial. The plan's GV_* addresses are gone",
-        layout="kaldi", bases=_openslr(118),
         archives=(
             Archive("GV_Train_100h.tar.gz", 100, 3.0),
             Archive("GV_Dev_5h.tar.gz", 5, 0.15),
@@ -201,8 +196,8 @@ CORPORA: tuple[Corpus, ...] = (
     # Image descriptions by tens of thousands of people, one in twenty transcribed. Where a row
     # names no speaker, the split hangs on the district and postal code.
     Hub(
-        name="vaani-telugu", language="telugu", license="CC-BY-4.0", hours=1486, gigabytes=97,
-        download_gb=208, default=True, gated=True, plan="SPRING-INX Telugu",
+        "vaani-telugu", "telugu", 1486, 97, "16", "CC-BY-4.0", download_gb=208, default=True,
+        gated=True, plan="SPRING-INX Telugu",
         note="in place of SPRING-INX; closes the plan's gap of 1,200 h with real speech, mostly "
         "untranscribed; districts are added: all that the dataset has now are taken",
         repo="ARTPARK-IISc/Vaani", folders=("audio/AndhraPradesh", "audio/Telangana"),
@@ -217,64 +212,56 @@ CORPORA: tuple[Corpus, ...] = (
     _ai4bharat("IndicVoices", "telugu", 296, 33.0, plan="IndicVoices Telugu", **_INDICVOICES),
     # Both archives hold a line_index.tsv: they are unpacked apart.
     Archives(
-        name="openslr-66", language="telugu", license="CC-BY-SA-4.0", hours=10.0, kilohertz="48",
-        gigabytes=1.0, download_gb=1.1, transient_gb=1.0, default=True, exact=False,
-        plan="OpenSLR 66", layout="line_index", bases=_openslr(66),
-        archives=(
-            Archive("te_in_female.zip", 5.0, 0.53),
-            Archive("te_in_male.zip", 5.0, 0.55),
-        ),
+        "openslr-66", "telugu", 10.0, 1.0, "48", "CC-BY-SA-4.0", download_gb=1.1, transient_gb=1.0,
+        default=True, exact=False, plan="OpenSLR 66", layout="line_index", bases=_openslr(66),
+        archives=(Archive("te_in_female.zip", 5.0, 0.53), Archive("te_in_male.zip", 5.0, 0.55)),
     ),
     Hub(
-        name="indictts-telugu", language="telugu", hours=9.0, kilohertz="48", gigabytes=1.8,
-        download_gb=3.0, split="train", plan="IndicTTS Telugu", **_DISPUTED,
-        repo="SPRINGLab/IndicTTS_Telugu", folders=("data",), audio="audio",
-        speakers=("speaker_id", "gender"),
+        "indictts-telugu", "telugu", 9.0, 1.8, "48", download_gb=3.0, split="train",
+        plan="IndicTTS Telugu", **_DISPUTED, repo="SPRINGLab/IndicTTS_Telugu", folders=("data",),
+        audio="audio", speakers=("speaker_id", "gender"),
     ),
     # Its loading script no longer runs: the Hub's own parquet conversion. Several people read
     # each sentence and are not named: its own splits, which share no sentence.
     Hub(
-        name="fleurs-telugu", language="telugu", license="CC-BY-4.0", hours=8.0, gigabytes=1.0,
-        download_gb=1.6, default=True, repo="google/fleurs", folders=("te_in",),
-        revision="refs/convert/parquet", audio="audio", text="transcription", speakers=(),
-        official_splits=True,
+        "fleurs-telugu", "telugu", 8.0, 1.0, "16", "CC-BY-4.0", download_gb=1.6, default=True,
+        repo="google/fleurs", folders=("te_in",), revision="refs/convert/parquet", audio="audio",
+        text="transcription", speakers=(), official_splits=True,
     ),
     _common_voice("telugu", 3, 0.1),
     Absent(
-        name="spring-inx", language="telugu", license="CC-BY-4.0", hours=0, kilohertz="16",
-        gigabytes=0, plan="SPRING-INX Telugu",
+        "spring-inx", "telugu", 0, 0, "16", "CC-BY-4.0", plan="SPRING-INX Telugu",
         note="has no Telugu release; vaani-telugu and shrutilipi-telugu stand in",
     ),
     Files(
-        name="crema-d", language="english", license="ODbL-1.0", hours=5.26, kilohertz="16",
-        gigabytes=0.4, download_gb=0.6, group="emotion", layout="crema_d",
-        note="emotional speech for phase 4: --corpora emotion",
+        "crema-d", "english", 5.26, 0.4, "16", "ODbL-1.0", download_gb=0.6, group="emotion",
+        note="emotional speech for phase 4: --corpora emotion", layout="crema_d",
         base="https://github.com/CheyneyComputerScience/CREMA-D/raw/master",
         listing="SentenceFilenames.csv", column="Filename", pattern="AudioWAV/{}.wav",
     ),
     Archives(
-        name="ravdess", language="english", license="CC-BY-NC-SA-4.0", hours=1.48, kilohertz="48",
-        gigabytes=0.3, download_gb=0.2, transient_gb=0.6, commercial_ok=False, group="emotion",
+        "ravdess", "english", 1.48, 0.3, "48", "CC-BY-NC-SA-4.0", download_gb=0.2,
+        transient_gb=0.6, commercial_ok=False, group="emotion", layout="ravdess",
         note="emotional speech for phase 4: --corpora emotion --allow_noncommercial",
-        layout="ravdess", bases=("https://zenodo.org/records/1188976/files",),
+        bases=("https://zenodo.org/records/1188976/files",),
         archives=(Archive("Audio_Speech_Actors_01-24.zip", 1.48, 0.2,
                           "md5:bc696df654c87fed845eb13823edef8a"),),
     ),
     _ai4bharat("Rasa", "hindi", 40, 8.0, folders=("Hindi",), **_RASA),
     _ai4bharat("Rasa", "telugu", 40, 8.0, folders=("Telugu",), **_RASA),
     HubTars(
-        name="behavior-sd", language="english", license="CC-BY-4.0", hours=2164, kilohertz="22",
-        gigabytes=188, transient_gb=1.5, exact=True, group="conversations",
+        "behavior-sd", "english", 2164, 188, "22", "CC-BY-4.0", transient_gb=1.5, exact=True,
+        group="conversations", repo="yhytoto12/behavior-sd",
+        folders=("train", "validation", "test"),
         note="two-channel dialogues for phase 3, made by TTS: --corpora behavior-sd "
         "[--max_hours 100]",
-        repo="yhytoto12/behavior-sd", folders=("train", "validation", "test"),
     ),
     Fisher(
-        name="fisher", language="english", license="LDC", hours=984, kilohertz="8", gigabytes=40,
-        exact=False, commercial_ok=False, group="conversations", plan="Fisher",
+        "fisher", "english", 984, 40, "8", "LDC", exact=False, commercial_ok=False,
+        group="conversations", plan="Fisher",
         note="sold by the LDC (LDC2004S13 + LDC2004T19): give your copy with --fisher_dir",
     ),
-)
+)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- list

@@ -39,7 +39,7 @@ from command import (  # noqa: E402
     writable_file,
     writable_folder,
 )
-from corpora import Corpus, Fetched, FetchOptions, Job  # noqa: E402
+from corpora import Corpus, FetchOptions, Job  # noqa: E402
 
 G722_RATE = 16000
 G722_PACKET = 160  # bytes: 20 ms at 64 kbit/s
@@ -67,6 +67,7 @@ class Packages(Corpus):
     exclude: tuple[str, ...] = ()
     transcripts: str = ""
     group: str = "packages"
+    gigabytes: float = 0.1
 
     @property
     def origin(self) -> str:
@@ -200,24 +201,24 @@ def unpack_deb(archive: Path, folder: Path) -> None:
         raise UserError(f"{archive}: damaged; delete it and run again")
 
 
-def fetch_packages(job: Job) -> Fetched:
+def fetch_packages(job: Job) -> None:
     """Audio of Debian packages, without installing them: no root, nothing outside the folder."""
     shutil.rmtree(job.part)
     archives = [download_deb(package, job.archives) for package in job.corpus.packages]
     with job.bar.unpacking():
-        return _unpack_packages(job, archives, job.part / ".raw")
+        _unpack_packages(job, archives, job.part / ".raw")
 
 
 corpora.FETCHERS[Packages] = fetch_packages
 
 
-def _unpack_packages(job: Job, archives: list[Path], raw: Path) -> Fetched:
+def _unpack_packages(job: Job, archives: list[Path], raw: Path) -> None:
     corpus = job.corpus
     raw.mkdir(parents=True)
     for archive in archives:
         unpack_deb(archive, raw)
     texts = _read_transcripts(raw / corpus.transcripts) if corpus.transcripts else {}
-    clips, unreadable, seen = [], [], set()
+    seen = set()
     for source in sorted((raw / corpus.root).rglob("*")):
         name = source.relative_to(raw / corpus.root)
         if source.is_symlink() or not source.is_file() or not _wanted(corpus, name.as_posix()):
@@ -228,14 +229,12 @@ def _unpack_packages(job: Job, archives: list[Path], raw: Path) -> Fetched:
         seen.add(digest)
         job.bar.advance(source.stat().st_size)
         text = texts.get(name.with_suffix("").as_posix())
-        clip = _take_recording(corpus, source, job.audio / name, name.as_posix(), text)
-        (unreadable if isinstance(clip, str) else clips).append(clip)
+        job.take(_take_recording(corpus, source, job.audio / name, name.as_posix(), text))
     for package in corpus.packages:
         notice = raw / f"usr/share/doc/{package}/copyright"
         if notice.exists():
             notice.replace(job.part / f"copyright.{package}")
     shutil.rmtree(raw)
-    return Fetched(clips, unreadable)
 
 
 def _wanted(corpus: Packages, name: str) -> bool:
