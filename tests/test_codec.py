@@ -887,7 +887,7 @@ def _worker(rank, world_size, folder):
         joint = noise(4, 1, 12 * 480, seed=11)
         torch.manual_seed(0)
         model = Codec(SMALL)
-        train(model, joint[rank::world_size].clone(), 4)  # as ResumableSampler deals
+        train(model, joint[rank::world_size].clone(), 4)  # as epochs_of_batches deals
         torch.save(model.state_dict(), f"{folder}/rank{rank}.pt")
     finally:
         dist.destroy_process_group()
