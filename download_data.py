@@ -28,7 +28,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,9 +41,7 @@ from audio import AudioError, probe
 from command import (
     ArgumentParser,
     UserError,
-    check_fields,
     first_line,
-    json_lines,
     number,
     only_one,
     run,
@@ -417,8 +415,8 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> Verified:
     if not (folder / data.MANIFEST).exists():
         return Verified(corpus, expected, fault="not there")
     try:
-        clips = _entries(corpus, folder / data.MANIFEST)
-    except (UserError, OSError) as error:  # this corpus' fault alone
+        clips = data.read_manifest(folder / data.MANIFEST)
+    except UserError as error:  # this corpus' fault alone
         reason = first_line(error, 400)
         return Verified(corpus, expected, unreadable=(reason,), fault="cannot be read")
     bad, duplicates = [], 0
@@ -427,10 +425,11 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> Verified:
         with ThreadPoolExecutor(FILE_THREADS) as pool:
             checks = pool.map(_check_file, clips)
             shown = tqdm(checks, corpus.name, len(clips), leave=False, unit="file", disable=hidden)
-            checked = list(zip(clips, shown, strict=True))
-        bad = [str(clip.path) for clip, found in checked if not found]
-        clips = [found[0] for _, found in checked if found]
-        duplicates = len(clips) - len({found[1] for _, found in checked if found})
+            checked = list(shown)
+        bad = [found for found in checked if isinstance(found, str)]
+        readable = [found for found in checked if not isinstance(found, str)]
+        clips = [clip for clip, _ in readable]
+        duplicates = len(clips) - len({digest for _, digest in readable})
     rates: Counter[int] = Counter()
     for clip in clips:
         rates[clip.sample_rate] += clip.duration / 3600
@@ -448,20 +447,8 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> Verified:
     )
 
 
-def _entries(corpus: Corpus, manifest: Path) -> Sequence[data.Clip]:
-    if corpus.group != "conversations":
-        return data.read_manifest(manifest)
-    fields = {"path": "path", "duration": "number", "sample_rate": "whole", "language": "text"}
-    clips = []
-    for at, line in json_lines(manifest):
-        check_fields(line, fields, f"{manifest}, line {at}")
-        path, *others = (line[name] for name in fields)
-        clips.append(data.Clip(manifest.parent / path, *others))
-    return clips
-
-
-def _check_file(clip: data.Clip) -> tuple[data.Clip, bytes] | None:
-    """(the clip as its file is, a digest of the file); None where it cannot be read."""
+def _check_file(clip: data.Clip) -> tuple[data.Clip, bytes] | str:
+    """(the clip as its file is, a digest of the file); its path where it cannot be read."""
     try:
         with open(clip.path, "rb") as file:  # once: on a network volume that is what takes time
             size = os.fstat(file.fileno()).st_size
@@ -471,7 +458,7 @@ def _check_file(clip: data.Clip) -> tuple[data.Clip, bytes] | None:
             file.seek(0)
             duration, sample_rate = probe(clip.path, file)
     except (AudioError, OSError):
-        return None
+        return str(clip.path)
     digest = hashlib.sha256(size.to_bytes(8, "big") + ends).digest()
     return replace(clip, duration=duration, sample_rate=sample_rate), digest
 
