@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -448,7 +448,16 @@ class S2S(nn.Module):
         """
         hidden = self.hidden(batch)
         logits = {**self.head_logits(hidden), "text": self.text_head(hidden)}
-        losses, metrics = head_losses(logits, batch)
+        losses, metrics = {}, {}
+        for name in ("user_speaking", "turn_end"):
+            losses[name] = binary_loss(logits[name], getattr(batch, name))
+        for name, labels in (
+            ("user_emotion", batch.user_emotion),
+            ("language", batch.language_label),
+            ("user_phones", batch.user_phones),
+        ):
+            losses[name] = cross_entropy(logits[name], labels)
+            metrics[f"{name}_accuracy"] = accuracy(logits[name], labels)
         for name, labels in (("text", batch.text), ("user_words", batch.user_words)):
             losses[name] = token_loss(logits[name], labels, self.config.text_weight)
             tokens = torch.where(labels > PAD, labels, IGNORE)
@@ -670,25 +679,12 @@ def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
     return torch.where(counts > 0, raw / counts.clamp(min=1), 0.0).sum() / turns
 
 
-def head_losses(
-    logits: dict[str, Tensor], batch: Batch
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and accuracies of the heads on the user, but for the words."""
-    losses, metrics = {}, {}
-    for name in ("user_speaking", "turn_end"):
-        labels, scores = getattr(batch, name), logits[name][..., 0].float()
-        known = labels != IGNORE
-        raw = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
-        losses[name] = (raw * known).sum() / over_ranks(known.sum())
-    labels = {
-        "user_emotion": batch.user_emotion,
-        "language": batch.language_label,
-        "user_phones": batch.user_phones,
-    }
-    for name, label in labels.items():
-        losses[name] = cross_entropy(logits[name], label)
-        metrics[f"{name}_accuracy"] = accuracy(logits[name], label)
-    return losses, metrics
+def binary_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """As `cross_entropy`, of labels 0 and 1; logits `[..., 1]`."""
+    known = labels != IGNORE
+    scores = logits[..., 0].float()
+    raw = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
+    return (raw * known).sum() / over_ranks(known.sum())
 
 
 def depth_losses(depth: list[list[Tensor]], schedule, targets: Tensor) -> dict[str, Tensor]:
@@ -735,22 +731,18 @@ def untimed_turns(turn: Tensor, text: Tensor) -> dict[str, Tensor]:
         # Equal tokens have equal labels: CTC keeps a blank between neighbours that are.
         labels[row, : len(spoken)] = torch.tensor([spoken.index(token) + 1 for token in spoken])
         row += 1
-    found = {"first": first, "tokens": tokens, "labels": labels, "patches": patches}
-    return {f"untimed_{name}": value for name, value in {**found, "counts": counts}.items()}
+    return {
+        "untimed_first": first, "untimed_tokens": tokens, "untimed_labels": labels,
+        "untimed_patches": patches, "untimed_counts": counts,
+    }  # fmt: skip
 
 
-@dataclass
 class TextStream:
     """Words as at most one token a patch; `overflow` counts tokens without a place."""
 
-    num_patches: int
-    patch_rate: float
-    overflow: int = 0
-    tokens: list[int] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.tokens = [PAD] * self.num_patches
-        self._free = 0
+    def __init__(self, num_patches: int, patch_rate: float) -> None:
+        self.tokens, self.patch_rate = [PAD] * num_patches, patch_rate
+        self.overflow = self._free = 0
 
     def add(self, tokens: Sequence[int], seconds: float) -> int:
         """Queues a word's tokens from `seconds` on, behind those that still wait.
@@ -758,7 +750,7 @@ class TextStream:
         Returns the patch of the first one.
         """
         first = self._free = max(self._free, int(seconds * self.patch_rate + 1e-6))
-        placed = tokens[: max(0, self.num_patches - first)]
+        placed = tokens[: max(0, len(self.tokens) - first)]
         self.tokens[first : first + len(placed)] = placed
         self._free += len(placed)
         self.overflow += len(tokens) - len(placed)
