@@ -12,7 +12,6 @@ import csv
 import functools
 import io
 import json
-import math
 import os
 import re
 import shutil
@@ -98,9 +97,7 @@ class Corpus:
     @property
     def origin(self) -> str:
         """Where it comes from, for its record."""
-        places = (getattr(self, name, "") for name in ("repo", "base", "bases"))
-        place = next(filter(None, places), self.name)
-        return place if isinstance(place, str) else place[0]
+        return getattr(self, "repo", "") or getattr(self, "bases", [self.name])[0]
 
     @property
     def marks(self) -> str:
@@ -171,9 +168,9 @@ class HubTars(OnHub):
 
 @dataclass(frozen=True, kw_only=True)
 class Files(Corpus):
-    """Single files on the web: `listing` is a CSV whose column `column` names them."""
+    """Single files below `bases`: `listing` is a CSV whose column `column` names them."""
 
-    base: str
+    bases: tuple[str, ...]
     listing: str
     column: str
     pattern: str
@@ -414,7 +411,7 @@ def _unpack_apart(file: Path, target: Path, bar: Bar, own: bool = True) -> None:
 
 def fetch_files(job: Job) -> None:
     """Every file that a CSV names, a few at a time. One that is not there is listed."""
-    base = (job.mirror or job.corpus.base).rstrip("/")
+    base = (job.mirror or job.corpus.bases[0]).rstrip("/")
     listing = job.archives / job.corpus.listing
     fetching.download(f"{base}/{job.corpus.listing}", listing, job.bar)
     names = [row[job.corpus.column] for row in _table(listing, ",", (job.corpus.column,))]
@@ -451,14 +448,11 @@ def fetch_common_voice(job: Job) -> None:
     target = job.audio / "clips"
     if not target.exists():
         job.archives.mkdir(parents=True, exist_ok=True)
-        # The call was renamed in 0.4.2.
-        call = getattr(datacollective, "download_dataset", None)
-        call = call or datacollective.save_dataset_to_disk
         try:
-            file = Path(call(dataset, download_directory=str(job.archives)))
+            file = datacollective.download_dataset(dataset, download_directory=str(job.archives))
         except Exception as error:  # whatever its HTTP client raises
-            raise UserError(f"{name}: the Data Collective says: {error}") from error
-        _unpack_apart(file, target, job.bar)
+            raise UserError(f"{name}: the Data Collective says: {first_line(error)}") from error
+        _unpack_apart(Path(file), target, job.bar)
     _take_clips(job, "common_voice")
 
 
@@ -822,14 +816,16 @@ def _dialogue(job: Job, path: Path, split: str) -> dict | str:
 
 
 def _turn(channel: int, utterance: dict) -> dict:
-    """Raises ValueError, KeyError, TypeError or UserError where a field is none of a turn."""
-    start, end = max(float(utterance["start_time"]), 0.0), float(utterance["end_time"])
-    text = utterance.get("tts_text") or ""
-    check_fields({"text": text}, {"text": "text"}, "utterance")
-    if channel not in (0, 1) or not math.isfinite(start + end):
-        raise ValueError(f"an utterance that is none: {utterance}")
-    who = "user" if channel else "agent"
-    return {"who": who, "start": start, "end": max(end, start), "text": text}
+    """Raises ValueError, LookupError, TypeError or UserError where a field is none of a turn."""
+    start, end = float(utterance["start_time"]), float(utterance["end_time"])
+    turn = {
+        "who": {0: "agent", 1: "user"}[channel],
+        "start": max(start, 0.0),
+        "end": max(end, start, 0.0),
+        "text": utterance.get("tts_text") or "",
+    }
+    check_fields(turn, {"start": "number", "end": "number", "text": "text"}, "utterance")
+    return turn
 
 
 def _conversation(job: Job, path: Path, turns: list[dict], split: str) -> dict:

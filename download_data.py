@@ -234,7 +234,7 @@ CORPORA: tuple[Corpus, ...] = (
     Files(
         "crema-d", "english", 5.26, 0.4, "16", "ODbL-1.0", download_gb=0.6, group="emotion",
         note="emotional speech for phase 4: --corpora emotion", layout="crema_d",
-        base="https://github.com/CheyneyComputerScience/CREMA-D/raw/master",
+        bases=("https://github.com/CheyneyComputerScience/CREMA-D/raw/master",),
         listing="SentenceFilenames.csv", column="Filename", pattern="AudioWAV/{}.wav",
     ),
     Archives(

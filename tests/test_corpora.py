@@ -311,7 +311,7 @@ def test_a_full_disk_is_one_line_and_no_loss(server, small_disk):
 
 
 def test_single_files_and_those_that_are_not_there(server, tmp_path):
-    row = replace(ROWS["crema-d"], base=server.url)
+    row = replace(ROWS["crema-d"], bases=(server.url,))
     names = ("1001_IEO_NEU_XX", "1001_DFA_ANG_HI", "1002_TSI_FEA_XX", "1003_ITS_SAD_XX")
     listing = "".join(f'{n},"{name}"\n' for n, name in enumerate(names))
     server.files["/SentenceFilenames.csv"] = f'"Stimulus_Number","Filename"\n{listing}'.encode()

@@ -55,6 +55,6 @@ def schema(shard):
 def test_single_files_are_named_by_their_listing(row, tmp_path, monkeypatch):
     monkeypatch.setattr(fetching, "BACK_OFF_S", (1.0,))
     listing = tmp_path / row.listing
-    fetching.download(f"{row.base}/{row.listing}", listing, fetching.Bar(row.name))
+    fetching.download(f"{row.bases[0]}/{row.listing}", listing, fetching.Bar(row.name))
     names = [line[row.column] for line in corpora._table(listing, ",", (row.column,))]
-    assert names and size_at(f"{row.base}/{row.pattern.format(names[0])}") > 1000
+    assert names and size_at(f"{row.bases[0]}/{row.pattern.format(names[0])}") > 1000
