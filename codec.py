@@ -16,9 +16,10 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,8 @@ from checkpoints import fingerprint, load_checkpoint
 from command import UserError
 from streamed import stream_weights
 from transformer import StreamingTransformer, TransformerConfig, TransformerState
+
+STATISTICS = ("cluster_size", "embedding_sum")  # of codebooks in training; an export has none
 
 
 @dataclass(frozen=True)
@@ -375,110 +378,107 @@ def build_decoder(config: CodecConfig) -> CausalChain:
     )
 
 
-class Codebook(nn.Module):
-    """One codebook in fp32; `forward` and `lookup` only read. `CodebookStack` moves the codes."""
+class Codebook(NamedTuple):
+    """One codebook, to read: codes `[n, d]`, and ‖e‖² / 2 `[n]`, on which a streaming step would
+    spend more than on the search itself."""
 
-    def __init__(self, size: int, dim: int) -> None:
-        super().__init__()
-        self.register_buffer("embedding", torch.randn(size, dim))
-        self.register_buffer("cluster_size", torch.zeros(size))
-        self.register_buffer("embedding_sum", torch.zeros(size, dim))
-        # ‖e‖² / 2, kept because a streaming step would spend more on it than on the search itself.
-        self.register_buffer("half_norms", torch.empty(size), persistent=False)
-        # Whether the codes stand for data; until then training goes on unquantized. Known to the
-        # host, which would otherwise wait for the device.
-        self.is_initialised = False
-        self.register_load_state_dict_post_hook(lambda book, _: book._take_over())
-        self.refresh()
+    embedding: Tensor
+    half_norms: Tensor
 
-    def _take_over(self) -> None:
-        self.refresh()
-        self.is_initialised = bool(self.cluster_size.sum() > 0)
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Call whenever `embedding` has changed."""
-        self.half_norms.copy_(0.5 * self.embedding.float().pow(2).sum(-1))
-
-    def forward(self, x: Tensor) -> Tensor:
+    def nearest(self, x: Tensor) -> Tensor:
         """The nearest code of each vector: `[..., d]` → `[...]` int64."""
         with torch.autocast(x.device.type, enabled=False):
-            scores = x.float() @ self.embedding.float().t() - self.half_norms
-            return scores.argmax(-1)
+            return (x.float() @ self.embedding.float().t() - self.half_norms).argmax(-1)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """`[...]` int64 → `[..., d]`."""
         return F.embedding(codes, self.embedding)
 
-    @torch.no_grad()
-    def restart_statistics(self) -> None:
-        """Statistics that stand for the codes as they are, as after an export."""
-        self.cluster_size.fill_(1.0)
-        self.embedding_sum.copy_(self.embedding)
-        self.is_initialised = True
 
-    @torch.no_grad()
-    def initialise(self, candidates: Tensor, draws: Tensor) -> None:
-        """k-means (Lloyd) on `candidates` `[N, d]`, starting from those at `draws` `[size or more]`
-        in [0, 1); ranks that have the same get the same."""
-        size = len(self.embedding)
-        places = (draws[:size] * len(candidates)).long().clamp(max=len(candidates) - 1)
-        self.embedding.copy_(candidates[places])
-        self.refresh()
-        for _ in range(10):
-            codes = self(candidates)
-            counts = torch.zeros_like(self.cluster_size).index_add_(
-                0, codes, torch.ones_like(codes, dtype=torch.float32)
-            )
-            sums = torch.zeros_like(self.embedding).index_add_(0, codes, candidates)
-            means = sums / counts.clamp(min=1)[:, None]
-            self.embedding.copy_(torch.where(counts[:, None] > 0, means, self.embedding))
-            self.refresh()
-        mean_size = candidates.shape[0] / size
-        self.cluster_size.fill_(mean_size)
-        self.embedding_sum.copy_(self.embedding * mean_size)
-        self.is_initialised = True
+def half_norms(codes: Tensor) -> Tensor:
+    """‖e‖² / 2 of `[..., d]`."""
+    return 0.5 * codes.float().pow(2).sum(-1)
 
 
-class CodebookStack:
+class CodebookStack(nn.Module):
     """Codebooks of one size, learnt by exponential moving averages (van den Oord et al. 2017, A.1).
 
-    Their buffers are rows of one tensor each, `[K, n, d]` and `[K, n]`: on a GPU 64 codebooks that
-    move one by one are thousands of launches. Nothing here waits for the device.
+    Their buffers are rows of one fp32 tensor each, `[K, n, d]` and `[K, n]`: on a GPU 64 codebooks
+    that move one by one are thousands of launches. Nothing here waits for the device. `levels` is
+    their place among the quantizer's, which stores the buffers under a name a codebook.
     """
 
-    names = ("embedding", "cluster_size", "embedding_sum", "half_norms")
+    stored = ("embedding", *STATISTICS)
 
-    def __init__(self, books: Sequence[Codebook], decay: float, first: int = 0) -> None:
-        self.books, self.decay = list(books), decay
-        self.levels = slice(first, first + len(self.books))  # among the quantizer's
-        self.tie()
+    def __init__(self, count: int, size: int, dim: int, decay: float, first: int = 0) -> None:
+        super().__init__()
+        self.levels, self.decay = slice(first, first + count), decay
+        codes = torch.stack([torch.randn(size, dim) for _ in range(count)])
+        self.register_buffer("embedding", codes, persistent=False)
+        self.register_buffer("cluster_size", torch.zeros(count, size), persistent=False)
+        self.register_buffer("embedding_sum", torch.zeros_like(codes), persistent=False)
+        self.register_buffer("half_norms", half_norms(codes), persistent=False)
+        # Which codebooks stand for data; until then training goes on unquantized. Known to the
+        # host, which would otherwise wait for the device.
+        self.started = [False] * count
 
-    def tie(self) -> None:
-        """Makes the buffers rows of one tensor (again, where moving the module took them apart)."""
-        for name in self.names:
-            whole = torch.stack([getattr(book, name) for book in self.books])
-            setattr(self, name, whole)
-            for book, row in zip(self.books, whole.unbind(), strict=True):
-                setattr(book, name, row)
+    def books(self) -> list[Codebook]:
+        """The codebooks one by one; their tensors are views."""
+        rows = zip(self.embedding.unbind(), self.half_norms.unbind(), strict=True)
+        return [Codebook(*row) for row in rows]
 
     @property
     def is_initialised(self) -> bool:
-        return all(book.is_initialised for book in self.books)
+        return all(self.started)
 
+    @torch.no_grad()
+    def loaded(self) -> None:
+        """Call when the stored buffers have been filled."""
+        self.half_norms.copy_(half_norms(self.embedding))
+        self.started = (self.cluster_size.sum(-1) > 0).tolist()
+
+    @torch.no_grad()
+    def restart_statistics(self, row: int) -> None:
+        """Statistics that stand for a codebook's codes as they are, as after an export."""
+        self.cluster_size[row].fill_(1.0)
+        self.embedding_sum[row].copy_(self.embedding[row])
+        self.started[row] = True
+
+    @torch.no_grad()
     def initialise(self, left: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Starts those codebooks that stand for nothing yet, each by what the ones before it leave
-        of the vectors `left` `[N, d]`.
+        """Starts those codebooks that stand for nothing yet by k-means, each on what the ones
+        before it leave of the vectors `left` `[N, d]`.
 
-        Returns what the last one leaves, and `[K, n]` bool, the codes that began anew.
+        `draws` `[K, n or more]` in [0, 1) choose the codes that k-means starts from; ranks that
+        have the same get the same. Returns what the last codebook leaves, and `[K, n]` bool, the
+        codes that began anew.
         """
-        started = torch.zeros_like(self.cluster_size, dtype=torch.bool)
-        for book, places, mask in zip(self.books, draws, started, strict=True):
-            if not book.is_initialised:
-                book.initialise(left, places)
-                mask.fill_(True)
-            left = left - book.lookup(book(left))
-        return left, started
+        fresh = torch.zeros_like(self.cluster_size, dtype=torch.bool)
+        for row, book in enumerate(self.books()):
+            if not self.started[row]:
+                self._k_means(row, book, left, draws[row])
+                fresh[row] = True
+            left = left - book.lookup(book.nearest(left))
+        return left, fresh
+
+    def _k_means(self, row: int, book: Codebook, candidates: Tensor, draws: Tensor) -> None:
+        """Lloyd's algorithm on `candidates` `[N, d]`."""
+        codes, size = book.embedding, len(book.embedding)
+        places = (draws[:size] * len(candidates)).long().clamp(max=len(candidates) - 1)
+        codes.copy_(candidates[places])
+        book.half_norms.copy_(half_norms(codes))
+        for _ in range(10):
+            nearest = book.nearest(candidates)
+            ones = torch.ones_like(nearest, dtype=torch.float32)
+            counts = codes.new_zeros(size).index_add_(0, nearest, ones)
+            sums = torch.zeros_like(codes).index_add_(0, nearest, candidates)
+            means = sums / counts.clamp(min=1)[:, None]
+            codes.copy_(torch.where(counts[:, None] > 0, means, codes))
+            book.half_norms.copy_(half_norms(codes))
+        mean_size = len(candidates) / size
+        self.cluster_size[row].fill_(mean_size)
+        self.embedding_sum[row].copy_(codes * mean_size)
+        self.started[row] = True
 
     @torch.no_grad()
     def update(
@@ -501,9 +501,8 @@ class CodebookStack:
         Returns:
             `[K, n]` bool, the codes that restarted.
         """
-        size = self.cluster_size.shape[1]
         counts, sums = self._statistics(vectors, codes, used)
-        fresh, some = drawn_vectors(vectors, used, draws[:, :size])
+        fresh, some = drawn_vectors(vectors, used, draws[:, : counts.shape[1]])
         if dist.is_initialized():
             parts = torch.cat((sums, fresh, counts[..., None]), dim=-1)
             dist.all_reduce(parts)
@@ -518,12 +517,12 @@ class CodebookStack:
         sums = torch.where(dead[..., None], fresh * mean_size[..., None], sums)
         codes = sums / sizes[..., None]
         if skip is not None:
-            kept = skip != 0
-            dead = dead & ~kept
-            sizes = torch.where(kept, self.cluster_size, sizes)
-            sums = torch.where(kept, self.embedding_sum, sums)
-            codes = torch.where(kept, self.embedding, codes)
-        self._take(codes, sizes, sums)
+            skipped = skip != 0
+            dead = dead & ~skipped
+            sizes = torch.where(skipped, self.cluster_size, sizes)
+            sums = torch.where(skipped, self.embedding_sum, sums)
+            codes = torch.where(skipped, self.embedding, codes)
+        self._set(codes, sizes, sums)
         return dead
 
     @torch.no_grad()
@@ -539,15 +538,14 @@ class CodebookStack:
         sums = self.embedding_sum.lerp(other.embedding_sum, weight)
         sums = torch.where(restarted[..., None], other.embedding_sum, sums)
         codes = torch.where(weight > 0, sums / sizes[..., None], self.embedding)  # bit for bit
-        self._take(codes, sizes, sums)
-        for mine, theirs in zip(self.books, other.books, strict=True):
-            mine.is_initialised = theirs.is_initialised
+        self._set(codes, sizes, sums)
+        self.started = list(other.started)
 
-    def _take(self, codes: Tensor, sizes: Tensor, sums: Tensor) -> None:
+    def _set(self, codes: Tensor, sizes: Tensor, sums: Tensor) -> None:
         self.embedding.copy_(codes)
         self.cluster_size.copy_(sizes)
         self.embedding_sum.copy_(sums)
-        self.half_norms.copy_(0.5 * codes.pow(2).sum(-1))
+        self.half_norms.copy_(half_norms(codes))
 
     def _statistics(self, vectors: Tensor, codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
         """How many vectors each code stood for, `[K, n]`, and their sums, `[K, n, d]`."""
@@ -602,13 +600,13 @@ def gather_candidates(x: Tensor, limit: int = 8192) -> Tensor:
 class Quantized:
     """What the quantizer gives in training.
 
-    `features` `[B, F, D]` for the decoder (straight-through), `semantic` `[B, F, d]` the quantized
-    semantic features (straight-through), `codes` `[B, K, F]`, `commitment` a scalar, `residuals`
-    per stack of codebooks the vectors `[levels, B, F, d]` that it quantized, `used` `[B, K]` bool.
+    `semantic` and, but for the semantic branch alone, `acoustic` `[B, F, d]` quantized features
+    (straight-through), `codes` `[B, K, F]`, `commitment` a scalar, `residuals` per stack of
+    codebooks the vectors `[levels, B, F, d]` that it quantized, `used` `[B, K]` bool.
     """
 
-    features: Tensor
     semantic: Tensor
+    acoustic: Tensor | None
     codes: Tensor
     commitment: Tensor
     residuals: list[Tensor]
@@ -616,7 +614,11 @@ class Quantized:
 
 
 class SplitQuantizer(nn.Module):
-    """A semantic codebook in parallel with an acoustic residual VQ, each in a space of its own."""
+    """A semantic codebook in parallel with an acoustic residual VQ, each in a space of its own.
+
+    Codebooks live in stacks of one size, the semantic one in a stack of its own, and are stored
+    one by one, as `codebooks.K.embedding` and so on.
+    """
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
@@ -624,76 +626,105 @@ class SplitQuantizer(nn.Module):
         self.widths = (c.semantic_width, c.encoder_dim)
         self.semantic_in = nn.Linear(c.semantic_width, c.semantic_dim)
         self.acoustic_in = nn.Linear(c.encoder_dim, c.acoustic_dim)
-        dims = [c.semantic_dim] + [c.acoustic_dim] * (c.num_codebooks - 1)
-        self.codebooks = nn.ModuleList(
-            Codebook(size, dim) for size, dim in zip(c.codebook_sizes, dims, strict=True)
-        )
-        self.stacks = [CodebookStack(self.codebooks[:1], c.codebook_decay)]
-        for _, books in itertools.groupby(self.codebooks[1:], lambda book: len(book.embedding)):
-            first = self.stacks[-1].levels.stop
-            self.stacks.append(CodebookStack(list(books), c.codebook_decay, first))
+        first, *others = c.codebook_sizes
+        self.stacks = nn.ModuleList([CodebookStack(1, first, c.semantic_dim, c.codebook_decay)])
+        for size, same in itertools.groupby(others):
+            place, count = self.stacks[-1].levels.stop, len(list(same))
+            stack = CodebookStack(count, size, c.acoustic_dim, c.codebook_decay, place)
+            self.stacks.append(stack)
 
-    def _apply(self, *args, **kwargs) -> SplitQuantizer:
-        super()._apply(*args, **kwargs)
+    @property
+    def codebooks(self) -> list[Codebook]:
+        """All of them, the semantic one first."""
+        return [book for stack in self.stacks for book in stack.books()]
+
+    def _stored(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Names in checkpoints, with the rows that they stand for."""
         for stack in self.stacks:
-            stack.tie()
-        return self
+            for row, k in enumerate(range(stack.levels.start, stack.levels.stop)):
+                for name in stack.stored:
+                    yield f"{prefix}codebooks.{k}.{name}", getattr(stack, name)[row]
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(self._stored(prefix))
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        for name, row in self._stored(prefix):
+            given = state.pop(name, None)
+            if given is None:
+                missing.append(name)
+            elif given.shape != row.shape:
+                errors.append(f"{name} is {list(given.shape)}, not {list(row.shape)}")
+            else:
+                row.copy_(given)
+        for stack in self.stacks:
+            stack.loaded()
+        rest = (missing, unexpected, errors)
+        super()._load_from_state_dict(state, prefix, metadata, strict, *rest)
 
     def encode(self, hidden: Tensor, num_codebooks: int) -> Tensor:
         """`[B, F, S + D]` → codes `[B, K, F]` int64."""
         semantic, acoustic = hidden.split(self.widths, dim=-1)
-        codes = [self.codebooks[0](self.semantic_in(semantic))]
+        first, *others = self.codebooks
+        codes = [first.nearest(self.semantic_in(semantic))]
         residual = self.acoustic_in(acoustic)
-        for codebook in self.codebooks[1:num_codebooks]:
-            codes.append(codebook(residual))
-            residual = residual - codebook.lookup(codes[-1])
+        for book in others[: num_codebooks - 1]:
+            codes.append(book.nearest(residual))
+            residual = residual - book.lookup(codes[-1])
         return torch.stack(codes, dim=1)
 
     def lookup(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Codes `[B, K, F]` → semantic `[B, F, d]` and acoustic `[B, F, d]` vectors."""
-        semantic = self.codebooks[0].lookup(codes[:, 0])
+        first, *others = self.codebooks
+        semantic = first.lookup(codes[:, 0])
         acoustic = semantic.new_zeros(*semantic.shape[:2], self.acoustic_in.out_features)
-        for k in range(1, codes.shape[1]):
-            acoustic = acoustic + self.codebooks[k].lookup(codes[:, k])
+        for book, level in zip(others, codes.unbind(1)[1:], strict=False):
+            acoustic = acoustic + book.lookup(level)
         return semantic, acoustic
 
-    def forward(self, hidden: Tensor, num_codebooks: Tensor) -> tuple[Tensor, Tensor, Quantized]:
+    def forward(self, hidden: Tensor, num_codebooks: Tensor) -> Quantized:
         """Quantizes with gradients; sample `b` uses its first `num_codebooks[b]` codebooks."""
-        used = torch.arange(len(self.codebooks), device=hidden.device) < num_codebooks[:, None]
+        total = self.stacks[-1].levels.stop
+        used = torch.arange(total, device=hidden.device) < num_codebooks[:, None]
         semantic, acoustic = hidden.split(self.widths, dim=-1)
-        heard = self.hear(semantic)
+        first = self.quantize_semantic(semantic)
         with torch.autocast(hidden.device.type, enabled=False):
-            info = self._quantize_acoustic(self.acoustic_in(acoustic.float()), used)
-        info = Quantized(
-            features=info.features,
-            semantic=heard.semantic,
-            codes=torch.cat((heard.codes, info.codes), dim=1),
-            commitment=heard.commitment + info.commitment,
-            residuals=[*heard.residuals, *info.residuals],
+            vectors = self.acoustic_in(acoustic.float())
+            quantized, codes, commitment, residuals = self._quantize_acoustic(vectors, used)
+        return Quantized(
+            semantic=first.semantic,
+            acoustic=quantized,
+            codes=torch.cat((first.codes, codes), dim=1),
+            commitment=first.commitment + commitment,
+            residuals=[*first.residuals, *residuals],
             used=used,
         )
-        return info.semantic, info.features, info
 
-    def hear(self, semantic: Tensor) -> Quantized:
+    def quantize_semantic(self, semantic: Tensor) -> Quantized:
         """The semantic codebook alone, with gradients: `[B, F, S]` → codes `[B, 1, F]`."""
+        (book,) = self.stacks[0].books()
         with torch.autocast(semantic.device.type, enabled=False):
             vectors = self.semantic_in(semantic.float())
-            codebook = self.codebooks[0]
-            codes = codebook(vectors)
+            codes = book.nearest(vectors)
             used = torch.ones(len(codes), 1, dtype=torch.bool, device=codes.device)
             quantized, commitment = vectors, 0 * vectors.sum()
-            if codebook.is_initialised:  # vectors pass as they are until there are codes for them
-                chosen = codebook.lookup(codes)
+            if self.stacks[0].is_initialised:  # vectors pass as they are until there are codes
+                chosen = book.lookup(codes)
                 commitment = F.mse_loss(vectors, chosen)
                 quantized = vectors + (chosen - vectors).detach()
         residuals = [vectors.detach()[None]]
-        return Quantized(quantized, quantized, codes[:, None], commitment, residuals, used)
+        return Quantized(quantized, None, codes[:, None], commitment, residuals, used)
 
-    def _quantize_acoustic(self, vectors: Tensor, used: Tensor) -> Quantized:
+    def _quantize_acoustic(
+        self, vectors: Tensor, used: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """The residual VQ over `[B, F, d]`; `used` `[B, K]` counts the semantic codebook too.
 
-        The commitment is, per clip, the sum over the levels that it uses, as in DAC (Kumar et al.
-        2023): a mean would pull the less the more levels there are.
+        Returns quantized vectors, codes, commitment and residuals as in `Quantized`. The commitment
+        is, per clip, the sum over the levels that it uses, as in DAC (Kumar et al. 2023): a mean
+        would pull the less the more levels there are.
         """
         books = self.codebooks[1:]
         with torch.no_grad():
@@ -705,42 +736,46 @@ class SplitQuantizer(nn.Module):
             for book, weight, before, after in zip(
                 books, counted[..., None, None], residuals[:-1], residuals[1:], strict=True
             ):
-                codes.append(book(before))
+                codes.append(book.nearest(before))
                 torch.addcmul(before, book.lookup(codes[-1]), weight, value=-1, out=after)
             codes = torch.stack(codes, dim=1)
-        slices = [s.levels for s in self.stacks[1:]]
+        slices = [stack.levels for stack in self.stacks[1:]]
         parts = [residuals[s.start - 1 : s.stop - 1] for s in slices]
-        if not self.codebooks[-1].is_initialised:
-            return Quantized(vectors, vectors, codes, 0 * vectors.sum(), parts, used)
-        commitment = _summed_squares(vectors, residuals[1:], counted)
-        quantized = vectors - residuals[-1]
-        return Quantized(quantized, quantized, codes, commitment, parts, used)
+        if not self.stacks[-1].started[-1]:
+            return vectors, codes, 0 * vectors.sum(), parts
+        return (
+            vectors - residuals[-1],
+            codes,
+            summed_squares(vectors, residuals[1:], counted),
+            parts,
+        )
 
     @property
     def is_initialised(self) -> bool:
         """Whether every codebook stands for data."""
-        return all(codebook.is_initialised for codebook in self.codebooks)
+        return all(stack.is_initialised for stack in self.stacks)
 
     def resume_from_codes(self, stored: Collection[str]) -> None:
         """Lets training go on from codes whose statistics are not among the tensors `stored` (names
         within the quantizer), as in an export."""
-        for k, codebook in enumerate(self.codebooks):
-            names = {name for name in stored if name.startswith(f"codebooks.{k}.")}
-            if names and f"codebooks.{k}.cluster_size" not in names:
-                codebook.restart_statistics()
+        for stack in self.stacks:
+            for row, k in enumerate(range(stack.levels.start, stack.levels.stop)):
+                codes, sizes = f"codebooks.{k}.embedding", f"codebooks.{k}.cluster_size"
+                if codes in stored and sizes not in stored:
+                    stack.restart_statistics(row)
 
     @torch.no_grad()
     def update(
         self,
         info: Quantized,
         draws: Tensor,
-        keep_semantic: bool = False,
+        freeze_semantic: bool = False,
         skip: Tensor | None = None,
     ) -> list[Tensor | None]:
         """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first.
 
         `draws` `[K, size of the largest]` in [0, 1), the same on every rank, choose the vectors
-        that codes start from. With `keep_semantic` codebook 0 stays as it is; where the scalar
+        that codes start from. With `freeze_semantic` codebook 0 stays as it is; where the scalar
         `skip` is not 0, all of them, once they have started.
         Returns, per stack of `info`, `[levels, size]` bool: the codes that began anew; None where
         it stood still.
@@ -753,7 +788,7 @@ class SplitQuantizer(nn.Module):
         left = None  # what a stack that has just started leaves for the next one
         for stack, vectors in zip(stacks, info.residuals, strict=True):
             levels = stack.levels
-            if levels.start == 0 and keep_semantic:
+            if levels.start == 0 and freeze_semantic:
                 restarted.append(None)
             elif stack.is_initialised:
                 codes, used = info.codes[:, levels].transpose(0, 1), info.used[:, levels].t()
@@ -761,12 +796,12 @@ class SplitQuantizer(nn.Module):
             else:
                 if left is None or levels.start < 2:
                     left = gather_candidates(vectors[0])
-                left, started = stack.initialise(left, draws[levels])
-                restarted.append(started)
+                left, fresh = stack.initialise(left, draws[levels])
+                restarted.append(fresh)
         return restarted
 
 
-def _summed_squares(vectors: Tensor, errors: Tensor, counted: Tensor) -> Tensor:
+def summed_squares(vectors: Tensor, errors: Tensor, counted: Tensor) -> Tensor:
     """Mean over clips of the sum over levels of mean(`errors`²), with its gradient in `vectors`.
 
     vectors: `[B, F, d]`, errors: `[K, B, F, d]`, which are `vectors` less constants, counted:
@@ -782,8 +817,8 @@ def _summed_squares(vectors: Tensor, errors: Tensor, counted: Tensor) -> Tensor:
 def count_parameters(model: Codec) -> dict[str, float]:
     """Millions of numbers by part: what gradients teach, and the codes, which averages do."""
     parts = {
-        "words' encoder": [model.encoder[0], model.quantizer.semantic_in],
-        "sound's encoder": [model.encoder[1], model.quantizer.acoustic_in],
+        "semantic encoder": [model.encoder[0], model.quantizer.semantic_in],
+        "acoustic encoder": [model.encoder[1], model.quantizer.acoustic_in],
         "decoder": [model.semantic_out, model.acoustic_out, model.decoder],
     }
     counts = {
@@ -826,24 +861,22 @@ class Codec(nn.Module):
 
     def load_tensors(self, tensors: dict[str, Tensor], path: str | Path) -> None:
         """Fills the model from stored tensors; EMA statistics may be absent (an export)."""
-        statistics = ("cluster_size", "embedding_sum")
         try:
             missing, unexpected = self.load_state_dict(tensors, strict=False)
         except RuntimeError as error:
             first = str(error).splitlines()[-1].strip()
             raise UserError(f"{path}: weights do not fit the config: {first}") from error
-        missing = [name for name in missing if not name.endswith(statistics)]
+        missing = [name for name in missing if not name.endswith(STATISTICS)]
         if missing or unexpected:
             name = (missing + unexpected)[0]
             raise UserError(f"{path}: weights do not fit the config, first at {name}")
 
     def export_tensors(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
         """The tensors that ship: in `dtype`, without what only training needs."""
-        statistics = ("cluster_size", "embedding_sum")
         return {
             name: tensor.detach().to("cpu", dtype)
             for name, tensor in self.state_dict().items()
-            if not name.endswith(statistics)
+            if not name.endswith(STATISTICS)
         }
 
     @property
@@ -878,15 +911,15 @@ class Codec(nn.Module):
         """Codes `[B, K, F]`, any K from 1 → audio `[B, 1, F * 480]` float32."""
         return self._synthesize(self._hidden(codes))
 
-    def hear(self, audio: Tensor) -> Quantized:
-        """The training pass of codebook 0 alone, many times cheaper than the whole."""
-        return self.quantizer.hear(self.encoder[0](self._frames(audio)))
+    def forward_semantic(self, audio: Tensor) -> Quantized:
+        """The training pass of codebook 0 alone, many times cheaper than all of it."""
+        return self.quantizer.quantize_semantic(self.encoder[0](self._frames(audio)))
 
     def forward(self, audio: Tensor, num_codebooks: Tensor) -> tuple[Tensor, Quantized]:
         """The training pass: `[B, 1, T]` (T a multiple of 480) → reconstruction, `Quantized`."""
-        hidden = self.encoder(self._frames(audio))
-        semantic, acoustic, info = self.quantizer(hidden, num_codebooks)
-        return self._synthesize(self.semantic_out(semantic) + self.acoustic_out(acoustic)), info
+        info = self.quantizer(self.encoder(self._frames(audio)), num_codebooks)
+        hidden = self.semantic_out(info.semantic) + self.acoustic_out(info.acoustic)
+        return self._synthesize(hidden), info
 
     # -- streaming -----------------------------------------------------------------------------
 
@@ -983,11 +1016,10 @@ def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:
         for name, value in dataclasses.asdict(config).items()
         if not name.startswith("decoder")
     }
-    statistics = ("cluster_size", "embedding_sum")
     parts = {
         name: tensor
         for name, tensor in tensors.items()
-        if name.startswith(("encoder.", "quantizer.")) and not name.endswith(statistics)
+        if name.startswith(("encoder.", "quantizer.")) and not name.endswith(STATISTICS)
     }
     return fingerprint(fields, parts)
 

@@ -579,7 +579,7 @@ def learn(
     # The codec's forward pass: reconstruction, and codebook 0 as phones.
     with learner.cast:
         if mode.semantic_only:
-            estimate, info = None, model.hear(audio)
+            estimate, info = None, model.forward_semantic(audio)
         else:
             estimate, info = model(audio, counts)
         phone_logits = learner.head(info.semantic) if phones_learn else None

@@ -1,6 +1,5 @@
 """The codec: streaming against offline, causality, layers and losses against independent ones."""
 
-import copy
 import dataclasses
 import json
 import math
@@ -15,7 +14,6 @@ import checkpoints
 import training
 from codec import (
     AveragedCodec,
-    Codebook,
     CodebookStack,
     Codec,
     CodecConfig,
@@ -264,22 +262,26 @@ def test_the_spectral_head_begins_quiet_and_tilted_like_speech():
     assert high < low / 10
 
 
-def test_hearing_alone_is_the_semantic_part_of_the_whole(model):
+def test_the_semantic_branch_alone_is_that_part_of_the_full_pass(model):
     audio = noise(2, 1, 12 * 480)
     _, whole = model(audio, torch.full((2,), 4))
-    heard = model.hear(audio)
-    assert torch.equal(heard.codes, whole.codes[:, :1])
-    torch.testing.assert_close(heard.semantic, whole.semantic)
-    torch.testing.assert_close(heard.residuals[0], whole.residuals[0])
+    alone = model.forward_semantic(audio)
+    assert torch.equal(alone.codes, whole.codes[:, :1])
+    torch.testing.assert_close(alone.semantic, whole.semantic)
+    torch.testing.assert_close(alone.residuals[0], whole.residuals[0])
 
 
 def test_codebooks_that_came_without_statistics_go_on_and_others_start_by_kmeans():
     torch.manual_seed(0)
     quantizer = Codec(SMALL).quantizer
     quantizer.resume_from_codes(["codebooks.0.embedding", "semantic_in.weight"])
-    assert [book.is_initialised for book in quantizer.codebooks] == [True, False, False, False]
+    assert [stack.started for stack in quantizer.stacks] == [[True], [False] * 3]
     quantizer.resume_from_codes(["codebooks.1.embedding", "codebooks.1.cluster_size"])
-    assert not quantizer.codebooks[1].is_initialised
+    assert not quantizer.stacks[1].started[0]
+    quantizer.resume_from_codes(["codebooks.2.embedding"])
+    assert quantizer.stacks[1].started == [False, True, False]
+    left, fresh = quantizer.stacks[1].initialise(noise(200, 8), draws(codebooks=3))
+    assert fresh.any(1).tolist() == [True, False, True] and quantizer.stacks[1].is_initialised
 
 
 # -- quantizer ---------------------------------------------------------------------------------
@@ -291,12 +293,20 @@ def move(stack, x, codes, seed=0, used=None, skip=None):
     return stack.update(x[None, :, None], codes[None, :, None], used, draws(seed)[:1], skip)[0]
 
 
+def one_codebook(size, dim, decay=0.9, x=None, seed=0):
+    """A stack of a single codebook, started on `x` `[N, dim]`."""
+    stack = CodebookStack(1, size, dim, decay)
+    if x is not None:
+        stack.initialise(x, draws(seed)[:1])
+    return stack, stack.books()[0]
+
+
 def test_nearest_code_is_nearest():
     torch.manual_seed(0)
-    codebook = Codebook(16, 4)
+    _, codebook = one_codebook(16, 4)
     x = torch.randn(3, 50, 4)
     expected = torch.cdist(x, codebook.embedding[None].expand(3, -1, -1)).argmin(-1)
-    assert torch.equal(codebook(x), expected)
+    assert torch.equal(codebook.nearest(x), expected)
 
 
 def test_kept_norms_follow_the_codes():
@@ -304,29 +314,29 @@ def test_kept_norms_follow_the_codes():
     x = noise(300, 8, scale=1.0)
 
     def check(codebook):
-        assert torch.equal(codebook(x), torch.cdist(x, codebook.embedding.float()).argmin(-1))
+        nearest = torch.cdist(x, codebook.embedding.float()).argmin(-1)
+        assert torch.equal(codebook.nearest(x), nearest)
 
     torch.manual_seed(0)
-    codebook, other = Codebook(16, 8), Codebook(16, 8)
-    codebook.initialise(x, draws()[0])
+    stack, codebook = one_codebook(16, 8, 0.5, x)
     check(codebook)
-    move(CodebookStack([codebook], 0.5), x, codebook(x))
+    move(stack, x, codebook.nearest(x))
     check(codebook)
-    other.load_state_dict({"embedding": 3 * codebook.embedding}, strict=False)
-    check(other)
-    codebook.restart_statistics()
+    stack.restart_statistics(0)
     check(codebook)
+    quantizer = Codec(SMALL).quantizer
+    quantizer.load_state_dict({"codebooks.2.embedding": 3 * codebook.embedding}, strict=False)
+    assert torch.equal(quantizer.codebooks[2].embedding, 3 * codebook.embedding)
+    check(quantizer.codebooks[2])
 
 
 def test_update_is_the_ema_formula():
     """Ten steps against van den Oord et al. 2017, equations 6 to 8, one code at a time."""
     torch.manual_seed(0)
     size, dim, decay = 8, 3, 0.9
-    codebook = Codebook(size, dim)
-    stack = CodebookStack([codebook], decay)
-    codebook.initialise(torch.randn(200, dim), draws()[0])
-    counts = codebook.cluster_size.tolist()
-    sums = codebook.embedding_sum.clone()
+    stack, codebook = one_codebook(size, dim, decay, torch.randn(200, dim))
+    counts = stack.cluster_size[0].tolist()
+    sums = stack.embedding_sum[0].clone()
     for step in range(10):
         x = torch.randn(64, dim)
         codes = torch.arange(64) % size  # every code in use: none restarts
@@ -338,20 +348,19 @@ def test_update_is_the_ema_formula():
             torch.testing.assert_close(
                 codebook.embedding[code], sums[code] / counts[code], atol=1e-5, rtol=1e-5
             )
-        torch.testing.assert_close(codebook.cluster_size, torch.tensor(counts), rtol=1e-5, atol=0)
+        torch.testing.assert_close(stack.cluster_size[0], torch.tensor(counts), rtol=1e-5, atol=0)
 
 
 def test_dead_codes_restart_with_fresh_statistics():
     """From clips that use the level alone; where there are none, no code restarts."""
     torch.manual_seed(0)
-    codebook = Codebook(8, 3)
-    stack = CodebookStack([codebook], 0.5)
-    codebook.initialise(torch.randn(200, 3), draws()[0])
+    stack, codebook = one_codebook(8, 3, 0.5, torch.randn(200, 3))
+    sizes, sums = stack.cluster_size[0], stack.embedding_sum[0]
     x = torch.randn(96, 3)
     x[64:] += 50
     used, codes = torch.arange(96) < 64, torch.arange(96) % 7
     for step in range(20):
-        if codebook.cluster_size[7] * 0.5 < 0.1 * codebook.cluster_size.mean():
+        if sizes[7] * 0.5 < 0.1 * sizes.mean():
             break
         assert not move(stack, x, codes, step, used).any()
     before = codebook.embedding.clone()
@@ -360,11 +369,8 @@ def test_dead_codes_restart_with_fresh_statistics():
     restarted = move(stack, x, codes, 99, used)  # code 7 dies here
     assert restarted.nonzero().flatten().tolist() == [7]
     assert (x[:64] - codebook.embedding[7]).norm(dim=1).min() < 1e-5
-    lived = codebook.cluster_size[:7].mean()
-    assert codebook.cluster_size[7] > 0.5 * lived
-    torch.testing.assert_close(
-        codebook.embedding_sum[7], codebook.embedding[7] * codebook.cluster_size[7]
-    )
+    assert sizes[7] > 0.5 * sizes[:7].mean()
+    torch.testing.assert_close(sums[7], codebook.embedding[7] * sizes[7])
     assert codebook.embedding[:7].abs().max() < 10  # nor do they pull on those that live
 
 
@@ -373,16 +379,13 @@ def test_a_stack_moves_as_its_codebooks_would_one_by_one():
     stacks of one."""
     torch.manual_seed(0)
     levels, size, dim, decay = 3, 8, 4, 0.8
-    books = [Codebook(size, dim) for _ in range(levels)]
-    left = noise(300, dim)
-    for k, book in enumerate(books):
-        book.initialise(left, draws(k)[0])
-        left = left - book.lookup(book(left))
-    alone = copy.deepcopy(books)
-    stack = CodebookStack(books, decay)
-    singles = [CodebookStack([book], decay) for book in alone]
-    sizes = [book.cluster_size.clone() for book in books]
-    sums = [book.embedding_sum.clone() for book in books]
+    stack = CodebookStack(levels, size, dim, decay)
+    singles = [CodebookStack(1, size, dim, decay) for _ in range(levels)]
+    left, places = noise(300, dim), draws(0, levels)
+    stack.initialise(left, places)
+    for k, single in enumerate(singles):
+        left, _ = single.initialise(left, places[k : k + 1])
+    sizes, sums = list(stack.cluster_size.clone()), list(stack.embedding_sum.clone())
     deaths = 0
     for step in range(25):
         vectors, places = noise(levels, 4, 6, dim, seed=step), draws(step, levels)
@@ -393,8 +396,8 @@ def test_a_stack_moves_as_its_codebooks_would_one_by_one():
         for k in range(levels):
             one = slice(k, k + 1)
             singles[k].update(vectors[one], codes[one], used[one], places[one], skip)
-            for name in CodebookStack.names:
-                assert torch.equal(getattr(alone[k], name), getattr(books[k], name)), name
+            for name, rows in stack.named_buffers():
+                assert torch.equal(getattr(singles[k], name)[0], rows[k]), name
             if skip:
                 continue
             mine = vectors[k][used[k]].flatten(0, 1)
@@ -412,25 +415,36 @@ def test_a_stack_moves_as_its_codebooks_would_one_by_one():
                     sizes[k][code] = mean
                     sums[k][code] = mean * mine[int(places[k, code] * len(mine))]
             codebook = sums[k] / sizes[k][:, None]
-            torch.testing.assert_close(books[k].embedding, codebook, atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(stack.embedding[k], codebook, atol=1e-6, rtol=1e-5)
     assert deaths > 1
 
 
-@torch.no_grad()
-def test_a_stack_stays_one_tensor_where_a_model_is_moved_copied_or_loaded():
-    model = build()
-    sizes = dataclasses.replace(SMALL, codebook_sizes=(16, 16, 16, 8, 8, 4))
-    assert [s.levels for s in build(sizes).quantizer.stacks] == [
+def test_codebooks_are_stored_one_by_one_whatever_stacks_they_are_in():
+    sizes = (16, 16, 16, 8, 8, 4)
+    model = build(dataclasses.replace(SMALL, codebook_sizes=sizes))
+    assert [s.levels for s in model.quantizer.stacks] == [
         slice(0, 1), slice(1, 3), slice(3, 5), slice(5, 6)
     ]  # fmt: skip
-    other = copy.deepcopy(model).to(torch.float64).float()
-    other.load_state_dict({k: v + 1 for k, v in model.state_dict().items()})
-    for twin, offset in ((copy.deepcopy(model), 0.0), (other, 1.0)):
-        for mine, theirs in zip(twin.quantizer.stacks, model.quantizer.stacks, strict=True):
-            assert torch.equal(mine.embedding, theirs.embedding + offset)
-            mine.embedding.zero_()
-        assert all(not book.embedding.any() for book in twin.quantizer.codebooks)
-    assert all(book.embedding.any() for book in model.quantizer.codebooks)
+    state = model.state_dict()
+    stored = {name: tensor for name, tensor in state.items() if "codebooks" in name}
+    assert len(stored) == 6 * 3 and not any("stacks" in name for name in state)
+    for k, (size, book) in enumerate(zip(sizes, model.quantizer.codebooks, strict=True)):
+        assert torch.equal(stored[f"quantizer.codebooks.{k}.embedding"], book.embedding)
+        assert stored[f"quantizer.codebooks.{k}.cluster_size"].shape == (size,)
+    twin = Codec(model.config)
+    assert not twin.quantizer.is_initialised
+    twin.load_state_dict(state)
+    assert twin.quantizer.is_initialised
+    for mine, theirs in zip(twin.quantizer.buffers(), model.quantizer.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+    for names, said in (((), "Missing"), (("quantizer.codebooks.6.embedding",), "Unexpected")):
+        broken = {name: t for name, t in state.items() if name != "quantizer.codebooks.4.embedding"}
+        broken |= {name: torch.zeros(4, 8) for name in names}
+        with pytest.raises(RuntimeError, match=said):
+            twin.load_state_dict(broken)
+    wrong = {"quantizer.codebooks.5.embedding": torch.zeros(1, 8)}  # would be broadcast
+    with pytest.raises(RuntimeError, match=r"codebooks.5.embedding is \[1, 8\], not \[4, 8\]"):
+        twin.load_state_dict(wrong, strict=False)
 
 
 @pytest.mark.parametrize("levels", [9, 65])
@@ -439,13 +453,14 @@ def test_commitment_is_summed_over_the_levels_in_use(levels):
     torch.manual_seed(0)
     config = dataclasses.replace(SMALL, codebook_sizes=(16,) * levels)
     quantizer = Codec(config).quantizer
-    for book in quantizer.codebooks:
-        book.restart_statistics()
-        book.embedding.mul_(0.3)
-        book.refresh()
+    for stack in quantizer.stacks:
+        stack.embedding.mul_(0.3)
+        for row in range(len(stack.started)):
+            stack.restart_statistics(row)
+        stack.loaded()
     hidden = noise(3, 5, SMALL.semantic_width + SMALL.encoder_dim).requires_grad_()
     counts = torch.tensor([levels, 9, 4])
-    _, _, info = quantizer(hidden, counts)
+    info = quantizer(hidden, counts)
     (got,) = torch.autograd.grad(info.commitment, hidden, retain_graph=True)
     # Level by level, as the definition has it.
     parts = hidden.split(quantizer.widths, dim=-1)
@@ -489,8 +504,7 @@ def test_codebooks_start_by_kmeans_on_data():
     torch.manual_seed(0)
     centres = 20 * torch.eye(4)
     x = centres.repeat(50, 1) + 0.1 * torch.randn(200, 4)
-    codebook = Codebook(8, 4)
-    codebook.initialise(x, draws(1)[0])
+    _, codebook = one_codebook(8, 4, x=x, seed=1)
     assert torch.cdist(x, codebook.embedding).min(dim=1).values.max() < 1.0
 
     model = Codec(SMALL)
@@ -548,8 +562,7 @@ def test_averaged_codebooks_fit_the_averaged_encoder(jumps):
         model.quantizer.acoustic_in.weight.copy_(start["weight"] + step / 30 * drift + trembling)
         _, info = model(noise(6, 1, 24 * 480, seed=step), torch.full((6,), 4))
         if jumps and step % 10 == 0:
-            for book in model.quantizer.codebooks[1:]:
-                book.cluster_size[0] = 0  # as if nothing had come near it for long
+            model.quantizer.stacks[1].cluster_size[:, 0] = 0  # nothing came near it for long
         average.update(model, model.quantizer.update(info, draws(step)))
 
     def error(encoder, books):
@@ -557,7 +570,7 @@ def test_averaged_codebooks_fit_the_averaged_encoder(jumps):
         target = encoder.quantizer.acoustic_in(hidden[..., -SMALL.encoder_dim :])
         left = target
         for book in books.quantizer.codebooks[1:]:
-            left = left - book.lookup(book(left))
+            left = left - book.lookup(book.nearest(left))
         return float(left.square().mean() / target.var(dim=(0, 1)).mean())
 
     own, raw = error(average.model, average.model), error(model, model)
@@ -581,27 +594,28 @@ def test_an_average_is_its_formula_and_takes_restarted_codes_over():
     torch.manual_seed(0)
     model = build().requires_grad_(True)
     average = AveragedCodec(model, 0.9)
-    weight, book = model.semantic_out.weight, model.quantizer.codebooks[1]
-    expected, sums = weight.clone(), book.embedding_sum.clone()
-    sizes = book.cluster_size.clone()
+    weight, stack = model.semantic_out.weight, model.quantizer.stacks[1]
+    expected, sums = weight.clone(), stack.embedding_sum[0].clone()
+    sizes = stack.cluster_size[0].clone()
     for step in range(1, 40):
         weight.add_(0.1 * torch.randn_like(weight))
-        book.embedding_sum.add_(torch.randn_like(book.embedding_sum))
-        book.cluster_size.add_(torch.rand_like(book.cluster_size))
-        book.embedding.copy_(book.embedding_sum / book.cluster_size[:, None])
+        stack.embedding_sum.add_(torch.randn_like(stack.embedding_sum))
+        stack.cluster_size.add_(torch.rand_like(stack.cluster_size))
+        stack.embedding.copy_(stack.embedding_sum / stack.cluster_size[..., None])
         masks = torch.stack([torch.arange(16) == (step if k == 1 else -1) for k in range(4)])
         average.update(model, [masks[:1], masks[1:]])
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * weight
-        sums = decay * sums + (1 - decay) * book.embedding_sum
-        sizes = decay * sizes + (1 - decay) * book.cluster_size
+        sums = decay * sums + (1 - decay) * stack.embedding_sum[0]
+        sizes = decay * sizes + (1 - decay) * stack.cluster_size[0]
         if step < 16:
-            sums[step], sizes[step] = book.embedding_sum[step], book.cluster_size[step]
+            sums[step] = stack.embedding_sum[0, step]
+            sizes[step] = stack.cluster_size[0, step]
     torch.testing.assert_close(average.model.semantic_out.weight, expected)
     averaged = average.model.quantizer.codebooks[1]
     torch.testing.assert_close(averaged.embedding, sums / sizes[:, None], atol=1e-5, rtol=1e-4)
     x = noise(50, 8)
-    assert torch.equal(averaged(x), torch.cdist(x, averaged.embedding).argmin(-1))
+    assert torch.equal(averaged.nearest(x), torch.cdist(x, averaged.embedding).argmin(-1))
 
 
 def test_quantizer_statistics_and_losses_stay_in_float32_under_autocast():
@@ -614,7 +628,7 @@ def test_quantizer_statistics_and_losses_stay_in_float32_under_autocast():
         losses = MelLoss()(estimate, audio), waveform_loss(estimate, audio)
         model.quantizer.update(info, draws())
     assert all(r.dtype == torch.float32 for r in info.residuals)
-    assert info.semantic.dtype == info.features.dtype == info.commitment.dtype == torch.float32
+    assert info.semantic.dtype == info.acoustic.dtype == info.commitment.dtype == torch.float32
     fresh = build()
     residuals = torch.cat(info.residuals)
     for k, book in enumerate(fresh.quantizer.codebooks):

@@ -66,7 +66,12 @@ def codes_and_phones(
             continue
         if not len(audio):
             continue
-        codes = codec.hear(torch.from_numpy(audio).to(device)[None, None]).codes[0, 0].cpu().numpy()
+        codes = (
+            codec.forward_semantic(torch.from_numpy(audio).to(device)[None, None])
+            .codes[0, 0]
+            .cpu()
+            .numpy()
+        )
         labels = frame_labels(clip.phones, ids, len(codes), end=len(audio) / SAMPLE_RATE)
         rows.append((codes, labels))
     return rows
