@@ -280,7 +280,7 @@ class _Decoded(_Source):
 
     def _seconds(self) -> float:
         base = float(self._stream.time_base)
-        if not self._seeks:  # told by the bit rate, if at all
+        if not self._seeks:  # the header has an estimate by the bit rate, if any
             packets = self._container.demux(self._stream)
             seconds = sum(packet.duration or 0 for packet in packets) * base
             self._container.seek(0)

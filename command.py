@@ -1,6 +1,6 @@
 """What every script shares: flags, one-line errors, folders, JSON lines, cores, processes.
 
-Needs the standard library alone, so that a wrong flag is told at once.
+Needs the standard library alone, so that a wrong flag is refused at once.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpF
     """The description's lines as they are, and defaults where there are any."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.default is not None and action.default is not False
-        return super()._get_help_string(action) if told else action.help
+        shown = action.default is not None and action.default is not False
+        return super()._get_help_string(action) if shown else action.help
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -299,7 +299,7 @@ def atomic_write(path: str | Path, sync: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file in UTF-8, whole or not at all."""
+    """Write a file in UTF-8, atomically."""
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
 
@@ -316,7 +316,7 @@ def sync_to_disk(path: str | Path) -> None:
 def file_name(name: str, most: int = 200) -> str:
     """`name` in UTF-8 and at most `most` bytes of it, so that a suffix more is still a name.
 
-    One that fits stays as it is; what is cut off or is no UTF-8 leaves a hash of the whole.
+    One that fits stays as it is; what is cut off or is no UTF-8 leaves a hash of the full name.
     """
     raw = name.encode("utf-8", "surrogatepass")
     valid = name.encode("utf-8", "ignore")
@@ -331,7 +331,7 @@ def file_name(name: str, most: int = 200) -> str:
 
 @contextlib.contextmanager
 def only_one(folder: str | Path) -> Iterator[None]:
-    """Holds `folder/.lock` for the time of the run: a second process there is told so.
+    """Holds `folder/.lock` for the time of the run, so that a second process there is refused.
 
     The lock goes with the process, however it ends. Raises UserError where it is held.
     """

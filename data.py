@@ -359,7 +359,7 @@ def _walk(roots: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
         # What is neither file nor folder, a pipe say, would be waited for; a broken link is named.
         names = [e.name for e in entries if e.is_file() or (e.is_symlink() and not e.is_dir())]
         yield folder, names
-        # A folder with a manifest speaks for everything below it.
+        # A manifest lists everything below its folder.
         if MANIFEST not in names:
             below = [entry for entry in entries if entry.is_dir()]
             waiting += [Path(e.path) for e in reversed(below) if not e.is_symlink()]
@@ -517,12 +517,12 @@ def _measured(clips: Clips, scan: _Scan) -> Clips:
     odd = np.flatnonzero(~((seconds >= FRAME_SECONDS) & (seconds <= LONGEST)) | (rates == 0))
     if not len(odd):
         return clips
-    kept = np.ones(len(clips), bool)
+    readable = np.ones(len(clips), bool)
     for i, probed in zip(odd, scan.probe_all(clips[int(i)].path for i in odd), strict=True):
-        kept[i] = probed is not None
+        readable[i] = probed is not None
         seconds[i], rates[i] = probed or (0.0, 0)
-    scan.measured += int(kept[odd].sum())
-    return clips.with_columns(duration=seconds, sample_rate=rates).where(kept)
+    scan.measured += int(readable[odd].sum())
+    return clips.with_columns(duration=seconds, sample_rate=rates).where(readable)
 
 
 def _unlisted(files: list[Path], clips: Clips) -> list[Path]:
