@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -12,8 +13,10 @@ import re
 import shutil
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TypeVar
 
 import torch
@@ -21,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from command import UserError, writable_folder
+from command import UserError, first_line, sync_to_disk, writable_folder, write_text
 
 T = TypeVar("T")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -55,29 +58,19 @@ def save_checkpoint(
     """Write `run_dir/step_00001000/` and drop all but the last `keep_last` and the best one.
 
     Files go to a temporary folder, are synced and then renamed, so that a kill at any moment
-    leaves the earlier checkpoints whole. Tensors keep their precision (give fp16 for a shipped
-    model). `trainer` holds plain containers, numbers, strings and tensors, which is all that
-    loading without pickled code can read back. `tokenizer` is JSON of the `tokenizers` library.
-    `best` makes this the best one so far (`best.json`).
+    leaves the earlier checkpoints complete. `trainer` holds plain containers, numbers, strings and
+    tensors, which is all that loading without pickled code can read back. `tokenizer` is JSON of
+    the `tokenizers` library. `best` makes this the best one so far (`best.json`).
     Call on the main rank only. Raises UserError on a full disk; TypeError for a bad `trainer`.
     """
     run_dir = Path(run_dir)
     _check_plain(trainer, "trainer")
     final = run_dir / f"step_{step:08d}"
-    temporary = run_dir / f"{_TEMPORARY}{final.name}"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(run_dir)
-        temporary.mkdir()
+    with _temporary(run_dir, final) as temporary:
         _write_files(temporary, step, config, tensors, trainer, tokenizer)
         _publish(temporary, final)
         if best:
-            write_atomically(run_dir / "best.json", json.dumps({"checkpoint": final.name}))
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if _is_disk_full(error):
-            raise UserError(_disk_full_message(run_dir, final)) from error
-        raise
+            write_text(run_dir / "best.json", json.dumps({"checkpoint": final.name}))
     _prune(run_dir, final, keep_last)
     return final
 
@@ -94,21 +87,36 @@ def save_export(
     Other files in the folder (a model card) stay. Raises UserError on a full disk.
     """
     folder = Path(folder)
-    temporary = folder / f"{_TEMPORARY}export"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    with _temporary(folder, folder) as temporary:
         _write_files(temporary, step, config, tensors, None, tokenizer)
         for file in temporary.iterdir():
             os.replace(file, folder / file.name)
-        _sync(folder)
-    except OSError as error:
-        if _is_disk_full(error):
-            raise UserError(_disk_full_message(folder, folder)) from error
-        raise
+        sync_to_disk(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _temporary(parent: Path, final: Path) -> Iterator[Path]:
+    """A folder within `parent` to write to, gone afterwards; a full disk is a UserError."""
+    temporary = parent / f"{_TEMPORARY}{final.name}"
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(parent)
+        temporary.mkdir()
+        yield temporary
+    except BaseException as error:
+        if not _is_disk_full(error):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            kept = f"the last complete checkpoint, {find_checkpoint(parent)}, is kept"
+        except UserError:
+            kept = "there is no earlier checkpoint"
+        raise UserError(
+            f"{final}: the disk is full, this checkpoint was not saved; {kept}; free some space"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def check_export(args: argparse.Namespace) -> None:
@@ -225,14 +233,14 @@ def load_checkpoint(
         tokenizer = None
         if (folder / "tokenizer.json").exists():
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    except (OSError, ValueError, EOFError, SafetensorError, RuntimeError, KeyError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise UserError(_damaged(folder, error)) from error
-    except Exception as error:  # torch.load raises pickle.UnpicklingError for what it refuses
-        if type(error).__name__ == "UnpicklingError":
-            raise UserError(_damaged(folder, error)) from error
+    except torch.OutOfMemoryError:
         raise
+    except (OSError, ValueError, EOFError, SafetensorError, RuntimeError, KeyError,
+            UnpicklingError) as error:  # fmt: skip
+        reason = first_line(error, 120)
+        raise UserError(
+            f"{folder}: damaged checkpoint ({reason}); copy it again or take an earlier step"
+        ) from error
     return Checkpoint(folder, step, config, tensors, trainer, tokenizer)
 
 
@@ -258,8 +266,8 @@ def _write_files(folder, step, config, tensors, trainer, tokenizer) -> None:
         with open(folder / "trainer.pt", "wb") as file:
             torch.save(trainer, file)
     for file in folder.iterdir():
-        _sync(file)
-    _sync(folder)
+        sync_to_disk(file)
+    sync_to_disk(folder)
 
 
 def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -280,24 +288,20 @@ def _publish(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(replaced)
     temporary.rename(final)
-    _sync(final.parent)
+    sync_to_disk(final.parent)
     if replaced.exists():
         _discard(replaced)
 
 
 def _prune(run_dir: Path, newest: Path, keep_last: int) -> None:
+    best = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        best = json.loads((run_dir / "best.json").read_text(encoding="utf-8"))["checkpoint"]
     folders = [folder for _, _, folder in _step_folders(run_dir)]
-    kept = {newest.name, _best_name(run_dir), *(f.name for f in folders[-max(1, keep_last) :])}
+    kept = {newest.name, best, *(folder.name for folder in folders[-max(1, keep_last) :])}
     for folder in folders:
         if folder.name not in kept:
             _discard(folder)
-
-
-def _best_name(run_dir: Path) -> str | None:
-    try:
-        return json.loads((run_dir / "best.json").read_text(encoding="utf-8"))["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _step_folders(run_dir: Path) -> list[tuple[int, bool, Path]]:
@@ -319,10 +323,9 @@ def _discard(folder: Path) -> None:
 
 def _remove_leftovers(run_dir: Path) -> None:
     for leftover in run_dir.glob(f"{_TEMPORARY}*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in run_dir.glob(".*.part"):  # of best.json
+        leftover.unlink(missing_ok=True)
     for replaced in run_dir.glob("step_*.replaced"):  # killed while a step was saved again
         standing = replaced.with_suffix("")
         if _is_complete(standing):
@@ -364,22 +367,6 @@ def _check_plain(value: object, where: str) -> None:
         raise TypeError(f"{where} is a {type(value).__name__}: store plain values or tensors")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _is_disk_full(error: BaseException | None) -> bool:
     # safetensors (Rust) and torch.save (C++) wrap the system's error in their own.
     while error is not None:
@@ -390,16 +377,3 @@ def _is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _disk_full_message(run_dir: Path, final: Path) -> str:
-    try:
-        kept = f"the last complete checkpoint, {find_checkpoint(run_dir)}, is kept"
-    except UserError:
-        kept = "there is no earlier checkpoint"
-    return f"{final}: the disk is full, this checkpoint was not saved; {kept}; free some space"
-
-
-def _damaged(folder: Path, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-    return f"{folder}: damaged checkpoint ({reason}); copy it again or take an earlier step"

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import checkpoints
+import command
 from checkpoints import find_checkpoint, fingerprint, load_checkpoint, save_checkpoint
 from command import UserError
 
@@ -151,7 +152,8 @@ def _die_at_call(run_dir, number):
 
         return wrapped
 
-    checkpoints._sync = deadly(checkpoints._sync)
+    checkpoints.sync_to_disk = deadly(checkpoints.sync_to_disk)
+    command.sync_to_disk = checkpoints.sync_to_disk
     checkpoints.save_file = deadly(checkpoints.save_file)
     Path.rename = deadly(Path.rename)
     os.replace = deadly(os.replace)
@@ -218,7 +220,7 @@ def test_kill_9_at_random_moments_loses_nothing_saved(tmp_path):
         step = loaded.step
 
 
-@pytest.mark.parametrize("where", ["save_file", "_sync", "torch.save"])
+@pytest.mark.parametrize("where", ["save_file", "sync_to_disk", "torch.save"])
 def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch, where):
     save(tmp_path, 1)
 
