@@ -46,7 +46,7 @@ from codec import (
     count_parameters,
     stored_config,
 )
-from command import ArgumentParser, UserError, number, share, whole
+from command import UserError, number, share, whole
 from data import (
     Clips,
     WindowDataset,
@@ -57,7 +57,7 @@ from data import (
 )
 from losses import MelLoss, SpectralLoss, si_sdr, waveform_loss
 from phones import PHONES
-from training import setting
+from training import one_of, setting
 
 UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
@@ -68,12 +68,6 @@ CHANGEABLE = ("gen_lr", "disc_lr", "teacher", "precision", "teacher_cache", "tea
 BALANCE = {"waveform": 1.0, "adversarial": 1.0, "features": 2.0}
 
 
-def _discriminators(name: str) -> str:
-    if name not in ("auto", "tiny", "small", "base"):
-        raise argparse.ArgumentTypeError(f"{name!r} is none of auto, tiny, small, base")
-    return name
-
-
 @dataclass(frozen=True)
 class Settings(training.Settings):
     """What a preset fixes of the codec's training; `--set` changes it."""
@@ -81,7 +75,9 @@ class Settings(training.Settings):
     augment_share: float = setting(0.3, share, "chance of each change of the audio; 0: none")
     commitment_weight: float = setting(0.03, number(0), "for each codebook in use")
     disc_preset: str = setting(
-        "auto", _discriminators, "tiny, small or base; auto: base for base, tiny on a CPU"
+        "auto",
+        one_of("auto", "tiny", "small", "base"),
+        "auto: base for base, tiny on a CPU, small between",
     )
     disc_seconds: float = setting(1.0, number(0.1), "of a window that discriminators see")
     ema_decay: float | None = setting(
@@ -108,57 +104,30 @@ class Mode(NamedTuple):
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser("Phase 2: train the codec.", epilog=Settings.help())
-    plan = parser.add_argument_group("the plan's flags")
-    plan.add_argument(
-        "--data_dirs", nargs="+", default=["data/english", "data/hindi", "data/telugu"]
-    )
-    plan.add_argument("--batch_size", type=whole(1), default=32, help="windows a step, all ranks")
-    plan.add_argument("--num_epochs", type=whole(1), default=100)
+    parser, plan, more = training.run_parser(
+        "Phase 2: train the codec.", Settings, num_epochs=100, checkpoint_dir="checkpoints_codec",
+        data_dirs=["data/english", "data/hindi", "data/telugu"], warmup_steps=500,
+    )  # fmt: skip
     plan.add_argument("--gen_lr", type=number(0), default=1e-4)
     plan.add_argument("--disc_lr", type=number(0), default=1e-4)
-    plan.add_argument("--checkpoint_dir", default="checkpoints_codec")
-    plan.add_argument("--num_workers", type=whole(0), help="by default one a core")
-    more = parser.add_argument_group("advanced")
-    more.add_argument(
-        "--window_seconds", type=whole_frames, help="of a clip; by default twice the attention's"
-    )
-    more.add_argument("--language_temperature", type=number(above=0), default=2.0, help="1: hours")
-    more.add_argument("--commercial_only", action="store_true", help="skip non-commercial audio")
-    more.add_argument(
-        "--semantic_share", type=share, default=0.1, help="of the steps: the semantic branch alone"
-    )
-    more.add_argument(
-        "--freeze_semantic", action="store_true", help="codebook 0 as --init_from has it"
-    )
-    more.add_argument("--decoder_only", action="store_true", help="freeze encoder and quantizer")
-    more.add_argument("--disc_start", type=share, default=0.1, help="share of the steps; 1: no GAN")
-    more.add_argument(
-        "--spectral_weight", type=number(0), default=1.0, help="share of the bins one by one"
-    )
-    more.add_argument(
-        "--teacher",
-        default="auto",
-        help="none, wavlm, whisper, or the folder or id of such a model; auto: WavLM-large on CUDA",
-    )
-    more.add_argument(
-        "--ssl_loss_weight",
-        type=number(0),
-        default=1.0,
-        help="share, in the balance, of the teacher's view of the output; mel has 1",
-    )
-    more.add_argument("--teacher_cache", metavar="FOLDER", help="store the teacher's targets")
-    more.add_argument(
-        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA"
-    )
-    more.add_argument(
-        "--cuda_graph",
-        action="store_true",
-        help="replay the step as a CUDA graph: on one GPU; pays where models are small",
-    )
-    more.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
-    more.add_argument("--quantizer_start", type=whole(0), default=200, help="steps before k-means")
-    training.add_run_flags(more, Settings, warmup_steps=500)
+    add = more.add_argument
+    add("--window_seconds", type=whole_frames, help="of a clip; by default twice the context")
+    add("--language_temperature", type=number(above=0), default=2.0, help="1: by hours")
+    add("--commercial_only", action="store_true", help="skip non-commercial audio")
+    add("--semantic_share", type=share, default=0.1, help="of the steps: semantic branch alone")
+    add("--freeze_semantic", action="store_true", help="codebook 0 as --init_from has it")
+    add("--decoder_only", action="store_true", help="freeze encoder and quantizer")
+    add("--disc_start", type=share, default=0.1, help="share of the steps; 1: no GAN")
+    add("--spectral_weight", type=number(0), default=1.0, help="share of the bins one by one")
+    add("--teacher", default="auto",
+        help="none, wavlm, whisper, or such a model's folder or id; auto: WavLM-large on CUDA")
+    add("--ssl_loss_weight", type=number(0), default=1.0,
+        help="share, in the balance, of the teacher's view of the output; mel has 1")
+    add("--teacher_cache", metavar="FOLDER", help="store the teacher's targets")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
+    add("--cuda_graph", action="store_true", help="replay the step as a CUDA graph: on one GPU")
+    add("--compile", action="store_true", help="torch.compile encoder and decoder")
+    add("--quantizer_start", type=whole(0), default=200, help="steps before k-means")
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args

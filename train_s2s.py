@@ -17,7 +17,7 @@ import itertools
 import statistics
 import string
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,12 +31,12 @@ import command
 import s2s
 import training
 from codec import Codec
-from command import ArgumentParser, UserError, number, share, whole
+from command import UserError, number, share, whole
 from data import frame_labels, split_for, training_batches
 from dialogues import load_code_dataset
 from phones import PHONES
 from s2s import IGNORE, PAD, S2S, Batch, S2SConfig, TextStream
-from training import setting
+from training import one_of, setting
 
 WEIGHTS = {
     "text": 1.0,
@@ -71,17 +71,6 @@ LEAD_PATCHES = 250  # of a long conversation before its window
 SHORTEST = 4  # frames: the longest patch; a conversation below that says nothing
 
 
-def one_of(*values: object) -> Callable[[str], object]:
-    """A setting's type: one of `values`, all of one type."""
-
-    def parse(text: str) -> object:
-        if text not in map(str, values):
-            raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(map(str, values))}")
-        return type(values[0])(text)
-
-    return parse
-
-
 @dataclass(frozen=True)
 class Settings(training.Settings):
     """What a preset fixes of the LM's training; `--set` changes it."""
@@ -100,41 +89,23 @@ PRESETS = {"tiny": Settings(), "base": Settings()}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser("Phase 3: train the dialogue LM.", epilog=Settings.help())
-    plan = parser.add_argument_group("the plan's flags")
-    plan.add_argument("--data_dirs", nargs="+", default=["data/conversations/scripted"])
-    plan.add_argument("--codec", default="checkpoints/tiny/codec", help="that encoded the data")
-    plan.add_argument("--batch_size", type=whole(1), default=32, help="windows a step, all ranks")
-    plan.add_argument("--num_epochs", type=whole(1), default=20)
-    plan.add_argument("--lr", type=number(0), default=3e-4)
-    plan.add_argument("--checkpoint_dir", default="checkpoints_s2s")
-    plan.add_argument("--num_workers", type=whole(0), help="by default one a core")
-    more = parser.add_argument_group("advanced")
-    more.add_argument("--vocab_size", type=whole(3), default=2048, help="of a new tokenizer")
-    more.add_argument(
-        "--window_seconds", type=number(0.1, 6000), help="by default 1.5 times the context"
-    )
-    more.add_argument(
-        "--context_seconds", type=number(0.1, 4000), help="attended to; by default the preset's"
-    )
-    more.add_argument("--asr_share", type=share, default=0.3, help="of the steps, without codes")
-    more.add_argument(
-        "--depth_fraction", type=share, default=0.15, help="of a window's patches spoken"
-    )
-    more.add_argument(
-        "--eagerness", type=number(-100, 100), default=10.0, help="dB on its odds of speaking"
-    )
-    more.add_argument(
-        "--acoustic_drop", type=share, default=0.6, help="windows that lose user codebooks"
-    )
-    more.add_argument(
-        "--agent_window_drop", type=share, default=0.5,
-        help="windows without the agent's own past codes; 1: the model never takes any",
+    parser, plan, more = training.run_parser(
+        "Phase 3: train the dialogue LM.", Settings, data_dirs=["data/conversations/scripted"],
+        num_epochs=20, checkpoint_dir="checkpoints_s2s", warmup_steps=300,
     )  # fmt: skip
-    more.add_argument(
-        "--emotion_drop", type=share, default=0.1, help="windows without the emotion's label"
-    )
-    training.add_run_flags(more, Settings, warmup_steps=300)
+    plan.add_argument("--codec", default="checkpoints/tiny/codec", help="that encoded the data")
+    plan.add_argument("--lr", type=number(0), default=3e-4)
+    add = more.add_argument
+    add("--vocab_size", type=whole(3), default=2048, help="of a new tokenizer")
+    add("--window_seconds", type=number(0.1, 6000), help="by default 1.5 times the context")
+    add("--context_seconds", type=number(0.1, 4000), help="attended to; by default the preset's")
+    add("--asr_share", type=share, default=0.3, help="of the steps, without codes")
+    add("--depth_fraction", type=share, default=0.15, help="of a window's patches spoken")
+    add("--eagerness", type=number(-100, 100), default=10.0, help="dB on its odds of speaking")
+    add("--acoustic_drop", type=share, default=0.6, help="windows that lose user codebooks")
+    add("--agent_window_drop", type=share, default=0.5,
+        help="windows without the agent's own past codes; 1: none ever")  # fmt: skip
+    add("--emotion_drop", type=share, default=0.1, help="windows without the emotion's label")
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args
@@ -238,19 +209,19 @@ class Conversations(Dataset):
             rows.append(self.rows[int(alike[rng.integers(len(alike))])])
             room -= self.length(rows[-1])
         emotions = rng.integers(len(self.config.emotions) + 1, size=2).tolist()
-        told = zip((0, int(rng.integers(begins + self.patches))), emotions, strict=True)
-        whole = self.whole(joined(rows, self.config), tuple(told))
+        set_by_hand = zip((0, int(rng.integers(begins + self.patches))), emotions, strict=True)
+        call = self.labelled(joined(rows, self.config), tuple(set_by_hand))
         part = slice(begins, begins + self.patches)
-        return {name: v[part].clone() if v.dim() else v for name, v in whole.items()}
+        return {name: v[part].clone() if v.dim() else v for name, v in call.items()}
 
     def length(self, row: dict) -> int:
         """In whole patches."""
         return len(row["user_codes"]) // self.config.frames_per_step
 
-    def whole(self, row: dict, told: Sequence[tuple[int, int]] = ()) -> dict[str, Tensor]:
+    def labelled(self, row: dict, set_by_hand: Sequence[tuple[int, int]] = ()) -> dict[str, Tensor]:
         """The whole conversation, patch by patch.
 
-        told: emotions (0: none) that somebody sets, each from a patch on in which the agent is
+        set_by_hand: emotions (0: none), each from a patch on in which the agent is
         silent until its next turn. Drawn at random they say nothing about the reply, and a call in
         which one is set beforehand, or while the user speaks, is nothing new.
         """
@@ -273,12 +244,12 @@ class Conversations(Dataset):
                 begun = int(turn["start"] * c.patch_rate + 1e-6)
                 if turn["text"]:
                     begun = max(begun, s2s.add_turn(stream, self.tokenizer, turn))
-                # Told once it has begun, and held until the next turn has: it says how to speak,
+                # Set once it has begun, and held until the next turn has: it says how to speak,
                 # and never that it is time to, nor what to say.
                 known = turn["emotion"] in c.emotions
                 emotion[begun + 1 :] = c.emotions.index(turn["emotion"]) + 1 if known else 0
                 begins.append(begun + 1)
-        for patch, value in told:
+        for patch, value in set_by_hand:
             if not labels["agent_speaking"][patch]:
                 emotion[patch : min((b for b in begins if b > patch), default=count)] = value
         return {
@@ -301,11 +272,11 @@ class Conversations(Dataset):
         tokens = torch.tensor(stream.tokens)
         for turn in spoken:
             if not turn["words"]:
-                tokens[self.heard(turn)] = IGNORE
+                tokens[self.patches_of(turn)] = IGNORE
         return tokens
 
-    def heard(self, turn: dict) -> slice:
-        """The patches in which the words of a turn are heard, `listen_delay` late at its end."""
+    def patches_of(self, turn: dict) -> slice:
+        """The patches in which a turn's words are recognised, `listen_delay` late at its end."""
         c = self.config
         last = round(turn["end"] * c.patch_rate) + c.listen_delay
         return slice(round(turn["start"] * c.patch_rate), last)
@@ -317,15 +288,15 @@ class Conversations(Dataset):
 
     def untimed_words(self, turns: list[dict], count: int) -> dict[str, Tensor]:
         """`user_turn` and `user_text` `[count]` of `Batch`, for the user's turns without times."""
-        number, text = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+        number, text = torch.zeros(2, count, dtype=torch.long)
         for i, turn in enumerate(turns, start=1):
-            if turn["who"] != "user" or turn["words"] or not turn["text"]:
-                continue
-            tokens = [t for word in turn["text"].split() for t in self.word_tokens(word)]
-            room = len(number[self.heard(turn)])
-            if 0 < len(tokens) <= room:
-                number[self.heard(turn)] = i
-                text[self.heard(turn)] = torch.tensor(tokens + [PAD] * (room - len(tokens)))
+            if turn["who"] == "user" and turn["text"] and not turn["words"]:
+                tokens = [t for word in turn["text"].split() for t in self.word_tokens(word)]
+                place = self.patches_of(turn)
+                room = len(number[place])
+                if 0 < len(tokens) <= room:
+                    number[place] = i
+                    text[place] = torch.tensor(tokens + [PAD] * (room - len(tokens)))
         return {"user_turn": number, "user_text": text}
 
 
@@ -338,10 +309,8 @@ def turn_labels(
     """
     c = config
     frames = count * c.frames_per_step
-    speaking = torch.zeros(count, dtype=torch.long)
-    turn_end = torch.zeros(count, dtype=torch.long)
-    user_emotion = torch.full((count,), IGNORE)
-    heard = torch.full((count,), IGNORE)
+    speaking, turn_end = torch.zeros(2, count, dtype=torch.long)
+    user_emotion, spoken_language = torch.full((2, count), IGNORE)
     agent_speaking = torch.zeros(count, dtype=torch.bool)
     phones = np.zeros(frames, np.int64)
     for i, turn in enumerate(turns):
@@ -354,30 +323,25 @@ def turn_labels(
         if emotion is not None:
             user_emotion[start:end] = emotion
         if language is not None:
-            heard[start:end] = language
+            spoken_language[start:end] = language
         following = turns[i + 1] if i + 1 < len(turns) else turn
         if following["who"] == "agent" and following.get("part") == turn.get("part"):
             turn_end[end : round(following["start"] * c.patch_rate)] = 1
-        label_phones(phones, turn, c, phone_ids)
+        first = int(turn["start"] * c.frame_rate + 1e-6)
+        last = min(frames, int(np.ceil(turn["end"] * c.frame_rate - 1e-6)))
+        if last > first:  # unknown where the turn has no phones
+            labels = frame_labels(turn["phones"], phone_ids, last - first, first / c.frame_rate)
+            phones[first:last] = labels
     late = np.roll(phones, c.listen_delay * c.frames_per_step)
     late[: c.listen_delay * c.frames_per_step] = IGNORE
     return {
         "user_speaking": speaking,
         "turn_end": turn_end,
         "user_emotion": user_emotion,
-        "language_label": heard,
+        "language_label": spoken_language,
         "agent_speaking": agent_speaking,
         "user_phones": torch.from_numpy(late).unflatten(0, (count, c.frames_per_step)),
     }
-
-
-def label_phones(phones: np.ndarray, turn: dict, config: S2SConfig, phone_ids: dict) -> None:
-    """Writes the phones of a user turn into the frame labels `[F]`; unknown where it has none."""
-    first = int(turn["start"] * config.frame_rate + 1e-6)
-    last = min(len(phones), int(np.ceil(turn["end"] * config.frame_rate - 1e-6)))
-    if last > first:
-        start = first / config.frame_rate
-        phones[first:last] = frame_labels(turn["phones"], phone_ids, last - first, start)
 
 
 def trimmed(row: dict, begins: int, patches: int, config: S2SConfig) -> tuple[dict, int]:
@@ -550,12 +514,6 @@ def starting_tokenizer(
     return train_tokenizer(texts, vocab_size), False
 
 
-def inherit(model: S2S, path: str, same_tokens: bool) -> None:
-    """Starts from another LM's weights; those tied to token ids only with the same tokenizer."""
-    tied = () if same_tokens else ("text_embedding", "text_head", "depth_text")
-    checkpoints.inherit_weights(model, path, tied)
-
-
 def description(run: training.Run, model: S2S, rows, hours: float) -> str:
     """What the user reads before step 1, beside the settings and the forecast."""
     c = model.config
@@ -567,11 +525,6 @@ def description(run: training.Run, model: S2S, rows, hours: float) -> str:
         f"backbone: none (random weights); codec {c.codec_fingerprint[:16]}\n"
         f"data: {len(rows)} conversations, {hours:.1f} h"
     )
-
-
-def phases(args) -> Callable[[int], dict[str, int]]:
-    """First steps of recognition alone and of the whole dialogue, for a run of so many steps."""
-    return lambda total: {"asr": 0, "dialogue": int(args.asr_share * total)}
 
 
 def new_config(args, settings: Settings, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
@@ -638,7 +591,9 @@ def train(args, run: training.Run) -> None:
     config, tokenizer, same_tokens = config_and_tokenizer(args, settings, checkpoint, codec, rows)
     args.window_seconds = fitting_window(args, config)
     codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
-    items, near = run.plan(hours, phases(args)), s2s.code_neighbours(codebooks)
+    # First the transcripts and replies alone, then with the agent's codes.
+    items = run.plan(hours, lambda total: {"asr": 0, "dialogue": int(args.asr_share * total)})
+    near = s2s.code_neighbours(codebooks)
     dataset = Conversations(rows, config, tokenizer, args, settings, items, frames, near)
     validation = validation_batches(*held_out, config, tokenizer, args, settings)
 
@@ -647,7 +602,9 @@ def train(args, run: training.Run) -> None:
     if checkpoint is None:
         model.code_tables.start_from(codebooks)
         if args.init_from:
-            inherit(model, args.init_from, same_tokens)
+            # Weights tied to token ids only with the same tokenizer.
+            tied = () if same_tokens else ("text_embedding", "text_head", "depth_text")
+            checkpoints.inherit_weights(model, args.init_from, tied)
     else:
         model.load_tensors(checkpoint.tensors, checkpoint.path)
     groups = training.parameter_groups([model], weight_decay=0.05)

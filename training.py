@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from checkpoints import Checkpoint, open_run, save_checkpoint
 from command import (
+    ArgumentParser,
     UserError,
     append_json_line,
     default_workers,
@@ -228,31 +229,53 @@ class _Merge(argparse.Action):
         setattr(namespace, self.dest, (before if isinstance(before, dict) else {}) | dict(values))
 
 
-def add_run_flags(
-    group: argparse._ArgumentGroup, settings: type[Settings], warmup_steps: int
-) -> None:
-    """The flags that all trainers share."""
-    group.add_argument("--preset", choices=("auto", "tiny", "base"), default="auto",
-                       help="auto: base on CUDA")  # fmt: skip
-    group.add_argument("--set", nargs="+", action=_Merge, type=settings.parse, default={},
-                       metavar="NAME=VALUE", help="settings of the preset, see below")  # fmt: skip
-    group.add_argument(
-        "--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60"
-    )
-    group.add_argument("--warmup_steps", type=whole(0), default=warmup_steps)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--threads", type=whole(1), help="CPU threads")
-    group.add_argument("--seed", type=whole(-(2**63), 2**63 - 1), default=0)
-    group.add_argument("--fresh", action="store_true", help="start over, in an empty folder")
-    group.add_argument("--init_from", help="checkpoint whose weights to start from")
-    group.add_argument("--save_every_epochs", type=whole(1), default=5)
-    group.add_argument("--keep_last", type=whole(1), default=3, help="checkpoints, and the best")
-    group.add_argument("--log_every", type=whole(1), default=50, help="steps a line of metrics")
-    group.add_argument("--max_steps", type=whole(1), help="stop here, though the schedule goes on")
-    group.add_argument("--usd_per_hour", type=number(above=0), default=3.39)
-    group.add_argument("--budget_usd", type=number(above=0), help="the run ends within it")
-    group.add_argument("--tensorboard", action="store_true")
-    group.add_argument("--export", metavar="FOLDER", help="write the newest checkpoint as shipped")
+def one_of(*values: str | int) -> Callable[[str], object]:
+    """A setting's type: one of `values`, all of one type."""
+
+    def parse(text: str) -> object:
+        if text not in map(str, values):
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, values))}")
+        return type(values[0])(text)
+
+    return parse
+
+
+def run_parser(
+    description: str, settings: type[Settings], **defaults: object
+) -> tuple[ArgumentParser, argparse._ArgumentGroup, argparse._ArgumentGroup]:
+    """A parser with the flags that all trainers share, its group of the plan's flags, and the rest.
+
+    defaults: those of data_dirs, num_epochs, checkpoint_dir and warmup_steps.
+    """
+    parser = ArgumentParser(description, epilog=settings.help())
+    plan = parser.add_argument_group("the plan's flags")
+    plan.add_argument("--data_dirs", nargs="+")
+    plan.add_argument("--batch_size", type=whole(1), default=32, help="windows a step, all ranks")
+    plan.add_argument("--num_epochs", type=whole(1))
+    plan.add_argument("--checkpoint_dir")
+    plan.add_argument("--num_workers", type=whole(0), help="by default one a core")
+    more = parser.add_argument_group("advanced")
+    add = more.add_argument
+    add("--preset", choices=("auto", "tiny", "base"), default="auto", help="auto: base on CUDA")
+    add("--set", nargs="+", action=_Merge, type=settings.parse, default={}, metavar="NAME=VALUE",
+        help="settings of the preset, see below")  # fmt: skip
+    add("--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60")
+    add("--warmup_steps", type=whole(0))
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--threads", type=whole(1), help="CPU threads")
+    add("--seed", type=whole(-(2**63), 2**63 - 1), default=0)
+    add("--fresh", action="store_true", help="start over, in an empty folder")
+    add("--init_from", help="checkpoint whose weights to start from")
+    add("--save_every_epochs", type=whole(1), default=5)
+    add("--keep_last", type=whole(1), default=3, help="checkpoints, and the best")
+    add("--log_every", type=whole(1), default=50, help="steps a line of metrics")
+    add("--max_steps", type=whole(1), help="stop here, though the schedule goes on")
+    add("--usd_per_hour", type=number(above=0), default=3.39)
+    add("--budget_usd", type=number(above=0), help="the run ends within it")
+    add("--tensorboard", action="store_true")
+    add("--export", metavar="FOLDER", help="write the newest checkpoint as shipped")
+    parser.set_defaults(**defaults)
+    return parser, plan, more
 
 
 # How and where a run works, not what it learns: free to differ whenever it is resumed.

@@ -456,7 +456,7 @@ def test_words_without_times_lie_at_the_start_of_their_turn():
     """The user's, 0.2 to 1.0 s, with the patch by which the head is late; not where too many."""
     conversations = reader()
     row = conversations.rows[0]
-    whole = conversations.whole(row)
+    whole = conversations.labelled(row)
     at = torch.arange(75)
     assert torch.equal(whole["user_turn"], torch.where((at >= 5) & (at < 26), 1, 0))
     tokens = whole["user_text"][whole["user_text"] != PAD].tolist()
@@ -465,13 +465,13 @@ def test_words_without_times_lie_at_the_start_of_their_turn():
     assert torch.equal(whole["user_text"][5 : 5 + len(tokens)], torch.tensor(tokens))
     assert (whole["user_words"][5:26] == IGNORE).all()
     row["turns"][0]["text"] = " ".join(["word"] * 30)
-    assert not conversations.whole(row)["user_turn"].any()
+    assert not conversations.labelled(row)["user_turn"].any()
 
 
 def test_labels_say_what_holds_at_each_patch():
     """User 0.2 to 1.0 s, agent 1.2 to 2.2 s; patches of 40 ms."""
     conversations = reader()
-    whole = conversations.whole(conversations.rows[0])
+    whole = conversations.labelled(conversations.rows[0])
     at = torch.arange(75)
     user = (at >= 5) & (at < 25)
     assert torch.equal(whole["user_speaking"].bool(), user)
@@ -501,7 +501,7 @@ def test_unknown_words_and_phones_are_not_labelled():
     row["turns"][0].update(phones=None, emotion=None)
     row["turns"][1].update(words=None, emotion=None)
     row["language"] = "other"
-    whole = conversations.whole(row)
+    whole = conversations.labelled(row)
     assert (whole["user_emotion"] == IGNORE).all() and (whole["agent_emotion"] == 0).all()
     assert (whole["language_label"] == IGNORE).all() and int(whole["language"]) == 0
     phones = whole["user_phones"].flatten()
@@ -513,16 +513,16 @@ def test_an_interrupted_agent_owes_no_answer():
     conversations = reader()
     row = conversation(0, "english", "train")
     row["turns"][1]["start"] = 0.8  # the agent begins before the user has finished
-    assert conversations.whole(row)["turn_end"].sum() == 0
+    assert conversations.labelled(row)["turn_end"].sum() == 0
     row["turns"].pop()
-    assert conversations.whole(row)["turn_end"].sum() == 0
+    assert conversations.labelled(row)["turn_end"].sum() == 0
 
 
 def test_acoustic_levels_are_delayed():
     conversations = reader(acoustic_delay=1)
     row = conversations.rows[0]
     agent = torch.from_numpy(row["agent_codes"].astype(np.int64))
-    frames = conversations.whole(row)["agent_codes"].flatten(0, 1)
+    frames = conversations.labelled(row)["agent_codes"].flatten(0, 1)
     assert torch.equal(frames[:, 0], agent[:, 0])
     assert torch.equal(frames[1:, 1:], agent[:-1, 1:]) and (frames[0, 1:] == IGNORE).all()
 
@@ -578,9 +578,9 @@ def test_a_join_loses_no_text_and_carries_the_emotion():
     """Tokens that find no patch before the end of their conversation come in the next one."""
     rows = call_rows()[::2]
     conversations = reader(rows=rows)
-    parts = [conversations.whole(row) for row in rows]
+    parts = [conversations.labelled(row) for row in rows]
     call = train_s2s.joined(rows, conversations.config)
-    whole = conversations.whole(call, told=((0, 3),))
+    whole = conversations.labelled(call, set_by_hand=((0, 3),))
     lengths = [len(part["text"]) for part in parts]
     turns = [turn for row in rows for turn in row["turns"] if turn["who"] == "agent"]
     said = [t for turn in turns for t in conversations.tokenizer.encode(turn["text"]).ids]
@@ -612,10 +612,10 @@ def test_what_a_window_does_not_see_is_not_read():
         }
         for start, end, k in sorted(spans)
     ]  # fmt: skip
-    whole = conversations.whole(row)
+    whole = conversations.labelled(row)
     part, begins = train_s2s.trimmed(row, 900, 75, conversations.config)
     assert 10 * 25 <= begins < 900 - 550 and len(part["turns"]) < 12
-    trimmed = conversations.whole(part)
+    trimmed = conversations.labelled(part)
     for name in whole:
         if whole[name].dim() and name != "user_turn":
             window = trimmed[name][begins : begins + 75]
@@ -632,7 +632,7 @@ def test_the_emotion_tells_neither_reply_nor_moment():
         count = len(row["user_codes"]) // 2
         for middle in range(3, count, 7):
             told = ((0, 5), (middle, 6))
-            whole = conversations.whole(row, told)
+            whole = conversations.labelled(row, told)
             emotion, text = whole["agent_emotion"], whole["text"]
             assert emotion[0] == 5
             silent = not whole["agent_speaking"][middle]
@@ -642,7 +642,7 @@ def test_the_emotion_tells_neither_reply_nor_moment():
                 if emotion[patch] != emotion[patch - 1]:
                     assert text[patch - 1] != PAD or patch == middle
             past = [t for t in agent if int(t["start"] * 25) < middle]
-            so_far = conversations.whole({**row, "turns": past}, told)["agent_emotion"]
+            so_far = conversations.labelled({**row, "turns": past}, told)["agent_emotion"]
             assert torch.equal(so_far[: middle + 1], emotion[: middle + 1])
     assert set_anew > 10
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import training
-from command import ArgumentParser, json_lines
+from command import json_lines
 from training import (
     Balancer,
     CostMeter,
@@ -225,8 +225,7 @@ def test_flags_of_a_resumed_run_are_kept_applied_or_refused():
 
 
 def test_settings_are_read_and_checked_by_name():
-    parser = ArgumentParser("")
-    training.add_run_flags(parser.add_argument_group("all"), training.Settings, warmup_steps=9)
+    parser, _, _ = training.run_parser("", training.Settings, warmup_steps=9)
     args = parser.parse_args(["--set", "grad_clip=2", "save_minutes=5", "--set", "grad_clip=3"])
     assert args.set == {"grad_clip": 3.0, "save_minutes": 5.0} and args.warmup_steps == 9
     assert parser.parse_args([]).set == {} and parser.given(["--set", "grad_clip=1"]) == {"set"}
