@@ -4,11 +4,10 @@ code datasets that train_s2s.py reads. No speech engine, no codec, no audio.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +158,6 @@ class Recording:
     source: str
     split: str
     turns: tuple
-    key: str = ""  # LINE:FILE, digests of what its codes are made of; without a file LINE:
 
 
 _RECORDING_FIELDS = {
@@ -230,7 +228,7 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
         unknown = {phone for phone, _, _ in turn.get("phones") or ()} - set(PHONES)
         if unknown:
             raise UserError(f"{where}: turn {i}: no phone {sorted(unknown)[0]!r} is known")
-    recording = Recording(
+    return Recording(
         name,
         path,
         agent,
@@ -240,11 +238,6 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
         fields.get("split") or split_for(name),
         tuple(turns),
     )
-    content = ""
-    with contextlib.suppress(OSError, ValueError):  # a missing file is reported when it is read
-        found = path.stat()
-        content = digest(found.st_size, found.st_mtime_ns)
-    return replace(recording, key=f"{digest(asdict(recording))}:{content}")
 
 
 def _turns_of_alignments(path: Path) -> list[dict]:
@@ -340,22 +333,19 @@ def write_arrow(path: Path, rows: Iterable[dict]) -> None:
         writer.finalize()
 
 
-def join_arrow(path: Path, files: Sequence[Path], chosen: Sequence[bool] | None = None) -> None:
-    """One Arrow file of the rows of several, which are removed; of the `chosen` rows, if given."""
+def filter_arrow(path: Path, new: Path, chosen: Sequence[bool]) -> None:
+    """Writes the `chosen` rows of an Arrow file to another."""
     import pyarrow
 
-    first = 0
-    with atomic_write(path) as part, contextlib.ExitStack() as stack:
-        readers = [stack.enter_context(pyarrow.ipc.open_stream(str(file))) for file in files]
-        writer = stack.enter_context(pyarrow.ipc.new_stream(str(part), readers[0].schema))
-        for batch in (batch for reader in readers for batch in reader):
-            if chosen is not None:
-                mask = pyarrow.array(chosen[first : first + len(batch)])
-                first += len(batch)
-                batch = batch.filter(mask)
-            writer.write_batch(batch)
-    for file in files:
-        file.unlink()
+    with (
+        atomic_write(new) as part,
+        pyarrow.ipc.open_stream(str(path)) as reader,
+        pyarrow.ipc.new_stream(str(part), reader.schema) as writer,
+    ):
+        first = 0
+        for batch in reader:
+            writer.write_batch(batch.filter(pyarrow.array(chosen[first : first + len(batch)])))
+            first += len(batch)
 
 
 def finish_dataset(folder: Path, files: Sequence[str], info: dict) -> None:

@@ -71,7 +71,7 @@ from make_conversations import (
     cut_take,
     draw_voice,
     insert_pause,
-    say_what_can_be_said,
+    synthesize_or_skip,
     user_voices,
 )
 from phones import JOINERS, SILENCE, phonemize
@@ -194,11 +194,12 @@ def ask(
         wordings = exchange.lines[0].texts
         for first in rng.permutation(len(wordings))[: args.questions_per_exchange]:
             plans.append((exchange, _requests(exchange, int(first), voices, args.emotions, rng)))
-    requests, dropped = [r for _, row in plans for r in row], []
-    said = say_what_can_be_said(say or speech.Synthesizer().synthesize, requests, dropped)
+    requests = [r for _, row in plans for r in row]
+    said = synthesize_or_skip(say or speech.Synthesizer().synthesize, requests)
+    dropped = [error for error in said if isinstance(error, UserError)]
     if dropped:
         print(f"{language}: {len(dropped)} questions not spoken, first: {dropped[0]}")
-    takes = iter(None if utterance is None else cut_take(utterance) for utterance in said)
+    takes = iter(None if isinstance(u, UserError) else cut_take(u) for u in said)
     calls, left_out = [], []
     for place, (exchange, requests) in enumerate(plans):
         row = [next(takes) for _ in requests]
@@ -483,8 +484,9 @@ def _in_the_agents_voice(replies, texts, language: str, speed: float) -> dict[st
     """Text → audio `[T]`, of those `texts` that it can say."""
     agent = speech.voices(language, "agent")[0]
     requests = [speech.Request(text, language, agent, speed, replies[text]) for text in texts]
-    said = say_what_can_be_said(speech.Synthesizer().synthesize, requests, [])
-    return {t: u.audio for t, u in zip(texts, said, strict=True) if u is not None}
+    said = synthesize_or_skip(speech.Synthesizer().synthesize, requests)
+    pairs = zip(texts, said, strict=True)
+    return {text: u.audio for text, u in pairs if not isinstance(u, UserError)}
 
 
 @torch.inference_mode()

@@ -2,28 +2,24 @@
 
     python make_conversations.py --hours 4 --codec checkpoints/tiny/codec \\
         --output_dir data/conversations/scripted                  # agent and user, as codes
-    python make_conversations.py --clips_dir data --clips_hours 1 # single sentences, for the codec
     python make_conversations.py --conversations DIR --codec …    # real two-channel recordings
 
 Everything is drawn from (seed, split, language, part, number): the same command makes the same
 bytes, in any number of processes, and goes on where it was stopped. Work is cut into parts of a
-few minutes of audio; a part is written under a temporary name and renamed when it is whole.
+few minutes of audio; a part is written under a temporary name and renamed when it is complete.
 
-Who may be heard where: training uses the scripts' training wordings in training voices; validation
-the held-out wordings in validation voices (in training voices where none is installed); test the
-held-out wordings in test voices. The agent has one voice a language, in every split.
+Which voices and wordings a split has: training the scripts' training wordings in training voices;
+validation the held-out wordings in validation voices (in training voices where none is installed);
+test the held-out wordings in test voices. The agent has one voice a language, in every split.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import itertools
 import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -39,24 +35,18 @@ from codec import Codec
 from command import (
     ArgumentParser,
     UserError,
+    as_json_line,
     default_workers,
     number,
     only_one,
+    read_json,
     run,
     run_parts,
     whole,
     writable_folder,
     write_text,
 )
-from data import (
-    EMOTIONS,
-    LANGUAGES,
-    MANIFEST,
-    SPLITS,
-    Clip,
-    read_manifest,
-    write_manifest,
-)
+from data import LANGUAGES, MANIFEST, SPLITS
 from dialogues import (
     CODEBOOKS,
     INFO_FILE,
@@ -65,12 +55,10 @@ from dialogues import (
     Recording,
     choose_exchanges,
     digest,
+    filter_arrow,
     finish_dataset,
-    join_arrow,
     load_code_dataset,
     load_scripts,
-    printable,
-    read_json,
     read_recordings,
     write_arrow,
     write_json,
@@ -80,24 +68,12 @@ from training import setup_distributed
 
 PART_SECONDS = 300.0
 PART_CONVERSATIONS = 16
-CLIP_PART_SECONDS = 120.0
-# Every file of a dataset is opened, and mapped into memory, whenever it is loaded.
-FILE_PARTS = 32  # parts of scripted conversations in a file
-FILE_RECORDINGS = 256
-FILE_SECONDS = 600.0  # of work, after which the recordings that are done get a file of their own
-BATCH_SECONDS = 3600.0  # of recordings that a GPU encodes at a time
-AGENT_SHARE = 1 / 3  # of the seconds of clips
-VALIDATION_SHARE = 0.06  # of the user clips
+FILE_PARTS = 256  # parts, or recordings, in an Arrow file
+FILE_SECONDS = 120.0  # of work, after which what is made is written: a kill loses no more
+BATCH_SECONDS = 3600.0  # of audio that a GPU encodes at a time
 # How often each engine is drawn: by how natural it sounds and how unlike the others, not by the
 # number of its voices. espeak is cheap and varied, but no person sounds like it.
 ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "espeak": 0.2}
-LICENSES = {
-    "hibari": "Apache-2.0 (hibari-tts)",
-    "flite": "BSD-like (CMU Flite)",
-    "festival": "free (Festival voices of Debian; NSK, Czech, Italian: GPL; Finnish: LGPL-2+)",
-    "espeak": "output of espeak-ng (GPL-3.0+)",
-}
-
 # How far a voice's pitch is spread at most; further sounds sung, and praat.py may narrow it. Users'
 # ranges are drawn up to 1.28 times as large. espeak spreads its pitch itself.
 MAX_PITCH_RANGE = {"agent": 1.4, "user": 1.1}
@@ -141,15 +117,17 @@ BACKCHANNELS = {
 BACKCHANNEL = "backchannel"  # the intent of such a turn: it asks for no answer
 
 
-# ---------------------------------------------------------------------------------- small things
+# ---------------------------------------------------------------------------------- speech
 
 
-def _write_dropped(folder: Path, dropped: Sequence[str]) -> None:
-    write_text(folder / "dropped.txt", printable("".join(f"{reason}\n" for reason in dropped)))
-
-
-def _uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
-    return float(rng.uniform(*bounds))
+def user_voices(language: str, split: str) -> list[speech.Voice]:
+    """The user voices of a split. Validation falls back on training voices, test never does."""
+    if split == "validation":
+        try:
+            return speech.voices(language, "user", "validation")
+        except UserError:
+            split = "train"
+    return speech.voices(language, "user", split)
 
 
 def draw_voice(voices: Sequence[speech.Voice], rng: np.random.Generator) -> speech.Voice:
@@ -161,12 +139,34 @@ def draw_voice(voices: Sequence[speech.Voice], rng: np.random.Generator) -> spee
     return mine[int(rng.integers(len(mine)))]
 
 
-# ---------------------------------------------------------------------------------- takes
+def limit_pitch_range(request: speech.Request) -> speech.Request:
+    """The request with its voice's range of pitch within MAX_PITCH_RANGE."""
+    voice, style = request.voice, speech.STYLES[request.emotion]
+    limit = MAX_PITCH_RANGE[voice.role] / style.pitch_range
+    if voice.engine == "espeak" or voice.pitch_range <= limit:
+        return request
+    return replace(request, voice=replace(voice, pitch_range=limit))
+
+
+def synthesize_or_skip(
+    synthesize: Callable, requests: Sequence[speech.Request]
+) -> list[speech.Utterance | UserError]:
+    """Utterances; for a request that its engine fails on, the error in its place."""
+    try:
+        return synthesize(requests)
+    except UserError:  # of one of them: one by one, then
+        said = []
+        for request in requests:
+            try:
+                said += synthesize([request])
+            except UserError as error:
+                said.append(UserError(f"{request.voice.id}: {error}"))
+        return said
 
 
 @dataclass(frozen=True)
 class Take:
-    """An utterance cut close to its sound: `audio` `[T]`, heard from `onset` to `offset` (s)."""
+    """An utterance cut close to its sound: `audio` `[T]`, audible from `onset` to `offset` (s)."""
 
     audio: np.ndarray
     onset: float
@@ -183,10 +183,10 @@ _MARGIN_BEFORE, _MARGIN_AFTER, _FADE = 0.03, 0.06, 0.005
 
 
 def cut_take(utterance: speech.Utterance) -> Take | None:
-    """The utterance without its silent edges; None where nothing is to be heard.
+    """The utterance without its silent edges; None where all of it is silent.
 
-    Edges are by energy (10 ms frames above −40 dB of the loudest), as the latency ledger hears
-    them, not by the engines' labels, which disagree on where a stop or a breath begins.
+    Edges are by energy (10 ms frames above −40 dB of the loudest), as in the latency ledger, not
+    by the engines' labels, which disagree on where a stop or a breath begins.
     """
     audio = utterance.audio
     step = SAMPLE_RATE // 100
@@ -194,31 +194,25 @@ def cut_take(utterance: speech.Utterance) -> Take | None:
     power = (frames.astype(np.float64) ** 2).mean(axis=1)
     if not len(power) or power.max() < 1e-8:
         return None
-    heard = np.flatnonzero(power > power.max() * 1e-4)
-    onset, offset = heard[0] * 0.01, (heard[-1] + 1) * 0.01
+    loud = np.flatnonzero(power > power.max() * 1e-4)
+    onset, offset = loud[0] * 0.01, (loud[-1] + 1) * 0.01
     first = max(0, round((onset - _MARGIN_BEFORE) * SAMPLE_RATE))
     last = min(len(audio), round((offset + _MARGIN_AFTER) * SAMPLE_RATE))
     cut = _faded(audio[first:last])
-    shift = first / SAMPLE_RATE
-    seconds = len(cut) / SAMPLE_RATE
-    return Take(
-        cut,
-        onset - shift,
-        offset - shift,
-        _moved(utterance.phones, -shift, 0.0, seconds),
-        _moved(utterance.words, -shift, 0.0, seconds),
+    shift, seconds = first / SAMPLE_RATE, len(cut) / SAMPLE_RATE
+    phones, words = (
+        _moved(spans, -shift, 0.0, seconds) for spans in (utterance.phones, utterance.words)
     )
+    return Take(cut, onset - shift, offset - shift, phones, words)
 
 
-def _faded(audio: np.ndarray, head: float = _FADE, tail: float = _FADE) -> np.ndarray:
+def _faded(audio: np.ndarray, tail: float = _FADE) -> np.ndarray:
+    """A copy that rises from zero within _FADE and falls to zero in its last `tail` seconds."""
     audio = np.array(audio, dtype=np.float32)
-    for seconds, backwards in ((head, False), (tail, True)):
-        n = min(round(seconds * SAMPLE_RATE), len(audio))
-        ramp = np.linspace(0.0, 1.0, n, dtype=np.float32)
-        if backwards:
-            audio[len(audio) - n :] *= ramp[::-1]
-        else:
-            audio[:n] *= ramp
+    n = min(round(_FADE * SAMPLE_RATE), len(audio))
+    audio[:n] *= np.linspace(0.0, 1.0, n, dtype=np.float32)
+    n = min(round(tail * SAMPLE_RATE), len(audio))
+    audio[len(audio) - n :] *= np.linspace(0.0, 1.0, n, dtype=np.float32)[::-1]
     return audio
 
 
@@ -236,28 +230,23 @@ def _moved(spans, by: float, low: float, high: float) -> list | None:
 
 def insert_pause(take: Take, place: float, seconds: float) -> Take:
     """Silence of `seconds` at the word boundary nearest to the share `place` of the take."""
-    boundaries = [
-        (a[2] + b[1]) / 2 for a, b in zip(take.words or [], (take.words or [])[1:], strict=False)
-    ]
+    words = take.words or []
+    boundaries = [(a[2] + b[1]) / 2 for a, b in itertools.pairwise(words)]
     if not boundaries:
         return take
     at = min(boundaries, key=lambda t: abs(t - place * len(take.audio) / SAMPLE_RATE))
     sample = round(at * SAMPLE_RATE)
     silence = np.zeros(round(seconds * SAMPLE_RATE), np.float32)
-    before, after = _faded(take.audio[:sample]), _faded(take.audio[sample:])
-
-    def opened(spans, silent: bool):
-        if spans is None:
-            return None
-        early = [[n, s, min(e, at)] for n, s, e in spans if s < at]
-        late = [[n, max(s, at) + seconds, e + seconds] for n, s, e in spans if e > at]
+    audio = np.concatenate([_faded(take.audio[:sample]), silence, _faded(take.audio[sample:])])
+    phones = take.phones
+    if phones is not None:
+        early = [[n, s, min(e, at)] for n, s, e in phones if s < at]
+        late = [[n, max(s, at) + seconds, e + seconds] for n, s, e in phones if e > at]
         late = [span for span in late if span[2] - span[1] > 1e-3]
-        return early + ([[SILENCE, at, at + seconds]] if silent else []) + late
-
-    late = [seconds if (start + end) / 2 > at else 0.0 for _, start, end in take.words]
-    words = [[n, s + d, e + d] for (n, s, e), d in zip(take.words, late, strict=True)]
-    audio = np.concatenate([before, silence, after])
-    return Take(audio, take.onset, take.offset + seconds, opened(take.phones, True), words)
+        phones = [*early, [SILENCE, at, at + seconds], *late]
+    delays = [seconds if (start + end) / 2 > at else 0.0 for _, start, end in words]
+    words = [[n, s + d, e + d] for (n, s, e), d in zip(words, delays, strict=True)]
+    return Take(audio, take.onset, take.offset + seconds, phones, words)
 
 
 # ---------------------------------------------------------------------------------- plans
@@ -302,6 +291,10 @@ class Plan:
     turns: tuple[PlannedTurn, ...]
     tail: float
     microphone: Microphone
+
+
+def _uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
+    return float(rng.uniform(*bounds))
 
 
 def draw_microphone(rng: np.random.Generator) -> Microphone:
@@ -609,14 +602,19 @@ def draw_noise(
 _CHUNK_FRAMES = 250
 
 
+@functools.lru_cache(maxsize=2)
+def _codec(path: str, device: str) -> Codec:
+    return Codec.from_checkpoint(path, device)
+
+
 @torch.no_grad()
 def encode_channels(
     codec: Codec, channels: Sequence[np.ndarray], batch: int = 16, device: str = "cpu"
 ) -> list[np.ndarray]:
     """Codes uint16 `[F, 8]` of each channel `[T]`, T of any lengths, `F = ceil(T / 480)`.
 
-    Channels of like length go in one batch; a causal codec does not hear the padding behind
-    them. Streamed in chunks that stay in the cache: a third faster than in one piece.
+    Channels of like length go in one batch: the codec is causal, so the padding behind them changes
+    no code. Streamed in chunks that stay in the cache: a third faster than in one piece.
     """
     codes: list[np.ndarray] = [np.empty(0)] * len(channels)
     order = sorted(range(len(channels)), key=lambda i: len(channels[i]))
@@ -629,45 +627,30 @@ def encode_channels(
         state = codec.init_encoder_state(len(rows))
         chunks = [chunk.to(device) for chunk in audio.split(_CHUNK_FRAMES * HOP, dim=-1)]
         made = torch.cat([codec.encode_step(c, state, CODEBOOKS) for c in chunks], dim=-1)
-        made = made.transpose(1, 2).cpu().numpy().astype(np.uint16)
+        made = made.transpose(1, 2).cpu().numpy().astype(np.uint16)  # [B, F, 8]
         for row, i in enumerate(rows):
             codes[i] = made[row, : frames[row]].copy()
     return codes
 
 
-def encode_rows(rows: Sequence[dict], codec: Codec, device: str = "cpu") -> list[dict]:
-    """Rows of a code dataset from those whose `agent` and `user` are audio `[T]`."""
-    channels = [row[who] for row in rows for who in ("agent", "user")]
-    codes = encode_channels(codec, channels, 16 if device == "cpu" else 64, device)
-    return [
-        {name: value for name, value in row.items() if name not in ("agent", "user")}
-        | {"agent_codes": codes[2 * i], "user_codes": codes[2 * i + 1]}
-        for i, row in enumerate(rows)
-    ]
+def encode_rows(rows: Sequence[dict], args: argparse.Namespace) -> tuple[dict, ...]:
+    """Rows of a code dataset; those whose `agent` and `user` are still audio `[T]` are encoded."""
+    channels = [row.pop(who) for row in rows if "agent" in row for who in ("agent", "user")]
+    if channels:
+        batch = 16 if args.device == "cpu" else 64
+        codec = _codec(args.codec, args.device)
+        codes = iter(encode_channels(codec, channels, batch, args.device))
+        for row in rows:
+            if "agent_codes" not in row:
+                row |= {"agent_codes": next(codes), "user_codes": next(codes)}
+    return tuple(rows)
 
 
-# ---------------------------------------------------------------------------------- work
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the bytes that are made, and where they go.
-
-    On a CPU every worker encodes what it makes; a GPU has one process that encodes for all.
-    """
-
-    output_dir: str
-    scripts: str
-    split: str
-    seed: int
-    intents: tuple[str, ...] = ()
-    archetypes: bool = False
-    codec: str | None = None
-    device: str = "cpu"
+# ---------------------------------------------------------------------------------- parts
 
 
 @dataclass(frozen=True)
-class Part:
+class ScriptedPart:
     """A unit of work: at least `seconds` of audio, or `count` conversations."""
 
     language: str
@@ -675,288 +658,144 @@ class Part:
     seconds: float | None = None
     count: int | None = None
     save_audio: int = 0
-    cut_short: bool = False  # the last one, of fewer conversations than a part holds
-
-    @property
-    def name(self) -> str:
-        return f"{self.language}-{self.index:05d}"
-
-    @property
-    def file(self) -> str:
-        """Its Arrow file, until parts are joined."""
-        return f"{self.name}-of-{self.count}.arrow" if self.cut_short else f"{self.name}.arrow"
-
-    @property
-    def joined_file(self) -> str:
-        first = self.index // FILE_PARTS * FILE_PARTS
-        return f"{self.language}-{first:05d}-{first + FILE_PARTS - 1:05d}.arrow"
 
 
 @dataclass(frozen=True)
 class Made:
     """What came of a part; `dropped` says why something was left out.
 
-    `rows` are still to be written: of codes, or of audio that is to be encoded (`encode_rows`).
+    `rows` are still to be written: of codes, or of audio that is to be encoded (`encode_rows`). On
+    a CPU every worker encodes what it makes; a GPU has one process that encodes for all.
     """
 
-    part: object
-    seconds: float
-    count: int
-    dropped: tuple[str, ...] = ()
-    rows: tuple[dict, ...] = ()
-
-
-def _within_range(request: speech.Request) -> speech.Request:
-    voice, style = request.voice, speech.STYLES[request.emotion]
-    limit = MAX_PITCH_RANGE[voice.role] / style.pitch_range
-    if voice.engine == "espeak" or voice.pitch_range <= limit:
-        return request
-    return replace(request, voice=replace(voice, pitch_range=limit))
-
-
-def say_what_can_be_said(
-    synthesize: Callable, requests: Sequence[speech.Request], dropped: list[str]
-) -> list[speech.Utterance | None]:
-    """Utterances, or None for what an engine could not say, with the reason in `dropped`."""
-    try:
-        return synthesize(requests)
-    except UserError:
-        said = []
-        for request in requests:
-            try:
-                said += synthesize([request])
-            except UserError as error:
-                dropped.append(f"{request.voice.id}: {error}")
-                said.append(None)
-        return said
+    part: ScriptedPart | Recording
+    rows: Sequence[dict] = ()
+    dropped: Sequence[str] = ()
+    seconds: float = 0.0
 
 
 class Studio:
-    """The engines, the codec and the agent's replies that one process holds."""
+    """What a process keeps from part to part: engines, scripts and the agent's replies."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, scripts: str) -> None:
         self.synthesizer = speech.Synthesizer()
-        self.exchanges = load_scripts(options.scripts)
-        self.codec = None
-        if options.codec and options.device == "cpu":
-            self.codec = Codec.from_checkpoint(options.codec)
-        self._replies: dict[tuple[str, str, str], Take | None] = {}
-        self._faults: list[str] = []
+        self.exchanges = load_scripts(scripts)
+        self._replies: dict[tuple[str, str, str], Take | UserError] = {}
 
-    def finished(self, rows: Sequence[dict]) -> tuple[dict, ...]:
-        """Rows as codes where this process encodes, else as they are."""
-        return tuple(encode_rows(rows, self.codec) if self.codec and rows else rows)
+    def synthesize(self, requests: Sequence[speech.Request]) -> list[speech.Utterance | UserError]:
+        """As `synthesize_or_skip`, in pitch ranges that sound spoken."""
+        requests = [limit_pitch_range(request) for request in requests]
+        return synthesize_or_skip(self.synthesizer.synthesize, requests)
 
-    def fault(self, plan: Plan, takes: Sequence[Take | None]) -> str | None:
-        """Why a conversation cannot be made; None where all of it was said."""
-        for turn, take in zip(plan.turns, takes, strict=True):
-            if take is None:
-                voice = turn.request.voice.id
-                why = (f for f in reversed(self._faults) if f.startswith(f"{voice}: "))
-                reason = next(why, f"{voice}: nothing is heard")
-                return f"{reason} (line {turn.request.text!r})"
-        return None
+    def takes(self, requests: Sequence[speech.Request]) -> list[Take | UserError]:
+        """Takes of any requests, or why there is none; the agent's are made once."""
 
-    def rng(self, part: Part, *numbers: int) -> np.random.Generator:
-        where = (SPLITS.index(self.options.split), LANGUAGES.index(part.language), part.index)
-        return np.random.default_rng([self.options.seed, *where, *numbers])
-
-    def say(self, requests: Sequence[speech.Request], dropped: list[str]):
-        """Utterances, or None for what an engine could not say, with the reason in `dropped`."""
-        requests = [_within_range(request) for request in requests]
-        return say_what_can_be_said(self.synthesizer.synthesize, requests, dropped)
-
-    def takes(self, requests: Sequence[speech.Request], dropped: list[str]) -> list[Take | None]:
-        """Takes of any requests; the agent's are made once."""
-
-        def key(r: speech.Request):
+        def key(r: speech.Request) -> tuple[str, str, str]:
             return (r.voice.id, r.text, r.emotion)
 
         replies = {key(r): r for r in requests if r.voice.role == "agent"}
         new = {k: r for k, r in replies.items() if k not in self._replies}
-        users = [r for r in requests if r.voice.role != "agent"]
-        said = self.say([*new.values(), *users], dropped)
-        made = [None if utterance is None else cut_take(utterance) for utterance in said]
+        asked = [*new.values(), *(r for r in requests if r.voice.role != "agent")]
+        made = []
+        for request, said in zip(asked, self.synthesize(asked), strict=True):
+            take = said if isinstance(said, UserError) else cut_take(said)
+            made.append(take or UserError(f"{request.voice.id}: no sound"))
         self._replies.update(zip(new, made, strict=False))
-        mine = iter(made[len(new) :])
-        return [self._replies[key(r)] if r.voice.role == "agent" else next(mine) for r in requests]
-
-    def conversations(self, part: Part, dropped: list[str]) -> Iterator[Conversation]:
-        """The conversations of a part, synthesised by the dozen."""
-        o = self.options
-        exchanges = choose_exchanges(
-            self.exchanges, part.language, o.split, o.intents, o.archetypes
-        )
-        users, agent = user_voices(part.language, o.split), speech.voices(part.language, "agent")[0]
-        seconds, number = 0.0, 0
-        while (part.count is None or number < part.count) and (
-            part.seconds is None or seconds < part.seconds
-        ):
-            size = min(PART_CONVERSATIONS, (part.count or math.inf) - number)
-            if part.seconds is not None:  # about 20 s each: do not make many too many
-                size = min(size, max(1, round((part.seconds - seconds) / 18)))
-            numbers = range(number, number + int(size))
-            plans = [plan_conversation(exchanges, users, agent, self.rng(part, n)) for n in numbers]
-            takes = iter(self.takes([t.request for p in plans for t in p.turns], self._faults))
-            mine = [[next(takes) for _ in plan.turns] for plan in plans]
-            others = [
-                take.audio
-                for plan, row in zip(plans, mine, strict=True)
-                for turn, take in zip(plan.turns, row, strict=True)
-                if turn.who == "user" and take is not None
-            ]
-            for n, plan, row in zip(numbers, plans, mine, strict=True):
-                name = f"{o.split}-{part.name}-{n:03d}"
-                fault = self.fault(plan, row)
-                if fault is not None:
-                    dropped.append(f"{name}: {fault}")
-                    continue
-                conversation = mix(name, part.language, plan, row, others)
-                seconds += len(conversation.agent) / SAMPLE_RATE
-                yield conversation
-            number += int(size)
-            if number > 100 * PART_CONVERSATIONS:
-                raise UserError(f"no {part.language} voice works: {dropped[-1]}")
+        users = iter(made[len(new) :])
+        return [
+            self._replies[key(r)] if r.voice.role == "agent" else next(users) for r in requests
+        ]
 
 
 @functools.lru_cache(maxsize=1)
-def _studio(options: Options) -> Studio:
-    return Studio(options)
+def studio(scripts: str) -> Studio:
+    return Studio(scripts)
 
 
-def user_voices(language: str, split: str) -> list[speech.Voice]:
-    """The user voices of a split. Validation falls back on training voices, test never does."""
-    if split == "validation":
-        try:
-            return speech.voices(language, "user", "validation")
-        except UserError:
-            split = "train"
-    return speech.voices(language, "user", split)
+def part_rng(args: argparse.Namespace, part: ScriptedPart, *numbers: int) -> np.random.Generator:
+    where = (SPLITS.index(args.split), LANGUAGES.index(part.language), part.index)
+    return np.random.default_rng([args.seed, *where, *numbers])
 
 
-def make_conversation_part(options: Options, part: Part) -> Made:
-    """Makes the conversations of one Arrow file, and keeps the audio of some."""
-    studio, dropped = _studio(options), []
-    made = list(studio.conversations(part, dropped))
+def _conversations(
+    args: argparse.Namespace, part: ScriptedPart, dropped: list[str]
+) -> Iterator[Conversation]:
+    """The conversations of a part, synthesised by the dozen."""
+    exchanges = _exchanges(args, part.language, studio(args.scripts).exchanges)
+    users = user_voices(part.language, args.split)
+    agent = speech.voices(part.language, "agent")[0]
+    most, seconds, first = part.count or math.inf, 0.0, 0
+    while first < most and seconds < (part.seconds or math.inf):
+        size = min(PART_CONVERSATIONS, most - first)
+        if part.seconds is not None:  # about 20 s each: do not make many too many
+            size = min(size, max(1, round((part.seconds - seconds) / 18)))
+        plans = [
+            plan_conversation(exchanges, users, agent, part_rng(args, part, n))
+            for n in range(first, first + size)
+        ]
+        takes = iter(studio(args.scripts).takes([t.request for p in plans for t in p.turns]))
+        rows = [[next(takes) for _ in plan.turns] for plan in plans]
+        babble = [
+            take.audio
+            for plan, row in zip(plans, rows, strict=True)
+            for turn, take in zip(plan.turns, row, strict=True)
+            if turn.who == "user" and isinstance(take, Take)
+        ]
+        for n, (plan, row) in enumerate(zip(plans, rows, strict=True), first):
+            name = f"{args.split}-{part.language}-{part.index:05d}-{n:03d}"
+            faults = [
+                f"{name}: {take} (line {turn.request.text!r})"
+                for turn, take in zip(plan.turns, row, strict=True)
+                if isinstance(take, UserError)
+            ]
+            if faults:
+                dropped.append(faults[0])
+                continue
+            conversation = mix(name, part.language, plan, row, babble)
+            seconds += len(conversation.agent) / SAMPLE_RATE
+            yield conversation
+        first += size
+        if first > 100 * PART_CONVERSATIONS:
+            raise UserError(f"no {part.language} voice works: {dropped[-1]}")
+
+
+def _exchanges(args, language: str, exchanges: Sequence[Exchange]) -> list[Exchange]:
+    archetypes = args.exchanges == "archetypes"
+    return choose_exchanges(exchanges, language, args.split, args.intents, archetypes)
+
+
+def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> Made:
+    """The conversations of a part, and the audio of some."""
+    dropped: list[str] = []
+    made = list(_conversations(args, part, dropped))
     if part.save_audio:
-        _save_audio(Path(options.output_dir), part, made[: part.save_audio])
-    rows = [
-        {
-            "id": c.id,
-            "language": c.language,
-            "source": "scripts",
-            "split": options.split,
-            "agent": c.agent,
-            "user": c.user,
-            "turns": c.turns,
-        }
-        for c in made
-    ]
+        _save_audio(Path(args.output_dir) / "audio", part, made[: part.save_audio])
+    rows = [{**vars(c), "source": "scripts", "split": args.split} for c in made]
     seconds = sum(len(c.agent) for c in made) / SAMPLE_RATE
-    return Made(part, seconds, len(made), tuple(dropped), studio.finished(rows))
+    return Made(part, encode_rows(rows, args) if args.device == "cpu" else rows, dropped, seconds)
 
 
-def _save_audio(folder: Path, part: Part, conversations: Sequence[Conversation]) -> None:
-    audio = folder / "audio"
-    audio.mkdir(exist_ok=True)
+def _save_audio(folder: Path, part: ScriptedPart, conversations: Sequence[Conversation]) -> None:
+    folder.mkdir(exist_ok=True)
     lines = []
     for c in conversations:
-        write_audio(audio / f"{c.id}.wav", np.stack([c.agent, c.user], axis=1))
+        write_audio(folder / f"{c.id}.wav", np.stack([c.agent, c.user], axis=1))
         line = {"id": c.id, "path": f"{c.id}.wav", "agent_channel": 0, "user_channel": 1}
         line |= {"language": c.language, "source": "scripts", "license": "synthetic"}
-        lines.append(json.dumps({**line, "turns": c.turns}, ensure_ascii=False))
-    write_text(audio / f"{part.name}.lines", "".join(f"{line}\n" for line in lines))
+        lines.append(as_json_line({**line, "turns": c.turns}))
+    write_text(folder / f"{part.language}-{part.index:05d}.lines", "".join(lines))
 
 
-def make_clip_part(options: Options, part: Part) -> Made:
-    """Makes and writes one folder of single sentences with its own manifest."""
-    studio, dropped = _studio(options), []
-    folder = Path(options.output_dir) / part.language / "synthetic" / f"{part.index:05d}"
-    building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    rng, clips, seconds = studio.rng(part, 1), [], 0.0
-    draw = _clip_drawer(studio, part.language)
-    spoken = {"agent": 0.0, "user": 0.0}
-    while seconds < part.seconds:
-        # Whoever is behind its share speaks next, a few sentences at a time.
-        agent = spoken["agent"] < AGENT_SHARE * (sum(spoken.values()) + 1e-9)
-        requests = [draw(agent, rng) for _ in range(6 if agent else 12)]
-        for request, said in zip(requests, studio.say(requests, dropped), strict=True):
-            length = 0.0 if said is None else len(said.audio) / SAMPLE_RATE
-            if length < 0.3:
-                continue
-            path = building / f"{part.index:05d}-{len(clips):03d}.flac"
-            write_audio(path, said.audio)
-            clips.append(_clip(path, length, request, said))
-            spoken[request.voice.role] += length
-            seconds += length
-        if not clips and len(dropped) > 200:
-            raise UserError(f"no {part.language} voice works: {dropped[-1]}")
-    write_manifest(building / MANIFEST, clips)
-    try:
-        os.replace(building, folder)
-    except OSError:
-        if not (folder / MANIFEST).exists():
-            raise
-        shutil.rmtree(building)  # the same command, run twice at once, made the same bytes first
-    return Made(part, seconds, len(clips), tuple(dropped))
+# ---------------------------------------------------------------------------------- recordings
 
 
-def _clip(path: Path, seconds: float, request: speech.Request, said: speech.Utterance) -> Clip:
-    phones = None
-    if said.phones is not None:
-        phones = [[p, round(float(s), 4), round(float(e), 4)] for p, s, e in said.phones]
-    voice = request.voice
-    return Clip(
-        path=path,
-        duration=seconds,
-        sample_rate=SAMPLE_RATE,
-        language=request.language,
-        speaker=voice.id,
-        text=request.text,
-        emotion=request.emotion,
-        license=LICENSES.get(voice.engine, voice.engine),
-        commercial_ok=True,
-        split="train" if voice.role == "agent" else voice.split,
-        phones=phones,
-    )
-
-
-def _clip_drawer(studio: Studio, language: str) -> Callable:
-    """A function that draws a request: the agent's replies and wordings, or a user's wordings."""
-    exchanges = choose_exchanges(studio.exchanges, language, "train")
-    everything = [line for exchange in exchanges for line in exchange.lines]
-    lines = {who: [n for n in everything if n.who == who] for who in ("user", "agent")}
-    agent, users = speech.voices(language, "agent")[0], speech.voices(language, "user", "train")
-    try:
-        others = speech.voices(language, "user", "validation")
-    except UserError:
-        others = []
-
-    def draw(is_agent: bool, rng: np.random.Generator) -> speech.Request:
-        # Half of the agent's clips are other sentences in its voice, for more of its phones.
-        who = "agent" if is_agent and rng.random() < 0.5 else "user"
-        line = lines[who][int(rng.integers(len(lines[who])))]
-        text = line.texts[int(rng.integers(len(line.texts)))]
-        seed, held_out = int(rng.integers(2**31)), rng.random() < VALIDATION_SHARE
-        if is_agent:
-            emotion = line.emotion if who == "agent" else str(rng.choice(EMOTIONS))
-            return speech.Request(text, language, agent, 1.0, emotion, seed)
-        voice = draw_voice(others if others and held_out else users, rng)
-        return speech.Request(text, language, voice, _uniform(rng, SPEED), line.emotion, seed)
-
-    return draw
-
-
-def _read_channels(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
+def _read_recording(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
     """(agent, user) float32 `[T]` at 24 kHz. UserError on a file that cannot be used."""
     audio, rate = read_channels(recording.path)
-    needed = max(recording.agent_channel, recording.user_channel) + 1
-    if audio.shape[1] < needed or not len(audio):
+    channels = [recording.agent_channel, recording.user_channel]
+    if audio.shape[1] <= max(channels) or not len(audio):
         raise UserError(f"{recording.path}: {audio.shape[1]} channels, {len(audio)} samples")
-    audio = audio[:, [recording.agent_channel, recording.user_channel]]
+    audio = audio[:, channels]
     if rate != SAMPLE_RATE:
         audio = soxr.resample(audio, rate, SAMPLE_RATE)
     seconds = len(audio) / SAMPLE_RATE
@@ -970,35 +809,36 @@ def _read_channels(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=1)
-def _voice_detector():
-    """(function, model) of Silero VAD."""
+def _voice_detector() -> Callable:
+    """Silero VAD: samples `[T]` at 16 kHz → [{start, end}, …] in samples."""
     try:
-        from silero_vad import get_speech_timestamps, load_silero_vad
+        import silero_vad
     except ImportError as error:
         raise UserError("silero-vad is not installed: pip install silero-vad") from error
-    return get_speech_timestamps, load_silero_vad()
+    model = silero_vad.load_silero_vad()
+    find = silero_vad.get_speech_timestamps
+    return functools.partial(find, model=model, min_silence_duration_ms=600)
 
 
-def _heard_turns(user: np.ndarray) -> list[dict]:
-    """Turns without words where a voice detector hears the user: nobody wrote them down."""
-    find, detector = _voice_detector()
-    audio = torch.from_numpy(soxr.resample(user, SAMPLE_RATE, 16000))
-    spans = find(audio, detector, min_silence_duration_ms=600)
+def _detected_turns(user: np.ndarray) -> list[dict]:
+    """Turns without text, for a user nobody has transcribed."""
+    spans = _voice_detector()(torch.from_numpy(soxr.resample(user, SAMPLE_RATE, 16000)))
     return [
         {"who": "user", "start": s["start"] / 16000, "end": s["end"] / 16000, "text": None}
         for s in spans
     ]
 
 
-def make_recording(options: Options, recording: Recording) -> Made:
-    """The row of one recording; Made without rows where its file cannot be used."""
+def make_recording(args: argparse.Namespace, recording: Recording) -> Made:
+    """The row of one recording; none where its file cannot be used."""
     try:
-        agent, user = _read_channels(recording)
+        agent, user = _read_recording(recording)
     except UserError as error:
-        return Made(recording, 0.0, 0, (str(error),))
+        return Made(recording, dropped=[str(error)])
     turns = list(recording.turns)
     if not any(turn["who"] == "user" for turn in turns):
-        turns += _heard_turns(user)
+        turns += _detected_turns(user)
+    turns.sort(key=lambda turn: turn["start"])
     seconds = len(agent) / SAMPLE_RATE
     row = {
         "id": recording.id,
@@ -1007,116 +847,121 @@ def make_recording(options: Options, recording: Recording) -> Made:
         "split": recording.split,
         "agent": agent,
         "user": user,
-        "turns": [
-            {**turn, "end": min(turn["end"], seconds)}
-            for turn in sorted(turns, key=lambda turn: turn["start"])
-        ],
+        "turns": [{**turn, "end": min(turn["end"], seconds)} for turn in turns],
     }
-    return Made(recording, seconds, 1, (), _studio(options).finished([row]))
+    rows = encode_rows([row], args) if args.device == "cpu" else [row]
+    return Made(recording, rows, seconds=seconds)
 
 
-class RecordingFiles:
-    """Arrow files of recordings, each beside a list (`.json`) of what it was made of.
+# ---------------------------------------------------------------------------------- files
 
-    What is known by id and content, not by place, may grow, shrink and change between two runs.
-    Audio that was removed after it was encoded is not missed.
+
+def _version(part: ScriptedPart | Recording) -> str:
+    """Changes with the recording's file; empty where there is none."""
+    try:
+        found = part.path.stat()
+    except (AttributeError, OSError, ValueError):
+        return ""
+    return digest(found.st_size, found.st_mtime_ns)
+
+
+class DatasetFiles:
+    """The Arrow files of a dataset, each beside a list (`.json`) of the parts that it holds.
+
+    A part is known by what it is made of, not by its place: parts may be added, taken away and
+    changed between two runs. A recording whose audio was removed stays as it was encoded.
     """
 
-    def __init__(self, folder: Path, recordings: Sequence[Recording], codec: Codec, device: str):
-        self._folder, self._codec, self._device = folder, codec, device
-        self._pending: list[Made] = []
-        self._to_encode: list[dict] = []
+    def __init__(self, args: argparse.Namespace, parts: Sequence) -> None:
+        self._folder, self._args = Path(args.output_dir), args
+        self._places = {digest(part): place for place, part in enumerate(parts)}
+        self._versions = {digest(part): _version(part) for part in parts}
+        self._files: list[tuple[int, str]] = []  # place of the first part, name
+        self._listed: dict[str, dict] = {}  # of parts made and not yet written
         self._rows: list[dict] = []
         self._last = time.monotonic()
-        self._files: list[tuple[int, Path]] = []
-        self.done: dict[str, str | None] = {}  # key → why it was left out
-        lists = {path: read_json(path) for path in sorted(folder.glob("recordings-*.json"))}
-        encoded = {
-            key.partition(":")[0]: key
-            for listed in lists.values()
-            for key, reason in listed.items()
-            if reason is None
-        }
-        recordings = [
-            replace(r, key=encoded.get(r.key[:-1], r.key)) if r.key.endswith(":") else r
-            for r in recordings
-        ]
-        self._places = {recording.key: i for i, recording in enumerate(recordings)}
-        for path in sorted(folder.glob("recording*.arrow")):
-            if path.with_suffix(".json") not in lists:  # cut off while it was published
+        self.done: dict[str, dict] = {}  # key of a part → {version, rows, dropped}
+        for path in sorted(self._folder.glob("part-*.arrow")):
+            if not path.with_suffix(".json").exists():  # a run ended between the two
                 path.unlink()
-        for path, listed in lists.items():
-            self._take_over(path.with_suffix(".arrow"), listed)
-        self.missing = [r for r in recordings if r.key not in self.done]
+        for path in sorted(self._folder.glob("part-*.json")):
+            self._take_over(path)
+        self.missing = [part for part in parts if digest(part) not in self.done]
 
-    def _take_over(self, arrow: Path, listed: dict[str, str | None]) -> None:
-        """Keeps of a file of an earlier run what is still asked for and nowhere else."""
-        wanted = {k: r for k, r in listed.items() if k in self._places and k not in self.done}
-        if not arrow.exists():
-            wanted = {k: reason for k, reason in wanted.items() if reason is not None}
+    def _take_over(self, path: Path) -> None:
+        """Keeps of a file of an earlier run what is still asked for and in no other file."""
+        listed, arrow = read_json(path, "remove its folder"), path.with_suffix(".arrow")
+        encoded = arrow.exists()
+        wanted = {
+            key: entry
+            for key, entry in listed.items()
+            if key in self._places
+            and key not in self.done
+            and self._versions[key] in ("", entry["version"])
+            and (encoded if entry["rows"] else self._versions[key])  # without a file: tried again
+        }
         if wanted != listed:
-            new = self._folder / f"recordings-{digest(wanted)}.arrow"
-            if None in wanted.values():
-                join_arrow(new, [arrow], [k in wanted for k, r in listed.items() if r is None])
+            new = self._name(wanted)
+            if any(entry["rows"] for entry in wanted.values()):
+                chosen = [k in wanted for k, entry in listed.items() for _ in range(entry["rows"])]
+                filter_arrow(arrow, new.with_suffix(".arrow"), chosen)
             if wanted:
-                write_json(new.with_suffix(".json"), wanted)
-            for old in (arrow, arrow.with_suffix(".json")):
+                write_json(new, wanted)
+            for old in (arrow, path):
                 old.unlink(missing_ok=True)
-            arrow = new
-        self._keep(wanted, arrow)
+            path = new
+        self._register(wanted, path)
 
-    def _keep(self, listed: dict[str, str | None], arrow: Path) -> None:
+    def _name(self, listed: dict[str, dict]) -> Path:
+        return self._folder / f"part-{digest(listed)}.json"
+
+    def _register(self, listed: dict[str, dict], path: Path) -> None:
         self.done |= listed
-        if None in listed.values():
-            self._files.append((min(map(self._places.get, listed)), arrow))
+        places = [self._places[key] for key, entry in listed.items() if entry["rows"]]
+        if places:
+            self._files.append((min(places), path.with_suffix(".arrow").name))
 
-    def add(self, made: Made) -> Made:
-        """Takes a recording's rows; writes a file when it is full, or long waited for."""
-        self._pending.append(replace(made, rows=()))
-        self._to_encode += made.rows
-        waiting = sum(len(row.get("agent", ())) for row in self._to_encode) / SAMPLE_RATE
-        if self._device == "cpu" or waiting >= BATCH_SECONDS:
-            self._encode()
+    def add(self, made: Made) -> None:
+        """Takes the rows of a part; writes a file when it is full, or long waited for."""
+        key = digest(made.part)
+        entry = {"version": self._versions[key], "rows": len(made.rows)}
+        self._listed[key] = entry | {"dropped": list(made.dropped)}
+        self._rows += made.rows
+        waiting = sum(len(row["agent"]) for row in self._rows if "agent" in row)
+        if waiting >= BATCH_SECONDS * SAMPLE_RATE:
+            encode_rows(self._rows, self._args)
         late = time.monotonic() - self._last > FILE_SECONDS
-        if late or len(self._pending) >= FILE_RECORDINGS:
+        if late or len(self._listed) >= FILE_PARTS:
             self.flush()
-        return replace(made, rows=())
-
-    def _encode(self) -> None:
-        heard = self._to_encode and "agent" in self._to_encode[0]
-        self._rows += (
-            encode_rows(self._to_encode, self._codec, self._device) if heard else self._to_encode
-        )
-        self._to_encode = []
 
     def flush(self) -> None:
         """Writes what is there as one file and its list."""
-        self._last = time.monotonic()
-        if not self._pending:
-            return
-        self._encode()
-        listed = {m.part.key: next(iter(m.dropped), None) for m in self._pending}
-        arrow = self._folder / f"recordings-{digest(listed)}.arrow"
-        if self._rows:
-            write_arrow(arrow, self._rows)
-        write_json(arrow.with_suffix(".json"), listed)
-        self._keep(listed, arrow)
-        self._pending, self._rows = [], []
+        if self._listed:
+            path = self._name(self._listed)
+            if self._rows:
+                write_arrow(path.with_suffix(".arrow"), encode_rows(self._rows, self._args))
+            write_json(path, self._listed)
+            self._register(self._listed, path)
+        self._listed, self._rows, self._last = {}, [], time.monotonic()
 
     @property
     def names(self) -> list[str]:
-        return [path.name for _, path in sorted(self._files)]
+        return [name for _, name in sorted(self._files)]
+
+    @property
+    def dropped(self) -> list[str]:
+        return [reason for entry in self.done.values() for reason in entry["dropped"]]
 
 
 # ---------------------------------------------------------------------------------- running
 
 
-def _claim(folder: Path, name: str, settings: dict) -> None:
+def claim(folder: Path, name: str, settings: dict) -> None:
     """Marks a folder as made with these settings; UserError where it was made with others."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / name
     if file.exists():
-        known = read_json(file)
+        known = read_json(file, "remove its folder")
         for key, value in json.loads(json.dumps(settings)).items():
             if known.get(key) != value:
                 raise UserError(
@@ -1129,179 +974,90 @@ def _claim(folder: Path, name: str, settings: dict) -> None:
         write_json(file, settings)
 
 
-def _report(
-    made: Sequence[Made], folder: Path, seconds: float, dropped: Sequence[str] | None = None
-) -> None:
-    if dropped is None:
-        dropped = [reason for m in made for reason in m.dropped]
-    if dropped:
-        _write_dropped(folder, dropped)
-        print(f"{len(dropped)} left out, see {folder / 'dropped.txt'}; first: {dropped[0]}")
-    audio = sum(m.seconds for m in made)
-    print(
-        f"{sum(m.count for m in made)} made, {audio / 3600:.2f} h of audio in {seconds:.0f} s "
-        f"({audio / max(seconds, 1e-3):.0f}x real time)"
-    )
-
-
-def make_clips(args: argparse.Namespace) -> None:
-    """Job of --clips_dir: single sentences of every language, with a manifest for each."""
-    root = Path(args.clips_dir)
-    options = Options(str(root), str(args.scripts), "train", args.seed)
-    parts, missing = [], []
-    size = min(CLIP_PART_SECONDS, args.clips_hours * 3600)
-    for language in args.languages:
-        folder = root / language / "synthetic"
-        _claim(folder, "settings.json", {"seed": args.seed, "part_seconds": size})
-        for index in range(math.ceil(args.clips_hours * 3600 / size - 1e-9)):
-            parts.append(Part(language, index, seconds=size))
-            if not (folder / f"{index:05d}").is_dir():
-                missing.append(parts[-1])
-    started = time.monotonic()
-    work = functools.partial(make_clip_part, options)
-    made = list(run_parts(work, missing, args.num_workers, len(parts)))
-    for language in args.languages:
-        folder = root / language / "synthetic"
-        mine = [p for p in parts if p.language == language]
-        clips = [c for p in mine for c in read_manifest(folder / f"{p.index:05d}" / MANIFEST)]
-        write_manifest(folder / MANIFEST, clips)
-        hours, speakers = sum(c.duration for c in clips) / 3600, len({c.speaker for c in clips})
-        print(f"{folder}: {len(clips)} clips, {hours:.2f} h, {speakers} voices")
-    _report(made, root, time.monotonic() - started)
-
-
-def make_dataset(args: argparse.Namespace, device: str) -> None:
-    """Job of --output_dir: scripted conversations, or those of --conversations, as codes."""
-    folder = Path(args.output_dir)
-    codec = Codec.from_checkpoint(args.codec)
+def make_dataset(args: argparse.Namespace) -> None:
+    """Scripted conversations, or those of --conversations, as codes in --output_dir."""
+    folder, codec, twice = Path(args.output_dir), _codec(args.codec, args.device), []
     config = codec.config
     if config.hop != HOP or config.num_codebooks < CODEBOOKS:
         raise UserError(f"{args.codec}: needs hop {HOP} and {CODEBOOKS} codebooks for the LM")
-    if device != "cpu":
-        codec = Codec.from_checkpoint(args.codec, device)
     info = {
         "codec_fingerprint": codec.fingerprint,
         "frame_rate": config.frame_rate,
         "codebook_sizes": list(config.codebook_sizes[:CODEBOOKS]),
-        "languages": list(args.languages),
+        "languages": args.languages,
         "seed": args.seed,
-        "split": args.split,
     }
-    options = Options(
-        str(folder), str(args.scripts), args.split, args.seed, args.intents,
-        args.exchanges == "archetypes", str(args.codec), device,
-    )  # fmt: skip
-    job = _encode_recordings if args.conversations else _make_scripted
-    started = time.monotonic()
-    files, made, dropped = job(args, options, codec, info)
-    if not files:
-        _write_dropped(folder, dropped)
-        first = f"; first: {dropped[0]}" if dropped else ""
-        raise UserError(f"{folder}: nothing could be made, {len(dropped)} left out{first}")
-    finish_dataset(folder, files, info)
-    _report(made, folder, time.monotonic() - started, dropped)
-    dataset, _ = load_code_dataset(folder, info["codec_fingerprint"])
-    print(f"{folder}: {len(dataset)} conversations, codec {info['codec_fingerprint'][:16]}…")
-
-
-def _encode_recordings(args, options: Options, codec: Codec, info: dict):
-    """(files, what was made now, why what is left out is) of --conversations."""
-    folder, doubles = Path(options.output_dir), []
-    info |= {"source": str(args.conversations), "split": None}
-    recordings = read_recordings(args.conversations, args.languages[0], doubles)
-    _claim(folder, INFO_FILE, info)
-    files = RecordingFiles(folder, recordings, codec, options.device)
+    if args.conversations:
+        make, parts = make_recording, read_recordings(args.conversations, args.languages[0], twice)
+        info |= {"source": args.conversations, "split": None}
+    else:
+        make, parts = make_scripted, _scripted_parts(args)
+        info |= {"source": "scripts", "split": args.split}
+        info |= {"intents": list(args.intents), "exchanges": args.exchanges}
+    claim(folder, INFO_FILE, info)
+    files, started = DatasetFiles(args, parts), time.monotonic()
     (folder / "state.json").unlink(missing_ok=True)
+    count, audio = 0, 0.0
     try:
-        work = functools.partial(make_recording, options)
-        results = run_parts(work, files.missing, args.num_workers, len(recordings))
-        made = [files.add(result) for result in results]
+        work = functools.partial(make, args)
+        for made in run_parts(work, files.missing, args.num_workers, len(parts)):
+            files.add(made)
+            count, audio = count + len(made.rows), audio + made.seconds
     finally:
         files.flush()
-    return files.names, made, doubles + [reason for reason in files.done.values() if reason]
-
-
-def _make_scripted(args, options: Options, codec: Codec, info: dict):
-    """(files, what was made now, why what is left out is) of scripted conversations."""
-    folder, parts = Path(options.output_dir), _conversation_parts(args)
-    info |= {"source": "scripts", "intents": list(args.intents), "exchanges": args.exchanges}
-    info["part"] = [parts[0].seconds, parts[0].count]
-    scripts = load_scripts(args.scripts)
-    for language in args.languages:  # say what is wrong before anything is made
-        choose_exchanges(scripts, language, args.split, args.intents, options.archetypes)
-        user_voices(language, args.split)
-        speech.voices(language, "agent")
-    _claim(folder, INFO_FILE, info)
-    missing = [part for part in parts if not _is_made(folder, part)]
-    (folder / "state.json").unlink(missing_ok=True)
-
-    def finish(made: Made) -> Made:
-        rows = made.rows
-        if rows and "agent" in rows[0]:
-            rows = encode_rows(rows, codec, options.device)
-        if rows:
-            write_arrow(folder / made.part.file, rows)
-        return replace(made, rows=())
-
-    work = functools.partial(make_conversation_part, options)
-    made = [finish(part) for part in run_parts(work, missing, args.num_workers, len(parts))]
+    dropped = twice + files.dropped
+    if dropped:
+        log = "".join(f"{reason}\n" for reason in dropped)
+        (folder / "dropped.txt").write_text(log, encoding="utf-8", errors="backslashreplace")
+    left_out = f"{len(dropped)} left out; first: {dropped[0]}" if dropped else "nothing asked for"
+    if not files.names:
+        raise UserError(f"{folder}: nothing could be made, {left_out}")
+    finish_dataset(folder, files.names, info)
     if (folder / "audio").is_dir():
         lines = sorted((folder / "audio").glob("*.lines"))
         text = "".join(file.read_text(encoding="utf-8") for file in lines)
         write_text(folder / "audio" / MANIFEST, text)
-    return _joined(folder, parts), made, [reason for m in made for reason in m.dropped]
-
-
-def _joined(folder: Path, parts: Sequence[Part]) -> list[str]:
-    """Names of the files of these parts, after every FILE_PARTS of them became one."""
-    for name, group in itertools.groupby(parts, lambda part: part.joined_file):
-        files = [folder / part.file for part in group if not part.cut_short]
-        if len(files) == FILE_PARTS and all(file.exists() for file in files):
-            join_arrow(folder / name, files)
-    names = (
-        part.joined_file if (folder / part.joined_file).exists() else part.file for part in parts
+    if dropped:
+        print(f"{left_out}; all in {folder / 'dropped.txt'}")
+    seconds = max(time.monotonic() - started, 1e-3)
+    print(
+        f"{count} made, {audio / 3600:.2f} h of audio in {seconds:.0f} s "
+        f"({audio / seconds:.0f}x real time)"
     )
-    return [name for name in dict.fromkeys(names) if (folder / name).exists()]
+    dataset, _ = load_code_dataset(folder, codec.fingerprint)
+    print(f"{folder}: {len(dataset)} conversations, codec {codec.fingerprint[:16]}…")
 
 
-def _conversation_parts(args: argparse.Namespace) -> list[Part]:
-    parts = []
+def _scripted_parts(args: argparse.Namespace) -> list[ScriptedPart]:
+    """The parts of all languages. UserError where a language has no script or no voice."""
+    scripts, parts = load_scripts(args.scripts), []
     for language in args.languages:
+        _exchanges(args, language, scripts)
+        user_voices(language, args.split)
+        speech.voices(language, "agent")
         if args.num_conversations:
-            total, size = args.num_conversations, min(PART_CONVERSATIONS, args.num_conversations)
-            counts = [min(size, total - first) for first in range(0, total, size)]
-            mine = [
-                Part(language, i, count=count, cut_short=count < size)
-                for i, count in enumerate(counts)
-            ]
+            firsts = range(0, args.num_conversations, PART_CONVERSATIONS)
+            counts = [min(PART_CONVERSATIONS, args.num_conversations - first) for first in firsts]
+            mine = [ScriptedPart(language, i, count=count) for i, count in enumerate(counts)]
         else:
             size = min(PART_SECONDS, args.hours * 3600)
             count = math.ceil(args.hours * 3600 / size - 1e-9)
-            mine = [Part(language, i, seconds=size) for i in range(count)]
+            mine = [ScriptedPart(language, i, seconds=size) for i in range(count)]
         share, more = divmod(args.save_audio, len(mine))
         parts += [replace(p, save_audio=share + (p.index < more)) for p in mine]
     return parts
 
 
-def _is_made(folder: Path, part: Part) -> bool:
-    saved = not part.save_audio or (folder / "audio" / f"{part.name}.lines").exists()
-    return saved and any((folder / name).exists() for name in (part.file, part.joined_file))
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    hours = number(above=0, high=1e5)
     add("--output_dir", default="data/conversations/scripted", help="folder of the code dataset")
-    add("--hours", type=hours, help="of conversation, for each language")
+    add("--hours", type=number(above=0, high=1e5), help="of conversation, for each language")
     add("--num_conversations", type=whole(1, 10**7), help="for each language, in place of --hours")
     add("--codec", default="checkpoints/tiny/codec", help="codec checkpoint that encodes")
     add("--languages", nargs="+", choices=SPOKEN, default=list(SPOKEN))
-    add("--clips_dir", help="make single sentences below this folder instead (data)")
-    add("--clips_hours", type=hours, default=1.0, help="of clips, for each language")
     add("--conversations", help="folder of real two-channel recordings to encode instead")
-    more = parser.add_argument_group("advanced")
-    add = more.add_argument
+    add = parser.add_argument_group("advanced").add_argument
     add("--scripts", default=str(Path(__file__).resolve().parent / "conversations"))
     add("--intents", default="", help="only these, comma-separated")
     add("--exchanges", choices=("archetypes", "all"), default="all", help="archetypes: *-001")
@@ -1313,23 +1069,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_args(arguments)
     args.intents = tuple(sorted(filter(None, args.intents.split(","))))
     args.languages = list(dict.fromkeys(args.languages))
-    if not (args.clips_dir or args.conversations or args.hours or args.num_conversations):
+    if not (args.conversations or args.hours or args.num_conversations):
         parser.error("say how much: --hours or --num_conversations")
     return args
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    with contextlib.ExitStack() as held:
-        if args.clips_dir:
-            for language in args.languages:
-                folder = Path(args.clips_dir) / language / "synthetic"
-                held.enter_context(only_one(writable_folder(folder, "--clips_dir")))
-            make_clips(args)
-        else:
-            device = str(setup_distributed(args.device).device)
-            held.enter_context(only_one(writable_folder(args.output_dir, "--output_dir")))
-            make_dataset(args, device)
+    args.device = str(setup_distributed(args.device).device)
+    with only_one(writable_folder(args.output_dir, "--output_dir")):
+        make_dataset(args)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +24,6 @@ from audio import HOP, SAMPLE_RATE
 from checkpoints import save_checkpoint
 from codec import Codec, CodecConfig, stored_config
 from command import UserError, only_one
-from data import load_clips, read_manifest
 from phones import PHONES
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "conversations"
@@ -343,9 +341,8 @@ ALL_VOICES = speech.voices
 def quick(monkeypatch):
     pytest.importorskip("espeakng_loader", reason="speech for this test: espeakng-loader")
     monkeypatch.setattr(speech, "voices", espeak_role)
-    monkeypatch.setattr(mc, "CLIP_PART_SECONDS", 15.0)
     monkeypatch.setattr(mc, "PART_CONVERSATIONS", 2)
-    mc._studio.cache_clear()
+    mc.studio.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +411,7 @@ def test_dataset_holds_codes_of_its_audio(made, codec_path):
 
 def test_the_same_command_makes_the_same_bytes_and_another_seed_others(made, codec_path, tmp_path):
     again, other = tmp_path / "again", tmp_path / "other"
-    mc._studio.cache_clear()
+    mc.studio.cache_clear()
     mc.main(command(again, codec_path))
     assert_same(rows_of(made), rows_of(again))
     mc.main(command(other, codec_path, "--seed", "1"))
@@ -429,30 +426,29 @@ def test_the_same_command_makes_the_same_bytes_and_another_seed_others(made, cod
     assert_same(rows_of(again)[:4], rows_of(made))
 
 
-def test_parts_become_few_files_and_a_part_cut_short_is_made_whole(
+def test_parts_become_few_files_and_a_part_cut_short_is_made_anew(
     codec_path, tmp_path, quick, monkeypatch
 ):
     def tones(self, requests):
         return [tone(0.5) for _ in requests]
 
+    def made(count: int, part: int, folder: str) -> list[str]:
+        monkeypatch.setattr(mc, "PART_CONVERSATIONS", part)
+        mc.main(command(tmp_path / folder, codec_path, "--num_conversations", str(count)))
+        return [row["id"][-9:] for row in rows_of(tmp_path / folder)]
+
+    def files() -> dict[str, int]:
+        return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "set").glob("*.arrow")}
+
     monkeypatch.setattr(speech.Synthesizer, "synthesize", tones)
     monkeypatch.setattr(mc, "FILE_PARTS", 2)
-    monkeypatch.setattr(mc, "PART_CONVERSATIONS", 1)
-    out = tmp_path / "set"
-    mc.main(command(out, codec_path, "--num_conversations", "3"))
-    names = ["english-00000-00001.arrow", "english-00002.arrow"]
-    assert sorted(p.name for p in out.glob("*.arrow")) == names
-    assert [row["id"][-9:] for row in rows_of(out)] == ["00000-000", "00001-000", "00002-000"]
-    stamp = (out / names[0]).stat().st_mtime_ns
-    mc.main(command(out, codec_path, "--num_conversations", "4"))
-    assert [row["id"][-9:-4] for row in rows_of(out)] == ["00000", "00001", "00002", "00003"]
-    assert (out / names[0]).stat().st_mtime_ns == stamp and len(list(out.glob("*.arrow"))) == 2
-    monkeypatch.setattr(mc, "PART_CONVERSATIONS", 2)
-    whole = tmp_path / "whole"
-    mc.main(command(whole, codec_path, "--num_conversations", "3"))
-    assert len(rows_of(whole)) == 3
-    mc.main(command(whole, codec_path, "--num_conversations", "4"))
-    assert len({row["id"] for row in rows_of(whole)}) == len(rows_of(whole)) == 4
+    assert made(3, 1, "set") == ["00000-000", "00001-000", "00002-000"]
+    first = files()
+    assert len(first) == 2
+    assert made(4, 1, "set") == ["00000-000", "00001-000", "00002-000", "00003-000"]
+    assert first.items() <= files().items() and len(files()) == 3
+    assert made(3, 2, "whole") == ["00000-000", "00000-001", "00001-000"]
+    assert made(4, 2, "whole") == ["00000-000", "00000-001", "00001-000", "00001-001"]
 
 
 def test_conversations_that_cannot_be_spoken_are_counted(
@@ -477,7 +473,7 @@ def test_conversations_that_cannot_be_spoken_are_counted(
             mc.main(arguments)
     lines += [(SCRIPT % '"text": "hello"').replace('"id": "a"', f'"id": "{i}"') for i in range(9)]
     (scripts / "english.jsonl").write_text("\n".join(lines) + "\n")
-    mc._studio.cache_clear()
+    mc.studio.cache_clear()
     mc.main(command(tmp_path / "some", codec_path, "--scripts", str(scripts)))
     said, count = capsys.readouterr().out, len(rows_of(tmp_path / "some"))
     assert f"{count} made" in said and (count == 4 or f"{4 - count} left out" in said)
@@ -507,12 +503,12 @@ def test_a_killed_run_goes_on(codec_path, tmp_path, quick):
     process = subprocess.Popen(
         [sys.executable, __file__, "--output_dir", str(killed), *arguments], env=environment
     )
-    while process.poll() is None and not list(killed.glob("english-*.arrow")):
+    while process.poll() is None and not list(killed.glob("part-*.json")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    first = killed / "english-00000.arrow"
-    assert first.exists() and not (killed / "state.json").exists()
+    (first, *_) = killed.glob("part-*.arrow")
+    assert not (killed / "state.json").exists()
     stamp = first.stat().st_mtime_ns
     with pytest.raises(UserError, match="not a complete"):
         mc.load_code_dataset(killed)
@@ -671,7 +667,7 @@ def recordings_of(folder: Path, **sounds: np.ndarray) -> None:
 
 @pytest.fixture
 def no_detector(monkeypatch):
-    monkeypatch.setattr(mc, "_heard_turns", lambda user: [{**TURN, "end": 0.5}])
+    monkeypatch.setattr(mc, "_detected_turns", lambda user: [{**TURN, "end": 0.5}])
 
 
 def test_odd_recordings_are_left_out_and_counted(tmp_path, codec_path, no_detector, capsys):
@@ -718,7 +714,7 @@ def test_recordings_may_be_added_changed_and_taken_away(
     rng = np.random.default_rng(0)
     sounds = {n: 0.1 * rng.standard_normal((4800, 2)).astype(np.float32) for n in "bcdefg"}
     arguments = command(tmp_path / "out", codec_path, "--conversations", str(tmp_path / "in"))
-    monkeypatch.setattr(mc, "FILE_RECORDINGS", 4)
+    monkeypatch.setattr(mc, "FILE_PARTS", 4)
 
     def made(**changes) -> dict[str, dict]:
         for name, sound in changes.items():
@@ -755,15 +751,16 @@ def test_workers_encode_on_a_cpu_and_one_process_for_another_device(tmp_path, co
     recordings_of(tmp_path / "in", **sounds)
     lines = [json.dumps({"id": n, "path": f"{n}.wav", "turns": [TURN]}) for n in "abc"]
     (tmp_path / "in" / "m.jsonl").write_text("\n".join(lines))
-    options = mc.Options(str(tmp_path), str(SCRIPTS), "train", 0, codec=str(codec_path))
-    assert mc.Studio(options).codec is not None
-    assert mc.Studio(replace(options, device="cpu:0")).codec is None
-    made = {}
+    (first, *_), made = dialogues.read_recordings(tmp_path / "in"), {}
     for device, workers in (("cpu", "0"), ("cpu:0", "2")):
         folder = tmp_path / device.replace(":", "")
         more = ("--conversations", str(tmp_path / "in"), "--num_workers", workers)
         folder.mkdir()
-        mc.make_dataset(mc.parse_arguments(command(folder, codec_path, *more)), device)
+        args = mc.parse_arguments(command(folder, codec_path, *more))
+        args.device = device
+        (row,) = mc.make_recording(args, first).rows
+        assert ("agent" in row, "agent_codes" in row) == (device != "cpu", device == "cpu")
+        mc.make_dataset(args)
         made[device] = rows_of(folder)
     assert [row["id"] for row in made["cpu"]] == [row["id"] for row in made["cpu:0"]] == [*"abc"]
     for x, y in zip(*made.values(), strict=True):
@@ -772,66 +769,7 @@ def test_workers_encode_on_a_cpu_and_one_process_for_another_device(tmp_path, co
         assert all((x[c] == y[c]).mean() > 0.99 for c in CODES)
 
 
-# ---------------------------------------------------------------------------------- clips
-
-
-def test_clips(tmp_path, quick):
-    arguments = ["--clips_dir", str(tmp_path), "--clips_hours", "0.01", "--languages", "telugu"]
-    mc.main([*arguments, "--num_workers", "0"])
-    manifest = tmp_path / "telugu" / "synthetic" / "manifest.jsonl"
-    clips = read_manifest(manifest)
-    assert 36 <= sum(c.duration for c in clips) < 150
-    agent = espeak_role("telugu", "agent")[0].id
-    share = sum(c.duration for c in clips if c.speaker == agent) / sum(c.duration for c in clips)
-    assert 0.15 < share < 0.6
-    splits = {v.id: s for s in ("train", "validation") for v in espeak_role("telugu", "user", s)}
-    scripts = mc.load_scripts(SCRIPTS / "telugu.jsonl")
-    held_out = {t for e in scripts if e.held_out for t in user_texts(e)}
-    for clip in clips:
-        assert clip.split == ("train" if clip.speaker == agent else splits[clip.speaker])
-        assert clip.text not in held_out and clip.license and clip.commercial_ok
-        info = soundfile.info(clip.path)
-        assert info.samplerate == clip.sample_rate == SAMPLE_RATE
-        assert info.duration == pytest.approx(clip.duration, abs=1e-3)
-        assert clip.phones[0][1] == 0
-        assert clip.phones[-1][2] == pytest.approx(clip.duration, abs=1e-3)
-        assert all(p in PHONES and s < e for p, s, e in clip.phones)
-    assert len(load_clips([tmp_path / "telugu"], "train")) > 0
-    # The same command again, after a part was lost, makes that part again, byte for byte.
-    text, lost = manifest.read_text(), sorted(manifest.parent.glob("0*"))[1]
-    for file in lost.iterdir():
-        file.unlink()
-    lost.rmdir()
-    mc._studio.cache_clear()
-    mc.main([*arguments, "--num_workers", "0"])
-    assert manifest.read_text() == text
-
-
-def test_a_part_that_another_run_finished_first_stands(tmp_path, quick, monkeypatch):
-    write = mc.write_manifest
-
-    def beaten(path, clips):
-        write(path, clips)
-        if path.parent.suffix == ".part":
-            shutil.copytree(path.parent, path.parent.with_name(path.parent.name.split(".")[1]))
-
-    monkeypatch.setattr(mc, "write_manifest", beaten)
-    mc.main(["--clips_dir", str(tmp_path), "--clips_hours", "0.01", "--languages", "telugu",
-             "--num_workers", "0"])  # fmt: skip
-    assert read_manifest(tmp_path / "telugu" / "synthetic" / "manifest.jsonl")
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def test_a_voice_that_fails_is_counted_not_fatal(quick, tmp_path, monkeypatch):
-    def failing(language, role="user", split="train"):
-        voices = espeak_role(language, role, split)
-        return voices if role == "agent" else [replace(voices[0], name="nobody"), *voices[1:]]
-
-    monkeypatch.setattr(speech, "voices", failing)
-    mc.main(["--clips_dir", str(tmp_path), "--clips_hours", "0.01", "--languages", "english",
-             "--num_workers", "0"])  # fmt: skip
-    assert "nobody" in (tmp_path / "dropped.txt").read_text()
-    assert read_manifest(tmp_path / "english" / "synthetic" / "manifest.jsonl")
+# ---------------------------------------------------------------------------------- flags
 
 
 @pytest.mark.parametrize(
@@ -841,7 +779,6 @@ def test_a_voice_that_fails_is_counted_not_fatal(quick, tmp_path, monkeypatch):
         ("--hours -1", "--hours"),
         ("--hours nan", "--hours"),
         ("--num_conversations 0", "--num_conversations"),
-        ("--clips_dir x --clips_hours 0", "--clips_hours"),
         ("--hours 1 --seed -3", "--seed"),
         ("--hours 1 --num_workers -1", "--num_workers"),
         ("--hours 1 --save_audio -1", "--save_audio"),
@@ -858,8 +795,6 @@ def test_a_device_and_a_folder_that_cannot_be_used_are_told_before_anything(tmp_
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="--output_dir .*cannot be written"):
         mc.main(["--hours", "1", "--output_dir", str(tmp_path / "file"), "--codec", "none"])
-    with pytest.raises(UserError, match="--clips_dir .*cannot be written"):
-        mc.main(["--clips_dir", str(tmp_path / "file")])
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA GPU here"):
             mc.main(["--hours", "1", "--device", "cuda", "--output_dir", str(tmp_path / "o")])
@@ -871,5 +806,5 @@ def test_a_device_and_a_folder_that_cannot_be_used_are_told_before_anything(tmp_
 
 if __name__ == "__main__":  # the process that test_a_killed_run_goes_on kills
     speech.voices = espeak_role
-    mc.PART_CONVERSATIONS = 2
+    mc.PART_CONVERSATIONS, mc.FILE_SECONDS = 2, 0.0
     mc.main(sys.argv[1:])
