@@ -120,14 +120,16 @@ BACKCHANNEL = "backchannel"  # the intent of such a turn: it asks for no answer
 # ---------------------------------------------------------------------------------- speech
 
 
-def user_voices(language: str, split: str) -> list[speech.Voice]:
+def user_voices(
+    language: str, split: str, engines: Sequence[str] | None = None
+) -> list[speech.Voice]:
     """The user voices of a split. Validation falls back on training voices, test never does."""
     if split == "validation":
         try:
-            return speech.voices(language, "user", "validation")
+            return speech.voices(language, "user", "validation", engines)
         except UserError:
             split = "train"
-    return speech.voices(language, "user", split)
+    return speech.voices(language, "user", split, engines)
 
 
 def draw_voice(voices: Sequence[speech.Voice], rng: np.random.Generator) -> speech.Voice:
@@ -722,8 +724,8 @@ def _conversations(
 ) -> Iterator[Conversation]:
     """The conversations of a part, synthesised by the dozen."""
     exchanges = _exchanges(args, part.language, studio(args.scripts).exchanges)
-    users = user_voices(part.language, args.split)
-    agent = speech.voices(part.language, "agent")[0]
+    users = user_voices(part.language, args.split, args.engines)
+    agent = speech.voices(part.language, "agent", engines=args.engines)[0]
     most, seconds, first = part.count or math.inf, 0.0, 0
     while first < most and seconds < (part.seconds or math.inf):
         size = min(PART_CONVERSATIONS, most - first)
@@ -994,6 +996,7 @@ def make_dataset(args: argparse.Namespace) -> None:
         make, parts = make_scripted, _scripted_parts(args)
         info |= {"source": "scripts", "split": args.split}
         info |= {"intents": list(args.intents), "exchanges": args.exchanges}
+        info |= {"engines": args.engines}
     claim(folder, INFO_FILE, info)
     files, started = DatasetFiles(args, parts), time.monotonic()
     (folder / "state.json").unlink(missing_ok=True)
@@ -1033,8 +1036,8 @@ def _scripted_parts(args: argparse.Namespace) -> list[ScriptedPart]:
     scripts, parts = load_scripts(args.scripts), []
     for language in args.languages:
         _exchanges(args, language, scripts)
-        user_voices(language, args.split)
-        speech.voices(language, "agent")
+        user_voices(language, args.split, args.engines)
+        speech.voices(language, "agent", engines=args.engines)
         if args.num_conversations:
             firsts = range(0, args.num_conversations, PART_CONVERSATIONS)
             counts = [min(PART_CONVERSATIONS, args.num_conversations - first) for first in firsts]
@@ -1061,6 +1064,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--scripts", default=str(Path(__file__).resolve().parent / "conversations"))
     add("--intents", default="", help="only these, comma-separated")
     add("--exchanges", choices=("archetypes", "all"), default="all", help="archetypes: *-001")
+    add("--engines", nargs="+", metavar="NAME", help="of speech, the agent's first; default: all")
     add("--split", choices=SPLITS, default="train")
     add("--save_audio", type=whole(0), default=0, help="conversations a language to keep as WAV")
     add("--seed", type=whole(0, 2**63 - 1), default=0)

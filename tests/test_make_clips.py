@@ -24,7 +24,7 @@ ALL_VOICES = speech.voices
 
 def espeak_role(language, role="user", split="train", engines=None):
     """A few quick voices in place of all that are installed."""
-    mine = [v for v in ALL_VOICES(language, "user", "train") if v.engine == "espeak"]
+    mine = ALL_VOICES(language, "user", "train", ("espeak",))
     part = {"train": mine[1:5], "validation": mine[5:6], "test": mine[6:7]}[split]
     chosen = mine[:1] if role == "agent" else part
     return [replace(voice, role=role, split=split) for voice in chosen]

@@ -321,17 +321,12 @@ def test_rooms_and_narrow_lines_keep_the_time():
 # ---------------------------------------------------------------------------------- the dataset
 
 
-def espeak_voices(language, role="user", split="train"):
+def espeak_role(language, role="user", split="train", engines=None):
     """A few quick voices in place of all that are installed."""
-    if role == "agent":
-        return [v for v in ALL_VOICES(language, "user", "train") if v.engine == "espeak"][:1]
-    mine = [v for v in ALL_VOICES(language, "user", "train") if v.engine == "espeak"]
+    mine = ALL_VOICES(language, "user", "train", ("espeak",))
     part = {"train": mine[1:5], "validation": mine[5:6], "test": mine[6:7]}[split]
-    return [replace(voice, split=split) for voice in part]
-
-
-def espeak_role(language, role="user", split="train"):
-    return [replace(voice, role=role) for voice in espeak_voices(language, role, split)]
+    chosen = mine[:1] if role == "agent" else part
+    return [replace(voice, role=role, split=split) for voice in chosen]
 
 
 ALL_VOICES = speech.voices
@@ -477,6 +472,38 @@ def test_conversations_that_cannot_be_spoken_are_counted(
     mc.main(command(tmp_path / "some", codec_path, "--scripts", str(scripts)))
     said, count = capsys.readouterr().out, len(rows_of(tmp_path / "some"))
     assert f"{count} made" in said and (count == 4 or f"{4 - count} left out" in said)
+
+
+class Hummer:
+    """A speech engine that knows no times of phones, as most natural ones."""
+
+    name, install = "hummer", "pip install hummer"
+
+    def voices(self, language: str) -> list[speech.Voice]:
+        return [
+            speech.Voice(f"{language}/{name}", self.name, language, name, name, role=role)
+            for name, role in (("hal", "agent"), ("una", "user"))
+        ]
+
+    def say(self, orders) -> list[speech.Raw]:
+        said = [tone(round(0.1 + 0.05 * len(order.text), 2)) for order in orders]
+        return [speech.Raw(utterance.audio, SAMPLE_RATE) for utterance in said]
+
+
+def test_an_engine_is_picked_by_name(codec_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(speech, "all_engines", lambda: {"hummer": Hummer()})
+    monkeypatch.setattr(mc, "BARGE_IN_CHANCE", 1.0)
+    mc.studio.cache_clear()
+    arguments = command(tmp_path / "set", codec_path, "--engines", "hummer")
+    mc.main(arguments)
+    turns = [turn for row in rows_of(tmp_path / "set") for turn in row["turns"]]
+    assert {turn["voice"] for turn in turns} == {"english/hal", "english/una"}
+    assert all(turn["phones"] is turn["words"] is None for turn in turns)
+    assert all(turn["text"] for turn in turns) and any(turn["interrupted"] for turn in turns)
+    with pytest.raises(UserError, match=r"made with engines \['hummer'\], not None"):
+        mc.main(arguments[:-2])
+    with pytest.raises(UserError, match="no speech engine 'nobody': engines are hummer"):
+        mc.main(command(tmp_path / "none", codec_path, "--engines", "nobody"))
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
