@@ -16,13 +16,10 @@ import copy
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
@@ -30,10 +27,9 @@ from torch import Tensor, nn
 import checkpoints
 from checkpoints import fingerprint, load_checkpoint
 from command import UserError
+from quantizer import STATISTICS, Quantized, SplitQuantizer
 from streamed import stream_weights
 from transformer import StreamingTransformer, TransformerConfig, TransformerState
-
-STATISTICS = ("cluster_size", "embedding_sum")  # of codebooks in training; an export has none
 
 
 @dataclass(frozen=True)
@@ -131,7 +127,33 @@ class ConvState:
             self.buffer.masked_fill_(mask[:, None, None], 0)
 
 
-class FrameConv(nn.Module):
+class CausalLayer(nn.Module):
+    """A layer that sees `history` rows of `width` numbers before those it is given, which a stream
+    keeps."""
+
+    history: int
+    width: int
+
+    def init_state(self, batch_size: int) -> ConvState:
+        own = next(itertools.chain(self.parameters(), self.buffers()))
+        return ConvState(batch_size, self.history, self.width, own.device, own.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.compute(F.pad(self.fold(x), (0, 0, self.history, 0)))
+
+    def step(self, x: Tensor, state: ConvState, active: Tensor | None = None) -> Tensor:
+        return self.compute(state.extend(self.fold(x), active))
+
+    def fold(self, x: Tensor) -> Tensor:
+        """Input `[B, T, C]` → rows `[B, ., width]`."""
+        return x
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Rows, those before them in front → output."""
+        raise NotImplementedError
+
+
+class FrameConv(CausalLayer):
     """A causal convolution over two neighbouring frames as one matrix product.
 
     With `in_frames` front frames folded into one it is a strided convolution of kernel 2 × stride;
@@ -142,50 +164,36 @@ class FrameConv(nn.Module):
     def __init__(self, in_dim: int, out_dim: int, in_frames: int = 1, out_frames: int = 1) -> None:
         super().__init__()
         self.in_frames, self.out_frames = in_frames, out_frames
-        self.in_features = in_dim * in_frames
-        self.linear = nn.Linear(2 * self.in_features, out_dim * out_frames)
+        self.history, self.width = 1, in_dim * in_frames
+        self.linear = nn.Linear(2 * self.width, out_dim * out_frames)
 
-    def init_state(self, batch_size: int) -> ConvState:
-        weight = self.linear.weight
-        return ConvState(batch_size, 1, self.in_features, weight.device, weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._convolve(F.pad(self._fold(x), (0, 0, 1, 0)))
-
-    def step(self, x: Tensor, state: ConvState, active: Tensor | None = None) -> Tensor:
-        return self._convolve(state.extend(self._fold(x), active))
-
-    def _fold(self, x: Tensor) -> Tensor:
+    def fold(self, x: Tensor) -> Tensor:
         return x.unflatten(1, (-1, self.in_frames)).flatten(2)
 
-    def _convolve(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         y = self.linear(torch.cat((x[:, :-1], x[:, 1:]), dim=-1))
         return y.unflatten(2, (self.out_frames, -1)).flatten(1, 2)
 
 
-class ConvNeXtBlock(nn.Module):
+class ConvNeXtBlock(CausalLayer):
     """Causal depthwise convolution, norm, pointwise MLP, scaled residual; `[B, T, C]` → same."""
 
     def __init__(self, dim: int, kernel: int, expansion: int) -> None:
         super().__init__()
+        self.history, self.width = kernel - 1, dim
         self.depthwise = nn.Conv1d(dim, dim, kernel, groups=dim)
         self.norm = nn.LayerNorm(dim)
         self.up = nn.Linear(dim, expansion * dim)
         self.down = nn.Linear(expansion * dim, dim)
         self.scale = nn.Parameter(torch.full((dim,), 0.1))
 
-    def init_state(self, batch_size: int) -> ConvState:
-        weight = self.depthwise.weight
-        length, dim = self.depthwise.kernel_size[0] - 1, self.depthwise.in_channels
-        return ConvState(batch_size, length, dim, weight.device, weight.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        extended = F.pad(x, (0, 0, self.depthwise.kernel_size[0] - 1, 0))
-        return self._block(x, self.depthwise(extended.transpose(1, 2)).transpose(1, 2))
+    def compute(self, x: Tensor) -> Tensor:
+        y = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
+        return self._block(x[:, self.history :], y)
 
     def step(self, x: Tensor, state: ConvState, active: Tensor | None = None) -> Tensor:
         # Products and a sum: for so few frames a convolution costs more to set up than to run.
-        windows = state.extend(x, active).unfold(1, self.depthwise.kernel_size[0], 1)
+        windows = state.extend(x, active).unfold(1, self.history + 1, 1)
         weight, bias = self.depthwise.weight[:, 0], self.depthwise.bias
         return self._block(x, (windows * weight).sum(-1) + bias)
 
@@ -222,13 +230,14 @@ class CausalChain(nn.ModuleList):
         return x
 
 
-class LogMel(nn.Module):
+class LogMel(CausalLayer):
     """Causal log-mel spectra of front frames `[B, T / 120, 120]` → `[B, T / 240, mels]`, 100 Hz.
 
     Each is of the last 20 ms (Hann window). Words are easier to hear in them than in the waveform.
     """
 
     window, hop, floor = 480, 240, 1e-5
+    history, width = 1, hop
 
     def __init__(self, sample_rate: int, mels: int) -> None:
         super().__init__()
@@ -238,19 +247,10 @@ class LogMel(nn.Module):
         self.register_buffer("filters", filters * 1000, persistent=False)
         self.register_buffer("taper", torch.hann_window(self.window), persistent=False)
 
-    def init_state(self, batch_size: int) -> ConvState:
-        return ConvState(batch_size, 1, self.hop, self.filters.device, self.filters.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._spectra(F.pad(self._fold(x), (0, 0, 1, 0)))
-
-    def step(self, x: Tensor, state: ConvState, active: Tensor | None = None) -> Tensor:
-        return self._spectra(state.extend(self._fold(x), active))
-
-    def _fold(self, x: Tensor) -> Tensor:
+    def fold(self, x: Tensor) -> Tensor:
         return x.flatten(1).unflatten(1, (-1, self.hop))
 
-    def _spectra(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             frames = torch.cat((x[:, :-1], x[:, 1:]), dim=-1).float() * self.taper
             power = torch.fft.rfft(frames).abs().square()
@@ -258,7 +258,7 @@ class LogMel(nn.Module):
             return ((power @ self.filters + self.floor).log() + 4.0) / 4.0
 
 
-class SpectralHead(nn.Module):
+class SpectralHead(CausalLayer):
     """Front frames → samples by way of short spectra: `[B, T, C]` → `[B, T, stride]`.
 
     As in Vocos (Siuzdak 2023, section 3.3) each bin's magnitude is an exponential: from its low to
@@ -270,6 +270,7 @@ class SpectralHead(nn.Module):
     def __init__(self, dim: int, stride: int) -> None:
         super().__init__()
         self.bins = stride + 1
+        self.history, self.width = 1, stride
         self.linear = nn.Linear(dim, 3 * self.bins)
         bins, samples = torch.arange(self.bins), torch.arange(2 * stride)
         # Start quiet and tilted like speech: flat to about 600 Hz, then 6 dB less an octave.
@@ -284,10 +285,6 @@ class SpectralHead(nn.Module):
         # Hann between the samples: the first one, too, is this frame's to form.
         window = (math.pi / (2 * stride) * (samples + 0.5)).sin().square()
         self.synthesis = nn.Parameter(waves * window / (2 * stride) ** 0.5)
-
-    def init_state(self, batch_size: int) -> ConvState:
-        waves = self.synthesis
-        return ConvState(batch_size, 1, waves.shape[1] // 2, waves.device, waves.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         now, later = self._frames(x)
@@ -378,442 +375,6 @@ def build_decoder(config: CodecConfig) -> CausalChain:
     )
 
 
-class Codebook(NamedTuple):
-    """One codebook, to read: codes `[n, d]`, and ‖e‖² / 2 `[n]`, on which a streaming step would
-    spend more than on the search itself."""
-
-    embedding: Tensor
-    half_norms: Tensor
-
-    def nearest(self, x: Tensor) -> Tensor:
-        """The nearest code of each vector: `[..., d]` → `[...]` int64."""
-        with torch.autocast(x.device.type, enabled=False):
-            return (x.float() @ self.embedding.float().t() - self.half_norms).argmax(-1)
-
-    def lookup(self, codes: Tensor) -> Tensor:
-        """`[...]` int64 → `[..., d]`."""
-        return F.embedding(codes, self.embedding)
-
-
-def half_norms(codes: Tensor) -> Tensor:
-    """‖e‖² / 2 of `[..., d]`."""
-    return 0.5 * codes.float().pow(2).sum(-1)
-
-
-class CodebookStack(nn.Module):
-    """Codebooks of one size, learnt by exponential moving averages (van den Oord et al. 2017, A.1).
-
-    Their buffers are rows of one fp32 tensor each, `[K, n, d]` and `[K, n]`: on a GPU 64 codebooks
-    that move one by one are thousands of launches. Nothing here waits for the device. `levels` is
-    their place among the quantizer's, which stores the buffers under a name a codebook.
-    """
-
-    stored = ("embedding", *STATISTICS)
-
-    def __init__(self, count: int, size: int, dim: int, decay: float, first: int = 0) -> None:
-        super().__init__()
-        self.levels, self.decay = slice(first, first + count), decay
-        codes = torch.stack([torch.randn(size, dim) for _ in range(count)])
-        self.register_buffer("embedding", codes, persistent=False)
-        self.register_buffer("cluster_size", torch.zeros(count, size), persistent=False)
-        self.register_buffer("embedding_sum", torch.zeros_like(codes), persistent=False)
-        self.register_buffer("half_norms", half_norms(codes), persistent=False)
-        # Which codebooks stand for data; until then training goes on unquantized. Known to the
-        # host, which would otherwise wait for the device.
-        self.started = [False] * count
-
-    def books(self) -> list[Codebook]:
-        """The codebooks one by one; their tensors are views."""
-        rows = zip(self.embedding.unbind(), self.half_norms.unbind(), strict=True)
-        return [Codebook(*row) for row in rows]
-
-    @property
-    def is_initialised(self) -> bool:
-        return all(self.started)
-
-    @torch.no_grad()
-    def loaded(self) -> None:
-        """Call when the stored buffers have been filled."""
-        self.half_norms.copy_(half_norms(self.embedding))
-        self.started = (self.cluster_size.sum(-1) > 0).tolist()
-
-    @torch.no_grad()
-    def restart_statistics(self, row: int) -> None:
-        """Statistics that stand for a codebook's codes as they are, as after an export."""
-        self.cluster_size[row].fill_(1.0)
-        self.embedding_sum[row].copy_(self.embedding[row])
-        self.started[row] = True
-
-    @torch.no_grad()
-    def initialise(self, left: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Starts those codebooks that stand for nothing yet by k-means, each on what the ones
-        before it leave of the vectors `left` `[N, d]`.
-
-        `draws` `[K, n or more]` in [0, 1) choose the codes that k-means starts from; ranks that
-        have the same get the same. Returns what the last codebook leaves, and `[K, n]` bool, the
-        codes that began anew.
-        """
-        fresh = torch.zeros_like(self.cluster_size, dtype=torch.bool)
-        for row, book in enumerate(self.books()):
-            if not self.started[row]:
-                self._k_means(row, book, left, draws[row])
-                fresh[row] = True
-            left = left - book.lookup(book.nearest(left))
-        return left, fresh
-
-    def _k_means(self, row: int, book: Codebook, candidates: Tensor, draws: Tensor) -> None:
-        """Lloyd's algorithm on `candidates` `[N, d]`."""
-        codes, size = book.embedding, len(book.embedding)
-        places = (draws[:size] * len(candidates)).long().clamp(max=len(candidates) - 1)
-        codes.copy_(candidates[places])
-        book.half_norms.copy_(half_norms(codes))
-        for _ in range(10):
-            nearest = book.nearest(candidates)
-            ones = torch.ones_like(nearest, dtype=torch.float32)
-            counts = codes.new_zeros(size).index_add_(0, nearest, ones)
-            sums = torch.zeros_like(codes).index_add_(0, nearest, candidates)
-            means = sums / counts.clamp(min=1)[:, None]
-            codes.copy_(torch.where(counts[:, None] > 0, means, codes))
-            book.half_norms.copy_(half_norms(codes))
-        mean_size = len(candidates) / size
-        self.cluster_size[row].fill_(mean_size)
-        self.embedding_sum[row].copy_(codes * mean_size)
-        self.started[row] = True
-
-    @torch.no_grad()
-    def update(
-        self,
-        vectors: Tensor,
-        codes: Tensor,
-        used: Tensor,
-        draws: Tensor,
-        skip: Tensor | None = None,
-    ) -> Tensor:
-        """One EMA step; dead codes restart from vectors drawn, with fresh statistics.
-
-        Args:
-            vectors: `[K, B, F, d]` of this rank, codes: `[K, B, F]` theirs.
-            used: `[K, B]` bool, the clips that count at each level.
-            draws: `[K, n or more]` in [0, 1), which of the vectors that count on any rank a dead
-                code restarts from; the same on every rank.
-            skip: scalar; if not 0 nothing changes.
-
-        Returns:
-            `[K, n]` bool, the codes that restarted.
-        """
-        counts, sums = self._statistics(vectors, codes, used)
-        fresh, some = drawn_vectors(vectors, used, draws[:, : counts.shape[1]])
-        if dist.is_initialized():
-            parts = torch.cat((sums, fresh, counts[..., None]), dim=-1)
-            dist.all_reduce(parts)
-            sums, fresh, counts = parts.split((sums.shape[-1], fresh.shape[-1], 1), dim=-1)
-            counts = counts[..., 0]
-        moves = (1 - self.decay) * some  # a level that nobody used stays where it is
-        sizes = self.cluster_size.lerp(counts, moves)
-        sums = self.embedding_sum.lerp(sums, moves[..., None])
-        mean_size = sizes.mean(-1, keepdim=True)
-        dead = (sizes < 0.1 * mean_size) & (some > 0)
-        sizes = torch.where(dead, mean_size, sizes)
-        sums = torch.where(dead[..., None], fresh * mean_size[..., None], sums)
-        codes = sums / sizes[..., None]
-        if skip is not None:
-            skipped = skip != 0
-            dead = dead & ~skipped
-            sizes = torch.where(skipped, self.cluster_size, sizes)
-            sums = torch.where(skipped, self.embedding_sum, sums)
-            codes = torch.where(skipped, self.embedding, codes)
-        self._set(codes, sizes, sums)
-        return dead
-
-    @torch.no_grad()
-    def follow(self, other: CodebookStack, weight: Tensor, restarted: Tensor) -> None:
-        """Moves by the scalar `weight` towards `other`'s statistics; takes codes over that just
-        `restarted` `[K, n]`.
-
-        The code is then the mean of all vectors that it stood for within both averages. Between
-        the old and the new place of a code that jumped there would be nothing.
-        """
-        sizes = self.cluster_size.lerp(other.cluster_size, weight)
-        sizes = torch.where(restarted, other.cluster_size, sizes)
-        sums = self.embedding_sum.lerp(other.embedding_sum, weight)
-        sums = torch.where(restarted[..., None], other.embedding_sum, sums)
-        codes = torch.where(weight > 0, sums / sizes[..., None], self.embedding)  # bit for bit
-        self._set(codes, sizes, sums)
-        self.started = list(other.started)
-
-    def _set(self, codes: Tensor, sizes: Tensor, sums: Tensor) -> None:
-        self.embedding.copy_(codes)
-        self.cluster_size.copy_(sizes)
-        self.embedding_sum.copy_(sums)
-        self.half_norms.copy_(half_norms(codes))
-
-    def _statistics(self, vectors: Tensor, codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
-        """How many vectors each code stood for, `[K, n]`, and their sums, `[K, n, d]`."""
-        levels, size, dim = self.embedding.shape
-        level = torch.arange(levels, device=codes.device)[:, None]
-        # What does not count goes to a level of its own behind the last.
-        rows = (codes + size * torch.where(used, level, levels)[..., None]).flatten()
-        ones = torch.ones_like(rows, dtype=torch.float32)
-        counts = ones.new_zeros((levels + 1) * size).index_add_(0, rows, ones)
-        sums = ones.new_zeros((levels + 1) * size, dim).index_add_(0, rows, vectors.flatten(0, 2))
-        return counts.view(-1, size)[:levels], sums.view(-1, size, dim)[:levels]
-
-
-def drawn_vectors(vectors: Tensor, used: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Those at `draws` `[K, n]` in [0, 1) among the vectors `[K, B, F, d]` whose clip is `used`
-    `[K, B]`; of all ranks in joint order: zeros where another rank has it, so that their sum is it.
-
-    The sampler deals clips out in turn, so that clip `i` of rank `r` is the joint `i * ranks + r`.
-    Returns `[K, n, d]`, and `[K, 1]`: 1.0 where any clip is used, else 0.0.
-    """
-    rank, ranks = 0, 1
-    if dist.is_initialized():
-        rank, ranks = dist.get_rank(), dist.get_world_size()
-    if ranks > 1:
-        parts = [torch.empty_like(used, dtype=torch.uint8) for _ in range(ranks)]
-        dist.all_gather(parts, used.to(torch.uint8).contiguous())
-        used = torch.stack(parts, dim=-1).flatten(1)  # [K, B * ranks]
-    frames = vectors.shape[2]
-    order = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    count = used.sum(1, keepdim=True) * frames
-    place = torch.minimum((draws * count).long(), count - 1).clamp(min=0)  # among those used
-    clip = order.gather(1, place.div(frames, rounding_mode="floor"))
-    level = torch.arange(len(vectors), device=vectors.device)[:, None]
-    local = clip.div(ranks, rounding_mode="floor")
-    drawn = vectors[level, local, place.remainder(frames)]
-    if ranks > 1:
-        drawn = drawn * (clip.remainder(ranks) == rank)[..., None]
-    return drawn, (count > 0).float()
-
-
-def gather_candidates(x: Tensor, limit: int = 8192) -> Tensor:
-    """Up to `limit` vectors of the clips `[B, F, d]` of all ranks → `[N, d]`, in joint order."""
-    x = x.contiguous().float()
-    if dist.is_initialized():
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x)
-        x = torch.stack(parts, dim=1).flatten(0, 1)
-    return x.flatten(0, 1)[:limit]
-
-
-@dataclass
-class Quantized:
-    """What the quantizer gives in training.
-
-    `semantic` and, but for the semantic branch alone, `acoustic` `[B, F, d]` quantized features
-    (straight-through), `codes` `[B, K, F]`, `commitment` a scalar, `residuals` per stack of
-    codebooks the vectors `[levels, B, F, d]` that it quantized, `used` `[B, K]` bool.
-    """
-
-    semantic: Tensor
-    acoustic: Tensor | None
-    codes: Tensor
-    commitment: Tensor
-    residuals: list[Tensor]
-    used: Tensor
-
-
-class SplitQuantizer(nn.Module):
-    """A semantic codebook in parallel with an acoustic residual VQ, each in a space of its own.
-
-    Codebooks live in stacks of one size, the semantic one in a stack of its own, and are stored
-    one by one, as `codebooks.K.embedding` and so on.
-    """
-
-    def __init__(self, config: CodecConfig) -> None:
-        super().__init__()
-        c = config
-        self.widths = (c.semantic_width, c.encoder_dim)
-        self.semantic_in = nn.Linear(c.semantic_width, c.semantic_dim)
-        self.acoustic_in = nn.Linear(c.encoder_dim, c.acoustic_dim)
-        first, *others = c.codebook_sizes
-        self.stacks = nn.ModuleList([CodebookStack(1, first, c.semantic_dim, c.codebook_decay)])
-        for size, same in itertools.groupby(others):
-            place, count = self.stacks[-1].levels.stop, len(list(same))
-            stack = CodebookStack(count, size, c.acoustic_dim, c.codebook_decay, place)
-            self.stacks.append(stack)
-
-    @property
-    def codebooks(self) -> list[Codebook]:
-        """All of them, the semantic one first."""
-        return [book for stack in self.stacks for book in stack.books()]
-
-    def _stored(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """Names in checkpoints, with the rows that they stand for."""
-        for stack in self.stacks:
-            for row, k in enumerate(range(stack.levels.start, stack.levels.stop)):
-                for name in stack.stored:
-                    yield f"{prefix}codebooks.{k}.{name}", getattr(stack, name)[row]
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(self._stored(prefix))
-
-    @torch.no_grad()
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        for name, row in self._stored(prefix):
-            given = state.pop(name, None)
-            if given is None:
-                missing.append(name)
-            elif given.shape != row.shape:
-                errors.append(f"{name} is {list(given.shape)}, not {list(row.shape)}")
-            else:
-                row.copy_(given)
-        for stack in self.stacks:
-            stack.loaded()
-        rest = (missing, unexpected, errors)
-        super()._load_from_state_dict(state, prefix, metadata, strict, *rest)
-
-    def encode(self, hidden: Tensor, num_codebooks: int) -> Tensor:
-        """`[B, F, S + D]` → codes `[B, K, F]` int64."""
-        semantic, acoustic = hidden.split(self.widths, dim=-1)
-        first, *others = self.codebooks
-        codes = [first.nearest(self.semantic_in(semantic))]
-        residual = self.acoustic_in(acoustic)
-        for book in others[: num_codebooks - 1]:
-            codes.append(book.nearest(residual))
-            residual = residual - book.lookup(codes[-1])
-        return torch.stack(codes, dim=1)
-
-    def lookup(self, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes `[B, K, F]` → semantic `[B, F, d]` and acoustic `[B, F, d]` vectors."""
-        first, *others = self.codebooks
-        semantic = first.lookup(codes[:, 0])
-        acoustic = semantic.new_zeros(*semantic.shape[:2], self.acoustic_in.out_features)
-        for book, level in zip(others, codes.unbind(1)[1:], strict=False):
-            acoustic = acoustic + book.lookup(level)
-        return semantic, acoustic
-
-    def forward(self, hidden: Tensor, num_codebooks: Tensor) -> Quantized:
-        """Quantizes with gradients; sample `b` uses its first `num_codebooks[b]` codebooks."""
-        total = self.stacks[-1].levels.stop
-        used = torch.arange(total, device=hidden.device) < num_codebooks[:, None]
-        semantic, acoustic = hidden.split(self.widths, dim=-1)
-        first = self.quantize_semantic(semantic)
-        with torch.autocast(hidden.device.type, enabled=False):
-            vectors = self.acoustic_in(acoustic.float())
-            quantized, codes, commitment, residuals = self._quantize_acoustic(vectors, used)
-        return Quantized(
-            semantic=first.semantic,
-            acoustic=quantized,
-            codes=torch.cat((first.codes, codes), dim=1),
-            commitment=first.commitment + commitment,
-            residuals=[*first.residuals, *residuals],
-            used=used,
-        )
-
-    def quantize_semantic(self, semantic: Tensor) -> Quantized:
-        """The semantic codebook alone, with gradients: `[B, F, S]` → codes `[B, 1, F]`."""
-        (book,) = self.stacks[0].books()
-        with torch.autocast(semantic.device.type, enabled=False):
-            vectors = self.semantic_in(semantic.float())
-            codes = book.nearest(vectors)
-            used = torch.ones(len(codes), 1, dtype=torch.bool, device=codes.device)
-            quantized, commitment = vectors, 0 * vectors.sum()
-            if self.stacks[0].is_initialised:  # vectors pass as they are until there are codes
-                chosen = book.lookup(codes)
-                commitment = F.mse_loss(vectors, chosen)
-                quantized = vectors + (chosen - vectors).detach()
-        residuals = [vectors.detach()[None]]
-        return Quantized(quantized, None, codes[:, None], commitment, residuals, used)
-
-    def _quantize_acoustic(
-        self, vectors: Tensor, used: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """The residual VQ over `[B, F, d]`; `used` `[B, K]` counts the semantic codebook too.
-
-        Returns quantized vectors, codes, commitment and residuals as in `Quantized`. The commitment
-        is, per clip, the sum over the levels that it uses, as in DAC (Kumar et al. 2023): a mean
-        would pull the less the more levels there are.
-        """
-        books = self.codebooks[1:]
-        with torch.no_grad():
-            # What enters each level, and what the last one leaves: in place, level by level.
-            residuals = vectors.new_empty(len(books) + 1, *vectors.shape)
-            residuals[0] = vectors
-            counted = used[:, 1:].t().float()  # [K - 1, B]
-            codes = []
-            for book, weight, before, after in zip(
-                books, counted[..., None, None], residuals[:-1], residuals[1:], strict=True
-            ):
-                codes.append(book.nearest(before))
-                torch.addcmul(before, book.lookup(codes[-1]), weight, value=-1, out=after)
-            codes = torch.stack(codes, dim=1)
-        slices = [stack.levels for stack in self.stacks[1:]]
-        parts = [residuals[s.start - 1 : s.stop - 1] for s in slices]
-        if not self.stacks[-1].started[-1]:
-            return vectors, codes, 0 * vectors.sum(), parts
-        return (
-            vectors - residuals[-1],
-            codes,
-            summed_squares(vectors, residuals[1:], counted),
-            parts,
-        )
-
-    @property
-    def is_initialised(self) -> bool:
-        """Whether every codebook stands for data."""
-        return all(stack.is_initialised for stack in self.stacks)
-
-    def resume_from_codes(self, stored: Collection[str]) -> None:
-        """Lets training go on from codes whose statistics are not among the tensors `stored` (names
-        within the quantizer), as in an export."""
-        for stack in self.stacks:
-            for row, k in enumerate(range(stack.levels.start, stack.levels.stop)):
-                codes, sizes = f"codebooks.{k}.embedding", f"codebooks.{k}.cluster_size"
-                if codes in stored and sizes not in stored:
-                    stack.restart_statistics(row)
-
-    @torch.no_grad()
-    def update(
-        self,
-        info: Quantized,
-        draws: Tensor,
-        freeze_semantic: bool = False,
-        skip: Tensor | None = None,
-    ) -> list[Tensor | None]:
-        """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first.
-
-        `draws` `[K, size of the largest]` in [0, 1), the same on every rank, choose the vectors
-        that codes start from. With `freeze_semantic` codebook 0 stays as it is; where the scalar
-        `skip` is not 0, all of them, once they have started.
-        Returns, per stack of `info`, `[levels, size]` bool: the codes that began anew; None where
-        it stood still.
-        """
-        restarted = []
-        stacks = self.stacks[: len(info.residuals)]
-        # Here alone the device is waited for: once, or as often as the first steps are skipped.
-        if skip is not None and not all(s.is_initialised for s in stacks) and bool(skip):
-            return restarted
-        left = None  # what a stack that has just started leaves for the next one
-        for stack, vectors in zip(stacks, info.residuals, strict=True):
-            levels = stack.levels
-            if levels.start == 0 and freeze_semantic:
-                restarted.append(None)
-            elif stack.is_initialised:
-                codes, used = info.codes[:, levels].transpose(0, 1), info.used[:, levels].t()
-                restarted.append(stack.update(vectors, codes, used, draws[levels], skip))
-            else:
-                if left is None or levels.start < 2:
-                    left = gather_candidates(vectors[0])
-                left, fresh = stack.initialise(left, draws[levels])
-                restarted.append(fresh)
-        return restarted
-
-
-def summed_squares(vectors: Tensor, errors: Tensor, counted: Tensor) -> Tensor:
-    """Mean over clips of the sum over levels of mean(`errors`²), with its gradient in `vectors`.
-
-    vectors: `[B, F, d]`, errors: `[K, B, F, d]`, which are `vectors` less constants, counted:
-    `[K, B]`. Written out, because autograd would keep and pass `errors` several times.
-    """
-    scale = 1.0 / vectors.numel()
-    value = scale * (torch.linalg.vector_norm(errors, dim=(2, 3)).square() * counted).sum()
-    pull = torch.bmm(counted.t()[:, None], errors.flatten(2).transpose(0, 1))  # [B, 1, F * d]
-    product = (vectors * (2 * scale * pull).view_as(vectors)).sum()
-    return value + (product - product.detach())
-
-
 def count_parameters(model: Codec) -> dict[str, float]:
     """Millions of numbers by part: what gradients teach, and the codes, which averages do."""
     parts = {
@@ -836,7 +397,12 @@ class Codec(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config)
-        self.quantizer = SplitQuantizer(config)
+        self.quantizer = SplitQuantizer(
+            (config.semantic_width, config.encoder_dim),
+            (config.semantic_dim, config.acoustic_dim),
+            config.codebook_sizes,
+            config.codebook_decay,
+        )
         self.semantic_out = nn.Linear(config.semantic_dim, config.decoder_dim)
         self.acoustic_out = nn.Linear(config.acoustic_dim, config.decoder_dim)
         self.decoder = build_decoder(config)
@@ -1022,24 +588,3 @@ def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:
         if name.startswith(("encoder.", "quantizer.")) and not name.endswith(STATISTICS)
     }
     return fingerprint(fields, parts)
-
-
-class PhoneHead(nn.Module):
-    """Reads phones off quantized semantic features; used in training only.
-
-    Convolutions that see 7 frames to each side: a causal code cannot know the phone that begins
-    with it, so neighbouring codes are read together. `[B, F, d]` → logits `[B, F, num_phones]`.
-    """
-
-    def __init__(self, semantic_dim: int, num_phones: int, width: int = 192) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv1d(semantic_dim, width, 7, padding=3),
-            nn.GELU(),
-            nn.Conv1d(width, width, 5, padding=2),
-            nn.GELU(),
-            nn.Conv1d(width, num_phones, 5, padding=2),
-        )
-
-    def forward(self, semantic: Tensor) -> Tensor:
-        return self.layers(semantic.transpose(1, 2)).transpose(1, 2)

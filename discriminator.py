@@ -17,7 +17,6 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-LOSSES = ("hinge", "lsgan")
 SLOPE = 0.1
 
 
@@ -57,10 +56,7 @@ class DiscriminatorConfig:
 
     @classmethod
     def tiny(cls) -> DiscriminatorConfig:
-        """For two CPU cores: 0.10M parameters, which tell the two apart after a hundred steps.
-
-        Periods and STFTs of as little arithmetic were at chance after 360.
-        """
+        """For two CPU cores: 0.10M parameters, which tell the two apart after a hundred steps."""
         return cls(periods=(), stft_sizes=(), mel_sizes=(1024, 512, 256), mel_bands=(80, 64, 40))
 
     @classmethod
@@ -181,86 +177,35 @@ def _judge(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> tuple[Tensor, l
     return last(x), features
 
 
-class _Ensemble(nn.Module):
-    def __init__(self, judges: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.judges = nn.ModuleList(judges)
-
-    def forward(self, audio: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """`[B, 1, T]` in [-1, 1] → (logits, features), one entry a sub-discriminator."""
-        logits, features = [], []
-        for judge in self.judges:
-            logit, layers = judge(audio)
-            logits.append(logit)
-            features.append(layers)
-        return logits, features
-
-
-class MultiPeriodDiscriminator(_Ensemble):
-    """One PeriodDiscriminator per `config.periods`."""
-
-    def __init__(self, config: DiscriminatorConfig) -> None:
-        super().__init__([PeriodDiscriminator(p, config.period_channels) for p in config.periods])
-
-
-class MultiScaleSTFTDiscriminator(_Ensemble):
-    """One STFTDiscriminator per `config.stft_sizes`."""
-
-    def __init__(self, config: DiscriminatorConfig) -> None:
-        super().__init__(
-            STFTDiscriminator(size, config.stft_channels, config.stft_dilations)
-            for size in config.stft_sizes
-        )
-
-
-class MultiScaleLogMelDiscriminator(_Ensemble):
-    """One LogMelDiscriminator per `config.mel_sizes`."""
-
-    def __init__(self, config: DiscriminatorConfig) -> None:
-        super().__init__(
-            LogMelDiscriminator(size, bands, config.mel_channels, config.sample_rate)
-            for size, bands in zip(config.mel_sizes, config.mel_bands, strict=True)
-        )
-
-
 class Discriminator(nn.Module):
-    """The ensembles; logits and features of the periods first, then STFTs, then log-mels."""
+    """One sub-discriminator a period, STFT size and log-mel size, in this order."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
-        self.config = config
-        self.periods = MultiPeriodDiscriminator(config)
-        self.stfts = MultiScaleSTFTDiscriminator(config)
-        self.mels = MultiScaleLogMelDiscriminator(config)
+        self.config = c = config
+        self.periods = nn.ModuleList(PeriodDiscriminator(p, c.period_channels) for p in c.periods)
+        self.stfts = nn.ModuleList(
+            STFTDiscriminator(size, c.stft_channels, c.stft_dilations) for size in c.stft_sizes
+        )
+        self.mels = nn.ModuleList(
+            LogMelDiscriminator(size, bands, c.mel_channels, c.sample_rate)
+            for size, bands in zip(c.mel_sizes, c.mel_bands, strict=True)
+        )
 
     def forward(self, audio: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         """`[B, 1, T]` in [-1, 1] → (logits, features), one entry a sub-discriminator."""
-        logits, features = [], []
-        for ensemble in (self.periods, self.stfts, self.mels):
-            some_logits, some_features = ensemble(audio)
-            logits += some_logits
-            features += some_features
-        return logits, features
+        judged = [judge(audio) for judge in (*self.periods, *self.stfts, *self.mels)]
+        logits, features = zip(*judged, strict=True)
+        return list(logits), list(features)
 
 
 # ---------------------------------------------------------------------------------- losses
 
 
-def discriminator_loss(
-    real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor], kind: str = "hinge"
-) -> Tensor:
-    """Mean over sub-discriminators; give it the logits of *detached* decoded audio.
-
-    hinge (EnCodec eq. 5): max(0, 1 - D(x)) + max(0, 1 + D(y)); lsgan: (1 - D(x))² + D(y)².
-    """
-    _check_kind(kind)
-    terms = []
-    for real, fake in zip(real_logits, fake_logits, strict=True):
-        real, fake = real.float(), fake.float()
-        if kind == "hinge":
-            terms.append(F.relu(1 - real).mean() + F.relu(1 + fake).mean())
-        else:
-            terms.append((1 - real).square().mean() + fake.square().mean())
+def discriminator_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
+    """Mean over sub-discriminators of max(0, 1 - D(x)) + max(0, 1 + D(y)) (EnCodec eq. 5)."""
+    pairs = zip(real_logits, fake_logits, strict=True)
+    terms = [F.relu(1 - x.float()).mean() + F.relu(1 + y.float()).mean() for x, y in pairs]
     return torch.stack(terms).mean()
 
 
@@ -286,13 +231,9 @@ def verdict(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> dic
     }
 
 
-def generator_loss(fake_logits: Sequence[Tensor], kind: str = "hinge") -> Tensor:
-    """Mean over sub-discriminators of max(0, 1 - D(y)) (EnCodec eq. 3) or (1 - D(y))² (lsgan)."""
-    _check_kind(kind)
-    margins = [1 - fake.float() for fake in fake_logits]
-    if kind == "hinge":
-        return torch.stack([F.relu(margin).mean() for margin in margins]).mean()
-    return torch.stack([margin.square().mean() for margin in margins]).mean()
+def generator_loss(fake_logits: Sequence[Tensor]) -> Tensor:
+    """Mean over sub-discriminators of max(0, 1 - D(y)) (EnCodec eq. 3)."""
+    return torch.stack([F.relu(1 - y.float()).mean() for y in fake_logits]).mean()
 
 
 def feature_matching_loss(
@@ -307,8 +248,3 @@ def feature_matching_loss(
             scale = real.abs().mean().clamp_min(1e-3)
             terms.append((real - fake.float()).abs().mean() / scale)
     return torch.stack(terms).mean()
-
-
-def _check_kind(kind: str) -> None:
-    if kind not in LOSSES:
-        raise ValueError(f"loss {kind!r} is not one of {LOSSES}")

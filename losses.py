@@ -81,3 +81,24 @@ def si_sdr(estimate: Tensor, target: Tensor) -> Tensor:
     projection = (estimate * target).sum(1, keepdim=True) / energy * target
     noise = (estimate - projection).square().sum(1).clamp(min=1e-8)
     return 10 * torch.log10(projection.square().sum(1).clamp(min=1e-8) / noise)
+
+
+class PhoneHead(nn.Module):
+    """Reads phones off quantized semantic features; used in training only.
+
+    Convolutions that see 7 frames to each side: a causal code cannot know the phone that begins
+    with it, so neighbouring codes are read together. `[B, F, d]` → logits `[B, F, num_phones]`.
+    """
+
+    def __init__(self, semantic_dim: int, num_phones: int, width: int = 192) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv1d(semantic_dim, width, 7, padding=3),
+            nn.GELU(),
+            nn.Conv1d(width, width, 5, padding=2),
+            nn.GELU(),
+            nn.Conv1d(width, num_phones, 5, padding=2),
+        )
+
+    def forward(self, semantic: Tensor) -> Tensor:
+        return self.layers(semantic.transpose(1, 2)).transpose(1, 2)

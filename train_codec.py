@@ -41,7 +41,6 @@ from codec import (
     AveragedCodec,
     Codec,
     CodecConfig,
-    PhoneHead,
     codec_config,
     count_parameters,
     stored_config,
@@ -55,7 +54,7 @@ from data import (
     load_splits,
     training_batches,
 )
-from losses import MelLoss, SpectralLoss, si_sdr, waveform_loss
+from losses import MelLoss, PhoneHead, SpectralLoss, si_sdr, waveform_loss
 from phones import PHONES
 from training import one_of, setting
 

@@ -14,7 +14,6 @@ import checkpoints
 import training
 from codec import (
     AveragedCodec,
-    CodebookStack,
     Codec,
     CodecConfig,
     FrameConv,
@@ -26,6 +25,7 @@ from codec import (
 )
 from command import UserError
 from losses import MelLoss, SpectralLoss, si_sdr, waveform_loss
+from quantizer import CodebookStack
 
 CONTEXT = 6
 SMALL = CodecConfig(

@@ -1,0 +1,451 @@
+"""The codec's split quantizer: a semantic codebook beside an acoustic residual VQ.
+
+After Moshi (Défossez et al. 2024) and SoundStream (Zeghidour et al. 2021). Codebooks learn by
+exponential moving averages (van den Oord et al. 2017), start by k-means on data, and restart codes
+that nothing comes near; on several ranks as one process with the joint batch would.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+STATISTICS = ("cluster_size", "embedding_sum")  # of codebooks in training; an export has none
+MAX_CANDIDATES = 8192  # vectors that k-means starts from
+
+
+class Codebook(NamedTuple):
+    """One codebook, to read: codes `[n, d]`, and ‖e‖² / 2 `[n]`, on which a streaming step would
+    spend more than on the search itself."""
+
+    embedding: Tensor
+    half_norms: Tensor
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The nearest code of each vector: `[..., d]` → `[...]` int64."""
+        with torch.autocast(x.device.type, enabled=False):
+            return (x.float() @ self.embedding.float().t() - self.half_norms).argmax(-1)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """`[...]` int64 → `[..., d]`."""
+        return F.embedding(codes, self.embedding)
+
+
+def half_norms(codes: Tensor) -> Tensor:
+    """‖e‖² / 2 of `[..., d]`."""
+    return 0.5 * codes.float().pow(2).sum(-1)
+
+
+class CodebookStack(nn.Module):
+    """Codebooks of one size, learnt by exponential moving averages (van den Oord et al. 2017, A.1).
+
+    Their buffers are rows of one fp32 tensor each, `[K, n, d]` and `[K, n]`: on a GPU 64 codebooks
+    that move one by one are thousands of launches. Nothing here waits for the device. `levels` is
+    their place among the quantizer's, which stores the buffers under a name a codebook.
+    """
+
+    stored = ("embedding", *STATISTICS)
+
+    def __init__(self, count: int, size: int, dim: int, decay: float, first: int = 0) -> None:
+        super().__init__()
+        self.levels, self.decay = slice(first, first + count), decay
+        codes = torch.stack([torch.randn(size, dim) for _ in range(count)])
+        self.register_buffer("embedding", codes, persistent=False)
+        self.register_buffer("cluster_size", torch.zeros(count, size), persistent=False)
+        self.register_buffer("embedding_sum", torch.zeros_like(codes), persistent=False)
+        self.register_buffer("half_norms", half_norms(codes), persistent=False)
+        # Which codebooks stand for data; until then training goes on unquantized. Known to the
+        # host, which would otherwise wait for the device.
+        self.started = [False] * count
+
+    def books(self) -> list[Codebook]:
+        """The codebooks one by one; their tensors are views."""
+        rows = zip(self.embedding.unbind(), self.half_norms.unbind(), strict=True)
+        return [Codebook(*row) for row in rows]
+
+    @property
+    def is_initialised(self) -> bool:
+        return all(self.started)
+
+    @torch.no_grad()
+    def loaded(self) -> None:
+        """Call when the stored buffers have been filled."""
+        self.half_norms.copy_(half_norms(self.embedding))
+        self.started = (self.cluster_size.sum(-1) > 0).tolist()
+
+    @torch.no_grad()
+    def restart_statistics(self, row: int) -> None:
+        """Statistics that stand for a codebook's codes as they are, as after an export."""
+        self.cluster_size[row].fill_(1.0)
+        self.embedding_sum[row].copy_(self.embedding[row])
+        self.started[row] = True
+
+    @torch.no_grad()
+    def initialise(self, left: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Starts those codebooks that stand for nothing yet by k-means, each on what the ones
+        before it leave of the vectors `left` `[N, d]`.
+
+        `draws` `[K, n or more]` in [0, 1) choose the codes that k-means starts from; ranks that
+        have the same get the same. Returns what the last codebook leaves, and `[K, n]` bool, the
+        codes that began anew.
+        """
+        fresh = torch.zeros_like(self.cluster_size, dtype=torch.bool)
+        for row, book in enumerate(self.books()):
+            if not self.started[row]:
+                self._k_means(row, book, left, draws[row])
+                fresh[row] = True
+            left = left - book.lookup(book.nearest(left))
+        return left, fresh
+
+    def _k_means(self, row: int, book: Codebook, candidates: Tensor, draws: Tensor) -> None:
+        """Lloyd's algorithm on `candidates` `[N, d]`."""
+        codes, size = book.embedding, len(book.embedding)
+        places = (draws[:size] * len(candidates)).long().clamp(max=len(candidates) - 1)
+        codes.copy_(candidates[places])
+        book.half_norms.copy_(half_norms(codes))
+        for _ in range(10):
+            nearest = book.nearest(candidates)
+            ones = torch.ones_like(nearest, dtype=torch.float32)
+            counts = codes.new_zeros(size).index_add_(0, nearest, ones)
+            sums = torch.zeros_like(codes).index_add_(0, nearest, candidates)
+            means = sums / counts.clamp(min=1)[:, None]
+            codes.copy_(torch.where(counts[:, None] > 0, means, codes))
+            book.half_norms.copy_(half_norms(codes))
+        mean_size = len(candidates) / size
+        self.cluster_size[row].fill_(mean_size)
+        self.embedding_sum[row].copy_(codes * mean_size)
+        self.started[row] = True
+
+    @torch.no_grad()
+    def update(
+        self,
+        vectors: Tensor,
+        codes: Tensor,
+        used: Tensor,
+        draws: Tensor,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        """One EMA step; dead codes restart from vectors drawn, with fresh statistics.
+
+        Args:
+            vectors: `[K, B, F, d]` of this rank, codes: `[K, B, F]` theirs.
+            used: `[K, B]` bool, the clips that count at each level.
+            draws: `[K, n or more]` in [0, 1), which of the vectors that count on any rank a dead
+                code restarts from; the same on every rank.
+            skip: scalar; if not 0 nothing changes.
+
+        Returns:
+            `[K, n]` bool, the codes that restarted.
+        """
+        counts, sums = self._statistics(vectors, codes, used)
+        fresh, some = drawn_vectors(vectors, used, draws[:, : counts.shape[1]])
+        if dist.is_initialized():
+            parts = torch.cat((sums, fresh, counts[..., None]), dim=-1)
+            dist.all_reduce(parts)
+            sums, fresh, counts = parts.split((sums.shape[-1], fresh.shape[-1], 1), dim=-1)
+            counts = counts[..., 0]
+        moves = (1 - self.decay) * some  # a level that nobody used stays where it is
+        sizes = self.cluster_size.lerp(counts, moves)
+        sums = self.embedding_sum.lerp(sums, moves[..., None])
+        mean_size = sizes.mean(-1, keepdim=True)
+        dead = (sizes < 0.1 * mean_size) & (some > 0)
+        sizes = torch.where(dead, mean_size, sizes)
+        sums = torch.where(dead[..., None], fresh * mean_size[..., None], sums)
+        codes = sums / sizes[..., None]
+        if skip is not None:
+            skipped = skip != 0
+            dead = dead & ~skipped
+            sizes = torch.where(skipped, self.cluster_size, sizes)
+            sums = torch.where(skipped, self.embedding_sum, sums)
+            codes = torch.where(skipped, self.embedding, codes)
+        self._set(codes, sizes, sums)
+        return dead
+
+    @torch.no_grad()
+    def follow(self, other: CodebookStack, weight: Tensor, restarted: Tensor) -> None:
+        """Moves by the scalar `weight` towards `other`'s statistics; takes codes over that just
+        `restarted` `[K, n]`.
+
+        The code is then the mean of all vectors that it stood for within both averages. Between
+        the old and the new place of a code that jumped there would be nothing.
+        """
+        sizes = self.cluster_size.lerp(other.cluster_size, weight)
+        sizes = torch.where(restarted, other.cluster_size, sizes)
+        sums = self.embedding_sum.lerp(other.embedding_sum, weight)
+        sums = torch.where(restarted[..., None], other.embedding_sum, sums)
+        codes = torch.where(weight > 0, sums / sizes[..., None], self.embedding)  # bit for bit
+        self._set(codes, sizes, sums)
+        self.started = list(other.started)
+
+    def _set(self, codes: Tensor, sizes: Tensor, sums: Tensor) -> None:
+        self.embedding.copy_(codes)
+        self.cluster_size.copy_(sizes)
+        self.embedding_sum.copy_(sums)
+        self.half_norms.copy_(half_norms(codes))
+
+    def _statistics(self, vectors: Tensor, codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
+        """How many vectors each code stood for, `[K, n]`, and their sums, `[K, n, d]`."""
+        levels, size, dim = self.embedding.shape
+        level = torch.arange(levels, device=codes.device)[:, None]
+        # What does not count goes to a level of its own behind the last.
+        rows = (codes + size * torch.where(used, level, levels)[..., None]).flatten()
+        ones = torch.ones_like(rows, dtype=torch.float32)
+        counts = ones.new_zeros((levels + 1) * size).index_add_(0, rows, ones)
+        sums = ones.new_zeros((levels + 1) * size, dim).index_add_(0, rows, vectors.flatten(0, 2))
+        return counts.view(-1, size)[:levels], sums.view(-1, size, dim)[:levels]
+
+
+def in_joint_order(x: Tensor, dim: int) -> Tensor:
+    """`x` of all ranks: their clips, along `dim`, in turn, as the sampler deals them out."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.stack(parts, dim=dim + 1).flatten(dim, dim + 1)
+
+
+def drawn_vectors(vectors: Tensor, used: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Those at `draws` `[K, n]` in [0, 1) among the vectors `[K, B, F, d]` whose clip is `used`
+    `[K, B]`; of all ranks in joint order: zeros where another rank has it, so that their sum is it.
+
+    Returns `[K, n, d]`, and `[K, 1]`: 1.0 where any clip is used, else 0.0.
+    """
+    rank, ranks = 0, 1
+    if dist.is_initialized():
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+    used = in_joint_order(used.to(torch.uint8).contiguous(), 1)  # [K, B * ranks]
+    frames = vectors.shape[2]
+    order = used.argsort(dim=1, descending=True, stable=True)
+    count = used.sum(1, keepdim=True) * frames
+    place = torch.minimum((draws * count).long(), count - 1).clamp(min=0)  # among those used
+    clip = order.gather(1, place.div(frames, rounding_mode="floor"))
+    level = torch.arange(len(vectors), device=vectors.device)[:, None]
+    local = clip.div(ranks, rounding_mode="floor")
+    drawn = vectors[level, local, place.remainder(frames)]
+    if ranks > 1:
+        drawn = drawn * (clip.remainder(ranks) == rank)[..., None]
+    return drawn, (count > 0).float()
+
+
+@dataclass
+class Quantized:
+    """What the quantizer gives in training.
+
+    `semantic` and, but for the semantic branch alone, `acoustic` `[B, F, d]` quantized features
+    (straight-through), `codes` `[B, K, F]`, `commitment` a scalar, `residuals` per stack of
+    codebooks the vectors `[levels, B, F, d]` that it quantized, `used` `[B, K]` bool.
+    """
+
+    semantic: Tensor
+    acoustic: Tensor | None
+    codes: Tensor
+    commitment: Tensor
+    residuals: list[Tensor]
+    used: Tensor
+
+
+class SplitQuantizer(nn.Module):
+    """A semantic codebook in parallel with an acoustic residual VQ, each in a space of its own.
+
+    Codebooks live in stacks of one size, the semantic one in a stack of its own, and are stored
+    one by one, as `codebooks.K.embedding` and so on.
+    """
+
+    def __init__(
+        self, widths: tuple[int, int], dims: tuple[int, int], sizes: Sequence[int], decay: float
+    ) -> None:
+        super().__init__()
+        self.widths = widths  # of the semantic and the acoustic branch
+        self.semantic_in, self.acoustic_in = map(nn.Linear, widths, dims)
+        self.stacks = nn.ModuleList([CodebookStack(1, sizes[0], dims[0], decay)])
+        for size, same in itertools.groupby(sizes[1:]):
+            first, count = self.stacks[-1].levels.stop, len(list(same))
+            self.stacks.append(CodebookStack(count, size, dims[1], decay, first))
+
+    @property
+    def codebooks(self) -> list[Codebook]:
+        """All of them, the semantic one first."""
+        return [book for stack in self.stacks for book in stack.books()]
+
+    def _stored(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Names in checkpoints, with the rows that they stand for."""
+        for stack in self.stacks:
+            for row, k in enumerate(range(stack.levels.start, stack.levels.stop)):
+                for name in stack.stored:
+                    yield f"{prefix}codebooks.{k}.{name}", getattr(stack, name)[row]
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update(self._stored(prefix))
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        for name, row in self._stored(prefix):
+            given = state.pop(name, None)
+            if given is None:
+                missing.append(name)
+            elif given.shape != row.shape:
+                errors.append(f"{name} is {list(given.shape)}, not {list(row.shape)}")
+            else:
+                row.copy_(given)
+        for stack in self.stacks:
+            stack.loaded()
+        rest = (missing, unexpected, errors)
+        super()._load_from_state_dict(state, prefix, metadata, strict, *rest)
+
+    def encode(self, hidden: Tensor, num_codebooks: int) -> Tensor:
+        """`[B, F, S + D]` → codes `[B, K, F]` int64."""
+        semantic, acoustic = hidden.split(self.widths, dim=-1)
+        first, *others = self.codebooks
+        codes = [first.nearest(self.semantic_in(semantic))]
+        residual = self.acoustic_in(acoustic)
+        for book in others[: num_codebooks - 1]:
+            codes.append(book.nearest(residual))
+            residual = residual - book.lookup(codes[-1])
+        return torch.stack(codes, dim=1)
+
+    def lookup(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[B, K, F]` → semantic `[B, F, d]` and acoustic `[B, F, d]` vectors."""
+        first, *others = self.codebooks
+        semantic = first.lookup(codes[:, 0])
+        acoustic = semantic.new_zeros(*semantic.shape[:2], self.acoustic_in.out_features)
+        for book, level in zip(others, codes.unbind(1)[1:], strict=False):
+            acoustic = acoustic + book.lookup(level)
+        return semantic, acoustic
+
+    def forward(self, hidden: Tensor, num_codebooks: Tensor) -> Quantized:
+        """Quantizes with gradients; sample `b` uses its first `num_codebooks[b]` codebooks."""
+        total = self.stacks[-1].levels.stop
+        used = torch.arange(total, device=hidden.device) < num_codebooks[:, None]
+        semantic, acoustic = hidden.split(self.widths, dim=-1)
+        first = self.quantize_semantic(semantic)
+        with torch.autocast(hidden.device.type, enabled=False):
+            vectors = self.acoustic_in(acoustic.float())
+            quantized, codes, commitment, residuals = self._quantize_acoustic(vectors, used)
+        return Quantized(
+            semantic=first.semantic,
+            acoustic=quantized,
+            codes=torch.cat((first.codes, codes), dim=1),
+            commitment=first.commitment + commitment,
+            residuals=[*first.residuals, *residuals],
+            used=used,
+        )
+
+    def quantize_semantic(self, semantic: Tensor) -> Quantized:
+        """The semantic codebook alone, with gradients: `[B, F, S]` → codes `[B, 1, F]`."""
+        (book,) = self.stacks[0].books()
+        with torch.autocast(semantic.device.type, enabled=False):
+            vectors = self.semantic_in(semantic.float())
+            codes = book.nearest(vectors)
+            used = torch.ones(len(codes), 1, dtype=torch.bool, device=codes.device)
+            quantized, commitment = vectors, 0 * vectors.sum()
+            if self.stacks[0].is_initialised:  # vectors pass as they are until there are codes
+                chosen = book.lookup(codes)
+                commitment = F.mse_loss(vectors, chosen)
+                quantized = vectors + (chosen - vectors).detach()
+        residuals = [vectors.detach()[None]]
+        return Quantized(quantized, None, codes[:, None], commitment, residuals, used)
+
+    def _quantize_acoustic(
+        self, vectors: Tensor, used: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """The residual VQ over `[B, F, d]`; `used` `[B, K]` counts the semantic codebook too.
+
+        Returns quantized vectors, codes, commitment and residuals as in `Quantized`. The commitment
+        is, per clip, the sum over the levels that it uses, as in DAC (Kumar et al. 2023): a mean
+        would pull the less the more levels there are.
+        """
+        books = self.codebooks[1:]
+        with torch.no_grad():
+            # What enters each level, and what the last one leaves: in place, level by level.
+            residuals = vectors.new_empty(len(books) + 1, *vectors.shape)
+            residuals[0] = vectors
+            counted = used[:, 1:].t().float()  # [K - 1, B]
+            codes = []
+            for book, weight, before, after in zip(
+                books, counted[..., None, None], residuals[:-1], residuals[1:], strict=True
+            ):
+                codes.append(book.nearest(before))
+                torch.addcmul(before, book.lookup(codes[-1]), weight, value=-1, out=after)
+            codes = torch.stack(codes, dim=1)
+        slices = [stack.levels for stack in self.stacks[1:]]
+        parts = [residuals[s.start - 1 : s.stop - 1] for s in slices]
+        if not self.stacks[-1].started[-1]:
+            return vectors, codes, 0 * vectors.sum(), parts
+        return (
+            vectors - residuals[-1],
+            codes,
+            summed_squares(vectors, residuals[1:], counted),
+            parts,
+        )
+
+    @property
+    def is_initialised(self) -> bool:
+        """Whether every codebook stands for data."""
+        return all(stack.is_initialised for stack in self.stacks)
+
+    def resume_from_codes(self, stored: Collection[str]) -> None:
+        """Lets training go on from codes whose statistics are not among the tensors `stored` (names
+        within the quantizer), as in an export."""
+        for stack in self.stacks:
+            for row, k in enumerate(range(stack.levels.start, stack.levels.stop)):
+                codes, sizes = f"codebooks.{k}.embedding", f"codebooks.{k}.cluster_size"
+                if codes in stored and sizes not in stored:
+                    stack.restart_statistics(row)
+
+    @torch.no_grad()
+    def update(
+        self,
+        info: Quantized,
+        draws: Tensor,
+        freeze_semantic: bool = False,
+        skip: Tensor | None = None,
+    ) -> list[Tensor | None]:
+        """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first.
+
+        `draws` `[K, size of the largest]` in [0, 1), the same on every rank, choose the vectors
+        that codes start from. With `freeze_semantic` codebook 0 stays as it is; where the scalar
+        `skip` is not 0, all of them, once they have started.
+        Returns, per stack of `info`, `[levels, size]` bool: the codes that began anew; None where
+        it stood still.
+        """
+        restarted = []
+        stacks = self.stacks[: len(info.residuals)]
+        # Here alone the device is waited for: once, or as often as the first steps are skipped.
+        if skip is not None and not all(s.is_initialised for s in stacks) and bool(skip):
+            return restarted
+        left = None  # what a stack that has just started leaves for the next one
+        for stack, vectors in zip(stacks, info.residuals, strict=True):
+            levels = stack.levels
+            if levels.start == 0 and freeze_semantic:
+                restarted.append(None)
+            elif stack.is_initialised:
+                codes, used = info.codes[:, levels].transpose(0, 1), info.used[:, levels].t()
+                restarted.append(stack.update(vectors, codes, used, draws[levels], skip))
+            else:
+                if left is None or levels.start < 2:
+                    joint = in_joint_order(vectors[0].contiguous().float(), 0)
+                    left = joint.flatten(0, 1)[:MAX_CANDIDATES]
+                left, fresh = stack.initialise(left, draws[levels])
+                restarted.append(fresh)
+        return restarted
+
+
+def summed_squares(vectors: Tensor, errors: Tensor, counted: Tensor) -> Tensor:
+    """Mean over clips of the sum over levels of mean(`errors`²), with its gradient in `vectors`.
+
+    vectors: `[B, F, d]`, errors: `[K, B, F, d]`, which are `vectors` less constants, counted:
+    `[K, B]`. Written out, because autograd would keep and pass `errors` several times.
+    """
+    scale = 1.0 / vectors.numel()
+    value = scale * (torch.linalg.vector_norm(errors, dim=(2, 3)).square() * counted).sum()
+    pull = torch.bmm(counted.t()[:, None], errors.flatten(2).transpose(0, 1))  # [B, 1, F * d]
+    product = (vectors * (2 * scale * pull).view_as(vectors)).sum()
+    return value + (product - product.detach())
