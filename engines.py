@@ -2,14 +2,17 @@
 Meta's MMS and Piper; and the table of how each is had and what its speech may be used for.
 
 An engine is made for a language, a model and a device. It has `voices`, and `say` hands back raw
-audio for sentences, with the times of phones where the engine knows them.
+audio for sentences, with the times of phones where the engine knows them. SPEECH_ENGINES are those
+that conversations are made with (`speech.Engine`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import speech
 from audio import SAMPLE_RATE
 from command import UserError, first_line
 
@@ -208,12 +212,10 @@ class Packaged:
     comes with the times of the phones, its edges cut."""
 
     def __init__(self, language: str, model: str, device: str) -> None:
-        import speech
-
         found = [v for v in speech.voices(language, "user", "train") if v.engine == model]
         if not found:
             raise UserError(f"{model} is not installed: {ENGINES[model].install}")
-        self._speech, self._language = speech, language
+        self._language = language
         self._voices = {voice.id: voice for voice in found}
         self.voices = tuple(self._voices)
 
@@ -223,10 +225,10 @@ class Packaged:
             voice = self._voices[one.voice]
             voice = replace(voice, pitch=voice.pitch * 2 ** (one.semitones / 12))
             requests.append(
-                self._speech.Request(one.text, self._language, voice, one.rate, seed=one.seed)
+                speech.Request(one.text, self._language, voice, one.rate, seed=one.seed)
             )
         try:
-            made = self._speech.Synthesizer().synthesize(requests)
+            made = speech.Synthesizer().synthesize(requests)
         except UserError:  # a sentence that it cannot say is left out alone
             if len(sentences) == 1:
                 return [None]
@@ -265,6 +267,7 @@ class Engine:
     license: str
     commercial_ok: bool
     note: str
+    hub: bool = False  # the model is on Hugging Face, and fetched by its first use
 
     def model_of(self, language: str) -> str:
         code = CODES[language]
@@ -296,11 +299,11 @@ ENGINES = {
         "soundfile tqdm pyarrow praat-parselmouth espeakng-loader && .venv-parler/bin/python "
         "augment_telugu.py --engine parler --synthesize_hours 500",
         "Apache-2.0 (AI4Bharat Indic Parler-TTS)", True,
-        "voices and styles described in words; gated; slow without a GPU",
+        "voices and styles described in words; gated; slow without a GPU", hub=True,
     ),
     "mms": Engine(
         Mms, "facebook/mms-tts-{code}", "pip install transformers",
-        "CC BY-NC 4.0 (Meta MMS)", False, "one voice, not for commercial use",
+        "CC BY-NC 4.0 (Meta MMS)", False, "one voice, not for commercial use", hub=True,
     ),
     "piper": Engine(
         Piper, "voices/piper", "pip install piper-tts",
@@ -320,3 +323,57 @@ ENGINES = {
         "diphone voices: tests and tiny models",
     ),
 }  # fmt: skip
+
+
+class Plugged:
+    """A row of the table as a `speech.Engine`: its own voices, and others made of them by Praat."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.install = name, ENGINES[name].install
+        self._made: dict[str, object] = {}  # by language
+
+    def voices(self, language: str) -> list[speech.Voice]:
+        """[] where it cannot speak; `install` then says what is missing."""
+        row, model = ENGINES[self.name], ENGINES[self.name].model_of(language)
+        if language not in self._made and row.hub and not _is_cached(model):
+            self.install = f"{row.install}; hf download {model}"
+            return []
+        try:
+            return speech.own_and_changed(self.name, language, self._engine(language).voices)
+        except UserError as error:
+            self.install = str(error)
+            return []
+
+    def say(self, orders: Sequence[speech.Order]) -> list[speech.Raw]:
+        """As `speech.Engine`; a text without words is 0.3 s of silence."""
+        sentences = [
+            Sentence(o.text, o.name, o.rate, 12 * math.log2(o.pitch), o.seed) for o in orders
+        ]
+        said = self._engine(orders[0].language).say(sentences)
+        return [_to_change(raw, order) for raw, order in zip(said, orders, strict=True)]
+
+    def _engine(self, language: str):
+        if language not in self._made:
+            row, device = ENGINES[self.name], "cuda" if torch.cuda.is_available() else "cpu"
+            self._made[language] = row.make(language, row.model_of(language), device)
+        return self._made[language]
+
+
+def _is_cached(model: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "config.json"), str)
+
+
+def _to_change(raw: RawSpeech | None, order: speech.Order) -> speech.Raw:
+    """With what Praat is still to change: none of these engines moves formants or ranges."""
+    if raw is None or not len(raw.audio):
+        return speech.Raw(np.zeros(SAMPLE_RATE * 3 // 10, np.float32), SAMPLE_RATE)
+    pitch = 2 ** (raw.semitones / 12)
+    changes = {"formant": order.formant, "pitch": pitch, "pitch_range": order.pitch_range}
+    if max(abs(x - 1) for x in changes.values()) < 0.015:
+        changes = {}
+    return speech.Raw(raw.audio, raw.sample_rate, raw.phones, None, changes)
+
+
+SPEECH_ENGINES = tuple(Plugged(name) for name in ("indictts", "parler", "piper", "mms"))

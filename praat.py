@@ -33,44 +33,51 @@ class TooShort(ValueError):
     """The audio is too short, or too odd, to have a pitch."""
 
 
+def check_installed() -> None:
+    """Raises UserError without parselmouth."""
+    if importlib.util.find_spec("parselmouth") is None:
+        raise UserError(f"praat is not installed: {INSTALL}")
+
+
+def elsewhere(function):
+    """The function, run in the other process on audio `[T]`, a sample rate and numbers.
+
+    Raises TooShort; UserError without parselmouth, and where Praat does not come to an end.
+    """
+
+    @functools.wraps(function)
+    def call(audio: np.ndarray, sample_rate: int, *values: float, **named: float) -> np.ndarray:
+        check_installed()
+        limit = LIMIT_SECONDS[0] + LIMIT_SECONDS[1] * len(audio) / sample_rate
+        answer = _ask(os.getpid(), limit, function.__name__, (audio, sample_rate, *values), named)
+        if answer is None:
+            raise UserError(f"Praat did not come to an end with a voice's pitch in {limit:.0f} s")
+        if isinstance(answer, str):
+            raise TooShort(answer.strip().splitlines()[0])
+        return answer
+
+    return call
+
+
+@elsewhere
 def change_voice(
-    audio: np.ndarray,
-    sample_rate: int,
-    formant: float = 1.0,
-    median_hz: float = 0.0,
-    pitch_range: float = 1.0,
-    duration: float = 1.0,
-) -> np.ndarray:
-    """Praat's "Change gender" on audio `[T]`; `median_hz` 0 keeps the pitch.
+    audio, sample_rate, formant=1.0, median_hz=0.0, pitch_range=1.0, duration=1.0, pitch=1.0
+):
+    """Praat's "Change gender" on audio `[T]`: all are factors but the median pitch, `median_hz`.
 
-    `duration` multiplies the length. A range that would stretch the voice's own contour below
-    LOWEST_HZ is narrowed to what it bears. Raises TooShort; UserError without parselmouth, and
-    where Praat does not come to an end.
+    Where that is 0 the voice's own median times `pitch` is meant. A range that would stretch the
+    contour below LOWEST_HZ is narrowed to what it bears.
     """
-    return _call("_change_voice", audio, sample_rate, formant, median_hz, pitch_range, duration)
-
-
-def shift_pitch(audio: np.ndarray, sample_rate: int, semitones: float) -> np.ndarray:
-    """Audio `[T]` with its fundamental moved; length, timing and formants stay.
-
-    Praat's PSOLA (Moulines & Charpentier 1990): no phase vocoder's smear, and unlike a change of
-    speed it keeps the size of the head. Sounds without pitch stay as they are. Raises as
-    `change_voice`.
-    """
-    return _call("_shift_pitch", audio, sample_rate, semitones)
-
-
-# ------------------------------------------------------------------------ in the other process
-
-
-def _change_voice(audio, sample_rate, formant, median_hz, pitch_range, duration) -> np.ndarray:
     import parselmouth
 
     call, sound = parselmouth.praat.call, parselmouth.Sound(audio.astype(np.float64), sample_rate)
     parselmouth.praat.run("random_initializeWithSeedUnsafelyButPredictably (1)")
-    pitch = call(sound, "To Pitch", 0.8 / PITCH_HZ[0], *PITCH_HZ)
-    bounded = _bounded_range(pitch.selected_array["frequency"], median_hz, pitch_range)
-    return call([sound, pitch], "Change gender", formant, median_hz, bounded, duration).values[0]
+    contour = call(sound, "To Pitch", 0.8 / PITCH_HZ[0], *PITCH_HZ)
+    hertz = contour.selected_array["frequency"]
+    if not median_hz and pitch != 1 and hertz.any():
+        median_hz = pitch * float(np.median(hertz[hertz > 0]))
+    bounded = _bounded_range(hertz, median_hz, pitch_range)
+    return call([sound, contour], "Change gender", formant, median_hz, bounded, duration).values[0]
 
 
 def _bounded_range(hertz: np.ndarray, median_hz: float, pitch_range: float) -> float:
@@ -87,7 +94,12 @@ def _bounded_range(hertz: np.ndarray, median_hz: float, pitch_range: float) -> f
     return min(pitch_range, max(1.0, (middle - LOWEST_HZ) / max(depth, 1e-3)))
 
 
-def _shift_pitch(audio: np.ndarray, sample_rate: int, semitones: float) -> np.ndarray:
+@elsewhere
+def shift_pitch(audio, sample_rate, semitones):
+    """Audio `[T]` with its fundamental moved; length, timing and formants stay.
+
+    Praat's PSOLA (Moulines & Charpentier 1990). Sounds without pitch stay as they are.
+    """
     import parselmouth
 
     call, sound = parselmouth.praat.call, parselmouth.Sound(audio.astype(np.float64), sample_rate)
@@ -99,90 +111,56 @@ def _shift_pitch(audio: np.ndarray, sample_rate: int, semitones: float) -> np.nd
     return np.pad(out, (0, max(len(audio) - len(out), 0)))[: len(audio)]
 
 
+_LOCK, _RUNNING = threading.Lock(), {}  # one other process for each: a fork has its own
+
+
+def _ask(pid: int, *request) -> np.ndarray | str | None:
+    """The answer: audio, or what went wrong; None where the process ended over it."""
+    with _LOCK:
+        if pid not in _RUNNING:
+            # A session of its own: Ctrl-C is for the caller, whose end closes stdin.
+            _RUNNING[pid] = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+            )  # fmt: skip
+        other = _RUNNING[pid]
+        try:
+            pickle.dump(request, other.stdin)
+            other.stdin.flush()
+            return pickle.load(other.stdout)
+        except BaseException as error:  # Ctrl-C too: the next call would get this one's answer
+            del _RUNNING[pid]
+            other.kill()
+            for pipe in (other.stdin, other.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()
+            other.wait()
+            if not isinstance(error, (EOFError, OSError, pickle.UnpicklingError)):
+                raise
+            return None
+
+
 def _serve() -> None:
     """Answers pickled calls on stdin, one at a time, until stdin ends.
 
     The system ends a process whose processor time is used up, also within Praat's own code; the
     clock on the wall would count the work of others.
     """
-    calls = {"_change_voice": _change_voice, "_shift_pitch": _shift_pitch}
+    functions = {f.__name__: f.__wrapped__ for f in (change_voice, shift_pitch)}
     stdin, stdout = os.fdopen(0, "rb", closefd=False), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     warnings.simplefilter("ignore")  # "no voiced segments": then only lengths change
     with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # nobody asks on
         while True:
-            limit, name, *rest = pickle.load(stdin)
+            limit, name, values, named = pickle.load(stdin)
             signal.setitimer(signal.ITIMER_PROF, limit)
             try:
-                answer = calls[name](*rest).astype(np.float32)
+                answer = functions[name](*values, **named).astype(np.float32)
             except Exception as error:  # PraatError, and what parselmouth raises on odd input
                 answer = str(error) or type(error).__name__
             signal.setitimer(signal.ITIMER_PROF, 0)
             pickle.dump(answer, stdout)
             stdout.flush()
-
-
-# --------------------------------------------------------------------------- in the caller's
-
-
-class _Process:
-    """The process, started on first use and again after its end."""
-
-    def __init__(self) -> None:
-        self._lock, self._running = threading.Lock(), None
-
-    def call(self, *request) -> np.ndarray | str | None:
-        """The answer: audio, or what went wrong; None where the process ended over it."""
-        with self._lock:
-            if self._running is None:
-                # A session of its own: Ctrl-C is for the caller, whose end closes stdin.
-                self._running = subprocess.Popen(
-                    [sys.executable, os.path.abspath(__file__)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    start_new_session=True,
-                )
-            try:
-                pickle.dump(request, self._running.stdin)
-                self._running.stdin.flush()
-                return pickle.load(self._running.stdout)
-            except (EOFError, OSError, pickle.UnpicklingError):
-                self._end()
-                return None
-            except BaseException:  # Ctrl-C between call and answer: the next would get this one's
-                self._end()
-                raise
-
-    def _end(self) -> None:
-        process, self._running = self._running, None
-        process.kill()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):
-                pipe.close()
-        process.wait()
-
-
-@functools.lru_cache(maxsize=1)
-def _process(pid: int) -> _Process:
-    """One a process: a forked copy must not read its parent's answers."""
-    return _Process()
-
-
-def _call(name: str, audio: np.ndarray, sample_rate: int, *values: float) -> np.ndarray:
-    check_installed()
-    limit = LIMIT_SECONDS[0] + LIMIT_SECONDS[1] * len(audio) / sample_rate
-    answer = _process(os.getpid()).call(limit, name, audio, sample_rate, *values)
-    if answer is None:
-        raise UserError(f"Praat did not come to an end with a voice's pitch in {limit:.0f} s")
-    if isinstance(answer, str):
-        raise TooShort(answer.strip().splitlines()[0])
-    return answer
-
-
-def check_installed() -> None:
-    """Raises UserError without parselmouth."""
-    if importlib.util.find_spec("parselmouth") is None:
-        raise UserError(f"praat is not installed: {INSTALL}")
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ class Raw:
 
     `phones` (of `phones.PHONES`) and `words` have their times where the engine knows them.
     `remaining` are the arguments of `praat.change_voice` for what was asked and is not yet done:
-    formant, median_hz (0 keeps the pitch), pitch_range, duration.
+    formant, median_hz or pitch, pitch_range, duration.
     """
 
     audio: np.ndarray
@@ -140,7 +140,7 @@ class Raw:
 
 
 class Engine(Protocol):
-    """What an entry of SPEECH_ENGINES is. Its model is loaded by the first `say`, not before."""
+    """What an entry of SPEECH_ENGINES is. It loads its model on first use."""
 
     name: str  # what `--engines` and `Voice.engine` call it
     install: str  # the line that installs it, weights included
@@ -413,3 +413,33 @@ def voices(
             + (how or "no engine is there; tools/toy_voices.py has the toy's")
         )
     return found
+
+
+# (formant, pitch, pitch range) by which a voice becomes others.
+CHANGES = (
+    (1.0, 1.0, 1.0), (1.0, 0.88, 1.2), (1.0, 1.14, 1.1), (1.09, 1.2, 1.2), (0.92, 0.86, 1.1),
+    (1.16, 1.55, 1.2), (0.87, 0.72, 1.2), (1.05, 0.95, 1.4),
+)  # fmt: skip
+
+
+def own_and_changed(engine: str, language: str, names: Sequence[str]) -> list[Voice]:
+    """The agent, who is the first of an engine's own voices, and users: all of them, changed.
+
+    Of three voices and more the last two are held out, for validation and test. With fewer the
+    last two changes are: then a held-out voice is another only as far as Praat makes it one.
+    """
+    held_out = names if len(names) > 2 else CHANGES
+    made = [Voice(f"{language}/{engine}/agent", engine, language, f"{engine}-{names[0]}",
+                  names[0], role="agent")]  # fmt: skip
+    for name in names:
+        for i, change in enumerate(CHANGES):
+            if name == names[0] and i < 3:  # too near the agent
+                continue
+            place = names.index(name) if held_out is names else i
+            split = {len(held_out) - 1: "test", len(held_out) - 2: "validation"}.get(place, "train")
+            speaker = f"{engine}-{name}" if held_out is names else f"{engine}-{name}-{i}"
+            made.append(
+                Voice(f"{language}/{engine}/{name}/{i}", engine, language, speaker, name, *change,
+                      split=split)
+            )  # fmt: skip
+    return made

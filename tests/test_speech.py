@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import evaluate_s2s
+import make_conversations
 import praat
 import speech
 from audio import SAMPLE_RATE
@@ -27,6 +33,7 @@ from phones import (
 )
 from tools import toy_voices
 
+ROOT = Path(speech.__file__).parent
 TEXTS = {
     "english": ["Hello there, what is the weather like today?", "I lost my keys near the park."],
     "hindi": ["नमस्ते, आप कैसे हैं?", "आज मौसम बहुत अच्छा है।"],
@@ -417,3 +424,99 @@ def test_bad_requests_are_refused():
         phonemize("hola", "spanish")
     with pytest.raises(UserError, match="engines are"):
         say(speech.Voice("x", "nobody", "english", "e", "e"), ["hello"])
+
+
+class Natural:
+    """An engine that knows no times: a buzz for each word, as loud as it likes, at 16 kHz."""
+
+    name, install = "natural", "pip install natural"
+
+    def voices(self, language):
+        return speech.own_and_changed(self.name, language, ["ann", "ben", "cat"])
+
+    def say(self, orders):
+        def said(order):
+            pieces = []
+            for _ in order.text.split():
+                hertz = np.full(2, {"ann": 210.0, "ben": 110.0, "cat": 180.0}[order.name])
+                pieces += [3 * buzz(hertz)[:6000], np.zeros(480, np.float32)]
+            return np.concatenate([np.zeros(16000, np.float32), *pieces, np.zeros(9000, "f4")])
+
+        return [speech.Raw(said(order), 16000) for order in orders]
+
+
+@pytest.fixture
+def natural(monkeypatch):
+    monkeypatch.setattr(speech, "all_engines", lambda: {"natural": Natural()})
+
+
+def test_an_engine_without_times_is_trimmed_and_levelled(natural):
+    needs_espeak()
+    agent, *_ = speech.voices("telugu", "agent")
+    said = speech.Synthesizer().synthesize(
+        [speech.Request(t, "telugu", agent) for t in (*TEXTS["telugu"], "")]
+    )
+    for utterance in said[:2]:
+        assert utterance.phones is None and utterance.words is None
+        loud = np.flatnonzero(np.abs(utterance.audio) > 0.01)
+        assert 0.03 < loud[0] / SAMPLE_RATE < 0.06
+        assert 0.03 < (len(utterance.audio) - loud[-1]) / SAMPLE_RATE < 0.06
+        level = np.sqrt(np.mean(utterance.audio[loud[0] : loud[-1]] ** 2))
+        assert level == pytest.approx(speech.SPEECH_RMS, rel=0.15)
+    assert len(said[2].audio) and not said[2].audio.any()
+
+
+def test_voices_of_an_engine_are_an_agent_and_users_split_by_speaker(natural):
+    splits = {s: speech.voices("hindi", "user", s) for s in ("train", "validation", "test")}
+    speakers = {s: {v.speaker for v in found} for s, found in splits.items()}
+    assert speakers == {"train": {"natural-ann"}, "validation": {"natural-ben"},
+                        "test": {"natural-cat"}}  # fmt: skip
+    two = speech.own_and_changed("x", "hindi", ["ann", "ben"])
+    held_out = {v.speaker for v in two if v.split != "train"}
+    assert len(held_out) == 4 and not held_out & {v.speaker for v in two if v.split == "train"}
+    with pytest.raises(UserError, match="engines are natural"):
+        speech.voices("hindi", engines=["flite"])
+
+
+def test_conversations_are_made_with_an_engine_without_times(natural, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_conversations, "IDLE_CHANCE", 0.0)
+    arguments = ["--output_dir", str(tmp_path / "set"), "--languages", "hindi", "--codec"]
+    arguments += [str(ROOT / "checkpoints/tiny/codec"), "--num_conversations", "1", "--seed", "1"]
+    make_conversations._studio.cache_clear()
+    make_conversations.main([*arguments, "--num_workers", "0", "--device", "cpu"])
+    rows, _ = make_conversations.load_code_dataset(tmp_path / "set")
+    turns = [turn for row in rows for turn in row["turns"]]
+    assert len(turns) > 1 and not any(turn["phones"] for turn in turns)
+    assert all(turn["text"] and turn["end"] > turn["start"] for turn in turns)
+    make_conversations._studio.cache_clear()
+
+
+def without_tools(folder: Path) -> list[str]:
+    """A copy of the root's scripts; those that have a --help."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    return [p.name for p in folder.glob("*.py") if re.search(r"\brun\(main[,)]", p.read_text())]
+
+
+def test_every_script_does_without_the_tools(tmp_path):
+    """Imports and --help, and one line where a voice is wanted."""
+    scripts = without_tools(tmp_path)
+    assert len(scripts) >= 8
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+
+    def start(*arguments):
+        return subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)  # fmt: skip
+
+    voiceless = "import speech; print([e.name for e in speech.all_engines().values()]); " \
+        "speech.voices('hindi', engines=['flite'])"  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        asked = [[script, "--help"] for script in scripts]
+        modules = ", ".join(path.stem for path in tmp_path.glob("*.py"))
+        *helped, imported, refused = pool.map(
+            lambda a: start(*a), [*asked, ["-c", f"import {modules}"], ["-c", voiceless]]
+        )
+    for done in (*helped, imported):
+        assert done.returncode == 0, done.stderr
+    assert "indictts" in refused.stdout and "flite" not in refused.stdout
+    assert "no speech engine 'flite'" in refused.stderr.splitlines()[-1]

@@ -50,7 +50,7 @@ from phones import (  # noqa: E402
     split_symbols,
     without_joiners,
 )
-from speech import Order, Raw, Span, Voice, _tile  # noqa: E402
+from speech import CHANGES, Order, Raw, Span, Voice, _tile  # noqa: E402
 
 INSTALL = {
     "espeak": ESPEAK_INSTALL,
@@ -972,11 +972,6 @@ _RECORDED = (  # engine, its name of the voice, speaker, languages
     ("festival", "hindi_NSK_diphone", "nsk", ("hindi",)),
     ("festival", "telugu_NSK_diphone", "nsk", ("telugu",)),
 )
-# (formant, pitch, pitch range) by which a recorded speaker becomes others.
-_RECORDED_CHANGES = (
-    (1.0, 1.0, 1.0), (1.0, 0.88, 1.2), (1.0, 1.14, 1.1), (1.09, 1.2, 1.2), (0.92, 0.86, 1.1),
-    (1.16, 1.55, 1.2), (0.87, 0.72, 1.2), (1.05, 0.95, 1.4),
-)  # fmt: skip
 # Away from 1 in formants: the agent is hibari unchanged, and no user should be taken for it.
 _HIBARI_CHANGES = (
     (1.1, 1.18, 1.0), (1.15, 1.3, 1.1), (1.2, 1.42, 1.1), (1.12, 0.95, 1.2), (1.18, 1.1, 1.0),
@@ -1002,7 +997,7 @@ def _recorded_voices(own: str, language: str) -> list[Voice]:
         if engine != own or language not in languages:
             continue
         split = HELD_OUT.get(speaker, "train")
-        changes = _RECORDED_CHANGES if split == "train" else _RECORDED_CHANGES[:1]
+        changes = CHANGES if split == "train" else CHANGES[:1]
         if engine == "festival" and speaker != "nsk":
             changes = changes[:4]
         for i, (formant, pitch, spread) in enumerate(changes):
