@@ -1,6 +1,7 @@
 """Whether held-out voices are truly others: speaker embeddings of theirs and of training voices.
 
     python tools/hold_out.py --data_dirs data/english data/hindi --split validation
+    python tools/hold_out.py --voices english hindi telugu --split test    # of the speech engines
 
 Names tell speakers apart only as far as corpora name them; two corpora may hold one person. The
 last line of stdout is the result as JSON.
@@ -9,10 +10,12 @@ last line of stdout is the result as JSON.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,10 +24,13 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import speech  # noqa: E402
 from audio import SAMPLE_RATE, AudioError, read_audio  # noqa: E402
 from command import ArgumentParser, UserError, run, whole  # noqa: E402
 from data import SPLITS, Clip, load_clips  # noqa: E402
+from dialogues import choose_exchanges, load_scripts  # noqa: E402
 from evaluate_codec import JUDGES, SPOKEN, VoiceEmbedder, draw_clips  # noqa: E402
+from make_conversations import MAX_PITCH_RANGE, user_voices  # noqa: E402
 
 
 def compare_voices(held_out: np.ndarray, known: np.ndarray) -> dict:
@@ -83,6 +89,34 @@ def described(found: dict) -> str:
     )
 
 
+def check_voices(language: str, split: str, sentences: int = 2) -> dict:
+    """`compare_voices` of the speech engines' voices that ask in `split` and in training.
+
+    Two halves of `sentences` sentences of the scripts each; names of voices in place of indices.
+    """
+    voices = [user_voices(language, which) for which in (split, "train")]
+    scripts = choose_exchanges(load_scripts(ROOT / "conversations"), language, "train")
+    texts = sorted((max(e.lines[0].texts, key=len) for e in scripts), key=len)[-2 * sentences :]
+    requests = [
+        speech.Request(
+            text,
+            language,
+            replace(voice, pitch_range=min(voice.pitch_range, MAX_PITCH_RANGE["user"])),
+            seed=i,
+        )
+        for voice in itertools.chain(*voices)
+        for i, text in enumerate(texts)
+    ]
+    embed = VoiceEmbedder()
+    said = [u.audio for u in speech.Synthesizer().synthesize(requests)]
+    rows = [said[i : i + len(texts)] for i in range(0, len(said), len(texts))]
+    halves = [[embed(np.concatenate(row[h::2]), SAMPLE_RATE) for h in (0, 1)] for row in rows]
+    compared = compare_voices(*np.split(np.array(halves), [len(voices[0])]))
+    one, other = voices[0][compared["held_out"]].id, voices[1][compared["nearest"]].id
+    counts = {"voices": len(voices[0]), "known_voices": len(voices[1])}
+    return {**counts, **compared, "held_out": one, "nearest": other}
+
+
 def _by_speaker(clips: Sequence[Clip]) -> dict[str, list[Clip]]:
     groups = defaultdict(list)
     for clip in clips:
@@ -122,7 +156,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     add("--data_dirs", nargs="+", type=Path, default=[f"data/{name}" for name in SPOKEN],
         help="folders whose held-out speakers are looked at")  # fmt: skip
-    add("--split", choices=SPLITS, default="validation", help="of --data_dirs [validation]")
+    add("--voices", nargs="+", choices=SPOKEN, metavar="LANGUAGE",
+        help="compare the speech engines' voices of these languages, not clips")  # fmt: skip
+    add("--split", choices=SPLITS, default="validation", help="held-out one [validation]")
     add("--train_dirs", nargs="+", type=Path, metavar="FOLDER",
         help="folders whose training speakers they are compared with [--data_dirs]")  # fmt: skip
     add("--max_clips", type=whole(1), default=200, help="held-out clips a language [200]")
@@ -131,26 +167,38 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse_arguments(arguments)
+def sentence(found: dict) -> str:
+    return (
+        f"{found['voices']} held-out voices against {found['known_voices']} training ones: "
+        f"nearest are {found['held_out']} and {found['nearest']}, cosine "
+        f"{found['max_cosine']:.3f} (two halves of one training voice: "
+        f"{found['same_voice_cosine']:.3f})"
+    )
+
+
+def check_folders(args: argparse.Namespace) -> dict:
     held_out = load_clips(args.data_dirs, args.split, args.commercial_only)
     held_out = draw_clips(held_out, args.max_clips, args.seed)
     known = load_clips(args.train_dirs or args.data_dirs, "train", args.commercial_only)
+    found = check_clips(held_out, known)
+    if found["max_cosine"] is None:
+        print(f"no named speaker with enough audio among {len(held_out)} held-out or training ones")
+    else:
+        print(sentence(found))
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
     try:
-        found = check_clips(held_out, known)
+        if args.voices:
+            found = {language: check_voices(language, args.split) for language in args.voices}
+            for language, each in found.items():
+                print(f"{language}: {sentence(each)}")
+        else:
+            found = check_folders(args)
     except ImportError as error:
         raise UserError(f"this needs a package ({error}): {JUDGES['speaker'][1]}") from error
-    if found["max_cosine"] is None:
-        print(
-            f"no named speaker with enough audio among {len(held_out)} held-out or training clips"
-        )
-    else:
-        print(
-            f"{found['voices']} held-out voices against {found['known_voices']} training ones: "
-            f"nearest are {found['held_out']} and {found['nearest']}, cosine "
-            f"{found['max_cosine']:.3f} (two halves of one training voice: "
-            f"{found['same_voice_cosine']:.3f})"
-        )
     print(json.dumps(found))
 
 
