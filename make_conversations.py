@@ -46,7 +46,7 @@ from command import (
     writable_folder,
     write_text,
 )
-from data import LANGUAGES, MANIFEST, SPLITS
+from data import LANGUAGES, SPLITS
 from dialogues import (
     CODEBOOKS,
     INFO_FILE,
@@ -635,17 +635,16 @@ def encode_channels(
     return codes
 
 
-def encode_rows(rows: Sequence[dict], args: argparse.Namespace) -> tuple[dict, ...]:
-    """Rows of a code dataset; those whose `agent` and `user` are still audio `[T]` are encoded."""
+def encode_rows(rows: list[dict], args: argparse.Namespace) -> list[dict]:
+    """Replaces audio `[T]` by codes in the rows that have `agent` and `user`, not yet codes."""
     channels = [row.pop(who) for row in rows if "agent" in row for who in ("agent", "user")]
     if channels:
-        batch = 16 if args.device == "cpu" else 64
-        codec = _codec(args.codec, args.device)
+        batch, codec = 16 if args.device == "cpu" else 64, _codec(args.codec, args.device)
         codes = iter(encode_channels(codec, channels, batch, args.device))
         for row in rows:
             if "agent_codes" not in row:
                 row |= {"agent_codes": next(codes), "user_codes": next(codes)}
-    return tuple(rows)
+    return rows
 
 
 # ---------------------------------------------------------------------------------- parts
@@ -660,20 +659,6 @@ class ScriptedPart:
     seconds: float | None = None
     count: int | None = None
     save_audio: int = 0
-
-
-@dataclass(frozen=True)
-class Made:
-    """What came of a part; `dropped` says why something was left out.
-
-    `rows` are still to be written: of codes, or of audio that is to be encoded (`encode_rows`). On
-    a CPU every worker encodes what it makes; a GPU has one process that encodes for all.
-    """
-
-    part: ScriptedPart | Recording
-    rows: Sequence[dict] = ()
-    dropped: Sequence[str] = ()
-    seconds: float = 0.0
 
 
 class Studio:
@@ -723,7 +708,9 @@ def _conversations(
     args: argparse.Namespace, part: ScriptedPart, dropped: list[str]
 ) -> Iterator[Conversation]:
     """The conversations of a part, synthesised by the dozen."""
-    exchanges = _exchanges(args, part.language, studio(args.scripts).exchanges)
+    exchanges = choose_exchanges(
+        studio(args.scripts).exchanges, part.language, args.split, args.intents, args.archetypes
+    )
     users = user_voices(part.language, args.split, args.engines)
     agent = speech.voices(part.language, "agent", engines=args.engines)[0]
     most, seconds, first = part.count or math.inf, 0.0, 0
@@ -761,20 +748,13 @@ def _conversations(
             raise UserError(f"no {part.language} voice works: {dropped[-1]}")
 
 
-def _exchanges(args, language: str, exchanges: Sequence[Exchange]) -> list[Exchange]:
-    archetypes = args.exchanges == "archetypes"
-    return choose_exchanges(exchanges, language, args.split, args.intents, archetypes)
-
-
-def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> Made:
-    """The conversations of a part, and the audio of some."""
+def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[dict], list[str]]:
+    """(rows of the part with the audio of both channels, why something was left out)."""
     dropped: list[str] = []
     made = list(_conversations(args, part, dropped))
     if part.save_audio:
         _save_audio(Path(args.output_dir) / "audio", part, made[: part.save_audio])
-    rows = [{**vars(c), "source": "scripts", "split": args.split} for c in made]
-    seconds = sum(len(c.agent) for c in made) / SAMPLE_RATE
-    return Made(part, encode_rows(rows, args) if args.device == "cpu" else rows, dropped, seconds)
+    return [{**vars(c), "source": "scripts", "split": args.split} for c in made], dropped
 
 
 def _save_audio(folder: Path, part: ScriptedPart, conversations: Sequence[Conversation]) -> None:
@@ -785,7 +765,7 @@ def _save_audio(folder: Path, part: ScriptedPart, conversations: Sequence[Conver
         line = {"id": c.id, "path": f"{c.id}.wav", "agent_channel": 0, "user_channel": 1}
         line |= {"language": c.language, "source": "scripts", "license": "synthetic"}
         lines.append(as_json_line({**line, "turns": c.turns}))
-    write_text(folder / f"{part.language}-{part.index:05d}.lines", "".join(lines))
+    write_text(folder / f"{part.language}-{part.index:05d}.jsonl", "".join(lines))
 
 
 # ---------------------------------------------------------------------------------- recordings
@@ -831,12 +811,12 @@ def _detected_turns(user: np.ndarray) -> list[dict]:
     ]
 
 
-def make_recording(args: argparse.Namespace, recording: Recording) -> Made:
-    """The row of one recording; none where its file cannot be used."""
+def make_recording(args, recording: Recording) -> tuple[list[dict], list[str]]:
+    """As `make_scripted`, of one recording; no row where its file cannot be used."""
     try:
         agent, user = _read_recording(recording)
     except UserError as error:
-        return Made(recording, dropped=[str(error)])
+        return [], [str(error)]
     turns = list(recording.turns)
     if not any(turn["who"] == "user" for turn in turns):
         turns += _detected_turns(user)
@@ -851,8 +831,7 @@ def make_recording(args: argparse.Namespace, recording: Recording) -> Made:
         "user": user,
         "turns": [{**turn, "end": min(turn["end"], seconds)} for turn in turns],
     }
-    rows = encode_rows([row], args) if args.device == "cpu" else [row]
-    return Made(recording, rows, seconds=seconds)
+    return [row], []
 
 
 # ---------------------------------------------------------------------------------- files
@@ -878,7 +857,7 @@ class DatasetFiles:
         self._folder, self._args = Path(args.output_dir), args
         self._places = {digest(part): place for place, part in enumerate(parts)}
         self._versions = {digest(part): _version(part) for part in parts}
-        self._files: list[tuple[int, str]] = []  # place of the first part, name
+        self.files: list[tuple[int, str]] = []  # (place of the first part, name)
         self._listed: dict[str, dict] = {}  # of parts made and not yet written
         self._rows: list[dict] = []
         self._last = time.monotonic()
@@ -921,14 +900,14 @@ class DatasetFiles:
         self.done |= listed
         places = [self._places[key] for key, entry in listed.items() if entry["rows"]]
         if places:
-            self._files.append((min(places), path.with_suffix(".arrow").name))
+            self.files.append((min(places), path.with_suffix(".arrow").name))
 
-    def add(self, made: Made) -> None:
+    def add(self, part: ScriptedPart | Recording, rows: list[dict], dropped: list[str]) -> None:
         """Takes the rows of a part; writes a file when it is full, or long waited for."""
-        key = digest(made.part)
-        entry = {"version": self._versions[key], "rows": len(made.rows)}
-        self._listed[key] = entry | {"dropped": list(made.dropped)}
-        self._rows += made.rows
+        key = digest(part)
+        entry = {"version": self._versions[key], "rows": len(rows), "dropped": dropped}
+        self._listed[key] = entry
+        self._rows += rows
         waiting = sum(len(row["agent"]) for row in self._rows if "agent" in row)
         if waiting >= BATCH_SECONDS * SAMPLE_RATE:
             encode_rows(self._rows, self._args)
@@ -945,14 +924,6 @@ class DatasetFiles:
             write_json(path, self._listed)
             self._register(self._listed, path)
         self._listed, self._rows, self._last = {}, [], time.monotonic()
-
-    @property
-    def names(self) -> list[str]:
-        return [name for _, name in sorted(self._files)]
-
-    @property
-    def dropped(self) -> list[str]:
-        return [reason for entry in self.done.values() for reason in entry["dropped"]]
 
 
 # ---------------------------------------------------------------------------------- running
@@ -974,6 +945,16 @@ def claim(folder: Path, name: str, settings: dict) -> None:
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder}: holds other files; give an empty or a new folder")
         write_json(file, settings)
+
+
+def _work(make: Callable, args: argparse.Namespace, part) -> tuple[list[dict], list[str], float]:
+    """(rows, why something was left out, seconds of audio) of a part.
+
+    On a CPU every process encodes what it makes; a GPU has one process that encodes for all.
+    """
+    rows, dropped = make(args, part)
+    seconds = sum(len(row["agent"]) for row in rows) / SAMPLE_RATE
+    return encode_rows(rows, args) if args.device == "cpu" else rows, dropped, seconds
 
 
 def make_dataset(args: argparse.Namespace) -> None:
@@ -1002,24 +983,21 @@ def make_dataset(args: argparse.Namespace) -> None:
     (folder / "state.json").unlink(missing_ok=True)
     count, audio = 0, 0.0
     try:
-        work = functools.partial(make, args)
-        for made in run_parts(work, files.missing, args.num_workers, len(parts)):
-            files.add(made)
-            count, audio = count + len(made.rows), audio + made.seconds
+        work = functools.partial(_work, make, args)
+        results = run_parts(work, files.missing, args.num_workers, len(parts))
+        for part, (rows, dropped, seconds) in zip(files.missing, results, strict=True):
+            files.add(part, rows, dropped)
+            count, audio = count + len(rows), audio + seconds
     finally:
         files.flush()
-    dropped = twice + files.dropped
+    dropped = [*twice, *(why for entry in files.done.values() for why in entry["dropped"])]
     if dropped:
         log = "".join(f"{reason}\n" for reason in dropped)
         (folder / "dropped.txt").write_text(log, encoding="utf-8", errors="backslashreplace")
     left_out = f"{len(dropped)} left out; first: {dropped[0]}" if dropped else "nothing asked for"
-    if not files.names:
+    if not files.files:
         raise UserError(f"{folder}: nothing could be made, {left_out}")
-    finish_dataset(folder, files.names, info)
-    if (folder / "audio").is_dir():
-        lines = sorted((folder / "audio").glob("*.lines"))
-        text = "".join(file.read_text(encoding="utf-8") for file in lines)
-        write_text(folder / "audio" / MANIFEST, text)
+    finish_dataset(folder, [name for _, name in sorted(files.files)], info)
     if dropped:
         print(f"{left_out}; all in {folder / 'dropped.txt'}")
     seconds = max(time.monotonic() - started, 1e-3)
@@ -1035,7 +1013,7 @@ def _scripted_parts(args: argparse.Namespace) -> list[ScriptedPart]:
     """The parts of all languages. UserError where a language has no script or no voice."""
     scripts, parts = load_scripts(args.scripts), []
     for language in args.languages:
-        _exchanges(args, language, scripts)
+        choose_exchanges(scripts, language, args.split, args.intents, args.archetypes)
         user_voices(language, args.split, args.engines)
         speech.voices(language, "agent", engines=args.engines)
         if args.num_conversations:
@@ -1072,6 +1050,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--device", default="auto", help="that the codec encodes on")
     args = parser.parse_args(arguments)
     args.intents = tuple(sorted(filter(None, args.intents.split(","))))
+    args.archetypes = args.exchanges == "archetypes"
     args.languages = list(dict.fromkeys(args.languages))
     if not (args.conversations or args.hours or args.num_conversations):
         parser.error("say how much: --hours or --num_conversations")

@@ -384,7 +384,9 @@ def test_dataset_holds_codes_of_its_audio(made, codec_path):
         "id", "language", "source", "split", "agent_codes", "user_codes", "turns",
     }  # fmt: skip
     assert info["frame_rate"] == 50.0 and info["codebook_sizes"] == [64] * 8
-    lines = [json.loads(n) for n in (made / "audio" / "manifest.jsonl").read_text().splitlines()]
+    files = (made / "audio").glob("*.jsonl")
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(dialogues.read_recordings(made / "audio")) == 2
     rows = {row["id"]: row for row in dataset}
     assert len(lines) == 2
     for line in lines:
@@ -785,7 +787,7 @@ def test_workers_encode_on_a_cpu_and_one_process_for_another_device(tmp_path, co
         folder.mkdir()
         args = mc.parse_arguments(command(folder, codec_path, *more))
         args.device = device
-        (row,) = mc.make_recording(args, first).rows
+        ((row,), _, _) = mc._work(mc.make_recording, args, first)
         assert ("agent" in row, "agent_codes" in row) == (device != "cpu", device == "cpu")
         mc.make_dataset(args)
         made[device] = rows_of(folder)
