@@ -758,6 +758,7 @@ def synthesize(args: argparse.Namespace) -> None:
         print_hours("before", clips, root, args.goal_hours)
         print(f"texts: {len(texts):,}; {left_out:,} left out (digits, Latin letters, length)")
         # What is missing is said before anything is made.
+        praat.check_installed()
         voices = _engine(args.engine, args.model, args.device).voices
         if args.check == "hama":
             _recogniser()

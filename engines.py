@@ -325,6 +325,9 @@ ENGINES = {
 }  # fmt: skip
 
 
+ENGINE_BATCH = 16
+
+
 class Plugged:
     """A row of the table as a `speech.Engine`: its own voices, and others made of them by Praat."""
 
@@ -349,7 +352,12 @@ class Plugged:
         sentences = [
             Sentence(o.text, o.name, o.rate, 12 * math.log2(o.pitch), o.seed) for o in orders
         ]
-        said = self._engine(orders[0].language).say(sentences)
+        engine = self._engine(orders[0].language)
+        said = [  # Parler holds a batch in the GPU's memory at once
+            raw
+            for first in range(0, len(sentences), ENGINE_BATCH)
+            for raw in engine.say(sentences[first : first + ENGINE_BATCH])
+        ]
         return [_to_change(raw, order) for raw, order in zip(said, orders, strict=True)]
 
     def _engine(self, language: str):

@@ -107,7 +107,7 @@ def help_text(script: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize(("script", "flags"), commands(), ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("script", "flags"), commands(), ids=[name for name, _ in commands()])
 def test_pasted_flags_are_known(script: str, flags: frozenset[str]) -> None:
     for flag in flags:
         assert re.search(rf"{flag}\b", help_text(script)), f"{script} does not know {flag}"
