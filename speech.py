@@ -11,6 +11,7 @@ else Praat's "Change gender". Emotions are styles: multipliers of pitch, range a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -234,17 +235,26 @@ def _finish(raw: Raw, order: Order) -> Utterance:
     audio, phones, words = raw.audio.astype(np.float32), raw.phones, raw.words
     if raw.rate != SAMPLE_RATE and len(audio):
         audio = soxr.resample(audio, raw.rate, SAMPLE_RATE).astype(np.float32)
+    factor = 1.0
     if raw.remaining and len(audio) > SAMPLE_RATE // 10:
         before = len(audio)
-        audio = _change_voice(audio, **raw.remaining)
+        with contextlib.suppress(praat.TooShort):
+            audio = praat.change_voice(audio, SAMPLE_RATE, **raw.remaining)
         factor = len(audio) / before
-        phones = phones and [(p, s * factor, e * factor) for p, s, e in phones]
-        words = words and [(w, s * factor, e * factor) for w, s, e in words]
     timed = phones is not None
-    audio, phones, words = _pad_edges(audio, phones if timed else _loud_spans(audio), words)
-    phones = _hear_silences(audio, _tile(phones, len(audio) / SAMPLE_RATE))
+    # Silence at both ends, so that there is always some to keep.
+    phones = _moved(phones, factor) if timed else _moved(_loud_spans(audio), 1.0)
+    words = words and _moved(words, factor)
+    edge = np.zeros(round(EDGE_SECONDS * SAMPLE_RATE), np.float32)
+    audio = np.concatenate([edge, audio, edge])
+    phones = _place_silences(audio, tile(phones, len(audio) / SAMPLE_RATE))
     audio, phones, words = _cut_silences(audio, phones, words)
     return Utterance(_set_level(audio, phones, order.gain_db), phones if timed else None, words)
+
+
+def _moved(spans: list[Span], factor: float) -> list[Span]:
+    """After a change of length by `factor`, and the silence before."""
+    return [(x, s * factor + EDGE_SECONDS, e * factor + EDGE_SECONDS) for x, s, e in spans]
 
 
 def _loud_spans(audio: np.ndarray) -> list[Span]:
@@ -265,23 +275,7 @@ def _loud_spans(audio: np.ndarray) -> list[Span]:
     return spans
 
 
-def _pad_edges(audio: np.ndarray, phones: list[Span], words: list[Span] | None):
-    """Silence at both ends, so that there is always some to keep."""
-    edge = np.zeros(round(EDGE_SECONDS * SAMPLE_RATE), np.float32)
-    phones = [(p, s + EDGE_SECONDS, e + EDGE_SECONDS) for p, s, e in phones]
-    words = words and [(w, s + EDGE_SECONDS, e + EDGE_SECONDS) for w, s, e in words]
-    return np.concatenate([edge, audio, edge]), phones, words
-
-
-def _change_voice(audio: np.ndarray, **changes: float) -> np.ndarray:
-    """Audio `[T]` at 24 kHz as another voice; as it is where it is too short to have a pitch."""
-    try:
-        return praat.change_voice(audio, SAMPLE_RATE, **changes)
-    except praat.TooShort:
-        return audio
-
-
-def _tile(phones: list[Span], duration: float) -> list[Span]:
+def tile(phones: list[Span], duration: float) -> list[Span]:
     """Spans that follow each other without gaps over [0, duration], silences joined."""
     tiled: list[Span] = []
     edge = 0.0
@@ -296,20 +290,17 @@ def _tile(phones: list[Span], duration: float) -> list[Span]:
             edge = max(edge, start)
     if duration - edge > 1e-4 or not tiled:
         tiled.append((SILENCE, edge, duration))
-    joined: list[Span] = []
-    for span in tiled:
-        if joined and span[0] == SILENCE == joined[-1][0]:
-            joined[-1] = (SILENCE, joined[-1][1], span[2])
-        else:
-            joined.append(span)
-    return joined
+    for i in range(len(tiled) - 1, 0, -1):
+        if tiled[i][0] == SILENCE == tiled[i - 1][0]:
+            tiled[i - 1 : i + 1] = [(SILENCE, tiled[i - 1][1], tiled[i][2])]
+    return tiled
 
 
-def _hear_silences(audio: np.ndarray, phones: list[Span]) -> list[Span]:
+def _place_silences(audio: np.ndarray, phones: list[Span]) -> list[Span]:
     """Moves the borders of silences to where the sound ends and begins.
 
     Engines give a pause to the phone before it, or the last echo of a phone to the pause; a turn
-    ends where it is no longer heard.
+    ends where its sound does.
     """
     hop = SAMPLE_RATE // 200  # 5 ms
     frames = len(audio) // hop
@@ -330,14 +321,14 @@ def _hear_silences(audio: np.ndarray, phones: list[Span]) -> list[Span]:
         middle = (start + end) / 2 if before and after else end if before else start
         if before:
             floor = min(start, spans[i - 1][1] + 0.04)
-            heard = moments(floor, middle)
-            edge = (heard[-1] + 2) / 200 if len(heard) else floor + 0.01
+            sounding = moments(floor, middle)
+            edge = (sounding[-1] + 2) / 200 if len(sounding) else floor + 0.01
             edge = min(max(edge, floor), middle)
             spans[i - 1][2] = spans[i][1] = edge
         if after:
             ceiling = max(end, min(phones[i + 1][2] - 0.03, (end + phones[i + 1][2]) / 2))
-            heard = moments(middle, ceiling)
-            edge = (heard[0] - 1) / 200 if len(heard) else ceiling
+            sounding = moments(middle, ceiling)
+            edge = (sounding[0] - 1) / 200 if len(sounding) else ceiling
             edge = max(min(edge, ceiling), middle)
             spans[i][2] = spans[i + 1][1] = edge
     return [(p, s, e) for p, s, e in spans if e > s]
@@ -373,11 +364,8 @@ def _cut_silences(
 
 
 def _set_level(audio: np.ndarray, phones: list[Span], gain_db: float) -> np.ndarray:
-    said = [
-        audio[round(s * SAMPLE_RATE) : round(e * SAMPLE_RATE)]
-        for phone, s, e in phones
-        if phone != SILENCE
-    ]
+    spans = [(s, e) for phone, s, e in phones if phone != SILENCE]
+    said = [audio[round(s * SAMPLE_RATE) : round(e * SAMPLE_RATE)] for s, e in spans]
     power = float(np.mean(np.concatenate(said) ** 2)) if said else 0.0
     if power <= 0.0:
         return audio.astype(np.float32)

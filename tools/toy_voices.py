@@ -50,7 +50,7 @@ from phones import (  # noqa: E402
     split_symbols,
     without_joiners,
 )
-from speech import CHANGES, Order, Raw, Span, Voice, _tile  # noqa: E402
+from speech import CHANGES, Order, Raw, Span, Voice, tile  # noqa: E402
 
 INSTALL = {
     "espeak": ESPEAK_INSTALL,
@@ -798,7 +798,7 @@ def _festival_segments(order: Order):
     phones, spans = _spans_of_events(events, len(audio) / espeak.rate, order.language, text)
     if order.language == "english":
         words = _in_context(words, phones, spans)
-    phones = _tile(phones, len(audio) / espeak.rate)
+    phones = tile(phones, len(audio) / espeak.rate)
     sounds = [p for p in phones if p[0] != SILENCE]
     if [p for p, _, _ in sounds] != [p for w in words for p in w.phones]:
         # Said in context some phones differ: fall back on a plain table of lengths.
