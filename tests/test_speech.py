@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import evaluate_s2s
-import make_conversations
 import praat
 import speech
 from audio import SAMPLE_RATE
@@ -474,19 +473,6 @@ def test_voices_of_an_engine_are_an_agent_and_users_split_by_speaker(natural):
     assert len(held_out) == 4 and not held_out & {v.speaker for v in two if v.split == "train"}
     with pytest.raises(UserError, match="engines are natural"):
         speech.voices("hindi", engines=["flite"])
-
-
-def test_conversations_are_made_with_an_engine_without_times(natural, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_conversations, "IDLE_CHANCE", 0.0)
-    arguments = ["--output_dir", str(tmp_path / "set"), "--languages", "hindi", "--codec"]
-    arguments += [str(ROOT / "checkpoints/tiny/codec"), "--num_conversations", "1", "--seed", "1"]
-    make_conversations._studio.cache_clear()
-    make_conversations.main([*arguments, "--num_workers", "0", "--device", "cpu"])
-    rows, _ = make_conversations.load_code_dataset(tmp_path / "set")
-    turns = [turn for row in rows for turn in row["turns"]]
-    assert len(turns) > 1 and not any(turn["phones"] for turn in turns)
-    assert all(turn["text"] and turn["end"] > turn["start"] for turn in turns)
-    make_conversations._studio.cache_clear()
 
 
 WITHOUT_TOOLS = """
