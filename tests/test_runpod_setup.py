@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import praat
-import speech
+from tools import toy_voices
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PYTHON_FOLDER = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -496,15 +496,15 @@ def test_requirements_take_the_same_pair_as_the_set_up() -> None:
     assert len(pins) == 2 and all(line.endswith(f"={pair}") for line in pins)
 
 
-def test_the_set_up_brings_every_engine_that_speaks() -> None:
-    """Every engine names what it needs: a pod that was set up must lack none of it."""
+def test_the_set_up_brings_every_engine_of_the_toy() -> None:
+    """Each names what it needs: a pod that was set up must lack none of it."""
     setup = (REPOSITORY / "runpod_setup.sh").read_text()
     packages = set(setup.split("debian_packages=(")[1].split(")\n")[0].split())
     wheels = {
         line.split(">")[0] for line in (REPOSITORY / "requirements.txt").read_text().splitlines()
     }
     ci = set((REPOSITORY / ".ci" / "run").read_text().split("packages=(")[1].split(")")[0].split())
-    installs = {name: engine.install for name, engine in speech.all_engines().items()}
+    installs = {engine.name: engine.install for engine in toy_voices.SPEECH_ENGINES}
     for engine, how in {**installs, "praat": praat.INSTALL}.items():
         alternatives = [part.strip(" ()") for part in how.split(" (or ")]
         for line in alternatives:
