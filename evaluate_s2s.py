@@ -65,7 +65,9 @@ from ledger import (
     percentiles,
     response_latencies,
 )
-from make_conversations import (
+from phones import JOINERS, SILENCE, phonemize
+from s2s import PAD, S2S, Sampling
+from takes import (
     MAX_PITCH_RANGE,
     Take,
     cut_take,
@@ -74,8 +76,6 @@ from make_conversations import (
     synthesize_or_skip,
     user_voices,
 )
-from phones import JOINERS, SILENCE, phonemize
-from s2s import PAD, S2S, Sampling
 from training import setup_distributed
 
 HERE = Path(__file__).resolve().parent

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import time
@@ -63,7 +62,17 @@ from dialogues import (
     write_arrow,
     write_json,
 )
-from phones import SILENCE
+from takes import (
+    Take,
+    cut_take,
+    draw_voice,
+    faded,
+    insert_pause,
+    limit_pitch_range,
+    moved,
+    synthesize_or_skip,
+    user_voices,
+)
 from training import setup_distributed
 
 PART_SECONDS = 300.0
@@ -71,12 +80,6 @@ PART_CONVERSATIONS = 16
 FILE_PARTS = 256  # parts, or recordings, in an Arrow file
 FILE_SECONDS = 120.0  # of work, after which what is made is written: a kill loses no more
 BATCH_SECONDS = 3600.0  # of audio that a GPU encodes at a time
-# How often each engine is drawn: by how natural it sounds and how unlike the others, not by the
-# number of its voices. espeak is cheap and varied, but no person sounds like it.
-ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "espeak": 0.2}
-# How far a voice's pitch is spread at most; further sounds sung, and praat.py may narrow it. Users'
-# ranges are drawn up to 1.28 times as large. espeak spreads its pitch itself.
-MAX_PITCH_RANGE = {"agent": 1.4, "user": 1.1}
 
 # Timing in seconds, chances in [0, 1].
 LEAD_IN = (0.2, 1.5)
@@ -115,140 +118,6 @@ BACKCHANNELS = {
     "telugu": ("సరే.", "అలాగా.", "ఊఁ.", "అవునా."),
 }
 BACKCHANNEL = "backchannel"  # the intent of such a turn: it asks for no answer
-
-
-# ---------------------------------------------------------------------------------- speech
-
-
-def user_voices(
-    language: str, split: str, engines: Sequence[str] | None = None
-) -> list[speech.Voice]:
-    """The user voices of a split. Validation falls back on training voices, test never does."""
-    if split == "validation":
-        try:
-            return speech.voices(language, "user", "validation", engines)
-        except UserError:
-            split = "train"
-    return speech.voices(language, "user", split, engines)
-
-
-def draw_voice(voices: Sequence[speech.Voice], rng: np.random.Generator) -> speech.Voice:
-    """An engine by ENGINE_WEIGHTS, then one of its voices."""
-    engines = sorted({voice.engine for voice in voices})
-    weights = np.array([ENGINE_WEIGHTS.get(engine, 0.1) for engine in engines])
-    engine = rng.choice(engines, p=weights / weights.sum())
-    mine = [voice for voice in voices if voice.engine == engine]
-    return mine[int(rng.integers(len(mine)))]
-
-
-def limit_pitch_range(request: speech.Request) -> speech.Request:
-    """The request with its voice's range of pitch within MAX_PITCH_RANGE."""
-    voice, style = request.voice, speech.STYLES[request.emotion]
-    limit = MAX_PITCH_RANGE[voice.role] / style.pitch_range
-    if voice.engine == "espeak" or voice.pitch_range <= limit:
-        return request
-    return replace(request, voice=replace(voice, pitch_range=limit))
-
-
-def synthesize_or_skip(
-    synthesize: Callable, requests: Sequence[speech.Request]
-) -> list[speech.Utterance | UserError]:
-    """Utterances; for a request that its engine fails on, the error in its place."""
-    try:
-        return synthesize(requests)
-    except UserError:  # of one of them: one by one, then
-        said = []
-        for request in requests:
-            try:
-                said += synthesize([request])
-            except UserError as error:
-                said.append(UserError(f"{request.voice.id}: {error}"))
-        return said
-
-
-@dataclass(frozen=True)
-class Take:
-    """An utterance cut close to its sound: `audio` `[T]`, audible from `onset` to `offset` (s)."""
-
-    audio: np.ndarray
-    onset: float
-    offset: float
-    phones: list | None
-    words: list | None
-
-    @property
-    def length(self) -> float:
-        return self.offset - self.onset
-
-
-_MARGIN_BEFORE, _MARGIN_AFTER, _FADE = 0.03, 0.06, 0.005
-
-
-def cut_take(utterance: speech.Utterance) -> Take | None:
-    """The utterance without its silent edges; None where all of it is silent.
-
-    Edges are by energy (10 ms frames above −40 dB of the loudest), as in the latency ledger, not
-    by the engines' labels, which disagree on where a stop or a breath begins.
-    """
-    audio = utterance.audio
-    step = SAMPLE_RATE // 100
-    frames = audio[: len(audio) // step * step].reshape(-1, step)
-    power = (frames.astype(np.float64) ** 2).mean(axis=1)
-    if not len(power) or power.max() < 1e-8:
-        return None
-    loud = np.flatnonzero(power > power.max() * 1e-4)
-    onset, offset = loud[0] * 0.01, (loud[-1] + 1) * 0.01
-    first = max(0, round((onset - _MARGIN_BEFORE) * SAMPLE_RATE))
-    last = min(len(audio), round((offset + _MARGIN_AFTER) * SAMPLE_RATE))
-    cut = _faded(audio[first:last])
-    shift, seconds = first / SAMPLE_RATE, len(cut) / SAMPLE_RATE
-    phones, words = (
-        _moved(spans, -shift, 0.0, seconds) for spans in (utterance.phones, utterance.words)
-    )
-    return Take(cut, onset - shift, offset - shift, phones, words)
-
-
-def _faded(audio: np.ndarray, tail: float = _FADE) -> np.ndarray:
-    """A copy that rises from zero within _FADE and falls to zero in its last `tail` seconds."""
-    audio = np.array(audio, dtype=np.float32)
-    n = min(round(_FADE * SAMPLE_RATE), len(audio))
-    audio[:n] *= np.linspace(0.0, 1.0, n, dtype=np.float32)
-    n = min(round(tail * SAMPLE_RATE), len(audio))
-    audio[len(audio) - n :] *= np.linspace(0.0, 1.0, n, dtype=np.float32)[::-1]
-    return audio
-
-
-def _moved(spans, by: float, low: float, high: float) -> list | None:
-    """Spans `by` seconds later, clipped to [low, high]; those that fall outside are dropped."""
-    if spans is None:
-        return None
-    moved = []
-    for name, start, end in spans:
-        start, end = max(low, float(start) + by), min(high, float(end) + by)
-        if end > start:
-            moved.append([name, round(start, 4), round(end, 4)])
-    return moved
-
-
-def insert_pause(take: Take, place: float, seconds: float) -> Take:
-    """Silence of `seconds` at the word boundary nearest to the share `place` of the take."""
-    words = take.words or []
-    boundaries = [(a[2] + b[1]) / 2 for a, b in itertools.pairwise(words)]
-    if not boundaries:
-        return take
-    at = min(boundaries, key=lambda t: abs(t - place * len(take.audio) / SAMPLE_RATE))
-    sample = round(at * SAMPLE_RATE)
-    silence = np.zeros(round(seconds * SAMPLE_RATE), np.float32)
-    audio = np.concatenate([_faded(take.audio[:sample]), silence, _faded(take.audio[sample:])])
-    phones = take.phones
-    if phones is not None:
-        early = [[n, s, min(e, at)] for n, s, e in phones if s < at]
-        late = [[n, max(s, at) + seconds, e + seconds] for n, s, e in phones if e > at]
-        late = [span for span in late if span[2] - span[1] > 1e-3]
-        phones = [*early, [SILENCE, at, at + seconds], *late]
-    delays = [seconds if (start + end) / 2 > at else 0.0 for _, start, end in words]
-    words = [[n, s + d, e + d] for (n, s, e), d in zip(words, delays, strict=True)]
-    return Take(audio, take.onset, take.offset + seconds, phones, words)
 
 
 # ---------------------------------------------------------------------------------- plans
@@ -453,8 +322,8 @@ def _turn_fields(placed: _Placed) -> dict:
     turn, take = placed.turn, placed.take
     shift = placed.start - take.onset
     high = shift + len(take.audio) / SAMPLE_RATE if placed.cut is None else placed.cut
-    phones = _moved(take.phones, shift, 0.0, high)
-    words = _moved(take.words, shift, 0.0, math.inf)
+    phones = moved(take.phones, shift, 0.0, high)
+    words = moved(take.words, shift, 0.0, math.inf)
     text = turn.request.text
     if placed.cut is not None:
         text, words = _cut_text(text, words, placed)
@@ -502,7 +371,7 @@ def mix(
         audio = p.take.audio
         first = round((p.start - p.take.onset) * SAMPLE_RATE)
         if p.cut is not None:
-            audio = _faded(audio[: round(p.cut * SAMPLE_RATE) - first], tail=0.02)
+            audio = faded(audio[: round(p.cut * SAMPLE_RATE) - first], tail=0.02)
         if p.turn.who == "user" and response is not None:
             audio = _convolve(audio, response)
         _add(agent if p.turn.who == "agent" else user, audio, first)

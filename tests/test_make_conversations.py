@@ -25,6 +25,7 @@ from checkpoints import save_checkpoint
 from codec import Codec, CodecConfig, stored_config
 from command import UserError, only_one
 from phones import PHONES
+from takes import MARGIN_AFTER, MARGIN_BEFORE, cut_take, insert_pause
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "conversations"
 CODES = ("agent_codes", "user_codes")
@@ -61,7 +62,7 @@ def fake_conversations(count: int) -> list[tuple[mc.Plan, mc.Conversation, list]
         takes = []
         for turn in plan.turns:
             seconds = 0.4 if turn.inside is not None else round(float(rng.uniform(0.8, 3.0)), 1)
-            takes.append(mc.cut_take(tone(seconds, 220.0 if turn.who == "agent" else 130.0)))
+            takes.append(cut_take(tone(seconds, 220.0 if turn.who == "agent" else 130.0)))
         # Five words to a text, as the tones have.
         plan = replace(
             plan,
@@ -245,8 +246,8 @@ def test_some_calls_hold_no_speech():
 
 
 def test_a_pause_inside_a_turn():
-    take = mc.cut_take(tone(2.0))
-    paused = mc.insert_pause(take, 0.5, 0.5)
+    take = cut_take(tone(2.0))
+    paused = insert_pause(take, 0.5, 0.5)
     assert paused.length == pytest.approx(take.length + 0.5)
     assert len(paused.audio) == len(take.audio) + SAMPLE_RATE // 2
     start, end = max(((s, e) for p, s, e in paused.phones if p == "_"), key=lambda t: t[1] - t[0])
@@ -257,18 +258,18 @@ def test_a_pause_inside_a_turn():
     for spans in (paused.phones, paused.words):
         assert all(a[2] <= b[1] + 1e-6 for a, b in zip(spans, spans[1:], strict=False))
     wordless = replace(take, words=None)
-    assert mc.insert_pause(wordless, 0.5, 0.5) is wordless
+    assert insert_pause(wordless, 0.5, 0.5) is wordless
 
 
 def test_a_take_is_cut_to_what_is_heard():
     said = tone(1.0)
     padded = replace(said, audio=np.pad(said.audio, SAMPLE_RATE))
-    take = mc.cut_take(padded)
+    take = cut_take(padded)
     assert take.length == pytest.approx(1.0, abs=0.021)
-    assert take.onset <= mc._MARGIN_BEFORE + 1e-9
-    assert len(take.audio) / SAMPLE_RATE <= 1.02 + mc._MARGIN_BEFORE + mc._MARGIN_AFTER
+    assert take.onset <= MARGIN_BEFORE + 1e-9
+    assert len(take.audio) / SAMPLE_RATE <= 1.02 + MARGIN_BEFORE + MARGIN_AFTER
     assert take.audio[0] == take.audio[-1] == 0
-    assert mc.cut_take(speech.Utterance(np.zeros(SAMPLE_RATE, np.float32))) is None
+    assert cut_take(speech.Utterance(np.zeros(SAMPLE_RATE, np.float32))) is None
 
 
 # ---------------------------------------------------------------------------------- microphone

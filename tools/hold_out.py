@@ -30,7 +30,7 @@ from command import ArgumentParser, UserError, run, whole  # noqa: E402
 from data import SPLITS, Clip, load_clips  # noqa: E402
 from dialogues import choose_exchanges, load_scripts  # noqa: E402
 from evaluate_codec import JUDGES, SPOKEN, VoiceEmbedder, draw_clips  # noqa: E402
-from make_conversations import MAX_PITCH_RANGE, user_voices  # noqa: E402
+from takes import MAX_PITCH_RANGE, user_voices  # noqa: E402
 
 
 def compare_voices(held_out: np.ndarray, known: np.ndarray) -> dict:

@@ -39,6 +39,7 @@ from command import (  # noqa: E402
 )
 from data import EMOTIONS, MANIFEST, Clip, read_manifest, write_manifest  # noqa: E402
 from dialogues import SPOKEN, choose_exchanges  # noqa: E402
+from takes import draw_voice  # noqa: E402
 
 PART_SECONDS = 120.0
 AGENT_SHARE = 1 / 3  # of the seconds of clips
@@ -132,7 +133,7 @@ def _clip_drawer(studio: mc.Studio, language: str) -> Callable:
         if is_agent:
             emotion = line.emotion if who == "agent" else str(rng.choice(EMOTIONS))
             return speech.Request(text, language, agent, 1.0, emotion, seed)
-        voice = mc.draw_voice(others if others and held_out else users, rng)
+        voice = draw_voice(others if others and held_out else users, rng)
         speed = float(rng.uniform(*mc.SPEED))
         return speech.Request(text, language, voice, speed, line.emotion, seed)
 
