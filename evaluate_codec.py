@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import operator
@@ -42,21 +43,14 @@ import soxr
 import torch
 from tqdm import tqdm
 
+import command
 import training
 from audio import SAMPLE_RATE, AudioError, read_audio
 from codec import Codec, CodecConfig
-from command import (
-    ArgumentParser,
-    UserError,
-    first_line,
-    number,
-    run,
-    whole,
-    writable_file,
-    write_text,
-)
+from command import ArgumentParser, UserError, first_line, number, whole, writable_file
 from data import LANGUAGES, SPLITS, Clip, count_speakers, load_clips
 from losses import si_sdr
+from training import PLAN_BUDGET_USD
 
 HERE = Path(__file__).resolve().parent
 SPOKEN = tuple(language for language in LANGUAGES if language != "other")
@@ -290,9 +284,8 @@ def draw_clips(clips: Sequence[Clip], max_clips: int, seed: int) -> list[Clip]:
             groups[clip.speaker or f"{clip.path.parent}/"].append(clip)
         order = [groups[name] for name in rng.permutation(sorted(groups))]
         order = [[group[i] for i in rng.permutation(len(group))] for group in order]
-        longest = max(map(len, order), default=0)
-        turns = [group[turn] for turn in range(longest) for group in order if turn < len(group)]
-        drawn += turns[:max_clips]
+        turns = itertools.chain.from_iterable(itertools.zip_longest(*order))
+        drawn += [clip for clip in turns if clip is not None][:max_clips]
     return drawn
 
 
@@ -392,14 +385,10 @@ class CodebookUse:
         for counts in self.counts:
             shares = counts[counts > 0] / max(1, counts.sum())
             perplexity = math.exp(-float((shares * np.log(shares)).sum()))
-            rows.append(
-                {
-                    "size": len(counts),
-                    "used": round(len(shares) / len(counts), 4),
-                    "perplexity": round(perplexity, 2),
-                    "perplexity_share": round(perplexity / len(counts), 4),
-                }
-            )
+            row = {"size": len(counts), "used": round(len(shares) / len(counts), 4)}
+            row["perplexity"] = round(perplexity, 2)
+            row["perplexity_share"] = round(perplexity / len(counts), 4)
+            rows.append(row)
         frames = int(self.counts[0].sum())
         few = frames < FRAMES_A_CODE * max(map(len, self.counts))
         return {"speech_frames": frames, "too_few_frames": few, "codebooks": rows}
@@ -458,23 +447,19 @@ def real_time_factors(
             if device.type == "cuda":
                 runs[f"graph_{ms}ms"] = stepper(codec, frames, codebooks, graph=True)
         runs |= others or {}
-        times = [_timed(runs, audio) for _ in range(rounds + 1)][1:]
+        times = {name: [] for name in runs}
+        for _ in range(rounds + 1):
+            for name, code in runs.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                code(audio)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     found = {"device": str(device), "threads": 1, "num_codebooks": codebooks}
-    for name in runs:
-        wall, cpu = (statistics.median(t[name][i] for t in times) / TIMED_SECONDS for i in (0, 1))
-        found[name] = {"wall": round(wall, 5), "cpu": round(cpu, 5)}
+    for name, taken in times.items():
+        wall, cpu = np.median(taken[1:], axis=0) / TIMED_SECONDS
+        found[name] = {"wall": round(float(wall), 5), "cpu": round(float(cpu), 5)}
     return found
-
-
-def _timed(runs: dict[str, Callable], audio: torch.Tensor) -> dict[str, tuple[float, float]]:
-    times = {}
-    for name, code in runs.items():
-        wall, cpu = time.perf_counter(), time.process_time()
-        code(audio)
-        if audio.is_cuda:
-            torch.cuda.synchronize(audio.device)
-        times[name] = time.perf_counter() - wall, time.process_time() - cpu
-    return times
 
 
 # ---------------------------------------------------------------------------------- summaries
@@ -529,9 +514,7 @@ def criteria(groups: dict, times: dict, config: CodecConfig, spent: float | None
     label = "predicted MOS" if mos == "mos" else "DNSMOS"
     own = pooled["uncoded"]["scores"].get(mos)
     uncoded = "" if own is None else f"uncoded {own:.2f}"
-    spoken = sum(language in groups for language in SPOKEN)
-    budget = training.PLAN_BUDGET_USD
-    use = pooled["codebooks"]
+    spoken, use = sum(language in groups for language in SPOKEN), pooled["codebooks"]
     share = min(row["perplexity_share"] for row in use["codebooks"][1:])
     used = min(row["used"] for row in use["codebooks"])
     of_codebooks = [
@@ -552,7 +535,7 @@ def criteria(groups: dict, times: dict, config: CodecConfig, spent: float | None
         criterion(f"{label} at {lm:g} kbit/s", at_lm.get(mos), ">", 4, beside=uncoded),
         criterion("end-to-end latency (evaluate_s2s.py)", None, "<", 400, " ms"),
         criterion("languages evaluated here", spoken, ">=", 3, beside="1"),
-        criterion("training cost so far (costs.jsonl)", spent, "<", budget, "$"),
+        criterion("training cost so far (costs.jsonl)", spent, "<", PLAN_BUDGET_USD, "$"),
         criterion(f"PESQ-WB at {lm:g} kbit/s", at_lm.get("pesq"), ">=", 2.2),
         criterion(f"STOI at {lm:g} kbit/s", at_lm.get("stoi"), ">=", 0.90),
         *of_codebooks,
@@ -825,7 +808,7 @@ def report(args: argparse.Namespace, result: dict, rows: Sequence[Row], more: st
     try:
         if args.output:
             text = json.dumps({**result, "rows": [vars(row) for row in rows]}, indent=1)
-            write_text(args.output, text)
+            command.write_text(args.output, text)
         if args.plot:
             plot(args.plot, groups)
     finally:  # a full disk must not cost the figures
@@ -840,4 +823,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main, resumes=False)
+    command.run(main, resumes=False)

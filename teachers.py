@@ -1,6 +1,6 @@
 """What codebook 0 and the output can learn from: a frozen WavLM or Whisper encoder.
 
-Both give 50 features a second and hear 16 kHz. Frame `t` of the codec covers samples
+Both give 50 features a second of audio at 16 kHz. Frame `t` of the codec covers samples
 [480 t, 480 t + 480) at 24 kHz, that is [320 t, 320 t + 320) at 16 kHz; the audio is padded so that
 feature `t` is centred on that frame. Two losses come from the features:
 
@@ -28,20 +28,21 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from audio import FRAME_SECONDS, HOP, SAMPLE_RATE, AudioError, read_audio
-from command import UserError
+from command import UserError, atomic_write
 
 TEACHER_RATE = 16_000
-# What a feature of WavLM and a mel frame of Whisper hear (25 ms) reaches this far to each side of
+# What a feature of WavLM and a mel frame of Whisper sees (25 ms) reaches this far to each side of
 # a codec frame of 320 samples: (400 - 320) / 2.
 OVERHANG = 40
 KNOWN = {"wavlm": "microsoft/wavlm-large", "whisper": "openai/whisper-large-v3-turbo"}
-GIB = 2**30
 
 
 class Teacher(nn.Module):
     """A frozen encoder; calling it keeps the graph from its features back to the audio.
 
-    `source` is the folder or id it came from; `width` that of its features.
+    `source` is the folder or id it came from; `width` that of its features. Each kind has
+    `prepare`, from 16 kHz audio `[B, F * 320]` to the encoder's input for `F` features, and
+    `target`, what codebook 0 is taught, `[B, F, width]`, from the features of all layers.
     """
 
     kind = ""
@@ -66,10 +67,10 @@ class Teacher(nn.Module):
         resampling and spectra in fp32.
         """
         with torch.autocast(audio.device.type, enabled=False):
-            whole = F.pad(audio[:, 0].float(), (0, -audio.shape[-1] % HOP))
-            heard = self.prepare(self._at_16_khz(whole))
+            padded = F.pad(audio[:, 0].float(), (0, -audio.shape[-1] % HOP))
+            inputs = self.prepare(self._at_16_khz(padded))
         with torch.autocast(audio.device.type, torch.bfloat16, enabled=audio.is_cuda):
-            out = self.model(heard, output_hidden_states=True)
+            out = self.model(inputs, output_hidden_states=True)
         layers = (*out.hidden_states[:-1], out.last_hidden_state)
         return [F.layer_norm(layer.float(), layer.shape[-1:]) for layer in layers]
 
@@ -78,14 +79,6 @@ class Teacher(nn.Module):
         kernel, width = self.resample.kernel, self.resample.width  # [2, 1, n]: two phases for three
         parts = F.conv1d(F.pad(audio, (width, width + 3))[:, None], kernel, stride=3)
         return parts.transpose(1, 2).flatten(1)[:, : audio.shape[-1] * 2 // 3]
-
-    def prepare(self, audio: Tensor) -> Tensor:
-        """16 kHz `[B, F * 320]` → the encoder's input for `F` features."""
-        raise NotImplementedError
-
-    def target(self, layers: list[Tensor]) -> Tensor:
-        """What codebook 0 is taught, `[B, F, width]`, from the features of all layers."""
-        raise NotImplementedError
 
 
 class WavLMTeacher(Teacher):
@@ -124,7 +117,14 @@ class WhisperTeacher(Teacher):
         self.register_buffer("positions", model.embed_positions.weight.detach().clone())
 
     def prepare(self, audio: Tensor) -> Tensor:
-        self._cut_positions(audio.shape[-1] // 320)
+        config, frames = self.model.config, audio.shape[-1] // 320
+        if frames > len(self.positions):
+            limit, seconds = (n * FRAME_SECONDS for n in (len(self.positions), frames))
+            raise UserError(f"{self.source} takes {limit:g} s at once, not {seconds:g}: "
+                            "lower --window_seconds")  # fmt: skip
+        if config.max_source_positions != frames:
+            config.max_source_positions = frames
+            self.model.embed_positions = nn.Embedding.from_pretrained(self.positions[:frames])
         return self.log_mel(audio)
 
     def log_mel(self, audio: Tensor) -> Tensor:
@@ -140,18 +140,6 @@ class WhisperTeacher(Teacher):
         power = spectrum.real.square() + spectrum.imag.square()  # [B, bins, 2 F]
         log = (self.filters.t() @ power).clamp(min=1e-10).log10()
         return (torch.maximum(log, log.amax((1, 2), keepdim=True) - 8.0) + 4.0) / 4.0
-
-    def _cut_positions(self, frames: int) -> None:
-        config = self.model.config
-        if frames > len(self.positions):
-            limit = len(self.positions) * FRAME_SECONDS
-            raise UserError(
-                f"{self.source} hears {limit:g} s at once, not {frames * FRAME_SECONDS:g}: "
-                "lower --window_seconds"
-            )
-        if config.max_source_positions != frames:
-            config.max_source_positions = frames
-            self.model.embed_positions = nn.Embedding.from_pretrained(self.positions[:frames])
 
     def target(self, layers: list[Tensor]) -> Tensor:
         return layers[-1]
@@ -197,15 +185,15 @@ def load_teacher(name: str, device: torch.device) -> Teacher | None:
 
 def _why_not(source: str, error: Exception) -> str:
     """One line: what failed, and what to do."""
-    said = " ".join(str(error).split())
+    reason = " ".join(str(error).split())
     if Path(source).is_dir():
-        return f"--teacher {source}: not a WavLM or Whisper folder ({said[:150]})"
+        return f"--teacher {source}: not a WavLM or Whisper folder ({reason[:150]})"
     if source.startswith((".", "/", "~")):
         return f"--teacher {source}: no such folder"
     advice = "see the network or give a downloaded folder"
-    if "gated" in said:
+    if "gated" in reason:
         advice = f"accept its terms at https://huggingface.co/{source}, then run: hf auth login"
-    return f"--teacher {source} cannot be had: {advice}; or --teacher none ({said[:150]})"
+    return f"--teacher {source} cannot be had: {advice}; or --teacher none ({reason[:150]})"
 
 
 def check_same_teacher(stored: str, teacher: Teacher | None, where: str | Path) -> None:
@@ -242,17 +230,17 @@ class FeatureCache:
 
     Windows lie anywhere in a clip and may play faster, so that a window's own features would
     never be met again. They are read off the clip's instead, linearly between its frames; noise
-    and band limits are not in them, so the student also learns to hear through those. Long clips
-    are heard in pieces. Beyond `limit_gib` (which counts what the folder holds) nothing is added:
-    other clips' windows are heard as they are, at each step.
+    and band limits are not in them, so the student also learns to ignore those. Long clips are
+    encoded in pieces. Beyond `limit_gib` (which counts what the folder holds) nothing is added:
+    other clips' windows are encoded as they are, at each step.
     """
 
-    piece, context = 1000, 50  # frames: 20 s, and 1 s heard on either side of it
+    piece, context = 1000, 50  # frames: 20 s, and 1 s on either side of it
 
     def __init__(self, folder: str | Path, teacher: Teacher, limit_gib: float) -> None:
         self.folder, self.teacher = Path(folder), teacher
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.left = limit_gib * GIB - sum(f.stat().st_size for f in self.folder.glob("*.npy"))
+        self.left = limit_gib * 2**30 - sum(f.stat().st_size for f in self.folder.glob("*.npy"))
 
     @torch.no_grad()
     def __call__(self, batch: dict, audio: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,10 +256,9 @@ class FeatureCache:
             if features is None:
                 target = self.teacher.target(self.teacher(audio[i : i + 1]))[0]
                 rows.append((target, torch.ones(len(target), dtype=torch.bool)))
-                continue
-            frames = math.ceil(audio.shape[-1] / HOP)
-            place = float(batch["start"][i]), float(batch["speed"][i])
-            rows.append(window_of(features, *place, frames))
+            else:
+                place = float(batch["start"][i]), float(batch["speed"][i])
+                rows.append(window_of(features, *place, math.ceil(audio.shape[-1] / HOP)))
         targets, known = zip(*rows, strict=True)
         return tuple(torch.stack([x.to(audio.device) for x in part]) for part in (targets, known))
 
@@ -286,7 +273,8 @@ class FeatureCache:
             size = math.ceil(len(audio) / HOP) * self.teacher.width * 2
             if size > self.left:
                 return None
-            self._write(file, self._hear(audio))
+            with atomic_write(file, sync=False) as part, open(part, "wb") as opened:
+                np.save(opened, self._encoded(audio))
             self.left -= size
         return np.load(file, mmap_mode="r")
 
@@ -295,25 +283,17 @@ class FeatureCache:
         parts = (self.teacher.source, self.teacher.name, path, stat.st_size, stat.st_mtime_ns)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
-    def _hear(self, audio: np.ndarray) -> np.ndarray:
+    def _encoded(self, audio: np.ndarray) -> np.ndarray:
+        """Targets `[F, width]` of a clip `[T]`."""
         device = self.teacher.resample.kernel.device
         frames = math.ceil(len(audio) / HOP)
         parts = []
         for first in range(0, frames, self.piece):
             begin, last = max(0, first - self.context), min(frames, first + self.piece)
-            heard = torch.from_numpy(audio[begin * HOP : (last + self.context) * HOP])
-            target = self.teacher.target(self.teacher(heard.to(device)[None, None]))[0]
+            piece = torch.from_numpy(audio[begin * HOP : (last + self.context) * HOP])
+            target = self.teacher.target(self.teacher(piece.to(device)[None, None]))[0]
             parts.append(target[first - begin : last - begin].half().cpu().numpy())
         return np.concatenate(parts)
-
-    def _write(self, file: Path, features: np.ndarray) -> None:
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")  # several ranks may write it
-        try:
-            with open(part, "wb") as open_file:
-                np.save(open_file, features)
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def window_of(

@@ -191,7 +191,7 @@ def test_whisper_cut_is_the_full_pass_with_the_rest_masked(folders):
     assert (torch.nn.functional.layer_norm(heard_all, (32,)) - mine).abs().max() > 1e-3
     # And back to the longer window again.
     assert own(noise(50))[0].shape[1] == 50
-    with pytest.raises(UserError, match="hears 1 s at once"):
+    with pytest.raises(UserError, match="takes 1 s at once"):
         own(noise(51))
 
 
@@ -297,7 +297,7 @@ def test_the_cache_gives_what_the_teacher_says_of_the_clip(teacher, clip, tmp_pa
     torch.testing.assert_close(torch.from_numpy(stored[:40]).float(), whole[:40], atol=0.02, rtol=0)
     torch.testing.assert_close(targets[0], torch.from_numpy(stored[10:30]).float())
     # Read, not heard again.
-    monkeypatch.setattr(FeatureCache, "_hear", lambda *_: pytest.fail("heard twice"))
+    monkeypatch.setattr(FeatureCache, "_encoded", lambda *_: pytest.fail("heard twice"))
     again, _ = FeatureCache(tmp_path / "cache", teacher, 1.0)(batch_of(clip, (0.2, 1.0)), audio[:1])
     assert torch.equal(again[0], targets[0])
 
