@@ -203,7 +203,7 @@ def machine(root: Path) -> dict[str, str]:
     ).stdout  # fmt: skip
     for name in filter(None, names.split("\0")):
         (root / "origin" / name).parent.mkdir(parents=True, exist_ok=True)
-        if (REPOSITORY / name).exists():
+        if (REPOSITORY / name).is_file():
             shutil.copy(REPOSITORY / name, root / "origin" / name)
     clone = f"cp -r {root / 'origin'} NewProject && ln -s {sys.prefix} NewProject/.venv"
     stub(stubs, "git", f'[[ "$*" == "clone {PLAN_URL}" ]] || exit 1\n{clone}')
