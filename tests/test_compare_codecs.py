@@ -163,7 +163,7 @@ def test_one_bad_clip_costs_neither_the_run_nor_its_figures(
 
     monkeypatch.setitem(c.PEERS, "opus", c.Peer(opus, (6,), (), ""))
     monkeypatch.setattr(e, "load_judges", lambda names: {"stoi": stumbling})
-    monkeypatch.setattr(e, "write_text", full)
+    monkeypatch.setattr(e.command, "write_text", full)
     monkeypatch.chdir(tmp_path)
     flags = ("--codec", checkpoint, "--data_dirs", corpus, "--against", "opus", "--device", "cpu")
     with pytest.raises(OSError, match="No space"):
