@@ -56,7 +56,7 @@ teach_dialogue() {  # epochs, rate, share of ASR, seed, run folder, first datase
 }
 
 "$python" tools/package_recordings.py --data_dir data
-"$python" tools/make_clips.py --data_dir data --hours 1.8 --engines hibari espeak flite festival
+"$python" tools/make_clips.py --data_dir data --hours 1.8
 teach_semantic_branch
 if command -v nvidia-smi >/dev/null; then teach_sound_on_a_gpu; else teach_sound_on_a_cpu; fi
 "$python" train_codec.py --checkpoint_dir runs/codec_voice --export checkpoints/tiny/codec
