@@ -132,7 +132,7 @@ class Conversations(Dataset):
     axis, as in `s2s.Batch`, all of one shape.
 
     frames: of each row, where they are known without reading it. neighbours: of the user's codes,
-    `[K, n, count]`, some of which are heard in their place; None: codes are heard as they are.
+    `[K, n, count]`, some of which replace them in training; None: codes stay as they are.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class Conversations(Dataset):
         return slice(round(turn["start"] * c.patch_rate), last)
 
     def word_tokens(self, word: str) -> list[int]:
-        """Capitals and full stops cannot be heard; the place in the sentence hardly."""
+        """Without capitals and full stops, which speech does not tell."""
         plain = word.strip(string.punctuation + "।…—").lower()
         return self.tokenizer.encode(f" {plain}").ids if plain else []
 
@@ -348,7 +348,7 @@ def trimmed(row: dict, begins: int, patches: int, config: S2SConfig) -> tuple[di
     """A long conversation without most of what a window of `patches` from patch `begins` on does
     not see, and where it then begins: a recording of an hour costs no more than a minute of it.
 
-    What is kept begins between two turns, so that none is cut, and well before the window: words
+    It then begins between two turns, so that none is cut, and well before the window: words
     that wait for a patch come from there.
     """
     first = begins - LEAD_PATCHES
