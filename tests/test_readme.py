@@ -28,6 +28,7 @@ __all__ = ["Server", "server"]  # fixtures, found by name
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 NOTES = (REPOSITORY / "PLAN_NOTES.md").read_text(encoding="utf-8")
+MAKEFILE = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
 NOT_YET = "(not yet here)"
 PLAN_URL = "https://github.com/devasphn/NewProject.git"
 
@@ -87,10 +88,13 @@ def test_imports_are_those_of_the_map_and_point_downwards() -> None:
 
 # ---- single commands
 def commands() -> list[tuple[str, frozenset[str]]]:
-    """(script, its flags) for every `python script.py --flag …` that a user or a builder pastes."""
+    """(script, its flags) for every `python script.py --flag …` that a user or a builder pastes.
+
+    The plan's own lines, in the first column of PLAN_NOTES.md, name scripts that never were here.
+    """
     recipe = (REPOSITORY / "tools/make_tiny.sh").read_text(encoding="utf-8")
-    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    text = "\n".join([README, NOTES, makefile, recipe]).replace("\\\n", " ")
+    notes = re.sub(r"^\| [^|]*\|", "|", NOTES, flags=re.MULTILINE)
+    text = "\n".join([README, notes, MAKEFILE, recipe]).replace("\\\n", " ")
     found: dict[str, set[str]] = {}
     for script, rest in re.findall(r"python\"? ((?:tools/)?\w+\.py)([^\n`|]*)", text):
         found.setdefault(script, set()).update(re.findall(r"(?<!\S)--\w+", rest))
@@ -109,8 +113,20 @@ def help_text(script: str) -> str:
 
 @pytest.mark.parametrize(("script", "flags"), commands(), ids=[name for name, _ in commands()])
 def test_pasted_flags_are_known(script: str, flags: frozenset[str]) -> None:
+    assert (REPOSITORY / script).exists(), f"{script} is to be pasted but is not here"
     for flag in flags:
         assert re.search(rf"{flag}\b", help_text(script)), f"{script} does not know {flag}"
+
+
+def test_no_figure_is_missing() -> None:
+    results = (REPOSITORY / "RESULTS.md").read_text(encoding="utf-8")
+    assert re.findall(r"TODO-FIGURE\((\w+)\)", README + NOTES + results) == []
+
+
+def test_make_targets_exist() -> None:
+    for target in re.findall(r"make (\w+)", README):
+        if target in ("demo", "test", "lint", "tiny"):
+            assert re.search(rf"^{target}:", MAKEFILE, flags=re.MULTILINE)
 
 
 def test_files_that_are_named_exist() -> None:
@@ -230,8 +246,9 @@ def test_every_line_runs_from_a_clone_to_an_answer(sources, tmp_path) -> None:
     assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
 
     folder = tmp_path / "workspace/NewProject"
-    assert checkpoints.load_checkpoint(folder / "checkpoints_codec").step == 3
-    assert checkpoints.load_checkpoint(folder / "checkpoints_s2s").step == 3
+    for run in ("checkpoints_codec", "checkpoints_s2s"):
+        checkpoint = checkpoints.load_checkpoint(folder / run)
+        assert checkpoint.step == 3 and checkpoint.trainer is not None
     model = Codec.from_checkpoint(folder / "models/codec")
     assert model.decode(model.encode(torch.zeros(1, 1, 4800))).shape == (1, 1, 4800)
     assert soundfile.info(folder / "reply_english.wav").duration > 1
@@ -239,6 +256,7 @@ def test_every_line_runs_from_a_clone_to_an_answer(sources, tmp_path) -> None:
     assert (folder / "rates.png").stat().st_size > 1000 and (folder / "codec.json").exists()
 
     # The hours that training starts with: all of Telugu, and more with the copies than without.
+    assert {path.name for path in (folder / "data/telugu").iterdir()} >= {"augmented"}
     clips = data.load_clips([folder / "data/telugu"], "train")
     real = [clip for clip in clips if not clip.augmented]
     assert len(clips) == 6 * len(real)
