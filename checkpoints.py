@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -24,10 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from command import UserError, first_line, sync_to_disk, writable_folder, write_text
+from command import DISK_FULL, UserError, first_line, sync_to_disk, writable_folder, write_text
 
 T = TypeVar("T")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _STEP_NAME = re.compile(r"step_(\d+)(\.replaced)?")
 _TEMPORARY = ".tmp-"
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype)
@@ -167,6 +165,26 @@ def open_run(
     if checkpoint.config.get("model") != model:
         raise UserError(f"{folder}: holds another model's checkpoints; choose another folder")
     return checkpoint
+
+
+def fill(
+    model: torch.nn.Module,
+    tensors: dict[str, Tensor],
+    path: str | Path,
+    optional: tuple[str, ...] = (),
+) -> None:
+    """The model's weights from stored tensors; only names that end in one of `optional` may lack.
+
+    Raises UserError that names the checkpoint where they do not fit the config.
+    """
+    try:
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise UserError(f"{path}: weights do not fit the config: {first}") from error
+    odd = [name for name in missing if not name.endswith(optional)] + unexpected
+    if odd:
+        raise UserError(f"{path}: weights do not fit the config, first at {odd[0]}")
 
 
 def inherit_weights(
@@ -370,7 +388,7 @@ def _check_plain(value: object, where: str) -> None:
 def _is_disk_full(error: BaseException | None) -> bool:
     # safetensors (Rust) and torch.save (C++) wrap the system's error in their own.
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
         text = str(error)
         if "os error 28" in text or "os error 122" in text or "No space left" in text:

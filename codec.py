@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 import checkpoints
 from checkpoints import fingerprint, load_checkpoint
-from command import UserError
 from quantizer import STATISTICS, Quantized, SplitQuantizer
 from streamed import stream_weights
 from transformer import StreamingTransformer, TransformerConfig, TransformerState
@@ -427,15 +426,7 @@ class Codec(nn.Module):
 
     def load_tensors(self, tensors: dict[str, Tensor], path: str | Path) -> None:
         """Fills the model from stored tensors; EMA statistics may be absent (an export)."""
-        try:
-            missing, unexpected = self.load_state_dict(tensors, strict=False)
-        except RuntimeError as error:
-            first = str(error).splitlines()[-1].strip()
-            raise UserError(f"{path}: weights do not fit the config: {first}") from error
-        missing = [name for name in missing if not name.endswith(STATISTICS)]
-        if missing or unexpected:
-            name = (missing + unexpected)[0]
-            raise UserError(f"{path}: weights do not fit the config, first at {name}")
+        checkpoints.fill(self, tensors, path, optional=STATISTICS)
 
     def export_tensors(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
         """The tensors that ship: in `dtype`, without what only training needs."""

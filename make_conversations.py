@@ -69,7 +69,7 @@ from takes import (
     faded,
     insert_pause,
     limit_pitch_range,
-    moved,
+    shift_spans,
     synthesize_or_skip,
     user_voices,
 )
@@ -322,8 +322,8 @@ def _turn_fields(placed: _Placed) -> dict:
     turn, take = placed.turn, placed.take
     shift = placed.start - take.onset
     high = shift + len(take.audio) / SAMPLE_RATE if placed.cut is None else placed.cut
-    phones = moved(take.phones, shift, 0.0, high)
-    words = moved(take.words, shift, 0.0, math.inf)
+    phones = shift_spans(take.phones, shift, 0.0, high)
+    words = shift_spans(take.words, shift, 0.0, math.inf)
     text = turn.request.text
     if placed.cut is not None:
         text, words = _cut_text(text, words, placed)

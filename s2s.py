@@ -378,11 +378,8 @@ class S2S(nn.Module):
         return model.to(device).eval().requires_grad_(False)
 
     def load_tensors(self, tensors: dict[str, Tensor], path: str | Path) -> None:
-        try:
-            self.load_state_dict(tensors)
-        except RuntimeError as error:
-            first = str(error).splitlines()[-1].strip()
-            raise UserError(f"{path}: weights do not fit the config: {first}") from error
+        """Fills the model from stored tensors."""
+        checkpoints.fill(self, tensors, path)
 
     # -- training ------------------------------------------------------------------------------
 

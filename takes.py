@@ -104,7 +104,7 @@ def cut_take(utterance: speech.Utterance) -> Take | None:
     cut = faded(audio[first:last])
     shift, seconds = first / SAMPLE_RATE, len(cut) / SAMPLE_RATE
     phones, words = (
-        moved(spans, -shift, 0.0, seconds) for spans in (utterance.phones, utterance.words)
+        shift_spans(spans, -shift, 0.0, seconds) for spans in (utterance.phones, utterance.words)
     )
     return Take(cut, onset - shift, offset - shift, phones, words)
 
@@ -119,7 +119,7 @@ def faded(audio: np.ndarray, tail: float = FADE) -> np.ndarray:
     return audio
 
 
-def moved(spans, by: float, low: float, high: float) -> list | None:
+def shift_spans(spans, by: float, low: float, high: float) -> list | None:
     """Spans `by` seconds later, clipped to [low, high]; those that fall outside are dropped."""
     if spans is None:
         return None
