@@ -53,6 +53,7 @@ from command import (
     as_json_line,
     check_fields,
     default_workers,
+    existing_folder,
     file_name,
     json_lines,
     number,
@@ -394,12 +395,6 @@ def noise_clips(folder: str | None) -> list[Clip]:
 
 
 # ------------------------------------------------------------------- output folder, hours, disk
-
-
-def existing_folder(path: str, flag: str) -> Path:
-    if not Path(path).is_dir():
-        raise UserError(f"{flag} {path}: no such folder")
-    return Path(path).resolve()
 
 
 @contextlib.contextmanager

@@ -241,6 +241,13 @@ def _start_worker() -> None:
 # --------------------------------------------------------------------------------- folders
 
 
+def existing_folder(path: str | Path, flag: str, remedy: str = "") -> Path:
+    """`path` as the absolute path of a folder that is there. Raises UserError naming `flag`."""
+    if not Path(path).is_dir():
+        raise UserError(f"{flag} {path}: no such folder{remedy}")
+    return Path(path).resolve()
+
+
 def writable_folder(path: str | Path, flag: str) -> Path:
     """`path` as a folder that exists and can be written, made where it is missing.
 

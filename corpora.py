@@ -856,8 +856,7 @@ def fetch_fisher(job: Job) -> None:
         raise UserError(f"fisher: {job.corpus.note}")
     calls = sorted(folder.rglob("*.sph"))
     if not calls:
-        problem = "no .sph files there" if folder.is_dir() else "no such folder"
-        raise UserError(f"--fisher_dir {folder}: {problem}; give the LDC's own folders")
+        raise UserError(f"--fisher_dir {folder}: no .sph files there; give the LDC's own folders")
     scripts = {path.stem: path for path in folder.rglob("fe_*.txt")}
     for call in calls:
         if job.stops_here():

@@ -27,7 +27,15 @@ import torch
 from audio import AUDIO_SUFFIXES, FRAME_SECONDS, HOP, SAMPLE_RATE, AudioError, probe, read_audio
 from audio import read_channels as read_channels  # so that all of audio's can be had here
 from audio import write_audio as write_audio
-from command import UserError, as_json_line, atomic_write, check_fields, default_workers, json_lines
+from command import (
+    UserError,
+    as_json_line,
+    atomic_write,
+    check_fields,
+    default_workers,
+    existing_folder,
+    json_lines,
+)
 from phones import SILENCE
 from training import Distributed, item_rng
 
@@ -282,7 +290,7 @@ def scan_folder(path: str | Path) -> tuple[list[Clip], list[Path]]:
     or a recording where the speaker is unknown; a language has always training clips. Raises
     UserError on a missing folder.
     """
-    root, scan = _existing_folder(path), _Scan()
+    root, scan = existing_folder(path, "--data_dirs"), _Scan()
     files = [file for folder, names in _walk([root]) for file in scan.audio_files(folder, names)]
     return _scan_files(files, path, scan), list(scan.bad)
 
@@ -332,12 +340,6 @@ class _Scan:
             if count:  # names may be no UTF-8
                 what = what.encode(errors="backslashreplace").decode()
                 print(f"warning: {count} {what}", file=sys.stderr)
-
-
-def _existing_folder(path: str | Path) -> Path:
-    if not Path(path).is_dir():
-        raise UserError(f"{path}: no such folder; check --data_dirs or run download_data.py")
-    return Path(path).resolve()
 
 
 def _walk(roots: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
@@ -462,7 +464,7 @@ def load_splits(
 
 
 def _load_all(data_dirs: Sequence[str | Path], scan: _Scan) -> Clips:
-    roots = [_existing_folder(data_dir) for data_dir in data_dirs]
+    roots = [existing_folder(path, "--data_dirs", "; run download_data.py") for path in data_dirs]
     tables, loose = [_COLUMNS.empty_table()], []
     for folder, names in _walk(roots):
         if MANIFEST not in names:

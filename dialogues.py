@@ -16,6 +16,7 @@ from command import (
     UserError,
     atomic_write,
     check_fields,
+    existing_folder,
     first_line,
     json_lines,
     read_json,
@@ -194,8 +195,7 @@ def read_recordings(
     that is listed twice is taken once, and `dropped` says so. UserError names what is malformed.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; check --conversations")
+    existing_folder(folder, "--conversations")
     found: dict[tuple, Recording] = {}
     for manifest in sorted(folder.rglob("*.jsonl")):
         for number, fields in json_lines(manifest):

@@ -41,6 +41,7 @@ from audio import AudioError, probe
 from command import (
     ArgumentParser,
     UserError,
+    existing_folder,
     first_line,
     number,
     only_one,
@@ -751,12 +752,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_args()
+    folder = arguments.fisher_dir
     options = FetchOptions(
         max_hours=arguments.max_hours,
         mirrors=_pairs("--mirror", arguments.mirror, (row.name for row in CORPORA)),
         keep_wav=arguments.keep_wav,
         cv_dataset_ids=_pairs("--cv_dataset_id", arguments.cv_dataset_id, data.LANGUAGES),
-        fisher_dir=arguments.fisher_dir,
+        fisher_dir=folder and existing_folder(folder, "--fisher_dir"),
     )
     data_dir, names, languages = arguments.data_dir, arguments.corpora, arguments.languages
     chosen = choose(names, languages, options)
