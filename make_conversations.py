@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -129,7 +130,7 @@ class PlannedTurn:
 
     `barge_in` (user) is the share of the agent's reply after which the user speaks instead, and
     `stops_after` how long the agent then takes to fall silent; `pause` is (place, seconds);
-    `inside` marks a back-channel, `place` the share of the agent's turn at which it is heard.
+    `inside` marks a back-channel, `place` the share of the agent's turn at which it begins.
     """
 
     who: str
@@ -244,20 +245,9 @@ def _add_backchannel(turns: list[PlannedTurn], voice, speed, rng: np.random.Gene
 # ---------------------------------------------------------------------------------- mixing
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """`agent` and `user` float32 `[T]` of one length (whole frames), turns in order of `start`."""
-
-    id: str
-    language: str
-    agent: np.ndarray
-    user: np.ndarray
-    turns: list[dict]
-
-
 @dataclass
 class _Placed:
-    """A take on the clock: its sound is heard from `start` to `end`, agents may be `cut` at s."""
+    """A take on the clock: its sound lasts from `start` to `end`; an agent may be `cut` (s)."""
 
     turn: PlannedTurn
     take: Take
@@ -356,10 +346,11 @@ def _cut_text(text: str, words: list | None, placed: _Placed) -> tuple[str, list
 
 def mix(
     name: str, language: str, plan: Plan, takes: Sequence[Take], babble: Sequence[np.ndarray]
-) -> Conversation:
-    """Audio of both channels. `babble` are other people's utterances, for the noise of that name.
+) -> dict:
+    """A row of the dataset, with audio: `agent` and `user`, float32 `[T]` of whole frames.
 
-    The agent's channel is exactly zero wherever it does not speak.
+    `babble` are other people's utterances, for the noise of that name. The agent's channel is
+    exactly zero wherever it does not speak. `turns` are in the order of their starts.
     """
     placed = lay_out(plan.turns, takes)
     seconds = max((p.end for p in placed), default=0.0) + plan.tail
@@ -376,7 +367,8 @@ def mix(
             audio = _convolve(audio, response)
         _add(agent if p.turn.who == "agent" else user, audio, first)
     user = _through(plan.microphone, user, agent, babble, rng)
-    return Conversation(name, language, agent, user, [_turn_fields(p) for p in placed])
+    turns = [_turn_fields(p) for p in placed]
+    return {"id": name, "language": language, "agent": agent, "user": user, "turns": turns}
 
 
 def _add(channel: np.ndarray, audio: np.ndarray, first: int) -> None:
@@ -573,15 +565,17 @@ def part_rng(args: argparse.Namespace, part: ScriptedPart, *numbers: int) -> np.
     return np.random.default_rng([args.seed, *where, *numbers])
 
 
-def _conversations(
-    args: argparse.Namespace, part: ScriptedPart, dropped: list[str]
-) -> Iterator[Conversation]:
-    """The conversations of a part, synthesised by the dozen."""
+def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[dict], list[str]]:
+    """(rows of the part with the audio of both channels, why something was left out).
+
+    Conversations are synthesised by the dozen, which is faster.
+    """
     exchanges = choose_exchanges(
         studio(args.scripts).exchanges, part.language, args.split, args.intents, args.archetypes
     )
     users = user_voices(part.language, args.split, args.engines)
     agent = speech.voices(part.language, "agent", engines=args.engines)[0]
+    made, dropped = [], []
     most, seconds, first = part.count or math.inf, 0.0, 0
     while first < most and seconds < (part.seconds or math.inf):
         size = min(PART_CONVERSATIONS, most - first)
@@ -591,49 +585,42 @@ def _conversations(
             plan_conversation(exchanges, users, agent, part_rng(args, part, n))
             for n in range(first, first + size)
         ]
-        takes = iter(studio(args.scripts).takes([t.request for p in plans for t in p.turns]))
-        rows = [[next(takes) for _ in plan.turns] for plan in plans]
+        turns = [turn for plan in plans for turn in plan.turns]
+        takes = studio(args.scripts).takes([turn.request for turn in turns])
         babble = [
             take.audio
-            for plan, row in zip(plans, rows, strict=True)
-            for turn, take in zip(plan.turns, row, strict=True)
+            for turn, take in zip(turns, takes, strict=True)
             if turn.who == "user" and isinstance(take, Take)
         ]
-        for n, (plan, row) in enumerate(zip(plans, rows, strict=True), first):
+        rest = zip(turns, takes, strict=True)
+        for n, plan in enumerate(plans, first):
             name = f"{args.split}-{part.language}-{part.index:05d}-{n:03d}"
-            faults = [
-                f"{name}: {take} (line {turn.request.text!r})"
-                for turn, take in zip(plan.turns, row, strict=True)
-                if isinstance(take, UserError)
-            ]
+            spoken = list(itertools.islice(rest, len(plan.turns)))
+            faults = [(take, turn) for turn, take in spoken if isinstance(take, UserError)]
             if faults:
-                dropped.append(faults[0])
+                error, turn = faults[0]
+                dropped.append(f"{name}: {error} (line {turn.request.text!r})")
                 continue
-            conversation = mix(name, part.language, plan, row, babble)
-            seconds += len(conversation.agent) / SAMPLE_RATE
-            yield conversation
+            row = mix(name, part.language, plan, [take for _, take in spoken], babble)
+            made.append({**row, "source": "scripts", "split": args.split})
+            seconds += len(row["agent"]) / SAMPLE_RATE
         first += size
         if first > 100 * PART_CONVERSATIONS:
             raise UserError(f"no {part.language} voice works: {dropped[-1]}")
-
-
-def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[dict], list[str]]:
-    """(rows of the part with the audio of both channels, why something was left out)."""
-    dropped: list[str] = []
-    made = list(_conversations(args, part, dropped))
     if part.save_audio:
         _save_audio(Path(args.output_dir) / "audio", part, made[: part.save_audio])
-    return [{**vars(c), "source": "scripts", "split": args.split} for c in made], dropped
+    return made, dropped
 
 
-def _save_audio(folder: Path, part: ScriptedPart, conversations: Sequence[Conversation]) -> None:
+def _save_audio(folder: Path, part: ScriptedPart, rows: Sequence[dict]) -> None:
     folder.mkdir(exist_ok=True)
     lines = []
-    for c in conversations:
-        write_audio(folder / f"{c.id}.wav", np.stack([c.agent, c.user], axis=1))
-        line = {"id": c.id, "path": f"{c.id}.wav", "agent_channel": 0, "user_channel": 1}
-        line |= {"language": c.language, "source": "scripts", "license": "synthetic"}
-        lines.append(as_json_line({**line, "turns": c.turns}))
+    for row in rows:
+        audio = np.stack([row["agent"], row["user"]], axis=1)
+        write_audio(folder / f"{row['id']}.wav", audio)
+        line = {name: row[name] for name in ("id", "language", "source", "turns")}
+        line |= {"path": f"{row['id']}.wav", "agent_channel": 0, "user_channel": 1}
+        lines.append(as_json_line({**line, "license": "synthetic"}))
     write_text(folder / f"{part.language}-{part.index:05d}.jsonl", "".join(lines))
 
 

@@ -52,7 +52,7 @@ def fake_voice(role: str, split: str = "train", name: str = "v") -> speech.Voice
     return speech.Voice(f"english/{name}", "espeak", "english", name, name, split=split, role=role)
 
 
-def fake_conversations(count: int) -> list[tuple[mc.Plan, mc.Conversation, list]]:
+def fake_conversations(count: int) -> list[tuple[mc.Plan, dict, list]]:
     exchanges = mc.choose_exchanges(mc.load_scripts(SCRIPTS / "english.jsonl"), "english", "train")
     users, agent = [fake_voice("user")], fake_voice("agent", name="agent")
     made = []
@@ -169,7 +169,7 @@ def test_a_reply_begins_on_a_tick_so_that_its_codes_are_the_same_each_time(mixed
     replies = {}
     for plan, conversation, takes in mixed:
         onsets = {t.request.text: k.onset for t, k in zip(plan.turns, takes, strict=True)}
-        for turn in conversation.turns:
+        for turn in conversation["turns"]:
             if turn["who"] == "agent" and not turn["interrupted"]:
                 first = round((turn["start"] - onsets[turn["text"]]) * SAMPLE_RATE)
                 assert first % 960 <= 2 or first % 960 >= 958
@@ -178,7 +178,7 @@ def test_a_reply_begins_on_a_tick_so_that_its_codes_are_the_same_each_time(mixed
 
 
 def test_answers_come_after_80_to_240_ms(mixed):
-    gaps = [b["start"] - a["end"] for _, c, _ in mixed for a, b in answers(c.turns)]
+    gaps = [b["start"] - a["end"] for _, c, _ in mixed for a, b in answers(c["turns"])]
     assert len(gaps) > 300
     assert min(gaps) >= 0.08 - 2e-4 and max(gaps) <= 0.24 + 2e-4
     assert np.ptp(gaps) > 0.14
@@ -186,23 +186,23 @@ def test_answers_come_after_80_to_240_ms(mixed):
 
 def test_the_audio_begins_and_ends_where_the_turns_say(mixed):
     for plan, c, _ in mixed:
-        spoken = np.zeros(len(c.agent), bool)
-        for turn in (t for t in c.turns if t["who"] == "agent"):
+        spoken = np.zeros(len(c["agent"]), bool)
+        for turn in (t for t in c["turns"] if t["who"] == "agent"):
             first, last = round(turn["start"] * SAMPLE_RATE), round(turn["end"] * SAMPLE_RATE)
             spoken[max(0, first - 720) : last + 1440] = True
-            assert np.abs(c.agent[first : first + 480]).max() > 0.01
+            assert np.abs(c["agent"][first : first + 480]).max() > 0.01
             if turn["interrupted"]:
-                assert not c.agent[last : last + 240].any()
-        assert not c.agent[~spoken].any()  # exact digital silence
-        assert len(c.agent) == len(c.user) and len(c.agent) % HOP == 0
-        assert plan.turns or not c.agent.any()
+                assert not c["agent"][last : last + 240].any()
+        assert not c["agent"][~spoken].any()  # exact digital silence
+        assert len(c["agent"]) == len(c["user"]) and len(c["agent"]) % HOP == 0
+        assert plan.turns or not c["agent"].any()
 
 
 def test_barge_ins_stop_the_agent(mixed):
     cut = delays = 0
-    replies = [t for _, c, _ in mixed for t in c.turns if t["who"] == "agent"]
+    replies = [t for _, c, _ in mixed for t in c["turns"] if t["who"] == "agent"]
     for _, c, _ in mixed:
-        turns = [t for t in c.turns if t["intent"] != mc.BACKCHANNEL]
+        turns = [t for t in c["turns"] if t["intent"] != mc.BACKCHANNEL]
         for agent, user in zip(turns, turns[1:], strict=False):
             if agent["who"] != "agent":
                 continue
@@ -226,8 +226,8 @@ def test_barge_ins_stop_the_agent(mixed):
 def test_back_channels_lie_inside_the_agents_turns(mixed):
     found = 0
     for _, c, _ in mixed:
-        for turn in (t for t in c.turns if t["intent"] == mc.BACKCHANNEL):
-            agents = [t for t in c.turns if t["who"] == "agent"]
+        for turn in (t for t in c["turns"] if t["intent"] == mc.BACKCHANNEL):
+            agents = [t for t in c["turns"] if t["who"] == "agent"]
             assert any(t["start"] < turn["start"] and turn["end"] + 0.19 < t["end"] for t in agents)
             found += 1
     assert found > 5
@@ -241,8 +241,8 @@ def test_some_calls_hold_no_speech():
     idle = [plan for plan in plans if not plan.turns]
     assert 0.02 < len(idle) / len(plans) < 0.07
     silent = mc.mix("c", "english", replace(idle[0], microphone=quiet_microphone()), [], [])
-    assert not silent.turns and len(silent.agent) >= 5 * SAMPLE_RATE
-    assert not silent.agent.any() and not silent.user.any()
+    assert not silent["turns"] and len(silent["agent"]) >= 5 * SAMPLE_RATE
+    assert not silent["agent"].any() and not silent["user"].any()
 
 
 def test_a_pause_inside_a_turn():
