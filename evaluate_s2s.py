@@ -1,24 +1,23 @@
-"""How well Samvad converses: questions worded as it never heard them, in an unheard voice.
+"""How well Samvad converses: questions in wordings and a voice that training did not have.
 
     python evaluate_s2s.py --codec checkpoints/tiny/codec --lm checkpoints/tiny/s2s
     python evaluate_s2s.py --split train              # the bound: wordings and voices of training
     python evaluate_s2s.py --whisper whisper-base     # English replies judged by their words
 
 Held-out wordings of the dialogue scripts are spoken by the test voices and played to many slots of
-one `DuplexEngine` at once, not paced. The agent's sound and text are judged on the audio clock, a
-language at a time:
+one `DuplexEngine` at once, not paced. Replies are judged on the audio clock, a language at a time:
 
-    answered    the reply begins between 200 ms before and 2 s after the end of the user's turn
-    right text  the written reply is nearer to the right one than to any other reply of the training
-                scripts, and within a character error rate of 0.3 of it
-    right audio the same of what a recogniser makes of the sound, against what it makes of the right
-                reply in the agent's own voice
+    answered      the reply begins between 200 ms before and 2 s after the end of the user's turn
+    right_text    the written reply is nearer to the right one than to any other reply of the
+                  training scripts, and within a character error rate of 0.3 of it
+    right_audio   the same of what a recogniser makes of the sound, against what it makes of the
+                  right reply in the agent's own voice
 
-Recognisers, by `--judge auto` the first that can be trusted: of words (Whisper, English, given by
-`--whisper`), of phones (`hama`). Each is examined first by the same rule, on the replies of the
-training scripts in the agent's voice at another speed, `clean` and through the codec (`coded`):
-with less than 80 % of either it is not trusted, and the text's figure stands alone. A recogniser
-that fails on coded replies says as much about the codec as about itself.
+Recognisers, by `--judge auto` the first that can be trusted: Whisper (words, English, `--whisper`),
+hama (phones). Each is examined first by the same rule, on the replies of the training scripts in
+the agent's voice at another speed, clean and through the codec: with less than 80 % of either it
+is not trusted, and the text's figure stands alone. One that fails on coded replies alone says as
+much about the codec.
 
 The last line of stdout is the summary as JSON; `--output` also holds every turn.
 """
@@ -47,6 +46,7 @@ from codec import Codec
 from command import (
     ArgumentParser,
     UserError,
+    file_name,
     number,
     run,
     whole,
@@ -56,7 +56,7 @@ from command import (
 )
 from data import SPLITS
 from dialogues import SPOKEN, Exchange, choose_exchanges, load_scripts
-from duplex import DuplexEngine, load_models
+from duplex import DuplexEngine, TickResult, load_models
 from ledger import (
     QUIET_DBFS,
     ReplyClock,
@@ -67,15 +67,7 @@ from ledger import (
 )
 from phones import JOINERS, SILENCE, phonemize
 from s2s import PAD, S2S, Sampling
-from takes import (
-    MAX_PITCH_RANGE,
-    Take,
-    cut_take,
-    draw_voice,
-    insert_pause,
-    synthesize_or_skip,
-    user_voices,
-)
+from takes import Take, draw_voice, insert_pause, make_takes, speak, user_voices
 from training import setup_distributed
 
 HERE = Path(__file__).resolve().parent
@@ -174,60 +166,48 @@ class Call:
 
 
 def ask(
-    exchanges: Sequence[Exchange],
-    language: str,
-    args: argparse.Namespace,
-    pause_seconds: float = 0.0,
-    say: Callable | None = None,
+    exchanges: Sequence[Exchange], language: str, args: argparse.Namespace, pause: float = 0.0
 ) -> tuple[list[Call], list[str]]:
     """Speaks every exchange of the language with up to `--questions_per_exchange` wordings.
 
-    pause_seconds: inside each question. say: instead of `Synthesizer().synthesize`. Returns the
-    calls and the names of those with a question that could not be spoken. UserError without a voice
-    for the split, or without any call.
+    pause: seconds of silence inside each question. Returns the calls, and why others could not be
+    spoken. UserError without a voice for the split, or without any call.
     """
     rng = np.random.default_rng([args.seed, SPOKEN.index(language), SPLITS.index(args.split)])
     voices = user_voices(language, args.split)
-    archetypes = args.exchanges == "archetypes"
-    plans = []
-    for exchange in choose_exchanges(exchanges, language, args.split, args.intents, archetypes):
-        wordings = exchange.lines[0].texts
-        for first in rng.permutation(len(wordings))[: args.questions_per_exchange]:
-            plans.append((exchange, _requests(exchange, int(first), voices, args.emotions, rng)))
-    requests = [r for _, row in plans for r in row]
-    said = synthesize_or_skip(say or speech.Synthesizer().synthesize, requests)
-    dropped = [error for error in said if isinstance(error, UserError)]
-    if dropped:
-        print(f"{language}: {len(dropped)} questions not spoken, first: {dropped[0]}")
-    takes = iter(None if isinstance(u, UserError) else cut_take(u) for u in said)
+    chosen = choose_exchanges(exchanges, language, args.split, args.intents, args.archetypes)
+    plans = [
+        (exchange, _questions(exchange, first, draw_voice(voices, rng), args.emotions, rng))
+        for exchange in chosen
+        for first in rng.permutation(len(exchange.lines[0].texts))[: args.questions_per_exchange]
+    ]
+    takes = iter(make_takes([request for _, requests in plans for request in requests]))
     calls, left_out = [], []
     for place, (exchange, requests) in enumerate(plans):
-        row = [next(takes) for _ in requests]
-        if pause_seconds:
-            row = [take and insert_pause(take, 0.5, pause_seconds) for take in row]
-        name = f"{exchange.id}-{place}" + ("-pause" if pause_seconds else "")
-        if all(row):
-            calls.append(_lay_out(name, exchange, requests, row))
-        else:
-            left_out.append(name)
+        mine = list(itertools.islice(takes, len(requests)))
+        faults = [str(take) for take in mine if isinstance(take, UserError)]
+        if faults:
+            left_out.append(faults[0])
+            continue
+        if pause:
+            mine = [insert_pause(take, 0.5, pause) for take in mine]
+        name = f"{exchange.id}-{place}" + ("-pause" if pause else "")
+        calls.append(_lay_out(name, exchange, requests, mine))
+    if left_out:
+        print(f"{language}: {len(left_out)} calls not spoken, first: {left_out[0]}")
     if not calls:
         raise UserError(f"no {language} question could be spoken in the {args.split} voices")
     return calls, left_out
 
 
-def _requests(exchange: Exchange, first: int, voices, emotions: str, rng) -> list[speech.Request]:
-    """The user's lines of an exchange in one voice, in ranges of pitch that Praat is safe in."""
-    voice = draw_voice(voices, rng)
-    speed = float(rng.uniform(*SPEED))
-    requests = []
-    for place, line in enumerate(exchange.lines[::2]):
-        choice = first if place == 0 else int(rng.integers(len(line.texts)))
+def _questions(exchange: Exchange, first: int, voice, emotions: str, rng) -> list[speech.Request]:
+    """The user's lines of an exchange, the first in the wording of that number."""
+    speed, requests = float(rng.uniform(*SPEED)), []
+    for line in exchange.lines[::2]:
+        text = line.texts[int(rng.integers(len(line.texts))) if requests else first]
         emotion = line.emotion if emotions == "scripted" else "neutral"
-        limit = MAX_PITCH_RANGE["user"] / speech.STYLES[emotion].pitch_range
-        safe = replace(voice, pitch_range=min(voice.pitch_range, limit))
         seed = int(rng.integers(2**31))
-        text = line.texts[choice]
-        requests.append(speech.Request(text, exchange.language, safe, speed, emotion, seed))
+        requests.append(speech.Request(text, exchange.language, voice, speed, emotion, seed))
     return requests
 
 
@@ -239,24 +219,21 @@ def _lay_out(name: str, exchange: Exchange, requests, takes: Sequence[Take]) -> 
         phones = tuple(p for p, _, _ in take.phones or () if p != SILENCE)
         span = now + take.onset, now + take.offset
         turns.append(AskedTurn(*span, request.text, request.emotion, reply, phones))
-        pieces.append((now, take.audio))
+        pieces.append((round(now * SAMPLE_RATE), take.audio))
         # The agent speaks some twelve phones a second.
         reply_seconds = 0.3 + len(phonemize(reply, exchange.language)) / 11.0
         wait = max(TAIL_SECONDS, reply_seconds + AFTER_REPLY_SECONDS)
         now += len(take.audio) / SAMPLE_RATE + wait
     audio = np.zeros(round(now * SAMPLE_RATE), np.float32)
-    for start, piece in pieces:
-        first = round(start * SAMPLE_RATE)
+    for first, piece in pieces:
         audio[first : first + len(piece)] += piece
     return Call(name, exchange.language, requests[0].voice.id, audio, tuple(turns))
 
 
-def training_replies(
-    exchanges: Sequence[Exchange], language: str, intents: Sequence[str], archetypes: bool
-) -> dict[str, str]:
+def training_replies(exchanges: Sequence[Exchange], language: str, args) -> dict[str, str]:
     """Reply → the emotion it is said with, of all exchanges in question; the first one counts."""
     replies: dict[str, str] = {}
-    for exchange in choose_exchanges(exchanges, language, "train", intents, archetypes):
+    for exchange in choose_exchanges(exchanges, language, "train", args.intents, args.archetypes):
         for line in exchange.lines[1::2]:
             replies.setdefault(line.texts[0], line.emotion)
     return replies
@@ -294,7 +271,7 @@ def hold_calls(
     Calls of like length share a round, so that few slots wait for the longest.
     """
     engine = DuplexEngine(codec, lm, min(slots, len(calls)), sampling, seed)
-    length = engine.patch_samples
+    length, late = engine.patch_samples, lm.config.listen_delay * engine.frames_per_step
     patches = np.array([-(-len(call.audio) // length) for call in calls])
     order = np.argsort([len(call.audio) for call in calls], kind="stable")
     rounds = [order[i : i + engine.slots] for i in range(0, len(order), engine.slots)]
@@ -309,23 +286,22 @@ def hold_calls(
             for slot, i in enumerate(batch):
                 frames[slot].reshape(-1)[: len(calls[i].audio)] = calls[i].audio
                 engine.set_voice(slot, language=calls[i].language if tell_language else None)
-            results = []
+            ticks = []
             for tick in range(counts.max()):
-                results.append(engine.tick(frames[:, tick], active=tick < counts))
+                ticks.append(engine.tick(frames[:, tick], active=tick < counts))
                 bar.update()
-            late = lm.config.listen_delay * engine.frames_per_step
             for slot, i in enumerate(batch):
-                replies[i] = _agent_side(results[: patches[i]], slot, late)
+                replies[i] = _agent_side(ticks[: patches[i]], slot, late)
     return [replies[i] for i in range(len(calls))]
 
 
-def _agent_side(results, slot: int, late: int) -> AgentSide:
+def _agent_side(ticks: Sequence[TickResult], slot: int, late: int) -> AgentSide:
     return AgentSide(
-        audio=np.concatenate([r.audio[slot] for r in results]),
-        text=np.array([r.text[slot] for r in results]),
-        emotion=np.stack([r.user_emotion[slot] for r in results]),
-        language=np.stack([r.language[slot] for r in results]),
-        phones=np.concatenate([r.user_phones[slot] for r in results])[late:],
+        audio=np.concatenate([tick.audio[slot] for tick in ticks]),
+        text=np.array([tick.text[slot] for tick in ticks]),
+        emotion=np.stack([tick.user_emotion[slot] for tick in ticks]),
+        language=np.stack([tick.language[slot] for tick in ticks]),
+        phones=np.concatenate([tick.user_phones[slot] for tick in ticks])[late:],
     )
 
 
@@ -337,11 +313,19 @@ class Judge:
     """A recogniser: audio `[T]` at 16 kHz → phones, or letters; () or "" where there are none.
 
     `letters`: a right reply is transcribed as its text; else as the agent's own voice saying it.
+    Examined, it has each reply's transcription, and the shares that it finds of them.
     """
 
     name: str
     recognise: Callable[[np.ndarray], Sequence[str]]
     letters: bool
+    expected: dict[str, Sequence] = field(default_factory=dict)
+    clean: float = 0.0
+    coded: float = 0.0
+
+    @property
+    def trusted(self) -> bool:
+        return min(self.clean, self.coded) >= TRUSTED
 
     def transcribe(self, audio: np.ndarray) -> Sequence[str]:
         """24 kHz `[T]` → symbols, of the stretch that is not quiet, with 0.1 s around it.
@@ -356,6 +340,18 @@ class Judge:
         if len(audio) < margin:
             return ()
         return self.recognise(soxr.resample(audio, SAMPLE_RATE, JUDGE_RATE))
+
+    def right(self, audio: np.ndarray, reply: str) -> bool | None:
+        """Whether audio `[T]` is transcribed nearest to `reply`, and near.
+
+        None where the agent's own voice could not say the reply: nobody knows its transcription.
+        """
+        if reply not in self.expected:
+            return None
+        found = self.transcribe(audio)
+        if nearest(found, self.expected) != reply:
+            return False
+        return relative_distance(found, self.expected[reply]) < MAX_AUDIO_ERROR
 
 
 def hama_judge() -> Judge:
@@ -379,11 +375,10 @@ def whisper_judge(folder: Path, threads: int = 1) -> Judge:
         from faster_whisper import WhisperModel
     except ImportError as error:
         raise UserError("--whisper needs faster-whisper: pip install faster-whisper") from error
-    if not (Path(folder) / "model.bin").is_file():
+    if not (folder / "model.bin").is_file():
         raise UserError(f"{folder}: no faster-whisper model (model.bin) there; check --whisper")
-    options = {"device": "cpu", "compute_type": "int8", "cpu_threads": threads}
     try:
-        model = WhisperModel(str(folder), **options)
+        model = WhisperModel(str(folder), "cpu", compute_type="int8", cpu_threads=threads)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{folder}: faster-whisper cannot load it ({error})") from error
 
@@ -394,47 +389,12 @@ def whisper_judge(folder: Path, threads: int = 1) -> Judge:
     return Judge("whisper", recognise, letters=True)
 
 
-@dataclass(frozen=True)
-class ExaminedJudge:
-    """A judge that knows a language's replies, and the shares that it finds of them."""
-
-    judge: Judge
-    expected: dict[str, Sequence]  # reply → its transcription
-    clean: float
-    coded: float
-
-    @property
-    def trusted(self) -> bool:
-        return min(self.clean, self.coded) >= TRUSTED
-
-    @property
-    def shares(self) -> dict[str, float]:
-        return {"clean": round(self.clean, 4), "coded": round(self.coded, 4)}
-
-    def right(self, audio: np.ndarray, reply: str) -> bool | None:
-        """Whether audio `[T]` is transcribed nearest to `reply`, and near.
-
-        None where the agent's own voice could not say the reply: nobody knows its transcription.
-        """
-        return _finds(self.judge, self.expected, audio, reply) if reply in self.expected else None
-
-
-def _finds(judge: Judge, expected: dict[str, Sequence], audio: np.ndarray, reply: str) -> bool:
-    """The rule by which a reply's audio is right, and by which a judge is examined."""
-    found = judge.transcribe(audio)
-    if nearest(found, expected) != reply:
-        return False
-    return relative_distance(found, expected[reply]) < MAX_AUDIO_ERROR
-
-
-def choose_judges(
-    name: str, language: str, whisper: Path | None = None, threads: int = 1
-) -> list[Judge]:
-    """The judges to try in a language, best first; `auto` leaves out what is not installed."""
+def load_judges(name: str, whisper: Path | None = None, threads: int = 1) -> list[Judge]:
+    """The judges to try, best first; `auto` leaves out what is not installed."""
     if name == "whisper" and whisper is None:
         raise UserError("--judge whisper needs --whisper, the folder of a faster-whisper model")
     judges: list[Judge] = []
-    if whisper is not None and language == "english" and name in ("auto", "whisper"):
+    if whisper is not None and name in ("auto", "whisper"):
         judges.append(whisper_judge(whisper, threads))
     if name in ("auto", "hama"):
         try:
@@ -442,51 +402,54 @@ def choose_judges(
         except UserError as error:
             if name == "hama":
                 raise
-            print(f"{language}: {error}", file=sys.stderr)
+            print(error, file=sys.stderr)
     return judges
 
 
 def examine_judges(
     judges: Sequence[Judge], replies: dict[str, str], language: str, codec: Codec, seed: int = 0
-) -> list[ExaminedJudge]:
+) -> list[Judge]:
     """Examines one judge after the other, up to the first that can be trusted, which comes last.
 
     On replies (text → emotion) in the agent's voice; those that no engine can say are counted on
     stderr and known to none.
     """
-    known = _in_the_agents_voice(replies, list(replies), language, 1.0) if judges else {}
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(known))[:JUDGE_REPLIES])
-    texts = [list(known)[i] for i in chosen]
-    clean = _in_the_agents_voice(replies, texts, language, JUDGE_SPEED) if texts else {}
-    if judges and len(known) < len(replies):
+    judges = [judge for judge in judges if language == "english" or not judge.letters]
+    if not judges:
+        return []
+    known = _in_the_agents_voice(replies, language, 1.0)
+    if len(known) < len(replies):
         left_out = len(replies) - len(known)
         print(f"{language}: {left_out} replies could not be spoken for the judge", file=sys.stderr)
+    order, texts = np.random.default_rng(seed).permutation(len(known)), list(known)
+    chosen = {texts[i]: replies[texts[i]] for i in np.sort(order[:JUDGE_REPLIES])}
+    clean = _in_the_agents_voice(chosen, language, JUDGE_SPEED)
     if not clean:
         return []
     coded = {text: _through(codec, audio) for text, audio in clean.items()}
-    examined: list[ExaminedJudge] = []
+    examined: list[Judge] = []
     for judge in judges:
         expected = {
             text: normalise(text) if judge.letters else judge.transcribe(audio)
             for text, audio in known.items()
         }
-        found = [
-            [_finds(judge, expected, audio, text) for text, audio in sounds.items()]
+        judge = replace(judge, expected=expected)
+        shares = [
+            _share([judge.right(audio, text) for text, audio in sounds.items()])
             for sounds in (clean, coded)
         ]
-        examined.append(ExaminedJudge(judge, expected, *(float(np.mean(hits)) for hits in found)))
+        examined.append(replace(judge, clean=shares[0], coded=shares[1]))
         if examined[-1].trusted:
             break
     return examined
 
 
-def _in_the_agents_voice(replies, texts, language: str, speed: float) -> dict[str, np.ndarray]:
-    """Text → audio `[T]`, of those `texts` that it can say."""
+def _in_the_agents_voice(replies: dict[str, str], language: str, speed: float) -> dict:
+    """Text → audio `[T]`, of those replies (text → emotion) that it can say."""
     agent = speech.voices(language, "agent")[0]
-    requests = [speech.Request(text, language, agent, speed, replies[text]) for text in texts]
-    said = synthesize_or_skip(speech.Synthesizer().synthesize, requests)
-    pairs = zip(texts, said, strict=True)
-    return {text: u.audio for text, u in pairs if not isinstance(u, UserError)}
+    requests = [speech.Request(text, language, agent, speed, replies[text]) for text in replies]
+    pairs = zip(replies, speak(requests), strict=True)
+    return {text: said.audio for text, said in pairs if not isinstance(said, UserError)}
 
 
 @torch.inference_mode()
@@ -518,11 +481,11 @@ class Judged:
 
 
 def judge_call(
-    call: Call, agent: AgentSide, lm: S2S, replies: Sequence[str], judge: ExaminedJudge | None
+    call: Call, agent: AgentSide, lm: S2S, replies: Sequence[str], judge: Judge | None
 ) -> list[Judged]:
     """Every turn of a call; a reply's share of the call ends where the next question begins."""
     c = lm.config
-    turns = [UserTurn(t.start, t.end, "manifest") for t in call.turns]
+    turns = [UserTurn(turn.start, turn.end, "manifest") for turn in call.turns]
     clock = ReplyClock(1.0 / c.patch_rate)
     responses = response_latencies(frame_levels(agent.audio), turns, clock)
     ends = [*(turn.start for turn in call.turns[1:]), len(agent.text) / c.patch_rate]
@@ -531,30 +494,22 @@ def judge_call(
         first, turn_end, last = (int(s * c.patch_rate) for s in (turn.start, turn.end, until))
         ids = [int(i) for i in agent.text[first:last] if i != PAD]
         said = lm.tokenizer.decode(ids).strip() if ids else ""
+        right = right_text(said, turn.reply, replies)
         # A takeover is judged from its own beginning; otherwise what came earlier is no reply.
         begin = min(turn.end - 0.2, response.onset or np.inf)
         audio = agent.audio[int(begin * SAMPLE_RATE) : int(until * SAMPLE_RATE)]
+        right_audio = judge.right(audio, turn.reply) if judge else None
         span = slice(max(first, turn_end - round(HEAD_SECONDS * c.patch_rate)), turn_end + 1)
+        emotion = c.emotions[int(agent.emotion[span].mean(0).argmax())]
+        language = c.languages[int(agent.language[span].mean(0).argmax())]
         errors, phones = 0, 0
         if c.phones and turn.phones:
             frames = slice(int(turn.start * c.frame_rate), int(turn.end * c.frame_rate) + 1)
             errors, phones = phone_error(_phone_runs(agent.phones[frames], c.phones), turn.phones)
         judged.append(
-            Judged(
-                call=call.id,
-                asked=turn.text,
-                wanted=turn.reply,
-                said=said,
-                kind=response.kind,
-                latency=response.latency,
-                text=right_text(said, turn.reply, replies),
-                audio=judge.right(audio, turn.reply) if judge else None,
-                emotion=(c.emotions[int(agent.emotion[span].mean(0).argmax())], turn.emotion),
-                language=(c.languages[int(agent.language[span].mean(0).argmax())], call.language),
-                phone_errors=errors,
-                phones=phones,
-            )
-        )
+            Judged(call.id, turn.text, turn.reply, said, response.kind, response.latency, right,
+                   right_audio, (emotion, turn.emotion), (language, call.language), errors, phones)
+        )  # fmt: skip
     return judged
 
 
@@ -568,95 +523,65 @@ def _share(values: Sequence[bool]) -> float | None:
     return round(float(np.mean(values)), 4) if len(values) else None
 
 
-@dataclass
-class Report:
-    """What is found of one language; shares in [0, 1], times in ms, None where unknown."""
-
-    turns: list[Judged] = field(default_factory=list)
-    paused: list[Judged] = field(default_factory=list)
-    judges: list[ExaminedJudge] = field(default_factory=list)  # only the last may be trusted
-    left_out: list[str] = field(default_factory=list)  # calls that could not be spoken
-
-    @property
-    def judge(self) -> ExaminedJudge | None:
-        """The trusted one."""
-        return self.judges[-1] if self.judges and self.judges[-1].trusted else None
-
-    def summary(self) -> dict:
-        turns, last = self.turns, self.judges[-1] if self.judges else None
-        shares = last.shares if last else {}
-        kinds = Counter(t.kind for t in turns)
-        times = percentiles([t.latency for t in turns if t.kind == "answered"]) or {}
-        trusted = self.judge is not None
-        errors, phones = sum(t.phone_errors for t in turns), sum(t.phones for t in turns)
-        most = Counter(normalise(t.wanted) for t in turns).most_common(1)
-        by_audio = [t.audio for t in turns if t.audio is not None]
-        right = [t.text and (t.audio is not False or not trusted) for t in turns]
-        in_time = [r and t.kind == "answered" for r, t in zip(right, turns, strict=True)]
-        return {
-            "turns": len(turns),
-            "calls_not_spoken": len(self.left_out),
-            "answered": _share([t.kind == "answered" for t in turns]),
-            "takeovers": kinds["takeover"],
-            "unanswered": kinds["unanswered"],
-            "response_p50_ms": times.get("p50"),
-            "response_p95_ms": times.get("p95"),
-            "right_text": _share([t.text for t in turns]),
-            "right_audio": _share(by_audio) if trusted else None,
-            "right_both": _share(right) if trusted else None,
-            "right_and_in_time": _share(in_time),
-            "majority_answer": round(most[0][1] / len(turns), 4) if turns else None,
-            "judge": last and last.judge.name,
-            "judge_clean": shares.get("clean"),
-            "judge_coded": shares.get("coded"),
-            "judge_trusted": trusted,
-            "judges_not_trusted": {
-                one.judge.name: one.shares for one in self.judges if one is not self.judge
-            },
-            "user_emotion": _share([t.emotion[0] == t.emotion[1] for t in turns]),
-            "user_language": _share([t.language[0] == t.language[1] for t in turns]),
-            "phone_error": round(errors / phones, 4) if phones else None,
-            "pause_turns": len(self.paused),
-            "pause_takeovers": _share([t.kind == "takeover" for t in self.paused]),
-        }
+def _trusted(judges: Sequence[Judge]) -> Judge | None:
+    return next((judge for judge in judges if judge.trusted), None)
 
 
-_ROWS = (  # key, label, goal
-    ("turns", "turns", ""),
-    ("calls_not_spoken", "calls that could not be spoken", ""),
-    ("answered", "answered, -0.2 to 2 s after the turn", ">= 95 %"),
-    ("takeovers", "takeovers", ""),
-    ("unanswered", "unanswered", ""),
-    ("response_p50_ms", "response p50, ms on the audio clock", ""),
-    ("response_p95_ms", "response p95", "< 400"),
-    ("right_text", "right reply in text", ""),
-    ("right_audio", "right reply in audio", ""),
-    ("right_both", "right in both", "70/50/50 %"),
-    ("right_and_in_time", "right, and answered in time", ""),
-    ("majority_answer", "  majority answer would be right", ""),
-    ("judge", "judge of the audio", ""),
-    ("judge_clean", "  finds clean replies", ">= 80 %"),
-    ("judge_coded", "  finds coded replies", ">= 80 %"),
-    ("user_emotion", "user emotion recognised", ""),
-    ("user_language", "user language recognised", ""),
-    ("phone_error", "user phone error", ""),
-    ("pause_takeovers", "takeovers in a pause of 0.5 s", ""),
-)
+def summarise(
+    turns: Sequence[Judged],
+    paused: Sequence[Judged] = (),
+    judges: Sequence[Judge] = (),
+    not_spoken: int = 0,
+) -> dict:
+    """The figures of one language: shares in [0, 1], times in ms, None where unknown."""
+    judge, kinds = _trusted(judges), Counter(turn.kind for turn in turns)
+    answered = [turn.kind == "answered" for turn in turns]
+    times = percentiles([t.latency for t in turns if t.kind == "answered"]) or {}
+    right = [t.text and (t.audio is not False or not judge) for t in turns]
+    by_audio = [t.audio for t in turns if t.audio is not None]
+    commonest = Counter(normalise(t.wanted) for t in turns).most_common(1)
+    errors, phones = sum(t.phone_errors for t in turns), sum(t.phones for t in turns)
+    return {
+        "turns": len(turns),
+        "calls_not_spoken": not_spoken,
+        "answered": _share(answered),
+        "takeovers": kinds["takeover"],
+        "unanswered": kinds["unanswered"],
+        "response_p50_ms": times.get("p50"),
+        "response_p95_ms": times.get("p95"),
+        "right_text": _share([t.text for t in turns]),
+        "right_audio": _share(by_audio) if judge else None,
+        "right_both": _share(right) if judge else None,
+        "right_and_in_time": _share([a and b for a, b in zip(right, answered, strict=True)]),
+        "majority_answer": round(commonest[0][1] / len(turns), 4) if turns else None,
+        "user_emotion": _share([t.emotion[0] == t.emotion[1] for t in turns]),
+        "user_language": _share([t.language[0] == t.language[1] for t in turns]),
+        "phone_error": round(errors / phones, 4) if phones else None,
+        "pause_turns": len(paused),
+        "pause_takeovers": _share([t.kind == "takeover" for t in paused]),
+        "judge": judge and judge.name,
+        "judges": {one.name: {"clean": one.clean, "coded": one.coded} for one in judges},
+    }
+
+
+_GOALS = {"answered": ">= 95 %", "response_p95_ms": "< 400", "right_both": "70/50/50 %"}
 
 
 def table(summaries: dict[str, dict]) -> str:
     """Languages side by side, at most 80 columns wide."""
-    lines = [f"{'':<36}" + "".join(f"{name:>11}" for name in summaries) + f"{'goal':>11}"]
-    for key, label, goal in _ROWS:
-        cells = "".join(f"{_cell(key, s[key]):>11}" for s in summaries.values())
-        lines.append(f"{label:<36}{cells}{goal:>11}".rstrip())
+    lines = [f"{'':<20}" + "".join(f"{name:>12}" for name in summaries) + f"{'goal':>12}"]
+    for key in next(iter(summaries.values())):
+        if key != "judges":
+            cells = "".join(f"{_cell(key, s[key]):>12}" for s in summaries.values())
+            lines.append(f"{key:<20}{cells}{_GOALS.get(key, ''):>12}".rstrip())
     for language, s in summaries.items():
-        for name, found in s["judges_not_trusted"].items():
+        for name, found in s["judges"].items():
+            trusted = "trusted" if name == s["judge"] else "not trusted"
             lines.append(
-                f"{language}: {name} is not trusted, it finds {found['clean']:.0%} of clean and"
+                f"{language}: {name} is {trusted}, it finds {found['clean']:.0%} of clean and"
                 f" {found['coded']:.0%} of coded replies"
             )
-        if not s["judge_trusted"]:
+        if s["judge"] is None:
             lines.append(f"{language}: no judge of the audio, the text's figure stands alone")
     return "\n".join(lines)
 
@@ -671,10 +596,10 @@ def _cell(key: str, value) -> str:
 
 def goals(language: str, summary: dict) -> dict[str, bool | None]:
     """The project's three criteria of a reply, met or not; None where nothing was measured."""
-    right = summary["right_both"] if summary["judge_trusted"] else summary["right_text"]
-    p95 = summary["response_p95_ms"]
+    answered, p95 = summary["answered"], summary["response_p95_ms"]
+    right = summary["right_both"] if summary["judge"] else summary["right_text"]
     return {
-        "answered": summary["answered"] is not None and summary["answered"] >= 0.95,
+        "answered": answered is not None and answered >= 0.95,
         "response": None if p95 is None else p95 < 400,
         "right": right is not None and right >= TARGETS[language],
     }
@@ -690,38 +615,32 @@ def evaluate_language(
     language: str,
     judges: Sequence[Judge],
     args: argparse.Namespace,
-) -> Report:
-    """Asks, holds the calls and judges them, in one language."""
-    archetypes = args.exchanges == "archetypes"
-    replies = training_replies(exchanges, language, args.intents, archetypes)
+) -> tuple[dict, list[Judged]]:
+    """Asks, holds the calls and judges them; the figures, and every turn."""
+    replies = training_replies(exchanges, language, args)
     calls, left_out = ask(exchanges, language, args)
     seconds = sum(len(call.audio) for call in calls) / SAMPLE_RATE
-    print(
-        f"{language}: {len(calls)} calls, {seconds:.0f} s, {len(replies)} replies in training,"
-        f" voices {', '.join(sorted({call.voice for call in calls})[:3])}",
-        flush=True,
-    )
+    voices = ", ".join(sorted({call.voice for call in calls})[:3])
+    print(f"{language}: {len(calls)} calls, {seconds:.0f} s, {len(replies)} replies in training,"
+          f" voices {voices}", flush=True)  # fmt: skip
     sampling = Sampling(
         args.temperature, Sampling.top_k, args.text_temperature, eagerness=args.eagerness
     )
 
-    def converse(calls: Sequence[Call], judge: ExaminedJudge | None) -> list[Judged]:
+    def converse(calls: Sequence[Call], judge: Judge | None) -> list[Judged]:
         agents = hold_calls(codec, lm, calls, args.slots, sampling, args.seed, args.tell_language)
-        pairs = tqdm(zip(calls, agents, strict=True), "judging", len(calls), disable=None)
-        judged = [t for pair in pairs for t in judge_call(*pair, lm, list(replies), judge)]
         if args.save_audio:
             save_calls(args.save_audio, calls, agents)
-        return judged
+        pairs = tqdm(zip(calls, agents, strict=True), "judging", len(calls), disable=None)
+        return [t for pair in pairs for t in judge_call(*pair, lm, list(replies), judge)]
 
-    report = Report(left_out=left_out)
-    report.judges = examine_judges(judges, replies, language, codec, args.seed)
-    report.turns = converse(calls, report.judge)
+    examined = examine_judges(judges, replies, language, codec, args.seed)
+    turns, paused = converse(calls, _trusted(examined)), []
     if args.pauses:
         once = argparse.Namespace(**{**vars(args), "questions_per_exchange": 1})
-        paused, left_out = ask(exchanges, language, once, PAUSE_SECONDS)
-        report.left_out += left_out
-        report.paused = converse(paused, None)
-    return report
+        calls, more = ask(exchanges, language, once, PAUSE_SECONDS)
+        left_out, paused = left_out + more, converse(calls, None)
+    return summarise(turns, paused, examined, len(left_out)), [*turns, *paused]
 
 
 def save_calls(folder: Path, calls: Sequence[Call], agents: Sequence[AgentSide]) -> None:
@@ -730,11 +649,11 @@ def save_calls(folder: Path, calls: Sequence[Call], agents: Sequence[AgentSide])
     What cannot be written is a warning on stderr: it must not cost the figures.
     """
     for call, agent in zip(calls, agents, strict=True):
-        both = np.zeros((len(agent.audio), 2), np.float32)
-        both[: len(call.audio), 0] = call.audio[: len(both)]
-        both[:, 1] = agent.audio
+        user = np.zeros_like(agent.audio)
+        user[: len(call.audio)] = call.audio[: len(user)]
+        path = folder / f"{file_name(call.id.replace('/', '_'))}.wav"
         try:
-            write_audio(folder / f"{call.id.replace('/', '_')}.wav", both)
+            write_audio(path, np.stack([user, agent.audio], axis=1))
         except (AudioError, OSError) as error:
             print(f"warning: no more calls are saved: {error}", file=sys.stderr)
             return
@@ -774,6 +693,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args = parser.parse_args(arguments)
     args.languages = list(dict.fromkeys(args.languages))
     args.intents = tuple(sorted(filter(None, args.intents.split(","))))
+    args.archetypes = args.exchanges == "archetypes"
     if args.output:
         writable_file(args.output, "--output")
     if args.save_audio:
@@ -783,10 +703,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def check_languages(exchanges: Sequence[Exchange], args: argparse.Namespace) -> None:
     """Raises UserError, before an hour of work, for a language that cannot be asked or judged."""
-    archetypes = args.exchanges == "archetypes"
     for language in args.languages:
         for split in (args.split, "train"):
-            choose_exchanges(exchanges, language, split, args.intents, archetypes)
+            choose_exchanges(exchanges, language, split, args.intents, args.archetypes)
         user_voices(language, args.split)
         if args.judge != "none":
             speech.voices(language, "agent")
@@ -799,24 +718,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     exchanges = load_scripts(args.scripts)
     check_languages(exchanges, args)
     codec, lm = load_models(args.codec, args.lm, str(device))
-    judges = {
-        language: choose_judges(args.judge, language, args.whisper, args.threads)
-        for language in args.languages
-    }
+    judges = load_judges(args.judge, args.whisper, args.threads)
     summaries, turns, failed = {}, {}, []
     for language in args.languages:
         try:
-            report = evaluate_language(codec, lm, exchanges, language, judges[language], args)
+            summary, judged = evaluate_language(codec, lm, exchanges, language, judges, args)
         except UserError as error:  # the others' figures are worth an hour
             failed.append(f"{language}: {error}")
             continue
-        summaries[language] = report.summary()
-        turns[language] = [vars(t) for t in (*report.turns, *report.paused)]
+        summaries[language], turns[language] = summary, [vars(turn) for turn in judged]
     if not summaries:
         raise UserError("; ".join(failed))
     print(f"\n{args.split} wordings and voices, {args.exchanges}, {args.emotions} users, "
           f"seed {args.seed}\n{table(summaries)}")  # fmt: skip
-    met = {language: goals(language, s) for language, s in summaries.items()}
+    met = {language: goals(language, summary) for language, summary in summaries.items()}
     for language, goal in met.items():
         words = {True: "met", False: "not met", None: "not measured"}
         print(f"{language}: " + ", ".join(f"{name} {words[value]}" for name, value in goal.items()))

@@ -20,9 +20,10 @@ import functools
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -65,22 +66,19 @@ from dialogues import (
 )
 from takes import (
     Take,
-    cut_take,
     draw_voice,
     faded,
     insert_pause,
-    limit_pitch_range,
+    make_takes,
     shift_spans,
-    synthesize_or_skip,
     user_voices,
 )
 from training import setup_distributed
 
 PART_SECONDS = 300.0
 PART_CONVERSATIONS = 16
-FILE_PARTS = 256  # parts, or recordings, in an Arrow file
-FILE_SECONDS = 120.0  # of work, after which what is made is written: a kill loses no more
-BATCH_SECONDS = 3600.0  # of audio that a GPU encodes at a time
+FILE_SECONDS = 3600.0  # of audio in an Arrow file, which a GPU encodes at a time
+WRITE_SECONDS = 120.0  # of work, after which what is made is written: a kill loses no more
 
 # Timing in seconds, chances in [0, 1].
 LEAD_IN = (0.2, 1.5)
@@ -198,48 +196,44 @@ def plan_conversation(
     count = min(int(rng.integers(2, 5)), len(exchanges))
     chosen = [exchanges[i] for i in rng.choice(len(exchanges), size=count, replace=False)]
     turns: list[PlannedTurn] = []
-    for exchange in chosen:
-        for line in exchange.lines:
-            text = line.texts[int(rng.integers(len(line.texts)))]
-            if line.who == "agent":
-                request = speech.Request(text, agent.language, agent, 1.0, line.emotion)
-                gap = _uniform(rng, ANSWER_GAP)
-                turns.append(PlannedTurn("agent", request, exchange.intent, exchange.id, gap))
-                _add_backchannel(turns, voice, speed, rng)
-            else:
-                seed = int(rng.integers(2**31))
-                request = speech.Request(text, voice.language, voice, speed, line.emotion, seed)
-                turn = PlannedTurn("user", request, exchange.intent, exchange.id)
-                turns.append(_timed(turn, first=not turns, rng=rng))
+    for line, *what in [(line, e.intent, e.id) for e in chosen for line in e.lines]:
+        text = line.texts[int(rng.integers(len(line.texts)))]
+        if line.who == "agent":
+            request = speech.Request(text, agent.language, agent, 1.0, line.emotion)
+            turns.append(PlannedTurn("agent", request, *what, _uniform(rng, ANSWER_GAP)))
+            turns += _backchannel(voice, speed, rng)
+        else:
+            seed = int(rng.integers(2**31))
+            request = speech.Request(text, voice.language, voice, speed, line.emotion, seed)
+            turns.append(PlannedTurn("user", request, *what, **_timing(rng, first=not turns)))
     return Plan(tuple(turns), _uniform(rng, TAIL), microphone)
 
 
-def _timed(turn: PlannedTurn, first: bool, rng: np.random.Generator) -> PlannedTurn:
+def _timing(rng: np.random.Generator, first: bool) -> dict:
+    """When a user's turn comes, and the pause in it."""
     long_gap, overlap, barge, pause = rng.random(4)
-    gap = _uniform(rng, LEAD_IN if first else EXCHANGE_GAP)
+    gap, barge_in, inner = _uniform(rng, LEAD_IN if first else EXCHANGE_GAP), None, None
     if not first and overlap < OVERLAP_CHANCE:
         gap = -_uniform(rng, OVERLAP)
     elif long_gap < LONG_GAP_CHANCE:
         gap = _uniform(rng, LONG_GAP)
-    return replace(
-        turn,
-        gap=gap,
-        barge_in=_uniform(rng, (0.25, 0.8)) if not first and barge < BARGE_IN_CHANCE else None,
-        stops_after=_uniform(rng, AGENT_STOPS_AFTER),
-        pause=(_uniform(rng, (0.2, 0.8)), _uniform(rng, INNER_PAUSE))
-        if pause < PAUSE_CHANCE
-        else None,
-    )
+    if not first and barge < BARGE_IN_CHANCE:
+        barge_in = _uniform(rng, (0.25, 0.8))
+    stops_after = _uniform(rng, AGENT_STOPS_AFTER)
+    if pause < PAUSE_CHANCE:
+        inner = (_uniform(rng, (0.2, 0.8)), _uniform(rng, INNER_PAUSE))
+    return {"gap": gap, "barge_in": barge_in, "stops_after": stops_after, "pause": inner}
 
 
-def _add_backchannel(turns: list[PlannedTurn], voice, speed, rng: np.random.Generator) -> None:
+def _backchannel(voice: speech.Voice, speed: float, rng: np.random.Generator) -> list[PlannedTurn]:
     drawn, which, place = rng.random(), rng.random(), rng.uniform(0.2, 0.6)
-    seed = rng.integers(2**31)
-    if drawn < BACKCHANNEL_CHANCE:
-        texts = BACKCHANNELS[voice.language]
-        text = texts[int(which * len(texts))]
-        request = speech.Request(text, voice.language, voice, speed, "neutral", int(seed))
-        turns.append(PlannedTurn("user", request, BACKCHANNEL, None, inside=float(place)))
+    seed = int(rng.integers(2**31))
+    if drawn >= BACKCHANNEL_CHANCE:
+        return []
+    texts = BACKCHANNELS[voice.language]
+    text = texts[int(which * len(texts))]
+    request = speech.Request(text, voice.language, voice, speed, "neutral", seed)
+    return [PlannedTurn("user", request, BACKCHANNEL, None, inside=float(place))]
 
 
 # ---------------------------------------------------------------------------------- mixing
@@ -397,11 +391,7 @@ def _convolve(audio: np.ndarray, response: np.ndarray) -> np.ndarray:
 
 
 def _through(
-    microphone: Microphone,
-    user: np.ndarray,
-    agent: np.ndarray,
-    babble: Sequence[np.ndarray],
-    rng: np.random.Generator,
+    microphone: Microphone, user: np.ndarray, agent: np.ndarray, babble, rng: np.random.Generator
 ) -> np.ndarray:
     """Gain, then the agent's echo, then noise at an SNR against the speech, then a narrow line."""
     gain = 10 ** (microphone.gain_db / 20)
@@ -463,11 +453,7 @@ def draw_noise(
 
 
 _CHUNK_FRAMES = 250
-
-
-@functools.lru_cache(maxsize=2)
-def _codec(path: str, device: str) -> Codec:
-    return Codec.from_checkpoint(path, device)
+_codec = functools.lru_cache(maxsize=2)(Codec.from_checkpoint)
 
 
 @torch.no_grad()
@@ -497,15 +483,13 @@ def encode_channels(
 
 
 def encode_rows(rows: list[dict], args: argparse.Namespace) -> list[dict]:
-    """Replaces audio `[T]` by codes in the rows that have `agent` and `user`, not yet codes."""
-    channels = [row.pop(who) for row in rows if "agent" in row for who in ("agent", "user")]
-    if channels:
-        batch, codec = 16 if args.device == "cpu" else 64, _codec(args.codec, args.device)
-        codes = iter(encode_channels(codec, channels, batch, args.device))
-        for row in rows:
-            if "agent_codes" not in row:
-                row |= {"agent_codes": next(codes), "user_codes": next(codes)}
-    return rows
+    """The rows with codes in place of audio `[T]`, if they have not got them already."""
+    if not rows or "agent_codes" in rows[0]:
+        return rows
+    batch, codec = 16 if args.device == "cpu" else 64, _codec(args.codec, args.device)
+    channels = [row.pop(who) for row in rows for who in ("agent", "user")]
+    codes = iter(encode_channels(codec, channels, batch, args.device))
+    return [{**row, "agent_codes": next(codes), "user_codes": next(codes)} for row in rows]
 
 
 # ---------------------------------------------------------------------------------- parts
@@ -517,47 +501,12 @@ class ScriptedPart:
 
     language: str
     index: int
-    seconds: float | None = None
-    count: int | None = None
+    seconds: float = math.inf
+    count: int = sys.maxsize
     save_audio: int = 0
 
 
-class Studio:
-    """What a process keeps from part to part: engines, scripts and the agent's replies."""
-
-    def __init__(self, scripts: str) -> None:
-        self.synthesizer = speech.Synthesizer()
-        self.exchanges = load_scripts(scripts)
-        self._replies: dict[tuple[str, str, str], Take | UserError] = {}
-
-    def synthesize(self, requests: Sequence[speech.Request]) -> list[speech.Utterance | UserError]:
-        """As `synthesize_or_skip`, in pitch ranges that sound spoken."""
-        requests = [limit_pitch_range(request) for request in requests]
-        return synthesize_or_skip(self.synthesizer.synthesize, requests)
-
-    def takes(self, requests: Sequence[speech.Request]) -> list[Take | UserError]:
-        """Takes of any requests, or why there is none; the agent's are made once."""
-
-        def key(r: speech.Request) -> tuple[str, str, str]:
-            return (r.voice.id, r.text, r.emotion)
-
-        replies = {key(r): r for r in requests if r.voice.role == "agent"}
-        new = {k: r for k, r in replies.items() if k not in self._replies}
-        asked = [*new.values(), *(r for r in requests if r.voice.role != "agent")]
-        made = []
-        for request, said in zip(asked, self.synthesize(asked), strict=True):
-            take = said if isinstance(said, UserError) else cut_take(said)
-            made.append(take or UserError(f"{request.voice.id}: no sound"))
-        self._replies.update(zip(new, made, strict=False))
-        users = iter(made[len(new) :])
-        return [
-            self._replies[key(r)] if r.voice.role == "agent" else next(users) for r in requests
-        ]
-
-
-@functools.lru_cache(maxsize=1)
-def studio(scripts: str) -> Studio:
-    return Studio(scripts)
+scripts = functools.lru_cache(maxsize=1)(load_scripts)
 
 
 def part_rng(args: argparse.Namespace, part: ScriptedPart, *numbers: int) -> np.random.Generator:
@@ -566,61 +515,56 @@ def part_rng(args: argparse.Namespace, part: ScriptedPart, *numbers: int) -> np.
 
 
 def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[dict], list[str]]:
-    """(rows of the part with the audio of both channels, why something was left out).
-
-    Conversations are synthesised by the dozen, which is faster.
-    """
+    """(rows of the part with the audio of both channels, why something was left out)."""
+    language = part.language
     exchanges = choose_exchanges(
-        studio(args.scripts).exchanges, part.language, args.split, args.intents, args.archetypes
+        scripts(args.scripts), language, args.split, args.intents, args.archetypes
     )
-    users = user_voices(part.language, args.split, args.engines)
-    agent = speech.voices(part.language, "agent", engines=args.engines)[0]
-    made, dropped = [], []
-    most, seconds, first = part.count or math.inf, 0.0, 0
-    while first < most and seconds < (part.seconds or math.inf):
-        size = min(PART_CONVERSATIONS, most - first)
-        if part.seconds is not None:  # about 20 s each: do not make many too many
+    users = user_voices(language, args.split, args.engines)
+    agent = speech.voices(language, "agent", engines=args.engines)[0]
+    made, dropped, seconds, first = [], [], 0.0, 0
+    while first < part.count and seconds < part.seconds:
+        size = min(PART_CONVERSATIONS, part.count - first)  # by the dozen, which is faster
+        if part.seconds < math.inf:  # about 20 s each: do not make many too many
             size = min(size, max(1, round((part.seconds - seconds) / 18)))
         plans = [
             plan_conversation(exchanges, users, agent, part_rng(args, part, n))
             for n in range(first, first + size)
         ]
         turns = [turn for plan in plans for turn in plan.turns]
-        takes = studio(args.scripts).takes([turn.request for turn in turns])
-        babble = [
-            take.audio
-            for turn, take in zip(turns, takes, strict=True)
-            if turn.who == "user" and isinstance(take, Take)
-        ]
-        rest = zip(turns, takes, strict=True)
+        takes = make_takes([turn.request for turn in turns])
+        spoken = list(zip(turns, takes, strict=True))
+        babble = [t.audio for turn, t in spoken if turn.who == "user" and isinstance(t, Take)]
+        rest = iter(spoken)
         for n, plan in enumerate(plans, first):
-            name = f"{args.split}-{part.language}-{part.index:05d}-{n:03d}"
-            spoken = list(itertools.islice(rest, len(plan.turns)))
-            faults = [(take, turn) for turn, take in spoken if isinstance(take, UserError)]
+            name = f"{args.split}-{language}-{part.index:05d}-{n:03d}"
+            mine = list(itertools.islice(rest, len(plan.turns)))
+            faults = [(take, turn) for turn, take in mine if isinstance(take, UserError)]
             if faults:
                 error, turn = faults[0]
                 dropped.append(f"{name}: {error} (line {turn.request.text!r})")
                 continue
-            row = mix(name, part.language, plan, [take for _, take in spoken], babble)
+            row = mix(name, language, plan, [take for _, take in mine], babble)
             made.append({**row, "source": "scripts", "split": args.split})
             seconds += len(row["agent"]) / SAMPLE_RATE
         first += size
         if first > 100 * PART_CONVERSATIONS:
-            raise UserError(f"no {part.language} voice works: {dropped[-1]}")
+            raise UserError(f"no {language} voice works: {dropped[-1]}")
     if part.save_audio:
         _save_audio(Path(args.output_dir) / "audio", part, made[: part.save_audio])
     return made, dropped
 
 
 def _save_audio(folder: Path, part: ScriptedPart, rows: Sequence[dict]) -> None:
+    """WAV files and their manifest, as `--conversations` reads them."""
     folder.mkdir(exist_ok=True)
     lines = []
     for row in rows:
-        audio = np.stack([row["agent"], row["user"]], axis=1)
-        write_audio(folder / f"{row['id']}.wav", audio)
+        path = f"{row['id']}.wav"
+        write_audio(folder / path, np.stack([row["agent"], row["user"]], axis=1))
         line = {name: row[name] for name in ("id", "language", "source", "turns")}
-        line |= {"path": f"{row['id']}.wav", "agent_channel": 0, "user_channel": 1}
-        lines.append(as_json_line({**line, "license": "synthetic"}))
+        line |= {"path": path, "agent_channel": 0, "user_channel": 1, "license": "synthetic"}
+        lines.append(as_json_line(line))
     write_text(folder / f"{part.language}-{part.index:05d}.jsonl", "".join(lines))
 
 
@@ -649,12 +593,9 @@ def _read_recording(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
 @functools.lru_cache(maxsize=1)
 def _voice_detector() -> Callable:
     """Silero VAD: samples `[T]` at 16 kHz → [{start, end}, …] in samples."""
-    try:
-        import silero_vad
-    except ImportError as error:
-        raise UserError("silero-vad is not installed: pip install silero-vad") from error
-    model = silero_vad.load_silero_vad()
-    find = silero_vad.get_speech_timestamps
+    import silero_vad  # which sets torch to one thread
+
+    find, model = silero_vad.get_speech_timestamps, silero_vad.load_silero_vad()
     return functools.partial(find, model=model, min_silence_duration_ms=600)
 
 
@@ -676,18 +617,11 @@ def make_recording(args, recording: Recording) -> tuple[list[dict], list[str]]:
     turns = list(recording.turns)
     if not any(turn["who"] == "user" for turn in turns):
         turns += _detected_turns(user)
-    turns.sort(key=lambda turn: turn["start"])
     seconds = len(agent) / SAMPLE_RATE
-    row = {
-        "id": recording.id,
-        "language": recording.language,
-        "source": recording.source,
-        "split": recording.split,
-        "agent": agent,
-        "user": user,
-        "turns": [{**turn, "end": min(turn["end"], seconds)} for turn in turns],
-    }
-    return [row], []
+    turns = [{**turn, "end": min(turn["end"], seconds)} for turn in turns]
+    turns.sort(key=lambda turn: turn["start"])
+    row = {name: getattr(recording, name) for name in ("id", "language", "source", "split")}
+    return [{**row, "agent": agent, "user": user, "turns": turns}], []
 
 
 # ---------------------------------------------------------------------------------- files
@@ -714,72 +648,73 @@ class DatasetFiles:
         self._places = {digest(part): place for place, part in enumerate(parts)}
         self._versions = {digest(part): _version(part) for part in parts}
         self.files: list[tuple[int, str]] = []  # (place of the first part, name)
-        self._listed: dict[str, dict] = {}  # of parts made and not yet written
-        self._rows: list[dict] = []
-        self._last = time.monotonic()
         self.done: dict[str, dict] = {}  # key of a part → {version, rows, dropped}
-        for path in sorted(self._folder.glob("part-*.arrow")):
-            if not path.with_suffix(".json").exists():  # a run ended between the two
-                path.unlink()
+        self._wait()
         for path in sorted(self._folder.glob("part-*.json")):
             self._take_over(path)
+        for path in self._folder.glob("part-*.arrow"):
+            if not path.with_suffix(".json").exists():  # a run ended between the two
+                path.unlink()
         self.missing = [part for part in parts if digest(part) not in self.done]
+
+    def _wait(self) -> None:
+        self._listed: dict[str, dict] = {}  # of parts made and not yet written
+        self._rows: list[dict] = []
+        self._seconds, self._since = 0.0, time.monotonic()
 
     def _take_over(self, path: Path) -> None:
         """Keeps of a file of an earlier run what is still asked for and in no other file."""
         listed, arrow = read_json(path, "remove its folder"), path.with_suffix(".arrow")
-        encoded = arrow.exists()
-        wanted = {
-            key: entry
-            for key, entry in listed.items()
-            if key in self._places
-            and key not in self.done
-            and self._versions[key] in ("", entry["version"])
-            and (encoded if entry["rows"] else self._versions[key])  # without a file: tried again
-        }
-        if wanted != listed:
-            new = self._name(wanted)
-            if any(entry["rows"] for entry in wanted.values()):
-                chosen = [k in wanted for k, entry in listed.items() for _ in range(entry["rows"])]
-                filter_arrow(arrow, new.with_suffix(".arrow"), chosen)
-            if wanted:
-                write_json(new, wanted)
-            for old in (arrow, path):
-                old.unlink(missing_ok=True)
-            path = new
-        self._register(wanted, path)
+        if any(arrow.name == name for _, name in self.files):
+            return
+        wanted = {key: entry for key, entry in listed.items() if self._is_wanted(key, entry)}
+        if wanted == listed:
+            self._register(path, listed)
+            return
+        chosen = [key in wanted for key, entry in listed.items() for _ in range(entry["rows"])]
+        self._write(wanted, lambda new: filter_arrow(arrow, new, chosen))
+        path.unlink()
 
-    def _name(self, listed: dict[str, dict]) -> Path:
-        return self._folder / f"part-{digest(listed)}.json"
+    def _is_wanted(self, key: str, entry: dict) -> bool:
+        version = self._versions.get(key)
+        if version is None or key in self.done:
+            return False
+        if not version:  # without a file: what gave nothing is tried again
+            return entry["rows"] > 0
+        return version == entry["version"]
 
-    def _register(self, listed: dict[str, dict], path: Path) -> None:
+    def _write(self, listed: dict[str, dict], write: Callable[[Path], None]) -> None:
+        path = self._folder / f"part-{digest(listed)}.json"
+        if any(entry["rows"] for entry in listed.values()):
+            write(path.with_suffix(".arrow"))
+        if listed:
+            write_json(path, listed)
+            self._register(path, listed)
+
+    def _register(self, path: Path, listed: dict[str, dict]) -> None:
         self.done |= listed
         places = [self._places[key] for key, entry in listed.items() if entry["rows"]]
         if places:
             self.files.append((min(places), path.with_suffix(".arrow").name))
 
-    def add(self, part: ScriptedPart | Recording, rows: list[dict], dropped: list[str]) -> None:
+    def add(self, part, rows: list[dict], dropped: list[str], seconds: float) -> None:
         """Takes the rows of a part; writes a file when it is full, or long waited for."""
         key = digest(part)
-        entry = {"version": self._versions[key], "rows": len(rows), "dropped": dropped}
-        self._listed[key] = entry
+        self._listed[key] = {
+            "version": self._versions[key], "rows": len(rows), "dropped": dropped
+        }  # fmt: skip
         self._rows += rows
-        waiting = sum(len(row["agent"]) for row in self._rows if "agent" in row)
-        if waiting >= BATCH_SECONDS * SAMPLE_RATE:
-            encode_rows(self._rows, self._args)
-        late = time.monotonic() - self._last > FILE_SECONDS
-        if late or len(self._listed) >= FILE_PARTS:
+        self._seconds += seconds
+        late = time.monotonic() - self._since > WRITE_SECONDS
+        if late or self._seconds > FILE_SECONDS:
             self.flush()
 
     def flush(self) -> None:
         """Writes what is there as one file and its list."""
-        if self._listed:
-            path = self._name(self._listed)
-            if self._rows:
-                write_arrow(path.with_suffix(".arrow"), encode_rows(self._rows, self._args))
-            write_json(path, self._listed)
-            self._register(self._listed, path)
-        self._listed, self._rows, self._last = {}, [], time.monotonic()
+        self._write(
+            self._listed, lambda new: write_arrow(new, encode_rows(self._rows, self._args))
+        )
+        self._wait()
 
 
 # ---------------------------------------------------------------------------------- running
@@ -788,19 +723,17 @@ class DatasetFiles:
 def claim(folder: Path, name: str, settings: dict) -> None:
     """Marks a folder as made with these settings; UserError where it was made with others."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / name
-    if file.exists():
-        known = read_json(file, "remove its folder")
-        for key, value in json.loads(json.dumps(settings)).items():
-            if known.get(key) != value:
-                raise UserError(
-                    f"{folder}: made with {key} {known.get(key)!r}, not {value!r}; "
-                    "give another folder or remove this one"
-                )
-    else:
+    if not (folder / name).exists():
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder}: holds other files; give an empty or a new folder")
-        write_json(file, settings)
+        write_json(folder / name, settings)
+    known = read_json(folder / name, "remove its folder")
+    for key, value in json.loads(json.dumps(settings)).items():
+        if known.get(key) != value:
+            raise UserError(
+                f"{folder}: made with {key} {known.get(key)!r}, not {value!r}; "
+                "give another folder or remove this one"
+            )
 
 
 def _work(make: Callable, args: argparse.Namespace, part) -> tuple[list[dict], list[str], float]:
@@ -815,73 +748,75 @@ def _work(make: Callable, args: argparse.Namespace, part) -> tuple[list[dict], l
 
 def make_dataset(args: argparse.Namespace) -> None:
     """Scripted conversations, or those of --conversations, as codes in --output_dir."""
-    folder, codec, twice = Path(args.output_dir), _codec(args.codec, args.device), []
-    config = codec.config
+    folder, codec, dropped = Path(args.output_dir), _codec(args.codec, args.device), []
+    config, started = codec.config, time.monotonic()
     if config.hop != HOP or config.num_codebooks < CODEBOOKS:
         raise UserError(f"{args.codec}: needs hop {HOP} and {CODEBOOKS} codebooks for the LM")
+    if args.conversations:
+        make = make_recording
+        parts = read_recordings(args.conversations, args.languages[0], dropped)
+        source = {"source": args.conversations, "split": None}
+    else:
+        make, parts = make_scripted, _scripted_parts(args)
+        named = ("split", "intents", "exchanges", "engines")
+        source = {"source": "scripts", **{name: getattr(args, name) for name in named}}
     info = {
         "codec_fingerprint": codec.fingerprint,
         "frame_rate": config.frame_rate,
         "codebook_sizes": list(config.codebook_sizes[:CODEBOOKS]),
         "languages": args.languages,
         "seed": args.seed,
+        **source,
     }
-    if args.conversations:
-        make, parts = make_recording, read_recordings(args.conversations, args.languages[0], twice)
-        info |= {"source": args.conversations, "split": None}
-    else:
-        make, parts = make_scripted, _scripted_parts(args)
-        info |= {"source": "scripts", "split": args.split}
-        info |= {"intents": list(args.intents), "exchanges": args.exchanges}
-        info |= {"engines": args.engines}
     claim(folder, INFO_FILE, info)
-    files, started = DatasetFiles(args, parts), time.monotonic()
+    files = DatasetFiles(args, parts)
     (folder / "state.json").unlink(missing_ok=True)
     count, audio = 0, 0.0
     try:
         work = functools.partial(_work, make, args)
         results = run_parts(work, files.missing, args.num_workers, len(parts))
-        for part, (rows, dropped, seconds) in zip(files.missing, results, strict=True):
-            files.add(part, rows, dropped)
+        for part, (rows, faults, seconds) in zip(files.missing, results, strict=True):
+            files.add(part, rows, faults, seconds)
             count, audio = count + len(rows), audio + seconds
     finally:
         files.flush()
-    dropped = [*twice, *(why for entry in files.done.values() for why in entry["dropped"])]
+    dropped += [why for entry in files.done.values() for why in entry["dropped"]]
+    left_out = f"{len(dropped)} left out; first: {dropped[0]}" if dropped else "nothing asked for"
     if dropped:
         log = "".join(f"{reason}\n" for reason in dropped)
         (folder / "dropped.txt").write_text(log, encoding="utf-8", errors="backslashreplace")
-    left_out = f"{len(dropped)} left out; first: {dropped[0]}" if dropped else "nothing asked for"
     if not files.files:
         raise UserError(f"{folder}: nothing could be made, {left_out}")
     finish_dataset(folder, [name for _, name in sorted(files.files)], info)
     if dropped:
         print(f"{left_out}; all in {folder / 'dropped.txt'}")
-    seconds = max(time.monotonic() - started, 1e-3)
-    print(
-        f"{count} made, {audio / 3600:.2f} h of audio in {seconds:.0f} s "
-        f"({audio / seconds:.0f}x real time)"
-    )
+    took = max(time.monotonic() - started, 1e-3)
+    speed = f"{audio / took:.0f}x real time"
+    print(f"{count} made, {audio / 3600:.2f} h of audio in {took:.0f} s ({speed})")
     dataset, _ = load_code_dataset(folder, codec.fingerprint)
     print(f"{folder}: {len(dataset)} conversations, codec {codec.fingerprint[:16]}…")
 
 
 def _scripted_parts(args: argparse.Namespace) -> list[ScriptedPart]:
     """The parts of all languages. UserError where a language has no script or no voice."""
-    scripts, parts = load_scripts(args.scripts), []
+    parts = []
     for language in args.languages:
-        choose_exchanges(scripts, language, args.split, args.intents, args.archetypes)
+        choose_exchanges(
+            scripts(args.scripts), language, args.split, args.intents, args.archetypes
+        )
         user_voices(language, args.split, args.engines)
         speech.voices(language, "agent", engines=args.engines)
         if args.num_conversations:
             firsts = range(0, args.num_conversations, PART_CONVERSATIONS)
-            counts = [min(PART_CONVERSATIONS, args.num_conversations - first) for first in firsts]
-            mine = [ScriptedPart(language, i, count=count) for i, count in enumerate(counts)]
+            sizes = [{"count": min(PART_CONVERSATIONS, args.num_conversations - n)} for n in firsts]
         else:
-            size = min(PART_SECONDS, args.hours * 3600)
-            count = math.ceil(args.hours * 3600 / size - 1e-9)
-            mine = [ScriptedPart(language, i, seconds=size) for i in range(count)]
-        share, more = divmod(args.save_audio, len(mine))
-        parts += [replace(p, save_audio=share + (p.index < more)) for p in mine]
+            seconds = min(PART_SECONDS, args.hours * 3600)
+            sizes = [{"seconds": seconds}] * math.ceil(args.hours * 3600 / seconds - 1e-9)
+        share, more = divmod(args.save_audio, len(sizes))
+        parts += [
+            ScriptedPart(language, i, save_audio=share + (i < more), **size)
+            for i, size in enumerate(sizes)
+        ]
     return parts
 
 

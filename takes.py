@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -42,29 +42,28 @@ def draw_voice(voices: Sequence[speech.Voice], rng: np.random.Generator) -> spee
     return mine[int(rng.integers(len(mine)))]
 
 
-def limit_pitch_range(request: speech.Request) -> speech.Request:
-    """The request with its voice's range of pitch within MAX_PITCH_RANGE."""
-    voice, style = request.voice, speech.STYLES[request.emotion]
-    limit = MAX_PITCH_RANGE[voice.role] / style.pitch_range
-    if voice.engine == "espeak" or voice.pitch_range <= limit:
-        return request
-    return replace(request, voice=replace(voice, pitch_range=limit))
-
-
-def synthesize_or_skip(
-    synthesize: Callable, requests: Sequence[speech.Request]
-) -> list[speech.Utterance | UserError]:
-    """Utterances; for a request that its engine fails on, the error in its place."""
+def speak(requests: Sequence[speech.Request]) -> list[speech.Utterance | UserError]:
+    """Utterances in ranges of pitch that sound spoken; for what its engine cannot say, why."""
+    requests = [_limit_pitch_range(request) for request in requests]
+    say = speech.Synthesizer().synthesize
     try:
-        return synthesize(requests)
+        return say(requests)
     except UserError:  # of one of them: one by one, then
         said = []
         for request in requests:
             try:
-                said += synthesize([request])
+                said += say([request])
             except UserError as error:
                 said.append(UserError(f"{request.voice.id}: {error}"))
         return said
+
+
+def _limit_pitch_range(request: speech.Request) -> speech.Request:
+    voice = request.voice
+    limit = MAX_PITCH_RANGE[voice.role] / speech.STYLES[request.emotion].pitch_range
+    if voice.engine == "espeak" or voice.pitch_range <= limit:
+        return request
+    return replace(request, voice=replace(voice, pitch_range=limit))
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,20 @@ class Take:
     @property
     def length(self) -> float:
         return self.offset - self.onset
+
+
+agent_takes: dict[speech.Request, Take | UserError] = {}  # made once a process
+
+
+def make_takes(requests: Sequence[speech.Request]) -> list[Take | UserError]:
+    """As `speak`, cut to their sound."""
+    new = [request for request in dict.fromkeys(requests) if request not in agent_takes]
+    made = dict(agent_takes)
+    for request, said in zip(new, speak(new), strict=True):
+        take = said if isinstance(said, UserError) else cut_take(said)
+        made[request] = take or UserError(f"{request.voice.id}: no sound")
+    agent_takes.update({r: take for r, take in made.items() if r.voice.role == "agent"})
+    return [made[request] for request in requests]
 
 
 MARGIN_BEFORE, MARGIN_AFTER, FADE = 0.03, 0.06, 0.005

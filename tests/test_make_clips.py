@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import soundfile
 
-import make_conversations
 import speech
 from audio import SAMPLE_RATE
 from command import UserError
@@ -35,7 +34,6 @@ def quick(monkeypatch):
     pytest.importorskip("espeakng_loader", reason="speech for this test: espeakng-loader")
     monkeypatch.setattr(speech, "voices", espeak_role)
     monkeypatch.setattr(make_clips, "PART_SECONDS", 15.0)
-    make_conversations.studio.cache_clear()
 
 
 def command(folder: Path, language: str) -> list[str]:
@@ -72,7 +70,6 @@ def test_clips(tmp_path):
     for file in lost.iterdir():
         file.unlink()
     lost.rmdir()
-    make_conversations.studio.cache_clear()
     make_clips.main(command(tmp_path, "telugu"))
     assert manifest.read_text() == text
 

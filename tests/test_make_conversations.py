@@ -25,10 +25,16 @@ from checkpoints import save_checkpoint
 from codec import Codec, CodecConfig, stored_config
 from command import UserError, only_one
 from phones import PHONES
-from takes import MARGIN_AFTER, MARGIN_BEFORE, cut_take, insert_pause
+from takes import MARGIN_AFTER, MARGIN_BEFORE, agent_takes, cut_take, insert_pause
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "conversations"
 CODES = ("agent_codes", "user_codes")
+
+
+def fresh_process() -> None:
+    """Nothing that an earlier test in this process has left behind."""
+    mc.scripts.cache_clear()
+    agent_takes.clear()
 
 
 # ---------------------------------------------------------------------------------- helpers
@@ -338,7 +344,7 @@ def quick(monkeypatch):
     pytest.importorskip("espeakng_loader", reason="speech for this test: espeakng-loader")
     monkeypatch.setattr(speech, "voices", espeak_role)
     monkeypatch.setattr(mc, "PART_CONVERSATIONS", 2)
-    mc.studio.cache_clear()
+    fresh_process()
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +415,7 @@ def test_dataset_holds_codes_of_its_audio(made, codec_path):
 
 def test_the_same_command_makes_the_same_bytes_and_another_seed_others(made, codec_path, tmp_path):
     again, other = tmp_path / "again", tmp_path / "other"
-    mc.studio.cache_clear()
+    fresh_process()
     mc.main(command(again, codec_path))
     assert_same(rows_of(made), rows_of(again))
     mc.main(command(other, codec_path, "--seed", "1"))
@@ -439,12 +445,12 @@ def test_parts_become_few_files_and_a_part_cut_short_is_made_anew(
         return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "set").glob("*.arrow")}
 
     monkeypatch.setattr(speech.Synthesizer, "synthesize", tones)
-    monkeypatch.setattr(mc, "FILE_PARTS", 2)
+    monkeypatch.setattr(mc, "WRITE_SECONDS", 0.0)  # a file a part
     assert made(3, 1, "set") == ["00000-000", "00001-000", "00002-000"]
     first = files()
-    assert len(first) == 2
+    assert len(first) == 3
     assert made(4, 1, "set") == ["00000-000", "00001-000", "00002-000", "00003-000"]
-    assert first.items() <= files().items() and len(files()) == 3
+    assert first.items() <= files().items() and len(files()) == 4
     assert made(3, 2, "whole") == ["00000-000", "00000-001", "00001-000"]
     assert made(4, 2, "whole") == ["00000-000", "00000-001", "00001-000", "00001-001"]
 
@@ -471,7 +477,7 @@ def test_conversations_that_cannot_be_spoken_are_counted(
             mc.main(arguments)
     lines += [(SCRIPT % '"text": "hello"').replace('"id": "a"', f'"id": "{i}"') for i in range(9)]
     (scripts / "english.jsonl").write_text("\n".join(lines) + "\n")
-    mc.studio.cache_clear()
+    fresh_process()
     mc.main(command(tmp_path / "some", codec_path, "--scripts", str(scripts)))
     said, count = capsys.readouterr().out, len(rows_of(tmp_path / "some"))
     assert f"{count} made" in said and (count == 4 or f"{4 - count} left out" in said)
@@ -496,7 +502,7 @@ class Hummer:
 def test_an_engine_is_picked_by_name(codec_path, tmp_path, monkeypatch):
     monkeypatch.setattr(speech, "all_engines", lambda: {"hummer": Hummer()})
     monkeypatch.setattr(mc, "BARGE_IN_CHANCE", 1.0)
-    mc.studio.cache_clear()
+    fresh_process()
     arguments = command(tmp_path / "set", codec_path, "--engines", "hummer")
     mc.main(arguments)
     turns = [turn for row in rows_of(tmp_path / "set") for turn in row["turns"]]
@@ -744,7 +750,7 @@ def test_recordings_may_be_added_changed_and_taken_away(
     rng = np.random.default_rng(0)
     sounds = {n: 0.1 * rng.standard_normal((4800, 2)).astype(np.float32) for n in "bcdefg"}
     arguments = command(tmp_path / "out", codec_path, "--conversations", str(tmp_path / "in"))
-    monkeypatch.setattr(mc, "FILE_PARTS", 4)
+    monkeypatch.setattr(mc, "FILE_SECONDS", 0.7)
 
     def made(**changes) -> dict[str, dict]:
         for name, sound in changes.items():
@@ -836,5 +842,5 @@ def test_a_device_and_a_folder_that_cannot_be_used_are_told_before_anything(tmp_
 
 if __name__ == "__main__":  # the process that test_a_killed_run_goes_on kills
     speech.voices = espeak_role
-    mc.PART_CONVERSATIONS, mc.FILE_SECONDS = 2, 0.0
+    mc.PART_CONVERSATIONS, mc.WRITE_SECONDS = 2, 0.0
     mc.main(sys.argv[1:])

@@ -39,7 +39,7 @@ from command import (  # noqa: E402
 )
 from data import EMOTIONS, MANIFEST, Clip, read_manifest, write_manifest  # noqa: E402
 from dialogues import SPOKEN, choose_exchanges  # noqa: E402
-from takes import draw_voice  # noqa: E402
+from takes import draw_voice, speak  # noqa: E402
 
 PART_SECONDS = 120.0
 AGENT_SHARE = 1 / 3  # of the seconds of clips
@@ -57,19 +57,19 @@ def make_part(args: argparse.Namespace, part: mc.ScriptedPart) -> tuple[float, i
 
     Returns seconds and number of clips, and what was left out.
     """
-    studio, dropped = mc.studio(args.scripts), []
+    dropped: list[str] = []
     folder = Path(args.data_dir) / part.language / "synthetic" / f"{part.index:05d}"
     building = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     rng, clips, seconds = mc.part_rng(args, part, 1), [], 0.0
-    draw = _clip_drawer(studio, part.language)
+    draw = _clip_drawer(args.scripts, part.language)
     spoken = {"agent": 0.0, "user": 0.0}
     while seconds < part.seconds:
         # Whoever is behind its share speaks next, a few sentences at a time.
         agent = spoken["agent"] < AGENT_SHARE * (sum(spoken.values()) + 1e-9)
         requests = [draw(agent, rng) for _ in range(6 if agent else 12)]
-        for request, said in zip(requests, studio.synthesize(requests), strict=True):
+        for request, said in zip(requests, speak(requests), strict=True):
             if isinstance(said, UserError):
                 dropped.append(str(said))
                 continue
@@ -113,9 +113,9 @@ def _clip(path: Path, seconds: float, request: speech.Request, said: speech.Utte
     )
 
 
-def _clip_drawer(studio: mc.Studio, language: str) -> Callable:
+def _clip_drawer(scripts: str, language: str) -> Callable:
     """A function that draws a request: the agent's replies and wordings, or a user's wordings."""
-    exchanges = choose_exchanges(studio.exchanges, language, "train")
+    exchanges = choose_exchanges(mc.scripts(scripts), language, "train")
     everything = [line for exchange in exchanges for line in exchange.lines]
     lines = {who: [n for n in everything if n.who == who] for who in ("user", "agent")}
     agent, users = speech.voices(language, "agent")[0], speech.voices(language, "user", "train")
