@@ -6,11 +6,9 @@ Letters in shapes: `T` samples, `C` channels. 24 kHz; a codec's frame is 480 sam
 from __future__ import annotations
 
 import contextlib
-import io
 import math
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -46,6 +44,7 @@ _SLACK = 0.12
 # Floats that pass it (+42 dB) are no recording at the scale of floats.
 _LOUDEST_FLOAT = 128.0
 _READ_ERRORS = (RuntimeError, OSError, ValueError, TypeError)
+_File = "soundfile.SoundFile | _Decoded"  # what is open, for annotations
 
 
 class AudioError(UserError):
@@ -61,12 +60,10 @@ def read_audio(
 ) -> np.ndarray:
     """Read `duration` seconds from `start` as mono float32 `[T]` at `sample_rate`.
 
-    Seeks, so a window of a long file costs the window alone. Reads up to the end of the file
-    where `duration` is None or reaches past it. Plays it `speed` times as fast, in the same
-    resampling. Raises AudioError on anything unreadable.
+    Seeks, so a window of a long file costs the window alone. Reads up to the end of the file where
+    `duration` is None or reaches past it. Plays it `speed` times as fast. Raises AudioError.
     """
-    path = Path(path)
-    with _opened(path, end=None if duration is None else start + duration) as file:
+    with _opened(path) as file:
         rate, total = file.samplerate, file.frames
         first = min(max(round(start * rate), 0), total)
         last = total if duration is None else min(first + round(duration * rate), total)
@@ -88,11 +85,7 @@ def read_audio(
 
 
 def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
-    """A whole file with its channels apart: float32 `[T, C]` at its own sample rate, and that rate.
-
-    Raises AudioError as `read_audio` does.
-    """
-    path = Path(path)
+    """A file with its channels apart: float32 `[T, C]` at its own rate, and that. AudioError."""
     with _opened(path) as file:
         return _read_samples(file, path, file.frames), file.samplerate
 
@@ -103,10 +96,9 @@ def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
     `coded`: the file where it is open, or its bytes in memory: then the disk is not asked again.
     The end of compressed files is read, because a cut file keeps an intact header.
     """
-    path = Path(path)
     with _opened(path, coded) as file:
         frames, rate = file.frames, file.samplerate
-        if not (isinstance(file, soundfile.SoundFile) and file.format in ("WAV", "WAVEX")):
+        if file.format not in ("WAV", "WAVEX"):
             tail = min(frames, math.ceil(0.2 * rate))
             file.seek(frames - tail)
             if len(file.read(tail, dtype="float32")) < tail - _SLACK * rate:
@@ -121,8 +113,7 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
 
     Raises AudioError on an unknown suffix and where the file cannot be written.
     """
-    path = Path(path)
-    suffix = path.suffix.lower()
+    suffix = Path(path).suffix.lower()
     if suffix not in WRITABLE:
         raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(WRITABLE)}")
     kind, subtype = WRITABLE[suffix]
@@ -142,16 +133,15 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
 # -------------------------------------------------------------------------------------- samples
 
 
-def _read_samples(file: soundfile.SoundFile | _Source, path: Path, count: int) -> np.ndarray:
+def _read_samples(file: _File, path: str | Path, count: int) -> np.ndarray:
     """The next `count` samples `[T, C]`; raises AudioError where they are missing or no numbers."""
     samples = file.read(count, dtype="float32", always_2d=True)
     missing = (count - len(samples)) / file.samplerate
-    exact = isinstance(file, soundfile.SoundFile) and file.format in ("WAV", "WAVEX", "FLAC")
-    if missing > (0 if exact else _SLACK):
+    if missing > (0 if file.format in ("WAV", "WAVEX", "FLAC") else _SLACK):
         raise AudioError(f"{path}: truncated, {missing:.2f} s missing; fetch it again")
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: holds samples that are no numbers (NaN or infinite); remove it")
-    if getattr(file, "subtype", "") in ("FLOAT", "DOUBLE"):
+    if file.subtype in ("FLOAT", "DOUBLE"):
         samples = samples / _full_scale(path)
         if np.abs(samples).max(initial=0.0) > _LOUDEST_FLOAT:
             raise AudioError(f"{path}: floats far beyond full scale; scale them to [-1, 1]")
@@ -170,7 +160,7 @@ def _mono(samples: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _full_scale(path: Path) -> float:
+def _full_scale(path: str | Path) -> float:
     """What stands for 1.0 in a file of floats: some hold whole numbers of 16, 24 or 32 bits.
 
     Looked for all over the file, so that every window of it is scaled alike.
@@ -190,34 +180,29 @@ def _full_scale(path: Path) -> float:
 
 
 @contextlib.contextmanager
-def _opened(
-    path: Path, coded: BinaryIO | None = None, end: float | None = None
-) -> Iterator[soundfile.SoundFile | _Source]:
-    """`_open` for a block; what goes wrong within is an AudioError."""
+def _opened(path: str | Path, coded: BinaryIO | None = None) -> Iterator[_File]:
+    """An audio file that can be read from anywhere; what fails within is an AudioError."""
     try:
-        with _open(path, coded, end) as file:
+        with _open(path, coded) as file:
             yield file
     except AudioError:
         raise
     except _READ_ERRORS as error:
-        raise _audio_error(path, error) from error
+        said = "no such audio file; check the manifest or download it again"
+        if os.path.exists(path):
+            reason = first_line(error).split(": ")[-1].rstrip(".")
+            said = f"cannot be read as audio ({reason}); remove it or fetch it again"
+        raise AudioError(f"{path}: {said}") from error
 
 
-def _open(
-    path: Path, coded: BinaryIO | None, end: float | None
-) -> soundfile.SoundFile | _Source:
-    """An audio file that can be read from anywhere up to `end` s: by libsndfile, else by PyAV.
-
-    libsndfile knows no AAC and no Matroska, cannot seek in GSM, reads only the first part of a
-    chained Ogg and believes a WAV header that was written before its sound.
-    """
+def _open(path: str | Path, coded: BinaryIO | None) -> _File:
+    """By libsndfile, else by PyAV: libsndfile knows no AAC and no Matroska, cannot seek in GSM and
+    believes a WAV header that was written before its sound."""
     error: Exception = AudioError(f"{path}: holds no samples; remove it or record it again")
     try:
         file = soundfile.SoundFile(coded or os.fsencode(path))
         if file.frames > 0 and file.seekable():
-            beyond = end is None or end * file.samplerate > file.frames
-            parts = _ogg_parts(path, coded) if beyond and file.format == "OGG" else []
-            return _Chain(path, parts) if len(parts) > 1 else file
+            return file
         file.close()
     except _READ_ERRORS as failure:
         error = failure
@@ -229,39 +214,18 @@ def _open(
         raise error from None
 
 
-def _audio_error(path: Path, error: Exception) -> AudioError:
-    if not path.exists():
-        return AudioError(f"{path}: no such audio file; check the manifest or download it again")
-    reason = first_line(error).split(": ")[-1].rstrip(".")
-    return AudioError(f"{path}: cannot be read as audio ({reason}); remove it or fetch it again")
+class _Decoded:
+    """An audio file as PyAV decodes it, used like a SoundFile."""
 
-
-class _Source:
-    """What is used like a SoundFile: `samplerate`, `frames` in all, and reading from any sample."""
-
-    _at = 0
-
-    def __enter__(self) -> _Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
-
-    def seek(self, frame: int) -> None:
-        self._at = frame
-
-
-class _Decoded(_Source):
-    """An audio file as PyAV decodes it."""
-
+    format = subtype = ""
     # Where a place is found by its time; in others what comes before is decoded too.
     _indexed = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "wav", "asf")  # wav: PCM alone
     _settling = 0.2  # s decoded before what is wanted: decoders remember
 
-    def __init__(self, path: Path, coded: BinaryIO | None = None) -> None:
+    def __init__(self, path: str | Path, coded: BinaryIO | None) -> None:
         import av
 
-        self._closing = contextlib.ExitStack()
+        self._at, self._closing = 0, contextlib.ExitStack()
         if coded is None and not str(path).isprintable():  # libav takes names that are UTF-8 alone
             coded = self._closing.enter_context(open(path, "rb"))  # noqa: SIM115
         self._container = self._closing.enter_context(av.open(coded or str(path)))
@@ -278,16 +242,23 @@ class _Decoded(_Source):
         self._container.seek(0)
         self.frames = round(self._seconds() * self.samplerate)
 
+    def __enter__(self) -> _Decoded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.close()
+
     def _seconds(self) -> float:
         base = float(self._stream.time_base)
-        if not self._seeks:  # the header has an estimate by the bit rate, if any
-            packets = self._container.demux(self._stream)
-            seconds = sum(packet.duration or 0 for packet in packets) * base
-            self._container.seek(0)
-            return seconds
-        if self._stream.duration:
-            return self._stream.duration * base
-        return (self._container.duration or 0) / 1e6
+        if self._seeks:
+            return (self._stream.duration or 0) * base or (self._container.duration or 0) / 1e6
+        # The header has an estimate by the bit rate, if any.
+        seconds = sum(p.duration or 0 for p in self._container.demux(self._stream)) * base
+        self._container.seek(0)
+        return seconds
+
+    def seek(self, frame: int) -> None:
+        self._at = frame
 
     def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
         """`[T, C]` from the current place on, as far as the file goes."""
@@ -301,53 +272,10 @@ class _Decoded(_Source):
                 pts = self._first if frame.pts is None or not self._seeks else frame.pts
                 at = max(0, round((pts - self._first) * base * self.samplerate))
                 skip = max(self._at - at, 0)
-            for plain in resampler.resample(frame):
-                parts.append(plain.to_ndarray().T)
+            parts += [plain.to_ndarray().T for plain in resampler.resample(frame)]
             at += frame.samples
             if at >= self._at + frames:
                 break
         self._at += frames
         samples = np.concatenate(parts) if parts else np.zeros((0, 1), np.float32)
         return samples[skip : skip + frames].astype(dtype, copy=False)
-
-
-class _Chain(_Source):
-    """The parts of a chained Ogg file one after the other, in mono."""
-
-    def __init__(self, path: Path, parts: Sequence[bytes]) -> None:
-        self._closing = contextlib.ExitStack()
-        opened = (soundfile.SoundFile(io.BytesIO(part)) for part in parts)
-        self._parts = [self._closing.enter_context(part) for part in opened]
-        if len({part.samplerate for part in self._parts}) > 1:
-            raise AudioError(f"{path}: parts of several sample rates; convert it")
-        self.samplerate = self._parts[0].samplerate
-        self.frames = sum(part.frames for part in self._parts)
-
-    def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
-        """`[T, 1]` from the current place on, as far as the file goes."""
-        found, before, end = [], 0, self._at + frames
-        for part in self._parts:
-            first, last = (min(max(at - before, 0), part.frames) for at in (self._at, end))
-            before += part.frames
-            if first < last:
-                part.seek(first)
-                found.append(_mono(part.read(last - first, dtype=dtype, always_2d=True)))
-        self._at = end
-        return np.concatenate([*found, np.zeros(0, dtype)])[:, None]
-
-
-def _ogg_parts(path: Path, coded: BinaryIO | None) -> list[bytes]:
-    """The files that a chained Ogg file is made of; empty where it is one, by its last page."""
-    with contextlib.nullcontext(coded) if coded else open(path, "rb") as file:
-        place = file.tell()
-        file.seek(0)
-        stream = file.read(18)[14:]  # its number, in each of its pages
-        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))  # a page is no longer
-        tail = file.read()
-        last = tail.rfind(b"OggS\0")
-        file.seek(0)
-        chained = last < 0 or tail[last + 14 : last + 18] != stream
-        whole = file.read() if chained else b""
-        file.seek(place)
-    starts = [found.start() for found in re.finditer(rb"OggS\0[\x02\x06]", whole)]
-    return [whole[a:b] for a, b in zip(starts, [*starts[1:], None], strict=True)] if starts else []
