@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import errno
 import fcntl
-import functools
 import hashlib
 import io
 import itertools
@@ -41,20 +40,18 @@ class UserError(Exception):
 def run(main: Callable[[], int | None], resumes: bool = True) -> None:
     """Run a script's `main`: what the user can mend ends in one line on stderr and exit code 1.
 
-    Ctrl-C exits 130; `resumes`: the same command then goes on. A file or folder that the system
-    refuses counts as the user's. Other exceptions keep their traceback: they are bugs. Nothing
-    that is printed can fail: not for the terminal's encoding, nor where nobody reads on.
+    A file or folder that the system refuses counts as the user's. Ctrl-C exits 130; `resumes`: the
+    same command then goes on. Other exceptions keep their traceback: they are bugs. Printing never
+    fails: not for the terminal's encoding, nor where nobody reads on.
     """
-    sys.stdout = _unfailing(sys.stdout, sys.__stdout__)
-    sys.stderr = _unfailing(sys.stderr, sys.__stderr__)
-    code, message = 1, ""
+    sys.stdout, sys.stderr = _unfailing(sys.stdout), _unfailing(sys.stderr)
     try:
-        code = main()
+        code, message = main(), ""
     except UserError as error:
-        message = f"error: {error}"
+        code, message = 1, f"error: {error}"
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        message = f"error: {where}{why(error)}"
+        code, message = 1, f"error: {where}{why(error)}"
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from the last checkpoint" if resumes else ""
         code, message = 130, f"interrupted{goes_on}"
@@ -90,19 +87,16 @@ class _Drain(io.FileIO):
             return len(data)
 
 
-def _unfailing(stream: TextIO | None, original: TextIO | None) -> TextIO:
+def _unfailing(stream: TextIO | None) -> TextIO:
     """A stream whose writes never fail; one that a caller put in its place stays."""
     if stream is None:  # closed by the shell: `>&-`
         return open(os.devnull, "w", encoding="utf-8")
-    if stream is not original or not isinstance(stream, io.TextIOWrapper):
+    if stream not in (sys.__stdout__, sys.__stderr__):
         return stream
     stream.flush()
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Drain(stream.fileno(), "w", closefd=False)),
-        stream.encoding,
-        errors="backslashreplace",
-        line_buffering=stream.line_buffering or stream.write_through,
-    )
+    raw = io.BufferedWriter(_Drain(stream.fileno(), "w", closefd=False))
+    lines = stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=lines)
 
 
 # ----------------------------------------------------------------------------------- flags
@@ -134,10 +128,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(
-    low: float = -math.inf,
-    high: float = math.inf,
-    above: float = -math.inf,
-    kind: Callable[[str], float] = float,
+    low: float = -math.inf, high: float = math.inf, above: float = -math.inf, kind: type = float
 ) -> Callable[[str], float]:
     """A flag's `type`: a finite number of at least `low`, at most `high`, more than `above`."""
     bounds = {"at least": low, "more than": above, "at most": high}
@@ -169,10 +160,8 @@ share = number(0.0, 1.0)  # a flag's `type`
 
 
 def default_workers(most: int = 16) -> int:
-    """Processes to start where the user names no number: one a core that this one may use.
-
-    By its affinity and the cgroup's quota: a rented pod shows all cores of its host.
-    """
+    """Processes to start where the user names no number: one a core that this one may use, by its
+    affinity and the cgroup's quota. A rented pod shows all cores of its host."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min(most, math.floor(min(cores or 1, _cgroup_quota()) + 0.5)))
 
@@ -189,18 +178,17 @@ def _cgroup_quota() -> float:
 def run_parts(work: Callable, parts: Sequence, num_workers: int, total: int) -> Iterator:
     """`work(part)` of each part, in their order, by `num_workers` processes, or (0) in this one.
 
-    `total` counts the parts that are made already too, for the progress bar. Raises UserError where
-    a process ends without an answer.
+    `total`: with those made before, for the progress bar. Raises UserError where a process dies.
     """
     from tqdm import tqdm
 
     bar = tqdm(total=total, initial=total - len(parts), unit="part", disable=None, smoothing=0.1)
-    said = time.monotonic()
+    printed = time.monotonic()
     with contextlib.closing(_results(work, parts, num_workers)) as results, bar:
         for done, result in enumerate(results, total - len(parts) + 1):
             bar.update()
-            if bar.disable and (time.monotonic() - said > 30 or done == total):  # in a log
-                said = time.monotonic()
+            if bar.disable and (time.monotonic() - printed > 30 or done == total):  # in a log
+                printed = time.monotonic()
                 print(f"{done}/{total} parts", file=sys.stderr)
             yield result
 
@@ -212,15 +200,14 @@ def _results(work: Callable, parts: Sequence, num_workers: int) -> Iterator:
     workers = min(num_workers, len(parts))
     # spawn: forked copies of a process that has used torch's or onnxruntime's threads hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
-    waiting, ahead = iter(parts), deque()
+    # Four each, so that results that nobody has taken do not fill the memory.
+    waiting = iter(parts)
+    ahead = deque(pool.submit(work, part) for part in itertools.islice(waiting, 4 * workers))
     try:
-        while True:
-            # A few each, so that results that nobody has taken do not fill the memory.
-            for part in itertools.islice(waiting, 4 * workers - len(ahead)):
-                ahead.append(pool.submit(work, part))
-            if not ahead:
-                return
-            yield ahead.popleft().result()
+        while ahead:
+            result = ahead.popleft().result()
+            ahead.extend(pool.submit(work, part) for part in itertools.islice(waiting, 1))
+            yield result
     except BrokenProcessPool as error:
         raise UserError(
             "a worker process ended without an answer (out of memory?); run the same command again "
@@ -249,15 +236,12 @@ def existing_folder(path: str | Path, flag: str, remedy: str = "") -> Path:
 
 
 def writable_folder(path: str | Path, flag: str) -> Path:
-    """`path` as a folder that exists and can be written, made where it is missing.
-
-    Call it before the work whose result goes there. Raises UserError naming `flag`.
-    """
+    """`path` as a folder that can be written, made where it is missing; before the work whose
+    result goes there. Raises UserError naming `flag`."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {folder}: cannot be written ({why(error)})") from None
     return folder
@@ -267,31 +251,27 @@ def writable_file(path: str | Path, flag: str) -> Path:
     """`path` as a file that can be written; what it holds stays. Raises UserError naming `flag`."""
     file = Path(path)
     writable_folder(file.parent, flag)
-    if os.path.isdir(file):
-        raise UserError(f"{flag} {file}: is a folder; name a file")
     try:
-        os.stat(file)
-        if not os.access(file, os.W_OK):
-            raise PermissionError(errno.EACCES, "Permission denied")
+        os.close(os.open(file, os.O_WRONLY))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{flag} {file}: cannot be written ({why(error)})") from None
     return file
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path, sync: bool = True) -> Iterator[Path]:
-    """Where to write a file that takes the name `path` at the block's end, and only if that ends.
+    """Where to write a file that takes the name `path` where the block ends without an exception.
 
-    What stood there stays until then. Links are followed; a device or a pipe is written itself.
-    `sync`: on the disk before it takes the name. A kill leaves a hidden `.part` file behind.
+    Links are followed; a device or a pipe is written itself. `sync`: on the disk before it takes
+    the name. A kill leaves a hidden `.part` file behind.
     """
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_file():
         yield real
         return
-    # Short whatever the name, which may be as long as the system allows; this process's own.
+    # Short, as the name may be as long as the system allows; this process's own.
     digest = hashlib.sha256(os.fsencode(real.name)).hexdigest()[:16]
     part = real.with_name(f".{digest}.{os.getpid()}.part")
     try:
@@ -321,10 +301,7 @@ def sync_to_disk(path: str | Path) -> None:
 
 
 def file_name(name: str, most: int = 200) -> str:
-    """`name` in UTF-8 and at most `most` bytes of it, so that a suffix more is still a name.
-
-    One that fits stays as it is; what is cut off or is no UTF-8 leaves a hash of the full name.
-    """
+    """`name` where it is UTF-8 of at most `most` bytes; else cut to that, with a hash of it."""
     raw = name.encode("utf-8", "surrogatepass")
     valid = name.encode("utf-8", "ignore")
     if raw == valid and len(raw) <= most:
@@ -338,19 +315,15 @@ def file_name(name: str, most: int = 200) -> str:
 
 @contextlib.contextmanager
 def only_one(folder: str | Path) -> Iterator[None]:
-    """Holds `folder/.lock` for the time of the run, so that a second process there is refused.
-
-    The lock goes with the process, however it ends. Raises UserError where it is held.
-    """
+    """Holds `folder/.lock`, so that a second process there is refused (UserError). The lock goes
+    with the process, however it ends."""
     path = Path(folder) / ".lock"
     with open(path, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{folder}: another process is at work in this folder; wait for it, or choose "
-                "another folder"
-            ) from None
+            said = "another process is at work in this folder; wait for it, or choose another"
+            raise UserError(f"{folder}: {said}") from None
         except OSError:  # a network volume without locks: go on as before
             pass
         yield
@@ -360,23 +333,20 @@ def only_one(folder: str | Path) -> Iterator[None]:
 
 
 def json_lines(path: str | Path, skip_damaged: bool = False) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of each line that is not blank.
+    """(line number, object) of each line that is not blank; UserError as of `json_line`.
 
     Lines end at a line feed alone: U+2028, U+2029 and U+0085 are legal within a JSON string.
-    Raises UserError that names file and line for what is not UTF-8, not JSON or not an object;
-    `skip_damaged`: passes over it, as in a log whose last line a kill cut short.
+    `skip_damaged`: passes over a bad line, as in a log whose last one a kill cut short.
     """
     with open(path, "rb") as file:
         for at, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json_line(line, f"{path}, line {at}", first=at == 1)
+                yield at, json_line(line, f"{path}, line {at}")
             except UserError:
-                if skip_damaged:
-                    continue
-                raise
-            yield at, row
+                if not skip_damaged:
+                    raise
 
 
 def append_json_line(path: str | Path, row: dict) -> None:
@@ -400,18 +370,15 @@ def finite_or_none(value: float | int | str | None) -> float | int | str | None:
 def read_json(path: str | Path, remedy: str = "remove it") -> dict:
     """The object that a file holds; UserError with the `remedy` where it is damaged."""
     try:
-        return json_line(Path(path).read_bytes(), str(path), first=True)
+        return json_line(Path(path).read_bytes(), str(path))
     except UserError as error:
         raise UserError(f"{error}; {remedy}") from None
 
 
-def json_line(line: bytes, where: str, first: bool = False) -> dict:
-    """The object that one line holds; the first of a file may begin with a byte order mark.
-
-    Raises UserError that names `where` for what is not UTF-8, not JSON or not an object.
-    """
+def json_line(line: bytes, where: str) -> dict:
+    """The object in one line, a byte order mark aside; UserError that names `where` for another."""
     try:
-        row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+        row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not JSON ({first_line(error)})") from None
     if not isinstance(row, dict):
@@ -419,22 +386,22 @@ def json_line(line: bytes, where: str, first: bool = False) -> dict:
     return row
 
 
-def as_json_line(row: dict) -> str:
-    """The line of a JSON-lines file.
+def printable(text: str) -> str:
+    """Text that UTF-8 can write: a file's name may hold other bytes."""
+    return text.encode(errors="backslashreplace").decode()
 
-    Escaped, to read back alike: names that are not UTF-8, and what other readers than `json_lines`
-    take for the end of a line.
-    """
+
+def as_json_line(row: dict) -> str:
+    """The line of a JSON-lines file. What is not UTF-8 is escaped, and what other readers than
+    `json_lines` take for the end of a line."""
     line = json.dumps(row, ensure_ascii=False)
     odd = re.search("[\u2028\u2029\x85\ud800-\udfff]", line)
     return f"{json.dumps(row) if odd else line}\n"
 
 
 def text_lines(path: str | Path, errors: str = "strict") -> list[str]:
-    """The lines of a text file in UTF-8, which a line feed alone ends, as in `json_lines`.
-
-    `errors` as in `bytes.decode`. Raises UserError that names a file that is not UTF-8.
-    """
+    """The lines of a text file in UTF-8, which a line feed alone ends; `errors` as in
+    `bytes.decode`. Raises UserError that names a file that is not UTF-8."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
@@ -445,48 +412,29 @@ def text_lines(path: str | Path, errors: str = "strict") -> list[str]:
 def check_fields(row: dict, kinds: dict[str, str | tuple], where: str) -> None:
     """Raises UserError that names place and field unless the fields of `row` are of these kinds.
 
-    kinds: name → text, path, number, any number (NaN too), whole, flag, list, object, span
-    ([text, start, end] in seconds, 0 <= start <= end), or `list of` one of them; with `?` the
-    field may be missing or null. Or a tuple of the values that it may have: None among them is for
-    missing or null. Numbers are finite, text can be written as UTF-8, a path is not empty. Fields
-    that `kinds` does not name pass.
+    kinds: name → one of _KINDS, or `list of` one; with `?` the field may be missing or null. Or a
+    tuple of the values that it may have, None among them for missing or null. Fields that `kinds`
+    does not name pass.
     """
     for name, kind in kinds.items():
-        wanted, matches, optional = _kind(kind)
         value = row.get(name)
-        if value is None:
-            if not optional:
-                state = "is null" if name in row else "is missing"
-                raise UserError(f"{where}: {name} {state}, {wanted} is needed")
-        elif not matches(value):
-            raise UserError(f"{where}: {name} is {_shortened(value)}, not {wanted}")
+        if not _matches(value, kind):
+            shown = json.dumps(value, ensure_ascii=False, default=str) if name in row else "missing"
+            wanted = f"one of {', '.join(filter(None, kind))}" if isinstance(kind, tuple) else kind
+            wanted = wanted.removesuffix("?")
+            raise UserError(f"{where}: {name} is {shown[:40]}, where {wanted} is needed")
 
 
-@functools.cache
-def _kind(kind: str | tuple) -> tuple[str, Callable[[object], bool], bool]:
-    """(its name in a message, whether a value is of it, whether the field may be missing)."""
+def _matches(value: object, kind: str | tuple) -> bool:
     if isinstance(kind, tuple):
-        named = f"one of {', '.join(str(value) for value in kind if value is not None)}"
-        return named, lambda value: type(value) is type(kind[0]) and value in kind, None in kind
-    item = kind.removesuffix("?").removeprefix("list of ")
-    named, matches = _KINDS[item]
-    if not kind.startswith("list of "):
-        return named, matches, kind.endswith("?")
-
-    def all_match(value: object) -> bool:
-        return isinstance(value, list) and all(map(matches, value))
-
-    return f"a list of {item}", all_match, kind.endswith("?")
-
-
-def _is_text(value: object) -> bool:
-    # JSON may hold half of a surrogate pair, which nothing that is printed or written can.
-    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None
-
-
-def _is_path(value: object) -> bool:
-    unnameable = "[\0\ud800-\udc7f\udd00-\udfff]"
-    return isinstance(value, str) and value != "" and re.search(unnameable, value) is None
+        return value in kind if isinstance(value, str) else value is None and None in kind
+    if value is None and kind.endswith("?"):
+        return True
+    name = kind.removesuffix("?")
+    if name.startswith("list of "):
+        item = _KINDS[name.removeprefix("list of ")]
+        return isinstance(value, list) and all(map(item, value))
+    return _KINDS[name](value)
 
 
 def _is_number(value: object) -> bool:
@@ -503,20 +451,17 @@ def _is_span(value: object) -> bool:
     return all(map(_is_finite, value[1:])) and 0 <= value[1] <= value[2]
 
 
-# Each kind: its name in a message, and whether a value is of it.
-_KINDS = {
-    "text": ("text", _is_text),
-    "path": ("a path", _is_path),
-    "number": ("a finite number", _is_finite),
-    "any number": ("a number", _is_number),
-    "whole": ("a whole number", lambda value: type(value) is int and _is_finite(value)),
-    "flag": ("true or false", lambda value: isinstance(value, bool)),
-    "list": ("a list", lambda value: isinstance(value, list)),
-    "object": ("an object", lambda value: isinstance(value, dict)),
-    "span": ("a span of [text, start, end]", _is_span),
+_KINDS: dict[str, Callable[[object], bool]] = {
+    # JSON may hold half of a surrogate pair, which nothing that is printed or written can.
+    "text": lambda value: isinstance(value, str) and not re.search("[\ud800-\udfff]", value),
+    "path": lambda value: (
+        isinstance(value, str) and re.fullmatch("[^\0\ud800-\udc7f\udd00-\udfff]+", value)
+    ),
+    "number": _is_finite,
+    "number or NaN": _is_number,
+    "whole number": lambda value: type(value) is int and _is_finite(value),
+    "true or false": lambda value: isinstance(value, bool),
+    "list": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+    "[text, start, end]": _is_span,  # in seconds, 0 <= start <= end
 }
-
-
-def _shortened(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 40 else f"{text[:37]}…"

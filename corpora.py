@@ -35,6 +35,7 @@ from command import (
     file_name,
     first_line,
     json_lines,
+    printable,
     read_json,
     text_lines,
     write_text,
@@ -44,11 +45,12 @@ from fetching import FILE_THREADS, GIGABYTE, Bar, Damaged, Shard
 RECORD = "corpus.json"
 UNREADABLE = "unreadable.txt"
 RECORD_OF_ROW = {
-    "path": "path", "bytes": "whole", "duration": "number", "sample_rate": "whole",
+    "path": "path", "bytes": "whole number", "duration": "number", "sample_rate": "whole number",
     "speaker": "text?", "text": "text?", "emotion": "text?", "split": "text",
 }  # fmt: skip
 RECORD_FIELDS = {
-    "hours": "number", "whole": "flag", "max_hours": "number", "unpack_seconds": "number?",
+    "hours": "number", "whole": "true or false", "max_hours": "number",
+    "unpack_seconds": "number?",
 }  # fmt: skip
 # Audio that nothing here reads: reported, so that no hour is lost in silence.
 NOT_READ = {".sph", ".raw", ".pcm", ".shn", ".ra", ".rm", ".g722", ".dsf", ".mpc", ".vox"}
@@ -330,7 +332,7 @@ def _write_folder(job: Job, unpack_seconds: float) -> None:
     }
     if job.unreadable:
         listed = "".join(f"{line}\n" for line in job.unreadable)
-        write_text(part / UNREADABLE, listed.encode(errors="backslashreplace").decode())
+        write_text(part / UNREADABLE, printable(listed))
         tqdm.write(
             f"{corpus.name}: {len(job.unreadable)} files left out, unreadable or listed but "
             f"not there: see {UNREADABLE} in its folder",

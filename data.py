@@ -59,17 +59,17 @@ LOW_PASS_RANGE_HZ = (3400.0, 10000.0)
 # What a line of a speech manifest may hold.
 _FIELDS = {
     "path": "path",
-    "duration": "any number",
-    "sample_rate": "any number",
+    "duration": "number or NaN",
+    "sample_rate": "number or NaN",
     "language": LANGUAGES,
     "speaker": "text?",
     "text": "text?",
     "emotion": (*EMOTIONS, None),
-    "augmented": "flag?",
+    "augmented": "true or false?",
     "license": "text?",
-    "commercial_ok": "flag?",
+    "commercial_ok": "true or false?",
     "split": (*SPLITS, None),
-    "phones": "list of span?",
+    "phones": "list of [text, start, end]?",
 }
 _BLOCK_ROWS = 10000  # of a manifest, until they are columns
 

@@ -68,7 +68,7 @@ _EXCHANGE_FIELDS = {
     "language": SPOKEN,
     "intent": "text",
     "turns": "list of object",
-    "held_out": "flag?",
+    "held_out": "true or false?",
 }
 _LINE_FIELDS = {
     "who": ("user", "agent"),
@@ -164,8 +164,8 @@ class Recording:
 _RECORDING_FIELDS = {
     "id": "text?",
     "path": "path",
-    "agent_channel": "whole?",
-    "user_channel": "whole?",
+    "agent_channel": "whole number?",
+    "user_channel": "whole number?",
     "language": (*LANGUAGES, None),
     "source": "text?",
     "split": (*SPLITS, None),
@@ -178,9 +178,9 @@ _TURN_FIELDS = {
     "end": "number",
     **dict.fromkeys(_TURN_TEXTS, "text?"),
     "emotion": (*EMOTIONS, None),
-    "interrupted": "flag?",
-    "phones": "list of span?",
-    "words": "list of span?",
+    "interrupted": "true or false?",
+    "phones": "list of [text, start, end]?",
+    "words": "list of [text, start, end]?",
 }
 
 
@@ -268,7 +268,7 @@ def _alignments(path: Path) -> list[list]:
         except (TypeError, ValueError):
             raise UserError(f"{where} is not [word, [start, end], speaker]") from None
         parts = {"word": [text, start, end], "speaker": speaker}
-        check_fields(parts, {"word": "span", "speaker": "text"}, where)
+        check_fields(parts, {"word": "[text, start, end]", "speaker": "text"}, where)
     return fields["alignments"]
 
 

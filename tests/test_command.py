@@ -134,7 +134,7 @@ def test_folders_and_files_that_cannot_be_written(tmp_path):
         with pytest.raises(UserError, match="^--out .*cannot be written") as caught:
             command.writable_folder(wrong, "--out")
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="is a folder"):
+    with pytest.raises(UserError, match="Is a directory"):
         command.writable_file(tmp_path, "--out")
     with pytest.raises(UserError, match="^--out .*cannot be written"):
         command.writable_file(tmp_path / ("n" * 300), "--out")
@@ -181,10 +181,10 @@ def test_one_process_a_folder_and_the_lock_goes_with_it(tmp_path):
         ("text?", ["a", None], [0, []]),
         ("path", ["../a.wav", "/b", "\udcff.wav"], ["", None, 3, "a\0"]),
         ("number", [0, -1.5], [float("nan"), float("inf"), 10**400, "1", True, None]),
-        ("whole", [3], [3.0, False, "3"]),
-        ("flag", [True, False], ["false", 0, 1, None]),
+        ("whole number", [3], [3.0, False, "3"]),
+        ("true or false", [True, False], ["false", 0, 1, None]),
         ("list of text", [[], ["a"]], ["ab", [1], None]),
-        ("list of span?", [None, [["a", 0, 0.5]]],
+        ("list of [text, start, end]?", [None, [["a", 0, 0.5]]],
          ["ab", [["a", 0.5, 0]], [["a", -1, 0]], [[1, 0, 1]], [["a", 0, None]], [["a", 0]]]),
         (("hindi", "english"), ["hindi"], ["urdu", 0, None, ["hindi"]]),
         (("happy", None), ["happy", None], ["", "glad", 1]),

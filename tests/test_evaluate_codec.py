@@ -404,7 +404,7 @@ def test_nothing_left_to_evaluate_says_why(checkpoint, tmp_path, quick, capsys):
     [
         (["--min_seconds", "3", "--max_seconds", "2"], "--min_seconds must be below"),
         (["--output", "/proc/nowhere/all.json"], "--output /proc/nowhere: cannot be written"),
-        (["--output", "/tmp"], "--output /tmp: is a folder"),
+        (["--output", "/tmp"], "--output /tmp: cannot be written (Is a directory)"),
         (["--device", "cuda:7"], "--device"),
         (["--codec", "/nowhere"], "/nowhere: no such checkpoint folder"),
     ],

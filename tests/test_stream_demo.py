@@ -391,7 +391,7 @@ def test_reply_files_are_named_after_the_questions():
         (["--wav", "x/a.wav", "y/a.wav"], "two replies"),
         (["--wav", "a.wav", "--out", "a.wav"], "is a question too"),
         (["--wav", "a.wav", "--out", "a.wav/b.wav"], "cannot be written"),
-        (["--wav", "a.wav", "--out", "./x/"], "x: is a folder"),
+        (["--wav", "a.wav", "--out", "./x/"], "x: cannot be written .Is a directory"),
         (["--wav", "a.wav", "--out", "b.txt"], r"cannot write '.txt' audio; .*end the name in"),
         (["--wav", "a.wav", "--out", "b.oga"], "cannot write '.oga'"),
         (["--wav", "a.wav", "--out", "b" * 300 + ".wav"], "cannot be written"),
