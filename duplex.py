@@ -344,7 +344,7 @@ class DuplexEngine:
             language=self._language,
             sampling=self.sampling,
             timer=lambda stage: marks.append(self._now()),
-            **self._forced(muted),
+            forced=self._forced(muted),
         )
         marks.append(self._now())
         reply = self.codec.decode_step(step.agent_codes, self._decoder, active=mask)[:, 0]
@@ -375,15 +375,12 @@ class DuplexEngine:
             torch.cuda.synchronize(self.device)
         return self.clock()
 
-    def _forced(self, muted: np.ndarray) -> dict:
+    def _forced(self, muted: np.ndarray) -> tuple[torch.Tensor, ...] | None:
         """For `S2S.step`: silence in the stream of agents that are muted, so that they know."""
         if not muted.any():
-            return {}
-        return {
-            "forced": torch.from_numpy(muted).to(self.device),
-            "forced_agent_codes": self._silence,
-            "forced_text": torch.full_like(self._emotion, PAD),
-        }
+            return None
+        silent = torch.full_like(self._emotion, PAD)
+        return torch.from_numpy(muted).to(self.device), self._silence, silent
 
     def _mute(self, reply: np.ndarray, muted: np.ndarray) -> np.ndarray:
         """Silence the muted slots; the first muted patch fades out in 5 ms, without a click."""

@@ -5,8 +5,7 @@ one step a *patch* of `frames_per_step` codec frames; its state gives the text t
 inner monologue), which is sampled first, and then a small depth transformer writes the agent's
 codes of the patch. Heads on the temporal state recognise the user's speech.
 
-Knows codes and text, never audio. Shapes: `B` batch, `P` patches, `p` frames in a patch,
-`K` codebooks, `F` frames, `D` width.
+Shapes: `B` batch, `P` patches, `p` frames in a patch, `K` codebooks, `F` frames, `D` width.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from transformer import StreamingTransformer, TransformerConfig
 
 PAD = 0  # text id of "no token in this patch"
 IGNORE = -100  # a label that is not known, a code that is not there
-MIN_TURN_PATCHES = 50  # turns without word times: a window has room for one in as many patches
-MAX_TURN_PATCHES, MAX_TURN_TOKENS = 500, 128  # longer ones are not learnt from
+MAX_TURN_PATCHES = 500  # longer turns without word times are not learnt from
 MAX_AGE = 31  # patches since the last token; more are counted as this many
 
 
@@ -71,10 +69,8 @@ class S2SConfig:
     def __post_init__(self) -> None:
         for name in ("codebook_sizes", "phones", "languages", "emotions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.frames_per_step not in (1, 2, 4):
-            raise ValueError(f"frames_per_step must be 1, 2 or 4, not {self.frames_per_step}")
-        if self.depth_order not in ("level", "frame"):
-            raise ValueError(f"depth_order must be level or frame, not {self.depth_order!r}")
+        if self.frames_per_step not in (1, 2, 4) or self.depth_order not in ("level", "frame"):
+            raise ValueError("frames_per_step must be 1, 2 or 4, depth_order level or frame")
         if len(self.codebook_sizes) < 2 or self.acoustic_delay < 0:
             raise ValueError("at least two codebooks and a delay of zero or more are needed")
         if not 0 < self.text_weight < math.inf:
@@ -96,10 +92,6 @@ class S2SConfig:
         return cls(**{**sizes, **changes})
 
     @property
-    def num_codebooks(self) -> int:
-        return len(self.codebook_sizes)
-
-    @property
     def patch_rate(self) -> float:
         """Patches, and so temporal steps, a second."""
         return self.frame_rate / self.frames_per_step
@@ -110,31 +102,20 @@ class S2SConfig:
         `level`: semantic codes frame by frame, then each acoustic level for all frames at once,
         p + K − 1 steps. `frame`: every code on its own, p · K steps.
         """
-        frames, levels = range(self.frames_per_step), range(self.num_codebooks)
+        frames, levels = range(self.frames_per_step), range(len(self.codebook_sizes))
         if self.depth_order == "frame":
             return [[(f, k)] for f in frames for k in levels]
         return [[(f, 0)] for f in frames] + [[(f, k) for f in frames] for k in levels[1:]]
-
-
-def s2s_config(stored: dict, path: str | Path) -> S2SConfig:
-    """The config of a checkpoint's `config.json`. Raises UserError for another kind of model."""
-    return checkpoints.config_of(S2SConfig, "s2s", stored, path)
-
-
-def stored_config(config: S2SConfig) -> dict:
-    """What goes into `config.json`."""
-    return checkpoints.stored_config("s2s", config)
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How text and codes are drawn; a temperature of 0 takes the likeliest.
 
-    `speak_temperature` is that of the choice between a token and PAD, which comes first: at 0 the
-    agent begins when beginning is likelier than waiting. `eagerness` is added to the odds of a
-    token against PAD, in decibels (10: ten times those of the training data); None: the config's.
-    Where a reply may begin in any of n patches, none of them is likelier than 1 in n: at 0 dB the
-    agent waits for the last, and misses it where the end of the turn was in doubt.
+    `speak_temperature` is that of the choice between a token and PAD, which comes first.
+    `eagerness` is added to the odds of a token against PAD, in decibels (10: ten times those of the
+    training data); None: the config's. Where a reply may begin in any of n patches, none is
+    likelier than 1 in n: at 0 dB and 0 temperature the agent waits for the last.
     """
 
     temperature: float = 0.3
@@ -162,11 +143,10 @@ class Batch:
     Labels: `user_speaking`, `turn_end`, `user_emotion`, `language_label` `[B, P]`, `user_words`
     `[B, P]` (`PAD` or a token of a word that has ended), `user_phones` `[B, P, p]`.
 
-    The user's turns without word times, at most `M` a window: `untimed_first` `[B, M]` their first
-    patches, `untimed_tokens` `[B, M, S]` their text, `untimed_labels` `[B, M, S]` from 1 on which
-    of these each is (a repeated one: its first place), 0 behind them, `untimed_patches` `[B, M]`
-    their lengths; and on the host, `B * M` each, the lengths and the numbers of tokens:
-    `untimed_lengths`.
+    The user's turns without word times, at most `M` a window: `untimed_first` and `untimed_patches`
+    `[B, M]` their first patches and lengths, `untimed_tokens` `[B, M, S]` their text,
+    `untimed_labels` `[B, M, S]` from 1 on which of these each is (a repeated one: its first place),
+    0 behind them; `untimed_lengths`, on the host, `B * M` lengths and `B * M` numbers of tokens.
     """
 
     user_codes: Tensor
@@ -196,9 +176,8 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        fields = vars(self).items()
-        changed = {name: change(value) for name, value in fields if isinstance(value, Tensor)}
-        return dataclasses.replace(self, **changed)
+        tensors = {name: v for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return dataclasses.replace(self, **{name: change(v) for name, v in tensors.items()})
 
 
 @dataclass
@@ -224,8 +203,8 @@ class S2SState:
     """The state of `B` calls, a row each, changed in place: caches and what was written last.
 
     `agent` `[B, p, K]` the agent's last patch, `text` `[B]` its last token that is not `PAD`, `age`
-    `[B]` the patches since then, `delayed` `[B, acoustic_delay]` semantic codes that wait for the
-    acoustic ones of their frame.
+    `[B]` the patches since then, `delayed` `[B, acoustic_delay]` semantic codes before their
+    acoustic ones.
     """
 
     def __init__(self, model: S2S, batch_size: int, seed: int) -> None:
@@ -233,11 +212,12 @@ class S2SState:
         self.temporal = model.temporal.init_state(batch_size, max_chunk=1)
         self.depth = model.depth.init_state(batch_size, max_chunk=1)
         self.depth_plans = model.depth.plans(self.depth, len(model.schedule))
-        patch = (batch_size, c.frames_per_step, c.num_codebooks)
-        self.agent = torch.full(patch, IGNORE, device=device)
-        self.text = torch.full((batch_size,), PAD, device=device)
-        self.age = torch.full((batch_size,), MAX_AGE, device=device)
-        self.delayed = torch.full((batch_size, c.acoustic_delay), IGNORE, device=device)
+        patch = (batch_size, c.frames_per_step, len(c.codebook_sizes))
+        self.agent = torch.empty(patch, dtype=torch.long, device=device)
+        self.text = torch.empty(batch_size, dtype=torch.long, device=device)
+        self.age = torch.empty_like(self.text)
+        self.delayed = self.text.new_empty(batch_size, c.acoustic_delay)
+        self.reset()
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def reset(self, mask: Tensor | None = None) -> None:
@@ -246,21 +226,22 @@ class S2SState:
         self.depth.reset(mask)
         if mask is None:
             mask = torch.ones_like(self.text, dtype=torch.bool)
-        self.agent.masked_fill_(mask[:, None, None], IGNORE)
-        self.text.masked_fill_(mask, PAD)
-        self.age.masked_fill_(mask, MAX_AGE)
-        self.delayed.masked_fill_(mask[:, None], IGNORE)
+        starts = ((self.agent, IGNORE), (self.text, PAD), (self.age, MAX_AGE))
+        for tensor, value in (*starts, (self.delayed, IGNORE)):
+            tensor.masked_fill_(_of_slots(mask, tensor), value)
+
+
+def _of_slots(mask: Tensor, tensor: Tensor) -> Tensor:
+    """`mask` `[B]` as it selects rows of `tensor` `[B, ...]`."""
+    return mask.view(-1, *[1] * (tensor.dim() - 1))
 
 
 # --------------------------------------------------------------------------------------- the model
 
 
 class CodeTables(nn.Module):
-    """A narrow table a codebook: codes `[..., K]` → `[..., K, d]`.
-
-    One set for both speakers and for the depth transformer. The last row of each table stands for
-    "no code".
-    """
+    """A narrow table a codebook, for both speakers and the depth transformer: codes `[..., K]` →
+    `[..., K, d]`. The last row of each table stands for "no code"."""
 
     def __init__(self, config: S2SConfig) -> None:
         super().__init__()
@@ -277,11 +258,8 @@ class CodeTables(nn.Module):
 
     @torch.no_grad()
     def start_from(self, codebooks: Sequence[Tensor]) -> None:
-        """Starts from the codec's own vectors `[n, width]` of each level, normalised.
-
-        Narrower vectors leave the table's last columns at zero; wider ones are projected on the
-        principal directions, which keep the distances best.
-        """
+        """Starts from the codec's own vectors `[n, width]` of each level, normalised: narrower ones
+        leave the last columns at zero, wider ones are projected on the principal directions."""
         for table, vectors in zip(self.tables, codebooks, strict=False):
             spread = vectors.float().std().clamp(min=1e-5)
             vectors = (vectors.float() - vectors.float().mean(0)) / spread
@@ -322,7 +300,7 @@ class S2S(nn.Module):
         self.age_embedding = nn.Embedding(MAX_AGE + 1, c.dim)
         # Codes of a patch are concatenated: every frame and level has weights of its own.
         self.code_tables = CodeTables(c)
-        patch_width = c.frames_per_step * c.num_codebooks * c.code_dim
+        patch_width = c.frames_per_step * len(c.codebook_sizes) * c.code_dim
         self.agent_projection = nn.Linear(patch_width, c.dim, bias=False) if c.hear_self else None
         self.user_projection = nn.Linear(patch_width, c.dim, bias=False)
         self.emotion_embedding = nn.Embedding(len(c.emotions) + 1, c.dim)  # 0: not given
@@ -363,23 +341,16 @@ class S2S(nn.Module):
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> S2S:
         """Loads a run folder, a step folder or a shipped folder, in float32, for inference.
-
-        Raises:
-            UserError: nothing complete there, or not a dialogue LM.
-        """
+        Raises UserError for anything else."""
         checkpoint = checkpoints.load_checkpoint(path, with_trainer=False)
-        model = cls(s2s_config(checkpoint.config, path))
-        model.load_tensors(checkpoint.tensors, path)
+        model = cls(checkpoints.config_of(S2SConfig, "s2s", checkpoint.config, path))
+        checkpoints.fill(model, checkpoint.tensors, path)
         if checkpoint.tokenizer is None:
             raise UserError(f"{path}: tokenizer.json is missing; copy the whole folder again")
         model.tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
         if torch.device(device).type == "cpu":
             stream_weights(model)
         return model.to(device).eval().requires_grad_(False)
-
-    def load_tensors(self, tensors: dict[str, Tensor], path: str | Path) -> None:
-        """Fills the model from stored tensors."""
-        checkpoints.fill(self, tensors, path)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -407,14 +378,8 @@ class S2S(nn.Module):
         return {**logits, "user_phones": phones, "user_words": words}
 
     def depth_logits(self, hidden: Tensor, text: Tensor, codes: Tensor) -> list[list[Tensor]]:
-        """Teacher-forced logits of patches.
-
-        Args:
-            hidden: `[N, D]`, text: `[N]` this patch's token, codes: `[N, p, K]` this patch's.
-
-        Returns:
-            per depth step, per place of `depth_schedule`, logits `[N, size]`.
-        """
+        """Teacher-forced: states `[N, D]`, tokens `[N]` and codes `[N, p, K]` of patches → per step
+        and place of `depth_schedule`, logits `[N, size]`."""
         codes, said = codes.clamp(min=0), self.depth_text(text)
         steps = range(len(self.schedule))
         inputs = [self._depth_input(hidden, said, codes, step) for step in steps]
@@ -436,26 +401,21 @@ class S2S(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Every loss as a mean over its known labels, and accuracies as metrics.
 
-        Fixed shapes, and nothing that waits for the device.
-
-        Args:
-            speak: whether the codes of `batch.depth_patches` are learnt too.
-            split: a patch: metrics also hold the losses of the text and of the user's phones before
-                it (`_within`) and from it on (`_past`).
+        Fixed shapes, and nothing that waits for the device. `speak`: the codes of
+        `batch.depth_patches` are learnt too. `split`, a patch: metrics also hold the losses of the
+        text and of the user's phones before it (`_within`) and from it on (`_past`).
         """
         hidden = self.hidden(batch)
         logits = {**self.head_logits(hidden), "text": self.text_head(hidden)}
         losses, metrics = {}, {}
         for name in ("user_speaking", "turn_end"):
             losses[name] = binary_loss(logits[name], getattr(batch, name))
-        for name, labels in (
-            ("user_emotion", batch.user_emotion),
-            ("language", batch.language_label),
-            ("user_phones", batch.user_phones),
-        ):
+        classes = {"user_emotion": batch.user_emotion, "language": batch.language_label}
+        for name, labels in {**classes, "user_phones": batch.user_phones}.items():
             losses[name] = cross_entropy(logits[name], labels)
             metrics[f"{name}_accuracy"] = accuracy(logits[name], labels)
-        for name, labels in (("text", batch.text), ("user_words", batch.user_words)):
+        for name in ("text", "user_words"):
+            labels = getattr(batch, name)
             losses[name] = token_loss(logits[name], labels, self.config.text_weight)
             tokens = torch.where(labels > PAD, labels, IGNORE)
             metrics[f"{name}_accuracy"] = accuracy(logits[name], tokens)
@@ -469,9 +429,8 @@ class S2S(nn.Module):
         if speak:
             first = hidden.shape[1] * torch.arange(len(hidden), device=hidden.device)
             chosen = (batch.depth_patches + first[:, None]).flatten()  # [B * n] of B * P patches
-            states, text, targets = (
-                x.flatten(0, 1)[chosen] for x in (hidden, batch.text, batch.agent_codes)
-            )
+            parts = (hidden, batch.text, batch.agent_codes)
+            states, text, targets = (part.flatten(0, 1)[chosen] for part in parts)
             depth = self.depth_logits(states, text, targets)
             losses |= depth_losses(depth, self.schedule, targets)
         return losses, metrics
@@ -491,9 +450,7 @@ class S2S(nn.Module):
         emotion: Tensor | None = None,
         language: Tensor | None = None,
         sampling: Sampling | None = None,
-        forced: Tensor | None = None,
-        forced_agent_codes: Tensor | None = None,
-        forced_text: Tensor | None = None,
+        forced: tuple[Tensor, Tensor, Tensor] | None = None,
         timer: Callable[[str], None] | None = None,
     ) -> StepOutput:
         """Reads a patch of the user and writes the agent's patch of the same tick.
@@ -501,8 +458,7 @@ class S2S(nn.Module):
         Args:
             user_codes: `[B, K, p]` int64. active: `[B]` bool, slots that take part.
             emotion, language: `[B]`, 0 not given, else 1 + index into the config's names.
-            forced: `[B]` bool, slots whose agent patch and text are given, not drawn.
-            forced_agent_codes: `[B, K, p]`, forced_text: `[B]`, with `forced`.
+            forced: `[B]` bool, slots whose agent patch `[B, K, p]` and text `[B]` are these.
             timer: called with "temporal" and "depth" when that stage is done.
         """
         sampling, c = sampling or Sampling(), self.config
@@ -520,13 +476,13 @@ class S2S(nn.Module):
         logits = self.text_head(hidden)
         text = draw_text(logits, sampling, state.generator, c.text_weight, c.eagerness)
         if forced is not None:
-            text = torch.where(forced, forced_text, text)
+            slots, forced_codes, forced_text = forced
+            text = torch.where(slots, forced_text, text)
         if timer:
             timer("temporal")
         codes = self._draw_codes(hidden, text, state, sampling)
         if forced is not None:
-            given = forced_agent_codes.transpose(1, 2)
-            codes = torch.where(forced[:, None, None], given, codes)
+            codes = torch.where(slots[:, None, None], forced_codes.transpose(1, 2), codes)
         if timer:
             timer("depth")
         return StepOutput(
@@ -555,18 +511,14 @@ class S2S(nn.Module):
         semantic = torch.cat((state.delayed, codes[:, :, 0]), dim=1)
         aligned = codes.clone()
         aligned[:, :, 0] = semantic[:, : codes.shape[1]].clamp(min=0)
-        waiting = semantic[:, codes.shape[1] :]
-        age = torch.where(text != PAD, 0, (state.age + 1).clamp(max=MAX_AGE))
-        text = torch.where(text != PAD, text, state.text)
-        if active is not None:
-            codes = torch.where(active[:, None, None], codes, state.agent)
-            text = torch.where(active, text, state.text)
-            age = torch.where(active, age, state.age)
-            waiting = torch.where(active[:, None], waiting, state.delayed)
-        state.agent.copy_(codes)
-        state.text.copy_(text)
-        state.age.copy_(age)
-        state.delayed.copy_(waiting)
+        new = {"agent": codes, "delayed": semantic[:, codes.shape[1] :]}
+        new["age"] = torch.where(text != PAD, 0, (state.age + 1).clamp(max=MAX_AGE))
+        new["text"] = torch.where(text != PAD, text, state.text)
+        for name, value in new.items():
+            old = getattr(state, name)
+            if active is not None:
+                value = torch.where(_of_slots(active, old), value, old)
+            old.copy_(value)
         return aligned
 
 
@@ -582,12 +534,11 @@ def draw_text(
 ) -> Tensor:
     """PAD or a token for each row of `[B, V]`: first whether to speak, then what to say.
 
-    In one draw a low temperature would favour PAD wherever several replies are possible: each of
-    them is less likely than PAD, all of them together are not. `text_weight`, that of the loss, is
-    taken off the odds again; `eagerness` (dB) counts where `sampling` gives none.
+    In one draw a low temperature would favour PAD, likelier than each of several possible replies,
+    not than all. `text_weight`, that of the loss, is taken off the odds again; `eagerness` (dB)
+    counts where `sampling` gives none.
     """
-    if sampling.eagerness is not None:
-        eagerness = sampling.eagerness
+    eagerness = eagerness if sampling.eagerness is None else sampling.eagerness
     tokens = logits[:, PAD + 1 :]  # PAD comes first
     odds = tokens.logsumexp(1) - math.log(text_weight) + eagerness * math.log(10) / 10
     pad_or_token = torch.stack((logits[:, PAD], odds), dim=1)
@@ -597,10 +548,8 @@ def draw_text(
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """One index a row of `[B, n]`, from the `top_k` likeliest at `temperature` (0: the likeliest).
-
-    By the Gumbel-max trick, which needs no synchronisation with the device.
-    """
+    """One index a row of `[B, n]`, from the `top_k` likeliest at `temperature` (0: the likeliest);
+    by the Gumbel-max trick, which waits for no device."""
     if temperature == 0:
         return logits.argmax(-1)
     values, indices = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
@@ -643,11 +592,8 @@ def token_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
 
 
 def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """CTC (Graves et al. 2006) of the text of each turn without word times, PAD as its blank, per
-    token.
-
-    `logits` `[B, P, V]`; `untimed_*` of `batch`. Zero (with a gradient of zero) where there is no
-    such turn. Of the vocabulary only the blank and each turn's own tokens are looked at.
+    """CTC (Graves et al. 2006) of the text of each turn without word times, per token; PAD is the
+    blank. `logits` `[B, P, V]`, of which only the blank and each turn's own tokens are looked at.
     """
     counts = (batch.untimed_labels.flatten(0, 1) > 0).sum(-1)
     turns = over_ranks((counts > 0).sum())
@@ -693,9 +639,6 @@ def depth_losses(depth: list[list[Tensor]], schedule, targets: Tensor) -> dict[s
     return {name: torch.stack(values).mean() for name, values in parts.items()}
 
 
-# -------------------------------------------------------------------------------- text of training
-
-
 def last_tokens(text: Tensor) -> tuple[Tensor, Tensor]:
     """For each patch of `[B, P]` the last token up to it (`PAD` before the first), and the
     patches since it, at most `MAX_AGE`."""
@@ -704,124 +647,3 @@ def last_tokens(text: Tensor) -> tuple[Tensor, Tensor]:
     token = torch.where(last < 0, PAD, text.gather(1, last.clamp(min=0)))
     age = torch.where(last < 0, MAX_AGE, (places - last).clamp(max=MAX_AGE))
     return token, age
-
-
-def untimed_turns(turn: Tensor, text: Tensor) -> dict[str, Tensor]:
-    """The fields `untimed_*` of `Batch` for one window, always of one shape.
-
-    turn `[P]`: 0, or the number of the turn that a patch lies in; text `[P]`: a turn's tokens from
-    its first patch on, then PAD. Turns that touch an edge of the window may be cut, and are left
-    out, as are those that are too long.
-    """
-    room = max(1, len(turn) // MIN_TURN_PATCHES)
-    first, patches = torch.zeros(room, dtype=torch.long), torch.ones(room, dtype=torch.long)
-    counts = torch.zeros(room, dtype=torch.long)
-    tokens, labels = (torch.zeros(room, MAX_TURN_TOKENS, dtype=torch.long) for _ in range(2))
-    row, edges = 0, {0, int(turn[0]), int(turn[-1])}
-    for number in sorted(set(turn.tolist()) - edges):
-        places = (turn == number).nonzero()[:, 0]
-        spoken = [token for token in text[places].tolist() if token != PAD]
-        if row == room or len(places) > MAX_TURN_PATCHES or len(spoken) > MAX_TURN_TOKENS:
-            continue
-        first[row], patches[row], counts[row] = places[0], len(places), len(spoken)
-        tokens[row, : len(spoken)] = torch.tensor(spoken)
-        # Equal tokens have equal labels: CTC keeps a blank between neighbours that are.
-        labels[row, : len(spoken)] = torch.tensor([spoken.index(token) + 1 for token in spoken])
-        row += 1
-    return {
-        "untimed_first": first, "untimed_tokens": tokens, "untimed_labels": labels,
-        "untimed_patches": patches, "untimed_counts": counts,
-    }  # fmt: skip
-
-
-class TextStream:
-    """Words as at most one token a patch; `overflow` counts tokens without a place."""
-
-    def __init__(self, num_patches: int, patch_rate: float) -> None:
-        self.tokens, self.patch_rate = [PAD] * num_patches, patch_rate
-        self.overflow = self._free = 0
-
-    def add(self, tokens: Sequence[int], seconds: float) -> int:
-        """Queues a word's tokens from `seconds` on, behind those that still wait.
-
-        Returns the patch of the first one.
-        """
-        first = self._free = max(self._free, int(seconds * self.patch_rate + 1e-6))
-        placed = tokens[: max(0, len(self.tokens) - first)]
-        self.tokens[first : first + len(placed)] = placed
-        self._free += len(placed)
-        self.overflow += len(tokens) - len(placed)
-        return first
-
-
-def add_turn(stream: TextStream, tokenizer: Tokenizer, turn: dict) -> int:
-    """Puts an agent's turn into the text stream: by word times, else spread evenly over it.
-
-    Returns the patch in which its text begins.
-    """
-    words = turn.get("words")
-    if not words:
-        texts = turn["text"].split()
-        length = (turn["end"] - turn["start"]) / max(1, len(texts))
-        words = [(w, turn["start"] + i * length, None) for i, w in enumerate(texts)]
-    places = [int(turn["start"] * stream.patch_rate + 1e-6)]
-    for i, (word, start, _) in enumerate(words):
-        # A leading space keeps a word's tokens the same wherever it stands in the sentence.
-        places.append(stream.add(tokenizer.encode(word if i == 0 else f" {word}").ids, start))
-    return places[min(1, len(words))]
-
-
-# ------------------------------------------------------------------------------- codes of training
-
-
-def corrupt(
-    codes: Tensor,
-    generator: torch.Generator,
-    acoustic: float,
-    frames: float,
-    everything: float = 0.0,
-) -> Tensor:
-    """Dropout of codes `[B, P, p, K]`, as new voices and rooms ask for.
-
-    With probability `acoustic` a sequence keeps only its first few levels (at least the semantic
-    one), with probability `everything` it keeps none; each frame loses all its codes with
-    probability `frames`.
-    """
-    batch, _, _, levels = codes.shape
-    keep = torch.randint(1, levels + 1, (batch,), generator=generator)
-    keep = torch.where(torch.rand(batch, generator=generator) < acoustic, keep, levels)
-    keep = torch.where(torch.rand(batch, generator=generator) < everything, 0, keep)
-    gone = torch.arange(levels, device=codes.device) >= keep.to(codes.device)[:, None]
-    lost = torch.rand(codes.shape[:3], generator=generator).to(codes.device) < frames
-    return codes.masked_fill(gone[:, None, None] | lost[..., None], IGNORE)
-
-
-def code_neighbours(codebooks: Sequence[Tensor], count: int = 8) -> Tensor:
-    """The nearest other codes of each, nearest first: codebooks `[n, d]` → `[K, n, count]`.
-
-    Codebooks smaller than the largest are filled up with code 0.
-    """
-    size = max(len(book) for book in codebooks)
-    table = torch.zeros(len(codebooks), size, count, dtype=torch.long)
-    for k, book in enumerate(codebooks):
-        near = torch.cdist(book.float(), book.float()).fill_diagonal_(float("inf"))
-        near = near.topk(min(count, len(book) - 1), largest=False).indices
-        table[k, : len(book)] = near[:, torch.arange(count) % near.shape[1]]
-    return table
-
-
-def blur(codes: Tensor, neighbours: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Codes `[..., K]` of which a `share` is replaced by one of its neighbours `[K, n, count]`."""
-    hit = torch.rand(codes.shape, generator=generator).to(codes.device) < share
-    which = torch.randint(neighbours.shape[-1], codes.shape, generator=generator)
-    levels = torch.arange(codes.shape[-1], device=codes.device)
-    others = neighbours[levels, codes.clamp(min=0), which.to(codes.device)]
-    return torch.where(hit & (codes >= 0), others, codes)
-
-
-def delay_acoustic(codes: Tensor, delay: int) -> Tensor:
-    """Frames `[F, K]` with the acoustic levels `delay` frames later; `IGNORE` fills the gap."""
-    if delay == 0:
-        return codes
-    acoustic = F.pad(codes[:, 1:], (0, 0, delay, 0), value=IGNORE)[: len(codes)]
-    return torch.cat((codes[:, :1], acoustic), dim=1)

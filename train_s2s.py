@@ -28,47 +28,32 @@ from torch.utils.data import Dataset
 
 import checkpoints
 import command
-import s2s
 import training
 from codec import Codec
 from command import UserError, number, share, whole
 from data import frame_labels, split_for, training_batches
 from dialogues import load_code_dataset
 from phones import PHONES
-from s2s import IGNORE, PAD, S2S, Batch, S2SConfig, TextStream
+from s2s import IGNORE, MAX_TURN_PATCHES, PAD, S2S, Batch, S2SConfig
 from training import one_of, setting
 
 WEIGHTS = {
-    "text": 1.0,
-    "semantic": 1.0,
-    "acoustic": 1.0,
-    "user_phones": 1.0,
-    "user_words": 1.0,
-    "user_text": 1.0,
-    "user_speaking": 0.2,
-    "turn_end": 0.2,
-    "user_emotion": 0.1,
-    "language": 0.1,
-}
-
-
+    "text": 1.0, "semantic": 1.0, "acoustic": 1.0,
+    "user_phones": 1.0, "user_words": 1.0, "user_text": 1.0,
+    "user_speaking": 0.2, "turn_end": 0.2, "user_emotion": 0.1, "language": 0.1,
+}  # fmt: skip
 # Metrics on the terminal's lines, and their names there.
-SHOWN = {
-    "loss": "loss",
-    "text": "text",
-    "text_accuracy": "hit",
-    "user_phones_accuracy": "phones",
-    "user_words_accuracy": "words",
-}
+SHOWN = {"loss": "loss", "text": "text", "text_accuracy": "hit",
+         "user_phones_accuracy": "phones", "user_words_accuracy": "words"}  # fmt: skip
 # Flags and settings that a resumed run can take up, beside those of all trainers.
 CHANGEABLE = ("lr", "codec", "eagerness")
-# Patches in which the agent is silent are soon learnt: fewer of them are spoken in training.
-SILENT_SHARE = 0.25
-# Windows that begin where a conversation does, as every call; the others begin anywhere.
-FROM_THE_START = 0.25
+SILENT_SHARE = 0.25  # odds of a patch in which the agent is silent to have its codes learnt
+FROM_THE_START = 0.25  # of the windows begin where a conversation does, the others anywhere
 WINDOW_CONTEXTS, VALIDATION_CONTEXTS = 1.5, 3  # lengths, in attention contexts
 LEAD_PATCHES = 250  # of a long conversation before its window
-SHORTEST = 4  # frames: the longest patch; a conversation below that says nothing
+SHORTEST = 4  # frames of a conversation: the longest patch
+MIN_TURN_PATCHES = 50  # turns without word times: a window has room for one in as many patches
+MAX_TURN_TOKENS = 128  # of one of them; longer ones are not learnt from
 
 
 @dataclass(frozen=True)
@@ -131,36 +116,29 @@ class Conversations(Dataset):
     patch of the data is as likely to be in a window. Items are dicts of tensors without the batch
     axis, as in `s2s.Batch`, all of one shape.
 
-    frames: of each row, where they are known without reading it. neighbours: of the user's codes,
-    `[K, n, count]`, some of which replace them in training; None: codes stay as they are.
+    frames: of each row. near: of the user's codes, from `near_codes`; None: all codes stay as they
+    are, and the codes of every patch are learnt.
     """
 
     def __init__(
         self,
         rows,
+        frames: np.ndarray,
         config: S2SConfig,
         tokenizer: Tokenizer,
         args: argparse.Namespace,
         settings: Settings,
         items: int,
-        frames: np.ndarray | None = None,
-        neighbours: Tensor | None = None,
+        near: Tensor | None = None,
     ) -> None:
         self.rows, self.config, self.tokenizer = rows, config, tokenizer
-        self.args, self.settings = args, settings
-        self.items, self.neighbours = items, neighbours
+        self.args, self.settings, self.items, self.near = args, settings, items, near
         self.patches = round(args.window_seconds * config.patch_rate)
         self.depth_patches = max(1, round(args.depth_fraction * self.patches))
         self.phone_ids = {phone: i for i, phone in enumerate(config.phones)}
-        if frames is None:
-            frames = [len(row["user_codes"]) for row in rows]
         self.ends = np.cumsum(np.asarray(frames, np.int64) // config.frames_per_step)
-        plain = rows.with_format(None) if hasattr(rows, "with_format") else None
-        languages = list(plain["language"]) if plain else [row["language"] for row in rows]
-        by_language: dict[str, list[int]] = {}
-        for place, language in enumerate(languages):
-            by_language.setdefault(language, []).append(place)
-        self.alike = {name: np.array(places) for name, places in by_language.items()}
+        languages = np.array(rows.with_format(None)["language"])
+        self.alike = {name: np.flatnonzero(languages == name) for name in set(languages)}
 
     def __len__(self) -> int:
         return self.items
@@ -168,30 +146,27 @@ class Conversations(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         rng = training.item_rng(self.args.seed, *key)
         window = self.window(rng)
-        turns = window.pop("user_turn"), window.pop("user_text")
-        window |= s2s.untimed_turns(*turns)
         window |= {"agent_past": window["agent_codes"], "depth_patches": torch.arange(self.patches)}
-        if self.neighbours is not None:
-            self.disturb(window, rng)
+        speaking = window.pop("agent_speaking")
+        if self.near is not None:
+            self.disturb(window, speaking, rng)
         if rng.random() < self.args.emotion_drop:
             window["agent_emotion"].zero_()
         if rng.random() < self.settings.language_drop:
             window["language"].zero_()
-        window.pop("agent_speaking")
         return window
 
-    def disturb(self, window: dict[str, Tensor], rng: np.random.Generator) -> None:
+    def disturb(self, window: dict, speaking: Tensor, rng: np.random.Generator) -> None:
         """Corrupts the codes that the LM reads, and draws the patches whose codes are learnt."""
         args, settings = self.args, self.settings
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        user = s2s.blur(window["user_codes"][None], self.neighbours, settings.code_noise, generator)
-        user = s2s.corrupt(user, generator, args.acoustic_drop, settings.frame_drop)
-        # Its own past codes too: what it says in a call is not what it was taught, and the text
-        # must not follow a slip of the voice.
+        user = replace_codes(window["user_codes"], self.near, settings.code_noise, generator)
+        window["user_codes"] = drop_codes(user, generator, args.acoustic_drop, settings.frame_drop)
+        # The agent's past codes too: in a call they are not the data's, and the text must not
+        # follow a slip of the voice.
         drops = settings.agent_drop, settings.agent_drop, args.agent_window_drop
-        past = s2s.corrupt(window["agent_past"][None], generator, *drops)
-        window |= {"user_codes": user[0], "agent_past": past[0]}
-        odds = torch.where(window["agent_speaking"], 1.0, SILENT_SHARE)
+        window["agent_past"] = drop_codes(window["agent_past"], generator, *drops)
+        odds = torch.where(speaking, 1.0, SILENT_SHARE)
         drawn = torch.rand(self.patches, generator=generator) ** (1 / odds)  # weighted, each once
         window["depth_patches"] = drawn.topk(self.depth_patches).indices.sort().values
 
@@ -203,153 +178,180 @@ class Conversations(Dataset):
         if rng.random() < FROM_THE_START:
             begins = 0
         row, begins = trimmed(self.rows[first], begins, self.patches, self.config)
-        rows, room = [row], begins + self.patches - self.length(row)
-        alike = self.alike[row["language"]]
+        rows, end = [row], begins + self.patches
+        room, alike = end - self.length(row), self.alike[row["language"]]
         while room > 0:
             rows.append(self.rows[int(alike[rng.integers(len(alike))])])
             room -= self.length(rows[-1])
         emotions = rng.integers(len(self.config.emotions) + 1, size=2).tolist()
-        set_by_hand = zip((0, int(rng.integers(begins + self.patches))), emotions, strict=True)
-        call = self.labelled(joined(rows, self.config), tuple(set_by_hand))
-        part = slice(begins, begins + self.patches)
-        return {name: v[part].clone() if v.dim() else v for name, v in call.items()}
+        drawn = list(zip((0, int(rng.integers(end))), emotions, strict=True))
+        row = joined(rows, self.config)
+        call = self.labelled(row, drawn)
+        window = {name: v[begins:end].clone() if v.dim() else v for name, v in call.items()}
+        return window | self.untimed(row, begins)
 
     def length(self, row: dict) -> int:
         """In whole patches."""
         return len(row["user_codes"]) // self.config.frames_per_step
 
-    def labelled(self, row: dict, set_by_hand: Sequence[tuple[int, int]] = ()) -> dict[str, Tensor]:
-        """The whole conversation, patch by patch.
+    def labelled(self, row: dict, emotions: Sequence[tuple[int, int]] = ()) -> dict[str, Tensor]:
+        """Codes, text and labels of all patches of a conversation, and `agent_speaking`.
 
-        set_by_hand: emotions (0: none), each from a patch on in which the agent is
-        silent until its next turn. Drawn at random they say nothing about the reply, and a call in
-        which one is set beforehand, or while the user speaks, is nothing new.
+        A patch is labelled by what holds at its end. `emotions` (0: none), each from a patch on in
+        which the agent is silent until its next turn: drawn at random they say nothing about the
+        reply, and one that a caller sets in mid-call is nothing new.
         """
-        c, p = self.config, self.config.frames_per_step
-        count = self.length(row)
+        c, p, count = self.config, self.config.frames_per_step, self.length(row)
         agent = torch.from_numpy(row["agent_codes"].astype(np.int64))
         codes = {
             "user_codes": torch.from_numpy(row["user_codes"].astype(np.int64)),
-            "agent_codes": s2s.delay_acoustic(agent, c.acoustic_delay),
+            "agent_codes": delay_acoustic(agent, c.acoustic_delay),
         }
-        patches = {n: v[: count * p].unflatten(0, (count, p)) for n, v in codes.items()}
-        language = c.languages.index(row["language"]) if row["language"] in c.languages else None
-        labels = turn_labels(row["turns"], count, c, language, self.phone_ids)
-        labels["user_words"] = self.user_words(row["turns"], count)
-        labels |= self.untimed_words(row["turns"], count)
-        stream = TextStream(count, c.patch_rate)
+        window = {n: v[: count * p].unflatten(0, (count, p)) for n, v in codes.items()}
+        window |= turn_labels(row, count, c, self.phone_ids)
+        window["user_words"] = self.user_words(row, count)
+        turns = [turn for turn in row["turns"] if turn["who"] == "agent"]
+        words = [self.agent_words(turn) if turn["text"] else [] for turn in turns]
+        text, starts, overflow = place_tokens(sum(words, []), count, c.patch_rate)
         emotion, begins = torch.zeros(count, dtype=torch.long), []
-        for turn in row["turns"]:
-            if turn["who"] == "agent":
-                begun = int(turn["start"] * c.patch_rate + 1e-6)
-                if turn["text"]:
-                    begun = max(begun, s2s.add_turn(stream, self.tokenizer, turn))
-                # Set once it has begun, and held until the next turn has: it says how to speak,
-                # and never that it is time to, nor what to say.
-                known = turn["emotion"] in c.emotions
-                emotion[begun + 1 :] = c.emotions.index(turn["emotion"]) + 1 if known else 0
-                begins.append(begun + 1)
-        for patch, value in set_by_hand:
-            if not labels["agent_speaking"][patch]:
+        starts = iter(starts)
+        for turn, spoken in zip(turns, words, strict=True):
+            patches = [next(starts) for _ in spoken]
+            begun = max([int(turn["start"] * c.patch_rate + 1e-6), *patches[:1]])
+            # Given once the turn has begun, and until the next has: it says how to speak, and never
+            # that it is time to, nor what to say.
+            known = turn["emotion"] in c.emotions
+            emotion[begun + 1 :] = c.emotions.index(turn["emotion"]) + 1 if known else 0
+            begins.append(begun + 1)
+        for patch, value in emotions:
+            if not window["agent_speaking"][patch]:
                 emotion[patch : min((b for b in begins if b > patch), default=count)] = value
-        return {
-            **patches,
-            **labels,
-            "agent_emotion": emotion,
-            "text": torch.tensor(stream.tokens),
-            "language": torch.tensor(0 if language is None else language + 1),
-            "overflow": torch.tensor(stream.overflow),
-        }
+        known = row["language"] in c.languages
+        language = torch.tensor(c.languages.index(row["language"]) + 1 if known else 0)
+        window |= {"agent_emotion": emotion, "text": text, "language": language}
+        return window | {"overflow": torch.tensor(overflow)}
 
-    def user_words(self, turns: list[dict], count: int) -> Tensor:
+    def agent_words(self, turn: dict) -> list[tuple[list[int], float]]:
+        """Tokens and start of each word; without word times, spread evenly over the turn."""
+        words = turn["words"]
+        if not words:
+            texts = turn["text"].split()
+            length = (turn["end"] - turn["start"]) / max(1, len(texts))
+            words = [(word, turn["start"] + i * length, None) for i, word in enumerate(texts)]
+        # A leading space gives a word the same tokens wherever it stands in the sentence.
+        encode = self.tokenizer.encode
+        spaced = (word if i == 0 else f" {word}" for i, (word, _, _) in enumerate(words))
+        return [(encode(x).ids, start) for x, (_, start, _) in zip(spaced, words, strict=True)]
+
+    def user_words(self, row: dict, count: int) -> Tensor:
         """Tokens `[count]` of the user's words, each from `listen_delay` patches after its end on;
         unknown during a turn whose words have no times."""
-        c = self.config
-        stream = TextStream(count, c.patch_rate)
-        spoken = [turn for turn in turns if turn["who"] == "user"]
-        for word, _, end in (word for turn in spoken for word in turn["words"] or ()):
-            stream.add(self.word_tokens(word), end + c.listen_delay / c.patch_rate)
-        tokens = torch.tensor(stream.tokens)
-        for turn in spoken:
+        rate, late = self.config.patch_rate, self.config.listen_delay
+        turns = [turn for turn in row["turns"] if turn["who"] == "user"]
+        words = [word for turn in turns for word in turn["words"] or ()]
+        timed = [(self.word_tokens(word), end + late / rate) for word, _, end in words]
+        tokens = place_tokens(timed, count, rate)[0]
+        for turn in turns:
             if not turn["words"]:
                 tokens[self.patches_of(turn)] = IGNORE
         return tokens
 
     def patches_of(self, turn: dict) -> slice:
         """The patches in which a turn's words are recognised, `listen_delay` late at its end."""
-        c = self.config
-        last = round(turn["end"] * c.patch_rate) + c.listen_delay
-        return slice(round(turn["start"] * c.patch_rate), last)
+        start, end = (round(turn[side] * self.config.patch_rate) for side in ("start", "end"))
+        return slice(start, end + self.config.listen_delay)
 
     def word_tokens(self, word: str) -> list[int]:
         """Without capitals and full stops, which speech does not tell."""
         plain = word.strip(string.punctuation + "।…—").lower()
         return self.tokenizer.encode(f" {plain}").ids if plain else []
 
-    def untimed_words(self, turns: list[dict], count: int) -> dict[str, Tensor]:
-        """`user_turn` and `user_text` `[count]` of `Batch`, for the user's turns without times."""
-        number, text = torch.zeros(2, count, dtype=torch.long)
-        for i, turn in enumerate(turns, start=1):
-            if turn["who"] == "user" and turn["text"] and not turn["words"]:
-                tokens = [t for word in turn["text"].split() for t in self.word_tokens(word)]
-                place = self.patches_of(turn)
-                room = len(number[place])
-                if 0 < len(tokens) <= room:
-                    number[place] = i
-                    text[place] = torch.tensor(tokens + [PAD] * (room - len(tokens)))
-        return {"user_turn": number, "user_text": text}
+    def untimed(self, row: dict, begins: int) -> dict[str, Tensor]:
+        """The fields `untimed_*` of `s2s.Batch` for the window from patch `begins` on, always of
+        one shape. Turns that touch an edge of the window may be cut, and are left out, as are those
+        that are too long."""
+        room = max(1, self.patches // MIN_TURN_PATCHES)
+        first, counts = torch.zeros(2, room, dtype=torch.long)
+        patches = torch.ones_like(first)
+        tokens, labels = torch.zeros(2, room, MAX_TURN_TOKENS, dtype=torch.long)
+        found = 0
+        for turn in row["turns"]:
+            if turn["who"] != "user" or not turn["text"] or turn["words"] or found == room:
+                continue
+            said = [t for word in turn["text"].split() for t in self.word_tokens(word)]
+            at = range(self.length(row))[self.patches_of(turn)]
+            fits = 0 < len(said) <= min(len(at), MAX_TURN_TOKENS) and len(at) <= MAX_TURN_PATCHES
+            if fits and begins < at.start and at.stop < begins + self.patches:
+                first[found], patches[found], counts[found] = at.start - begins, len(at), len(said)
+                tokens[found, : len(said)] = torch.tensor(said)
+                # Equal tokens have equal labels: CTC needs a blank between neighbours that are.
+                labels[found, : len(said)] = torch.tensor([said.index(t) + 1 for t in said])
+                found += 1
+        fields = {"first": first, "tokens": tokens, "labels": labels}
+        fields |= {"patches": patches, "counts": counts}
+        return {f"untimed_{name}": values for name, values in fields.items()}
 
 
-def turn_labels(
-    turns: list[dict], count: int, config: S2SConfig, language: int | None, phone_ids: dict
-) -> dict[str, Tensor]:
-    """What the heads are to tell at each patch, and where the agent speaks.
+def place_tokens(
+    words: Sequence[tuple[list[int], float]], count: int, rate: float
+) -> tuple[Tensor, list[int], int]:
+    """Words (tokens, seconds) as at most one token a patch, each from its time on, behind those
+    that wait: tokens `[count]`, the patch of each word's first, and how many found no place."""
+    text, starts, free, overflow = [PAD] * count, [], 0, 0
+    for tokens, seconds in words:
+        free = max(free, int(seconds * rate + 1e-6))
+        starts.append(free)
+        placed = tokens[: max(0, count - free)]
+        text[free : free + len(placed)] = placed
+        free += len(placed)
+        overflow += len(tokens) - len(placed)
+    return torch.tensor(text), starts, overflow
 
-    A patch is labelled by what holds at its end. Phones are those of `listen_delay` patches ago.
-    """
-    c = config
-    frames = count * c.frames_per_step
+
+def turn_labels(row: dict, count: int, config: S2SConfig, phone_ids: dict) -> dict[str, Tensor]:
+    """What the heads recognise at each patch, but for words, and where the agent speaks. Phones are
+    those of `listen_delay` patches ago."""
+    c, turns, frames = config, row["turns"], count * config.frames_per_step
     speaking, turn_end = torch.zeros(2, count, dtype=torch.long)
-    user_emotion, spoken_language = torch.full((2, count), IGNORE)
+    emotion, language = torch.full((2, count), IGNORE)
     agent_speaking = torch.zeros(count, dtype=torch.bool)
     phones = np.zeros(frames, np.int64)
-    for i, turn in enumerate(turns):
+    for turn, following in itertools.zip_longest(turns, turns[1:]):
         start, end = (round(turn[side] * c.patch_rate) for side in ("start", "end"))
-        emotion = c.emotions.index(turn["emotion"]) if turn["emotion"] in c.emotions else None
         if turn["who"] == "agent":
             agent_speaking[start : end + 1] = True
             continue
         speaking[start:end] = 1
-        if emotion is not None:
-            user_emotion[start:end] = emotion
-        if language is not None:
-            spoken_language[start:end] = language
-        following = turns[i + 1] if i + 1 < len(turns) else turn
-        if following["who"] == "agent" and following.get("part") == turn.get("part"):
+        if turn["emotion"] in c.emotions:
+            emotion[start:end] = c.emotions.index(turn["emotion"])
+        if row["language"] in c.languages:
+            language[start:end] = c.languages.index(row["language"])
+        if following and following["who"] == "agent" and following.get("part") == turn.get("part"):
             turn_end[end : round(following["start"] * c.patch_rate)] = 1
         first = int(turn["start"] * c.frame_rate + 1e-6)
         last = min(frames, int(np.ceil(turn["end"] * c.frame_rate - 1e-6)))
         if last > first:  # unknown where the turn has no phones
             labels = frame_labels(turn["phones"], phone_ids, last - first, first / c.frame_rate)
             phones[first:last] = labels
-    late = np.roll(phones, c.listen_delay * c.frames_per_step)
-    late[: c.listen_delay * c.frames_per_step] = IGNORE
+    late = c.listen_delay * c.frames_per_step
+    phones = np.roll(phones, late)
+    phones[:late] = IGNORE
     return {
         "user_speaking": speaking,
         "turn_end": turn_end,
-        "user_emotion": user_emotion,
-        "language_label": spoken_language,
+        "user_emotion": emotion,
+        "language_label": language,
         "agent_speaking": agent_speaking,
-        "user_phones": torch.from_numpy(late).unflatten(0, (count, c.frames_per_step)),
+        "user_phones": torch.from_numpy(phones).unflatten(0, (count, c.frames_per_step)),
     }
 
 
 def trimmed(row: dict, begins: int, patches: int, config: S2SConfig) -> tuple[dict, int]:
     """A long conversation without most of what a window of `patches` from patch `begins` on does
-    not see, and where it then begins: a recording of an hour costs no more than a minute of it.
+    not see, and where the window then begins: an hour costs no more than a minute of it.
 
-    It then begins between two turns, so that none is cut, and well before the window: words
-    that wait for a patch come from there.
+    It then begins between two turns, and well before the window: words that wait for a patch come
+    from there.
     """
     first = begins - LEAD_PATCHES
     for turn in sorted(row["turns"], key=lambda turn: turn["start"], reverse=True):
@@ -366,10 +368,7 @@ def trimmed(row: dict, begins: int, patches: int, config: S2SConfig) -> tuple[di
 
 def joined(rows: Sequence[dict], config: S2SConfig) -> dict:
     """One row of conversations laid end to end, each of whole patches."""
-    if len(rows) == 1:
-        return rows[0]
-    p, now = config.frames_per_step, 0.0
-    turns, codes = [], {"user_codes": [], "agent_codes": []}
+    p, now, turns, codes = config.frames_per_step, 0.0, [], {"user_codes": [], "agent_codes": []}
     for part, row in enumerate(rows):
         frames = len(row["user_codes"]) // p * p
         for name, parts in codes.items():
@@ -384,8 +383,46 @@ def moved(turn: dict, seconds: float) -> dict:
     later = {**turn, "start": turn["start"] + seconds, "end": turn["end"] + seconds}
     for name in ("words", "phones"):
         if turn[name]:
-            later[name] = [[said, a + seconds, b + seconds] for said, a, b in turn[name]]
+            later[name] = [[text, a + seconds, b + seconds] for text, a, b in turn[name]]
     return later
+
+
+def delay_acoustic(codes: Tensor, delay: int) -> Tensor:
+    """Frames `[F, K]` with the acoustic levels `delay` frames later; `IGNORE` fills the gap."""
+    acoustic = nn.functional.pad(codes[:, 1:], (0, 0, delay, 0), value=IGNORE)[: len(codes)]
+    return torch.cat((codes[:, :1], acoustic), dim=1)
+
+
+def near_codes(codebooks: Sequence[Tensor], count: int = 8) -> Tensor:
+    """The nearest other codes of each, nearest first: codebooks `[n, d]` → `[K, n, count]`; smaller
+    codebooks are filled up with code 0."""
+    tables = []
+    for book in codebooks:
+        distances = torch.cdist(book.float(), book.float()).fill_diagonal_(float("inf"))
+        near = distances.topk(min(count, len(book) - 1), largest=False).indices
+        tables.append(near[:, torch.arange(count) % near.shape[1]])
+    return nn.utils.rnn.pad_sequence(tables, batch_first=True)
+
+
+def replace_codes(codes: Tensor, near: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Codes `[P, p, K]` of which a `share` is replaced by one of its `near_codes`."""
+    replaced = torch.rand(codes.shape, generator=generator) < share
+    which = torch.randint(near.shape[-1], codes.shape, generator=generator)
+    return torch.where(replaced, near[torch.arange(codes.shape[-1]), codes, which], codes)
+
+
+def drop_codes(
+    codes: Tensor, generator: torch.Generator, levels: float, frames: float, window: float = 0.0
+) -> Tensor:
+    """Dropout of codes `[P, p, K]`, as new voices and rooms ask for: with probability `levels` only
+    the first few levels stay (at least the semantic one), with probability `window` none; each
+    frame loses all its codes with probability `frames`."""
+    count = codes.shape[-1]
+    few = int(torch.randint(1, count + 1, (1,), generator=generator))
+    some, none = torch.rand(2, generator=generator).tolist()
+    stay = 0 if none < window else few if some < levels else count
+    lost = torch.rand(codes.shape[:2], generator=generator) < frames
+    return codes.masked_fill(lost[..., None] | (torch.arange(count) >= stay), IGNORE)
 
 
 def collate(items: list[dict[str, Tensor]]) -> tuple[Batch, int]:
@@ -407,10 +444,8 @@ def row_frames(part) -> np.ndarray:
 
 
 def load_rows(args, fingerprint: str):
-    """(training rows, validation rows, hours of training) of all `--data_dirs`.
-
-    Rows with their frames; those shorter than a patch are left out, and counted.
-    """
+    """(training rows, validation rows, hours of training) of all `--data_dirs`: rows with their
+    frames; those shorter than a patch are left out, and counted."""
     from datasets import concatenate_datasets
 
     parts = [load_code_dataset(folder, fingerprint)[0] for folder in args.data_dirs]
@@ -419,21 +454,21 @@ def load_rows(args, fingerprint: str):
     rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     rows = rows.with_transform(parts[0].format["format_kwargs"]["transform"])
     plain = rows.with_format(None)
-    splits = [split_for(name, 0.02, 0.0) for name in plain["id"]]
-    named = list(plain["split"])
-    long_enough = np.flatnonzero(frames >= SHORTEST)
-    if len(long_enough) < len(frames):
-        print(f"{len(frames) - len(long_enough)} of {len(frames)} conversations left out: shorter "
-              f"than {SHORTEST} codec frames")  # fmt: skip
-    held_out = [i for i in long_enough if named[i] == "validation" or splits[i] != "train"]
-    held_out = [i for i in held_out if named[i] != "test"]
-    train = [i for i in long_enough if named[i] == "train" and splits[i] == "train"]
+    places = {"train": [], "validation": [], "test": []}
+    for i, (name, named) in enumerate(zip(plain["id"], plain["split"], strict=True)):
+        held_out = named == "train" and split_for(name, 0.02, 0.0) != "train"
+        if frames[i] >= SHORTEST:
+            places["validation" if held_out else named].append(i)
+    short = int((frames < SHORTEST).sum())
+    if short:
+        print(f"{short} of {len(frames)} conversations left out: shorter than {SHORTEST} codec "
+              "frames")  # fmt: skip
+    train = places["train"]
     if not train:
         folders = ", ".join(args.data_dirs)
         raise UserError(f"{folders}: no conversations of split train; run make_conversations.py")
-    held_out = held_out or train[:8]
-    chosen = [(rows.select(places), frames[places]) for places in (train, held_out)]
-    return *chosen, frames[train].sum() / 50 / 3600
+    chosen = train, places["validation"] or train[:8]
+    return *((rows.select(part), frames[part]) for part in chosen), frames[train].sum() / 50 / 3600
 
 
 def all_texts(rows) -> list[str]:
@@ -452,11 +487,8 @@ def batch_losses(model: S2S, batch: Batch, speak: bool, split: int | None = None
 
 @torch.no_grad()
 def validate(model: S2S, batches: list[Batch], device: torch.device) -> dict[str, float]:
-    """Mean losses and accuracies over held-out calls, every code of them.
-
-    The text's and the phones' also apart within and past the attention context: past it, the window
-    slides as it does in a call, and the loss must not rise.
-    """
+    """Mean losses and accuracies over held-out calls, all codes of them. The text's and the phones'
+    also apart within and past the attention context, where the window slides as in a call."""
     model.eval()
     rows = []
     for batch in batches:
@@ -469,38 +501,32 @@ def validate(model: S2S, batches: list[Batch], device: torch.device) -> dict[str
 def validation_batches(rows, frames, config, tokenizer, args, settings, count=4) -> list[Batch]:
     """`count` batches of four held-out calls, three times the attention context long."""
     seconds = VALIDATION_CONTEXTS * config.context / config.patch_rate
-    changes = {"emotion_drop": 1.0, "window_seconds": seconds}
-    unlabelled = argparse.Namespace(**{**vars(args), **changes})
+    args = argparse.Namespace(**{**vars(args), "emotion_drop": 1.0, "window_seconds": seconds})
     settings = dataclasses.replace(settings, language_drop=1.0)
-    calls = Conversations(rows, config, tokenizer, unlabelled, settings, 4 * count, frames)
+    calls = Conversations(rows, frames, config, tokenizer, args, settings, 4 * count)
     return [collate([calls[(0, 4 * i + j)] for j in range(4)])[0] for i in range(count)]
 
 
 def fitting_window(args, config: S2SConfig) -> float:
-    """`--window_seconds`, by default 1.5 attention contexts.
-
-    Raises UserError for less: positions past the window would run in a call, and never be trained.
-    """
+    """`--window_seconds`, by default 1.5 attention contexts. Raises UserError for less: positions
+    past the window would run in a call, and never be trained."""
     context = config.context / config.patch_rate
     least = WINDOW_CONTEXTS * context
-    if args.window_seconds is None:
-        return least
-    if round(args.window_seconds * config.patch_rate) < round(least * config.patch_rate):
+    seconds = least if args.window_seconds is None else args.window_seconds
+    if round(seconds * config.patch_rate) < round(least * config.patch_rate):
         raise UserError(
-            f"--window_seconds {args.window_seconds:g}: shorter than {WINDOW_CONTEXTS:g} times the "
-            f"{context:g} s of context that run in a call; give {least:g} or more, or a smaller "
+            f"--window_seconds {seconds:g}: shorter than {WINDOW_CONTEXTS:g} times the {context:g} "
+            f"s of context that run in a call; give {least:g} or more, or a smaller "
             "--context_seconds"
         )
-    return args.window_seconds
+    return seconds
 
 
 def starting_tokenizer(
     texts: Sequence[str], vocab_size: int, init_from: str | None
 ) -> tuple[Tokenizer, bool]:
-    """The tokenizer, and whether it is that of `init_from`, so that its embeddings fit.
-
-    A new one is trained where none is there to inherit, or it cannot spell all of `texts`.
-    """
+    """The tokenizer of `init_from`, where there is one that can spell all of `texts`, or a new one;
+    and whether it is inherited, so that its embeddings fit."""
     theirs = None
     if init_from:
         theirs = checkpoints.load_checkpoint(init_from, with_trainer=False).tokenizer
@@ -519,10 +545,9 @@ def description(run: training.Run, model: S2S, rows, hours: float) -> str:
     c = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     return (
-        f"preset {run.args.preset}: dialogue LM {parameters:.1f}M parameters, "
-        f"vocabulary {c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, "
-        f"depth order {c.depth_order}, device {run.device}\n"
-        f"backbone: none (random weights); codec {c.codec_fingerprint[:16]}\n"
+        f"preset {run.args.preset}: dialogue LM {parameters:.1f}M parameters, vocabulary "
+        f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, "
+        f"device {run.device}\nbackbone: none (random weights); codec {c.codec_fingerprint[:16]}\n"
         f"data: {len(rows)} conversations, {hours:.1f} h"
     )
 
@@ -548,15 +573,18 @@ def new_config(args, settings: Settings, codec: Codec, tokenizer: Tokenizer) -> 
     )
 
 
+def s2s_config(checkpoint: checkpoints.Checkpoint) -> S2SConfig:
+    return checkpoints.config_of(S2SConfig, "s2s", checkpoint.config, checkpoint.path)
+
+
 def export(args) -> None:
     """Writes the newest checkpoint in half precision, as the demo takes it."""
     checkpoints.check_export(args)
     checkpoint = checkpoints.load_checkpoint(args.checkpoint_dir, with_trainer=False)
-    s2s.s2s_config(checkpoint.config, args.checkpoint_dir)  # refuses another model's folder
+    s2s_config(checkpoint)  # refuses another model's folder
     tensors = {name: tensor.half() for name, tensor in checkpoint.tensors.items()}
-    folder = checkpoints.save_export(
-        args.export, checkpoint.step, checkpoint.config, tensors, checkpoint.tokenizer
-    )
+    made = checkpoint.step, checkpoint.config, tensors, checkpoint.tokenizer
+    folder = checkpoints.save_export(args.export, *made)
     print(f"wrote {folder}: dialogue LM of step {checkpoint.step}")
 
 
@@ -564,15 +592,12 @@ def config_and_tokenizer(
     args, settings: Settings, checkpoint: checkpoints.Checkpoint | None, codec: Codec, rows
 ) -> tuple[S2SConfig, Tokenizer, bool]:
     """Those of the run that goes on, or new ones; and whether the tokenizer is `--init_from`'s.
-
-    Raises UserError where the run was trained on another codec's codes.
-    """
+    Raises UserError where the run was trained on another codec's codes."""
     if checkpoint is None:
         texts = all_texts(rows)
         tokenizer, inherited = starting_tokenizer(texts, args.vocab_size, args.init_from)
         return new_config(args, settings, codec, tokenizer), tokenizer, inherited
-    config = s2s.s2s_config(checkpoint.config, checkpoint.path)
-    config = dataclasses.replace(config, eagerness=args.eagerness)
+    config = dataclasses.replace(s2s_config(checkpoint), eagerness=args.eagerness)
     if config.codec_fingerprint != codec.fingerprint:
         raise UserError(
             f"{checkpoint.path}: trained on codes of codec {config.codec_fingerprint[:16]}, "
@@ -591,22 +616,22 @@ def train(args, run: training.Run) -> None:
     config, tokenizer, same_tokens = config_and_tokenizer(args, settings, checkpoint, codec, rows)
     args.window_seconds = fitting_window(args, config)
     codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
-    # First the transcripts and replies alone, then with the agent's codes.
+    # First ASR and the replies' text alone, then with the agent's codes.
     items = run.plan(hours, lambda total: {"asr": 0, "dialogue": int(args.asr_share * total)})
-    near = s2s.code_neighbours(codebooks)
-    dataset = Conversations(rows, config, tokenizer, args, settings, items, frames, near)
-    validation = validation_batches(*held_out, config, tokenizer, args, settings)
+    reading = config, tokenizer, args, settings
+    dataset = Conversations(rows, frames, *reading, items, near_codes(codebooks))
+    validation = validation_batches(*held_out, *reading)
 
     # Model and optimizer: new, inherited or those of the run's checkpoint.
     model = S2S(config).to(device).train()
     if checkpoint is None:
         model.code_tables.start_from(codebooks)
         if args.init_from:
-            # Weights tied to token ids only with the same tokenizer.
+            # Weights of tokens only with the same tokenizer.
             tied = () if same_tokens else ("text_embedding", "text_head", "depth_text")
             checkpoints.inherit_weights(model, args.init_from, tied)
     else:
-        model.load_tensors(checkpoint.tensors, checkpoint.path)
+        checkpoints.fill(model, checkpoint.tensors, checkpoint.path)
     groups = training.parameter_groups([model], weight_decay=0.05)
     optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.95), fused=True)
     guard = training.StepGuard()
@@ -631,7 +656,7 @@ def train(args, run: training.Run) -> None:
         return {name: value.detach() for name, value in row.items()}
 
     run.stored = lambda: {
-        "config": s2s.stored_config(config),
+        "config": checkpoints.stored_config("s2s", config),
         "tensors": model.state_dict(),
         "tokenizer": tokenizer.to_str(),
     }

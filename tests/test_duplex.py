@@ -13,8 +13,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 import codec as codec_module
-import s2s
-from checkpoints import save_checkpoint
+from checkpoints import save_checkpoint, stored_config
 from codec import Codec, CodecConfig
 from command import UserError
 from data import EMOTIONS, LANGUAGES
@@ -121,9 +120,9 @@ class FakeLM(torch.nn.Module):
         timer("depth")
         state.advance(1, active)
         slots = codes.shape[0]
-        if "forced" in options:
-            mask = options["forced"][:, None, None]
-            codes = torch.where(mask, options["forced_agent_codes"], codes)
+        if options["forced"] is not None:
+            mask, forced_codes, _ = options["forced"]
+            codes = torch.where(mask[:, None, None], forced_codes, codes)
         return SimpleNamespace(
             agent_codes=codes,
             text=state.frames.clone(),
@@ -354,10 +353,9 @@ def test_vad_flush_mutes_then_forces_silence_codes_and_pad():
     assert heard.audio.any() and not heard.muted[0]
     assert muted.muted[0] and not muted.audio[0, 120:].any()
     assert not after.audio.any()
-    forced = engine.lm.calls[-1]
-    assert forced["forced"].tolist() == [True] and forced["forced_text"].tolist() == [0]
-    assert (forced["forced_agent_codes"] == 512).all()
-    assert forced["forced_agent_codes"].shape == (1, 8, 2)
+    slots, forced_codes, forced_text = engine.lm.calls[-1]["forced"]
+    assert slots.tolist() == [True] and forced_text.tolist() == [0]
+    assert (forced_codes == 512).all() and forced_codes.shape == (1, 8, 2)
 
 
 def test_without_vad_flush_nothing_is_forced():
@@ -365,7 +363,7 @@ def test_without_vad_flush_nothing_is_forced():
     engine.set_user_voice(0, True)
     for _ in range(4):
         engine.tick(patch(0.5)[None])
-    assert all("forced" not in call for call in engine.lm.calls)
+    assert all(call["forced"] is None for call in engine.lm.calls)
 
 
 # ---------------------------------------------------------------------------------- text
@@ -499,6 +497,6 @@ def save_pair(codec: Codec, lm: S2S, folder: Path, lm_config: S2SConfig | None =
     """Two checkpoint folders, as the trainers write them."""
     config = codec_module.stored_config(codec.config)
     save_checkpoint(folder / "codec", 1, config, codec.state_dict())
-    config = s2s.stored_config(lm_config or lm.config)
+    config = stored_config("s2s", lm_config or lm.config)
     tokenizer = lm.tokenizer.to_str()
     save_checkpoint(folder / "s2s", 1, config, lm.state_dict(), tokenizer=tokenizer)

@@ -19,17 +19,9 @@ from s2s import (
     Batch,
     S2SConfig,
     Sampling,
-    TextStream,
-    add_turn,
-    blur,
-    code_neighbours,
-    corrupt,
-    delay_acoustic,
     draw,
     draw_text,
-    stored_config,
     token_loss,
-    untimed_turns,
     untimed_words_loss,
 )
 
@@ -64,12 +56,21 @@ def codes(*shape, seed=0) -> torch.Tensor:
     return torch.stack([torch.randint(0, n, shape, generator=g) for n in SIZES], dim=-1)
 
 
-def untimed(turns, texts) -> dict:
-    """The fields `untimed_*` of a batch of windows with these turns `[P]` and their tokens."""
-    rows = [untimed_turns(*pair) for pair in zip(turns, texts, strict=True)]
-    fields = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    lengths = fields["untimed_patches"], fields.pop("untimed_counts")
-    return {**fields, "untimed_lengths": tuple(tuple(x.flatten().tolist()) for x in lengths)}
+def untimed(*windows, room=1, length=4) -> dict:
+    """The fields `untimed_*` of a batch of windows with these turns: (first patch, end, tokens)."""
+    first, counts = torch.zeros(2, len(windows), room, dtype=torch.long)
+    patches = torch.ones_like(first)
+    tokens, labels = torch.zeros(2, len(windows), room, length, dtype=torch.long)
+    for b, turns in enumerate(windows):
+        for i, (start, end, said) in enumerate(turns):
+            first[b, i], patches[b, i], counts[b, i] = start, end - start, len(said)
+            tokens[b, i, : len(said)] = torch.tensor(said)
+            labels[b, i, : len(said)] = torch.tensor([said.index(token) + 1 for token in said])
+    return {
+        "untimed_first": first, "untimed_tokens": tokens, "untimed_labels": labels,
+        "untimed_patches": patches,
+        "untimed_lengths": (tuple(patches.flatten().tolist()), tuple(counts.flatten().tolist())),
+    }  # fmt: skip
 
 
 def make_batch(config, batch=2, patches=9, seed=0) -> Batch:
@@ -80,8 +81,6 @@ def make_batch(config, batch=2, patches=9, seed=0) -> Batch:
         return torch.randint(0, high, shape, generator=g)
 
     text = integers(config.vocab_size, batch, patches)
-    nothing = torch.zeros(batch, patches, dtype=torch.long)
-    told = untimed(nothing, nothing)
     return Batch(
         user_codes=codes(batch, patches, p, seed=seed + 1),
         agent_codes=codes(batch, patches, p, seed=seed + 2),
@@ -96,7 +95,7 @@ def make_batch(config, batch=2, patches=9, seed=0) -> Batch:
         language_label=integers(3, batch, patches),
         user_words=integers(config.vocab_size, batch, patches),
         user_phones=integers(3, batch, patches, p),
-        **told,
+        **untimed(*[[]] * batch),
     )
 
 
@@ -110,19 +109,21 @@ def forced_step(model, batch, patch, state, rows=slice(None), active=None):
         emotion=batch.agent_emotion[rows, patch],
         language=batch.language[rows],
         sampling=Sampling(temperature=0.0, text_temperature=0.0),
-        forced=torch.ones(len(user), dtype=torch.bool),
-        forced_agent_codes=batch.agent_codes[rows, patch].transpose(1, 2),
-        forced_text=batch.text[rows, patch],
+        forced=(
+            torch.ones(len(user), dtype=torch.bool),
+            batch.agent_codes[rows, patch].transpose(1, 2),
+            batch.text[rows, patch],
+        ),
     )
 
 
-def heard(out) -> torch.Tensor:
-    """Everything that the heads say in a step, `[B, n]`."""
+def recognised(out) -> torch.Tensor:
+    """What the heads recognise in a step, `[B, n]`."""
     flags = torch.stack((out.user_speaking, out.turn_end, out.user_words.float()), dim=1)
     return torch.cat((flags, out.user_emotion, out.language, out.user_phones.flatten(1)), dim=1)
 
 
-def heard_offline(model, batch) -> torch.Tensor:
+def recognised_offline(model, batch) -> torch.Tensor:
     """The same from the offline pass, `[B, P, n]`."""
     logits = model.head_logits(model.hidden(batch))
     flags = torch.cat((logits["user_speaking"], logits["turn_end"]), dim=-1).sigmoid()
@@ -143,10 +144,10 @@ def test_a_step_is_the_offline_pass(order, p):
     model = build(depth_order=order, frames_per_step=p)
     batch = make_batch(model.config, patches=13)  # more than twice the window
     state = model.init_state(2)
-    expected = heard_offline(model, batch)
+    expected = recognised_offline(model, batch)
     for patch in range(13):
         out = forced_step(model, batch, patch, state)
-        torch.testing.assert_close(heard(out), expected[:, patch], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(recognised(out), expected[:, patch], atol=1e-4, rtol=1e-4)
         assert torch.equal(out.text, batch.text[:, patch])
         assert torch.equal(out.agent_codes, batch.agent_codes[:, patch].transpose(1, 2))
 
@@ -224,7 +225,7 @@ def test_text_conditions_the_depth_transformer():
 
 
 @pytest.mark.parametrize("who", ["user_codes", "agent_past"])
-def test_the_order_of_frames_in_a_patch_is_heard(who):
+def test_the_order_of_frames_in_a_patch_is_recognised(who):
     model = build()
     batch = make_batch(model.config)
     swapped = dataclasses.replace(batch, **{who: getattr(batch, who).flip(2)})
@@ -246,14 +247,14 @@ def test_slots_are_calls_of_their_own():
     for patch in range(12):
         if patch == reset_at:
             state.reset(torch.tensor([False, False, True]))
-        seen.append(heard(forced_step(model, batch, patch, state, active=active_at[patch])))
+        seen.append(recognised(forced_step(model, batch, patch, state, active=active_at[patch])))
 
     def check(slot, patches):
         names = ("user_codes", "agent_past", "text", "agent_emotion")
         own = {name: getattr(batch, name)[slot : slot + 1, patches] for name in names}
         own = dataclasses.replace(batch, language=batch.language[slot : slot + 1], **own)
         got = torch.stack([seen[patch][slot] for patch in patches])
-        torch.testing.assert_close(got, heard_offline(model, own)[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got, recognised_offline(model, own)[0], atol=1e-4, rtol=1e-4)
 
     check(0, list(range(12)))
     check(1, [p for p in range(12) if active_at[p, 1]])
@@ -293,15 +294,13 @@ def test_only_forced_slots_are_forced():
         user,
         model.init_state(2),
         sampling=greedy,
-        forced=torch.tensor([False, True]),
-        forced_agent_codes=given,
-        forced_text=free.text,
+        forced=(torch.tensor([False, True]), given, free.text),
     )
     assert torch.equal(out.agent_codes[0], free.agent_codes[0])
     assert torch.equal(out.agent_codes[1], given[1])
 
 
-def test_the_timer_hears_both_stages():
+def test_the_timer_is_called_after_both_stages():
     model, stages = build(), []
     user = codes(1, 2).transpose(1, 2)
     out = model.step(user, model.init_state(1), timer=stages.append)
@@ -424,12 +423,12 @@ def said_by(path: tuple[int, ...]) -> list[int]:
 def test_words_without_times_are_learnt_by_ctc():
     """Against the sum over every path of three tokens through the turn's patches."""
     logits = torch.randn(2, 7, 3, generator=generator(2), requires_grad=True)
-    turn, text = torch.zeros(2, 7, dtype=torch.long), torch.zeros(2, 7, dtype=torch.long)
-    turn[0, 1:5], text[0, 1:3] = 3, torch.tensor([2, 1])
-    turn[1, 2:6], text[1, 2:5] = 1, torch.tensor([1, 1, 2])  # a repeat needs a blank between
-    batch = dataclasses.replace(make_batch(small(), patches=7), **untimed(turn, text))
+    turns = [(1, 5, [2, 1])], [(2, 6, [1, 1, 2])]  # a repeat needs a blank between
+    batch = dataclasses.replace(make_batch(small(), patches=7), **untimed(*turns))
     expected = []
-    for b, first, last, tokens in ((0, 1, 5, [2, 1]), (1, 2, 6, [1, 1, 2])):
+    inside = torch.zeros(2, 7, dtype=torch.bool)
+    for b, ((first, last, tokens),) in enumerate(turns):
+        inside[b, first:last] = True
         scores = logits[b, first:last].detach().softmax(-1)
         total = sum(
             math.prod(float(scores[t, token]) for t, token in enumerate(path))
@@ -440,51 +439,43 @@ def test_words_without_times_are_learnt_by_ctc():
     loss = untimed_words_loss(logits, batch)
     assert float(loss.detach()) == pytest.approx(sum(expected) / 2, rel=1e-5)
     loss.backward()
-    assert (logits.grad.abs().sum(-1) > 0).equal(turn > 0)
+    assert (logits.grad.abs().sum(-1) > 0).equal(inside)
 
 
-def test_turns_cut_by_the_window_say_nothing():
-    logits = torch.randn(1, 6, 4, generator=generator(5), requires_grad=True)
-    turn, text = torch.tensor([[1, 1, 0, 0, 2, 2]]), torch.tensor([[2, 0, 0, 0, 3, 0]])
-    batch = dataclasses.replace(make_batch(small(), 1, 6), **untimed(turn, text))
-    loss = untimed_words_loss(logits, batch)
-    loss.backward()
-    assert float(loss) == 0.0 and not logits.grad.any()
-
-
-def slow_untimed_loss(logits, turns, texts):
+def slow_untimed_loss(logits, windows):
     """Turn by turn, over the whole vocabulary."""
     values = []
-    for scores, turn, text in zip(logits, turns, texts, strict=True):
-        for number in sorted(set(turn.tolist()) - {0, int(turn[0]), int(turn[-1])}):
-            said = text[turn == number]
-            said = said[said != PAD]
-            spoken = scores[turn == number].log_softmax(-1)[:, None]
+    for scores, turns in zip(logits, windows, strict=True):
+        for first, last, said in turns:
+            spoken = scores[first:last].log_softmax(-1)[:, None]
             lengths = (len(spoken),), (len(said),)
-            values.append(torch.nn.functional.ctc_loss(spoken, said[None], *lengths))
+            values.append(torch.nn.functional.ctc_loss(spoken, torch.tensor([said]), *lengths))
     return torch.stack(values).mean()
 
 
 def test_all_turns_at_once_are_the_slow_loop():
     """Windows of 200 patches with turns of 5 to 40, few tokens, so that many repeat."""
     g = generator(3)
-    turns = torch.zeros(3, 200, dtype=torch.long)
-    texts = torch.zeros(3, 200, dtype=torch.long)
-    for b, spans in enumerate([[(3, 40), (60, 65), (70, 110)], [(100, 120)], []]):
-        for number, (first, last) in enumerate(spans, 1):
-            turns[b, first:last] = number
-            count = (last - first) // 2
-            texts[b, first : first + count] = torch.randint(1, 5, (count,), generator=g)
+    windows = [
+        [(a, b, torch.randint(1, 5, ((b - a) // 2,), generator=g).tolist()) for a, b in spans]
+        for spans in ([(3, 40), (60, 65), (70, 110)], [(100, 120)], [])
+    ]
     logits = [torch.randn(3, 200, 9, generator=generator(7), requires_grad=True) for _ in range(2)]
-    batch = dataclasses.replace(make_batch(small(), 3, 200), **untimed(turns, texts))
-    losses = untimed_words_loss(logits[0], batch), slow_untimed_loss(logits[1], turns, texts)
+    fields = untimed(*windows, room=4, length=20)
+    batch = dataclasses.replace(make_batch(small(), 3, 200), **fields)
+    losses = untimed_words_loss(logits[0], batch), slow_untimed_loss(logits[1], windows)
     torch.testing.assert_close(*losses)
     for loss in losses:
         loss.backward()
     torch.testing.assert_close(logits[0].grad, logits[1].grad, atol=1e-6, rtol=1e-4)
+    batch = dataclasses.replace(batch, **untimed([], [], []))
+    logits[0].grad = None
+    loss = untimed_words_loss(logits[0], batch)
+    loss.backward()
+    assert loss.item() == 0.0 and not logits[0].grad.any()
 
 
-# -- streams of training -------------------------------------------------------------------------
+# -- delay, codes that are not there --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("delay, p", [(1, 1), (1, 2), (2, 2), (3, 2), (2, 4), (5, 2)])
@@ -492,41 +483,20 @@ def test_a_step_undoes_the_delay_of_training(delay, p):
     model = build(acoustic_delay=delay, frames_per_step=p)
     frames = 8 * p
     original = codes(frames, seed=5)
-    delayed = delay_acoustic(original, delay)
-    assert torch.equal(delayed[:, 0], original[:, 0])
-    assert torch.equal(delayed[delay:, 1:], original[:-delay, 1:])
-    assert (delayed[:delay, 1:] == IGNORE).all()
+    delayed = original.clone()
+    delayed[delay:, 1:] = original[:-delay, 1:]
+    delayed[:delay, 1:] = 0
     state, out = model.init_state(1), []
-    for patch in delayed.clamp(min=0).view(8, p, LEVELS):
+    for patch in delayed.view(8, p, LEVELS):
         step = model.step(
             patch.t()[None],
             state,
-            forced=torch.ones(1, dtype=torch.bool),
-            forced_agent_codes=patch.t()[None],
-            forced_text=torch.zeros(1, dtype=torch.long),
+            forced=(torch.tensor([True]), patch.t()[None], torch.tensor([PAD])),
         )
         out.append(step.agent_codes[0].t())
     out = torch.cat(out)  # [F, K], `delay` frames late
     assert torch.equal(out[delay:], original[:-delay])
     assert (out >= 0).all()
-
-
-def test_no_delay_changes_nothing():
-    original = codes(6)
-    assert torch.equal(delay_acoustic(original, 0), original)
-
-
-def test_text_tokens_queue_and_never_vanish():
-    stream = TextStream(num_patches=10, patch_rate=25.0)
-    stream.add([5, 6, 7], 0.08)  # patches 2, 3, 4
-    stream.add([8], 0.08)  # waits until patch 5
-    stream.add([9], 0.32)  # patch 8
-    stream.add([10, 11, 12], 0.32)  # patch 9, then no place
-    assert stream.tokens == [0, 0, 5, 6, 7, 8, 0, 0, 9, 10]
-    assert stream.overflow == 2
-    stream.add([13], 60.0)
-    assert stream.overflow == 3
-    assert len([t for t in stream.tokens if t != PAD]) + stream.overflow == 9
 
 
 @pytest.fixture
@@ -537,40 +507,7 @@ def tokenizer():
     return tokenizer
 
 
-def test_turns_follow_their_word_times(tokenizer):
-    turn = {"start": 0.0, "end": 1.0, "text": "hello there you"}
-    words = [("hello", 0.04, 0.1), ("there", 0.2, 0.3), ("you", 0.36, 0.4)]
-    stream = TextStream(12, 25.0)
-    add_turn(stream, tokenizer, {**turn, "words": words})
-    assert {i: t for i, t in enumerate(stream.tokens) if t} == {1: 2, 5: 3, 9: 4}
-
-    stream = TextStream(12, 10.0)  # no times: spread over [0.3, 0.9)
-    add_turn(stream, tokenizer, {**turn, "start": 0.3, "end": 0.9, "words": None})
-    assert [i for i, t in enumerate(stream.tokens) if t] == [3, 5, 7]
-    assert stream.overflow == 0
-
-
-def test_corruption_keeps_the_semantic_level():
-    clean = codes(200, 3, 2)
-    dropped = corrupt(clean, generator(), acoustic=1.0, frames=0.0)
-    assert torch.equal(dropped[..., 0], clean[..., 0])
-    gone = dropped == IGNORE
-    assert (gone[..., 1:].int().diff(dim=-1) >= 0).all()  # a level goes with those above it
-    assert (gone == gone[:, :1, :1]).all()  # all along a sequence
-    assert torch.equal(dropped[~gone], clean[~gone])
-    kept = (~gone[:, 0, 0]).sum(-1)
-    assert set(kept.tolist()) == {1, 2, 3}
-
-    lost = corrupt(clean, generator(), acoustic=0.0, frames=0.25) == IGNORE
-    assert (lost.all(-1) == lost.any(-1)).all()  # a frame as a whole
-    assert abs(float(lost.float().mean()) - 0.25) < 0.05
-    assert torch.equal(corrupt(clean, generator(), 0.0, 0.0), clean)
-    deaf = corrupt(clean, generator(), 0.0, 0.0, everything=0.5)
-    gone = (deaf == IGNORE).flatten(1)
-    assert 0.3 < float(gone.float().mean()) < 0.7 and (gone.all(1) | ~gone.any(1)).all()
-
-
-def test_an_agent_that_does_not_hear_itself_goes_by_its_words_alone():
+def test_an_agent_without_its_past_codes_goes_by_its_words_alone():
     model = build(hear_self=False)
     batch = make_batch(model.config)
     others = dataclasses.replace(batch, agent_past=(batch.agent_codes + 1) % min(SIZES))
@@ -581,25 +518,6 @@ def test_an_agent_that_does_not_hear_itself_goes_by_its_words_alone():
     assert not torch.equal(model.hidden(batch)[:, 1:], said[:, 1:])
     state = model.init_state(2)
     model.step(batch.user_codes[:, 0].transpose(1, 2), state)
-
-
-def test_codes_are_exchanged_for_their_neighbours():
-    books = [torch.randn(n, 4, generator=generator(n)) for n in (12, 6)]
-    near = code_neighbours(books, 3)
-    for book, table in zip(books, near, strict=True):
-        for code in range(len(book)):
-            distances = [float((book[code] - other).norm()) for other in book]
-            order = sorted(range(len(book)), key=distances.__getitem__)
-            assert table[code].tolist() == order[1:4]
-    codes = torch.randint(6, (200, 5, 2, 2), generator=generator())
-    codes[0] = IGNORE
-    blurred = blur(codes, near, 0.3, generator())
-    changed = blurred != codes
-    assert (blurred[0] == IGNORE).all() and 0.25 < float(changed[1:].float().mean()) < 0.35
-    for level in (0, 1):
-        old, new = codes[..., level][changed[..., level]], blurred[..., level][changed[..., level]]
-        assert all(int(b) in near[level, int(a)].tolist() for a, b in zip(old, new, strict=True))
-    assert torch.equal(blur(codes, near, 0.0, generator()), codes)
 
 
 def test_models_take_codes_that_are_gone():
@@ -776,7 +694,7 @@ def test_code_tables_start_from_vectors_of_another_width(width):
 
 
 def save(model, folder, tokenizer, config=None, tensors=None):
-    config = stored_config(model.config) if config is None else config
+    config = checkpoints.stored_config("s2s", model.config) if config is None else config
     tensors = model.state_dict() if tensors is None else tensors
     return checkpoints.save_export(folder, 3, config, tensors, tokenizer)
 
@@ -792,7 +710,7 @@ def test_a_checkpoint_comes_back(tmp_path, tokenizer):
 
 def test_wrong_checkpoints_are_refused_in_one_line(tmp_path, tokenizer):
     model, text = build(), tokenizer.to_str()
-    stored = stored_config(model.config)
+    stored = checkpoints.stored_config("s2s", model.config)
     fewer = model.state_dict()
     fewer.pop("text_head.weight")
     whole = save(model, tmp_path / "cut", text)

@@ -19,7 +19,6 @@ import torch
 import checkpoints
 import codec as codec_module
 import command
-import s2s
 import train_s2s
 import training
 from codec import Codec, CodecConfig
@@ -210,7 +209,7 @@ def test_a_run_says_what_it_will_do_and_logs_what_it_did(world, whole_run):
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(world, whole_run, tmp_path, capsys):
-    """Stopped in mid-epoch, while it learnt to listen, and again when it spoke."""
+    """Stopped in mid-epoch, in its ASR phase, and again when it spoke."""
     folder = tmp_path / "run"
     for stop in (1, 6):
         train(world, folder, max_steps=stop)
@@ -305,16 +304,14 @@ def untrained(world) -> tuple[S2S, train_s2s.Conversations, argparse.Namespace]:
     (rows, frames), _, _ = train_s2s.load_rows(args, codec.fingerprint)
     tokenizer = train_s2s.train_tokenizer(train_s2s.all_texts(rows), 200)
     config = train_s2s.new_config(args, SETTINGS, codec, tokenizer)
-    near = s2s.code_neighbours([book.embedding for book in codec.quantizer.codebooks])
+    near = train_s2s.near_codes([book.embedding for book in codec.quantizer.codebooks])
     torch.manual_seed(0)
-    calls = train_s2s.Conversations(
-        rows, config, tokenizer, args, SETTINGS, 100, frames, near
-    )
+    calls = train_s2s.Conversations(rows, frames, config, tokenizer, args, SETTINGS, 100, near)
     return S2S(config), calls, args
 
 
 def test_a_step_waits_for_the_device_nowhere(world):
-    """Listening and speaking, with turns whose words have no times."""
+    """ASR alone and dialogue, with turns whose words have no times."""
     model, calls, _ = untrained(world)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
     guard, device = training.StepGuard(), torch.device("cpu")
@@ -348,8 +345,9 @@ def test_a_step_waits_for_the_device_nowhere(world):
 def test_validation_shows_what_breaks_past_the_context(world, monkeypatch):
     """States past the 20 patches that attention sees, as if their positions were never trained."""
     model, calls, args = untrained(world)
+    frames = np.full(len(calls.rows), FRAMES)
     batches = train_s2s.validation_batches(
-        calls.rows, None, model.config, calls.tokenizer, args, SETTINGS, count=1
+        calls.rows, frames, model.config, calls.tokenizer, args, SETTINGS, count=1
     )
     assert batches[0].text.shape == (4, 60)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -421,9 +419,14 @@ def test_bad_input_ends_in_one_line(world, whole_run, tmp_path, capsys):
 # -- what the LM reads -------------------------------------------------------------------------
 
 
-def reader(
-    window_seconds=3.0, rows=None, disturbed=False, **changes
-) -> train_s2s.Conversations:
+class Rows(list):
+    """Conversations as a data set has them."""
+
+    def with_format(self, _):
+        return {"language": [row["language"] for row in self]}
+
+
+def reader(window_seconds=3.0, rows=None, disturbed=False, **changes) -> train_s2s.Conversations:
     texts = [text for pair in TEXTS.values() for text in pair]
     config = S2SConfig(
         codebook_sizes=(16,) * 8, vocab_size=200, phones=("_", "a", "i"), listen_delay=1, **changes
@@ -433,12 +436,11 @@ def reader(
         acoustic_drop=0.6, agent_window_drop=0.5,
     )  # fmt: skip
     settings = train_s2s.Settings(language_drop=0.0)
-    rows = rows or [conversation(i, language, "train") for i, language in enumerate(TEXTS)]
+    rows = Rows(rows or [conversation(i, lang, "train") for i, lang in enumerate(TEXTS)])
+    frames = [len(row["user_codes"]) for row in rows]
     tokenizer = train_s2s.train_tokenizer(texts, 200)
     near = torch.arange(16).roll(1).view(1, 16, 1).expand(8, -1, -1) if disturbed else None
-    return train_s2s.Conversations(
-        rows, config, tokenizer, args, settings, 100, neighbours=near
-    )
+    return train_s2s.Conversations(rows, frames, config, tokenizer, args, settings, 100, near)
 
 
 def test_words_are_encoded_alone_as_in_the_sentence():
@@ -456,16 +458,21 @@ def test_words_without_times_lie_at_the_start_of_their_turn():
     """The user's, 0.2 to 1.0 s, with the patch by which the head is late; not where too many."""
     conversations = reader()
     row = conversations.rows[0]
-    whole = conversations.labelled(row)
-    at = torch.arange(75)
-    assert torch.equal(whole["user_turn"], torch.where((at >= 5) & (at < 26), 1, 0))
-    tokens = whole["user_text"][whole["user_text"] != PAD].tolist()
     words = [word.strip("?.,").lower() for word in row["turns"][0]["text"].split()]
-    assert conversations.tokenizer.decode(tokens).split() == words
-    assert torch.equal(whole["user_text"][5 : 5 + len(tokens)], torch.tensor(tokens))
-    assert (whole["user_words"][5:26] == IGNORE).all()
+    for begins in (0, 4):
+        found = conversations.untimed(row, begins)
+        assert (found["untimed_first"][0], found["untimed_patches"][0]) == (5 - begins, 21)
+        tokens = found["untimed_tokens"][0, : found["untimed_counts"][0]].tolist()
+        assert conversations.tokenizer.decode(tokens).split() == words
+        assert not found["untimed_tokens"][0, len(tokens) :].any()
+        labels = found["untimed_labels"][0].tolist()
+        assert labels[: len(tokens)] == [tokens.index(token) + 1 for token in tokens]
+        assert not any(labels[len(tokens) :])
+    assert (conversations.labelled(row)["user_words"][5:26] == IGNORE).all()
+    for edge in (5, 26 - conversations.patches):  # it may be cut there
+        assert not conversations.untimed(row, edge)["untimed_counts"].any()
     row["turns"][0]["text"] = " ".join(["word"] * 30)
-    assert not conversations.labelled(row)["user_turn"].any()
+    assert not conversations.untimed(row, 0)["untimed_counts"].any()
 
 
 def test_labels_say_what_holds_at_each_patch():
@@ -478,7 +485,7 @@ def test_labels_say_what_holds_at_each_patch():
     assert torch.equal(whole["turn_end"].bool(), (at >= 25) & (at < 30))
     assert torch.equal(whole["user_emotion"], torch.where(user, 2, IGNORE))  # sad
     assert torch.equal(whole["language_label"], torch.where(user, 0, IGNORE))
-    # Told once the agent has begun to speak, and from then on.
+    # Given once the agent has begun to speak, and from then on.
     assert torch.equal(whole["agent_emotion"], torch.where(at > 30, 1 + 7, 0))  # calm
     assert int(whole["language"]) == 1 and int(whole["overflow"]) == 0
 
@@ -518,13 +525,15 @@ def test_an_interrupted_agent_owes_no_answer():
     assert conversations.labelled(row)["turn_end"].sum() == 0
 
 
-def test_acoustic_levels_are_delayed():
-    conversations = reader(acoustic_delay=1)
+@pytest.mark.parametrize("delay", [0, 1, 3])
+def test_acoustic_levels_are_delayed(delay):
+    conversations = reader(acoustic_delay=delay)
     row = conversations.rows[0]
     agent = torch.from_numpy(row["agent_codes"].astype(np.int64))
     frames = conversations.labelled(row)["agent_codes"].flatten(0, 1)
     assert torch.equal(frames[:, 0], agent[:, 0])
-    assert torch.equal(frames[1:, 1:], agent[:-1, 1:]) and (frames[0, 1:] == IGNORE).all()
+    assert torch.equal(frames[delay:, 1:], agent[: FRAMES - delay, 1:])
+    assert (frames[:delay, 1:] == IGNORE).all()
 
 
 def call_rows() -> list[dict]:
@@ -580,7 +589,7 @@ def test_a_join_loses_no_text_and_carries_the_emotion():
     conversations = reader(rows=rows)
     parts = [conversations.labelled(row) for row in rows]
     call = train_s2s.joined(rows, conversations.config)
-    whole = conversations.labelled(call, set_by_hand=((0, 3),))
+    whole = conversations.labelled(call, ((0, 3),))
     lengths = [len(part["text"]) for part in parts]
     turns = [turn for row in rows for turn in row["turns"] if turn["who"] == "agent"]
     said = [t for turn in turns for t in conversations.tokenizer.encode(turn["text"]).ids]
@@ -592,8 +601,8 @@ def test_a_join_loses_no_text_and_carries_the_emotion():
         for name in ("user_speaking", "user_emotion", "turn_end"):
             assert torch.equal(whole[name][first:last], part[name]), name
         known = part["agent_emotion"] > 0
-        told = whole["agent_emotion"][first:last][known]
-        assert torch.equal(told, part["agent_emotion"][known])
+        given = whole["agent_emotion"][first:last][known]
+        assert torch.equal(given, part["agent_emotion"][known])
     carried = whole["agent_emotion"][ends[0]]
     assert carried == parts[0]["agent_emotion"][-1] and carried > 0
     assert (whole["agent_emotion"][:3] == 3).all()
@@ -617,22 +626,22 @@ def test_what_a_window_does_not_see_is_not_read():
     assert 10 * 25 <= begins < 900 - 550 and len(part["turns"]) < 12
     trimmed = conversations.labelled(part)
     for name in whole:
-        if whole[name].dim() and name != "user_turn":
+        if whole[name].dim():
             window = trimmed[name][begins : begins + 75]
             assert torch.equal(window, whole[name][900:975]), name
 
 
 def test_the_emotion_tells_neither_reply_nor_moment():
-    """What is told up to a patch is the same without the turns and the words to come; nor does a
-    turn's begin with it: its first token has been said before."""
+    """What is given up to a patch is the same without the turns and the words to come; nor does a
+    turn's begin with it: its first token comes before."""
     conversations = reader()
     set_anew = 0
     for row in call_rows():
         agent = [turn for turn in row["turns"] if turn["who"] == "agent"]
         count = len(row["user_codes"]) // 2
         for middle in range(3, count, 7):
-            told = ((0, 5), (middle, 6))
-            whole = conversations.labelled(row, told)
+            given = ((0, 5), (middle, 6))
+            whole = conversations.labelled(row, given)
             emotion, text = whole["agent_emotion"], whole["text"]
             assert emotion[0] == 5
             silent = not whole["agent_speaking"][middle]
@@ -642,7 +651,7 @@ def test_the_emotion_tells_neither_reply_nor_moment():
                 if emotion[patch] != emotion[patch - 1]:
                     assert text[patch - 1] != PAD or patch == middle
             past = [t for t in agent if int(t["start"] * 25) < middle]
-            so_far = conversations.labelled({**row, "turns": past}, told)["agent_emotion"]
+            so_far = conversations.labelled({**row, "turns": past}, given)["agent_emotion"]
             assert torch.equal(so_far[: middle + 1], emotion[: middle + 1])
     assert set_anew > 10
 
@@ -655,15 +664,15 @@ def test_what_was_disturbed_is_drawn_with_the_window():
             assert torch.equal(a[name], b[name]), name
         assert torch.equal(a["agent_past"], a["agent_codes"])
         assert torch.equal(a["depth_patches"], torch.arange(30))
-        kept = (b["agent_past"] == IGNORE) | (b["agent_past"] == a["agent_past"])
-        assert kept.all() and b["depth_patches"].shape == (6,)
+        same = (b["agent_past"] == IGNORE) | (b["agent_past"] == a["agent_past"])
+        assert same.all() and b["depth_patches"].shape == (6,)
         assert len(set(b["depth_patches"].tolist())) == 6
     gone = torch.stack([other[(0, i)]["agent_past"] == IGNORE for i in range(60)]).flatten(1)
-    assert 15 < int(gone.all(1).sum()) < 45  # a half of them hears nothing of itself
-    heard = torch.stack([other[(0, i)]["user_codes"] for i in range(60)])
+    assert 15 < int(gone.all(1).sum()) < 45  # a half of them sees nothing of its own codes
+    read = torch.stack([other[(0, i)]["user_codes"] for i in range(60)])
     plain = torch.stack([clean[(0, i)]["user_codes"] for i in range(60)])
-    changed = (heard != plain) & (heard != IGNORE)
-    assert 0.07 < float(changed.float().sum() / (heard != IGNORE).sum()) < 0.13
+    changed = (read != plain) & (read != IGNORE)
+    assert 0.07 < float(changed.float().sum() / (read != IGNORE).sum()) < 0.13
 
 
 def test_draws_depend_on_seed_epoch_and_index_alone():
@@ -673,6 +682,69 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
         assert all(torch.equal(a[name], b[name]) for name in a)
     drawn = torch.stack([one[(0, i)]["user_codes"] for i in range(8)])
     assert len(torch.unique(drawn, dim=0)) > 4
+
+
+def test_text_tokens_queue_and_never_vanish():
+    words = [([5, 6, 7], 0.08), ([8], 0.08), ([9], 0.32), ([10, 11, 12], 0.32), ([13], 60.0)]
+    tokens, starts, overflow = train_s2s.place_tokens(words, 10, 25.0)
+    assert tokens.tolist() == [0, 0, 5, 6, 7, 8, 0, 0, 9, 10]
+    assert starts == [2, 5, 8, 9, 1500] and overflow == 3
+
+
+def test_turns_follow_their_word_times():
+    conversations = reader()
+    encode = conversations.tokenizer.encode
+    turn = {"start": 0.3, "end": 0.9, "text": "how are you"}
+    words = [["how", 0.04, 0.1], ["are", 0.2, 0.3], ["you", 0.36, 0.4]]
+    spelt = [encode(word).ids for word in ("how", " are", " you")]
+    timed = conversations.agent_words({**turn, "words": words})
+    assert timed == list(zip(spelt, (0.04, 0.2, 0.36), strict=True))
+    spread = conversations.agent_words({**turn, "words": None})  # no times: over [0.3, 0.9)
+    assert [tokens for tokens, _ in spread] == spelt
+    assert [start for _, start in spread] == pytest.approx([0.3, 0.5, 0.7])
+
+
+def test_corruption_keeps_the_semantic_level():
+    g = torch.Generator().manual_seed(0)
+    clean = torch.randint(16, (3, 2, 8), generator=g)
+
+    def gone(*odds) -> torch.Tensor:
+        """Of 300 windows; what is left is as it was."""
+        dropped = torch.stack([train_s2s.drop_codes(clean, g, *odds) for _ in range(300)])
+        assert torch.equal(dropped, clean.expand(300, -1, -1, -1).where(dropped >= 0, IGNORE))
+        return dropped == IGNORE
+
+    levels = gone(1.0, 0.0)
+    assert not levels[..., 0].any()
+    assert (levels[..., 1:].int().diff(dim=-1) >= 0).all()  # a level goes with those above it
+    assert (levels == levels[:, :1, :1]).all()  # all along a window
+    assert set((~levels[:, 0, 0]).sum(-1).tolist()) == set(range(1, 9))
+    frames = gone(0.0, 0.25)
+    assert (frames.all(-1) == frames.any(-1)).all()  # all codes of a frame
+    assert abs(float(frames.float().mean()) - 0.25) < 0.05
+    assert not gone(0.0, 0.0).any()
+    windows = gone(0.0, 0.0, 0.5).flatten(1)
+    assert 0.4 < float(windows.float().mean()) < 0.6
+    assert (windows.all(1) | ~windows.any(1)).all()
+
+
+def test_codes_are_exchanged_for_their_neighbours():
+    g = torch.Generator().manual_seed(0)
+    books = [torch.randn(n, 4, generator=g) for n in (12, 6)]
+    near = train_s2s.near_codes(books, 3)
+    for book, table in zip(books, near, strict=True):
+        for code in range(len(book)):
+            distances = [float((book[code] - other).norm()) for other in book]
+            order = sorted(range(len(book)), key=distances.__getitem__)
+            assert table[code].tolist() == order[1:4]
+    codes = torch.randint(6, (1000, 2, 2), generator=g)
+    replaced = train_s2s.replace_codes(codes, near, 0.3, g)
+    changed = replaced != codes
+    assert 0.25 < float(changed.float().mean()) < 0.35
+    for level in (0, 1):
+        pairs = (each[..., level][changed[..., level]].tolist() for each in (codes, replaced))
+        assert all(new in near[level, old].tolist() for old, new in zip(*pairs, strict=True))
+    assert torch.equal(train_s2s.replace_codes(codes, near, 0.0, g), codes)
 
 
 def test_short_conversations_train_too(world, tmp_path, capsys):
@@ -689,9 +761,7 @@ def test_short_conversations_train_too(world, tmp_path, capsys):
     codec = Codec.from_checkpoint(world / "mine" / "codec")
     make_dataset(world / "mine" / "short", codec, rows)
     folder = tmp_path / "run"
-    train(
-        world, folder, data="mine/short", max_steps=3, asr_share=0, epoch_hours=1, num_epochs=4
-    )
+    train(world, folder, data="mine/short", max_steps=3, asr_share=0, epoch_hours=1, num_epochs=4)
     assert "2 of 6 conversations left out" in capsys.readouterr().out
     rows = [row for row in metrics(folder) if "loss" in row]
     assert len(rows) == 3 and all(row["loss"] is not None for row in rows)
@@ -707,7 +777,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-def test_flags_out_of_range_are_told_before_anything_is_loaded(capsys):
+def test_flags_out_of_range_are_refused_before_anything_is_loaded(capsys):
     for wrong in WRONG:
         with pytest.raises(SystemExit) as stop:
             train_s2s.parse_args(wrong.split())
@@ -715,7 +785,7 @@ def test_flags_out_of_range_are_told_before_anything_is_loaded(capsys):
         assert stop.value.code == 2 and shown.count("\n") == 1 and wrong.split()[0] in shown, wrong
 
 
-# -- what a resumed run is told ----------------------------------------------------------------
+# -- a run that is resumed ---------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -734,7 +804,7 @@ def test_a_finished_run_is_extended(world, finished, capsys):
     assert "from here on --num_epochs 3 (until now 2)" in said and "had 8 steps, now 12" in said
     trainer = last(finished).trainer
     assert (trainer["step"], trainer["total_steps"], trainer["flags"]["num_epochs"]) == (12, 12, 3)
-    assert trainer["schedule"]["starts"]["dialogue"] == 2  # it does not listen alone again
+    assert trainer["schedule"]["starts"]["dialogue"] == 2  # no ASR phase again
     rates = [row["lr"] for row in metrics(finished) if "lr" in row]
     expected = training.Schedule(12, warmup_steps=2).rate(11, final_ratio=0.05)
     assert rates[11] == pytest.approx(3e-4 * expected)
@@ -768,9 +838,7 @@ def test_changes_that_a_run_cannot_take_are_refused(world, finished, capsys):
 
 
 @pytest.mark.parametrize("lacking", ["flags", "settings", "epoch", "guard", "optimizer"])
-def test_trainer_state_of_another_version_is_refused(
-    world, whole_run, tmp_path, capsys, lacking
-):
+def test_trainer_state_of_another_version_is_refused(world, whole_run, tmp_path, capsys, lacking):
     old, folder = last(whole_run[0]), tmp_path / "old"
     trainer = {k: v for k, v in old.trainer.items() if k != lacking}
     checkpoints.save_checkpoint(folder, 8, old.config, old.tensors, trainer, old.tokenizer)
@@ -790,7 +858,7 @@ def test_settings_of_a_run_stay(world, finished, capsys):
     assert "grad_clip=2.0" in said and "as the run was started: --set grad_clip=2.0" in said
 
 
-def test_a_folder_that_cannot_be_used_is_told_first(world, tmp_path, capsys):
+def test_a_folder_that_cannot_be_used_is_refused_first(world, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert "cannot be written" in refused(world, tmp_path / "file", capsys)
     with command.only_one(tmp_path):  # its lock does not make a folder used
