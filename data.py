@@ -20,13 +20,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-import pyarrow.compute
 import soxr
 import torch
 
 from audio import AUDIO_SUFFIXES, FRAME_SECONDS, HOP, SAMPLE_RATE, AudioError, probe, read_audio
-from audio import read_channels as read_channels  # so that all of audio's can be had here
-from audio import write_audio as write_audio
+from audio import write_audio as write_audio  # for those that read and write
 from command import (
     UserError,
     as_json_line,
@@ -35,6 +33,7 @@ from command import (
     default_workers,
     existing_folder,
     json_lines,
+    printable,
 )
 from phones import SILENCE
 from training import Distributed, item_rng
@@ -58,19 +57,11 @@ LOW_PASS_RANGE_HZ = (3400.0, 10000.0)
 
 # What a line of a speech manifest may hold.
 _FIELDS = {
-    "path": "path",
-    "duration": "number or NaN",
-    "sample_rate": "number or NaN",
-    "language": LANGUAGES,
-    "speaker": "text?",
-    "text": "text?",
-    "emotion": (*EMOTIONS, None),
-    "augmented": "true or false?",
-    "license": "text?",
-    "commercial_ok": "true or false?",
-    "split": (*SPLITS, None),
-    "phones": "list of [text, start, end]?",
-}
+    "path": "path", "duration": "number or NaN", "sample_rate": "number or NaN",
+    "language": LANGUAGES, "speaker": "text?", "text": "text?", "emotion": (*EMOTIONS, None),
+    "augmented": "true or false?", "license": "text?", "commercial_ok": "true or false?",
+    "split": (*SPLITS, None), "phones": "list of [text, start, end]?",
+}  # fmt: skip
 _BLOCK_ROWS = 10000  # of a manifest, until they are columns
 
 # A clip that says it is longer than this, or a rate beyond these, is measured before it is used.
@@ -105,31 +96,19 @@ class Clip:
 class Clips(Sequence[Clip]):
     """Clips as columns: millions in some hundred bytes each, which forked workers share.
 
-    Reads as a list of Clip; `column` gives what is wanted of all at once.
+    Reads as a list of Clip; `column` and `codes` give a field of all at once.
     """
 
-    def __init__(self, table: pyarrow.Table) -> None:
+    def __init__(self, *tables: pyarrow.Table) -> None:
         # Several dictionaries a column, and many chunks, would make each look-up slow.
-        self.table = table.unify_dictionaries().combine_chunks()
-
-    @classmethod
-    def joined(cls, tables: list[pyarrow.Table]) -> Clips:
-        """All rows of `tables`, which is emptied: never are more than a column's there twice."""
-        whole = pyarrow.concat_tables(tables).unify_dictionaries()
-        tables.clear()
-        columns = {name: whole[name] for name in whole.column_names}
-        del whole
-        for name in columns:
-            columns[name] = columns[name].combine_chunks()
-        return cls(pyarrow.table(columns))
+        self.table = pyarrow.concat_tables(tables).unify_dictionaries().combine_chunks()
 
     @classmethod
     def of(cls, clips: Iterable[Clip]) -> Clips:
         """The columns of any clips; Clips pass as they are."""
         if isinstance(clips, Clips):
             return clips
-        rows = [{**vars(clip), "path": os.fspath(clip.path)} for clip in clips]
-        return cls(_table(rows, ""))
+        return cls(_table([{**vars(clip), "path": os.fspath(clip.path)} for clip in clips], ""))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -148,7 +127,7 @@ class Clips(Sequence[Clip]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     def __add__(self, other: Iterable[Clip]) -> Clips:
-        return Clips.joined([self.table, Clips.of(other).table])
+        return Clips(self.table, Clips.of(other).table)
 
     def column(self, name: str) -> np.ndarray:
         """A number or flag of every clip, in their order."""
@@ -182,22 +161,16 @@ class Clips(Sequence[Clip]):
 
 
 _NAMES = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
-# Fields as they are held; `folder` and `name` are the path's bytes, `phones` JSON.
+# Fields as they are stored; `folder` and `name` are the path's bytes, `phones` JSON.
 _COLUMNS = pyarrow.schema(
     {
         "folder": pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
         "name": pyarrow.large_binary(),
         "duration": pyarrow.float64(),
         "sample_rate": pyarrow.int32(),
-        "language": _NAMES,
-        "speaker": _NAMES,
-        "text": pyarrow.large_string(),
-        "emotion": _NAMES,
-        "augmented": pyarrow.bool_(),
-        "license": _NAMES,
-        "commercial_ok": pyarrow.bool_(),
-        "split": _NAMES,
-        "phones": pyarrow.large_string(),
+        **dict.fromkeys(("language", "speaker", "emotion", "license", "split"), _NAMES),
+        **dict.fromkeys(("text", "phones"), pyarrow.large_string()),
+        **dict.fromkeys(("augmented", "commercial_ok"), pyarrow.bool_()),
     }
 )
 _DEFAULTS = {"augmented": False, "license": "", "commercial_ok": False, "split": "train"}
@@ -212,28 +185,26 @@ def _clip_of_row(row: dict) -> Clip:
 def _table(rows: list[dict], folder: str | Path) -> pyarrow.Table:
     """Columns of checked rows, whose paths are relative to `folder`."""
     columns = {name: [row.get(name) for row in rows] for name in _FIELDS}
-    cut = [path.rpartition("/") for path in columns.pop("path")]
-    ends = [end + slash for end, slash, _ in cut]
-    below = {end: os.path.normpath(os.path.join(folder, end)) if folder else end for end in {*ends}}
-    below = {end: os.fsencode(path) for end, path in below.items()}
-    # No whole number is too large for a double then; NaN stays.
-    columns["duration"] = [min(max(seconds, -1.0), 1e12) for seconds in columns["duration"]]
-    columns["folder"] = [below[end] for end in ends]
-    columns["name"] = [name.encode(errors="surrogateescape") for _, _, name in cut]
-    low, high = _RATES_HZ
-    rates = columns["sample_rate"]
-    columns["sample_rate"] = [round(rate) if low <= rate <= high else 0 for rate in rates]
-    phones = columns["phones"]
-    columns["phones"] = [None if one is None else json.dumps(one) for one in phones]
     for name, value in _DEFAULTS.items():
         columns[name] = [value if found is None else found for found in columns[name]]
+    paths = [os.path.split(path) for path in columns.pop("path")]
+    folders = {
+        head: os.fsencode(os.path.normpath(os.path.join(folder, head)) if folder else head)
+        for head in {head for head, _ in paths}
+    }
+    columns["folder"] = [folders[head] for head, _ in paths]
+    columns["name"] = [os.fsencode(name) for _, name in paths]
+    columns["duration"] = [s if 0 <= s <= 1e9 else 0.0 for s in columns["duration"]]
+    low, high = _RATES_HZ
+    columns["sample_rate"] = [round(r) if low <= r <= high else 0 for r in columns["sample_rate"]]
+    columns["phones"] = [found and json.dumps(found) for found in columns["phones"]]
     return pyarrow.table({f.name: pyarrow.array(columns[f.name], f.type) for f in _COLUMNS})
 
 
 def read_manifest(path: str | Path) -> Clips:
-    """Clips of a manifest, paths made absolute. Raises UserError on a missing or bad file.
+    """Clips of a manifest, paths made absolute; an impossible duration or sample rate is 0.
 
-    A duration or sample rate that is no possible one is left as it is or 0: `load_clips` measures.
+    Raises UserError on a missing or bad file.
     """
     path = Path(os.path.abspath(path))
     tables, rows = [], []
@@ -246,12 +217,11 @@ def read_manifest(path: str | Path) -> Clips:
                 rows = []
     except OSError as error:
         raise UserError(f"{path}: cannot be read as a manifest ({error.strerror})") from error
-    return Clips.joined([*tables, _table(rows, path.parent)])
+    return Clips(*tables, _table(rows, path.parent))
 
 
 def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
-    """Write clips one a line, atomically. Paths in the file are relative to the manifest; a
-    clip's own relative path is taken from the current folder, as everywhere in Python."""
+    """Write clips one a line, atomically, with paths relative to the manifest."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.path.abspath(path.parent)
@@ -286,59 +256,54 @@ def scan_folder(path: str | Path) -> tuple[list[Clip], list[Path]]:
     """(clips, unreadable files) of a folder of audio without manifest, sub-folders included.
 
     The language is the nearest folder name that is one, else "other"; speakers are read from
-    LibriSpeech's names (`speaker-chapter-number`), else unknown. Splits keep a speaker together,
-    or a recording where the speaker is unknown; a language has always training clips. Raises
-    UserError on a missing folder.
+    LibriSpeech's names (`speaker-chapter-number`), else unknown. Splits keep a speaker together; a
+    language has always training clips. Raises UserError on a missing folder.
     """
     root, scan = existing_folder(path, "--data_dirs"), _Scan()
     files = [file for folder, names in _walk([root]) for file in scan.audio_files(folder, names)]
     return _scan_files(files, path, scan), list(scan.bad)
 
 
-@dataclass
 class _Scan:
     """What a look through folders met besides clips, for the user to know."""
 
-    bad: dict[Path, str] = field(default_factory=dict)  # and why
-    passed_over: Counter = field(default_factory=Counter)  # by suffix
-    measured: int = 0
-    disagreeing: int = 0
+    def __init__(self) -> None:
+        self.bad: dict[Path, str] = {}  # unreadable files, and why
+        self.notes: Counter[str] = Counter()  # how many of what
 
     def audio_files(self, folder: Path, names: list[str]) -> list[Path]:
         """The files to read; those of other suffixes that stand for audio are counted."""
         suffixes = [os.path.splitext(name)[1].lower() for name in names]
-        self.passed_over.update(suffix for suffix in suffixes if suffix in _PASSED_OVER)
+        for suffix in filter(_PASSED_OVER.__contains__, suffixes):
+            self.notes[f"files of {suffix} passed over: convert them to be trained on"] += 1
         named = zip(names, suffixes, strict=True)
         return [folder / name for name, suffix in named if suffix in AUDIO_SUFFIXES]
 
     def probe_all(self, files: Iterable[Path]) -> list[tuple[float, int] | None]:
-        """`probe` of each; None for the bad, which are noted with the reason."""
-        files = list(files)
+        """`probe` of each; None for the bad."""
+
+        def probed(file: Path) -> tuple[float, int] | None:
+            try:
+                return probe(file)
+            except AudioError as error:
+                self.bad[file] = str(error)
+                return None
+
         with ThreadPoolExecutor(4 * default_workers(8)) as pool:
-            probed = list(pool.map(_probe_or_reason, files))
-        self.bad |= {f: why for f, why in zip(files, probed, strict=True) if isinstance(why, str)}
-        return [None if isinstance(found, str) else found for found in probed]
+            return list(pool.map(probed, files))
 
     def report(self, log: str | Path | None) -> None:
         """Warnings on stderr; the unreadable files are listed in `log`."""
-        listed = "".join(f"first: {why}" for why in [*self.bad.values()][:1])
-        if self.bad and log is not None:
-            Path(log).parent.mkdir(parents=True, exist_ok=True)
-            Path(log).write_bytes(os.fsencode("".join(f"{path}\n" for path in self.bad)))
-            listed = f"listed in {log}; {listed}"
-        counts = [(len(self.bad), f"unreadable audio files skipped, {listed}")]
-        counts += [
-            (count, f"files of {suffix} passed over: convert them to be trained on")
-            for suffix, count in sorted(self.passed_over.items())
-        ]
-        counts += [
-            (self.measured, "clips whose manifest has no possible duration were measured"),
-            (self.disagreeing, "files are held out by one manifest and not by another: kept out of "
-             "training"),
-        ]  # fmt: skip
-        for count, what in counts:
-            if count:  # names may be no UTF-8
-                what = what.encode(errors="backslashreplace").decode()
+        if self.bad:
+            files = sorted(self.bad)
+            listed = f"first: {self.bad[files[0]]}"
+            if log is not None:
+                Path(log).parent.mkdir(parents=True, exist_ok=True)
+                Path(log).write_bytes(os.fsencode("".join(f"{file}\n" for file in files)))
+                listed = f"listed in {log}; {listed}"
+            self.notes[f"unreadable audio files skipped, {printable(listed)}"] = len(files)
+        for what, count in self.notes.items():
+            if count:
                 print(f"warning: {count} {what}", file=sys.stderr)
 
 
@@ -389,13 +354,6 @@ def _scan_files(files: list[Path], data_dir: str | Path, scan: _Scan) -> list[Cl
     return clips
 
 
-def _probe_or_reason(path: Path) -> tuple[float, int] | str:
-    try:
-        return probe(path)
-    except AudioError as error:
-        return str(error)
-
-
 def _language_in(path: Path) -> str | None:
     named = [part.lower() for part in path.parts if part.lower() in LANGUAGES]
     return named[-1] if named else None
@@ -404,8 +362,8 @@ def _language_in(path: Path) -> str | None:
 def _speaker_from_name(path: Path) -> str | None:
     """LibriSpeech's `speaker-chapter-0001` and LibriTTS' `speaker_chapter_000001_000001`.
 
-    Sure only with the speaker's folder above, or with numbers as long as theirs; never what may
-    be a date: all recordings of a year would count as one voice.
+    Only below the speaker's folder, or with numbers as long as theirs; never what may be a date:
+    all recordings of a year would count as one voice.
     """
     match = re.fullmatch(r"(\d{1,5})([-_])(\d+)\2(\d+)(_\d+)?", path.stem)
     if match is None:
@@ -427,10 +385,9 @@ def load_clips(
     """The clips of one split below `data_dirs`: from manifests, and by scanning what has none.
 
     A file counts once: as a manifest lists it, rather than as a scan finds it; held out where any
-    manifest holds it out, commercial where all say so. What could not be read or measured is
-    counted on stderr and listed in `unreadable_log`. Returns an empty list for a validation or
-    test split that holds nothing; raises UserError on a missing folder, an empty manifest, folders
-    without audio, and an empty train split.
+    manifest holds it out, commercial where all say so. What cannot be read is counted on stderr and
+    listed in `unreadable_log`. Raises UserError on a missing folder, an empty manifest, folders
+    without audio and an empty train split; other splits may be empty.
     """
     return load_splits(data_dirs, [split], commercial_only, unreadable_log)[0]
 
@@ -442,9 +399,6 @@ def load_splits(
     unreadable_log: str | Path | None = None,
 ) -> list[Clips]:
     """`load_clips` of several splits for the time of one."""
-    for split in splits:
-        if split not in SPLITS:
-            raise UserError(f"split '{split}' is not one of {', '.join(SPLITS)}")
     scan = _Scan()
     clips = _load_all(data_dirs, scan)
     scan.report(unreadable_log)
@@ -470,17 +424,15 @@ def _load_all(data_dirs: Sequence[str | Path], scan: _Scan) -> Clips:
         if MANIFEST not in names:
             loose += scan.audio_files(folder, names)
             continue
-        listed = read_manifest(folder / MANIFEST)
-        if not len(listed):
+        tables.append(read_manifest(folder / MANIFEST).table)
+        if not len(tables[-1]):
             raise UserError(f"{folder / MANIFEST}: an empty manifest; fetch the corpus again")
-        tables.append(listed.table)
-        del listed
-    clips = _measured(_each_once(Clips.joined(tables), scan), scan)
+    clips = _measured(_each_once(Clips(*tables), scan), scan)
     loose, scanned = _unlisted(loose, clips), []
     for data_dir, root in zip(data_dirs, roots, strict=True):
         scanned += _scan_files([f for f in loose if f.is_relative_to(root)], data_dir, scan)
         loose = [file for file in loose if not file.is_relative_to(root)]
-    return Clips.joined([clips.table, Clips.of(scanned).table]) if scanned else clips
+    return clips + scanned
 
 
 def _each_once(clips: Clips, scan: _Scan) -> Clips:
@@ -505,8 +457,9 @@ def _each_once(clips: Clips, scan: _Scan) -> Clips:
     if len(files) == len(clips):
         return clips
     files = files.sort_by("line_min")
-    least, most = (files[name].to_numpy() for name in ("split_min", "split_max"))
-    scan.disagreeing += int(((least == 0) & (most > 0)).sum())
+    least, most = files["split_min"].to_numpy(), files["split_max"].to_numpy()
+    said = "files are held out by one manifest and not by another: kept out of training"
+    scan.notes[said] = int(((least == 0) & (most > 0)).sum())
     return Clips(clips.table.take(files["line_min"])).with_columns(
         split=[SPLITS[i] for i in most], commercial_ok=files["free_min"].to_numpy() == 1
     )
@@ -516,14 +469,14 @@ def _measured(clips: Clips, scan: _Scan) -> Clips:
     """With the length and rate of the file itself where the manifest's cannot be; without those
     that cannot be measured."""
     seconds, rates = clips.column("duration").copy(), clips.column("sample_rate").copy()
-    odd = np.flatnonzero(~((seconds >= FRAME_SECONDS) & (seconds <= LONGEST)) | (rates == 0))
+    odd = np.flatnonzero((seconds < FRAME_SECONDS) | (seconds > LONGEST) | (rates == 0))
     if not len(odd):
         return clips
-    readable = np.ones(len(clips), bool)
     for i, probed in zip(odd, scan.probe_all(clips[int(i)].path for i in odd), strict=True):
-        readable[i] = probed is not None
         seconds[i], rates[i] = probed or (0.0, 0)
-    scan.measured += int(readable[odd].sum())
+    readable = rates > 0
+    said = "clips whose manifest has no possible duration were measured"
+    scan.notes[said] = int(readable[odd].sum())
     return clips.with_columns(duration=seconds, sample_rate=rates).where(readable)
 
 
@@ -534,26 +487,14 @@ def _unlisted(files: list[Path], clips: Clips) -> list[Path]:
         real = os.path.realpath(file)
         if real not in own or not file.is_symlink():
             own[real] = file
-    if own:
-        for real in _listed_beside(clips, {os.path.dirname(real) for real in own}):
-            own.pop(real, None)
-    return list(own.values())
-
-
-def _listed_beside(clips: Clips, folders: set[str]) -> Iterator[str]:
-    """Real paths of the clips in these folders, and of those that are links, wherever they lie."""
+    near = {os.path.dirname(real) for real in own}
     at, names = clips.codes("folder")
-    real = [os.path.realpath(os.fsdecode(name)) for name in names]
-    entries = (entry for folder in {*real} if os.path.isdir(folder) for entry in os.scandir(folder))
-    links = {entry.path: os.path.realpath(entry.path) for entry in entries if entry.is_symlink()}
-    linked = [os.path.basename(os.fsencode(path)) for path in links]
-    maybe = np.isin(at, [i for i, name in enumerate(real) if name in folders])
-    linked = pyarrow.array(linked, pyarrow.large_binary())
-    maybe |= pyarrow.compute.is_in(clips.table["name"], linked).to_numpy()
-    below = clips.table["name"].filter(pyarrow.array(maybe)).to_pylist()
-    for i, name in zip(at[maybe], below, strict=True):
-        path = os.path.join(real[i], os.fsdecode(name))
-        yield links.get(path, path)
+    folders = [os.path.realpath(os.fsdecode(name)) for name in names] if own else []
+    for i, folder in enumerate(folders):
+        if folder in near:
+            for name in clips.table["name"].filter(pyarrow.array(at == i)).to_pylist():
+                own.pop(os.path.join(folder, os.fsdecode(name)), None)
+    return list(own.values())
 
 
 def count_speakers(clips: Iterable[Clip]) -> int:
@@ -680,7 +621,7 @@ class WindowDataset(torch.utils.data.Dataset):
 
     An unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another window
     is drawn, so too where one lies behind the end of a file that is shorter than its manifest
-    says. After 50 such draws in a row clips are drawn evenly, for a wrong length may outweigh all
+    says. After 50 such draws in a row clips are drawn evenly, for a wrong duration may outweigh all
     others; UserError after 100.
     """
 
@@ -729,13 +670,12 @@ class WindowDataset(torch.utils.data.Dataset):
         last = "no window"
         for tried in range(self._tries):
             # Every try draws from the same generator: bad files stay part of what is repeatable.
-            evenly = tried >= self._tries // 2
-            which = self._draw_clip(rng, evenly)
+            which = self._draw_clip(rng, evenly=tried >= self._tries // 2)
             place, speed = rng.random(), draw_speed(rng, self.augment)
             if self._bad[which]:
                 continue
             try:
-                window = self._window(which, place, speed, rng, evenly)
+                window = self._window(which, place, speed, rng)
             except AudioError as error:
                 last = str(error)
                 self._bad[which] = True
@@ -759,24 +699,22 @@ class WindowDataset(torch.utils.data.Dataset):
         return int(members[min(at, len(members) - 1)])
 
     def _window(
-        self, which: int, place: float, speed: float, rng: np.random.Generator, anywhere: bool
+        self, which: int, place: float, speed: float, rng: np.random.Generator
     ) -> dict | None:
         """The window at `place` (0 to 1) of what the clip says is its length; None where the file
-        ends before that. `anywhere`: then of the length that the file has."""
+        ends before that."""
         clip = self.clips[which]
         augmented = self.augment > 0 and not clip.augmented
         speed = speed if augmented else 1.0
         seconds = self.samples / SAMPLE_RATE * speed
         start = place * max(clip.duration - seconds, 0.0)
         if start >= self._lengths.get(which, math.inf):
-            if not anywhere:
-                return None
-            start = place * max(self._lengths[which] - seconds, 0.0)
+            return None
         audio = read_audio(clip.path, start, seconds, speed=speed)[: self.samples]
         if not len(audio):
             self._lengths[which] = probe(clip.path)[0]
             self._log(f"{clip.path}: {self._lengths[which]:.2f} s, not {clip.duration:g} s")
-            return self._window(which, place, speed, rng, anywhere) if anywhere else None
+            return None
         if augmented:
             audio = distort(audio, rng, self.augment)
         frames = math.ceil(self.samples / HOP)

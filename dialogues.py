@@ -19,6 +19,7 @@ from command import (
     existing_folder,
     first_line,
     json_lines,
+    printable,
     read_json,
     write_text,
 )
@@ -47,8 +48,8 @@ class Line:
 class Exchange:
     """One line of `conversations/<language>.jsonl`.
 
-    `id` is the same for the training and the held-out wordings of an exchange (the file marks the
-    latter by "-h"): a reply is right if it is the reply of the same exchange.
+    The held-out wordings of an exchange have its `id` too ("-h" more in the file): a reply is right
+    if it is that of the same exchange.
     """
 
     id: str
@@ -64,18 +65,10 @@ class Exchange:
 
 
 _EXCHANGE_FIELDS = {
-    "id": "text",
-    "language": SPOKEN,
-    "intent": "text",
-    "turns": "list of object",
+    "id": "text", "language": SPOKEN, "intent": "text", "turns": "list of object",
     "held_out": "true or false?",
-}
-_LINE_FIELDS = {
-    "who": ("user", "agent"),
-    "text": "text?",
-    "texts": "list of text?",
-    "emotion": (*EMOTIONS, None),
-}
+}  # fmt: skip
+_LINE_FIELDS = {"who": ("user", "agent"), "texts": "list of text?", "emotion": (*EMOTIONS, None)}
 
 
 def load_scripts(path: str | Path) -> list[Exchange]:
@@ -107,11 +100,9 @@ def _exchange(fields: dict, where: str) -> Exchange:
 
 
 def _line(turn: dict, where: str) -> Line:
-    check_fields(turn, _LINE_FIELDS, where)
-    texts = turn.get("texts")
-    if texts is None:
-        check_fields(turn, {"text": "text"}, where)
-        texts = [turn["text"]]
+    one = turn.get("texts") is None
+    check_fields(turn, _LINE_FIELDS | {"text": "text" if one else "text?"}, where)
+    texts = [turn["text"]] if one else turn["texts"]
     if not texts:
         raise UserError(f"{where}: texts is empty")
     for text in texts:
@@ -127,18 +118,14 @@ def choose_exchanges(
     intents: Sequence[str] = (),
     archetypes: bool = False,
 ) -> list[Exchange]:
-    """Those a split may use: training wordings for train, held-out ones otherwise."""
+    """Those of a split: training wordings for train, held-out ones otherwise."""
     mine = [e for e in exchanges if e.language == language]
     unknown = set(intents) - {e.intent for e in mine}
     if unknown:
         raise UserError(f"no {language} script has intent {', '.join(sorted(unknown))}")
-    chosen = [
-        e
-        for e in mine
-        if e.held_out == (split != "train")
-        and (not intents or e.intent in intents)
-        and (e.is_archetype or not archetypes)
-    ]
+    chosen = [e for e in mine if e.held_out == (split != "train")]
+    chosen = [e for e in chosen if not intents or e.intent in intents]
+    chosen = [e for e in chosen if e.is_archetype or not archetypes]
     if not chosen:
         raise UserError(f"no {language} script left for split {split}; check --intents, --scripts")
     return chosen
@@ -162,26 +149,17 @@ class Recording:
 
 
 _RECORDING_FIELDS = {
-    "id": "text?",
-    "path": "path",
-    "agent_channel": "whole number?",
-    "user_channel": "whole number?",
-    "language": (*LANGUAGES, None),
-    "source": "text?",
-    "split": (*SPLITS, None),
-    "turns": "list of object?",
-}
+    "id": "text?", "path": "path", "agent_channel": "whole number?",
+    "user_channel": "whole number?", "language": (*LANGUAGES, None), "source": "text?",
+    "split": (*SPLITS, None), "turns": "list of object?",
+}  # fmt: skip
 _TURN_TEXTS = ("text", "emotion", "intent", "exchange", "voice")
 _TURN_FIELDS = {
-    "who": ("user", "agent"),
-    "start": "number",
-    "end": "number",
     **dict.fromkeys(_TURN_TEXTS, "text?"),
-    "emotion": (*EMOTIONS, None),
-    "interrupted": "true or false?",
-    "phones": "list of [text, start, end]?",
+    "who": ("user", "agent"), "start": "number", "end": "number", "emotion": (*EMOTIONS, None),
+    "interrupted": "true or false?", "phones": "list of [text, start, end]?",
     "words": "list of [text, start, end]?",
-}
+}  # fmt: skip
 
 
 def read_recordings(
@@ -191,8 +169,8 @@ def read_recordings(
 
     Samvad: {id, path, agent_channel, user_channel, language, source, turns}. moshi-finetune:
     {path, duration}, with `<path>.json` {"alignments": [[word, [start, end], speaker], …]}; the
-    left channel is the agent, SPEAKER_MAIN. `language` is used where a line has none. A recording
-    that is listed twice is taken once, and `dropped` says so. UserError names what is malformed.
+    left channel is the agent, SPEAKER_MAIN. `language`: where a line has none. A recording that is
+    listed twice is taken once, and `dropped` says so. UserError names what is malformed.
     """
     folder = Path(folder)
     existing_folder(folder, "--conversations")
@@ -214,7 +192,7 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
     path = manifest.parent / fields["path"]
     within = path if path.is_relative_to(root) else root / fields["path"]
     name = fields.get("id") or printable(within.with_suffix("").relative_to(root).as_posix())
-    agent, user = (fields.get(f"{who}_channel") for who in ("agent", "user"))
+    agent, user = fields.get("agent_channel"), fields.get("user_channel")
     agent, user = 0 if agent is None else agent, 1 if user is None else user
     if min(agent, user) < 0 or agent == user:
         raise UserError(f"{where}: agent_channel {agent} and user_channel {user}: two are needed")
@@ -228,23 +206,25 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
         unknown = {phone for phone, _, _ in turn.get("phones") or ()} - set(PHONES)
         if unknown:
             raise UserError(f"{where}: turn {i}: no phone {sorted(unknown)[0]!r} is known")
-    return Recording(
-        name,
-        path,
-        agent,
-        user,
-        fields.get("language") or language,
-        fields.get("source") or printable(manifest.parent.resolve().name),
-        fields.get("split") or split_for(name),
-        tuple(turns),
-    )
+    source = fields.get("source") or printable(manifest.parent.resolve().name)
+    spoken, split = fields.get("language") or language, fields.get("split") or split_for(name)
+    return Recording(name, path, agent, user, spoken, source, split, tuple(turns))
 
 
 def _turns_of_alignments(path: Path) -> list[dict]:
-    """The turns of a moshi-finetune file, each with its words."""
+    """The turns of a moshi-finetune file, each with its words; UserError on any other file."""
+    needed = '{"alignments": [[word, [start, end], speaker], …]} is needed'
+    fields = read_json(path, needed)
+    try:
+        words = [([word, start, end], who) for word, (start, end), who in fields["alignments"]]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: {needed}") from None
+    for word, who in words:
+        kinds = {"word": "[text, start, end]", "speaker": "text"}
+        check_fields({"word": word, "speaker": who}, kinds, f"{path}: alignments")
     turns: list[dict] = []
     current: dict[str, dict] = {}
-    for word, (start, end), speaker in sorted(_alignments(path), key=lambda a: a[1][0]):
+    for (word, start, end), speaker in sorted(words, key=lambda found: found[0][1]):
         who = "agent" if speaker == "SPEAKER_MAIN" else "user"
         turn = current.get(who)
         if turn is None or start - turn["end"] > TURN_PAUSE:
@@ -257,43 +237,22 @@ def _turns_of_alignments(path: Path) -> list[dict]:
     return turns
 
 
-def _alignments(path: Path) -> list[list]:
-    """[[word, [start, end], speaker], …]; UserError on any other file."""
-    fields = read_json(path, '{"alignments": [[word, [start, end], speaker], …]} is needed')
-    check_fields(fields, {"alignments": "list"}, str(path))
-    for i, word in enumerate(fields["alignments"]):
-        where = f"{path}: alignments[{i}]"
-        try:
-            text, (start, end), speaker = word
-        except (TypeError, ValueError):
-            raise UserError(f"{where} is not [word, [start, end], speaker]") from None
-        parts = {"word": [text, start, end], "speaker": speaker}
-        check_fields(parts, {"word": "[text, start, end]", "speaker": "text"}, where)
-    return fields["alignments"]
-
-
 # ---------------------------------------------------------------------------------- code dataset
+
+
+_SPANS = (("phones", "phone"), ("words", "word"))
 
 
 def _features():
     """Columns of the code dataset. Arrow has no mixed lists: spans are structs on disk."""
     from datasets import Array2D, Features, List, Value
 
-    text, seconds, codes = Value("string"), Value("float32"), Array2D((None, CODEBOOKS), "uint16")
-    turn = {
-        "who": text,
-        "start": seconds,
-        "end": seconds,
-        **dict.fromkeys(_TURN_TEXTS, text),
-        "interrupted": Value("bool"),
-    }
-    for column, name in _SPANS:
-        turn[column] = List({name: text, "start": seconds, "end": seconds})
+    text, codes = Value("string"), Array2D((None, CODEBOOKS), "uint16")
+    times = dict.fromkeys(("start", "end"), Value("float32"))
+    turn = {"who": text, **times, **dict.fromkeys(_TURN_TEXTS, text), "interrupted": Value("bool")}
+    turn |= {column: List({name: text, **times}) for column, name in _SPANS}
     row = dict.fromkeys(("id", "language", "source", "split"), text)
     return Features({**row, "agent_codes": codes, "user_codes": codes, "turns": List(turn)})
-
-
-_SPANS = (("phones", "phone"), ("words", "word"))
 
 
 def _turn_to_disk(turn: dict) -> dict:
@@ -315,9 +274,8 @@ def _turn_from_disk(turn: dict) -> dict:
 
 def _decode_batch(batch: dict) -> dict:
     out = dict(batch)
-    for column in ("agent_codes", "user_codes"):
-        if column in out:
-            out[column] = [np.asarray(c, np.uint16).reshape(-1, CODEBOOKS) for c in out[column]]
+    for column in out.keys() & {"agent_codes", "user_codes"}:
+        out[column] = [np.asarray(c, np.uint16).reshape(-1, CODEBOOKS) for c in out[column]]
     if "turns" in out:
         out["turns"] = [[_turn_from_disk(turn) for turn in turns] for turns in out["turns"]]
     return out
@@ -357,12 +315,9 @@ def finish_dataset(folder: Path, files: Sequence[str], info: dict) -> None:
     state = {
         "_data_files": [{"filename": name} for name in files],
         "_fingerprint": digest(info["codec_fingerprint"], *files),
-        "_format_columns": None,
-        "_format_kwargs": {},
-        "_format_type": None,
-        "_output_all_columns": False,
-        "_split": None,
-    }
+        "_format_kwargs": {}, "_output_all_columns": False,
+        **dict.fromkeys(("_format_columns", "_format_type", "_split")),
+    }  # fmt: skip
     write_json(folder / "state.json", state)
 
 
@@ -383,24 +338,21 @@ def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
     """(Dataset, info) of a code dataset folder; a row is as `save_code_dataset` takes it.
 
     Codes come as uint16 `[F, 8]` arrays, phones and words as `[[symbol, start, end], …]` or None.
-    The Arrow files stay on disk (memory-mapped). UserError where the folder is missing or not
-    complete, and where its codes were made by another codec than `codec_fingerprint`.
+    The Arrow files stay on disk (memory-mapped). UserError where the folder is not a complete one,
+    and where its codes were made by another codec than `codec_fingerprint`.
     """
     from datasets import load_from_disk
 
     folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no code dataset there; make it by make_conversations.py")
     if not (folder / "state.json").exists() or not (folder / INFO_FILE).exists():
-        raise UserError(f"{folder}: not a complete code dataset; run make_conversations.py again")
+        raise UserError(f"{folder}: no complete code dataset there; run make_conversations.py")
     try:
         info = read_json(folder / INFO_FILE)
         made_by = info["codec_fingerprint"]
         dataset = load_from_disk(str(folder))
     except Exception as error:  # Arrow and JSON each raise their own kinds on damaged files
-        raise UserError(
-            f"{folder}: damaged code dataset ({first_line(error)}); make it anew"
-        ) from error
+        reason = f"damaged code dataset ({first_line(error)}); make it anew"
+        raise UserError(f"{folder}: {reason}") from error
     if codec_fingerprint is not None and made_by != codec_fingerprint:
         raise UserError(
             f"{folder}: codes of another codec: dataset {made_by[:16]}…, "
@@ -409,17 +361,9 @@ def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
     return dataset.with_transform(_decode_batch), info
 
 
-# ---------------------------------------------------------------------------------- small pieces
-
-
 def write_json(path: Path, value: dict) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def printable(text: str) -> str:
-    """Text that UTF-8 can write: a file's name may hold other bytes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def digest(*values: object) -> str:
-    return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).hexdigest()[:20]
+    return hashlib.sha256(printable(repr(values)).encode()).hexdigest()[:20]

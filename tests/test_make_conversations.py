@@ -546,7 +546,7 @@ def test_a_killed_run_goes_on(codec_path, tmp_path, quick):
     (first, *_) = killed.glob("part-*.arrow")
     assert not (killed / "state.json").exists()
     stamp = first.stat().st_mtime_ns
-    with pytest.raises(UserError, match="not a complete"):
+    with pytest.raises(UserError, match="no complete"):
         mc.load_code_dataset(killed)
     mc.main(command(killed, codec_path))
     mc.main(command(whole, codec_path))
@@ -578,7 +578,7 @@ def test_datasets_are_checked(tmp_path):
     assert dataset[0]["turns"][0]["words"] is None
     with pytest.raises(UserError, match="ffffffff.*eeeeeeee"):
         mc.load_code_dataset(tmp_path / "d", "e" * 64)
-    with pytest.raises(UserError, match="no code dataset"):
+    with pytest.raises(UserError, match="no complete code dataset"):
         mc.load_code_dataset(tmp_path / "nothing")
     (tmp_path / "d" / "data-00000.arrow").write_bytes(b"damaged")
     with pytest.raises(UserError, match="damaged"):

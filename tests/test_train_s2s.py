@@ -399,7 +399,7 @@ def test_bad_input_ends_in_one_line(world, whole_run, tmp_path, capsys):
     new = tmp_path / "new"
     codec = Codec.from_checkpoint(world / "mine" / "codec")
     assert "no code dataset" in refused(world, new, capsys, data="nowhere")
-    assert "not a complete" in refused(world, new, capsys, data="mine")
+    assert "no complete" in refused(world, new, capsys, data="mine")
     make_dataset(world / "mine" / "empty", codec, rows=[])
     assert "no conversations" in refused(world, new, capsys, data="mine/empty")
     held_out = [conversation(0, "english", "validation")]
