@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,9 +63,6 @@ class ReplyText:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self.reset()
-
-    def reset(self) -> None:
         self._ids: list[int] = []
         self.text = ""
 
@@ -84,58 +81,41 @@ class ReplyText:
 # ------------------------------------------------------------------------------------ the queue
 
 
-@dataclass(frozen=True)
-class QueuedPatch:
-    """A patch of input [T] that waits; `arrived` is when its last sample came in."""
+class QueuedPatch(NamedTuple):
+    """A patch of input [T]; `arrived` is when its last sample came in, `lost` how many patches
+    this silence stands for."""
 
     audio: np.ndarray
     arrived: float
     index: int
-    gap: bool = False
+    lost: int = 0
 
 
-class PatchQueue:
-    """One caller's input, cut into patches; never more than `max_patches` wait.
+class PatchQueue(deque[QueuedPatch]):
+    """One caller's input, cut into patches.
 
-    Beyond that the oldest are dropped and counted. One silent patch stands for all that were
+    Beyond `MAX_QUEUED_PATCHES` the oldest are dropped. One silent patch stands for all that were
     dropped in a row, so that speech from before and after the gap is not spliced into new words.
     """
 
-    def __init__(self, patch_samples: int, max_patches: int = MAX_QUEUED_PATCHES):
+    def __init__(self, patch_samples: int):
+        super().__init__()
         self.patch_samples = patch_samples
-        self.max_patches = max_patches
-        self.clear()
-
-    def clear(self) -> None:
-        self._patches: deque[QueuedPatch] = deque()
         self._rest = np.zeros(0, np.float32)
         self._next_index = 0
-        self.dropped = 0
-
-    def __len__(self) -> int:
-        return len(self._patches)
 
     def push(self, audio: np.ndarray, arrived: float, bounded: bool = True) -> None:
         """Take samples [T] of any length; `bounded=False` never drops."""
         audio = np.concatenate([self._rest, np.asarray(audio, np.float32)])
         whole = len(audio) // self.patch_samples * self.patch_samples
         self._rest = audio[whole:]
-        for start in range(0, whole, self.patch_samples):
-            patch = audio[start : start + self.patch_samples]
-            self._patches.append(QueuedPatch(patch, arrived, self._next_index))
+        for patch in audio[:whole].reshape(-1, self.patch_samples):
+            self.append(QueuedPatch(patch, arrived, self._next_index))
             self._next_index += 1
-            if bounded and len(self._patches) > self.max_patches:
-                self._drop()
-
-    def pop(self) -> QueuedPatch:
-        return self._patches.popleft()
-
-    def _drop(self) -> None:
-        """Silence in place of the two oldest."""
-        oldest, last = self.pop(), self.pop()
-        self.dropped += 1 if oldest.gap else 2
-        silence = np.zeros(self.patch_samples, np.float32)
-        self._patches.appendleft(QueuedPatch(silence, last.arrived, last.index, gap=True))
+            if bounded and len(self) > MAX_QUEUED_PATCHES:
+                oldest, last = self.popleft(), self.popleft()
+                lost = max(oldest.lost, 1) + 1
+                self.appendleft(last._replace(audio=np.zeros_like(patch), lost=lost))
 
 
 # ----------------------------------------------------------------------------------- the engine
@@ -144,25 +124,33 @@ class PatchQueue:
 class BargeInFlush:
     """`--vad_flush`: which slots' agents are silenced because their users talk over them.
 
-    From `confirm` ticks of voice while the agent is audible to `release` ticks without voice.
+    From two ticks of voice while the agent is audible to two ticks without voice.
     """
 
-    def __init__(self, slots: int = 1, confirm: int = 2, release: int = 2):
-        self.confirm, self.release = confirm, release
-        self.flushing = np.zeros(slots, bool)
-        self._voiced, self._unvoiced = np.zeros((2, slots), np.int64)  # ticks in a row
+    def __init__(self, slots: int = 1):
+        self.voice, self.audible, self.muted = np.zeros((3, slots), bool)
+        self._ticks = np.zeros(slots, np.int64)  # with voice in a row, or below 0 without
 
-    def reset(self, slot: int) -> None:
-        self.flushing[slot], self._voiced[slot], self._unvoiced[slot] = False, 0, 0
+    def reset(self, slots: np.ndarray) -> None:
+        for state in (self.voice, self.audible, self.muted, self._ticks):
+            state[slots] = 0
 
-    def update(self, voice: np.ndarray, audible: np.ndarray, active: np.ndarray) -> np.ndarray:
+    def update(self, active: np.ndarray) -> np.ndarray:
         """A tick of the slots `active`: [B] bool, True = silence the agent in it."""
-        self._voiced[active] = np.where(voice, self._voiced + 1, 0)[active]
-        self._unvoiced[active] = np.where(voice, 0, self._unvoiced + 1)[active]
-        begins = audible & (self._voiced >= self.confirm)
-        goes_on = self._unvoiced < self.release
-        self.flushing[active] = np.where(self.flushing, goes_on, begins)[active]
-        return self.flushing & active
+        ticks = np.where(self.voice, self._ticks.clip(0) + 1, self._ticks.clip(None, 0) - 1)
+        self._ticks[active] = ticks[active]
+        muted = np.where(self.muted, ticks > -2, self.audible & (ticks >= 2))
+        self.muted[active] = muted[active]
+        return muted & active
+
+    def mute(self, reply: np.ndarray, muted: np.ndarray, active: np.ndarray) -> None:
+        """Silence the reply [B, T] where `muted`; what was audible fades out in 5 ms."""
+        fade = int(LEVEL_SECONDS * SAMPLE_RATE)
+        for slot in np.flatnonzero(muted):
+            reply[slot, :fade] *= np.linspace(1, 0, fade) if self.audible[slot] else 0.0
+            reply[slot, fade:] = 0.0
+        loud = np.array([frame_levels(row).max() > QUIET_DBFS for row in reply])
+        self.audible[active] = (loud & ~muted)[active]
 
 
 @dataclass
@@ -172,9 +160,9 @@ class TickResult:
     audio [B, T] float32; text [B] token ids (`PAD` = none); user_speaking, turn_end [B],
     user_emotion [B, 8], language [B, 3] probabilities; user_phones [B, p] ids, of `listen_delay`
     patches ago; muted [B] output silenced by `vad_flush`; not_finite [B] samples of input or output
-    that were not numbers and became silence. Of the queue: index [B] the number of the input patch
-    (dropped ones count), waited [B] seconds it lay there, dropped [B] patches lost since the slot's
-    last tick.
+    that were not numbers and became silence. Of the queue, set by `run_once`: index [B] the number
+    of the input patch (dropped ones count), waited [B] seconds it lay there, dropped [B] patches
+    lost since the slot's last tick.
     """
 
     audio: np.ndarray
@@ -196,9 +184,8 @@ class TickResult:
 class DuplexEngine:
     """Codec and dialogue LM in lock-step, for `slots` callers on one device.
 
-    `feed` queues a slot's input, `run_once` runs a tick over the slots that have a patch waiting
-    (None when there is none), `run_ready` runs them back to back. `tick` is the step itself, for
-    callers with queues of their own.
+    `feed` queues a slot's input, `run_once` runs a tick over the slots that have a patch waiting.
+    `tick` is the step itself, for callers with queues of their own.
 
     sampling: None for the LM's default. clock: seconds, monotonic.
     Raises `UserError` when the two models do not belong together.
@@ -212,7 +199,6 @@ class DuplexEngine:
         sampling: Sampling | None = None,
         seed: int = 0,
         vad_flush: bool = False,
-        max_queued: int = MAX_QUEUED_PATCHES,
         clock: Callable[[], float] = time.perf_counter,
     ):
         check_codec_matches(codec, lm)
@@ -227,19 +213,10 @@ class DuplexEngine:
         self._encoder = codec.init_encoder_state(slots)
         self._decoder = codec.init_decoder_state(slots)
         self._lm_state = lm.init_state(slots, seed=seed)
-        self._emotion, self._language = torch.zeros(
-            (2, slots), dtype=torch.int64, device=self.device
-        )
-        self.queues = [PatchQueue(self.patch_samples, max_queued) for _ in range(slots)]
-        self._reported_drops = np.zeros(slots, np.int64)
+        self._emotion, self._language = torch.zeros((2, slots), dtype=int, device=self.device)
+        self.queues = [PatchQueue(self.patch_samples) for _ in range(slots)]
         self._flush = BargeInFlush(slots)
-        self._user_voice, self._audible, self._muted = np.zeros((3, slots), bool)
         self._silence = self._silence_codes() if vad_flush else None
-
-    @property
-    def algorithmic_seconds(self) -> float:
-        """Patch + acoustic delay; the codec looks nothing ahead."""
-        return self.patch_seconds + self.lm.config.acoustic_delay / self.lm.config.frame_rate
 
     @torch.inference_mode()
     def _silence_codes(self) -> torch.Tensor:
@@ -253,18 +230,14 @@ class DuplexEngine:
     def reset(self, slot: int | None = None) -> None:
         """Forget one slot's call; or all of them, and draw from the seed again. The voice
         settings stay."""
-        chosen = range(self.slots) if slot is None else [slot]
-        mask = torch.zeros(self.slots, dtype=torch.bool, device=self.device)
-        mask[list(chosen)] = True
+        chosen = np.arange(self.slots) == slot if slot is not None else np.ones(self.slots, bool)
         for state in (self._encoder, self._decoder, self._lm_state):
-            state.reset(mask)
+            state.reset(torch.from_numpy(chosen).to(self.device))
         if slot is None:
             self._lm_state.generator.manual_seed(self.seed)
-        for one in chosen:
-            self.queues[one].clear()
-            self._flush.reset(one)
-            self._reported_drops[one] = 0
-            self._user_voice[one] = self._audible[one] = self._muted[one] = False
+        self._flush.reset(chosen)
+        for one in np.flatnonzero(chosen):
+            self.queues[one] = PatchQueue(self.patch_samples)
 
     def set_voice(self, slot: int, emotion: str | None = None, language: str | None = None) -> None:
         """The agent's emotion and language in one slot, None = its own choice; also mid-call.
@@ -277,7 +250,7 @@ class DuplexEngine:
 
     def set_user_voice(self, slot: int, speaking: bool) -> None:
         """For `vad_flush`: whether a detector finds voice in the user's audio now."""
-        self._user_voice[slot] = speaking
+        self._flush.voice[slot] = speaking
 
     def feed(
         self, slot: int, audio: np.ndarray, arrived: float | None = None, bounded: bool = True
@@ -289,11 +262,6 @@ class DuplexEngine:
 
     # ---- ticks
 
-    def run_ready(self) -> Iterator[TickResult]:
-        """Back-to-back ticks until no slot has a patch waiting."""
-        while (result := self.run_once()) is not None:
-            yield result
-
     def run_once(self) -> TickResult | None:
         """One tick over the slots with a patch waiting; None when there is none."""
         active = np.array([len(queue) > 0 for queue in self.queues])
@@ -301,16 +269,13 @@ class DuplexEngine:
             return None
         started = self.clock()
         frames = np.zeros((self.slots, self.patch_samples), np.float32)
-        index, waited = np.zeros(self.slots, np.int64), np.zeros(self.slots)
-        for slot in np.flatnonzero(active):
-            patch = self.queues[slot].pop()
-            frames[slot], index[slot] = patch.audio, patch.index
-            waited[slot] = max(0.0, started - patch.arrived)
-        dropped = np.array([queue.dropped for queue in self.queues]) - self._reported_drops
-        dropped *= active
-        self._reported_drops += dropped
+        patches = {slot: self.queues[slot].popleft() for slot in np.flatnonzero(active)}
+        for slot, patch in patches.items():
+            frames[slot] = patch.audio
         result = self.tick(frames, active)
-        result.index, result.waited, result.dropped = index, waited, dropped
+        for slot, patch in patches.items():
+            result.index[slot], result.dropped[slot] = patch.index, patch.lost
+            result.waited[slot] = max(0.0, started - patch.arrived)
         return result
 
     def warm_up(self, ticks: int = 8) -> int:
@@ -324,17 +289,18 @@ class DuplexEngine:
     def tick(self, frames: np.ndarray, active: np.ndarray | None = None) -> TickResult:
         """One patch for every slot. frames [B, T]; active [B] bool, all by default."""
         active = np.ones(self.slots, bool) if active is None else np.asarray(active, bool)
-        muted = np.zeros(self.slots, bool)
-        if self.vad_flush:
-            muted = self._flush.update(self._user_voice, self._audible, active)
+        muted = self._flush.update(active) if self.vad_flush else np.zeros(self.slots, bool)
         frames, lost = _finite(np.asarray(frames, np.float32))
-        frames = frames.clip(-1.0, 1.0)
         marks = [self._now()]
-        audio = torch.from_numpy(frames).to(self.device)[:, None]  # [B, 1, T]
+        audio = torch.from_numpy(frames.clip(-1.0, 1.0)).to(self.device)[:, None]  # [B, 1, T]
         mask = None if active.all() else torch.from_numpy(active).to(self.device)
         user_codes = self.codec.encode_step(
             audio, self._encoder, num_codebooks=self.num_codebooks, active=mask
         )  # [B, K, p]
+        forced = None
+        if muted.any():  # silence in the streams of muted agents, so that they know
+            silent = torch.full_like(self._emotion, PAD)
+            forced = torch.from_numpy(muted).to(self.device), self._silence, silent
         marks.append(self._now())
         step = self.lm.step(
             user_codes,
@@ -343,18 +309,21 @@ class DuplexEngine:
             emotion=self._emotion,
             language=self._language,
             sampling=self.sampling,
-            timer=lambda stage: marks.append(self._now()),
-            forced=self._forced(muted),
+            timer=lambda: marks.append(self._now()),
+            forced=forced,
         )
         marks.append(self._now())
         reply = self.codec.decode_step(step.agent_codes, self._decoder, active=mask)[:, 0]
         reply = reply.float().cpu().numpy()  # [B, T]
         marks.append(self._now())
-        reply, lost_reply = _finite(reply)
         row = active[:, None].astype(np.float32)
-        none = np.zeros(self.slots, np.int64)
+        reply, lost_reply = _finite(reply)
+        reply = reply * row
+        if self.vad_flush:
+            self._flush.mute(reply, muted, active)
+        none = np.zeros((2, self.slots), np.int64)
         return TickResult(
-            audio=self._mute(reply * row, muted),
+            audio=reply,
             text=np.where(active, _host(step.text), PAD),
             user_speaking=_host(step.user_speaking) * active,
             turn_end=_host(step.turn_end) * active,
@@ -364,35 +333,16 @@ class DuplexEngine:
             active=active,
             muted=muted,
             not_finite=(lost + lost_reply) * active,
-            times=StageTimes.from_marks(*marks),
-            index=none,
-            waited=none * 0.0,
-            dropped=none,
+            times=StageTimes(*np.diff(marks), total=marks[-1] - marks[0]),
+            index=none[0],
+            waited=np.zeros(self.slots),
+            dropped=none[1],
         )
 
     def _now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.clock()
-
-    def _forced(self, muted: np.ndarray) -> tuple[torch.Tensor, ...] | None:
-        """For `S2S.step`: silence in the stream of agents that are muted, so that they know."""
-        if not muted.any():
-            return None
-        silent = torch.full_like(self._emotion, PAD)
-        return torch.from_numpy(muted).to(self.device), self._silence, silent
-
-    def _mute(self, reply: np.ndarray, muted: np.ndarray) -> np.ndarray:
-        """Silence the muted slots; the first muted patch fades out in 5 ms, without a click."""
-        if not self.vad_flush:
-            return reply
-        fade = int(LEVEL_SECONDS * SAMPLE_RATE)
-        for slot in np.flatnonzero(muted):
-            reply[slot, :fade] *= 0.0 if self._muted[slot] else np.linspace(1, 0, fade)
-            reply[slot, fade:] = 0.0
-        self._muted = muted
-        self._audible = np.array([frame_levels(row).max() > QUIET_DBFS for row in reply])
-        return reply
 
 
 def _class_id(name: str | None, known: Sequence[str], what: str) -> int:
@@ -407,8 +357,8 @@ def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     One NaN would stay in the caches for as long as the attention looks back.
     """
-    wrong = ~np.isfinite(audio)
-    return (np.where(wrong, np.float32(0), audio) if wrong.any() else audio), wrong.sum(1)
+    numbers = np.isfinite(audio)
+    return np.where(numbers, audio, np.float32(0)), (~numbers).sum(1)
 
 
 def _host(tensor: torch.Tensor) -> np.ndarray:

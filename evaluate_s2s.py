@@ -55,8 +55,8 @@ from data import SPLITS
 from dialogues import SPOKEN, Exchange, choose_exchanges, load_scripts
 from duplex import DuplexEngine, TickResult, load_models
 from ledger import (
+    LEVEL_SECONDS,
     QUIET_DBFS,
-    ReplyClock,
     UserTurn,
     frame_levels,
     percentiles,
@@ -407,8 +407,9 @@ def judge_call(
     """
     c = lm.config
     turns = [UserTurn(turn.start, turn.end, "manifest") for turn in call.turns]
-    clock = ReplyClock(1.0 / c.patch_rate)
-    responses = response_latencies(frame_levels(agent.audio), turns, clock)
+    levels = frame_levels(agent.audio)
+    times = np.arange(len(levels)) * LEVEL_SECONDS + 1 / c.patch_rate  # it answers a patch later
+    responses = response_latencies(levels, turns, times)
     ends = [*(turn.start for turn in call.turns[1:]), len(agent.text) / c.patch_rate]
     judged = []
     for turn, response, until in zip(call.turns, responses, ends, strict=True):

@@ -2,16 +2,16 @@
 that counts as an answer, and the ledger that all scripts print.
 
 Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 in [-1, 1], `T`
-samples.
+samples; loudness is in dBFS, a value for every 5 ms.
 """
 
 from __future__ import annotations
 
 import json
-from array import array
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import soxr
@@ -40,22 +40,21 @@ VAD_TURN_SILENCE = 0.5
 
 
 def frame_levels(audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
-    """Loudness in dBFS of every whole 5 ms of audio [T]."""
-    hop = int(round(LEVEL_SECONDS * sample_rate))
+    """Loudness of every 5 ms of audio [T]; what is left over at its end is not counted."""
+    hop = round(LEVEL_SECONDS * sample_rate)
     frames = np.asarray(audio, np.float64)[: len(audio) // hop * hop].reshape(-1, hop)
     return 10.0 * np.log10(np.mean(frames**2, axis=1) + 1e-12)
 
 
-def voiced_segments(levels: np.ndarray, threshold_db: float) -> list[tuple[float, float]]:
-    """Utterances as (start, end) seconds: frames above the threshold, pauses under 0.2 s bridged,
-    clicks under 60 ms left out."""
+def utterances(levels: np.ndarray, threshold_db: float) -> list[tuple[int, int]]:
+    """(first, last) indices of loudness above the threshold, short pauses and clicks left out."""
     above = np.flatnonzero(levels > threshold_db)
     if not len(above):
         return []
     breaks = np.flatnonzero(np.diff(above) * LEVEL_SECONDS > MERGE_SECONDS + LEVEL_SECONDS)
-    firsts = above[np.r_[0, breaks + 1]] * LEVEL_SECONDS
-    lasts = (above[np.r_[breaks, len(above) - 1]] + 1) * LEVEL_SECONDS
-    return [(a, b) for a, b in zip(firsts, lasts, strict=True) if b - a >= MIN_SPEECH_SECONDS]
+    firsts, lasts = above[np.r_[0, breaks + 1]], above[np.r_[breaks, len(above) - 1]]
+    long = (lasts + 1 - firsts) * LEVEL_SECONDS >= MIN_SPEECH_SECONDS
+    return list(zip(firsts[long], lasts[long], strict=True))
 
 
 # ------------------------------------------------------------------------------ the user's turns
@@ -69,22 +68,17 @@ class StreamResampler:
     """
 
     def __init__(self, in_rate: int, out_rate: int):
-        self.in_rate, self.out_rate = int(in_rate), int(out_rate)
-        self.delay_seconds = 0.0
-        self._stream = None
-        if self.in_rate != self.out_rate:
-            self.delay_seconds = self._measured_lag()
-            self._stream = self._open()
-            primer = int(np.ceil(self.delay_seconds * self.in_rate))
-            self._stream.resample_chunk(np.zeros(primer, np.float32))
-
-    def _open(self) -> soxr.ResampleStream:
-        return soxr.ResampleStream(self.in_rate, self.out_rate, 1, dtype="float32", vr=True)
-
-    def _measured_lag(self) -> float:
-        stream, chunk = self._open(), np.zeros(self.in_rate // 100, np.float32)
-        given = np.cumsum([len(stream.resample_chunk(chunk)) for _ in range(20)])
-        return max(np.arange(1, 21) * len(chunk) / self.in_rate - given / self.out_rate)
+        self.delay_seconds, self._stream = 0.0, None
+        if in_rate == out_rate:
+            return
+        probe, self._stream = (
+            soxr.ResampleStream(in_rate, out_rate, 1, dtype="float32", vr=True) for _ in range(2)
+        )
+        chunk = np.zeros(in_rate // 100, np.float32)
+        given = np.cumsum([len(probe.resample_chunk(chunk)) for _ in range(20)]) / out_rate
+        self.delay_seconds = max(np.arange(1, 21) * len(chunk) / in_rate - given)
+        lag = np.zeros(int(np.ceil(self.delay_seconds * in_rate)), np.float32)
+        self._stream.resample_chunk(lag)
 
     def __call__(self, audio: np.ndarray) -> np.ndarray:
         """[T] at `in_rate` -> [T * out_rate / in_rate] at `out_rate`."""
@@ -104,60 +98,51 @@ class UserTurn:
 class VoiceDetector:
     """Silero VAD beside a live call: 512 samples at 16 kHz a decision.
 
-    `push` takes 24 kHz samples of any length; `speaking` is the latest decision and `turns()`
-    the finished ones. A turn is over once half a second is unvoiced. Silero goes on for 30 to
-    80 ms after the last sound, which would flatter the response latency: a turn's end is the
-    last 5 ms of it within 40 dB of its peak.
+    `push` takes 24 kHz samples of any length and returns the latest decision. A turn is over once
+    half a second is unvoiced. Silero goes on for 30 to 80 ms after the last sound, which would
+    flatter the response latency: a turn's end is the last 5 ms of it within 40 dB of its peak.
     """
 
     def __init__(self, probability: Callable[[np.ndarray], float] | None = None):
         self._probability = probability or _silero()
         self._resample = StreamResampler(SAMPLE_RATE, VAD_RATE)
-        self._rest_16k = self._rest_24k = np.zeros(0, np.float32)
-        self._levels = array("f")  # of the whole call, 800 bytes a second
+        self._rest = np.zeros(0, np.float32)
         self._decided = 0  # samples at 16 kHz
-        self._start: float | None = None
-        self._last_voice = 0.0
+        self._turn: list[np.ndarray] = []  # the samples of the turn under way, and where it begins
+        self._start, self._voiced = 0.0, 0  # and how many of them are up to the last voice
         self._turns: list[UserTurn] = []
-        self.speaking = False
+        self._speaking = False
 
     def push(self, audio: np.ndarray) -> bool:
-        audio = np.asarray(audio, np.float32)
-        audio = np.where(np.isfinite(audio), audio, np.float32(0))
-        levels = np.concatenate([self._rest_24k, audio])
-        hop = int(LEVEL_SECONDS * SAMPLE_RATE)
-        self._rest_24k = levels[len(levels) // hop * hop :]
-        self._levels.extend(frame_levels(levels))
-        samples = np.concatenate([self._rest_16k, self._resample(audio)])
+        audio = np.nan_to_num(np.asarray(audio, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
+        samples = np.concatenate([self._rest, self._resample(audio)])
         whole = len(samples) // VAD_SAMPLES * VAD_SAMPLES
-        self._rest_16k = samples[whole:]
-        for start in range(0, whole, VAD_SAMPLES):
-            self._decide(self._probability(samples[start : start + VAD_SAMPLES]))
-        return self.speaking
+        self._rest = samples[whole:]
+        for window in samples[:whole].reshape(-1, VAD_SAMPLES):
+            self._decide(window)
+        return self._speaking
 
     def turns(self, ended: bool = False) -> list[UserTurn]:
         """The finished turns; with `ended`, one still open closes at its last voice."""
-        return self._turns + ([self._turn()] if ended and self._start is not None else [])
+        return self._turns + ([self._finished()] if ended and self._turn else [])
 
-    def _decide(self, probability: float) -> None:
-        begins = self._decided / VAD_RATE - self._resample.delay_seconds
+    def _decide(self, window: np.ndarray) -> None:
+        self._speaking = self._probability(window) >= (VAD_OFF if self._speaking else VAD_ON)
+        if self._speaking and not self._turn:
+            self._start = self._decided / VAD_RATE - self._resample.delay_seconds
         self._decided += VAD_SAMPLES
-        ends = begins + VAD_SAMPLES / VAD_RATE
-        self.speaking = probability >= (VAD_OFF if self.speaking else VAD_ON)
-        if self.speaking:
-            self._start = begins if self._start is None else self._start
-            self._last_voice = ends
-        elif self._start is not None and ends - self._last_voice >= VAD_TURN_SILENCE:
-            self._turns.append(self._turn())
-            self._start = None
+        if self._speaking or self._turn:
+            self._turn.append(window)
+        if self._speaking:
+            self._voiced = len(self._turn)
+        elif (len(self._turn) - self._voiced) * VAD_SAMPLES >= VAD_TURN_SILENCE * VAD_RATE:
+            self._turns.append(self._finished())
+            self._turn = []
 
-    def _turn(self) -> UserTurn:
-        first, last = (max(0, round(s / LEVEL_SECONDS)) for s in (self._start, self._last_voice))
-        levels = np.asarray(self._levels[first:last])
-        if not len(levels):
-            return UserTurn(self._start, self._last_voice, "silero")
-        loud = np.flatnonzero(levels > levels.max() + ONSET_DB)
-        return UserTurn(self._start, (first + int(loud[-1]) + 1) * LEVEL_SECONDS, "silero")
+    def _finished(self) -> UserTurn:
+        levels = frame_levels(np.concatenate(self._turn[: self._voiced]), VAD_RATE)
+        last = int(np.flatnonzero(levels > levels.max() + ONSET_DB)[-1])
+        return UserTurn(self._start, self._start + (last + 1) * LEVEL_SECONDS, "silero")
 
 
 def _silero() -> Callable[[np.ndarray], float]:
@@ -171,7 +156,7 @@ def _silero() -> Callable[[np.ndarray], float]:
 
     def probability(samples: np.ndarray) -> float:
         with torch.inference_mode():
-            return float(model(torch.from_numpy(np.ascontiguousarray(samples)), VAD_RATE))
+            return float(model(torch.from_numpy(samples), VAD_RATE))
 
     return probability
 
@@ -185,10 +170,9 @@ def find_speech(audio: np.ndarray) -> UserTurn | None:
     levels = frame_levels(audio)
     if not len(levels) or levels.max() < QUIET_DBFS:
         return None
-    if np.percentile(levels, 5) < levels.max() + ONSET_DB:
-        segments = voiced_segments(levels, levels.max() + ONSET_DB)
-        if segments:
-            return UserTurn(segments[0][0], segments[-1][1], "energy")
+    found = utterances(levels, levels.max() + ONSET_DB)
+    if found and np.percentile(levels, 5) < levels.max() + ONSET_DB:
+        return UserTurn(found[0][0] * LEVEL_SECONDS, (found[-1][1] + 1) * LEVEL_SECONDS, "energy")
     detector = VoiceDetector()
     detector.push(np.concatenate([audio, np.zeros(SAMPLE_RATE, np.float32)]))
     turns = detector.turns(ended=True)
@@ -200,82 +184,53 @@ def find_speech(audio: np.ndarray) -> UserTurn | None:
 
 @dataclass(frozen=True)
 class Response:
-    """What followed one user turn; `kind`: "answered", "takeover" or "unanswered".
+    """What followed one user turn: when the reply reached the ear, on the input's clock, and how
+    long after the turn's end; None when unanswered."""
 
-    onset: when the reply reached the ear, on the input's clock, or None; latency: onset - turn
-    end, or None when unanswered.
-    """
+    onset: float | None = None
+    latency: float | None = None
 
-    turn_end: float
-    onset: float | None
-    latency: float | None
-    kind: str
-
-
-@dataclass(frozen=True)
-class ReplyClock:
-    """Where a reply's own seconds fall on the clock of the input.
-
-    Section "response" of the ledger: (patch + 1) x patch length + that patch's delay + offset in
-    the patch. delays [patches]: measured tick (with its wait in the queue), device and resampler;
-    zeros give the audio clock. index [patches]: the input patch each answers; None = in order.
-    """
-
-    patch_seconds: float
-    delays: np.ndarray | None = None
-    index: np.ndarray | None = None
-
-    def ear(self, seconds: float) -> float:
-        """When the user hears what is `seconds` into the reply."""
-        patch = answered = int(seconds / self.patch_seconds + 1e-6)
-        delay = 0.0
-        if self.index is not None and len(self.index):
-            answered = int(self.index[min(patch, len(self.index) - 1)])
-        if self.delays is not None and len(self.delays):
-            delay = float(self.delays[min(patch, len(self.delays) - 1)])
-        offset = seconds - patch * self.patch_seconds
-        return (answered + 1) * self.patch_seconds + delay + offset
+    @property
+    def kind(self) -> str:
+        if self.latency is None:
+            return "unanswered"
+        return "takeover" if self.latency < TAKEOVER_SECONDS else "answered"
 
 
 def response_latencies(
-    levels: np.ndarray, turns: Sequence[UserTurn], clock: ReplyClock
+    levels: np.ndarray, turns: Sequence[UserTurn], times: np.ndarray
 ) -> list[Response]:
-    """One `Response` for each user turn, from the agent's loudness (`frame_levels`).
+    """One `Response` for each user turn, from the agent's loudness [n] (`frame_levels`) and the
+    times on the input's clock [n] at which it reaches the ear.
 
     A reply's onset is the first utterance to begin after the turn began and before the next one,
     at -40 dB of the peak in that stretch. Before -200 ms it is a takeover; later than 2 s after
     the turn's end, or never, it is unanswered.
     """
-    ear = np.array([clock.ear(i * LEVEL_SECONDS) for i in range(len(levels))])
     responses = []
-    for turn, following in zip(turns, [*turns[1:], None], strict=False):
-        until = following.start if following else np.inf
-        inside = levels[(ear > turn.start) & (ear < until)]
-        onset = None
-        if len(inside) and inside.max() >= QUIET_DBFS:
-            onsets = [
-                clock.ear(start) for start, _ in voiced_segments(levels, inside.max() + ONSET_DB)
-            ]
-            onset = next((o for o in onsets if turn.start < o < until), None)
-        if onset is None or onset - turn.end > UNANSWERED_SECONDS:
-            responses.append(Response(turn.end, None, None, "unanswered"))
-        else:
-            kind = "takeover" if onset - turn.end < TAKEOVER_SECONDS else "answered"
-            responses.append(Response(turn.end, onset, onset - turn.end, kind))
+    for turn, until in zip(turns, [*(turn.start for turn in turns[1:]), np.inf], strict=False):
+        inside = (times > turn.start) & (times < until)
+        loudest = levels[inside].max(initial=-np.inf)
+        onsets = [i for i, _ in utterances(levels, loudest + ONSET_DB) if inside[i]]
+        response = Response()
+        if onsets and loudest >= QUIET_DBFS:
+            onset = float(times[onsets[0]])
+            if onset - turn.end <= UNANSWERED_SECONDS:
+                response = Response(onset, onset - turn.end)
+        responses.append(response)
     return responses
 
 
 def barge_in_latencies(
-    levels: np.ndarray, turns: Sequence[UserTurn], clock: ReplyClock
+    levels: np.ndarray, turns: Sequence[UserTurn], times: np.ndarray
 ) -> list[float]:
     """For each turn that begins while the agent is audible: seconds until the agent is silent."""
-    if not len(levels) or levels.max() < QUIET_DBFS:
+    loudest = levels.max(initial=-np.inf)
+    if loudest < QUIET_DBFS:
         return []
-    audible = [
-        (clock.ear(start), clock.ear(end - LEVEL_SECONDS) + LEVEL_SECONDS)
-        for start, end in voiced_segments(levels, levels.max() + ONSET_DB)
-    ]
-    return [end - t.start for t in turns for start, end in audible if start < t.start < end]
+    found = utterances(levels, loudest + ONSET_DB)
+    spoken = [(times[first], times[last] + LEVEL_SECONDS) for first, last in found]
+    return [float(end - t.start) for t in turns for begin, end in spoken if begin < t.start < end]
 
 
 @dataclass
@@ -288,29 +243,28 @@ class CallRecord:
     patch_seconds: float
     slot: int = 0
     levels: list[np.ndarray] = field(default_factory=list)
-    delays: list[float] = field(default_factory=list)
-    index: list[int] = field(default_factory=list)
+    delays: list[float] = field(default_factory=list)  # measured tick, queue, device, resampler
+    index: list[int] = field(default_factory=list)  # the input patch that each answers
     stopped: BaseException | None = None  # what ended the call early
 
     def add(self, result: Any, extra_seconds: float = 0.0) -> None:
         """Note a `duplex.TickResult`; `extra_seconds`: device, buffers and resamplers."""
         self.levels.append(frame_levels(result.audio[self.slot]))
-        waited = float(result.waited[self.slot])
-        self.delays.append(waited + result.times.total + extra_seconds)
+        self.delays.append(result.waited[self.slot] + result.times.total + extra_seconds)
         self.index.append(int(result.index[self.slot]))
 
-    def judge(self, turns: Sequence[UserTurn]) -> tuple[list[Response], list[float]]:
-        """The responses and barge-in latencies of a finished call."""
-        levels = np.concatenate(self.levels) if self.levels else np.zeros(0)
-        clock = ReplyClock(self.patch_seconds, np.array(self.delays), np.array(self.index))
-        return response_latencies(levels, turns, clock), barge_in_latencies(levels, turns, clock)
+    def times(self) -> np.ndarray:
+        """When each 5 ms of the reply reaches the ear, on the input's clock:
+        (patch + 1) x patch length + that patch's delay + offset in the patch."""
+        begins = (np.array(self.index) + 1) * self.patch_seconds + np.array(self.delays)
+        offsets = np.arange(0.0, self.patch_seconds - 1e-6, LEVEL_SECONDS)
+        return (begins[:, None] + offsets).ravel()
 
 
 # ---------------------------------------------------------------------------------------- ledger
 
 
-@dataclass(frozen=True)
-class StageTimes:
+class StageTimes(NamedTuple):
     """Seconds one tick took, stage by stage; `total` ends when the samples are on the host."""
 
     encode: float
@@ -319,57 +273,44 @@ class StageTimes:
     decode: float
     total: float
 
-    @classmethod
-    def from_marks(cls, start, encoded, temporal, depth, stepped, decoded) -> StageTimes:
-        """From the clock at the start and at the end of each stage."""
-        return cls(
-            encoded - start,
-            temporal - encoded,
-            depth - temporal,
-            decoded - stepped,
-            decoded - start,
-        )
+
+_COUNTED = (
+    "dropped_patches", "not_finite_samples", "late_ticks",
+    "output_underruns", "output_overflows", "input_overflows",
+)  # fmt: skip
 
 
+@dataclass
 class LatencyLedger:
-    """p50/p95/p99 of everything that delays a reply; the warm-up is not in it.
+    """p50/p95/p99 of everything that delays a reply, in milliseconds; the warm-up is not in it.
 
-    `tick` and `call` collect, `table` is for the terminal, `json_line` for the last line of
-    stdout. Milliseconds in both.
+    `tick` and `call` collect, `table` is for the terminal, `json_line` for the last line of stdout.
     """
 
-    def __init__(
-        self, patch_seconds: float, algorithmic_seconds: float | None = None, warmup_ticks: int = 0
-    ):
-        self.patch_seconds = patch_seconds
-        self.algorithmic_seconds = algorithmic_seconds or patch_seconds
-        self.warmup_ticks = warmup_ticks
-        self.times: list[StageTimes] = []
-        self.responses: list[Response] = []
-        self.barge_ins: list[float] = []
-        self.mouth_to_ear: list[float] = []
-        self.turn_end_sources: set[str] = set()
-        self.device_seconds = 0.0
-        self.resampler_seconds = 0.0
-        self.dropped_patches = 0
-        self.not_finite_samples = 0
-        self.late_ticks = 0
-        self.output_underruns = 0
-        self.output_overflows = 0
-        self.input_overflows = 0
+    patch_seconds: float
+    acoustic_seconds: float = 0.0  # the LM's acoustic delay
+    warmup_ticks: int = 0
+    device_seconds: float = 0.0
+    resampler_seconds: float = 0.0
+    times: list[StageTimes] = field(default_factory=list)
+    responses: list[Response] = field(default_factory=list)
+    barge_ins: list[float] = field(default_factory=list)
+    turn_end_sources: set[str] = field(default_factory=set)
+    counts: Counter = field(default_factory=lambda: Counter(dict.fromkeys(_COUNTED, 0)))
 
     def tick(self, result: Any) -> None:
         """Count a `duplex.TickResult`: late when it took longer than its own length."""
         self.times.append(result.times)
-        self.late_ticks += result.times.total > self.patch_seconds
-        self.dropped_patches += int(result.dropped.sum())
-        self.not_finite_samples += int(result.not_finite.sum())
+        self.counts["late_ticks"] += int(result.times.total > self.patch_seconds)
+        self.counts["dropped_patches"] += int(result.dropped.sum())
+        self.counts["not_finite_samples"] += int(result.not_finite.sum())
 
     def call(self, record: CallRecord, turns: Sequence[UserTurn]) -> list[Response]:
         """Judge a finished call by its user's turns; returns its responses."""
-        responses, barge_ins = record.judge(turns)
+        levels, times = np.concatenate([np.zeros(0), *record.levels]), record.times()
+        responses = response_latencies(levels, turns, times)
         self.responses += responses
-        self.barge_ins += barge_ins
+        self.barge_ins += barge_in_latencies(levels, turns, times)
         self.turn_end_sources |= {turn.source for turn in turns}
         return responses
 
@@ -377,29 +318,24 @@ class LatencyLedger:
         """All of it as plain numbers (ms), None where nothing was measured."""
         kinds = [response.kind for response in self.responses]
         answered = [r.latency for r in self.responses if r.kind == "answered"]
-        stages = StageTimes.__dataclass_fields__
-        ticks = {stage: [getattr(times, stage) for times in self.times] for stage in stages}
         return {
             "patch_ms": _ms(self.patch_seconds),
-            "algorithmic_ms": _ms(self.algorithmic_seconds),
-            "tick_ms": {stage: percentiles(values) for stage, values in ticks.items()},
+            "algorithmic_ms": _ms(self.patch_seconds + self.acoustic_seconds),
+            "tick_ms": {
+                stage: percentiles([getattr(times, stage) for times in self.times])
+                for stage in StageTimes._fields
+            },
             "response_ms": percentiles(answered),
             "turns": len(kinds),
-            "answered": kinds.count("answered"),
+            "answered": len(answered),
             "takeovers": kinds.count("takeover"),
             "unanswered": kinds.count("unanswered"),
-            "answered_share": round(kinds.count("answered") / len(kinds), 4) if kinds else None,
+            "answered_share": round(len(answered) / len(kinds), 4) if kinds else None,
             "turn_end_source": "+".join(sorted(self.turn_end_sources)) or None,
             "barge_in_ms": percentiles(self.barge_ins),
-            "mouth_to_ear_ms": percentiles(self.mouth_to_ear),
             "device_ms": _ms(self.device_seconds),
             "resampler_ms": _ms(self.resampler_seconds),
-            "dropped_patches": self.dropped_patches,
-            "not_finite_samples": self.not_finite_samples,
-            "late_ticks": self.late_ticks,
-            "output_underruns": self.output_underruns,
-            "output_overflows": self.output_overflows,
-            "input_overflows": self.input_overflows,
+            **self.counts,
             "warmup_ticks": self.warmup_ticks,
         }
 
@@ -409,23 +345,20 @@ class LatencyLedger:
     def table(self) -> str:
         """A small table for the terminal, 80 columns."""
         s = self.summary()
-        rows = [f"{'latency, ms':<16}{'p50':>8}{'p95':>8}{'p99':>8}{'n':>7}"]
-        rows.append(f"{'algorithmic':<16}{s['algorithmic_ms']:>8.1f}   patch + acoustic delay")
-        for stage, values in s["tick_ms"].items():
-            note = f"   of {s['patch_ms']:.0f}" if stage == "total" else ""
-            rows.append(_row(f"tick {stage}", values, note))
         share = f"   answered {s['answered']}/{s['turns']}" if s["turns"] else ""
-        rows.append(_row("response", s["response_ms"], share))
-        rows.append(_row("barge-in", s["barge_in_ms"]))
-        rows.append(_row("mouth-to-ear", s["mouth_to_ear_ms"]))
-        rows.append(
+        ticks = [_row(f"tick {stage}", values) for stage, values in s["tick_ms"].items()]
+        rows = [
+            f"{'latency, ms':<16}{'p50':>8}{'p95':>8}{'p99':>8}{'n':>7}",
+            f"{'algorithmic':<16}{s['algorithmic_ms']:>8.1f}   patch + acoustic delay",
+            *ticks[:-1],
+            f"{ticks[-1]}   of {s['patch_ms']:.0f}",
+            _row("response", s["response_ms"]) + share,
+            _row("barge-in", s["barge_in_ms"]),
             f"dropped patches {s['dropped_patches']}, late ticks {s['late_ticks']}, underruns"
-            f" {s['output_underruns']}, takeovers {s['takeovers']}, unanswered {s['unanswered']}"
-        )
-        rows.append(
+            f" {s['output_underruns']}, takeovers {s['takeovers']}, unanswered {s['unanswered']}",
             f"device {s['device_ms']:.1f}, resamplers {s['resampler_ms']:.1f}; end of turn by"
-            f" {s['turn_end_source'] or 'nothing'}; {s['warmup_ticks']} warm-up ticks left out"
-        )
+            f" {s['turn_end_source'] or 'nothing'}; {s['warmup_ticks']} warm-up ticks left out",
+        ]
         if s["not_finite_samples"]:
             rows.append(f"{s['not_finite_samples']} samples were not numbers and became silence")
         return "\n".join(rows)
@@ -435,16 +368,16 @@ def percentiles(seconds: Sequence[float]) -> dict | None:
     """{"p50", "p95", "p99"} in ms and "n"; None for an empty list."""
     if not len(seconds):
         return None
-    p50, p95, p99 = np.percentile(seconds, (50, 95, 99))
-    return {"p50": _ms(p50), "p95": _ms(p95), "p99": _ms(p99), "n": len(seconds)}
+    p50, p95, p99 = map(_ms, np.percentile(seconds, (50, 95, 99)))
+    return {"p50": p50, "p95": p95, "p99": p99, "n": len(seconds)}
 
 
 def _ms(seconds: float) -> float:
     return round(float(seconds) * 1000.0, 2)
 
 
-def _row(name: str, values: dict | None, note: str = "") -> str:
+def _row(name: str, values: dict | None) -> str:
     if values is None:
-        return f"{name:<16}{'-':>8}{'-':>8}{'-':>8}{0:>7}{note}"
+        return f"{name:<16}{'-':>8}{'-':>8}{'-':>8}{0:>7}"
     figures = "".join(f"{values[key]:>8.1f}" for key in ("p50", "p95", "p99"))
-    return f"{name:<16}{figures}{values['n']:>7}{note}"
+    return f"{name:<16}{figures}{values['n']:>7}"

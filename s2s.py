@@ -451,7 +451,7 @@ class S2S(nn.Module):
         language: Tensor | None = None,
         sampling: Sampling | None = None,
         forced: tuple[Tensor, Tensor, Tensor] | None = None,
-        timer: Callable[[str], None] | None = None,
+        timer: Callable[[], None] = lambda: None,
     ) -> StepOutput:
         """Reads a patch of the user and writes the agent's patch of the same tick.
 
@@ -459,7 +459,7 @@ class S2S(nn.Module):
             user_codes: `[B, K, p]` int64. active: `[B]` bool, slots that take part.
             emotion, language: `[B]`, 0 not given, else 1 + index into the config's names.
             forced: `[B]` bool, slots whose agent patch `[B, K, p]` and text `[B]` are these.
-            timer: called with "temporal" and "depth" when that stage is done.
+            timer: called when the temporal stage is done.
         """
         sampling, c = sampling or Sampling(), self.config
         none = torch.zeros_like(state.text)
@@ -478,13 +478,10 @@ class S2S(nn.Module):
         if forced is not None:
             slots, forced_codes, forced_text = forced
             text = torch.where(slots, forced_text, text)
-        if timer:
-            timer("temporal")
+        timer()
         codes = self._draw_codes(hidden, text, state, sampling)
         if forced is not None:
             codes = torch.where(slots[:, None, None], forced_codes.transpose(1, 2), codes)
-        if timer:
-            timer("depth")
         return StepOutput(
             agent_codes=self._advance(state, codes, text, active).transpose(1, 2),
             text=text,

@@ -11,11 +11,11 @@ the latency ledger as JSON.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import queue
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
+from audio import SAMPLE_RATE, WRITABLE, AudioError, read_audio, write_audio
 from command import ArgumentParser, UserError, number, run, whole, writable_file
 from data import EMOTIONS, LANGUAGES
 from duplex import DuplexEngine, ReplyText, TickResult, load_models
@@ -97,12 +97,8 @@ def check_outputs(wavs: Sequence[Path], outs: Sequence[Path]) -> None:
         if place in questions:
             raise UserError(f"{out}: is a question too; give the reply another name with --out")
         writable_file(out, "--out")
-        with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-            try:
-                write_audio(Path(folder) / f"reply{out.suffix}", np.zeros(SAMPLE_RATE, np.float32))
-            except AudioError as error:
-                reason = str(error).split(": ", 1)[-1]
-                raise UserError(f"--out {out}: {reason}; end the name in .wav") from None
+        if out.suffix.lower() not in WRITABLE:
+            raise UserError(f"--out {out}: cannot write '{out.suffix}' audio; end the name in .wav")
 
 
 # ------------------------------------------------------------------------------------ transcript
@@ -112,44 +108,42 @@ class Transcript:
     """Prints the reply's text as it comes, and averages what the model recognised of the user."""
 
     def __init__(self, lm: S2S, patch_seconds: float, write: Callable[[str], Any] | None = None):
-        self._stream = ReplyText(lm.tokenizer)
-        self._emotions, self._languages = lm.config.emotions, lm.config.languages
+        self._lm, self._patch_seconds = lm, patch_seconds
+        self._reply = ReplyText(lm.tokenizer)
         self._write = write or (lambda text: print(text, end="", flush=True))
-        self._patch_seconds = patch_seconds
         self._silent = 0.0
-        self._emotion = np.zeros(len(self._emotions))
-        self._language = np.zeros(len(self._languages))
-        self._weight = 0.0
+        self._emotion = np.zeros(len(lm.config.emotions))
+        self._language = np.zeros(len(lm.config.languages))
 
     def add(self, result: TickResult, slot: int = 0) -> None:
-        weight = float(result.user_speaking[slot])
-        if weight > 0.5:
-            self._emotion += weight * result.user_emotion[slot]
-            self._language += weight * result.language[slot]
-            self._weight += weight
-        new = self._stream.push(int(result.text[slot]))
-        spoke = result.text[slot] != PAD
-        self._silent = 0.0 if spoke else self._silent + self._patch_seconds
+        speaking, token = result.user_speaking[slot], result.text[slot]
+        if speaking > 0.5:
+            self._emotion += speaking * result.user_emotion[slot]
+            self._language += speaking * result.language[slot]
+        new = self._reply.push(token)
+        self._silent = 0.0 if token != PAD else self._silent + self._patch_seconds
         if new:
-            begins = self._stream.text == new
-            self._write(("samvad: " + new.lstrip()) if begins else new)
+            self._write(f"samvad: {new.lstrip()}" if self._reply.text == new else new)
         elif self._silent > NEW_LINE_SECONDS:
             self.end_line()
 
     def end_line(self) -> None:
-        if self._stream.text:
+        if self._reply.text:
             self._write("\n")
-            self._stream.reset()
+            self._reply = ReplyText(self._lm.tokenizer)
 
     def user_line(self) -> str:
         """The user's emotion and language, from the moments the model found them speaking."""
-        if not self._weight:
-            return "you: the model heard nobody speak"
-        emotion, language = self._emotion / self._weight, self._language / self._weight
-        return (
-            f"you: sounded {self._emotions[int(emotion.argmax())]} ({emotion.max():.0%}),"
-            f" spoke {self._languages[int(language.argmax())]} ({language.max():.0%})"
+        if not self._emotion.any():
+            return "you: the model recognised no speech"
+        (emotion, sure), (language, certain) = (
+            (names[sums.argmax()], sums.max() / sums.sum())
+            for names, sums in (
+                (self._lm.config.emotions, self._emotion),
+                (self._lm.config.languages, self._language),
+            )
         )
+        return f"you: sounded {emotion} ({sure:.0%}), spoke {language} ({certain:.0%})"
 
 
 # ------------------------------------------------------------------------------------ recordings
@@ -173,20 +167,19 @@ def answer_recording(
     be it Ctrl-C, stands in the record's `stopped`; the reply lasts until then.
     """
     engine.reset()
-    seconds, queue = engine.patch_seconds, engine.queues[0]
+    seconds = engine.patch_seconds
     spoken = -(-len(audio) // engine.patch_samples)
     end = spoken + int(np.ceil(tail_seconds / seconds))
-    overtime = int(np.ceil(REPLY_OVERTIME_SECONDS / seconds))
-    patches = np.zeros((end + overtime, engine.patch_samples), np.float32)
+    most = end + int(np.ceil(REPLY_OVERTIME_SECONDS / seconds))
+    patches = np.zeros((most, engine.patch_samples), np.float32)
     patches.reshape(-1)[: len(audio)] = audio
-    reply = np.zeros_like(patches)
-    record = CallRecord(seconds)
+    reply, record = np.zeros_like(patches), CallRecord(seconds)
     start = engine.clock()
 
     fed = done = 0
     try:
-        while done < len(patches):
-            until = fed if len(queue) else fed + 1  # patches that have arrived, at least one
+        while done < most:
+            until = fed if engine.queues[0] else fed + 1  # patches that have arrived, at least one
             if paced:
                 sleep(max(0.0, start + until * seconds - engine.clock()))
                 until = max(until, int((engine.clock() - start) / seconds + 1e-6))
@@ -229,16 +222,11 @@ def answer_recordings(
         transcript = Transcript(engine.lm, engine.patch_seconds)
         end = f"speech ends at {turn.end:.2f} s, by {turn.source}" if turn else "no speech found"
         print(f"{path}: {len(audio) / SAMPLE_RATE:.2f} s, {end}")
+        detector = VoiceDetector() if args.vad_flush else None
         reply, record = answer_recording(
-            engine,
-            audio,
-            ledger,
-            transcript,
-            tail_seconds=args.tail_seconds,
-            paced=not args.fast,
-            detector=VoiceDetector() if args.vad_flush else None,
+            engine, audio, ledger, transcript, args.tail_seconds, not args.fast, detector
         )
-        written, failure = save_reply(out, reply)
+        failure = save_reply(out, reply)
         failures += [failure] if failure else []
         for response in ledger.call(record, [turn] if turn else []):
             ms = abs(response.latency or 0.0) * 1000
@@ -248,29 +236,29 @@ def answer_recordings(
                 "unanswered": "no answer within 2 s",
             }
             print(lines[response.kind])
-        print(f"{transcript.user_line()}\nreply: {written}\n")
+        print(f"{transcript.user_line()}\nreply: {failure or out}\n")
         if record.stopped:
             raise record.stopped
     if failures:
         raise UserError("; ".join(failures))
 
 
-def save_reply(out: Path, reply: np.ndarray) -> tuple[Path | None, str | None]:
-    """Writes a reply [T]; where that fails, as WAV beside it, or in the system's folder for such.
+def save_reply(out: Path, reply: np.ndarray) -> str | None:
+    """Writes a reply [T], where that fails into the system's folder for temporary files.
 
-    Returns where it lies, None where it could not be written at all, and what went wrong.
+    Returns what went wrong, and where the reply is now.
     """
+    rescue = Path(tempfile.gettempdir()) / f"{out.stem[:40]}-{os.getpid()}.wav"
     try:
         write_audio(out, reply)
-        return out, None
-    except (AudioError, OSError) as error:
+        return None
+    except AudioError as error:
         failure = str(error)
-    for folder in (out.parent, Path(tempfile.gettempdir())):
-        rescue = folder / f"{out.stem[:40]}-{os.getpid()}.wav"
-        with contextlib.suppress(AudioError, OSError):
-            write_audio(rescue, reply)
-            return rescue, f"{failure}; the reply is in {rescue}"
-    return None, f"{failure}; the reply is lost"
+    try:
+        write_audio(rescue, reply)
+        return f"{failure}; the reply is in {rescue}"
+    except AudioError:
+        return f"{failure}; the reply is lost"
 
 
 def read_question(path: Path) -> Question:
@@ -299,10 +287,8 @@ class SoundBridge:
     def __init__(self, block_bytes: int):
         self.block_bytes = block_bytes
         self.inputs: queue.Queue[tuple[float, bytes]] = queue.Queue(MAX_INPUT_BLOCKS)
-        self.outputs: queue.Queue[bytes] = queue.Queue(MAX_OUTPUT_BLOCKS)
-        self.underruns = 0
-        self.overflows = 0
-        self.skipped = 0
+        self.outputs: deque[bytes] = deque(maxlen=MAX_OUTPUT_BLOCKS)
+        self.underruns = self.overflows = self.skipped = 0
         self._playing = False
 
     def callback(self, indata: Any, outdata: Any, frames: int, when: Any, status: Any) -> None:
@@ -311,30 +297,21 @@ class SoundBridge:
         except queue.Full:
             self.overflows += 1
         try:
-            outdata[:] = self.outputs.get_nowait()
+            outdata[:] = self.outputs.popleft()
             self._playing = True
-        except queue.Empty:
+        except IndexError:
             outdata[:] = bytes(self.block_bytes)
             self.underruns += self._playing
 
     def play(self, block: bytes) -> None:
         """Queue a block; what the card is too late to play is given up, oldest first."""
-        while True:
-            try:
-                return self.outputs.put_nowait(block)
-            except queue.Full:
-                with contextlib.suppress(queue.Empty):
-                    self.outputs.get_nowait()
-                    self.skipped += 1
+        self.skipped += len(self.outputs) == MAX_OUTPUT_BLOCKS
+        self.outputs.append(block)
 
     def recorded(self, timeout: float) -> list[tuple[float, bytes]]:
         """Every input block that has come, waiting `timeout` seconds for a first one."""
-        blocks = [self.inputs.get(timeout=timeout)]
-        while True:
-            try:
-                blocks.append(self.inputs.get_nowait())
-            except queue.Empty:
-                return blocks
+        first = self.inputs.get(timeout=timeout)
+        return [first, *(self.inputs.get() for _ in range(self.inputs.qsize()))]
 
 
 def import_sounddevice() -> ModuleType:
@@ -380,8 +357,8 @@ class MicrophoneCall:
         transcript: Transcript,
         detector: VoiceDetector,
     ):
-        self.engine, self.ledger, self.transcript = engine, ledger, transcript
-        self.detector = detector
+        self.engine, self.ledger = engine, ledger
+        self.transcript, self.detector = transcript, detector
         self.record = CallRecord(engine.patch_seconds)
         self._sounddevice = sounddevice
         self._rate = device_rate(sounddevice)
@@ -390,25 +367,17 @@ class MicrophoneCall:
         self._to_engine = StreamResampler(self._rate, SAMPLE_RATE)
         self._to_card = StreamResampler(SAMPLE_RATE, self._rate)
         self._unplayed = np.zeros(0, np.float32)
-        self._undetected: list[np.ndarray] = []  # input that the detector has not had yet
 
     def run(self, stop: Callable[[], bool] = lambda: False) -> None:
         """Talk until Ctrl-C or `stop()`; the ledger then holds the call, also after an error."""
         self.engine.reset()
-        ledger = self.ledger
+        ledger, bridge = self.ledger, self.bridge
+        ledger.resampler_seconds = self._to_engine.delay_seconds + self._to_card.delay_seconds
+        settings = {"samplerate": self._rate, "blocksize": self._block, "channels": 1}
+        settings |= {"dtype": "int16", "latency": "low", "callback": bridge.callback}
         try:
-            with self._sounddevice.RawStream(
-                samplerate=self._rate,
-                blocksize=self._block,
-                channels=1,
-                dtype="int16",
-                latency="low",
-                callback=self.bridge.callback,
-            ) as stream:
+            with self._sounddevice.RawStream(**settings) as stream:
                 ledger.device_seconds = float(sum(stream.latency))
-                ledger.resampler_seconds = (
-                    self._to_engine.delay_seconds + self._to_card.delay_seconds
-                )
                 self._loop(stop)
         except KeyboardInterrupt:
             pass
@@ -422,9 +391,9 @@ class MicrophoneCall:
                 ) from error
         finally:
             self.transcript.end_line()
-            ledger.output_underruns += self.bridge.underruns
-            ledger.input_overflows += self.bridge.overflows
-            ledger.output_overflows += self.bridge.skipped
+            ledger.counts["output_underruns"] = bridge.underruns
+            ledger.counts["input_overflows"] = bridge.overflows
+            ledger.counts["output_overflows"] = bridge.skipped
             ledger.call(self.record, self.detector.turns(ended=True))
 
     def _loop(self, stop: Callable[[], bool]) -> None:
@@ -444,14 +413,11 @@ class MicrophoneCall:
         for arrived, block in blocks:
             samples = np.frombuffer(block, np.int16).astype(np.float32) / 32768.0
             audio = self._to_engine(samples)
-            self.engine.feed(0, audio, arrived=arrived)
-            if self.engine.vad_flush:  # it decides within this very tick
-                self.engine.set_user_voice(0, self.detector.push(audio))
-            else:
-                self._undetected.append(audio)
+            self.engine.feed(0, audio, arrived)
+            self.engine.set_user_voice(0, self.detector.push(audio))
 
     def _give(self, result: TickResult) -> None:
-        backlog = self.bridge.outputs.qsize() * BLOCK_SECONDS
+        backlog = len(self.bridge.outputs) * BLOCK_SECONDS
         samples = np.concatenate([self._unplayed, self._to_card(result.audio[0])])
         whole = len(samples) // self._block * self._block
         self._unplayed = samples[whole:]
@@ -462,9 +428,6 @@ class MicrophoneCall:
         self.record.add(result, extra_seconds=delay)
         self.ledger.tick(result)
         self.transcript.add(result)
-        for audio in self._undetected:  # beside the tick, not before it
-            self.detector.push(audio)
-        self._undetected.clear()
 
 
 # -------------------------------------------------------------------------------------- main
@@ -489,12 +452,10 @@ def main(argv: list[str] | None = None) -> None:
         device_rate(sounddevice)
     codec, lm = load_models(args.codec, args.lm, str(device))
     print(f"codec {args.codec}, dialogue model {args.lm}, on {device}, seed {args.seed}")
-    sampling = lm_sampling(args)
-    engine = DuplexEngine(codec, lm, 1, sampling, args.seed, vad_flush=args.vad_flush)
+    engine = DuplexEngine(codec, lm, 1, lm_sampling(args), args.seed, args.vad_flush)
     engine.set_voice(0, args.emotion, args.language)
-    ledger = LatencyLedger(
-        engine.patch_seconds, engine.algorithmic_seconds, warmup_ticks=engine.warm_up()
-    )
+    delay = lm.config.acoustic_delay / lm.config.frame_rate
+    ledger = LatencyLedger(engine.patch_seconds, delay, engine.warm_up())
     try:
         if args.wav:
             answer_recordings(engine, questions, ledger, args)

@@ -25,9 +25,7 @@ from duplex import (
     check_codec_matches,
     load_models,
 )
-from ledger import (
-    LatencyLedger,
-)
+from ledger import LatencyLedger
 from s2s import S2S, S2SConfig, Sampling
 
 RATE = 24000
@@ -115,9 +113,8 @@ class FakeLM(torch.nn.Module):
     def step(self, codes, state, active=None, timer=None, sampling=None, **options):
         self.calls.append(options)
         self.clock.now += self.costs[0]
-        timer("temporal")
+        timer()
         self.clock.now += self.costs[1]
-        timer("depth")
         state.advance(1, active)
         slots = codes.shape[0]
         if options["forced"] is not None:
@@ -137,6 +134,11 @@ class FakeLM(torch.nn.Module):
 def fake_engine(slots=1, **options) -> DuplexEngine:
     clock = FakeClock()
     return DuplexEngine(FakeCodec(clock), FakeLM(clock), slots=slots, clock=clock, **options)
+
+
+def run_all(engine: DuplexEngine) -> list:
+    """Back-to-back ticks until no slot has a patch waiting."""
+    return list(iter(engine.run_once, None))
 
 
 def patch(value: float) -> np.ndarray:
@@ -180,12 +182,8 @@ def test_queue_cuts_any_chunks_into_patches():
     queue = PatchQueue(4)
     for chunk in np.split(np.arange(12), [1, 2, 7]):
         queue.push(chunk, arrived=len(chunk), bounded=True)
-    assert [queue.pop().audio.tolist() for _ in range(len(queue))] == [
-        [0, 1, 2, 3],
-        [4, 5, 6, 7],
-        [8, 9, 10, 11],
-    ]
-    assert queue.dropped == 0
+    assert [p.audio.tolist() for p in queue] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert not any(p.lost for p in queue)
 
 
 def test_queue_never_holds_more_than_three_and_one_silence_stands_for_the_gap():
@@ -193,17 +191,15 @@ def test_queue_never_holds_more_than_three_and_one_silence_stands_for_the_gap():
     for number in range(1, 8):
         queue.push(np.full(2, number), arrived=float(number))
         assert len(queue) <= 3
-    kept = [queue.pop() for _ in range(len(queue))]
-    assert [p.audio[0] for p in kept] == [0, 6, 7]
-    assert [p.gap for p in kept] == [True, False, False]
-    assert [p.index for p in kept] == [4, 5, 6]  # the silence takes the last lost patch's place
-    assert queue.dropped == 5
+    assert [p.audio[0] for p in queue] == [0, 6, 7]
+    assert [p.lost for p in queue] == [5, 0, 0]
+    assert [p.index for p in queue] == [4, 5, 6]  # the silence takes the last lost patch's place
 
 
 def test_unbounded_queue_never_drops():
     queue = PatchQueue(2)
     queue.push(np.arange(20), arrived=0.0, bounded=False)
-    assert (len(queue), queue.dropped) == (10, 0)
+    assert len(queue) == 10 and not any(p.lost for p in queue)
 
 
 # ------------------------------------------------------------------------------------ engine
@@ -226,7 +222,7 @@ def test_ready_patches_are_drained_back_to_back_and_their_wait_is_measured():
     engine = fake_engine()
     for value in (0.1, 0.2, 0.3):
         engine.feed(0, patch(value))
-    results = list(engine.run_ready())
+    results = run_all(engine)
     np.testing.assert_allclose([r.audio[0, 0] for r in results], (0.1, 0.2, 0.3), atol=1e-6)
     np.testing.assert_allclose([r.waited[0] for r in results], (0, 0.01, 0.02), atol=1e-9)
     assert [r.index[0] for r in results] == [0, 1, 2]
@@ -236,7 +232,7 @@ def test_drops_are_reported_once_and_silence_is_encoded_in_the_gap():
     engine = fake_engine()
     for value in (0.1, 0.2, 0.3, 0.4):
         engine.feed(0, patch(value))
-    results = list(engine.run_ready())
+    results = run_all(engine)
     assert [r.dropped[0] for r in results] == [2, 0, 0]
     heard = [float(audio[0, 0, 0]) for audio in engine.codec.heard]
     np.testing.assert_allclose(heard, (0.0, 0.3, 0.4), atol=1e-6)
@@ -246,7 +242,7 @@ def test_slots_are_apart_and_reset_on_their_own():
     engine = fake_engine(slots=3)
     engine.feed(0, patch(0.1))
     engine.feed(2, np.concatenate([patch(0.2), patch(0.3)]))
-    first, second = engine.run_ready()
+    first, second = run_all(engine)
     assert first.active.tolist() == [True, False, True]
     assert second.active.tolist() == [False, False, True]
     assert not second.audio[:2].any() and second.audio[2].any()
@@ -336,10 +332,12 @@ def test_warm_up_leaves_no_trace():
 
 
 def test_flush_waits_for_confirmation_and_for_the_end_of_voice():
-    flush = BargeInFlush(2, confirm=2, release=2)
+    flush = BargeInFlush(2)
     inputs = [(1, 0), (1, 0), (0, 1), (1, 1), (1, 1), (1, 0), (0, 0), (1, 0), (0, 0), (0, 0)]
-    always = np.ones(2, bool)
-    decided = [flush.update(*np.array([pair, (0, 0)], bool).T, always) for pair in inputs]
+    decided = []
+    for voice, audible in inputs:
+        flush.voice[0], flush.audible[0] = voice, audible
+        decided.append(flush.update(np.ones(2, bool)))
     assert [both[0] for both in decided] == [False] * 4 + [True] * 5 + [False]
     assert not any(both[1] for both in decided)
 
@@ -416,7 +414,7 @@ def noise_patches(count: int, seed: int = 0) -> np.ndarray:
 
 def drain(engine: DuplexEngine, audio: np.ndarray, slot: int = 0) -> list:
     engine.feed(slot, audio, bounded=False)
-    return list(engine.run_ready())
+    return run_all(engine)
 
 
 def test_the_engine_adds_nothing_to_the_codec():
@@ -465,7 +463,7 @@ def test_a_slot_s_words_do_not_depend_on_its_neighbours_coming_and_going():
             engine.feed(0, noise_patches(1, seed=number))
         if number == 6:
             engine.reset(0)
-        shared += list(engine.run_ready())
+        shared += run_all(engine)
     for one, two in zip(alone, shared, strict=True):
         np.testing.assert_allclose(one.audio[0], two.audio[1], atol=1e-4)
         assert one.text[0] == two.text[1]
@@ -474,7 +472,7 @@ def test_a_slot_s_words_do_not_depend_on_its_neighbours_coming_and_going():
 def test_vad_flush_reaches_the_real_model_s_memory():
     codec, lm = small_pair()
     engine = DuplexEngine(codec, lm, vad_flush=True)
-    engine._flush.flushing[0] = True
+    engine._flush.muted[0] = True
     engine.set_user_voice(0, True)
     result = engine.tick(noise_patches(1)[None])
     assert result.muted[0] and result.text[0] == 0

@@ -7,13 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_duplex import PATCH, RATE, fake_engine, patch, silence, tone
+from test_duplex import PATCH, RATE, fake_engine, patch, run_all, silence, tone
 
 from ledger import (
+    LEVEL_SECONDS,
     QUIET_DBFS,
     CallRecord,
     LatencyLedger,
-    ReplyClock,
     StreamResampler,
     UserTurn,
     VoiceDetector,
@@ -26,14 +26,24 @@ from ledger import (
 # ------------------------------------------------------------------------------- latencies
 
 
+def responses(reply: np.ndarray, *turns: UserTurn, times: np.ndarray | None = None) -> list:
+    levels = frame_levels(reply)
+    return response_latencies(levels, turns, in_order(levels) if times is None else times)
+
+
+def in_order(levels: np.ndarray) -> np.ndarray:
+    """The times of a reply that is a patch late and nothing more."""
+    return np.arange(len(levels)) * LEVEL_SECONDS + PATCH
+
+
 def test_response_is_the_ledger_s_formula():
     """(onset patch + 1) x patch + that patch's delay + offset inside the patch - turn end."""
     onset = 1.31  # patch 32, 30 ms into it
     reply = np.concatenate([silence(onset), tone(0.6), silence(0.5)])
-    delays = np.zeros(100)
+    delays = np.zeros(60)
     delays[32] = 0.0125
-    clock = ReplyClock(PATCH, delays=delays)
-    (got,) = response_latencies(frame_levels(reply), [UserTurn(0.1, 1.2)], clock)
+    record = CallRecord(PATCH, delays=list(delays), index=list(range(60)))
+    (got,) = responses(reply[: 60 * 960], UserTurn(0.1, 1.2), times=record.times())
     assert got.kind == "answered"
     assert got.latency == pytest.approx((32 + 1) * PATCH + 0.0125 + 0.03 - 1.2, abs=1e-6)
 
@@ -41,12 +51,10 @@ def test_response_is_the_ledger_s_formula():
 def test_onset_is_40_db_below_the_peak_and_clicks_are_none():
     reply = np.concatenate([silence(2.0), tone(0.5, 0.02), tone(0.5, 0.5), silence(0.5)])
     reply[RATE] = 0.9  # one sample of click at 1 s
-    clock = ReplyClock(PATCH)
-    levels = frame_levels(reply)
-    (got,) = response_latencies(levels, [UserTurn(0.0, 1.5)], clock)
+    (got,) = responses(reply, UserTurn(0.0, 1.5))
     assert got.onset == pytest.approx(2.0 + PATCH, abs=1e-6)  # -28 dB counts
     quieter = np.concatenate([silence(2.0), tone(0.5, 0.004), tone(0.5, 0.5), silence(0.5)])
-    (got,) = response_latencies(frame_levels(quieter), [UserTurn(0.0, 1.5)], clock)
+    (got,) = responses(quieter, UserTurn(0.0, 1.5))
     assert got.onset == pytest.approx(2.5 + PATCH, abs=1e-6)  # -42 dB does not
 
 
@@ -55,34 +63,33 @@ def test_onset_is_40_db_below_the_peak_and_clicks_are_none():
     [(0.75, "takeover"), (0.8, "answered"), (2.9, "answered"), (3.0, "unanswered")],
 )
 def test_takeover_and_unanswered(start, kind):
-    turn = UserTurn(0.2, 1.0)
     reply = np.concatenate([silence(start), tone(0.5), silence(1.0)])
-    (got,) = response_latencies(frame_levels(reply), [turn], ReplyClock(PATCH))
+    (got,) = responses(reply, UserTurn(0.2, 1.0))
     assert got.kind == kind
     assert (got.latency is None) == (kind == "unanswered")
 
 
 def test_silence_with_codec_noise_is_unanswered():
     noise = np.random.default_rng(0).normal(0, 1e-3, 3 * RATE)
-    (got,) = response_latencies(frame_levels(noise), [UserTurn(0, 1.0)], ReplyClock(PATCH))
+    (got,) = responses(noise, UserTurn(0, 1.0))
     assert got.kind == "unanswered"
 
 
 def test_each_turn_has_its_own_reply_and_old_speech_is_no_onset():
     reply = np.concatenate([silence(1.2), tone(1.0), silence(1.2), tone(0.5), silence(0.5)])
     turns = [UserTurn(0.0, 1.0), UserTurn(2.0, 3.0)]  # the second begins over the first reply
-    first, second = response_latencies(frame_levels(reply), turns, ReplyClock(PATCH))
+    first, second = responses(reply, *turns)
     assert first.latency == pytest.approx(1.24 - 1.0)
     assert second.latency == pytest.approx(3.44 - 3.0)
-    barge = barge_in_latencies(frame_levels(reply), turns, ReplyClock(PATCH))
+    levels = frame_levels(reply)
+    barge = barge_in_latencies(levels, turns, in_order(levels))
     assert barge == [pytest.approx(2.24 - 2.0)]
 
 
 def test_lost_patches_move_the_reply_on_the_clock():
-    index = np.r_[0:25, 30:80]
+    record = CallRecord(PATCH, delays=[0.0] * 55, index=[*range(25), *range(30, 60)])
     reply = np.concatenate([silence(1.2), tone(0.5), silence(0.5)])
-    clock = ReplyClock(PATCH, index=index)
-    (got,) = response_latencies(frame_levels(reply), [UserTurn(0, 1.0)], clock)
+    (got,) = responses(reply, UserTurn(0, 1.0), times=record.times())
     assert got.onset == pytest.approx(1.2 + PATCH + 5 * PATCH)
 
 
@@ -175,11 +182,11 @@ def test_silero_hears_nothing_in_silence_and_keeps_the_thread_count():
 
 def test_ledger_gives_percentiles_of_what_was_measured():
     engine = fake_engine()
-    ledger = LatencyLedger(engine.patch_seconds, engine.algorithmic_seconds, engine.warm_up())
+    ledger = LatencyLedger(engine.patch_seconds, warmup_ticks=engine.warm_up())
     record = CallRecord(engine.patch_seconds)
     question = np.concatenate([silence(1.2), patch(0.5), patch(0.5), silence(0.4)])
     engine.feed(0, question, bounded=False)
-    for result in engine.run_ready():
+    for result in run_all(engine):
         ledger.tick(result)
         record.add(result, extra_seconds=0.1)
     ledger.call(record, [UserTurn(0.2, 1.0)])
@@ -200,14 +207,14 @@ def test_ledger_counts_late_ticks_and_drops():
     ledger = LatencyLedger(engine.patch_seconds)
     for _ in range(5):
         engine.feed(0, patch(0.1))
-    for result in engine.run_ready():
+    for result in run_all(engine):
         ledger.tick(result)
     summary = ledger.summary()
     assert (summary["late_ticks"], summary["dropped_patches"]) == (3, 3)
 
 
 def test_table_fits_80_columns_even_when_empty():
-    table = LatencyLedger(PATCH, 0.04).table()
+    table = LatencyLedger(PATCH).table()
     assert all(len(line) <= 80 for line in table.splitlines())
     assert "p95" in table and "response" in table
 

@@ -486,7 +486,7 @@ def test_a_reply_that_cannot_be_put_in_its_place_is_kept_elsewhere(
         main(["--fast", "--tail_seconds", "0", "--wav", *wavs, "--out", *outs])
     told = str(caught.value)
     assert told.count("is in") == 1 and told.count("is lost") == 1 and "\n" not in told
-    assert len(list(tmp_path.glob("x-*.wav"))) == 1 and (tmp_path / "r.wav").exists()
+    assert len(list(tmp_path.glob("spare/x-*.wav"))) == 1 and (tmp_path / "r.wav").exists()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tick_ms"]["total"]["n"] == 3 * 10
 
 
