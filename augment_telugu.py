@@ -7,26 +7,22 @@
 
 Copies (the plan's strategy 1): each training clip played 0.9 and 1.1 times as
 fast (pitch and length move), 2 semitones lower and higher (length and vocal
-tract stay), and with noise at a drawn SNR: five copies. Only the train split
-is copied and copies stay in it; copies are never copied again; originals are
-only read. Which copies are made, where fewer than all are wanted, is drawn
-evenly over corpora from (seed, name).
+tract stay), and with noise at a drawn SNR. Copies stay in the train split and
+are never copied again, nor is synthetic speech; originals are only read.
 
 Synthetic speech (strategy 2): Telugu sentences, from the transcripts of the
-training clips or --text_file, in the voices of an engine, at a rate and a pitch
-drawn per sentence. A clip that fails --check is dropped and counted.
+training clips or --text_file, in an engine's own voices, at a rate and a pitch
+drawn per sentence. A clip of an implausible length is dropped and counted.
 
 Both can be stopped at any moment: the same command goes on. What is made
 depends on the seed, the corpora and the flags alone, not on the number of
 processes: samples repeat bit for bit (but for piper's, whose noise has no seed).
-Written as Ogg/Vorbis: 1,200 h take 28 GB, as FLAC 90 (noise does not compress).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import fnmatch
 import functools
 import hashlib
 import itertools
@@ -37,15 +33,16 @@ import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from difflib import SequenceMatcher
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soxr
+import torch
 
+import data
 import praat
+import speech
 from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
 from command import (
     ArgumentParser,
@@ -65,49 +62,30 @@ from command import (
     writable_folder,
     write_text,
 )
-from data import (
-    MANIFEST,
-    Clip,
-    add_noise,
-    change_speed,
-    coloured_noise,
-    load_clips,
-    scan_folder,
-    unclipped,
-    write_manifest,
-)
-from engines import ENGINES, Packaged, RawSpeech, Sentence
+from data import Clip, add_noise, change_speed, coloured_noise, unclipped
+from engines import InstalledEngine
 from phones import phonemize
-from training import setup_distributed
+from takes import synthesize_or_skip
 
-PART_SECONDS = 600.0  # of copies: what a kill may cost is a few seconds of work
+PART_COPIES = 100  # what a kill may cost is a few seconds of work
 PIECE_SECONDS = 300.0  # longer recordings are copied in pieces of this, to bound memory
 SYNTHETIC_PART_SECONDS = 120.0
 BATCH = 16  # sentences an engine is handed at once
 MAX_DROPS = 200  # in a row: then the engine, or the check, is at fault
 RATE_RANGE = (0.87, 1.15)
 SEMITONE_RANGE = (-2.0, 2.0)
-COPIES = "augmented copies"
+CHANGES = (("speed", 0.9), ("speed", 1.1), ("pitch", -2.0), ("pitch", 2.0), ("noise", 0.0))
+SNR_DB = (10.0, 30.0)  # of the noise copy
+SYNTHETIC = "synthetic"  # so folders of synthetic speech begin
 TEXTS = ".texts"  # in the folder of synthetic speech: its sentences
 RECORDS = ".parts"  # in an output folder: a manifest of what each finished part made
-# Bytes a sample and a file (half a disk block included), fitted to the five copies of 16 and 24 kHz
-# speech of 2 and 8 s, and a tenth more for the noise of real rooms.
+# Bytes a sample and a file, and a tenth more for the noise of real rooms.
 FORMATS = {"ogg": (0.36, 5800), "flac": (1.3, 2500)}
 TELUGU_TEXT = re.compile(
     r"[\u0c00-\u0c65\s.,!?;:'\"()\u2013\u2014\u2018-\u201d\u0964\u200c\u200d-]+"
 )
 # A phone of read Telugu lasts 0.06 to 0.1 s; outside of these, words are missing or it babbles.
 PHONE_SECONDS = (0.03, 0.22)
-CHECKS = ("plausible", "hama", "none")
-DECOYS = 15  # other sentences that a clip must not sound more like
-# Broad classes of phones: a recogniser that never heard Telugu mishears places and voicing, not
-# whether it heard a stop, a nasal or a vowel.
-PHONE_CLASSES = {
-    "V": "i ɪ e ɛ æ a aː ɑ ɔ o ʊ u ʌ ə ɚ ɝ eɪ aɪ ɔɪ aʊ oʊ ɜ ɒ ɐ",
-    "P": "p b f v ʋ w pʰ bʰ", "T": "t d ʈ ɖ θ ð tʰ dʰ ʈʰ ɖʰ ɾ", "K": "k g ɡ h kʰ ɡʰ x",
-    "C": "tʃ dʒ t͡ʃ d͡ʒ tʃʰ dʒʰ ʃ ʒ s z", "N": "m n ŋ ɳ ɲ", "R": "r ɹ ɽ ɽʰ l ɭ j",
-}  # fmt: skip
-CLASS_OF = {phone: name for name, phones in PHONE_CLASSES.items() for phone in phones.split()}
 
 
 # ------------------------------------------------------------------------------ choosing copies
@@ -129,12 +107,8 @@ class CopiedClip(Clip):
 
 
 class CopyPlan(NamedTuple):
-    """A copy to make of `seconds` of `clip` from `start`, under `name` (no suffix).
+    """A copy to make of `seconds` of `clip` from `start`, under `name` (no suffix)."""
 
-    `order` is drawn from (seed, name): plans are sorted by it.
-    """
-
-    order: int
     name: str
     clip: Clip
     source: str
@@ -144,12 +118,12 @@ class CopyPlan(NamedTuple):
     amount: float
 
     @property
-    def copy_seconds(self) -> float:
-        return self.seconds / self.amount if self.change == "speed" else self.seconds
+    def all_of_it(self) -> bool:
+        return self.seconds >= self.clip.duration
 
     @property
-    def whole_clip(self) -> bool:
-        return self.seconds >= self.clip.duration
+    def copy_seconds(self) -> float:
+        return self.seconds / self.amount if self.change == "speed" else self.seconds
 
 
 def hashed(*parts: object) -> int:
@@ -158,21 +132,9 @@ def hashed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
-def list_changes(
-    speeds: Sequence[float], semitones: Sequence[float], noise_copies: int
-) -> list[tuple[str, float]]:
-    """(change, amount) of every copy of a clip; a noise copy's amount is its number."""
-    amounts = {"speed": speeds, "pitch": semitones, "noise": range(noise_copies)}
-    # By the amount as a copy's name has it: one given twice is one copy.
-    named = {(change, f"{a:g}"): float(a) for change, given in amounts.items() for a in given}
-    return [(change, amount) for (change, _), amount in named.items()]
-
-
 def pieces(duration: float) -> list[tuple[float, float]]:
-    """(start, seconds) of about equal pieces of PIECE_SECONDS at most (and half a second).
-
-    They meet at whole seconds, which are whole samples at any rate.
-    """
+    """(start, seconds) of about equal pieces of about PIECE_SECONDS at most, cut at whole seconds:
+    whole samples at any rate."""
     count = max(1, math.ceil(duration / PIECE_SECONDS))
     edges = [*(float(round(i * duration / count)) for i in range(count)), duration]
     return [(start, end - start) for start, end in itertools.pairwise(edges)]
@@ -187,9 +149,7 @@ def source_name(clip: Clip, root: Path) -> str:
     return relative.as_posix()
 
 
-def plan_copies(
-    clips: Sequence[Clip], root: Path, changes: Sequence[tuple[str, float]], seed: int
-) -> list[CopyPlan]:
+def plan_copies(clips: Sequence[Clip], root: Path, seed: int) -> list[CopyPlan]:
     """Every copy of every clip, in an order drawn from (seed, name): a prefix of it is a fair
     sample, more hours later only add to it, and a run that was killed chooses what it had chosen.
     """
@@ -203,20 +163,17 @@ def plan_copies(
         # What the change and the format add must still be a name.
         stem = "/".join(map(file_name, stem.split("/")))
         cut = pieces(clip.duration)
-        for (piece, (start, seconds)), (change, amount) in itertools.product(
-            enumerate(cut), changes
-        ):
-            name = f"{stem}_{piece:04d}" if len(cut) > 1 else stem
+        for (i, (start, seconds)), (change, amount) in itertools.product(enumerate(cut), CHANGES):
+            name = f"{stem}_{i:04d}" if len(cut) > 1 else stem
             name += f"_pitch{amount:+g}" if change == "pitch" else f"_{change}{amount:g}"
-            order = hashed(seed, name)
-            plans.append(CopyPlan(order, name, clip, source, start, seconds, change, amount))
-    return sorted(plans)
+            plans.append(CopyPlan(name, clip, source, start, seconds, change, amount))
+    return sorted(plans, key=lambda plan: hashed(seed, plan.name))
 
 
 def choose_plans(plans: Sequence[CopyPlan], made: dict[str, float], hours: float) -> list[CopyPlan]:
-    """The first of the plans that make `hours` of copies, less those that are made.
+    """The first of the plans that make `hours` of copies, less those `made` (seconds by name).
 
-    `made`: seconds by name. Counted in whole milliseconds, so that no rounding moves the border.
+    Counted in whole milliseconds, so that no rounding moves the border.
     """
     planned = {plan.name: round(1000 * plan.copy_seconds) for plan in plans}
     total = sum(planned.get(name, round(1000 * seconds)) for name, seconds in made.items())
@@ -230,168 +187,107 @@ def choose_plans(plans: Sequence[CopyPlan], made: dict[str, float], hours: float
     return chosen
 
 
-def split_into_parts(plans: Sequence[CopyPlan]) -> list[list[CopyPlan]]:
-    """Parts of about PART_SECONDS; copies of one clip lie together, so that it is read once."""
-    parts: list[list[CopyPlan]] = []
-    seconds = PART_SECONDS
-    for plan in sorted(plans, key=lambda plan: (plan.source, plan.start, plan.name)):
-        if seconds >= PART_SECONDS:
-            parts.append([])
-            seconds = 0.0
-        parts[-1].append(plan)
-        seconds += plan.copy_seconds
-    return parts
-
-
 # ------------------------------------------------------------------------------- making copies
 
 
-class PartResult(NamedTuple):
-    """What came of a part: audio in seconds, files, and why something was left out."""
-
-    seconds: float
-    count: int
-    dropped: list[str]
-
-
 def make_copies(
-    folder: Path, args: argparse.Namespace, noises: Sequence[Clip], plans: Sequence[CopyPlan]
-) -> PartResult:
-    """Make the copies of a part, then its record. Unreadable originals are left out and listed.
-
-    Raises UserError where nothing can be written (a full disk): all records stay true.
-    """
-    copies: list[CopiedClip] = []
-    dropped: list[str] = []
-    for parent in {(folder / plan.name).parent for plan in plans}:
-        parent.mkdir(parents=True, exist_ok=True)
-    for _, group in itertools.groupby(plans, lambda plan: (plan.clip.path, plan.start)):
-        group = list(group)
+    folder: Path, args: argparse.Namespace, plans: Sequence[CopyPlan]
+) -> tuple[list[Clip], list[str]]:
+    """Make the copies of a part, then its record: (copies, why others were left out)."""
+    copies: list[Clip] = []
+    dropped: dict[str, None] = {}  # in order; a file's fault is the same for all of its copies
+    for plan in plans:
+        rate = min(plan.clip.sample_rate, SAMPLE_RATE)  # the codec has no more
         try:
-            audio, rate = _read_piece(group[0])
+            audio, amount = _changed(plan, rate, args.seed)
         except AudioError as error:
-            dropped.append(str(error))
+            dropped[str(error)] = None
             continue
-        for plan in group:
-            try:
-                changed, change, amount = _changed(plan, audio, rate, args, noises)
-            except AudioError as error:
-                dropped.append(f"{plan.clip.path}: {error}")
-                continue
-            path = folder / f"{plan.name}.{args.format}"
-            write_audio(path, changed, rate)
-            seconds = len(changed) / rate
-            copies.append(_copied_clip(plan, path, seconds, rate, change, amount, args.seed))
+        path = folder / f"{plan.name}.{args.format}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_audio(path, audio, rate)
+        copies.append(_copied_clip(plan, path, len(audio) / rate, rate, amount, args.seed))
     record = f"{hashed(*(plan.name for plan in plans)):016x}.jsonl"
-    write_manifest(folder / RECORDS / record, copies)
-    return PartResult(sum(copy.duration for copy in copies), len(copies), dropped)
+    data.write_manifest(folder / RECORDS / record, copies)
+    return copies, [*dropped]
 
 
-def _read_piece(plan: CopyPlan) -> tuple[np.ndarray, int]:
-    """The piece as mono `[T]` and its rate: the original's, at most 24 kHz (the codec's)."""
-    rate = min(plan.clip.sample_rate, SAMPLE_RATE)
-    seconds = None if plan.whole_clip else plan.seconds
-    audio = read_audio(plan.clip.path, plan.start, seconds, rate)
+@functools.lru_cache(maxsize=1)  # copies of one recording follow each other
+def _read_piece(path: Path, start: float, seconds: float | None, rate: int) -> np.ndarray:
+    audio = read_audio(path, start, seconds, rate)
     if not len(audio):
-        raise AudioError(f"{plan.clip.path}: shorter than its manifest says; fetch it again")
-    return audio, rate
+        raise AudioError(f"{path}: shorter than its manifest says; fetch it again")
+    return audio
 
 
-def _changed(
-    plan: CopyPlan, audio: np.ndarray, rate: int, args: argparse.Namespace, noises: Sequence[Clip]
-) -> tuple[np.ndarray, str, float]:
-    """(copy `[T]`, what was done, how much); AudioError where that copy alone is to be left out."""
+def _changed(plan: CopyPlan, rate: int, seed: int) -> tuple[np.ndarray, float]:
+    """(copy `[T]`, the amount of its change); AudioError where it is to be left out."""
+    seconds, amount = None if plan.all_of_it else plan.seconds, plan.amount
+    audio = _read_piece(plan.clip.path, plan.start, seconds, rate)
     if plan.change == "speed":
-        return unclipped(change_speed(audio, rate, plan.amount)), "speed", plan.amount
-    if plan.change == "pitch":
+        audio = change_speed(audio, rate, amount)
+    elif plan.change == "pitch":
         try:
-            return unclipped(praat.shift_pitch(audio, rate, plan.amount)), "pitch", plan.amount
+            audio = praat.shift_pitch(audio, rate, amount)
         except (praat.TooShort, UserError) as error:
-            raise AudioError(f"its pitch cannot be moved ({error})") from error
-    rng = np.random.default_rng([args.seed, hashed(plan.name)])
-    snr_db = round(float(rng.uniform(*args.snr_db)), 3)
-    if not noises:
-        return unclipped(add_noise(audio, coloured_noise(len(audio), rng), snr_db)), "noise", snr_db
-    clip = noises[int(rng.integers(len(noises)))]
-    seconds = len(audio) / rate
-    start = float(rng.uniform(0, max(clip.duration - seconds, 0)))
-    noise = np.resize(read_audio(clip.path, start, seconds, rate), len(audio))
-    return unclipped(add_noise(audio, noise, snr_db)), f"noise: {clip.path.name}", snr_db
+            raise AudioError(f"{plan.clip.path}: its pitch cannot be moved ({error})") from error
+    else:
+        rng = np.random.default_rng([seed, hashed(plan.name)])
+        amount = round(float(rng.uniform(*SNR_DB)), 3)
+        audio = add_noise(audio, coloured_noise(len(audio), rng), amount)
+    return unclipped(audio), amount
 
 
 def _copied_clip(
-    plan: CopyPlan, path: Path, seconds: float, rate: int, change: str, amount: float, seed: int
+    plan: CopyPlan, path: Path, seconds: float, rate: int, amount: float, seed: int
 ) -> CopiedClip:
     """The copy's line. The text and the phones of a piece of a recording are not known."""
-    clip, factor = plan.clip, 1 / amount if change == "speed" else 1.0
-    text, phones = (clip.text, clip.phones) if plan.whole_clip else (None, None)
-    if phones:
-        phones = [[p, round(s * factor, 4), round(e * factor, 4)] for p, s, e in phones]
-    own = {"path": path, "duration": seconds, "sample_rate": rate, "text": text, "phones": phones}
-    return CopiedClip(
-        **(vars(clip) | own | {"augmented": True, "split": "train"}),
-        source=plan.source,
-        start=round(plan.start, 3),
-        change=change,
-        amount=amount,
-        seed=seed,
-    )
+    fields = vars(plan.clip) | {"path": path, "duration": seconds, "sample_rate": rate}
+    fields |= {"augmented": True, "split": "train"}
+    if not plan.all_of_it:
+        fields |= {"text": None, "phones": None}
+    elif plan.change == "speed" and plan.clip.phones:
+        factor = 1 / amount
+        fields["phones"] = _rounded([(p, s * factor, e * factor) for p, s, e in plan.clip.phones])
+    return CopiedClip(**fields, source=plan.source, start=round(plan.start, 3), change=plan.change,
+                      amount=amount, seed=seed)  # fmt: skip
+
+
+def _rounded(phones: list | None) -> list | None:
+    return phones and [[phone, round(start, 4), round(end, 4)] for phone, start, end in phones]
 
 
 def augment(args: argparse.Namespace) -> None:
     """Job 1: copies of the training clips below --input_dir, into --output_dir."""
     root = existing_folder(args.input_dir, "--input_dir")
-    if args.semitones:
-        praat.check_installed()
+    praat.check_installed()
     with output_folder(args.output_dir, "--output_dir") as (folder, final):
-        clips = load_clips([root], "train")
+        clips = data.load_clips([root], "train")
         real = [clip for clip in clips if not clip.augmented and final not in clip.path.parents]
-        skipped = {clip.path for clip in real if _skipped(clip, root, args.skip)}
-        sources = [clip for clip in real if clip.path not in skipped]
         made = made_rows(folder)
-        hours_real, hours_made = hours_of(clip.duration for clip in real), row_hours(made)
-        print_hours("before", real, root, args.goal_hours, hours_made)
-        wanted = {"all": math.inf, "gap": max(args.goal_hours - hours_real, 0.0)}
-        wanted_hours = wanted.get(args.hours, args.hours)
-        if not sources and wanted_hours > hours_made:
-            raise UserError(
-                f"{root}: nothing to copy, every training clip is in a folder of --skip "
-                f"{' '.join(args.skip)}; add recordings or give another --skip"
-            )
+        hours_real, hours_made = hours_of(map(vars, real)), hours_of(made)
+        print_hours("before", hours_real, hours_made, args.goal_hours)
+        gap = max(args.goal_hours - hours_real, 0.0)
+        wanted = {"all": math.inf, "gap": gap}.get(args.hours, args.hours)
         plans = []
-        if wanted_hours > hours_made:
-            changes = list_changes(args.speeds, args.semitones, args.noise_copies)
-            plans = plan_copies(sources, root, changes, args.seed)
-            names = {os.path.splitext(path)[0]: row["duration"] for path, row in made.items()}
-            plans = choose_plans(plans, names, wanted_hours)
+        if wanted > hours_made:
+            sources = [c for c in real if not source_name(c, root).startswith(SYNTHETIC)]
+            if not sources:
+                raise UserError(f"{root}: nothing to copy but synthetic speech; add recordings")
+            names = {os.path.splitext(row["path"])[0]: row["duration"] for row in made}
+            plans = choose_plans(plan_copies(sources, root, args.seed), names, wanted)
         if plans:
-            if left_out := hours_real - hours_of(clip.duration for clip in sources):
-                print(f"{left_out:,.1f} h are not copied: --skip {' '.join(args.skip)}")
-            hours = hours_of(plan.copy_seconds for plan in plans)
-            check_disk(final.parent, copy_bytes(plans, args.format), hours, args.format)
+            lengths = [(p.copy_seconds, min(p.clip.sample_rate, SAMPLE_RATE)) for p in plans]
+            check_disk(final.parent, args.format, lengths)
         else:
             print("nothing to make: the hours asked for are there (--hours all makes every copy)")
             if not made:
                 return
-        work = functools.partial(make_copies, folder, args, noise_clips(args.noise_dir))
-        parts = split_into_parts(plans)
+        plans.sort(key=lambda plan: (plan.source, plan.start, plan.name))
+        parts = [plans[i : i + PART_COPIES] for i in range(0, len(plans), PART_COPIES)]
+        work = functools.partial(make_copies, folder, args)
         rows = make_parts(work, parts, len(parts), args.num_workers, folder, final)
-        print_hours("after", real, root, args.goal_hours, row_hours(rows))
-
-
-def _skipped(clip: Clip, root: Path, globs: Sequence[str]) -> bool:
-    corpus = source_name(clip, root).partition("/")[0]
-    return any(fnmatch.fnmatchcase(corpus, glob) for glob in globs)
-
-
-def noise_clips(folder: str | None) -> list[Clip]:
-    """The recordings of --noise_dir."""
-    if folder is None:
-        return []
-    clips, _ = scan_folder(existing_folder(folder, "--noise_dir"))
-    if not clips:
-        raise UserError(f"--noise_dir {folder}: no readable audio there")
-    return sorted(clips, key=lambda clip: str(clip.path))
+        print_hours("after", hours_real, hours_of(rows), args.goal_hours)
 
 
 # ------------------------------------------------------------------- output folder, hours, disk
@@ -405,9 +301,8 @@ def output_folder(path: str | Path, flag: str) -> Iterator[tuple[Path, Path]]:
     of their own, validation split included. It goes again where nothing came into it.
     """
     final = Path(path).resolve()
-    writable_folder(final.parent, flag)
-    if final.is_dir() and not any(final.iterdir()):
-        final.rmdir()
+    with contextlib.suppress(OSError):
+        final.rmdir()  # an empty one
     folder = final if final.exists() else final.with_name(file_name(f".{final.name}.part"))
     if folder == final and not (final / RECORDS).is_dir():
         raise UserError(f"{flag} {final}: not made by this script; give another folder")
@@ -419,9 +314,9 @@ def output_folder(path: str | Path, flag: str) -> Iterator[tuple[Path, Path]]:
                 shutil.rmtree(folder)
 
 
-def made_rows(folder: Path) -> dict[str, dict]:
-    """Manifest rows of what finished parts recorded and is still there, by path below `folder`;
-    half-written files are removed.
+def made_rows(folder: Path) -> list[dict]:
+    """Manifest rows of what finished parts recorded and is still there; half-written files are
+    removed.
 
     The disk is asked once a folder: on a network volume each question about a file takes time.
     """
@@ -430,9 +325,8 @@ def made_rows(folder: Path) -> dict[str, dict]:
         with os.scandir(parent) as entries:
             for entry in entries:
                 sizes[entry.path] = entry.stat(follow_symlinks=False).st_size
-    for path in sizes:
-        if path.endswith(".part") and os.path.isfile(path):
-            os.unlink(path)
+                if entry.name.endswith(".part") and entry.is_file():
+                    os.unlink(entry)
     rows = {}
     for record in sorted((folder / RECORDS).glob("*.jsonl")):
         for at, row in json_lines(record):
@@ -441,145 +335,61 @@ def made_rows(folder: Path) -> dict[str, dict]:
             # A pod that was lost may leave names without their data.
             if sizes.get(os.path.join(folder, path)):
                 rows[path] = row | {"path": path}
-    return dict(sorted(rows.items()))
+    return [row for _, row in sorted(rows.items())]
 
 
 def make_parts(
     work: Callable, parts: Sequence, total: int, num_workers: int, folder: Path, final: Path
-) -> dict[str, dict]:
-    """Make what is missing in `folder`, then its manifest; it gets its name `final`. The rows."""
+) -> list[dict]:
+    """Make what is missing in `folder`, then its manifest; it gets its name `final`. The rows.
+
+    How fast is said by the clock, and by CPU time of all processes: the rate of one core whatever
+    else the machine does.
+    """
     started = os.times()
-    if parts:
-        report(list(run_parts(work, parts, num_workers, total)), final.parent, started)
+    results = list(run_parts(work, parts, num_workers, total))
+    took = [max(now - then, 1e-3) for now, then in zip(os.times(), started, strict=True)]
+    if dropped := [reason for _, reasons in results for reason in reasons]:
+        log = final.parent / "augment_dropped.txt"
+        log.write_bytes("".join(f"{one}\n" for one in dropped).encode(errors="backslashreplace"))
+        print(f"{len(dropped)} left out, see {log}; first: {dropped[0]}")
+    clips = [clip for made, _ in results for clip in made]
+    seconds = sum(clip.duration for clip in clips)
+    print(
+        f"{final}: {len(clips)} clips, {seconds / 3600:,.2f} h in {took[4]:,.0f} s "
+        f"({seconds / took[4]:,.0f}x real time, {seconds / sum(took[:4]):,.0f}x a core)"
+    )
     rows = made_rows(folder)
     if not rows:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(f"{final}: no clip could be made; see the files named above")
-    write_text(folder / MANIFEST, "".join(map(as_json_line, rows.values())))
+    write_text(folder / data.MANIFEST, "".join(map(as_json_line, rows)))
     if folder != final:
         folder.rename(final)
     return rows
 
 
-def report(results: Sequence[PartResult], folder: Path, started: os.times_result) -> None:
-    """What was made since `started`, and how fast: by the clock, and by CPU time of all processes,
-    which is the rate of one core whatever else the machine does."""
-    dropped = [reason for result in results for reason in result.dropped]
-    if dropped:
-        log = folder / "augment_dropped.txt"
-        lines = "".join(f"{reason}\n" for reason in dropped)
-        log.write_text(lines, encoding="utf-8", errors="backslashreplace")
-        print(f"{len(dropped)} left out, see {log}; first: {dropped[0]}")
-    audio, now = sum(result.seconds for result in results), os.times()
-    seconds, cpu = now.elapsed - started.elapsed, sum(now[:4]) - sum(started[:4])
-    print(
-        f"{sum(result.count for result in results)} clips, {audio / 3600:,.2f} h in "
-        f"{seconds:,.0f} s ({audio / max(seconds, 1e-3):,.0f}x real time, "
-        f"{audio / max(cpu, 1e-3):,.0f}x a core)"
-    )
+def hours_of(rows: Iterable[dict]) -> float:
+    return sum(row["duration"] for row in rows) / 3600
 
 
-def hours_of(seconds: Iterable[float]) -> float:
-    return sum(seconds) / 3600
-
-
-def row_hours(rows: dict[str, dict]) -> float:
-    return hours_of(row["duration"] for row in rows.values())
-
-
-def copy_bytes(plans: Sequence[CopyPlan], suffix: str) -> float:
-    """About how many bytes the copies will take."""
+def check_disk(folder: Path, suffix: str, lengths: Sequence[tuple[float, int]]) -> None:
+    """Say what is about to be made, of (seconds, sample rate) each, and what it takes. UserError
+    where the disk is too small."""
     per_sample, per_file = FORMATS[suffix]
-    samples = sum(plan.copy_seconds * min(plan.clip.sample_rate, SAMPLE_RATE) for plan in plans)
-    return samples * per_sample + per_file * len(plans)
-
-
-def check_disk(folder: Path, needed: float, hours: float, suffix: str) -> None:
-    """Say what is about to be made and what it takes. UserError where the disk is too small."""
-    free = shutil.disk_usage(folder).free
-    print(f"to make: {hours:,.2f} h of {suffix}, about {_bytes(needed)}; {_bytes(free)} are free")
+    hours = sum(seconds for seconds, _ in lengths) / 3600
+    needed = sum(seconds * rate * per_sample + per_file for seconds, rate in lengths) / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
+    said = f"about {needed:,.2f} GB; {free:,.2f} GB are free"
+    print(f"to make: {hours:,.2f} h of {suffix}, {said}")
     if needed > free:
-        fewer = math.ceil(hours * (1 - free / needed))
-        raise UserError(
-            f"{folder}: {_bytes(needed)} needed, {_bytes(free)} free; free some space, or ask for "
-            f"{fewer:,} h less (--hours, --synthesize_hours)"
-        )
+        fewer = f"{math.ceil(hours * (1 - free / needed)):,} h less"
+        raise UserError(f"{folder}: {said}; free some, or ask for {fewer} (--hours)")
 
 
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
-
-
-def print_hours(
-    title: str, clips: Iterable[Clip], root: Path, goal: float, copy_hours: float = 0.0
-) -> None:
-    """The table of training hours, a row a corpus and one for all copies, against the goal."""
-    hours: Counter[str] = Counter()
-    for clip in clips:
-        corpus, _, below = source_name(clip, root).partition("/")
-        hours[COPIES if clip.augmented else corpus if below else "."] += clip.duration / 3600
-    hours[COPIES] += copy_hours
-    print(f"{'training split, ' + title:<40} {'hours':>10}")
-    print("-" * 51)
-    for name in sorted(hours, key=lambda name: (name == COPIES, name)):
-        if hours[name]:
-            print(f"{name[:40]:<40} {hours[name]:>10,.2f}")
-    print("-" * 51)
-    total = hours.total()
-    share = f"{100 * total / goal:,.1f} % of {goal:,.0f} h" if goal > 0 else "no goal"
-    print(f"{'total':<40} {total:>10,.2f}  {share}", flush=True)
-
-
-# ------------------------------------------------------------------------- checks of synthesis
-
-
-def length_fault(audio: np.ndarray, sample_rate: int, text: str) -> str | None:
-    """`--check plausible`: why the length does not fit the sentence, in seconds a phone.
-
-    Finds silence, sentences cut off and babble; another sentence of the right length passes.
-    """
-    count = len(phonemize(text, "telugu"))
-    if not count:
-        return "no phones in the text"
-    seconds = len(_trimmed(audio, sample_rate)) / sample_rate / count
-    low, high = PHONE_SECONDS
-    return None if low <= seconds <= high else f"{seconds:.3f} s a phone"
-
-
-def recogniser_fault(
-    audio: np.ndarray, sample_rate: int, text: str, others: Sequence[str]
-) -> str | None:
-    """`--check hama`: whether a phone recogniser takes the clip for one of the `others` instead.
-
-    Package hama knows English and Korean: compared in broad classes. Finds wrong, missing and
-    unintelligible words; does not judge accent. Some 20 times real time a core.
-    """
-    audio = soxr.resample(audio, sample_rate, 16000)
-    found = broad_classes(_recogniser().transcribe_waveform(audio, 16000).phonemes)
-
-    def likeness(sentence: str) -> float:
-        phones = broad_classes(phonemize(sentence, "telugu"))
-        return SequenceMatcher(None, found, phones, autojunk=False).ratio()
-
-    own = likeness(text)
-    if any(likeness(other) > own for other in others):
-        return f"its phones are not found again (likeness {own:.2f})"
-    return None
-
-
-@functools.lru_cache(maxsize=1)
-def _recogniser():
-    try:
-        from hama import ASRModel
-    except ImportError as error:
-        raise UserError("--check hama needs the phone recogniser: pip install hama") from error
-    return ASRModel()
-
-
-def broad_classes(phones: Sequence[str]) -> str:
-    """Phones as a string of PHONE_CLASSES, runs joined (geminates and long vowels)."""
-    classes = "".join(CLASS_OF.get(phone, "") for phone in phones)
-    return "".join(name for name, _ in itertools.groupby(classes))
+def print_hours(when: str, real: float, copies: float, goal: float) -> None:
+    share = f", {100 * (real + copies) / goal:,.1f} % of {goal:,.0f} h" if goal else ""
+    print(f"training split {when}: {real:,.2f} h and {copies:,.2f} h of copies{share}", flush=True)
 
 
 # ------------------------------------------------------------------------------------ synthesis
@@ -590,15 +400,16 @@ class SyntheticClip(Clip):
     """A manifest line with how it was made."""
 
     engine: str = ""
-    model: str = ""
     rate: float = 1.0
     semitones: float = 0.0
     seed: int = 0
 
 
 @functools.lru_cache(maxsize=1)
-def _engine(name: str, model: str, device: str):
-    return ENGINES[name].make("telugu", model, device)
+def own_voices(name: str) -> list[speech.Voice]:
+    """An engine's own Telugu voices, of which it makes those of conversations."""
+    names = dict.fromkeys(voice.name for voice in speech.find_engine(name).voices("telugu"))
+    return [speech.Voice(f"{name}/{own}", name, "telugu", own, own, role="agent") for own in names]
 
 
 @functools.lru_cache(maxsize=1)
@@ -612,40 +423,29 @@ def choose_texts(clips: Iterable[Clip], text_file: str | None) -> tuple[list[str
     Digits and Latin letters are left out because no engine here is sure to read them as a
     Telugu speaker would.
     """
-    if text_file is None:
-        found = [clip.text for clip in clips if clip.text and clip.language == "telugu"]
-    else:
-        try:
-            found = text_lines(text_file)
-        except (OSError, UserError) as error:
-            raise UserError(f"--text_file {text_file}: cannot be read ({error})") from error
-    texts = {" ".join(text.split()) for text in found} - {""}
+    said = (clip.text for clip in clips if clip.text and clip.language == "telugu")
+    texts = {" ".join(text.split()) for text in (text_lines(text_file) if text_file else said)}
     fit = sorted(t for t in texts if 8 <= len(t) <= 250 and TELUGU_TEXT.fullmatch(t))
-    return fit, len(texts) - len(fit)
+    return fit, len(texts - {""}) - len(fit)
 
 
-def draw_sentences(
-    texts: Sequence[str], voices: Sequence[str], rng: np.random.Generator
-) -> list[Sentence]:
-    """A batch: sentence, voice, rate and pitch of each drawn evenly."""
-    return [
-        Sentence(
-            text=texts[int(rng.integers(len(texts)))],
-            voice=voices[int(rng.integers(len(voices)))],
-            rate=round(float(rng.uniform(*RATE_RANGE)), 3),
-            semitones=round(float(rng.uniform(*SEMITONE_RANGE)), 2),
-            seed=int(rng.integers(2**31)),
-        )
-        for _ in range(BATCH)
-    ]
+def draw_request(
+    texts: Sequence[str], voices: Sequence[speech.Voice], rng: np.random.Generator
+) -> speech.Request:
+    """Sentence, voice, rate and pitch, each drawn evenly."""
+    text, voice = texts[int(rng.integers(len(texts)))], voices[int(rng.integers(len(voices)))]
+    rate = round(float(rng.uniform(*RATE_RANGE)), 3)
+    semitones = round(float(rng.uniform(*SEMITONE_RANGE)), 2)
+    voice = replace(voice, pitch=2 ** (semitones / 12))
+    return speech.Request(text, "telugu", voice, rate, seed=int(rng.integers(2**31)))
 
 
 def make_speech(
     folder: Path, args: argparse.Namespace, part_seconds: float, index: int
-) -> PartResult:
-    """Make one folder of at least `part_seconds` of speech, then its record."""
-    engine, texts = _engine(args.engine, args.model, args.device), _texts(folder / TEXTS)
-    rng = np.random.default_rng([args.seed, index])
+) -> tuple[list[Clip], list[str]]:
+    """Make one folder of at least `part_seconds` of speech, then its record: (clips, drops)."""
+    voices, texts = own_voices(args.engine), _texts(folder / TEXTS)
+    rng, say = np.random.default_rng([args.seed, index]), speech.Synthesizer().synthesize
     within = folder / f"{index:05d}"
     shutil.rmtree(within, ignore_errors=True)
     within.mkdir()
@@ -653,139 +453,91 @@ def make_speech(
     dropped: list[str] = []
     seconds, in_a_row = 0.0, 0
     while seconds < part_seconds:
-        sentences = draw_sentences(texts, engine.voices, rng)
-        for sentence, raw in zip(sentences, engine.say(sentences), strict=True):
-            others = [texts[int(i)] for i in rng.integers(len(texts), size=DECOYS)]
-            audio, rate = _finished(raw)
-            if reason := _fault(audio, rate, sentence.text, others, args.check):
-                dropped.append(f"{sentence.voice}: {reason}: {sentence.text}")
+        requests = [draw_request(texts, voices, rng) for _ in range(BATCH)]
+        for request, said in zip(requests, synthesize_or_skip(say, requests), strict=True):
+            failed = isinstance(said, UserError)
+            fault = str(said) if failed else length_fault(said.audio, request.text)
+            if fault:
+                dropped.append(f"{request.voice.id}: {fault}: {request.text}")
                 in_a_row += 1
                 continue
             in_a_row = 0
             path = within / f"{index:05d}-{len(clips):03d}.{args.format}"
-            write_audio(path, audio, rate)
-            clips.append(_synthetic_clip(path, len(audio) / rate, rate, sentence, raw.phones, args))
+            write_audio(path, said.audio, SAMPLE_RATE)
+            clips.append(_synthetic_clip(path, request, said))
             seconds += clips[-1].duration
         if in_a_row >= MAX_DROPS:
-            raise UserError(
-                f"{args.engine}: {in_a_row} sentences in a row dropped by --check {args.check}; "
-                f"last: {dropped[-1]}"
-            )
-    write_manifest(folder / RECORDS / f"{index:05d}.jsonl", clips)
-    return PartResult(seconds, len(clips), dropped)
+            last = f"{in_a_row} sentences in a row dropped; last: {dropped[-1]}"
+            raise UserError(f"{args.engine}: {last}")
+    data.write_manifest(folder / RECORDS / f"{index:05d}.jsonl", clips)
+    return clips, dropped
 
 
-def _finished(raw: RawSpeech | None) -> tuple[np.ndarray, int]:
-    """(audio `[T]`, rate): at most 24 kHz, silent edges cut, pitch moved; `[0]` where it cannot."""
-    if raw is None:
-        return np.zeros(0, np.float32), SAMPLE_RATE
-    audio, rate = raw.audio.reshape(-1), min(raw.sample_rate, SAMPLE_RATE)
-    if rate != raw.sample_rate and len(audio):
-        audio = soxr.resample(audio, raw.sample_rate, rate)
-    if raw.phones is None:
-        audio = _trimmed(audio, rate)
-    if abs(raw.semitones) > 0.05 and len(audio):
-        try:
-            audio = praat.shift_pitch(audio, rate, raw.semitones)
-        except (praat.TooShort, UserError):
-            audio = audio[:0]
-    return unclipped(audio), rate
-
-
-def _trimmed(audio: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Without the silence at both ends but 0.1 s; empty where nothing is loud or a number."""
-    if not np.isfinite(audio).all():
-        return audio[:0]
-    threshold = max(0.02 * float(np.abs(audio).max(initial=0.0)), 1e-3)
-    loud = np.flatnonzero(np.abs(audio) > threshold)
-    if not len(loud):
-        return audio[:0]
-    margin = sample_rate // 10
-    return audio[max(loud[0] - margin, 0) : loud[-1] + margin]
-
-
-def _fault(
-    audio: np.ndarray, sample_rate: int, text: str, others: Sequence[str], check: str
-) -> str | None:
-    """Why a clip is to be dropped, or None."""
-    if len(audio) < sample_rate // 10:
+def length_fault(audio: np.ndarray, text: str) -> str | None:
+    """Why a clip `[T]` at 24 kHz is to be dropped: silence, or a length that does not fit the
+    sentence (cut off, babble). Another sentence of the right length passes."""
+    if not np.abs(audio).max(initial=0.0) > 1e-3:  # NaN too
         return "no audio"
-    fault = None if check == "none" else length_fault(audio, sample_rate, text)
-    if fault or check != "hama":
-        return fault
-    return recogniser_fault(audio, sample_rate, text, others)
+    count = len(phonemize(text, "telugu"))
+    if not count:
+        return "no phones in the text"
+    seconds = len(audio) / SAMPLE_RATE / count
+    low, high = PHONE_SECONDS
+    return None if low <= seconds <= high else f"{seconds:.3f} s a phone"
 
 
-def _synthetic_clip(
-    path: Path, seconds: float, rate: int, sentence: Sentence, phones: list | None, args
-) -> SyntheticClip:
+def _synthetic_clip(path: Path, request: speech.Request, said: speech.Utterance) -> SyntheticClip:
     """The clip's line."""
-    row, voice = ENGINES[args.engine], sentence.voice
-    voice = voice if "/" in voice else f"{args.engine}/{voice}"
+    engine, voice = speech.find_engine(request.voice.engine), request.voice
     return SyntheticClip(
-        path, seconds, rate, "telugu", voice, sentence.text,
-        license=row.license,
-        commercial_ok=row.commercial_ok,
-        phones=phones and [[p, round(s, 4), round(e, 4)] for p, s, e in phones],
-        engine=args.engine,
-        model=args.model,
-        rate=sentence.rate,
-        semitones=sentence.semitones,
-        seed=sentence.seed,
+        path, len(said.audio) / SAMPLE_RATE, SAMPLE_RATE, "telugu", voice.id, request.text,
+        license=engine.license,
+        commercial_ok=engine.commercial_ok,
+        phones=_rounded(said.phones),
+        engine=engine.name,
+        rate=request.speed,
+        semitones=round(12 * math.log2(voice.pitch), 2),
+        seed=request.seed,
     )  # fmt: skip
 
 
 def synthesize(args: argparse.Namespace) -> None:
-    """Job 2: --synthesize_hours of Telugu speech into --synthetic_dir."""
+    """Job 2: --synthesize_hours of Telugu speech into synthetic_ENGINE below --input_dir."""
     root = existing_folder(args.input_dir, "--input_dir")
-    row = ENGINES[args.engine]
-    args.model = args.model or row.model_of("telugu")
-    # Engines that are programs leave a GPU alone, and are spread over the processes.
-    args.device = "cpu" if row.make is Packaged else str(setup_distributed(args.device).device)
-    workers = args.num_workers if args.device == "cpu" else 0  # a GPU is fed by one process
-    output = args.synthetic_dir or root / f"synthetic_{args.engine}"
-    with output_folder(output, "--synthetic_dir") as (folder, final):
-        clips = _clips_if_any(root) if args.text_file else load_clips([root], "train")
+    with output_folder(root / f"{SYNTHETIC}_{args.engine}", "--input_dir") as (folder, final):
+        try:
+            clips = data.load_clips([root], "train")
+        except UserError as error:  # there need not be any yet
+            print(f"note: {error}")
+            clips = []
         texts, left_out = choose_texts(clips, args.text_file)
         if not texts:
             where = f"--text_file {args.text_file}" if args.text_file else f"manifests of {root}"
             raise UserError(f"{where}: no Telugu sentence there; give a --text_file, one a line")
-        print_hours("before", clips, root, args.goal_hours)
         print(f"texts: {len(texts):,}; {left_out:,} left out (digits, Latin letters, length)")
+        voices, engine = own_voices(args.engine), speech.find_engine(args.engine)
+        print(f"engine {args.engine}: {len(voices)} voices, {engine.license}")
         # What is missing is said before anything is made.
-        praat.check_installed()
-        voices = _engine(args.engine, args.model, args.device).voices
-        if args.check == "hama":
-            _recogniser()
-        print(f"engine {args.engine}: {len(voices)} voices on {args.device}, {row.license}")
+        trial = speech.Request(texts[0], "telugu", replace(voices[0], pitch=1.1))
+        speech.Synthesizer().synthesize([trial])
         size = min(SYNTHETIC_PART_SECONDS, args.synthesize_hours * 3600)
         count = math.ceil(args.synthesize_hours * 3600 / size - 1e-9)
         missing = missing_parts(folder, count)
-        hours = len(missing) * size / 3600
-        per_sample, per_file = FORMATS[args.format]
-        needed = hours * 3600 * (SAMPLE_RATE * per_sample + per_file / 5)  # clips of 5 s
-        check_disk(final.parent, needed, hours, args.format)
+        clips_of_5_s = [(5.0, SAMPLE_RATE)] * math.ceil(len(missing) * size / 5)
+        check_disk(final.parent, args.format, clips_of_5_s)
         write_text(folder / TEXTS, "\n".join(texts))
         work = functools.partial(make_speech, folder, args, size)
-        make_parts(work, missing, count, workers, folder, final)
-        print_hours("after", _clips_if_any(root), root, args.goal_hours)
+        # A GPU is fed by one process.
+        on_gpu = torch.cuda.is_available() and isinstance(engine, InstalledEngine)
+        make_parts(work, missing, count, 0 if on_gpu else args.num_workers, folder, final)
 
 
 def missing_parts(folder: Path, count: int) -> list[int]:
     """The parts, of `count`, without a record or without a file that it lists."""
-    there = Counter(path.partition("/")[0] for path in made_rows(folder))
+    there = Counter(row["path"].partition("/")[0] for row in made_rows(folder))
     records = (folder / RECORDS).glob("*.jsonl")
     complete = {file.stem for file in records if there[file.stem] == len([*json_lines(file)])}
     return [i for i in range(count) if f"{i:05d}" not in complete]
-
-
-def _clips_if_any(root: Path) -> Sequence[Clip]:
-    """The training clips; what is wrong with them is a note, as there need not be any yet."""
-    try:
-        return load_clips([root], "train")
-    except UserError as error:
-        print(f"note: {error}")
-        return []
 
 
 # ----------------------------------------------------------------------------------------- main
@@ -793,7 +545,7 @@ def _clips_if_any(root: Path) -> Sequence[Clip]:
 
 def print_engines() -> None:
     """The table of engines, 80 columns wide; a command goes on behind a backslash, to be pasted."""
-    for name, row in ENGINES.items():
+    for name, row in speech.all_engines().items():
         use = "commercial use" if row.commercial_ok else "no commercial use"
         lines = textwrap.wrap(row.install, 67, break_long_words=False, break_on_hyphens=False)
         for begin, text in ((f"{name:<9} ", f"{row.license}, {use}"), (" " * 10, row.note)):
@@ -814,32 +566,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="of copies: a number, all, or gap: what --goal_hours lacks")  # fmt: skip
     add("--synthesize_hours", type=number(above=0, high=1e6),
         help="make so much synthetic speech instead")  # fmt: skip
-    add("--engine", choices=ENGINES, default="indictts", help="that speaks; see --list_engines")
+    add("--engine", choices=speech.all_engines(), default="indictts", help="see --list_engines")
     add("--text_file", help="sentences to say, one a line, in place of the transcripts")
     add("--list_engines", action="store_true", help="show the table of engines and stop")
     add = parser.add_argument_group("advanced").add_argument
     add("--goal_hours", type=number(0), default=2000.0, help="of training speech, copies too")
-    add("--speeds", type=number(0.5, 2), nargs="*", default=[0.9, 1.1], help="copies played so")
-    add("--semitones", type=number(-12, 12), nargs="*", default=[-2.0, 2.0],
-        help="copies with their pitch moved so")  # fmt: skip
-    add("--noise_copies", type=whole(0, 100), default=1, help="noisy copies of each clip")
-    add("--snr_db", type=number(-100, 100), nargs=2, default=[10.0, 30.0], metavar=("LOW", "HIGH"),
-        help="of noisy copies")  # fmt: skip
-    add("--noise_dir", help="recordings of noise, in place of drawn noise")
-    add("--skip", nargs="*", default=["synthetic*"], help="corpora not to copy (globs)")
     add("--format", choices=FORMATS, default="ogg", help="of the files made")
-    add("--model", help="folder or Hugging Face id of the engine's voice")
-    add("--synthetic_dir", help="of synthetic speech, in place of INPUT_DIR/synthetic_ENGINE")
-    add("--check", choices=CHECKS, default="plausible", help="of synthetic clips")
-    add("--device", default="auto", help="of engines that are neural")
     add("--seed", type=whole(0), default=0, help="of everything that is drawn")
     add("--num_workers", type=whole(0, 256), default=default_workers(), help="processes; 0: none")
-    args = parser.parse_args(arguments)
-    if args.snr_db[0] > args.snr_db[1]:
-        parser.error(f"--snr_db {args.snr_db[0]:g} {args.snr_db[1]:g}: the lower one first")
-    if not (args.speeds or args.semitones or args.noise_copies):
-        parser.error("no change is left: give --speeds, --semitones or --noise_copies")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

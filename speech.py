@@ -144,16 +144,19 @@ class Engine(Protocol):
     """What an entry of SPEECH_ENGINES is. It loads its model on first use."""
 
     name: str  # what `--engines` and `Voice.engine` call it
-    install: str  # the line that installs it, weights included
+    install: str  # the line that installs its package
+    license: str  # of its speech
+    commercial_ok: bool
+    note: str
 
     def voices(self, language: str) -> list[Voice]:
-        """Those that can speak here and now; [] where package or weights are missing.
+        """Those that can speak here and now; UserError with what to do where none can.
 
         At most one has the role agent. The users' speakers are disjoint between splits.
         """
 
     def say(self, orders: Sequence[Order]) -> list[Raw]:
-        """What is said, in order; all orders have one language and one voice.
+        """What is said, in order; all orders have one language.
 
         The same orders give the same bytes. A text without words is a short silence. Raises
         UserError where the engine fails.
@@ -188,17 +191,17 @@ class Synthesizer:
     """
 
     def synthesize(self, items: Sequence[Request]) -> list[Utterance]:
-        """Utterances in the order of `items`, made in one batch an engine voice.
+        """Utterances in the order of `items`, made in one batch an engine and language.
 
         UserError for an engine that is not installed (with its install line), an unknown
         language or emotion, or an engine that fails.
         """
         orders = [_order(item) for item in items]
-        batches: dict[tuple[str, str, str], list[int]] = {}
+        batches: dict[tuple[str, str], list[int]] = {}
         for i, item in enumerate(items):
-            batches.setdefault((item.voice.engine, item.voice.name, item.language), []).append(i)
+            batches.setdefault((item.voice.engine, item.language), []).append(i)
         made: dict[int, Utterance] = {}
-        for (engine, _, _), indices in batches.items():
+        for (engine, _), indices in batches.items():
             raws = find_engine(engine).say([orders[i] for i in indices])
             for i, raw in zip(indices, raws, strict=True):
                 made[i] = _finish(raw, orders[i])
@@ -390,16 +393,17 @@ def voices(
     espeak_language(language)
     if role not in ("agent", "user"):
         raise UserError(f"no role {role!r}: roles are agent and user")
-    asked = [find_engine(name) for name in (all_engines() if engines is None else engines)]
-    found = [v for engine in asked for v in engine.voices(language) if v.role == role]
+    found, missing = [], []
+    for engine in [find_engine(name) for name in (all_engines() if engines is None else engines)]:
+        try:
+            found += [v for v in engine.voices(language) if v.role == role]
+        except UserError as error:
+            missing.append(f"{engine.name}: {error}")
     found = found[:1] if role == "agent" else [v for v in found if v.split == split]
     if not found:
         which = "agent's" if role == "agent" else split
-        how = "; ".join(f"{engine.name}: {engine.install}" for engine in asked)
-        raise UserError(
-            f"no {which} voice for {language} is installed: "
-            + (how or "no engine is there; tools/toy_voices.py has the toy's")
-        )
+        how = "; ".join(missing) or "these engines have none"
+        raise UserError(f"no {which} voice for {language} is installed: {how}")
     return found
 
 

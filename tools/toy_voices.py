@@ -1089,19 +1089,37 @@ class ToyEngine:
 
     name: str
     list_voices: Callable[[str], list[Voice]]
-    say: Callable[[Sequence[Order]], list[Raw]]
+    say_batch: Callable[[Sequence[Order]], list[Raw]]  # orders of one voice
+    license: str
+    note: str
+    commercial_ok: bool = True
 
     @property
     def install(self) -> str:
         return INSTALL[self.name]
 
     def voices(self, language: str) -> list[Voice]:
-        return [v for v in self.list_voices(language) if _installed(self.name, v.name)]
+        found = [v for v in self.list_voices(language) if _installed(self.name, v.name)]
+        if not found:
+            raise UserError(self.install)
+        return found
+
+    def say(self, orders: Sequence[Order]) -> list[Raw]:
+        said: dict[int, Raw] = {}
+        for name in dict.fromkeys(order.name for order in orders):
+            mine = [i for i, order in enumerate(orders) if order.name == name]
+            said |= zip(mine, self.say_batch([orders[i] for i in mine]), strict=True)
+        return [said[i] for i in range(len(orders))]
 
 
 SPEECH_ENGINES = (
-    ToyEngine("flite", functools.partial(_recorded_voices, "flite"), _say_flite),
-    ToyEngine("festival", functools.partial(_recorded_voices, "festival"), _say_festival),
-    ToyEngine("hibari", _hibari_voices, _say_hibari),
-    ToyEngine("espeak", _espeak_voices, _say_espeak),
-)
+    ToyEngine("flite", functools.partial(_recorded_voices, "flite"), _say_flite,
+              "free (Flite, BSD-like)", "English voices: an accent in Hindi and Telugu"),
+    ToyEngine("festival", functools.partial(_recorded_voices, "festival"), _say_festival,
+              "free (Festival voices of Debian; NSK, Czech, Italian: GPL; Finnish: LGPL-2+)",
+              "diphone voices: tests and tiny models"),
+    ToyEngine("hibari", _hibari_voices, _say_hibari,
+              "Apache-2.0 (hibari-tts)", "English voice: an accent in Hindi and Telugu"),
+    ToyEngine("espeak", _espeak_voices, _say_espeak,
+              "output of espeak-ng (GPL-3.0+)", "formant voices: tests and tiny models"),
+)  # fmt: skip
