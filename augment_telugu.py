@@ -40,38 +40,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import command
 import data
 import praat
 import speech
 from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
-from command import (
-    ArgumentParser,
-    UserError,
-    as_json_line,
-    check_fields,
-    default_workers,
-    existing_folder,
-    file_name,
-    json_lines,
-    number,
-    only_one,
-    run,
-    run_parts,
-    text_lines,
-    whole,
-    writable_folder,
-    write_text,
-)
+from command import ArgumentParser, UserError, json_lines, number, run, text_lines, whole
 from data import Clip, add_noise, change_speed, coloured_noise, unclipped
 from engines import InstalledEngine
 from phones import phonemize
-from takes import synthesize_or_skip
+from takes import speak
 
 PART_COPIES = 100  # what a kill may cost is a few seconds of work
 PIECE_SECONDS = 300.0  # longer recordings are copied in pieces of this, to bound memory
 SYNTHETIC_PART_SECONDS = 120.0
 BATCH = 16  # sentences an engine is handed at once
-MAX_DROPS = 200  # in a row: then the engine, or the check, is at fault
+MAX_DROPS = 200  # in a row: then the engine is at fault
 RATE_RANGE = (0.87, 1.15)
 SEMITONE_RANGE = (-2.0, 2.0)
 CHANGES = (("speed", 0.9), ("speed", 1.1), ("pitch", -2.0), ("pitch", 2.0), ("noise", 0.0))
@@ -93,16 +77,12 @@ PHONE_SECONDS = (0.03, 0.22)
 
 @dataclass(frozen=True)
 class CopiedClip(Clip):
-    """A manifest line with where it came from. `amount`: a factor, semitones, or dB of SNR.
+    """A manifest line with where it came from."""
 
-    `source` is the original's path below the input folder, `start` the second where a piece of a
-    long recording begins.
-    """
-
-    source: str = ""
-    start: float = 0.0
+    source: str = ""  # the original's path below the input folder
+    start: float = 0.0  # in seconds, of a piece of a long recording
     change: str = ""
-    amount: float = 0.0
+    amount: float = 0.0  # a factor, semitones, or dB of SNR
     seed: int = 0
 
 
@@ -133,8 +113,7 @@ def hashed(*parts: object) -> int:
 
 
 def pieces(duration: float) -> list[tuple[float, float]]:
-    """(start, seconds) of about equal pieces of about PIECE_SECONDS at most, cut at whole seconds:
-    whole samples at any rate."""
+    """(start, seconds) of about equal pieces, cut at whole seconds: whole samples at any rate."""
     count = max(1, math.ceil(duration / PIECE_SECONDS))
     edges = [*(float(round(i * duration / count)) for i in range(count)), duration]
     return [(start, end - start) for start, end in itertools.pairwise(edges)]
@@ -151,8 +130,7 @@ def source_name(clip: Clip, root: Path) -> str:
 
 def plan_copies(clips: Sequence[Clip], root: Path, seed: int) -> list[CopyPlan]:
     """Every copy of every clip, in an order drawn from (seed, name): a prefix of it is a fair
-    sample, more hours later only add to it, and a run that was killed chooses what it had chosen.
-    """
+    sample, to which more hours later only add."""
     sources = [source_name(clip, root) for clip in clips]
     stems = Counter(os.path.splitext(source)[0] for source in sources)
     plans = []
@@ -161,7 +139,7 @@ def plan_copies(clips: Sequence[Clip], root: Path, seed: int) -> list[CopyPlan]:
         stem = os.path.splitext(source)[0]
         stem = stem if stems[stem] == 1 else source.replace(".", "_")
         # What the change and the format add must still be a name.
-        stem = "/".join(map(file_name, stem.split("/")))
+        stem = "/".join(map(command.file_name, stem.split("/")))
         cut = pieces(clip.duration)
         for (i, (start, seconds)), (change, amount) in itertools.product(enumerate(cut), CHANGES):
             name = f"{stem}_{i:04d}" if len(cut) > 1 else stem
@@ -259,7 +237,7 @@ def _rounded(phones: list | None) -> list | None:
 
 def augment(args: argparse.Namespace) -> None:
     """Job 1: copies of the training clips below --input_dir, into --output_dir."""
-    root = existing_folder(args.input_dir, "--input_dir")
+    root = command.existing_folder(args.input_dir, "--input_dir")
     praat.check_installed()
     with output_folder(args.output_dir, "--output_dir") as (folder, final):
         clips = data.load_clips([root], "train")
@@ -303,10 +281,11 @@ def output_folder(path: str | Path, flag: str) -> Iterator[tuple[Path, Path]]:
     final = Path(path).resolve()
     with contextlib.suppress(OSError):
         final.rmdir()  # an empty one
-    folder = final if final.exists() else final.with_name(file_name(f".{final.name}.part"))
+    hidden = final.with_name(command.file_name(f".{final.name}.part"))
+    folder = final if final.exists() else hidden
     if folder == final and not (final / RECORDS).is_dir():
         raise UserError(f"{flag} {final}: not made by this script; give another folder")
-    with only_one(writable_folder(folder, flag)):
+    with command.only_one(command.writable_folder(folder, flag)):
         try:
             yield folder, final
         finally:
@@ -315,8 +294,7 @@ def output_folder(path: str | Path, flag: str) -> Iterator[tuple[Path, Path]]:
 
 
 def made_rows(folder: Path) -> list[dict]:
-    """Manifest rows of what finished parts recorded and is still there; half-written files are
-    removed.
+    """Manifest rows of what finished parts recorded and is still there; half-written files go.
 
     The disk is asked once a folder: on a network volume each question about a file takes time.
     """
@@ -330,7 +308,8 @@ def made_rows(folder: Path) -> list[dict]:
     rows = {}
     for record in sorted((folder / RECORDS).glob("*.jsonl")):
         for at, row in json_lines(record):
-            check_fields(row, {"path": "path", "duration": "number"}, f"{record}, line {at}")
+            fields = {"path": "path", "duration": "number"}
+            command.check_fields(row, fields, f"{record}, line {at}")
             path = os.path.normpath(os.path.join(RECORDS, row["path"]))
             # A pod that was lost may leave names without their data.
             if sizes.get(os.path.join(folder, path)):
@@ -341,13 +320,10 @@ def made_rows(folder: Path) -> list[dict]:
 def make_parts(
     work: Callable, parts: Sequence, total: int, num_workers: int, folder: Path, final: Path
 ) -> list[dict]:
-    """Make what is missing in `folder`, then its manifest; it gets its name `final`. The rows.
-
-    How fast is said by the clock, and by CPU time of all processes: the rate of one core whatever
-    else the machine does.
-    """
+    """Make what is missing in `folder`, then its manifest; it gets its name `final`. The rows."""
     started = os.times()
-    results = list(run_parts(work, parts, num_workers, total))
+    results = list(command.run_parts(work, parts, num_workers, total))
+    # The clock's seconds last; before, processor time of all processes.
     took = [max(now - then, 1e-3) for now, then in zip(os.times(), started, strict=True)]
     if dropped := [reason for _, reasons in results for reason in reasons]:
         log = final.parent / "augment_dropped.txt"
@@ -363,7 +339,7 @@ def make_parts(
     if not rows:
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(f"{final}: no clip could be made; see the files named above")
-    write_text(folder / data.MANIFEST, "".join(map(as_json_line, rows)))
+    command.write_text(folder / data.MANIFEST, "".join(map(command.as_json_line, rows)))
     if folder != final:
         folder.rename(final)
     return rows
@@ -420,8 +396,7 @@ def _texts(path: Path) -> list[str]:
 def choose_texts(clips: Iterable[Clip], text_file: str | None) -> tuple[list[str], int]:
     """(sentences, how many were left out): in Telugu script alone, of 8 to 250 letters, each once.
 
-    Digits and Latin letters are left out because no engine here is sure to read them as a
-    Telugu speaker would.
+    No engine here is sure to read digits and Latin letters as a Telugu speaker would.
     """
     said = (clip.text for clip in clips if clip.text and clip.language == "telugu")
     texts = {" ".join(text.split()) for text in (text_lines(text_file) if text_file else said)}
@@ -443,9 +418,9 @@ def draw_request(
 def make_speech(
     folder: Path, args: argparse.Namespace, part_seconds: float, index: int
 ) -> tuple[list[Clip], list[str]]:
-    """Make one folder of at least `part_seconds` of speech, then its record: (clips, drops)."""
+    """Make a folder of at least `part_seconds` of speech, then its record: (clips, drops)."""
     voices, texts = own_voices(args.engine), _texts(folder / TEXTS)
-    rng, say = np.random.default_rng([args.seed, index]), speech.Synthesizer().synthesize
+    rng = np.random.default_rng([args.seed, index])
     within = folder / f"{index:05d}"
     shutil.rmtree(within, ignore_errors=True)
     within.mkdir()
@@ -454,7 +429,7 @@ def make_speech(
     seconds, in_a_row = 0.0, 0
     while seconds < part_seconds:
         requests = [draw_request(texts, voices, rng) for _ in range(BATCH)]
-        for request, said in zip(requests, synthesize_or_skip(say, requests), strict=True):
+        for request, said in zip(requests, speak(requests), strict=True):
             failed = isinstance(said, UserError)
             fault = str(said) if failed else length_fault(said.audio, request.text)
             if fault:
@@ -503,7 +478,7 @@ def _synthetic_clip(path: Path, request: speech.Request, said: speech.Utterance)
 
 def synthesize(args: argparse.Namespace) -> None:
     """Job 2: --synthesize_hours of Telugu speech into synthetic_ENGINE below --input_dir."""
-    root = existing_folder(args.input_dir, "--input_dir")
+    root = command.existing_folder(args.input_dir, "--input_dir")
     with output_folder(root / f"{SYNTHETIC}_{args.engine}", "--input_dir") as (folder, final):
         try:
             clips = data.load_clips([root], "train")
@@ -517,15 +492,14 @@ def synthesize(args: argparse.Namespace) -> None:
         print(f"texts: {len(texts):,}; {left_out:,} left out (digits, Latin letters, length)")
         voices, engine = own_voices(args.engine), speech.find_engine(args.engine)
         print(f"engine {args.engine}: {len(voices)} voices, {engine.license}")
-        # What is missing is said before anything is made.
         trial = speech.Request(texts[0], "telugu", replace(voices[0], pitch=1.1))
-        speech.Synthesizer().synthesize([trial])
+        speech.Synthesizer().synthesize([trial])  # what is missing is said before the work
         size = min(SYNTHETIC_PART_SECONDS, args.synthesize_hours * 3600)
         count = math.ceil(args.synthesize_hours * 3600 / size - 1e-9)
         missing = missing_parts(folder, count)
         clips_of_5_s = [(5.0, SAMPLE_RATE)] * math.ceil(len(missing) * size / 5)
         check_disk(final.parent, args.format, clips_of_5_s)
-        write_text(folder / TEXTS, "\n".join(texts))
+        command.write_text(folder / TEXTS, "\n".join(texts))
         work = functools.partial(make_speech, folder, args, size)
         # A GPU is fed by one process.
         on_gpu = torch.cuda.is_available() and isinstance(engine, InstalledEngine)
@@ -573,7 +547,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--goal_hours", type=number(0), default=2000.0, help="of training speech, copies too")
     add("--format", choices=FORMATS, default="ogg", help="of the files made")
     add("--seed", type=whole(0), default=0, help="of everything that is drawn")
-    add("--num_workers", type=whole(0, 256), default=default_workers(), help="processes; 0: none")
+    add("--num_workers", type=whole(0, 256), default=command.default_workers(), help="0: none")
     return parser.parse_args(arguments)
 
 

@@ -1,8 +1,8 @@
 """Speech engines to install: AI4Bharat's Indic-TTS and Indic Parler-TTS, Meta's MMS, Piper.
 
-SPEECH_ENGINES are `speech.Engine`s. Each has a model class: `names` of its voices of a language, ()
-where its files are not here; made with a folder or Hugging Face id it yields (audio `[T]`, sample
-rate) for each order, at the order's rate. Pitch, range and formants are changed afterwards.
+A model class is made with a folder or a Hugging Face id and yields (audio `[T]`, sample rate) for
+each order, at the order's rate. Its `names` are those of its voices, () where its files are not
+here. Pitch, range and formants are Praat's work, afterwards.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ class IndicTts:
     def __init__(self, language: str, model: str, device: str) -> None:
         from TTS.utils.synthesizer import Synthesizer
 
-        acoustic, config, vocoder, vocoder_config = self._files(model)
+        acoustic, config, vocoder, vocoder_config = map(str, self._files(model))
         with tempfile.TemporaryDirectory() as temporary:
             local = Path(temporary) / "config.json"
-            local.write_text(json.dumps(_local_paths(config)), encoding="utf-8")
+            local.write_text(json.dumps(_local_paths(Path(config))), encoding="utf-8")
             self._model = Synthesizer(
-                tts_checkpoint=str(acoustic),
+                tts_checkpoint=acoustic,
                 tts_config_path=str(local),
-                vocoder_checkpoint=str(vocoder),
-                vocoder_config=str(vocoder_config),
-                use_cuda=device.startswith("cuda"),
+                vocoder_checkpoint=vocoder,
+                vocoder_config=vocoder_config,
+                use_cuda=device == "cuda",
             )
 
     @staticmethod
@@ -103,8 +103,8 @@ class Parler:
         self._prompts = AutoTokenizer.from_pretrained(model, padding_side="left")
         described = self._model.config.text_encoder._name_or_path
         self._styles = AutoTokenizer.from_pretrained(described)
-        half = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        self._model = self._model.to(device, dtype=half).eval()
+        kind = torch.bfloat16 if device == "cuda" else torch.float32
+        self._model = self._model.to(device, dtype=kind).eval()
         self._device = device
 
     @staticmethod
@@ -124,9 +124,9 @@ class Parler:
                 do_sample=True,
                 return_dict_in_generate=True,
             )
+        rate = int(self._model.config.sampling_rate)
         for audio, length in zip(made.sequences, made.audios_length, strict=True):
-            audio = audio[: int(length)].float().cpu().numpy()
-            yield audio, int(self._model.config.sampling_rate)
+            yield audio[: int(length)].float().cpu().numpy(), rate
 
     def _tokens(self, tokenizer, texts: list[str]):
         return tokenizer(texts, return_tensors="pt", padding=True).to(self._device)
@@ -179,9 +179,10 @@ class Piper:
     def __init__(self, language: str, model: str, device: str) -> None:
         from piper import PiperVoice, SynthesisConfig
 
-        cuda, self._config = device.startswith("cuda"), SynthesisConfig
-        paths = {name: str(Path(model, f"{name}.onnx")) for name in self.names(language, model)}
-        self._voices = {n: PiperVoice.load(path, use_cuda=cuda) for n, path in paths.items()}
+        self._config, self._voices = SynthesisConfig, {}
+        for name in self.names(language, model):
+            path = str(Path(model, f"{name}.onnx"))
+            self._voices[name] = PiperVoice.load(path, use_cuda=device == "cuda")
 
     @staticmethod
     def names(language: str, model: str) -> Sequence[str]:
@@ -226,14 +227,10 @@ class InstalledEngine:
         return own_and_changed(self.name, language, names)
 
     def say(self, orders: Sequence[Order]) -> list[Raw]:
-        model, said = _loaded(self, orders[0].language), []
+        model, sounds = _loaded(self, orders[0].language), []
         for first in range(0, len(orders), BATCH):
-            batch = orders[first : first + BATCH]
-            said += [
-                self._raw(audio, rate, order)
-                for (audio, rate), order in zip(model.say(batch), batch, strict=True)
-            ]
-        return said
+            sounds += model.say(orders[first : first + BATCH])
+        return [self._raw(*sound, order) for sound, order in zip(sounds, orders, strict=True)]
 
     def _raw(self, audio: np.ndarray, rate: int, order: Order) -> Raw:
         if not len(audio):

@@ -1,5 +1,4 @@
-"""What Praat does to a voice, in a process of its own: it can loop for ever, and nothing in this
-process could then stop it.
+"""What Praat does to a voice, in a process of its own, as it can loop for ever.
 
 Praat: Boersma & Weenink (package praat-parselmouth, GPL-3: used, not shipped). The process imports
 NumPy and parselmouth alone, serves one caller, and is started again after a call it did not end.
@@ -25,8 +24,7 @@ from command import UserError
 INSTALL = "pip install praat-parselmouth"
 PITCH_HZ = (60.0, 500.0)  # where a voice's pitch is looked for
 LOWEST_HZ = 30.0  # a stretched contour stays above: a deep creak
-# Processor time of a call: it takes 0.02 s a second of audio, and one that loops never ends.
-LIMIT_SECONDS = (10.0, 1.0)  # fixed, and for each second of audio
+LIMIT_SECONDS = (10.0, 1.0)  # of processor time: fixed, and for each second of audio
 
 
 class TooShort(ValueError):
@@ -40,10 +38,8 @@ def check_installed() -> None:
 
 
 def elsewhere(function):
-    """The function, run in the other process on audio `[T]`, a sample rate and numbers.
-
-    Raises TooShort; UserError without parselmouth, and where Praat does not come to an end.
-    """
+    """The function, run in the other process. Raises TooShort; UserError without parselmouth, and
+    where Praat does not come to an end."""
 
     @functools.wraps(function)
     def call(audio: np.ndarray, sample_rate: int, *values: float, **named: float) -> np.ndarray:
@@ -63,11 +59,8 @@ def elsewhere(function):
 def change_voice(
     audio, sample_rate, formant=1.0, median_hz=0.0, pitch_range=1.0, duration=1.0, pitch=1.0
 ):
-    """Praat's "Change gender" on audio `[T]`: all are factors but the median pitch, `median_hz`.
-
-    Where that is 0 the voice's own median times `pitch` is meant. A range that would stretch the
-    contour below LOWEST_HZ is narrowed to what it bears.
-    """
+    """Praat's "Change gender" on audio `[T]`: all are factors but the median pitch, `median_hz`; 0
+    stands for the voice's own times `pitch`. The range is narrowed to what the contour bears."""
     import parselmouth
 
     call, sound = parselmouth.praat.call, parselmouth.Sound(audio.astype(np.float64), sample_rate)
@@ -81,11 +74,8 @@ def change_voice(
 
 
 def _bounded_range(hertz: np.ndarray, median_hz: float, pitch_range: float) -> float:
-    """The factor of a contour's range, or the largest that keeps all of it above LOWEST_HZ.
-
-    hertz: `[frames]`, 0 where unvoiced. Praat moves the median, stretches about it and then counts
-    periods: near 0 Hz there is no next one.
-    """
+    """The factor of the range of a contour `[frames]` (0 where unvoiced), or the largest that keeps
+    all of it above LOWEST_HZ: Praat counts periods, and near 0 Hz there is no next one."""
     voiced = hertz[hertz > 0]
     if pitch_range <= 1 or not len(voiced):
         return pitch_range
@@ -96,10 +86,8 @@ def _bounded_range(hertz: np.ndarray, median_hz: float, pitch_range: float) -> f
 
 @elsewhere
 def shift_pitch(audio, sample_rate, semitones):
-    """Audio `[T]` with its fundamental moved; length, timing and formants stay.
-
-    Praat's PSOLA (Moulines & Charpentier 1990). Sounds without pitch stay as they are.
-    """
+    """Audio `[T]` with its fundamental moved by Praat's PSOLA (Moulines & Charpentier 1990);
+    length, timing, formants and sounds without pitch stay."""
     import parselmouth
 
     call, sound = parselmouth.praat.call, parselmouth.Sound(audio.astype(np.float64), sample_rate)
@@ -143,8 +131,7 @@ def _ask(pid: int, *request) -> np.ndarray | str | None:
 def _serve() -> None:
     """Answers pickled calls on stdin, one at a time, until stdin ends.
 
-    The system ends a process whose processor time is used up, also within Praat's own code; the
-    clock on the wall would count the work of others.
+    The system ends a process whose processor time is used up, also within Praat's own code.
     """
     functions = {f.__name__: f.__wrapped__ for f in (change_voice, shift_pitch)}
     stdin, stdout = os.fdopen(0, "rb", closefd=False), os.fdopen(os.dup(1), "wb")

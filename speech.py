@@ -1,12 +1,9 @@
 """Text to speech behind one interface: engines say a text, and what follows them is done here.
 
-An engine is an object as `Engine` describes it. Two modules bring some, each as SPEECH_ENGINES:
-`engines` those that a user installs, `tools.toy_voices` those whose speech the shipped toy learnt
-from. Where an engine knows when it said each phone and word, the utterance has their times, which
-the codec and the dialogue LM learn from too; where it does not, they are None.
-
-More speakers come from formant, pitch, range and rate changes: the engine's own where it has them,
-else Praat's "Change gender". Emotions are styles: multipliers of pitch, range and rate, and a gain.
+Two modules bring engines (`Engine`), as SPEECH_ENGINES: `engines` those that a user installs,
+`tools.toy_voices` those whose speech the shipped toy learnt from. More speakers come from changes
+of formants, pitch, range and rate: the engine's own where it has them, else Praat's. Emotions are
+multipliers of pitch, range and rate, and a gain.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import soxr
@@ -33,10 +30,9 @@ ENGINE_MODULES = ("engines", "tools.toy_voices")
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker as one engine makes it. Factors are relative to the engine's own voice.
+    """A speaker as one engine makes it; `speaker` names whose voice is underneath.
 
-    `speaker` names whose voice is underneath: splits are disjoint in it for recorded speakers,
-    and by the embedding of the changed voice for the others (see `voices`).
+    Factors are relative to the engine's own voice.
     """
 
     id: str
@@ -79,8 +75,7 @@ class Utterance:
     words: list[Span] | None = None
 
 
-@dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
     """An emotion as multipliers of median pitch, pitch range and rate, and a gain in dB."""
 
     pitch: float = 1.0
@@ -107,14 +102,11 @@ PAUSE_SECONDS = 0.30  # longest pause kept inside
 
 @dataclass(frozen=True)
 class Order:
-    """A request with voice, style and seed multiplied out, as an engine gets it.
-
-    `name` is the engine's own name of the voice. Factors are relative to that voice.
-    """
+    """A request with voice, style and jitter multiplied out, as an engine gets it."""
 
     text: str
     language: str
-    name: str
+    name: str  # the engine's own name of the voice, to which the factors are relative
     formant: float = 1.0
     pitch: float = 1.0
     pitch_range: float = 1.0
@@ -126,11 +118,10 @@ class Order:
 
 @dataclass
 class Raw:
-    """An engine's own output, mono in [-1, 1] at `rate` Hz.
+    """An engine's own output, mono in [-1, 1] at `rate` Hz, with the times of phones and words
+    where it knows them.
 
-    `phones` (of `phones.PHONES`) and `words` have their times where the engine knows them.
-    `remaining` are the arguments of `praat.change_voice` for what was asked and is not yet done:
-    formant, median_hz or pitch, pitch_range, duration.
+    `remaining` are the arguments of `praat.change_voice` for what was asked and is not yet done.
     """
 
     audio: np.ndarray
@@ -170,13 +161,13 @@ def all_engines() -> dict[str, Engine]:
     for name in ENGINE_MODULES:
         package = name.partition(".")[0]
         if importlib.util.find_spec(package) and importlib.util.find_spec(name):
-            for engine in getattr(importlib.import_module(name), "SPEECH_ENGINES", ()):
-                found[engine.name] = engine
+            engines = importlib.import_module(name).SPEECH_ENGINES
+            found |= {engine.name: engine for engine in engines}
     return found
 
 
 def find_engine(name: str) -> Engine:
-    """The engine of a name. UserError where there is none, with those that there are."""
+    """The engine of a name, or UserError with those that there are."""
     if name not in all_engines():
         known = ", ".join(all_engines()) or "none (tools/toy_voices.py has the toy's)"
         raise UserError(f"no speech engine {name!r}: engines are {known}")
@@ -184,17 +175,12 @@ def find_engine(name: str) -> Engine:
 
 
 class Synthesizer:
-    """Text to speech with every installed engine; the same requests give the same bytes.
-
-    Holds no process open and may be made in each worker of a process pool; engines load on
-    first use. One instance serves one thread at a time.
-    """
+    """Text to speech with every installed engine; the same requests give the same bytes."""
 
     def synthesize(self, items: Sequence[Request]) -> list[Utterance]:
         """Utterances in the order of `items`, made in one batch an engine and language.
 
-        UserError for an engine that is not installed (with its install line), an unknown
-        language or emotion, or an engine that fails.
+        UserError for an unknown engine, language or emotion, and where an engine fails.
         """
         orders = [_order(item) for item in items]
         batches: dict[tuple[str, str], list[int]] = {}
@@ -260,16 +246,20 @@ def _moved(spans: list[Span], factor: float) -> list[Span]:
     return [(x, s * factor + EDGE_SECONDS, e * factor + EDGE_SECONDS) for x, s, e in spans]
 
 
+def _loud(audio: np.ndarray, frames_a_second: int, least: float = 0.0) -> np.ndarray:
+    """Whether each frame is louder than LOUD_DB below the loudest tenth, and than `least`."""
+    hop = SAMPLE_RATE // frames_a_second
+    frames = len(audio) // hop
+    power = np.mean(audio[: frames * hop].reshape(frames, hop) ** 2, axis=1)
+    return power > max(np.percentile(power, 90) * 10 ** (LOUD_DB / 10), least)
+
+
 def _loud_spans(audio: np.ndarray) -> list[Span]:
     """Where there is sound, for engines that know no phones; a gap of a stop is no silence."""
-    hop = SAMPLE_RATE // 100
-    frames = len(audio) // hop
-    if not frames or not np.isfinite(audio).all():
+    if len(audio) < SAMPLE_RATE // 100 or not np.isfinite(audio).all():
         return []
-    power = np.mean(audio[: frames * hop].reshape(frames, hop) ** 2, axis=1)
-    floor = max(np.percentile(power, 90) * 10 ** (LOUD_DB / 10), 1e-9)
     spans: list[Span] = []
-    for frame in np.flatnonzero(power > floor):
+    for frame in np.flatnonzero(_loud(audio, 100, least=1e-9)):
         start, end = frame / 100, (frame + 1) / 100
         if spans and start - spans[-1][2] < PAUSE_SECONDS / 2:
             spans[-1] = ("sound", spans[-1][1], end)
@@ -300,20 +290,14 @@ def tile(phones: list[Span], duration: float) -> list[Span]:
 
 
 def _place_silences(audio: np.ndarray, phones: list[Span]) -> list[Span]:
-    """Moves the borders of silences to where the sound ends and begins.
-
-    Engines give a pause to the phone before it, or the last echo of a phone to the pause; a turn
-    ends where its sound does.
-    """
-    hop = SAMPLE_RATE // 200  # 5 ms
-    frames = len(audio) // hop
-    if frames < 2:
+    """Moves the borders of silences to where the sound ends and begins: engines give a pause to
+    the phone before it, or the last echo of a phone to the pause."""
+    if len(audio) < SAMPLE_RATE // 100:
         return phones
-    power = np.mean(audio[: frames * hop].reshape(frames, hop) ** 2, axis=1)
-    loud = power > np.percentile(power, 90) * 10 ** (LOUD_DB / 10)
+    loud = _loud(audio, 200)
 
     def moments(start: float, end: float) -> np.ndarray:
-        first, last = round(start * 200), min(round(end * 200), frames)
+        first, last = round(start * 200), min(round(end * 200), len(loud))
         return first + np.flatnonzero(loud[first:last])
 
     spans = [list(span) for span in phones]
@@ -344,12 +328,11 @@ def _cut_silences(
     pieces, spans, cuts = [], [], []  # cuts: (time, seconds removed at that time)
     clock = 0.0
     for i, (phone, start, end) in enumerate(phones):
-        first, last = round(start * SAMPLE_RATE), round(end * SAMPLE_RATE)
-        piece = audio[first:last]
-        limit = EDGE_SECONDS if i in (0, len(phones) - 1) else PAUSE_SECONDS
-        keep = round(limit * SAMPLE_RATE)
+        piece = audio[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
+        at_start, at_end = i == 0, i == len(phones) - 1
+        keep = round((EDGE_SECONDS if at_start or at_end else PAUSE_SECONDS) * SAMPLE_RATE)
         if phone == SILENCE and len(piece) > keep and len(phones) > 1:
-            head = 0 if i == 0 else keep if i == len(phones) - 1 else keep // 2
+            head = 0 if at_start else keep if at_end else keep // 2
             cuts.append((start + head / SAMPLE_RATE, (len(piece) - keep) / SAMPLE_RATE))
             piece = np.concatenate([piece[:head], piece[len(piece) - (keep - head) :]])
         seconds = len(piece) / SAMPLE_RATE
@@ -387,8 +370,8 @@ def voices(
     """Voices of the installed engines. `role` agent: the one voice of a language, for any split.
 
     `engines` are those asked for, best first; None: every one installed. Users are split by
-    speaker: those held out sound in no training voice of any language, whatever was changed about
-    them. UserError where nobody can speak.
+    speaker: those held out sound in no training voice of any language, however changed. UserError
+    where nobody can speak.
     """
     espeak_language(language)
     if role not in ("agent", "user"):
@@ -420,18 +403,16 @@ def own_and_changed(engine: str, language: str, names: Sequence[str]) -> list[Vo
     Of three voices and more the last two are held out, for validation and test. With fewer the
     last two changes are: then a held-out voice is another only as far as Praat makes it one.
     """
-    held_out = names if len(names) > 2 else CHANGES
+    by_name = len(names) > 2
+    last = len(names if by_name else CHANGES) - 1
+    splits = {last: "test", last - 1: "validation"}
     made = [Voice(f"{language}/{engine}/agent", engine, language, f"{engine}-{names[0]}",
                   names[0], role="agent")]  # fmt: skip
-    for name in names:
+    for n, name in enumerate(names):
         for i, change in enumerate(CHANGES):
-            if name == names[0] and i < 3:  # too near the agent
+            if n == 0 and i < 3:  # too near the agent
                 continue
-            place = names.index(name) if held_out is names else i
-            split = {len(held_out) - 1: "test", len(held_out) - 2: "validation"}.get(place, "train")
-            speaker = f"{engine}-{name}" if held_out is names else f"{engine}-{name}-{i}"
-            made.append(
-                Voice(f"{language}/{engine}/{name}/{i}", engine, language, speaker, name, *change,
-                      split=split)
-            )  # fmt: skip
+            speaker = f"{engine}-{name}" if by_name else f"{engine}-{name}-{i}"
+            id, split = f"{language}/{engine}/{name}/{i}", splits.get(n if by_name else i, "train")
+            made.append(Voice(id, engine, language, speaker, name, *change, split=split))
     return made

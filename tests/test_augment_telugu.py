@@ -486,7 +486,7 @@ def test_odd_names_and_odd_letters_are_copied_like_all_others(tmp_path, capsys, 
     assert {copy.source for copy in copies} == {f"mine/{name}" for name in names}
     assert all(data.probe(copy.path) for copy in copies)
     assert all(str(copy.path).isprintable() for copy in copies)
-    assert at.file_name("caf\udce9.wav").isprintable() and at.hashed("caf\udce9.wav")
+    assert command.file_name("caf\udce9.wav").isprintable() and at.hashed("caf\udce9.wav")
     assert (
         augment(root, "--format", "flac") == copies and "nothing to make" in capsys.readouterr().out
     )
