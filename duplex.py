@@ -34,18 +34,14 @@ MAX_QUEUED_PATCHES = 3
 
 def check_codec_matches(codec: Codec, lm: S2S) -> None:
     """Raise `UserError` unless `lm` was trained on the codes of this very `codec`."""
-    sizes = tuple(lm.config.codebook_sizes)
-    have_sizes = tuple(codec.config.codebook_sizes)[: len(sizes)]
-    for what, wanted, have in (
-        ("codec", lm.config.codec_fingerprint or "(none named)", codec.fingerprint),
-        ("codebooks", sizes, have_sizes),
-        ("frames a second", float(lm.config.frame_rate), float(codec.config.frame_rate)),
-    ):
-        if wanted != have:
-            raise UserError(
-                f"the dialogue model was trained on {what}: {wanted}, this codec has {have};"
-                " give the matching pair with --codec and --lm"
-            )
+    c, sizes = lm.config, codec.config.codebook_sizes[: len(lm.config.codebook_sizes)]
+    wanted = (c.codec_fingerprint, float(c.frame_rate), *c.codebook_sizes)
+    have = (codec.fingerprint, float(codec.config.frame_rate), *sizes)
+    if wanted != have:
+        raise UserError(
+            "the dialogue model was trained on another codec (fingerprint, frames a second,"
+            f" codebooks): {wanted}, not {have}; give the matching pair with --codec and --lm"
+        )
 
 
 def load_models(
@@ -157,38 +153,33 @@ class BargeInFlush:
 class TickResult:
     """What one tick gave, a row a slot; rows of slots that were not `active` are zero.
 
-    audio [B, T] float32; text [B] token ids (`PAD` = none); user_speaking, turn_end [B],
-    user_emotion [B, 8], language [B, 3] probabilities; user_phones [B, p] ids, of `listen_delay`
-    patches ago; muted [B] output silenced by `vad_flush`; not_finite [B] samples of input or output
-    that were not numbers and became silence. Of the queue, set by `run_once`: index [B] the number
-    of the input patch (dropped ones count), waited [B] seconds it lay there, dropped [B] patches
-    lost since the slot's last tick.
+    audio [B, T] float32; text [B] token ids (`PAD` = none); user_speaking [B], user_emotion [B, 8],
+    language [B, 3] probabilities; user_phones [B, p] ids, of `listen_delay` patches ago;
+    not_finite [B] samples of input or output that were not numbers and became silence. Of the
+    queue, set by `run_once`: index [B] the number of the input patch (dropped ones count),
+    waited [B] seconds it lay there, dropped [B] patches lost since the slot's last tick.
     """
 
     audio: np.ndarray
     text: np.ndarray
     user_speaking: np.ndarray
-    turn_end: np.ndarray
     user_emotion: np.ndarray
     language: np.ndarray
     user_phones: np.ndarray
     active: np.ndarray
-    muted: np.ndarray
     not_finite: np.ndarray
     times: StageTimes
-    index: np.ndarray
-    waited: np.ndarray
-    dropped: np.ndarray
+    index: np.ndarray | float = 0.0
+    waited: np.ndarray | float = 0.0
+    dropped: np.ndarray | float = 0.0
 
 
 class DuplexEngine:
     """Codec and dialogue LM in lock-step, for `slots` callers on one device.
 
     `feed` queues a slot's input, `run_once` runs a tick over the slots that have a patch waiting.
-    `tick` is the step itself, for callers with queues of their own.
-
-    sampling: None for the LM's default. clock: seconds, monotonic.
-    Raises `UserError` when the two models do not belong together.
+    `tick` is the step itself, for callers with queues of their own. sampling: None for the LM's
+    default. clock: seconds, monotonic. Raises `UserError` where LM and codec are no pair.
     """
 
     def __init__(
@@ -269,13 +260,12 @@ class DuplexEngine:
             return None
         started = self.clock()
         frames = np.zeros((self.slots, self.patch_samples), np.float32)
-        patches = {slot: self.queues[slot].popleft() for slot in np.flatnonzero(active)}
-        for slot, patch in patches.items():
-            frames[slot] = patch.audio
+        index, waited, dropped = np.zeros((3, self.slots))
+        for slot in np.flatnonzero(active):
+            frames[slot], arrived, index[slot], dropped[slot] = self.queues[slot].popleft()
+            waited[slot] = max(0.0, started - arrived)
         result = self.tick(frames, active)
-        for slot, patch in patches.items():
-            result.index[slot], result.dropped[slot] = patch.index, patch.lost
-            result.waited[slot] = max(0.0, started - patch.arrived)
+        result.index, result.waited, result.dropped = index, waited, dropped
         return result
 
     def warm_up(self, ticks: int = 8) -> int:
@@ -303,40 +293,28 @@ class DuplexEngine:
             forced = torch.from_numpy(muted).to(self.device), self._silence, silent
         marks.append(self._now())
         step = self.lm.step(
-            user_codes,
-            self._lm_state,
-            active=mask,
-            emotion=self._emotion,
-            language=self._language,
-            sampling=self.sampling,
-            timer=lambda: marks.append(self._now()),
-            forced=forced,
-        )
+            user_codes, self._lm_state, active=mask, emotion=self._emotion, language=self._language,
+            sampling=self.sampling, forced=forced, timer=lambda: marks.append(self._now()),
+        )  # fmt: skip
         marks.append(self._now())
         reply = self.codec.decode_step(step.agent_codes, self._decoder, active=mask)[:, 0]
         reply = reply.float().cpu().numpy()  # [B, T]
         marks.append(self._now())
-        row = active[:, None].astype(np.float32)
         reply, lost_reply = _finite(reply)
+        row = active[:, None].astype(np.float32)
         reply = reply * row
         if self.vad_flush:
             self._flush.mute(reply, muted, active)
-        none = np.zeros((2, self.slots), np.int64)
         return TickResult(
             audio=reply,
             text=np.where(active, _host(step.text), PAD),
             user_speaking=_host(step.user_speaking) * active,
-            turn_end=_host(step.turn_end) * active,
             user_emotion=_host(step.user_emotion) * row,
             language=_host(step.language) * row,
             user_phones=_host(step.user_phones.argmax(-1)) * active[:, None],
             active=active,
-            muted=muted,
             not_finite=(lost + lost_reply) * active,
             times=StageTimes(*np.diff(marks), total=marks[-1] - marks[0]),
-            index=none[0],
-            waited=np.zeros(self.slots),
-            dropped=none[1],
         )
 
     def _now(self) -> float:

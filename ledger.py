@@ -302,7 +302,7 @@ class LatencyLedger:
         """Count a `duplex.TickResult`: late when it took longer than its own length."""
         self.times.append(result.times)
         self.counts["late_ticks"] += int(result.times.total > self.patch_seconds)
-        self.counts["dropped_patches"] += int(result.dropped.sum())
+        self.counts["dropped_patches"] += int(np.sum(result.dropped))
         self.counts["not_finite_samples"] += int(result.not_finite.sum())
 
     def call(self, record: CallRecord, turns: Sequence[UserTurn]) -> list[Response]:
@@ -322,8 +322,8 @@ class LatencyLedger:
             "patch_ms": _ms(self.patch_seconds),
             "algorithmic_ms": _ms(self.patch_seconds + self.acoustic_seconds),
             "tick_ms": {
-                stage: percentiles([getattr(times, stage) for times in self.times])
-                for stage in StageTimes._fields
+                stage: percentiles([times[i] for times in self.times])
+                for i, stage in enumerate(StageTimes._fields)
             },
             "response_ms": percentiles(answered),
             "turns": len(kinds),

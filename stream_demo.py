@@ -42,7 +42,6 @@ from s2s import PAD, S2S, Sampling
 from training import setup_distributed
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
-SPOKEN = LANGUAGES[:3]
 BLOCK_SECONDS = 0.01  # what the sound card hands over at once
 MAX_INPUT_BLOCKS = 100
 MAX_OUTPUT_BLOCKS = 20
@@ -52,39 +51,32 @@ NEW_LINE_SECONDS = 1.0
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        "Talk to Samvad through microphone and speaker, or let it answer recordings.",
-        formatter_class=argparse.HelpFormatter,
-    )
+    text = "Talk to Samvad through microphone and speaker, or let it answer recordings."
+    parser = ArgumentParser(text)
     add = parser.add_argument
     add("--wav", nargs="+", type=Path, help="spoken questions, instead of the microphone")
     add("--out", nargs="+", type=Path, help="reply files, one for each --wav [reply_NAME.wav]")
-    add("--codec", type=Path, default=TINY / "codec", help="checkpoint folder [the tiny one]")
-    add("--lm", type=Path, default=TINY / "s2s", help="checkpoint folder [the tiny one]")
+    add("--codec", type=Path, default=TINY / "codec", help="checkpoint folder")
+    add("--lm", type=Path, default=TINY / "s2s", help="checkpoint folder")
     add("--emotion", choices=EMOTIONS, help="how the agent speaks [as it sees fit]")
-    add("--language", choices=SPOKEN, help="of the call [recognised by the model]")
-    add("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling [0]")
+    add("--language", choices=LANGUAGES[:3], help="of the call [recognised by the model]")
+    add("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling")
     more = parser.add_argument_group("advanced").add_argument
     more("--fast", action="store_true", help="with --wav: do not pace, never drop")
     more("--temperature", type=number(0, 100), help="of the sampling [the model's own]")
     more("--top_k", type=whole(1, 2**31), help="of the sampling [the model's own]")
     more("--eagerness", type=number(-100, 100), help="dB on its odds of speaking [the model's own]")
     more("--vad_flush", action="store_true", help="cut the agent off when the user barges in")
-    more("--tail_seconds", type=number(0, 3600), default=4.0,
-         help="listen on after each --wav [4]")  # fmt: skip
-    more("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    more("--threads", type=whole(1, 1024), default=1, help="CPU threads [1]")
+    more("--tail_seconds", type=number(0, 3600), default=4.0, help="of silence after each --wav")
+    more("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    more("--threads", type=whole(1, 1024), default=1, help="CPU threads")
     args = parser.parse_args(argv)
-    if args.out and not args.wav:
-        raise UserError("--out needs --wav: the reply to a recording is what it holds")
-    if args.fast and not args.wav:
-        raise UserError("--fast needs --wav: a microphone runs in real time")
-    if args.wav and args.out and len(args.wav) != len(args.out):
-        raise UserError(
-            f"{len(args.wav)} --wav files but {len(args.out)} --out files; give one for each"
-        )
-    if args.wav and not args.out:
-        args.out = [Path(f"reply_{path.stem}.wav") for path in args.wav]
+    wavs, outs = args.wav or [], args.out or []
+    if not wavs and (outs or args.fast):
+        raise UserError(f"{'--out' if outs else '--fast'} needs --wav, a recording to answer")
+    if outs and len(wavs) != len(outs):
+        raise UserError(f"{len(wavs)} --wav files but {len(outs)} --out files; give one for each")
+    args.out = outs or [Path(f"reply_{path.stem}.wav") for path in wavs]
     return args
 
 
@@ -136,14 +128,13 @@ class Transcript:
         """The user's emotion and language, from the moments the model found them speaking."""
         if not self._emotion.any():
             return "you: the model recognised no speech"
-        (emotion, sure), (language, certain) = (
-            (names[sums.argmax()], sums.max() / sums.sum())
-            for names, sums in (
-                (self._lm.config.emotions, self._emotion),
-                (self._lm.config.languages, self._language),
-            )
-        )
-        return f"you: sounded {emotion} ({sure:.0%}), spoke {language} ({certain:.0%})"
+        emotion = _likeliest(self._lm.config.emotions, self._emotion)
+        language = _likeliest(self._lm.config.languages, self._language)
+        return f"you: sounded {emotion}, spoke {language}"
+
+
+def _likeliest(names: Sequence[str], weights: np.ndarray) -> str:
+    return f"{names[weights.argmax()]} ({weights.max() / weights.sum():.0%})"
 
 
 # ------------------------------------------------------------------------------------ recordings
@@ -229,13 +220,10 @@ def answer_recordings(
         failure = save_reply(out, reply)
         failures += [failure] if failure else []
         for response in ledger.call(record, [turn] if turn else []):
-            ms = abs(response.latency or 0.0) * 1000
-            lines = {
-                "answered": f"answered {ms:.0f} ms after the end of the question",
-                "takeover": f"began {ms:.0f} ms before the end of the question",
-                "unanswered": "no answer within 2 s",
-            }
-            print(lines[response.kind])
+            if response.latency is None:
+                print("no answer within 2 s")
+            else:
+                print(f"answered {response.latency * 1000:.0f} ms after the end of the question")
         print(f"{transcript.user_line()}\nreply: {failure or out}\n")
         if record.stopped:
             raise record.stopped
@@ -244,33 +232,22 @@ def answer_recordings(
 
 
 def save_reply(out: Path, reply: np.ndarray) -> str | None:
-    """Writes a reply [T], where that fails into the system's folder for temporary files.
-
-    Returns what went wrong, and where the reply is now.
-    """
-    rescue = Path(tempfile.gettempdir()) / f"{out.stem[:40]}-{os.getpid()}.wav"
-    try:
-        write_audio(out, reply)
-        return None
-    except AudioError as error:
-        failure = str(error)
-    try:
-        write_audio(rescue, reply)
-        return f"{failure}; the reply is in {rescue}"
-    except AudioError:
-        return f"{failure}; the reply is lost"
+    """Writes a reply [T], or else into the folder for temporary files; returns what went wrong."""
+    failure = None
+    for place in (out, Path(tempfile.gettempdir()) / f"{out.stem[:40]}-{os.getpid()}.wav"):
+        try:
+            write_audio(place, reply)
+            return failure and f"{failure}; the reply is in {place}"
+        except AudioError as error:
+            failure = failure or str(error)
+    return f"{failure}; the reply is lost"
 
 
 def read_question(path: Path) -> Question:
-    """A recording as 24 kHz mono [T], and when it is spoken in.
-
-    `UserError` where it is missing, empty or no audio.
-    """
+    """A recording as 24 kHz mono [T], and when it is spoken in; `UserError` where there is none."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give --wav a recording of a spoken question")
     audio = read_audio(path)
-    if not len(audio):
-        raise UserError(f"{path}: holds no samples; record it again")
     return audio, find_speech(audio)
 
 
@@ -308,11 +285,6 @@ class SoundBridge:
         self.skipped += len(self.outputs) == MAX_OUTPUT_BLOCKS
         self.outputs.append(block)
 
-    def recorded(self, timeout: float) -> list[tuple[float, bytes]]:
-        """Every input block that has come, waiting `timeout` seconds for a first one."""
-        first = self.inputs.get(timeout=timeout)
-        return [first, *(self.inputs.get() for _ in range(self.inputs.qsize()))]
-
 
 def import_sounddevice() -> ModuleType:
     """The sounddevice module, or a `UserError` that names what to install."""
@@ -321,10 +293,8 @@ def import_sounddevice() -> ModuleType:
     except ImportError as error:
         raise UserError("the microphone needs sounddevice: pip install sounddevice") from error
     except OSError as error:
-        raise UserError(
-            "the microphone needs the PortAudio library: apt-get install libportaudio2"
-            " (or answer a recording: --wav question.wav --out reply.wav)"
-        ) from error
+        missing = "the microphone needs the PortAudio library: apt-get install libportaudio2"
+        raise UserError(f"{missing}; or answer a recording: --wav question.wav") from error
     return sounddevice
 
 
@@ -334,13 +304,12 @@ def device_rate(sounddevice: Any) -> int:
         microphone = sounddevice.query_devices(kind="input")
         sounddevice.query_devices(kind="output")
     except (sounddevice.PortAudioError, ValueError) as error:
-        raise UserError(
-            "no microphone and speaker found; plug them in, or answer a recording:"
-            " python stream_demo.py --wav question.wav --out reply.wav"
-        ) from error
+        missing = "no microphone and speaker found; plug them in"
+        raise UserError(f"{missing}, or answer a recording: --wav question.wav") from error
+    settings = {"samplerate": SAMPLE_RATE, "channels": 1, "dtype": "int16"}
     try:
-        sounddevice.check_input_settings(samplerate=SAMPLE_RATE, channels=1, dtype="int16")
-        sounddevice.check_output_settings(samplerate=SAMPLE_RATE, channels=1, dtype="int16")
+        sounddevice.check_input_settings(**settings)
+        sounddevice.check_output_settings(**settings)
         return SAMPLE_RATE
     except (sounddevice.PortAudioError, ValueError):
         return int(microphone["default_samplerate"])
@@ -397,24 +366,24 @@ class MicrophoneCall:
             ledger.call(self.record, self.detector.turns(ended=True))
 
     def _loop(self, stop: Callable[[], bool]) -> None:
+        inputs = self.bridge.inputs
         while not stop():
             try:
-                self._take(self.bridge.recorded(SILENT_CARD_SECONDS))
+                if not self.engine.queues[0]:
+                    self._take(*inputs.get(timeout=SILENT_CARD_SECONDS))
             except queue.Empty:
                 raise UserError(
                     f"the microphone sent nothing for {SILENT_CARD_SECONDS:.0f} s; is it unplugged?"
                 ) from None
-            while (result := self.engine.run_once()) is not None:
+            while inputs.qsize():
+                self._take(*inputs.get())
+            if (result := self.engine.run_once()) is not None:
                 self._give(result)
-                if not self.bridge.inputs.empty():
-                    self._take(self.bridge.recorded(0.0))
 
-    def _take(self, blocks: list[tuple[float, bytes]]) -> None:
-        for arrived, block in blocks:
-            samples = np.frombuffer(block, np.int16).astype(np.float32) / 32768.0
-            audio = self._to_engine(samples)
-            self.engine.feed(0, audio, arrived)
-            self.engine.set_user_voice(0, self.detector.push(audio))
+    def _take(self, arrived: float, pcm: bytes) -> None:
+        audio = self._to_engine(np.frombuffer(pcm, np.int16).astype(np.float32) / 32768.0)
+        self.engine.feed(0, audio, arrived)
+        self.engine.set_user_voice(0, self.detector.push(audio))
 
     def _give(self, result: TickResult) -> None:
         backlog = len(self.bridge.outputs) * BLOCK_SECONDS

@@ -124,7 +124,6 @@ class FakeLM(torch.nn.Module):
             agent_codes=codes,
             text=state.frames.clone(),
             user_speaking=torch.full((slots,), 0.9),
-            turn_end=torch.zeros(slots),
             user_emotion=torch.eye(8)[torch.ones(slots, dtype=torch.long)],
             language=torch.eye(3)[torch.zeros(slots, dtype=torch.long)],
             user_phones=torch.zeros(slots, 2, 1),
@@ -342,14 +341,24 @@ def test_flush_waits_for_confirmation_and_for_the_end_of_voice():
     assert not any(both[1] for both in decided)
 
 
+def test_what_was_audible_fades_out_in_5_ms():
+    flush, one = BargeInFlush(1), np.ones(1, bool)
+    flush.audible[0] = True
+    first, second = np.ones((2, 1, 960))
+    flush.mute(first, one, one)
+    flush.mute(second, one, one)
+    np.testing.assert_array_equal(first[0], np.r_[np.linspace(1, 0, 120), np.zeros(840)])
+    assert not second.any()
+
+
 def test_vad_flush_mutes_then_forces_silence_codes_and_pad():
     engine = fake_engine(vad_flush=True)
     for _ in range(2):
         engine.tick(patch(0.5)[None])
     engine.set_user_voice(0, True)
     heard, muted, after = (engine.tick(patch(0.5)[None]) for _ in range(3))
-    assert heard.audio.any() and not heard.muted[0]
-    assert muted.muted[0] and not muted.audio[0, 120:].any()
+    assert np.abs(heard.audio).min() > 0.4
+    assert engine._flush.muted[0] and not muted.audio[0, 120:].any()
     assert not after.audio.any()
     slots, forced_codes, forced_text = engine.lm.calls[-1]["forced"]
     assert slots.tolist() == [True] and forced_text.tolist() == [0]
@@ -475,7 +484,7 @@ def test_vad_flush_reaches_the_real_model_s_memory():
     engine._flush.muted[0] = True
     engine.set_user_voice(0, True)
     result = engine.tick(noise_patches(1)[None])
-    assert result.muted[0] and result.text[0] == 0
+    assert engine._flush.muted[0] and result.text[0] == 0
     silence_codes = engine._silence[0].T  # the LM keeps [p, K]
     assert torch.equal(engine._lm_state.agent[0], silence_codes)
 
