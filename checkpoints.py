@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from command import DISK_FULL, UserError, first_line, sync_to_disk, writable_folder, write_text
 
@@ -44,22 +44,17 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run_dir: str | Path,
-    step: int,
-    config: dict,
-    tensors: dict[str, Tensor],
-    trainer: dict | None = None,
-    tokenizer: str | None = None,
-    keep_last: int = 3,
+    run_dir: str | Path, step: int, config: dict, tensors: dict[str, Tensor],
+    trainer: dict | None = None, tokenizer: str | None = None, keep_last: int = 3,
     best: bool = False,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write `run_dir/step_00001000/` and drop all but the last `keep_last` and the best one.
 
     Files go to a temporary folder, are synced and then renamed, so that a kill at any moment
-    leaves the earlier checkpoints complete. `trainer` holds plain containers, numbers, strings and
-    tensors, which is all that loading without pickled code can read back. `tokenizer` is JSON of
-    the `tokenizers` library. `best` makes this the best one so far (`best.json`).
-    Call on the main rank only. Raises UserError on a full disk; TypeError for a bad `trainer`.
+    leaves the earlier checkpoints complete. `trainer` holds what loads without pickled code: plain
+    containers, numbers, strings and tensors. `tokenizer` is JSON of the `tokenizers` library.
+    `best` makes this the best one so far (`best.json`). Call on the main rank only.
+    Raises UserError on a full disk, TypeError for a bad `trainer`.
     """
     run_dir = Path(run_dir)
     _check_plain(trainer, "trainer")
@@ -74,12 +69,9 @@ def save_checkpoint(
 
 
 def save_export(
-    folder: str | Path,
-    step: int,
-    config: dict,
-    tensors: dict[str, Tensor],
+    folder: str | Path, step: int, config: dict, tensors: dict[str, Tensor],
     tokenizer: str | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write a shipped folder: config, weights and tokenizer alone, in place of what is there.
 
     Other files in the folder (a model card) stay. Raises UserError on a full disk.
@@ -102,17 +94,15 @@ def _temporary(parent: Path, final: Path) -> Iterator[Path]:
         _remove_leftovers(parent)
         temporary.mkdir()
         yield temporary
-    except BaseException as error:
+    except Exception as error:
         if not _is_disk_full(error):
             raise
         shutil.rmtree(temporary, ignore_errors=True)
-        try:
-            kept = f"the last complete checkpoint, {find_checkpoint(parent)}, is kept"
-        except UserError:
-            kept = "there is no earlier checkpoint"
-        raise UserError(
-            f"{final}: the disk is full, this checkpoint was not saved; {kept}; free some space"
-        ) from error
+        state = "there is no earlier checkpoint"
+        with contextlib.suppress(UserError):
+            state = f"the last complete checkpoint, {find_checkpoint(parent)}, is kept"
+        raise UserError(f"{final}: the disk is full, this checkpoint was not saved; {state}; "
+                        "free some space") from error  # fmt: skip
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -136,11 +126,11 @@ def config_of(kind: type[T], model: str, stored: dict, where: str | Path) -> T:
     """
     if stored.get("model") != model:
         raise UserError(f"{where}: holds a {stored.get('model', 'nameless')} model, not a {model}")
-    fields = {field.name for field in dataclasses.fields(kind)}
-    unknown = set(stored) - fields - {"model"}
+    values = {name: value for name, value in stored.items() if name != "model"}
+    unknown = set(values) - {field.name for field in dataclasses.fields(kind)}
     if unknown:
         raise UserError(f"{where}: config has unknown fields: {', '.join(sorted(unknown))}")
-    return kind(**{name: value for name, value in stored.items() if name in fields})
+    return kind(**values)
 
 
 def stored_config(model: str, config: object) -> dict:
@@ -148,48 +138,37 @@ def stored_config(model: str, config: object) -> dict:
     return {"model": model, **dataclasses.asdict(config)}
 
 
-def open_run(
-    run_dir: str | Path, model: str, fresh: bool, device: str | torch.device
-) -> Checkpoint | None:
-    """The checkpoint that a run goes on from, None for a new run.
+def open_run(run_dir: str | Path, model: str, fresh: bool) -> Checkpoint | None:
+    """The checkpoint that a run goes on from, on the CPU; None for a new run.
 
     Raises UserError where `fresh` meets a used folder, or the folder holds another `model`.
     """
     folder = Path(run_dir)
-    used = folder.is_dir() and any(file.name != ".lock" for file in folder.iterdir())
-    if fresh and used:
+    if fresh and any(file.name != ".lock" for file in folder.iterdir()):
         raise UserError(f"--fresh: {folder} is not empty; move it away or choose another folder")
-    if not used or not any(folder.glob("step_*")):
+    if not any(folder.glob("step_*")):
         return None
-    checkpoint = load_checkpoint(folder, device)
+    checkpoint = load_checkpoint(folder)
     if checkpoint.config.get("model") != model:
         raise UserError(f"{folder}: holds another model's checkpoints; choose another folder")
     return checkpoint
 
 
-def fill(
-    model: torch.nn.Module,
-    tensors: dict[str, Tensor],
-    path: str | Path,
-    optional: tuple[str, ...] = (),
-) -> None:
+def fill(model: nn.Module, tensors: dict, path: str | Path, optional: tuple[str, ...] = ()) -> None:
     """The model's weights from stored tensors; only names that end in one of `optional` may lack.
 
     Raises UserError that names the checkpoint where they do not fit the config.
     """
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
+        odd = [name for name in missing if not name.endswith(optional)] + unexpected
     except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: weights do not fit the config: {first}") from error
-    odd = [name for name in missing if not name.endswith(optional)] + unexpected
+        odd = str(error).splitlines()[-1:]
     if odd:
-        raise UserError(f"{path}: weights do not fit the config, first at {odd[0]}")
+        raise UserError(f"{path}: weights do not fit the config, first at {odd[0].strip()}")
 
 
-def inherit_weights(
-    model: torch.nn.Module, path: str | Path, skip: tuple[str, ...] = ()
-) -> list[str]:
+def inherit_weights(model: nn.Module, path: str | Path, skip: tuple[str, ...] = ()) -> list[str]:
     """Start from the weights of another checkpoint wherever name and shape agree; say so.
 
     Tensors whose name starts with one of `skip` are left as they are. Returns the names taken.
@@ -197,10 +176,9 @@ def inherit_weights(
     tensors = load_checkpoint(path, with_trainer=False).tensors
     own = model.state_dict()
     fitting = {
-        name: tensor
-        for name, tensor in tensors.items()
+        name: tensor for name, tensor in tensors.items()
         if name in own and tensor.shape == own[name].shape and not name.startswith(skip)
-    }
+    }  # fmt: skip
     if not fitting:
         raise UserError(f"--init_from {path}: no tensor fits; give a checkpoint of the same model")
     model.load_state_dict(fitting, strict=False)
@@ -209,32 +187,25 @@ def inherit_weights(
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder that `path` means: a run's newest complete step, or itself.
-
-    `path` is a run folder, a step folder, or a shipped folder (config.json and
-    model.safetensors). Temporary and incomplete folders are passed over.
-    Raises UserError where there is none.
+    """The checkpoint folder that `path` means: a run's newest complete step, or, as a step's or a
+    shipped folder (config.json and model.safetensors), itself. Raises UserError where none is.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder")
     if _is_complete(path):
         return path
-    for _, _, folder in reversed(_step_folders(path)):
+    for folder in reversed(_step_folders(path)):
         if _is_complete(folder):
             return folder
     if (path / "config.json").exists() or (path / "model.safetensors").exists():
         raise UserError(f"{path}: incomplete checkpoint; copy it again or take an earlier step")
-    raise UserError(
-        f"{path}: no complete checkpoint here (neither step_* folders nor config.json with "
-        "model.safetensors); train first or give another folder"
-    )
+    raise UserError(f"{path}: no complete checkpoint here (neither step_* folders nor config.json "
+                    "with model.safetensors); train first or give another folder")  # fmt: skip
 
 
-def load_checkpoint(
-    path: str | Path, device: str | torch.device = "cpu", with_trainer: bool = True
-) -> Checkpoint:
-    """Load what `find_checkpoint(path)` finds, tensors on `device`, no pickled code executed.
+def load_checkpoint(path: str | Path, with_trainer: bool = True) -> Checkpoint:
+    """Load what `find_checkpoint(path)` finds, on the CPU, no pickled code executed.
 
     Raises UserError for a missing or damaged checkpoint.
     """
@@ -242,23 +213,19 @@ def load_checkpoint(
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         weights = folder / "model.safetensors"
-        tensors = load_file(weights, device=str(device))
+        tensors = load_file(weights)
         with safe_open(weights, framework="pt") as opened:
             step = int((opened.metadata() or {}).get("step", 0))
         trainer = None
         if with_trainer and (folder / "trainer.pt").exists():
-            trainer = torch.load(folder / "trainer.pt", map_location=device, weights_only=True)
+            trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         tokenizer = None
         if (folder / "tokenizer.json").exists():
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, EOFError, SafetensorError, RuntimeError, KeyError,
             UnpicklingError) as error:  # fmt: skip
-        reason = first_line(error, 120)
-        raise UserError(
-            f"{folder}: damaged checkpoint ({reason}); copy it again or take an earlier step"
-        ) from error
+        raise UserError(f"{folder}: damaged checkpoint ({first_line(error, 120)}); "
+                        "copy it again or take an earlier step") from error  # fmt: skip
     return Checkpoint(folder, step, config, tensors, trainer, tokenizer)
 
 
@@ -273,15 +240,14 @@ def fingerprint(config: dict, tensors: dict[str, Tensor]) -> str:
 
 
 def _write_files(folder, step, config, tensors, trainer, tokenizer) -> None:
-    (folder / "config.json").write_text(
-        json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
     metadata = {"format": "pt", "step": str(step)}
     save_file(_unshared(tensors), folder / "model.safetensors", metadata=metadata)
     if tokenizer is not None:
         (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     if trainer is not None:
-        with open(folder / "trainer.pt", "wb") as file:
+        with open(folder / "trainer.pt", "wb") as file:  # whose errors name a full disk
             torch.save(trainer, file)
     for file in folder.iterdir():
         sync_to_disk(file)
@@ -300,8 +266,8 @@ def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _publish(temporary: Path, final: Path) -> None:
-    # A folder cannot be renamed over a full one. The one replaced keeps a name that
-    # find_checkpoint knows, so that there is no moment without a complete checkpoint.
+    # A folder cannot be renamed over a full one. find_checkpoint knows the old one's new name too,
+    # so that there is no moment without a complete checkpoint.
     replaced = final.with_name(f"{final.name}.replaced")
     if final.exists():
         final.rename(replaced)
@@ -315,21 +281,16 @@ def _prune(run_dir: Path, newest: Path, keep_last: int) -> None:
     best = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         best = json.loads((run_dir / "best.json").read_text(encoding="utf-8"))["checkpoint"]
-    folders = [folder for _, _, folder in _step_folders(run_dir)]
-    kept = {newest.name, best, *(folder.name for folder in folders[-max(1, keep_last) :])}
-    for folder in folders:
-        if folder.name not in kept:
+    folders = _step_folders(run_dir)
+    for folder in folders[: -max(1, keep_last)]:
+        if folder.name not in (newest.name, best):
             _discard(folder)
 
 
-def _step_folders(run_dir: Path) -> list[tuple[int, bool, Path]]:
-    """(step, whether it is the standing one, folder), oldest first."""
-    found = []
-    for folder in run_dir.iterdir():
-        match = _STEP_NAME.fullmatch(folder.name)
-        if match and folder.is_dir():
-            found.append((int(match[1]), match[2] is None, folder))
-    return sorted(found)
+def _step_folders(run_dir: Path) -> list[Path]:
+    """Oldest first; one that is being replaced before the one that replaces it."""
+    found = [(_STEP_NAME.fullmatch(f.name), f) for f in run_dir.iterdir() if f.is_dir()]
+    return [f for _, _, f in sorted((int(m[1]), m[2] is None, f) for m, f in found if m)]
 
 
 def _discard(folder: Path) -> None:
@@ -357,19 +318,12 @@ def _is_complete(folder: Path) -> bool:
     """Whether all files are there at full length (a broken copy of a checkpoint is not)."""
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = folder / "model.safetensors"
-        with open(weights, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length <= weights.stat().st_size else None
-        if header is None:
-            return False
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        if weights.stat().st_size != 8 + length + max(ends, default=0):
-            return False
-        trainer = folder / "trainer.pt"
-        return not trainer.exists() or zipfile.is_zipfile(trainer)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with safe_open(folder / "model.safetensors", framework="pt"):  # checks header and length
+            pass
+    except (OSError, ValueError, SafetensorError):
         return False
+    trainer = folder / "trainer.pt"
+    return not trainer.exists() or zipfile.is_zipfile(trainer)
 
 
 def _check_plain(value: object, where: str) -> None:
@@ -391,7 +345,7 @@ def _is_disk_full(error: BaseException | None) -> bool:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
         text = str(error)
-        if "os error 28" in text or "os error 122" in text or "No space left" in text:
+        if any(hint in text for hint in ("os error 28", "os error 122", "No space left")):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -30,7 +30,6 @@ from typing import TextIO
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CGROUP = Path("/sys/fs/cgroup")
-_UNSET = object()
 
 
 class UserError(Exception):
@@ -119,9 +118,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def given(self, argv: list[str] | None = None) -> frozenset[str]:
         """The names of the flags that the command line holds, whatever their values."""
-        unset = argparse.Namespace(**{action.dest: _UNSET for action in self._actions})
+        unset = argparse.Namespace(**{action.dest: None for action in self._actions})
         values = vars(self.parse_args(argv, unset))
-        return frozenset(name for name, value in values.items() if value is not _UNSET)
+        return frozenset(name for name, value in values.items() if value is not None)
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message}; --help lists the flags\n")

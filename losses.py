@@ -15,24 +15,25 @@ class SpectralLoss(nn.Module):
     a voice from noise; single bins of long windows can.
     """
 
-    def __init__(self, windows: tuple[int, ...] = (2048, 1024, 512), floor: float = 1e-4) -> None:
+    WINDOWS, FLOOR = (2048, 1024, 512), 1e-4
+
+    def __init__(self) -> None:
         super().__init__()
-        self.windows, self.floor = windows, floor
-        for window in windows:
+        for window in self.WINDOWS:
             self.register_buffer(f"window_{window}", torch.hann_window(window), persistent=False)
 
     def forward(self, estimate: Tensor, target: Tensor) -> Tensor:
         """Audio `[B, 1, T]` twice → a scalar, the mean over scales."""
         with torch.autocast(estimate.device.type, enabled=False):
             both = torch.cat((estimate.float(), target.float()))[:, 0]
-            return torch.stack([self._scale(both, window) for window in self.windows]).mean()
+            return torch.stack([self._scale(both, window) for window in self.WINDOWS]).mean()
 
     def _scale(self, both: Tensor, window: int) -> Tensor:
         taper = getattr(self, f"window_{window}")
         spectrum = torch.stft(both, window, window // 4, window=taper, return_complex=True)
         power = spectrum.real.square() + spectrum.imag.square()
         magnitude = (power + 1e-9).sqrt().transpose(1, 2) / taper.sum()  # [2 B, frames, bins]
-        estimate, target = torch.log10(self._bands(magnitude, window) + self.floor).chunk(2)
+        estimate, target = torch.log10(self._bands(magnitude, window) + self.FLOOR).chunk(2)
         return F.l1_loss(estimate, target)
 
     def _bands(self, magnitude: Tensor, window: int) -> Tensor:
@@ -42,15 +43,11 @@ class SpectralLoss(nn.Module):
 class MelLoss(SpectralLoss):
     """The same over bands of mels, after DAC (Kumar et al. 2023, section 3.4)."""
 
-    def __init__(
-        self,
-        sample_rate: int = 24_000,
-        windows: tuple[int, ...] = (2048, 1024, 512, 256, 128),
-        mels: tuple[int, ...] = (128, 96, 64, 32, 16),
-        floor: float = 1e-3,
-    ) -> None:
-        super().__init__(windows, floor)
-        for window, bands in zip(windows, mels, strict=True):
+    WINDOWS, FLOOR = (2048, 1024, 512, 256, 128), 1e-3
+
+    def __init__(self, sample_rate: int = 24_000) -> None:
+        super().__init__()
+        for window, bands in zip(self.WINDOWS, (128, 96, 64, 32, 16), strict=True):
             filters = torchaudio.functional.melscale_fbanks(
                 window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate
             )

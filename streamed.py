@@ -9,20 +9,19 @@ from torch import Tensor, nn
 
 
 class StreamedLinear(nn.Linear):
-    """A layer that reads its weights in half precision where it is given a few rows.
+    """A layer that reads its weights in half precision, as a CPU's steps of few rows wait for them.
 
-    A CPU spends such a step waiting for them. For weights that half precision holds exactly, as
-    those of an export are; sums are in fp32, so that nothing changes but their order.
+    For weights that half precision holds exactly, as an export's; sums are in fp32, so that nothing
+    changes but their order.
     """
 
-    FEW_ROWS = 16  # more go the ordinary way; up to here one core so beat two the ordinary way
+    FEW_ROWS = 16  # more go the ordinary way
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.in_features, layer.out_features, device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.offset = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.data
-        # Both functions are deprecated; `quantized.linear_dynamic_fp16` costs 15 µs more a call.
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # both functions are deprecated; their successor is slower
             warnings.simplefilter("ignore")
             self.packed = torch.fbgemm_pack_gemm_matrix_fp16(layer.weight.data)
             self(layer.weight.new_zeros(1, layer.in_features))  # each warns once a process
@@ -34,11 +33,10 @@ class StreamedLinear(nn.Linear):
 
 
 def stream_weights(model: nn.Module) -> None:
-    """Makes steps of one or two rows cheap on a CPU: such a product only reads its weights.
+    """Makes steps of one or two rows cheap on a CPU, for weights that no longer change.
 
     Names, shapes and values stay. Layers become `StreamedLinear` where their weights and this
     PyTorch allow it; others that widen out are laid out column by column, which reads faster.
-    For inference: what the weights do later is not followed.
     """
     packs = "fbgemm" in torch.backends.quantized.supported_engines
     packs = packs and hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation")

@@ -90,9 +90,6 @@ class Settings(training.Settings):
     teacher_cache_gib: float = setting(100.0, number(0), "size of --teacher_cache, at most")
 
 
-PRESETS = {"tiny": Settings(), "base": Settings()}
-
-
 class Mode(NamedTuple):
     """What kind of step: a CUDA graph holds one kind."""
 
@@ -741,7 +738,7 @@ def main() -> None:
     if args.teacher_cache and args.ssl_loss_weight:
         raise UserError("--teacher_cache saves nothing while the teacher runs on the output too: "
                         "add --ssl_loss_weight 0")  # fmt: skip
-    with training.open_training("codec", args, PRESETS, CHANGEABLE) as run:
+    with training.open_training("codec", args, Settings, CHANGEABLE) as run:
         train(args, run)
 
 

@@ -70,9 +70,6 @@ class Settings(training.Settings):
     language_drop: float = setting(0.5, share, "share of windows without the language's label")
 
 
-PRESETS = {"tiny": Settings(), "base": Settings()}
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser, plan, more = training.run_parser(
         "Phase 3: train the dialogue LM.", Settings, data_dirs=["data/conversations/scripted"],
@@ -679,7 +676,7 @@ def main() -> None:
     args = parse_args()
     if args.export:
         return export(args)
-    with training.open_training("s2s", args, PRESETS, CHANGEABLE) as run:
+    with training.open_training("s2s", args, Settings, CHANGEABLE) as run:
         train(args, run)
 
 

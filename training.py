@@ -13,7 +13,8 @@ import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -25,22 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+import command
 from checkpoints import Checkpoint, open_run, save_checkpoint
-from command import (
-    ArgumentParser,
-    UserError,
-    append_json_line,
-    default_workers,
-    finite_or_none,
-    first_line,
-    json_lines,
-    number,
-    only_one,
-    whole,
-    writable_file,
-    writable_folder,
-    write_text,
-)
+from command import ArgumentParser, UserError, finite_or_none, number, whole
 
 T = TypeVar("T")
 PLAN_BUDGET_USD = 1500.0
@@ -79,7 +67,7 @@ def setup_distributed(device: str = "auto") -> Distributed:
         torch.backends.cudnn.benchmark = True  # windows have one length: the fastest kernels pay
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-        atexit.register(cleanup_distributed)
+        atexit.register(dist.destroy_process_group)
     return Distributed(rank, world_size, local_rank, chosen)
 
 
@@ -97,28 +85,21 @@ def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.devi
     if not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no CUDA GPU here; use --device cpu")
     index = local_rank if chosen.index is None or world_size > 1 else chosen.index
-    if index >= torch.cuda.device_count():
-        raise UserError(
-            f"GPU {index} asked for, this machine has {torch.cuda.device_count()}: "
-            "lower --nproc_per_node or --device"
-        )
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise UserError(f"GPU {index} asked for, this machine has {count}: "
+                        "lower --nproc_per_node or --device")  # fmt: skip
     return torch.device("cuda", index)
 
 
 def loader_workers(asked: int | None) -> int:
     """Worker processes of this rank's loader: those asked for, or its share of the cores."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, default_workers() // ranks_here) if asked is None else asked
-
-
-def cleanup_distributed() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+    return max(1, command.default_workers() // ranks_here) if asked is None else asked
 
 
 def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
@@ -131,36 +112,27 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Call after a backward pass: each gradient becomes its mean over the ranks.
-
-    Every rank must have gradients for the same parameters. Nothing on one process.
-    """
+    """After a backward pass: gradients, of the same parameters on all ranks, become their means."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if _num_ranks() == 1 or not gradients:
-        return
-    means = all_reduce_mean(torch.cat([gradient.flatten() for gradient in gradients]))
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, mean in zip(gradients, means.split(sizes), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    if _num_ranks() > 1 and gradients:
+        means = all_reduce_mean(torch.nn.utils.parameters_to_vector(gradients))
+        torch.nn.utils.vector_to_parameters(means, gradients)
 
 
 def start_equal(modules: Iterable[torch.nn.Module | None]) -> None:
-    """Parameters and buffers as rank 0 has them, on every rank; nothing on one process."""
-    if _num_ranks() == 1:
-        return
-    for module in filter(None, modules):
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor, 0)
+    """Gives every rank the parameters and buffers of rank 0."""
+    if _num_ranks() > 1:
+        for module in filter(None, modules):
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
 
 
-def from_main_rank(value: int) -> int:
+def from_main_rank(value: T) -> T:
     """Rank 0's `value`, on every rank."""
-    if _num_ranks() == 1:
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    shared = torch.tensor(value, device=device)
-    dist.broadcast(shared, 0)
-    return int(shared)
+    values = [value]
+    if _num_ranks() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def seed_everything(seed: int) -> None:
@@ -190,7 +162,7 @@ def setting(default: object, parse: Callable[[str], object], meaning: str) -> ob
 
 @dataclass(frozen=True)
 class Settings:
-    """What a preset fixes of a training, and `--set NAME=VALUE` changes. Trainers add their own."""
+    """What is seldom turned of a training, by `--set NAME=VALUE`. Trainers add their own."""
 
     grad_clip: float = setting(1.0, number(above=0), "largest norm of the gradient")
     save_minutes: float = setting(15.0, number(0), "between two checkpoints, at most")
@@ -198,13 +170,13 @@ class Settings:
     @classmethod
     def parse(cls, text: str) -> tuple[str, object]:
         """`--set`'s type: NAME=VALUE as (name, value)."""
-        fields = {field.name: field for field in dataclasses.fields(cls)}
+        parsers = {field.name: field.metadata["parse"] for field in dataclasses.fields(cls)}
         name, equals, value = text.partition("=")
-        if not equals or name not in fields:
-            names = ", ".join(fields)
+        if not equals or name not in parsers:
+            names = ", ".join(parsers)
             raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a name of {names}")
         try:
-            return name, fields[name].metadata["parse"](value)
+            return name, parsers[name](value)
         except argparse.ArgumentTypeError as error:
             raise argparse.ArgumentTypeError(f"{name}: {error}") from None
 
@@ -215,27 +187,20 @@ class Settings:
             f"  {field.name:<20}{field.metadata['meaning']} ({field.default})"
             for field in dataclasses.fields(cls)
         ]
-        return "\n".join(["settings of the preset, for --set:", *lines])
+        return "\n".join(["settings, for --set:", *lines])
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
 
 
-class _Merge(argparse.Action):
-    """Collects `--set NAME=VALUE ...`, however often it is given, in one dict."""
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, (before if isinstance(before, dict) else {}) | dict(values))
-
-
 def one_of(*values: str | int) -> Callable[[str], object]:
-    """A setting's type: one of `values`, all of one type."""
+    """A setting's type: one of `values`."""
+    named = {str(value): value for value in values}
 
     def parse(text: str) -> object:
-        if text not in map(str, values):
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(map(str, values))}")
-        return type(values[0])(text)
+        if text not in named:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(named)}")
+        return named[text]
 
     return parse
 
@@ -257,8 +222,8 @@ def run_parser(
     more = parser.add_argument_group("advanced")
     add = more.add_argument
     add("--preset", choices=("auto", "tiny", "base"), default="auto", help="auto: base on CUDA")
-    add("--set", nargs="+", action=_Merge, type=settings.parse, default={}, metavar="NAME=VALUE",
-        help="settings of the preset, see below")  # fmt: skip
+    add("--set", nargs="+", action="extend", type=settings.parse, metavar="NAME=VALUE",
+        help="settings, see below")  # fmt: skip
     add("--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60")
     add("--warmup_steps", type=whole(0))
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -290,32 +255,27 @@ CHANGEABLE = frozenset({
 })  # fmt: skip
 
 
-def spell_flag(name: str, value: object) -> str:
-    """A flag as the command line has it."""
-    if isinstance(value, bool) or value is None:
-        return f"--{name}" if value else f"no --{name}"
-    values = value if isinstance(value, list) else [value]
-    return " ".join([f"--{name}", *map(str, values)])
-
-
-def spell_setting(name: str, value: object) -> str:
-    """A setting as the command line has it."""
-    return f"--set {name}={value}"
-
-
 def take_stored(
     values: dict,
     stored: dict,
-    given: Iterable[str],
-    changeable: frozenset[str],
+    given: Collection[str],
+    changeable: Collection[str],
     where: str | Path,
-    spell: Callable[[str, object], str],
+    settings: Collection[str] = (),
 ) -> list[str]:
     """Makes `values` those that a resumed run has stored, but for what the command line changes.
 
-    `given` names what stands on the command line. Returns lines to print. Raises UserError for a
-    change that is not among `changeable`.
+    `given` names what stands on the command line, `settings` what `--set` changes. Returns lines to
+    print. Raises UserError for a change that is not among `changeable`.
     """
+
+    def spell(name: str, value: object) -> str:
+        if name in settings:
+            return f"--set {name}={value}"
+        if isinstance(value, bool) or value is None:
+            return f"--{name}" if value else f"no --{name}"
+        return " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
+
     lines = []
     for name, before in stored.items():
         now = values.get(name, before)
@@ -345,16 +305,17 @@ class Schedule:
     `starts(total)` names the phases in their order, each with its first step. A change of the total
     moves what lies ahead: phases that began stay where they are, and the learning rate goes on from
     where it is, slower or faster, so that it neither jumps nor rises. `extend` is the exception.
+    `planned` steps were asked for, where a budget allows less.
     """
 
     def __init__(
         self,
         total: int,
-        starts: Callable[[int], dict[str, int]] | None = None,
+        starts: Callable[[int], dict[str, int]] = lambda total: {"": 0},
         warmup_steps: int = 0,
     ) -> None:
-        self._starts = starts or (lambda total: {"": 0})
-        self.total, self.starts = total, self._starts(total)
+        self.total = self.planned = total
+        self._starts, self.starts = starts, starts(total)
         self.warmup_steps = warmup_steps
         self._turn = (warmup_steps, 0.0)  # the last change: its step, and how far the cosine was
 
@@ -422,8 +383,8 @@ class Schedule:
 class StepGuard:
     """Tells which steps to skip: those whose loss or gradient norm is not finite on any rank.
 
-    `watch` gives the answer on the device, where optimizer and codebooks can heed it without a wait
-    (and within a CUDA graph); `settle` brings the counts to the host.
+    `watch` answers on the device, where optimizer and codebooks can heed it without a wait (and
+    within a CUDA graph); `settle` brings the counts to the host.
     """
 
     def __init__(self, max_consecutive: int = 5) -> None:
@@ -436,7 +397,7 @@ class StepGuard:
         """1.0 where this step must be skipped, else 0.0: a scalar, the same on all ranks."""
         last = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         skip = (all_reduce_mean((~last.isfinite()).any().float()) > 0).float()
-        if self._counts is None or self._counts.device != last.device:
+        if self._counts is None:
             self._counts = torch.tensor([0.0, self.consecutive], device=last.device)
             self._last = torch.zeros_like(last)
         self._last.copy_(last)
@@ -521,11 +482,7 @@ class StepGraph:
 
     def __init__(self, function: Callable[..., dict[str, Tensor]], warmup: int = 5) -> None:
         self.function, self.warmup = function, warmup
-        self._mode: object = None
-        self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: dict[str, Tensor] = {}
-        self._results: dict[str, Tensor] = {}
+        self._mode, self._calls, self._graph = None, 0, None
 
     @property
     def warming(self) -> bool:
@@ -559,108 +516,68 @@ class StepGraph:
 class Balancer:
     """Gradient balancer (Défossez et al. 2022, "High Fidelity Neural Audio Compression", 3.4).
 
-    Each loss `i` reaches the model as  R * w_i / sum(w) * g_i / <|g_i|>,  where g_i is its
-    gradient at the model's output and <|g_i|> a running mean of its norm per clip, averaged over
-    ranks. So weights are shares of the gradient, whatever the scale of each loss.
-    Unlike the paper's code, the sum is divided by the batch size, so that neither the batch size
-    nor the number of ranks changes the gradient's scale: R (`total_norm`) is the norm per clip.
+    Each loss `i` reaches the model as  w_i / sum(w) * g_i / <|g_i|>,  where g_i is its gradient at
+    the model's output and <|g_i|> a running mean of its norm per clip, averaged over ranks. So
+    weights are shares of the gradient, whatever the scale of each loss. Unlike the paper's code,
+    the sum is divided by the batch size: its norm per clip is 1 whatever batch and ranks.
     """
 
-    def __init__(
-        self, weights: dict[str, float], decay: float = 0.999, total_norm: float = 1.0
-    ) -> None:
-        self.weights = dict(weights)
-        self.decay = decay
-        self.total_norm = total_norm
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}  # removes the bias of starting the means at zero
+    def __init__(self, weights: dict[str, float], decay: float = 0.999) -> None:
+        self.weights, self.decay = dict(weights), decay
+        # By name [2]: a sum of norms, and a count, which removes the bias of starting at zero.
+        self._means: dict[str, Tensor] = {}
 
     def backward(
         self,
         losses: dict[str, Tensor],
         output: Tensor,
-        others: Tensor | None = None,
+        others: Tensor | float = 0.0,
         ramps: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Send balanced gradients through the model in one backward pass.
 
-        `losses`: scalars computed from `output` `[B, 1, T]`, names known to `weights` (any
-        subset; the shares of those present add up to 1). `others`: a scalar to add as it is
-        (commitment, teacher, phones). `ramps`: scalars above 0 by which the weights of some losses
-        are multiplied, as of one that joins. Nothing but the model gets gradients (discriminators
-        do not). A non-finite gradient is passed on for StepGuard to see and leaves the means alone.
-        Returns each loss' share of the output gradient's norm in this step, as scalars. Nothing
-        waits for the device.
+        `losses`: scalars computed from `output` `[B, 1, T]`, some of those that `weights` names.
+        `others`: a scalar to add as it is (commitment, teacher, phones). `ramps`: scalars above 0
+        that multiply the weights of losses which join late. Discriminators get no gradients. A
+        non-finite gradient is passed on for StepGuard to see and leaves the means alone. Returns
+        each loss' share of the output gradient's norm, as scalars. Nothing waits for the device.
         """
-        gradients = self._gradients(losses, output)
-        names = list(gradients)
-        local = torch.stack([g.flatten(1).norm(dim=1).mean() for g in gradients.values()])
-        norms = dict(zip(names, local.unbind(), strict=True))
-        self._update(dict(zip(names, all_reduce_mean(local).unbind(), strict=True)))
-        scales = self._scales(names, ramps or {})
-        total = torch.zeros_like(output, dtype=torch.float32)
-        for name in names:
-            total.addcmul_(gradients[name], scales[name] / output.shape[0])
-        tensors, seeds = [output], [total.to(output.dtype)]
-        if others is not None and others.requires_grad:
-            tensors, seeds = [output, others], [seeds[0], torch.ones_like(others)]
-        torch.autograd.backward(tensors, seeds)
-        parts = {name: norms[name] * scales[name] for name in names}
-        joint = torch.stack(list(parts.values())).sum()
-        joint = torch.where(joint == 0, 1.0, joint)
-        return {name: part / joint for name, part in parts.items()}
+        gradients = {  # of a graph that losses may share (one discriminator pass)
+            name: torch.autograd.grad(loss, output, retain_graph=True)[0].float()
+            for name, loss in losses.items()
+        }
+        norms = torch.stack([g.flatten(1).norm(dim=1).mean() for g in gradients.values()])
+        self._update(losses, all_reduce_mean(norms))
+        weights = {name: self.weights[name] * (ramps or {}).get(name, 1.0) for name in losses}
+        joint = sum(weights.values())
+        scales, total = [], torch.zeros_like(output, dtype=torch.float32)
+        for name, gradient in gradients.items():
+            sums, counts = self._means[name]
+            scales.append(torch.where(sums > 0, weights[name] / joint * counts / sums, 1.0))
+            total.addcmul_(gradient, scales[-1] / output.shape[0])
+        ((output * total).sum() + others).backward()
+        parts = norms * torch.stack(scales)
+        return dict(zip(losses, (parts / parts.sum()).unbind(), strict=True))
 
-    def _gradients(self, losses: dict[str, Tensor], output: Tensor) -> dict[str, Tensor]:
-        unknown = set(losses) - set(self.weights)
-        if unknown or not losses:
-            raise ValueError(f"losses without a weight: {sorted(unknown)}; given: {list(losses)}")
-        gradients = {}
-        for name, loss in losses.items():
-            gradient = None
-            if loss.requires_grad:
-                # Losses may share their graph (one discriminator pass), so it is kept.
-                (gradient,) = torch.autograd.grad(
-                    loss, output, retain_graph=True, allow_unused=True
-                )
-            gradients[name] = (torch.zeros_like(output) if gradient is None else gradient).float()
-        return gradients
-
-    def _update(self, norms: dict[str, Tensor]) -> None:
-        finite = torch.stack(list(norms.values())).isfinite().all()
-        for name, norm in norms.items():
-            for store in (self._sums, self._counts):
-                there = store.get(name)
-                if there is None or there.device != norm.device:
-                    store[name] = torch.full_like(norm, 0.0 if there is None else float(there))
-            sums, counts = self._sums[name], self._counts[name]
+    def _update(self, names: Iterable[str], norms: Tensor) -> None:
+        finite = norms.isfinite().all()
+        for name, norm in zip(names, norms.unbind(), strict=True):
+            if name not in self._means:
+                self._means[name] = torch.zeros(2)
+            mean = self._means[name] = self._means[name].to(norm)
             # A loss at exactly zero (not yet started) would pull its mean down, and its first
             # real gradient would arrive many times too large.
-            counts_in = finite & (norm > 0)
-            sums.copy_(torch.where(counts_in, self.decay * sums + norm, sums))
-            counts.copy_(torch.where(counts_in, self.decay * counts + 1.0, counts))
-
-    def _scales(self, names: list[str], ramps: dict[str, Tensor]) -> dict[str, Tensor]:
-        weights = {name: self.weights[name] for name in names}
-        joint = sum(weights.values()) or 1.0
-        if any(name in ramps for name in names):  # tensors, which the host must not read
-            weights = {name: w * ramps[name] if name in ramps else w for name, w in weights.items()}
-            joint = sum(weights.values())
-        scales = {}
-        for name in names:
-            sums, counts = self._sums[name], self._counts[name]
-            scale = self.total_norm * weights[name] / joint * counts / sums
-            scales[name] = torch.where(sums > 0, scale, 1.0)
-        return scales
+            moved = self.decay * mean + torch.stack([norm, torch.ones_like(norm)])
+            mean.copy_(torch.where(finite & (norm > 0), moved, mean))
 
     def state_dict(self) -> dict:
-        sums, counts = ({n: float(v) for n, v in d.items()} for d in (self._sums, self._counts))
-        return {"sums": sums, "counts": counts}
+        means = {name: mean.tolist() for name, mean in self._means.items()}
+        kinds = enumerate(("sums", "counts"))
+        return {kind: {name: mean[i] for name, mean in means.items()} for i, kind in kinds}
 
     def load_state_dict(self, state: dict) -> None:
-        self._sums, self._counts = (
-            {name: torch.tensor(value) for name, value in state[kind].items()}
-            for kind in ("sums", "counts")
-        )
+        counts = state["counts"]
+        self._means = {n: torch.tensor([s, counts[n]]) for n, s in state["sums"].items()}
 
 
 # --------------------------------------------------------------------------------- metrics
@@ -676,14 +593,14 @@ class Metrics:
     def __init__(self, run_dir: str | Path, resume_step: int = 0, tensorboard: bool = False):
         self.path = Path(run_dir) / "metrics.jsonl"
         if self.path.exists():
-            rows = (row for _, row in json_lines(self.path, skip_damaged=True))
-            kept = [row for row in rows if row.get("step", 0) <= resume_step]
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+            rows = [row for _, row in command.json_lines(self.path, skip_damaged=True)]
+            lines = [json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= resume_step]
+            command.write_text(self.path, "".join(lines))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = _tensorboard(self.path.parent, resume_step) if tensorboard else None
 
-    def log(self, step: int, **values: float | int | str | Tensor) -> None:
-        """Append one line; a value that is not finite is written as null."""
+    def log(self, step: int, **values: float | int | str | Tensor) -> dict:
+        """Append a line, and return it as numbers; a value that is not finite is None."""
         row = {name: finite_or_none(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
@@ -691,6 +608,7 @@ class Metrics:
             for name, value in row.items():
                 if isinstance(value, (int, float)):
                     self._board.add_scalar(name, value, step)
+        return row
 
     def log_audio(self, step: int, name: str, audio: Tensor, sample_rate: int) -> None:
         """Add a clip `[1, T]` in [-1, 1] to TensorBoard; nothing without it."""
@@ -716,8 +634,6 @@ def _tensorboard(run_dir: Path, resume_step: int):
 
 def format_hours(hours: float) -> str:
     """41 h, 1.2 h, 12 min, 18 s."""
-    if not math.isfinite(hours):
-        return "? h"
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s"
     if hours < 0.995:
@@ -727,19 +643,17 @@ def format_hours(hours: float) -> str:
 
 def format_dollars(dollars: float) -> str:
     """$1,500, $139, $1.25."""
-    if not math.isfinite(dollars):
-        return "$?"
     return f"${dollars:,.2f}" if dollars < 9.995 else f"${dollars:,.0f}"
 
 
 class CostMeter:
-    """Measures a command's pace; projects its hours and dollars; keeps the shared ledger.
+    """Measures a command's pace; projects its hours and dollars; writes the shared ledger.
 
-    Phases of a schedule have a pace each: measured where the phase has run, else expected (see
-    `Run.estimate`), corrected by what came of the other expectations. Each run appends what it
-    spent to `ledger` at least once a minute, so that a killed pod's time counts too. Disabled
-    (default without CUDA) it projects hours only and writes nothing. `budget_usd` is for this run,
-    its earlier, resumed parts included. Enable on the main rank only.
+    Each phase of a schedule has a pace: measured where it has run, else expected (see
+    `Run.estimate`), corrected by what came of the other expectations. What a run spends goes to
+    `ledger` at least once a minute, so that a killed pod's time counts too. Unless `enabled` (on
+    the main rank only) it projects hours alone and writes nothing. `budget_usd` is for this run,
+    its earlier, resumed parts included.
     """
 
     flush_seconds = 60.0
@@ -748,47 +662,33 @@ class CostMeter:
     def __init__(
         self,
         stage: str,
-        ledger: str | Path = Path("costs.jsonl"),
+        ledger: str | Path = "costs.jsonl",
         usd_per_hour: float = 3.39,
         budget_usd: float | None = None,
-        enabled: bool | None = None,
+        enabled: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.stage = stage
-        self.ledger = Path(ledger)
-        self.usd_per_hour = usd_per_hour
-        self.budget_usd = budget_usd
-        self.enabled = torch.cuda.is_available() if enabled is None else enabled
+        self.stage, self.ledger, self.enabled = stage, Path(ledger), enabled
+        self.usd_per_hour, self.budget_usd = usd_per_hour, budget_usd
         self.expected: dict[str, float] = {}  # phase → seconds a step
         self.machine = ""  # on which that holds
-        self.news = False  # a pace has just become known
-        self._clock = clock
-        self._run = uuid.uuid4().hex[:12]
-        self._earlier_hours = 0.0
-        self._measured: dict[str, list[float]] = {}  # phase → seconds, steps
-        self._schedule, self._planned, self._done, self._ticks = Schedule(0), 0, 0, 0
-        self._started = self._flushed = self._latest = None
+        self._clock, self._run = clock, uuid.uuid4().hex[:12]
+        self._measured: dict[str, list[float]] = {}  # phase → ticks, seconds past the warm-up
+        self._hours = 0.0  # of this run, its earlier parts included, until `_flushed`
+        self._flushed: float | None = None  # None before the start
 
-    def start(self, schedule: Schedule, done_steps: int = 0, planned: int | None = None) -> None:
-        """Start the clock; `done_steps` were done before (resume), `planned` were asked for,
-        where a budget has already shortened the schedule."""
-        self._schedule, self._planned = schedule, planned or schedule.total
-        self._done = done_steps
-        self._started = self._flushed = self._latest = self._clock()
-        self.measure_anew()
+    def start(self, schedule: Schedule, done_steps: int = 0) -> None:
+        """Start the clock; `done_steps` were done before (resume)."""
+        self._schedule, self._done = schedule, done_steps
+        self._flushed = self._latest = self._clock()
 
     def tick(self) -> None:
         """Count a finished step."""
         now = self._clock()
-        phase = self._schedule.phase(self._done)
-        if phase != self._phase:
-            self._phase, self._ticks = phase, 0
-        self._ticks += 1
-        if self._ticks > self.warmup_ticks:
-            pace = self._measured.setdefault(phase, [0.0, 0])
-            pace[0] += now - self._latest
-            pace[1] += 1
-            self.news |= self._ticks == self.warmup_ticks + 1
+        pace = self._measured.setdefault(self._schedule.phase(self._done), [0, 0.0])
+        pace[0] += 1
+        if pace[0] > self.warmup_ticks:
+            pace[1] += now - self._latest
         self._latest = now
         self._done += 1
         if now - self._flushed >= self.flush_seconds:
@@ -796,13 +696,11 @@ class CostMeter:
 
     def measure_anew(self) -> None:
         """Forget this phase's pace so far: what was measured is not what is to come."""
-        self._phase, self._ticks = self._schedule.phase(self._done), 0
-        self._measured.pop(self._phase, None)
+        self._measured.pop(self._schedule.phase(self._done), None)
 
     def elapsed_hours(self) -> float:
         """Hours of this run so far, its earlier parts included."""
-        here = 0.0 if self._started is None else (self._clock() - self._started) / 3600
-        return self._earlier_hours + here
+        return self._hours + self._since_flush()
 
     def hours_ahead(self, total: int | None = None) -> float:
         """What is left of the run, or would be if it had `total` steps; nan until known."""
@@ -814,37 +712,18 @@ class CostMeter:
         return self.elapsed_hours() + self.hours_ahead()
 
     def fitted_steps(self) -> int:
-        """The total with which the schedule ends within the budget, on every rank the same.
+        """The total with which the schedule ends within the budget, towards what was asked for.
 
-        It shrinks whenever it must. It grows back towards what was asked for only in its first
-        tenth and when a phase has just been measured. One hour in fifty is held back for the last
-        validation and checkpoint, and so that a pace that varies by less changes nothing.
-        Call on all ranks, though one alone measures.
+        One hour in fifty is held back for the last validation and checkpoint, and so that a pace
+        that varies by less changes nothing.
         """
-        return from_main_rank(self._fitted_steps())
-
-    def _fitted_steps(self) -> int:
-        total, done = self._schedule.total, self._done
-        early, self.news = self.news or done < 0.1 * self._planned, False
+        total, first = self._schedule.total, max(self._done, 1)
         if self.budget_usd is None or not self.enabled:
             return total
         left = self.budget_usd / self.usd_per_hour - self.elapsed_hours()
-        if math.isnan(self.hours_ahead(self._planned)):
-            return total
-        fits = self.hours_ahead() <= left
-        if fits and not early:
-            return total
-        few = max(done, 1)
-        many = max(few, self._planned if early else total)
-        while few < many:
-            middle = (few + many + 1) // 2
-            if self.hours_ahead(middle) <= 0.98 * left:
-                few = middle
-            else:
-                many = middle - 1
-        if fits:
-            return few if few > 1.02 * total else total
-        return min(few, total)
+        totals = range(first, max(first, self._schedule.planned) + 1)
+        most = totals[max(1, bisect_right(totals, 0.98 * left, key=self.hours_ahead)) - 1]
+        return total if self.hours_ahead() <= left and most <= 1.02 * total else most
 
     def line(self) -> str:
         """`projected 41 h = $139 (spent $212 of $1,500)`; hours alone where disabled."""
@@ -857,66 +736,57 @@ class CostMeter:
 
     def spent_usd(self) -> float:
         """Dollars spent on all stages, by the ledger, with what is not yet in it."""
-        spent = sum(_number(row, "dollars") for row in self._ledger_rows())
-        if self._started is None or not self.enabled:
-            return spent
-        return spent + (self._clock() - self._flushed) / 3600 * self.usd_per_hour
+        return self._in_ledger("dollars") + self.enabled * self._since_flush() * self.usd_per_hour
 
     def flush(self) -> None:
         """Append what was spent since the last time to the ledger; call at the end too."""
-        if self._started is None:
+        hours = self._since_flush()
+        if hours <= 0:
             return
-        now = self._clock()
-        hours, self._flushed = (now - self._flushed) / 3600, now
-        if not self.enabled or hours <= 0:
-            return
-        row = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "stage": self.stage,
-            "run": self._run,
-            "hours": hours,
-            "dollars": hours * self.usd_per_hour,
-        }
-        append_json_line(self.ledger, row)
+        self._hours += hours
+        self._flushed += 3600 * hours
+        if self.enabled:
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            row = {"time": now, "stage": self.stage, "run": self._run}
+            row |= {"hours": hours, "dollars": hours * self.usd_per_hour}
+            command.append_json_line(self.ledger, row)
 
     def state_dict(self) -> dict:
-        expected = {**self.expected, **self._known()}
-        paces = {"expected": expected, "machine": self.machine}
+        paces = {"expected": {**self.expected, **self._known()}, "machine": self.machine}
         return {"run": self._run, "hours": self.elapsed_hours(), **paces}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on counting a resumed run, what it spent after its last checkpoint included."""
         self._run = state["run"]
-        rows = [row for row in self._ledger_rows() if row.get("run") == self._run]
-        self._earlier_hours = max(state["hours"], sum(_number(row, "hours") for row in rows))
+        self._hours = max(state["hours"], self._in_ledger("hours", self._run))
         self.expected, self.machine = dict(state["expected"]), state["machine"]
 
     def _known(self) -> dict[str, float]:
         """Seconds a step of each phase that was measured."""
-        return {phase: seconds / n for phase, (seconds, n) in self._measured.items() if n}
+        warm = self.warmup_ticks
+        return {phase: s / (n - warm) for phase, (n, s) in self._measured.items() if n > warm}
 
     def _pace(self, phase: str) -> float:
         """Seconds a step; nan where nothing is known."""
         known = self._known()
         if phase in known:
             return known[phase]
-        if phase not in self.expected:
-            return list(known.values())[-1] if known else math.nan
-        both = known.keys() & self.expected.keys()
-        expected = sum(self.expected[name] for name in both)
-        correction = sum(known[name] for name in both) / expected if expected > 0 else 1.0
-        return self.expected[phase] * correction
+        expected = sum(self.expected[name] for name in known)
+        correction = sum(known.values()) / expected if known else 1.0
+        return self.expected.get(phase, math.nan) * correction
 
-    def _ledger_rows(self) -> list[dict]:
+    def _since_flush(self) -> float:
+        """Hours; 0 before the start."""
+        return 0.0 if self._flushed is None else (self._clock() - self._flushed) / 3600
+
+    def _in_ledger(self, name: str, run: str | None = None) -> float:
+        """The sum of a field of the ledger, of one run or all; another program may have written
+        what is no number."""
         if not self.ledger.exists():
-            return []
-        return [row for _, row in json_lines(self.ledger, skip_damaged=True)]
-
-
-def _number(row: dict, name: str) -> float:
-    """A field of the ledger; 0 for what is none, as another program may have written it."""
-    value = row.get(name)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+            return 0.0
+        rows = [row for _, row in command.json_lines(self.ledger, skip_damaged=True)]
+        values = [row.get(name) for row in rows if run is None or row.get("run") == run]
+        return sum(x for x in values if isinstance(x, (int, float)) and math.isfinite(x))
 
 
 # -------------------------------------------------------------------------- around the loop
@@ -929,8 +799,7 @@ class Run:
     models and fills `parts` (name → what has a `state_dict`) and `stored`; `restore`; `estimate`;
     `begin`; then `for batch in run.steps(...)` with `run.step_done` as the last line of each step.
 
-    args: the flags, on a resumed run those it was started with but for what was changed.
-    settings: what the preset fixes, likewise.
+    args, settings: on a resumed run those it was started with but for what was changed.
     checkpoint: where it goes on from, on the CPU; None for a new run, and once it is restored.
     step, epoch, consumed: steps done, the epoch, and samples consumed in it.
     stored: gives config, tensors, further trainer state and tokenizer of a checkpoint.
@@ -939,73 +808,63 @@ class Run:
     """
 
     def __init__(
-        self,
-        stage: str,
-        args: argparse.Namespace,
-        settings: Settings,
-        process: Distributed,
-        checkpoint: Checkpoint | None,
-        news: list[str],
-    ) -> None:
-        self.args, self.settings = args, settings
-        self.process, self.checkpoint = process, checkpoint
-        self.resumed = checkpoint is not None
+        self, stage: str, args: argparse.Namespace, kind: type[Settings], process: Distributed,
+        changeable: Collection[str],
+    ) -> None:  # fmt: skip
+        self.args, self.process = args, process
         self.is_main, self.device = process.is_main, process.device
         self.workers = loader_workers(args.num_workers)
-        self.meter = CostMeter(
-            stage,
-            usd_per_hour=args.usd_per_hour,
-            budget_usd=args.budget_usd,
-            enabled=process.is_main and keeps_costs(args, process.device),
-        )
+        # Tensors on the CPU: the parts take copies to where they live.
+        self.checkpoint = open_run(args.checkpoint_dir, stage, args.fresh and self.is_main)
+        self.resumed = self.checkpoint is not None
+        self.settings, self._news = _as_started(args, kind, self.checkpoint, changeable)
+        if args.preset == "auto":
+            args.preset = "base" if self.device.type == "cuda" else "tiny"
+        prices = {"usd_per_hour": args.usd_per_hour, "budget_usd": args.budget_usd}
+        costs = self.is_main and (self.device.type == "cuda" or args.budget_usd is not None)
+        self.meter = CostMeter(stage, **prices, enabled=costs)
+        if costs:
+            command.writable_file(self.meter.ledger, "the ledger of costs")
         self.parts: dict[str, object] = {"meter": self.meter}
         self.stored: Callable[[], dict] = dict
         self.validate: Callable[[], dict[str, float]] | None = None
-        self.best_by = ""
-        self.shown: dict[str, str] = {}
+        self.best_by, self.shown = "", {}
         self.step = self.epoch = self.consumed = 0
         self.best = math.inf
         self.metrics: Metrics | None = None
-        self._bar: tqdm | None = None
-        self._news, self._refit = news, True
-        self._saved_step = -1
-
-    # -- before the first step -------------------------------------------------------------------
 
     def plan(self, data_hours: float, starts: Callable[[int], dict[str, int]]) -> int:
         """Fixes schedule and place; returns how many windows an epoch has.
 
-        An epoch is `--epoch_hours`, by default all of the data, 60 h at most; the number is kept
-        when a run is resumed, though the data have grown.
+        An epoch is `--epoch_hours`, by default all of the data, 60 h at most; a resumed run's stays
+        as long, though the data have grown.
         """
         args = self.args
         args.epoch_hours = args.epoch_hours or min(60.0, data_hours)
         batch_hours = args.batch_size * args.window_seconds / 3600
         self.steps_per_epoch = max(1, round(args.epoch_hours / batch_hours))
-        self.planned = args.num_epochs * self.steps_per_epoch
-        self.schedule = Schedule(self.planned, starts, args.warmup_steps)
+        planned = args.num_epochs * self.steps_per_epoch
+        self.schedule = Schedule(planned, starts, args.warmup_steps)
         if self.checkpoint is not None:
             self._go_on(self.checkpoint.trainer)
         return self.steps_per_epoch * args.batch_size
 
     def _go_on(self, trainer: dict) -> None:
         """The place and schedule of a checkpoint, with what flags have changed."""
-        args, before = self.args, trainer["flags"]
+        args, schedule = self.args, self.schedule
         self.step, self.epoch, self.consumed = (trainer[k] for k in ("step", "epoch", "consumed"))
         self.best = trainer["best"]
-        self.schedule.load_state_dict(trainer["schedule"])
-        total = self.schedule.total
+        schedule.load_state_dict(trainer["schedule"])
+        total = schedule.total
         epochs = args.num_epochs - self.epoch - 1
         left = max(0, self.steps_per_epoch - math.ceil(self.consumed / args.batch_size))
-        self.planned = self.step + max(0, left + epochs * self.steps_per_epoch)
-        self._refit = before["budget_usd"] != args.budget_usd
-        if before["batch_size"] != args.batch_size or self.planned < total:
-            self.schedule.resize(self.step, self.planned)
-        elif self.planned > trainer["planned_steps"]:
-            self.schedule.extend(self.step, self.planned)
-        if self.schedule.total != total:
-            self._news.append(f"the schedule had {total} steps, now {self.schedule.total}")
-            self._refit = True
+        schedule.planned = self.step + max(0, left + epochs * self.steps_per_epoch)
+        if trainer["flags"]["batch_size"] != args.batch_size or schedule.planned < total:
+            schedule.resize(self.step, schedule.planned)
+        elif schedule.planned > trainer["planned_steps"]:
+            schedule.extend(self.step, schedule.planned)
+        if schedule.total != total:
+            self._news.append(f"the schedule had {total} steps, now {schedule.total}")
 
     def restore(self) -> None:
         """Gives each of `parts` its state, and lets go of the checkpoint."""
@@ -1017,7 +876,8 @@ class Run:
                 except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
                     raise UserError(
                         f"{where}: its {name} does not fit this version or these flags "
-                        f"({first_line(error)}); start in a new --checkpoint_dir with --init_from"
+                        f"({command.first_line(error)}); start in a new --checkpoint_dir with "
+                        "--init_from"
                     ) from error
         self._saved_step = self.step
         self.checkpoint = None
@@ -1028,19 +888,22 @@ class Run:
         `take(phase)` makes a step of that phase, at the real batch; on all ranks, as it is meant.
         A resumed run on the same kind of machine knows its paces from its checkpoint.
         """
-        name = self.device.type
-        if name == "cuda":
-            name = torch.cuda.get_device_name(self.device)
+        cuda, meter = self.device.type == "cuda", self.meter
+        name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
         machine = f"{name}, {self.process.world_size} ranks, batch {self.args.batch_size}"
-        expected = self.meter.expected if machine == self.meter.machine else {}
-        phases = [phase for phase, steps in self.schedule.ahead(self.step).items() if steps]
-        unknown = [phase for phase in phases if phase not in expected]
-        self.meter.expected, self.meter.machine = expected, machine
+        if machine != meter.machine:
+            meter.expected, meter.machine = {}, machine
+        ahead = [phase for phase, steps in self.schedule.ahead(self.step).items() if steps]
+        unknown = [phase for phase in ahead if phase not in meter.expected]
         if unknown:
-            with _put_back([*modules, *(p for p in self.parts.values() if p is not self.meter)]):
+            parts = [*modules, *(part for part in self.parts.values() if part is not meter)]
+            states = [copy.deepcopy(part.state_dict()) for part in parts]
+            with torch.random.fork_rng([self.device] if cuda else []):
                 for phase in unknown:
-                    expected[phase] = min(self._seconds(take, phase) for _ in range(2))
-        self.meter.start(self.schedule, self.step, self.planned)
+                    meter.expected[phase] = min(self._seconds(take, phase) for _ in range(2))
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(state)
+        meter.start(self.schedule, self.step)
 
     def _seconds(self, take: Callable[[str], object], phase: str) -> float:
         start = time.perf_counter()
@@ -1049,36 +912,26 @@ class Run:
             torch.cuda.synchronize(self.device)
         return time.perf_counter() - start
 
-    def forecast(self) -> str:
-        """`an epoch is 60.0 h of audio; 100 epochs = 56,250 steps = 41 h = $139`."""
-        args, hours = self.args, self.meter.projected_hours()
-        price = ""
-        if self.device.type == "cuda":
-            price = f" = {format_dollars(hours * args.usd_per_hour)}"
-        return (
-            f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
-            f"{self.planned} steps = {format_hours(hours)}{price}"
-        )
-
     def begin(self, description: str) -> None:
         """Prints what the run is and what changed, meets the budget, opens the log."""
-        args = self.args
+        args, schedule, hours = self.args, self.schedule, self.meter.projected_hours()
+        cost = format_hours(hours)
+        if self.device.type == "cuda":
+            cost += f" = {format_dollars(hours * args.usd_per_hour)}"
+        lines = [description, f"settings: {self.settings}"]
+        lines += [f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
+                  f"{schedule.planned} steps = {cost} (estimate)"]  # fmt: skip
+        if self.resumed:
+            lines += [f"resuming {args.checkpoint_dir} at step {self.step} of {schedule.total}"]
         if self.is_main:
-            print(f"{description}\nsettings: {self.settings}\n{self.forecast()} (estimate)")
-            if self.resumed:
-                place = f"at step {self.step} of {self.schedule.total}"
-                print("\n".join([f"resuming {args.checkpoint_dir} {place}", *self._news]))
-            print(end="", flush=True)
-        if self._refit:
-            self.meter.news = True
-            self._fit(print)
+            print("\n".join(lines + self._news), flush=True)
+        self._fit()
         if self.is_main:
             self.metrics = Metrics(args.checkpoint_dir, self.step, args.tensorboard)
 
-    # -- the steps ---------------------------------------------------------------------------------
-
     @property
     def stop_at(self) -> int:
+        """The step at which this process ends."""
         return min(self.schedule.total, self.args.max_steps or self.schedule.total)
 
     @property
@@ -1102,9 +955,9 @@ class Run:
             self.epoch, self.consumed, batch = place
             yield batch
         self._bar.close()
-        if self.is_main and self.step != self._saved_step:
-            self.save()
         if self.is_main:
+            if self.step != self._saved_step:
+                self.save()
             more = "more --num_epochs" if self.step >= self.schedule.total else "the line again"
             print(f"done: step {self.step}; export with --export, or go on with {more}")
 
@@ -1122,8 +975,9 @@ class Run:
         if due or self.device.type != "cuda":  # a GPU would be waited for
             for guard in self._guards:
                 guard.settle()
-        if due and args.budget_usd is not None and self.step < self.stop_at:
-            self._fit(tqdm.write)
+        if due and self.step < self.stop_at:
+            self._fit()
+            self._bar.total = self.schedule.total
         if self.is_main and (due or self.step == self.stop_at):
             self._log(row())
         ended = self.consumed > (self.steps_per_epoch - 1) * args.batch_size
@@ -1136,55 +990,45 @@ class Run:
     def save(self, best: bool = False) -> None:
         """Writes a checkpoint of the step that was made; on the main rank only."""
         trainer = {name: part.state_dict() for name, part in self.parts.items()}
-        trainer |= {"step": self.step, "epoch": self.epoch, "consumed": self.consumed}
-        trainer |= {"best": self.best, "schedule": self.schedule.state_dict()}
-        trainer |= {"total_steps": self.schedule.total, "planned_steps": self.planned}
+        trainer |= {k: getattr(self, k) for k in ("step", "epoch", "consumed", "best")}
         trainer["flags"] = {k: v for k, v in vars(self.args).items() if k not in LOCAL}
         trainer["settings"] = dataclasses.asdict(self.settings)
+        trainer["schedule"] = self.schedule.state_dict()
+        trainer["planned_steps"] = self.schedule.planned
         stored = self.stored()
         trainer |= stored.pop("trainer", {})
-        save_checkpoint(
-            self.args.checkpoint_dir,
-            self.step,
-            trainer=trainer,
-            keep_last=self.args.keep_last,
-            best=best,
-            **stored,
-        )
+        keep = {"keep_last": self.args.keep_last, "best": best}
+        save_checkpoint(self.args.checkpoint_dir, self.step, trainer=trainer, **keep, **stored)
         self._last_save, self._saved_step = time.perf_counter(), self.step
 
     @property
     def _guards(self) -> list[StepGuard]:
         return [part for part in self.parts.values() if isinstance(part, StepGuard)]
 
-    def _fit(self, say: Callable[[str], object]) -> None:
+    def _fit(self) -> None:
         """Makes the schedule end within the budget."""
-        total = self.meter.fitted_steps()
-        if total == self.schedule.total:
+        if self.args.budget_usd is None:
             return
-        self.schedule.resize(self.step, total)
-        if self.is_main:
-            budget = format_dollars(self.args.budget_usd)
-            say(
-                f"budget {budget}: {total} of {self.planned} steps, "
-                "and the learning rate ends with them"
-            )
-        if self._bar is not None:
-            self._bar.total = total
+        total = from_main_rank(self.meter.fitted_steps())  # one alone measures
+        if total != self.schedule.total:
+            self.schedule.resize(self.step, total)
+            if self.is_main:
+                budget = format_dollars(self.args.budget_usd)
+                tqdm.write(f"budget {budget}: {total} of {self.schedule.planned} steps, "
+                           "and the learning rate ends with them")  # fmt: skip
 
     def _log(self, row: dict) -> None:
         now = time.perf_counter()
         seconds = now - self._last_log
-        pace = self._samples * self.args.window_seconds / seconds
-        row = {name: finite_or_none(value) for name, value in row.items()}
+        pace, waited = self._samples * self.args.window_seconds / seconds, self._waited / seconds
         row |= {"skipped": sum(guard.skipped for guard in self._guards), "epoch": self.epoch}
-        row |= {"audio_seconds_per_second": pace, "data_wait": self._waited / seconds}
-        self.metrics.log(self.step, **row)
+        row |= {"audio_seconds_per_second": pace, "data_wait": waited}
+        row = self.metrics.log(self.step, **row)
         shown = [(label, row.get(name)) for name, label in self.shown.items()]
         learnt = "".join(f"{label} {value:.3f} " for label, value in shown if value is not None)
         tqdm.write(
             f"step {self.step}/{self.schedule.total} {learnt}{pace:.0f}x real time, "
-            f"{row['data_wait']:.0%} of it waiting for data, {self.meter.line()}"
+            f"{waited:.0%} of it waiting for data, {self.meter.line()}"
         )
         self._last_log, self._samples, self._waited = now, 0, 0.0
 
@@ -1205,17 +1049,9 @@ class Run:
             self.metrics.close()
 
 
-def keeps_costs(args: argparse.Namespace, device: torch.device) -> bool:
-    """Whether a run writes what it spends to the ledger."""
-    return device.type == "cuda" or args.budget_usd is not None
-
-
 @contextlib.contextmanager
 def open_training(
-    stage: str,
-    args: argparse.Namespace,
-    presets: dict[str, Settings],
-    changeable: Iterable[str] = (),
+    stage: str, args: argparse.Namespace, kind: type[Settings], changeable: Iterable[str] = ()
 ) -> Iterator[Run]:
     """A run in `--checkpoint_dir`, new or resumed, for the time of this process.
 
@@ -1224,56 +1060,43 @@ def open_training(
     device is not there, the folder cannot be written or is at work, or the checkpoint does not fit.
     """
     process = setup_distributed(args.device)
-    if args.batch_size % process.world_size:
-        raise UserError(f"--batch_size {args.batch_size} must divide by {process.world_size} ranks")
     if args.threads:
         torch.set_num_threads(args.threads)
     with contextlib.ExitStack() as stack:
-        folder = Path(args.checkpoint_dir)
         if process.is_main:
+            folder = Path(args.checkpoint_dir)
             stack.callback(_remove_unused, folder)
-            stack.enter_context(only_one(writable_folder(folder, "--checkpoint_dir")))
-            if keeps_costs(args, process.device):
-                writable_file("costs.jsonl", "the ledger of costs")
-        # Tensors on the CPU: the parts take copies to where they live.
-        checkpoint = open_run(folder, stage, args.fresh and process.is_main, "cpu")
-        settings, news = _as_started(args, presets, checkpoint, process, changeable)
-        seed_everything(args.seed)
-        run = Run(stage, args, settings, process, checkpoint, news)
+            command.writable_folder(folder, "--checkpoint_dir")
+            stack.enter_context(command.only_one(folder))
+        run = Run(stage, args, kind, process, CHANGEABLE.union(changeable))
         stack.callback(run.close)
+        seed_everything(args.seed)
         yield run
 
 
 def _as_started(
     args: argparse.Namespace,
-    presets: dict[str, Settings],
+    kind: type[Settings],
     checkpoint: Checkpoint | None,
-    process: Distributed,
-    changeable: Iterable[str],
+    changeable: Collection[str],
 ) -> tuple[Settings, list[str]]:
     """Flags (in place) and settings as a checkpoint has them, changed by the command line; with
     lines on what changed."""
-    news, changeable = [], CHANGEABLE.union(changeable)
-    if checkpoint is not None:
-        trainer, where = checkpoint.trainer, checkpoint.path
-        if trainer is None:
-            raise UserError(f"{where}: an export has no trainer state; use --init_from")
-        needed = ("step", "epoch", "consumed", "best", "schedule", "planned_steps", "flags",
-                  "settings")  # fmt: skip
-        for name in needed:
-            if name not in trainer:
-                raise UserError(
-                    f"{where}: no {name} in its trainer state, as another version wrote it; start "
-                    "in a new --checkpoint_dir with --init_from"
-                )
-        news = take_stored(vars(args), trainer["flags"], args.given, changeable, where, spell_flag)
-    if args.preset == "auto":
-        args.preset = "base" if process.device.type == "cuda" else "tiny"
-    values = {**dataclasses.asdict(presets[args.preset]), **args.set}
-    if checkpoint is not None:
-        stored = trainer["settings"]
-        news += take_stored(values, stored, args.set, changeable, where, spell_setting)
-    return dataclasses.replace(presets[args.preset], **values), news
+    given = dict(args.set or ())
+    if checkpoint is None:
+        return kind(**given), []
+    trainer, where = checkpoint.trainer, checkpoint.path
+    if trainer is None:
+        raise UserError(f"{where}: an export has no trainer state; use --init_from")
+    needed = {"step", "epoch", "consumed", "best", "schedule", "planned_steps", "flags", "settings"}
+    for name in sorted(needed - trainer.keys()):
+        raise UserError(f"{where}: no {name} in its trainer state, as another version wrote it; "
+                        "start in a new --checkpoint_dir with --init_from")  # fmt: skip
+    settings = dataclasses.asdict(kind(**given))
+    values, stored = {**vars(args), **settings}, {**trainer["flags"], **trainer["settings"]}
+    news = take_stored(values, stored, args.given.union(given), changeable, where, settings)
+    vars(args).update({name: values[name] for name in vars(args)})
+    return kind(**{name: values[name] for name in settings}), news
 
 
 def _remove_unused(folder: Path) -> None:
@@ -1282,14 +1105,3 @@ def _remove_unused(folder: Path) -> None:
         if {file.name for file in folder.iterdir()} <= {".lock"}:
             (folder / ".lock").unlink(missing_ok=True)
             folder.rmdir()
-
-
-@contextlib.contextmanager
-def _put_back(parts: list) -> Iterator[None]:
-    """Whatever happens within: `parts` and the random generators are afterwards as before."""
-    states = [copy.deepcopy(part.state_dict()) for part in parts]
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
-        yield
-    for part, state in zip(parts, states, strict=True):
-        part.load_state_dict(state)

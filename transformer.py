@@ -18,16 +18,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a `StreamingTransformer`.
-
-    `context` is the attention window in positions, the query's own position included: a query at
-    `i` sees the keys `i - context + 1 … i`.
-    """
+    """Sizes of a `StreamingTransformer`."""
 
     dim: int
     num_layers: int
     num_heads: int
-    context: int
+    context: int  # positions that a query attends to, its own included
     num_kv_heads: int | None = None
     ffn_dim: int | None = None
     rope_theta: float = 10_000.0
@@ -69,15 +65,15 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tenso
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, which costs a streaming step too much where nothing changes."""
+    """`x.to(dtype)`, whose call alone costs a streaming step too much."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the halves of the last axis of `x` `[B, T, H, D]`; tables `[B or 1, T, 1, D]`."""
-    whole = _as(x, torch.float32)
-    swapped = torch.roll(whole, x.shape[-1] // 2, dims=-1)
-    return _as(torch.addcmul(whole * cos, swapped, sin), x.dtype)
+    precise = _as(x, torch.float32)
+    swapped = torch.roll(precise, x.shape[-1] // 2, dims=-1)
+    return _as(torch.addcmul(precise * cos, swapped, sin), x.dtype)
 
 
 @functools.cache
@@ -93,11 +89,8 @@ def flash_attention():
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
     """Causal attention in which each query sees `context` keys, its own included.
 
-    Args:
-        q: `[B, T, H, D]`; k, v: `[B, T, H_kv, D]`.
-
-    Returns:
-        `[B, T, H, D]`. Time and memory grow with `T * context`, not with `T * T`.
+    q `[B, T, H, D]`; k, v `[B, T, H_kv, D]` → `[B, T, H, D]`. Time and memory grow with
+    `T * context`, not with `T * T`.
     """
     flash = flash_attention() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
     if flash is not None:
@@ -138,14 +131,12 @@ def _blockwise_attention(q: Tensor, k: Tensor, v: Tensor, context: int, grouped:
 class TransformerState:
     """Ring key-value cache of a call, one row a slot; preallocated and changed in place.
 
-    `keys` and `values` are `[layers, B, capacity, H_kv, D]`, `position` `[B]` counts the positions
-    that each slot has consumed. Entries are told valid by `position` alone; a reset writes zeros
-    all the same, since the weight of 0 that hides an entry does not hide what is not a number.
+    `keys` and `values` are `[layers, B, capacity, H_kv, D]`; `position` `[B]` counts the positions
+    that each slot has consumed, and alone says which entries are valid. A reset writes zeros all
+    the same, since an attention weight of 0 does not hide what is not a number.
     """
 
-    def __init__(
-        self, config: TransformerConfig, batch_size: int, max_chunk: int, device, dtype
-    ) -> None:
+    def __init__(self, config, batch_size: int, max_chunk: int, device, dtype) -> None:
         # The first query of a chunk still needs `context` keys when the last one is written.
         capacity = config.context + max_chunk - 1
         shape = (config.num_layers, batch_size, capacity, config.kv_heads, config.head_dim)
@@ -159,12 +150,10 @@ class TransformerState:
     def reset(self, mask: Tensor | None = None) -> None:
         """Forgets everything in the slots where `mask` `[B]` bool is true (all of them if None)."""
         if mask is None:
-            for part in (self.keys, self.values, self.position):
-                part.zero_()
-        else:
-            self.position.masked_fill_(mask, 0)
-            for cache in (self.keys, self.values):
-                cache.masked_fill_(mask[:, None, None, None], 0)
+            mask = torch.ones_like(self.position, dtype=torch.bool)
+        self.position.masked_fill_(mask, 0)
+        for cache in (self.keys, self.values):
+            cache.masked_fill_(mask[:, None, None, None], 0)
 
 
 @dataclass
@@ -174,7 +163,7 @@ class StepPlan:
     cos: Tensor
     sin: Tensor
     index: Tensor  # [B * S] places of the new keys, among those of all slots
-    mask: Tensor  # [B, 1, S, capacity]: 0, or -inf where a query must not look
+    mask: Tensor  # [B, 1, S, capacity]: 0, or -inf for keys that a query does not attend to
     active: Tensor | None  # [B * S, 1, 1]
 
 
@@ -213,12 +202,10 @@ class Attention(nn.Module):
             if plan.active is not None:  # a slot that is not active keeps what it had
                 new = torch.where(plan.active, new, places[plan.index])
             places.index_copy_(0, plan.index, new)
+        k, v = (_as(cache.transpose(1, 2), q.dtype) for cache in (keys, values))
+        grouped = self.config.kv_heads != self.config.num_heads
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            _as(keys.transpose(1, 2), q.dtype),
-            _as(values.transpose(1, 2), q.dtype),
-            attn_mask=plan.mask,
-            enable_gqa=self.config.kv_heads != self.config.num_heads,
+            q.transpose(1, 2), k, v, attn_mask=plan.mask, enable_gqa=grouped
         )
         return self.out(out.transpose(1, 2).flatten(2))
 
@@ -289,8 +276,8 @@ class StreamingTransformer(nn.Module):
 
     def plans(self, state: TransformerState, steps: int) -> list[StepPlan]:
         """What `step_by` needs for positions 0 … `steps` - 1, one at a time."""
-        plans = []
         state.reset()
+        plans = []
         for _ in range(steps):
             plans.append(self._plan(1, self.norm.weight.dtype, state, None))
             state.position.add_(1)
@@ -298,10 +285,10 @@ class StreamingTransformer(nn.Module):
         return plans
 
     def step_by(self, x: Tensor, state: TransformerState, plan: StepPlan) -> Tensor:
-        """The positions `[B, S, D]` → `[B, S, D]` that `plan` is for; those before it just done.
+        """The positions `[B, S, D]` → `[B, S, D]` that `plan` is for, right after those before it.
 
-        For sequences that begin anew over and over, where making the plan would take as long as the
-        step. `state` need not be reset: a plan sees what its own sequence has written, no more.
+        For short sequences over and over, where making plans would take as long as the steps.
+        `state` need not be reset: a plan sees what its own sequence has written, no more.
         """
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
             x = block.step(x, keys, values, plan)
@@ -321,8 +308,7 @@ class StreamingTransformer(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         y = self.step_by(x, state, self._plan(x.shape[1], dtype, state, active))
-        advance = x.shape[1] if active is None else active.long() * x.shape[1]
-        state.position.add_(advance)
+        state.position.add_(x.shape[1] if active is None else active.long() * x.shape[1])
         return y
 
     def _plan(
@@ -337,14 +323,8 @@ class StreamingTransformer(nn.Module):
         distance = positions[:, :, None] - held[:, None, :]
         hidden = (distance < 0) | (distance >= self.config.context) | (held < 0)[:, None, :]
         # Made a float here: a bool mask would be made one again in every layer.
-        mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)
-        cos, sin = rotary_tables(
-            positions[:, :, None], self.config.head_dim, self.config.rope_theta
-        )
-        return StepPlan(
-            cos=cos,
-            sin=sin,
-            index=(state.rows + positions % capacity).flatten(),
-            mask=mask[:, None],
-            active=None if active is None else active[:, None].expand(-1, length).reshape(-1, 1, 1),
-        )
+        mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None]
+        if active is not None:
+            active = active[:, None].expand(-1, length).reshape(-1, 1, 1)
+        tables = rotary_tables(positions[..., None], self.config.head_dim, self.config.rope_theta)
+        return StepPlan(*tables, (state.rows + positions % capacity).flatten(), mask, active)

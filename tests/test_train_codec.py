@@ -295,7 +295,7 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     rows = [row for row in metrics(tmp_path / "run") if "lr" in row]
     last = rows[-1]["step"]
     assert 10 <= last <= 12 and f"{last} of 40 steps" in said, said
-    assert checkpoints.load_checkpoint(tmp_path / "run").trainer["total_steps"] == last
+    assert checkpoints.load_checkpoint(tmp_path / "run").trainer["schedule"]["total"] == last
     rates = [row["lr"] for row in rows]
     falls = [one - other for one, other in zip(rates[2:], rates[3:], strict=False)]
     assert max(falls) < 0.2 * max(rates)  # smoothly, though the schedule was cut to a half

@@ -281,7 +281,7 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     rows = [row for row in metrics(tmp_path / "run") if "lr" in row]
     last = rows[-1]["step"]
     assert 8 <= last <= 12 and f"{last} of 40 steps" in said, said
-    assert checkpoints.load_checkpoint(tmp_path / "run").trainer["total_steps"] == last
+    assert checkpoints.load_checkpoint(tmp_path / "run").trainer["schedule"]["total"] == last
     assert rows[-1]["lr"] < 0.2 * max(row["lr"] for row in rows)
     train(world, tmp_path / "run", **changes)  # pasted again: there is no more
     assert checkpoints.find_checkpoint(tmp_path / "run").name == f"step_{last:08d}"
@@ -803,7 +803,8 @@ def test_a_finished_run_is_extended(world, finished, capsys):
     said = capsys.readouterr().out
     assert "from here on --num_epochs 3 (until now 2)" in said and "had 8 steps, now 12" in said
     trainer = last(finished).trainer
-    assert (trainer["step"], trainer["total_steps"], trainer["flags"]["num_epochs"]) == (12, 12, 3)
+    places = trainer["step"], trainer["planned_steps"], trainer["flags"]["num_epochs"]
+    assert places == (12, 12, 3)
     assert trainer["schedule"]["starts"]["dialogue"] == 2  # no ASR phase again
     rates = [row["lr"] for row in metrics(finished) if "lr" in row]
     expected = training.Schedule(12, warmup_steps=2).rate(11, final_ratio=0.05)

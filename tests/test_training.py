@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import command
 import training
 from command import json_lines
 from training import (
@@ -44,7 +45,7 @@ def test_one_process_without_torchrun(monkeypatch):
 
 
 def test_workers_default_to_this_rank_s_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(training, "default_workers", lambda: 6)
+    monkeypatch.setattr(command, "default_workers", lambda: 6)
     for ranks, workers in ((None, 6), ("2", 3), ("8", 1)):
         if ranks:
             monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
@@ -52,7 +53,8 @@ def test_workers_default_to_this_rank_s_share_of_the_cores(monkeypatch):
 
 
 RANK_SCRIPT = """
-import sys, torch, training
+import atexit, sys, torch, training
+import torch.distributed as dist
 here = training.setup_distributed("cpu")
 value = torch.tensor([1.0, 10.0]) * (here.rank + 1)
 mean = training.all_reduce_mean(value)
@@ -90,7 +92,8 @@ guard, good = training.StepGuard(), torch.tensor(1.0)
 assert guard.watch(good, good) == 0
 assert guard.watch(torch.tensor(float("nan")) if here.rank else good, good) == 1
 
-training.cleanup_distributed()
+atexit.unregister(dist.destroy_process_group)
+dist.destroy_process_group()
 balancer = training.Balancer({"a": 1.0, "b": 3.0})
 alone = gradient(audio)
 assert torch.allclose(joint, alone, rtol=1e-5, atol=1e-8), (joint - alone).abs().max()
@@ -209,17 +212,15 @@ def test_flags_of_a_resumed_run_are_kept_applied_or_refused():
     def take(stored, **given):
         values = {"lr": 1e-3, "layers": 2, **given}
         changeable = frozenset({"lr"})
-        return values, training.take_stored(
-            values, stored, given, changeable, "run", training.spell_flag
-        )
+        return values, training.take_stored(values, stored, given, changeable, "run", {"layers"})
 
     values, lines = take(stored)
     assert values == {"lr": 2e-3, "layers": 4}  # what nobody knows any more is not looked at
-    assert lines == [f"as the run was started: --{x}" for x in ("lr 0.002", "layers 4")]
+    assert lines == [f"as the run was started: --{x}" for x in ("lr 0.002", "set layers=4")]
     values, lines = take({**stored, "log_every": 1}, lr=5e-4, preset="auto", layers=4, log_every=3)
     assert (values["lr"], values["preset"], values["log_every"]) == (5e-4, "tiny", 3)
     assert lines == ["from here on --lr 0.0005 (until now 0.002)"]
-    for flags, line in (({"layers": 3}, "--layers 3.*--layers 4"), ({"preset": "base"}, "tiny")):
+    for flags, line in (({"layers": 3}, "layers=3.*--set layers=4"), ({"preset": "base"}, "tiny")):
         with pytest.raises(UserError, match=line):
             take(stored, **flags)
 
@@ -227,9 +228,9 @@ def test_flags_of_a_resumed_run_are_kept_applied_or_refused():
 def test_settings_are_read_and_checked_by_name():
     parser, _, _ = training.run_parser("", training.Settings, warmup_steps=9)
     args = parser.parse_args(["--set", "grad_clip=2", "save_minutes=5", "--set", "grad_clip=3"])
-    assert args.set == {"grad_clip": 3.0, "save_minutes": 5.0} and args.warmup_steps == 9
-    assert parser.parse_args([]).set == {} and parser.given(["--set", "grad_clip=1"]) == {"set"}
-    assert str(training.Settings(**args.set)) == "grad_clip=3.0 save_minutes=5.0"
+    assert dict(args.set) == {"grad_clip": 3.0, "save_minutes": 5.0} and args.warmup_steps == 9
+    assert parser.parse_args([]).set is None and parser.given(["--set", "grad_clip=1"]) == {"set"}
+    assert str(training.Settings(**dict(args.set))) == "grad_clip=3.0 save_minutes=5.0"
     assert "grad_clip" in training.Settings.help()
 
 
@@ -309,7 +310,7 @@ def test_a_learning_rate_is_set_in_place_where_a_graph_reads_it():
 
 def test_balancer_shares_follow_the_weights_whatever_the_scales():
     torch.manual_seed(0)
-    balancer = Balancer({"a": 1.0, "b": 3.0}, total_norm=2.0)
+    balancer = Balancer({"a": 1.0, "b": 3.0})
     for _ in range(3):
         output = torch.randn(5, 1, 40, requires_grad=True)
         losses = orthogonal_losses(output, {"a": 1e6, "b": 1e-6})
@@ -319,8 +320,8 @@ def test_balancer_shares_follow_the_weights_whatever_the_scales():
     )
     # The running means make this step's parts differ a little from their long-run ratio.
     assert float(norm_b / norm_a) == pytest.approx(3.0, rel=0.25)
-    assert float(norm_a) == pytest.approx(0.5, rel=0.25)
-    assert float(norm_b) == pytest.approx(1.5, rel=0.25)
+    assert float(norm_a) == pytest.approx(0.25, rel=0.25)
+    assert float(norm_b) == pytest.approx(0.75, rel=0.25)
     assert shares["b"] == pytest.approx(float(norm_b / (norm_a + norm_b)), rel=1e-5)
     assert sum(shares.values()) == pytest.approx(1.0)
 
@@ -368,22 +369,20 @@ def test_balancer_goes_through_the_model_once_and_spares_the_discriminator():
     assert torch.allclose(with_others, expected, atol=1e-6)
 
 
-def test_balancer_takes_zero_and_constant_losses_and_their_late_start():
-    balancer = Balancer({"a": 1.0, "late": 1.0, "constant": 1.0})
+def test_balancer_takes_losses_of_zero_and_their_late_start():
+    balancer = Balancer({"a": 1.0, "late": 1.0})
     for step in range(60):
         output = torch.randn(2, 1, 30, requires_grad=True)
         first, second = output.chunk(2, dim=-1)
         late = (second**2).mean() * (0.0 if step < 50 else 1.0)
-        losses = {"a": (first**2).mean(), "late": late, "constant": torch.tensor(3.0)}
-        shares = balancer.backward(losses, output)
+        shares = balancer.backward({"a": (first**2).mean(), "late": late}, output)
         assert torch.isfinite(output.grad).all()
-        assert shares["constant"] == 0.0
         if step < 50:
             assert shares["late"] == 0.0
         else:
             assert 0.25 < shares["late"] < 0.75
             assert float(output.grad.norm()) < 2
-    with pytest.raises(ValueError, match="without a weight"):
+    with pytest.raises(KeyError, match="unknown"):
         balancer.backward({"unknown": output.sum()}, output)
 
 
@@ -474,7 +473,7 @@ def test_cost_meter_projects_spends_and_resumes(tmp_path):
     clock = Clock()
     cost = meter(tmp_path, clock, budget_usd=1.0)
     cost.start(Schedule(1000))
-    assert math.isnan(cost.projected_hours()) and "? h" in cost.line()
+    assert math.isnan(cost.projected_hours()) and "nan h" in cost.line()
     for seconds in [30, 5, 5] + [2] * 100:  # a slow start is not taken for the pace
         clock.now += seconds
         cost.tick()
@@ -538,17 +537,17 @@ def test_what_is_measured_corrects_an_estimate_both_ways(tmp_path):
     spend(cost, clock, 10, 1.0)
     schedule.resize(10, cost.fitted_steps())
     assert schedule.total == pytest.approx(196, abs=2) and schedule.starts["dear"] == 98
-    spend(cost, clock, 88, 1.0)  # well past its first tenth: no more news, no more growth
+    spend(cost, clock, 88, 1.0)
     assert cost.fitted_steps() == schedule.total
     spend(cost, clock, 10, 1.0)  # the second phase is cheaper than all thought
     schedule.resize(108, cost.fitted_steps())
     assert schedule.total > 300
-    total = schedule.total
     spend(cost, clock, 50, 0.1)
-    assert cost.fitted_steps() == total
+    schedule.resize(158, cost.fitted_steps())
+    assert 390 < schedule.total <= 400
     spend(cost, clock, 50, 3.0)  # and dearer after all
     schedule.resize(208, cost.fitted_steps())
-    assert 208 < schedule.total < total
+    assert 208 < schedule.total < 400
     clock.now += 1000
     assert cost.fitted_steps() == 208  # spent: where it stands
 
@@ -585,7 +584,7 @@ def test_cost_meter_disabled_writes_nothing(tmp_path):
 
 
 def test_formats():
-    hours = [41.2, 1.24, 0.2, 0.005, math.nan]
-    assert [training.format_hours(h) for h in hours] == ["41 h", "1.2 h", "12 min", "18 s", "? h"]
+    hours = [41.2, 1.24, 0.2, 0.005]
+    assert [training.format_hours(h) for h in hours] == ["41 h", "1.2 h", "12 min", "18 s"]
     dollars = [1500, 139.4, 1.25]
     assert [training.format_dollars(d) for d in dollars] == ["$1,500", "$139", "$1.25"]
