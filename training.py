@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 import uuid
 from bisect import bisect_right
@@ -23,11 +24,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import command
-from checkpoints import Checkpoint, open_run, save_checkpoint
+from checkpoints import open_run, save_checkpoint
 from command import ArgumentParser, UserError, finite_or_none, number, whole
 
 T = TypeVar("T")
@@ -74,17 +75,14 @@ def setup_distributed(device: str = "auto") -> Distributed:
 def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UserError(f"--device {device}: not a device; use auto, cpu or cuda") from None
-    if chosen.type == "cpu":
+    named = re.fullmatch(r"cpu|cuda(:\d+)?", device)
+    if named is None:
+        raise UserError(f"--device {device}: not supported; use auto, cpu, cuda or cuda:N")
+    if device == "cpu":
         return torch.device("cpu")
-    if chosen.type != "cuda":
-        raise UserError(f"--device {device}: not supported; use auto, cpu or cuda")
     if not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch sees no CUDA GPU here; use --device cpu")
-    index = local_rank if chosen.index is None or world_size > 1 else chosen.index
+    index = int(named[1][1:]) if named[1] and world_size == 1 else local_rank
     count = torch.cuda.device_count()
     if index >= count:
         raise UserError(f"GPU {index} asked for, this machine has {count}: "
@@ -115,11 +113,11 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     """After a backward pass: gradients, of the same parameters on all ranks, become their means."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if _num_ranks() > 1 and gradients:
-        means = all_reduce_mean(torch.nn.utils.parameters_to_vector(gradients))
-        torch.nn.utils.vector_to_parameters(means, gradients)
+        means = all_reduce_mean(nn.utils.parameters_to_vector(gradients))
+        nn.utils.vector_to_parameters(means, gradients)
 
 
-def start_equal(modules: Iterable[torch.nn.Module | None]) -> None:
+def start_equal(modules: Iterable[nn.Module | None]) -> None:
     """Gives every rank the parameters and buffers of rank 0."""
     if _num_ranks() > 1:
         for module in filter(None, modules):
@@ -183,10 +181,8 @@ class Settings:
     @classmethod
     def help(cls) -> str:
         """The settings and what they mean, a line each."""
-        lines = [
-            f"  {field.name:<20}{field.metadata['meaning']} ({field.default})"
-            for field in dataclasses.fields(cls)
-        ]
+        fields = dataclasses.fields(cls)
+        lines = [f"  {f.name:<20}{f.metadata['meaning']} ({f.default})" for f in fields]
         return "\n".join(["settings, for --set:", *lines])
 
     def __str__(self) -> str:
@@ -249,6 +245,8 @@ LOCAL = frozenset({
     "save_minutes", "keep_last", "log_every", "max_steps", "usd_per_hour", "tensorboard", "export",
     "given", "set",
 })  # fmt: skip
+# Where a run stands: steps done, the epoch, samples consumed in it, and the best score so far.
+PLACE = ("step", "epoch", "consumed", "best")
 # What a resumed run can take up in its middle.
 CHANGEABLE = frozenset({
     "num_epochs", "batch_size", "data_dirs", "commercial_only", "grad_clip", "budget_usd",
@@ -256,13 +254,9 @@ CHANGEABLE = frozenset({
 
 
 def take_stored(
-    values: dict,
-    stored: dict,
-    given: Collection[str],
-    changeable: Collection[str],
-    where: str | Path,
-    settings: Collection[str] = (),
-) -> list[str]:
+    values: dict, stored: dict, given: Collection[str], changeable: Collection[str],
+    where: str | Path, settings: Collection[str] = (),
+) -> list[str]:  # fmt: skip
     """Makes `values` those that a resumed run has stored, but for what the command line changes.
 
     `given` names what stands on the command line, `settings` what `--set` changes. Returns lines to
@@ -289,10 +283,9 @@ def take_stored(
         elif name in changeable:
             lines.append(f"from here on {spell(name, now)} (until now {before})")
         else:
-            raise UserError(
-                f"{spell(name, now)}: the run in {where} was started with {spell(name, before)}; "
-                "give that, or start in a new --checkpoint_dir with --init_from"
-            )
+            raise UserError(f"{spell(name, now)}: the run in {where} was started with "
+                            f"{spell(name, before)}; give that, or start in a new --checkpoint_dir "
+                            "with --init_from")  # fmt: skip
     return lines
 
 
@@ -302,18 +295,12 @@ def take_stored(
 class Schedule:
     """How many steps there are, in which phases, and the learning rate's course over them.
 
-    `starts(total)` names the phases in their order, each with its first step. A change of the total
-    moves what lies ahead: phases that began stay where they are, and the learning rate goes on from
-    where it is, slower or faster, so that it neither jumps nor rises. `extend` is the exception.
-    `planned` steps were asked for, where a budget allows less.
+    `starts(total)` gives the first step of each phase, in their order. A change of the total moves
+    what lies ahead: phases that began stay where they are, and the learning rate goes on from where
+    it is, so that it neither jumps nor rises. `planned` steps were asked for; a budget allows less.
     """
 
-    def __init__(
-        self,
-        total: int,
-        starts: Callable[[int], dict[str, int]] = lambda total: {"": 0},
-        warmup_steps: int = 0,
-    ) -> None:
+    def __init__(self, total: int, starts=lambda total: {"": 0}, warmup_steps: int = 0) -> None:
         self.total = self.planned = total
         self._starts, self.starts = starts, starts(total)
         self.warmup_steps = warmup_steps
@@ -344,11 +331,8 @@ class Schedule:
         self._turn = (self.warmup_steps, 0.0)
 
     def rate(self, step: int, phase: str | None = None, *, final_ratio: float = 0.1) -> float:
-        """The learning rate at `step`, as a share of its peak; where `phase` is named, that of what
-        joins with it, which has a warm-up of its own.
-
-        Linear warm-up, then a cosine to `final_ratio` at the last step. Steps count from 0; the
-        first one already learns (1 / warmup_steps).
+        """The learning rate at `step` (from 0), as a share of its peak: a linear warm-up, then a
+        cosine to `final_ratio`. What joins with a `phase` has a warm-up of its own.
         """
         if step < self.warmup_steps:
             rate = (step + 1) / self.warmup_steps
@@ -390,37 +374,31 @@ class StepGuard:
     def __init__(self, max_consecutive: int = 5) -> None:
         self.max_consecutive = max_consecutive
         self.skipped = self.consecutive = 0
-        self._counts: Tensor | None = None  # skipped since the last settling, in a row by now
-        self._last: Tensor | None = None  # loss and gradient norm
+        self._seen: Tensor | None = None  # [4]: both counts, the last loss and gradient norm
 
     def watch(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """1.0 where this step must be skipped, else 0.0: a scalar, the same on all ranks."""
         last = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         skip = (all_reduce_mean((~last.isfinite()).any().float()) > 0).float()
-        if self._counts is None:
-            self._counts = torch.tensor([0.0, self.consecutive], device=last.device)
-            self._last = torch.zeros_like(last)
-        self._last.copy_(last)
+        if self._seen is None:
+            counts = [self.skipped, self.consecutive, 0.0, 0.0]
+            self._seen = torch.tensor(counts, device=last.device)
         # Skipped, one more in each count; else the run of skipped ones ends.
-        self._counts.mul_(torch.stack([torch.ones_like(skip), skip])).add_(skip)
+        self._seen[:2].mul_(torch.stack([torch.ones_like(skip), skip])).add_(skip)
+        self._seen[2:].copy_(last)
         return skip
 
     def settle(self) -> None:
         """Waits for the device and counts. Raises UserError after `max_consecutive` skipped steps
         in a row."""
-        if self._counts is None:
+        if self._seen is None:
             return
-        skipped, consecutive = self._counts.tolist()
-        self._counts[0] = 0
-        self.skipped += int(skipped)
-        self.consecutive = int(consecutive)
+        *counts, loss, grad_norm = self._seen.tolist()
+        self.skipped, self.consecutive = map(int, counts)
         if self.consecutive >= self.max_consecutive:
-            loss, grad_norm = self._last.tolist()
-            raise UserError(
-                f"{self.consecutive} steps in a row were not finite (loss {loss:g}, gradient norm "
-                f"{grad_norm:g}): lower the learning rate, then run the same command again; "
-                "it goes on from the last complete checkpoint"
-            )
+            raise UserError(f"{self.consecutive} steps in a row were not finite (loss {loss:g}, "
+                            f"gradient norm {grad_norm:g}): lower the learning rate and run again; "
+                            "it goes on from the last complete checkpoint")  # fmt: skip
 
     def state_dict(self) -> dict:
         self.settle()
@@ -428,18 +406,15 @@ class StepGuard:
 
     def load_state_dict(self, state: dict) -> None:
         self.skipped, self.consecutive = state["skipped"], state["consecutive"]
-        self._counts = None
+        self._seen = None
 
 
-def parameter_groups(
-    modules: Iterable[torch.nn.Module | None], weight_decay: float
-) -> list[dict[str, object]]:
+def parameter_groups(modules: Iterable[nn.Module | None], weight_decay: float) -> list[dict]:
     """What AdamW is to move: matrices with decay; norms, biases, scales and embeddings without."""
     decayed, others = {}, {}
     for module in filter(None, modules):
-        embeddings = {
-            id(part.weight) for part in module.modules() if isinstance(part, torch.nn.Embedding)
-        }
+        parts = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+        embeddings = {id(part.weight) for part in parts}
         for name, parameter in module.named_parameters():
             plain = parameter.ndim < 2 or id(parameter) in embeddings or "embedding" in name
             if parameter.requires_grad:
@@ -457,13 +432,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
             group["lr"] = rate
 
 
-def make_capturable(
-    optimizer: torch.optim.Optimizer, capturable: bool, device: torch.device
-) -> None:
-    """Lets a CUDA graph hold `optimizer.step()`, its learning rate a tensor; or the reverse.
-
-    Call it after loading state too: that brings the flags of the run which saved it.
-    """
+def make_capturable(optimizer: torch.optim.Optimizer, capturable: bool, device) -> None:
+    """Lets a CUDA graph hold `optimizer.step()`, its learning rate a tensor; or the reverse. Call
+    it after loading state, which brings the flags of the run that saved it."""
     for group in optimizer.param_groups:
         group["capturable"] = capturable
         rate = float(group["lr"])
@@ -473,11 +444,11 @@ def make_capturable(
 class StepGraph:
     """Replays a training step as one CUDA graph: Python is met once, not at every kernel.
 
-    `function(mode, **inputs)` takes tensors of fixed shapes and gives a dict of tensors. It must
-    read and write the same memory at every call, draw nothing at random and never wait for the
-    device. Each mode is called as it is `warmup` times (optimizers make their state then, libraries
-    choose their kernels), then captured. Results are overwritten by the next call. Everything, the
-    models' making included, belongs on one stream that is not the default one.
+    `function(mode, **inputs)` takes tensors of fixed shapes and gives a dict of tensors, which the
+    next call overwrites. It must use the same memory at every call, draw nothing at random and
+    never wait for the device. Each mode is called as it is `warmup` times (optimizers make their
+    state, libraries choose kernels), then captured. Everything, the making of models included,
+    belongs on one stream that is not the default one.
     """
 
     def __init__(self, function: Callable[..., dict[str, Tensor]], warmup: int = 5) -> None:
@@ -528,12 +499,9 @@ class Balancer:
         self._means: dict[str, Tensor] = {}
 
     def backward(
-        self,
-        losses: dict[str, Tensor],
-        output: Tensor,
-        others: Tensor | float = 0.0,
+        self, losses: dict[str, Tensor], output: Tensor, others: Tensor | float = 0.0,
         ramps: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Send balanced gradients through the model in one backward pass.
 
         `losses`: scalars computed from `output` `[B, 1, T]`, some of those that `weights` names.
@@ -580,14 +548,14 @@ class Balancer:
         self._means = {n: torch.tensor([s, counts[n]]) for n, s in state["sums"].items()}
 
 
-# --------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------ metrics and money
 
 
 class Metrics:
     """One JSON object a step in `run_dir/metrics.jsonl`, and TensorBoard curves where asked.
 
-    Opening it drops lines after `resume_step` and a last line cut short by a kill, so that the
-    file of a resumed run reads like an uninterrupted one. Open it on the main rank only.
+    Opening it drops lines after `resume_step` and what a kill cut short, so that a resumed run's
+    reads like an uninterrupted one's. Open it on the main rank only.
     """
 
     def __init__(self, run_dir: str | Path, resume_step: int = 0, tensorboard: bool = False):
@@ -629,9 +597,6 @@ def _tensorboard(run_dir: Path, resume_step: int):
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
 
-# ----------------------------------------------------------------------------------- money
-
-
 def format_hours(hours: float) -> str:
     """41 h, 1.2 h, 12 min, 18 s."""
     if hours < 1 / 60:
@@ -649,25 +614,19 @@ def format_dollars(dollars: float) -> str:
 class CostMeter:
     """Measures a command's pace; projects its hours and dollars; writes the shared ledger.
 
-    Each phase of a schedule has a pace: measured where it has run, else expected (see
-    `Run.estimate`), corrected by what came of the other expectations. What a run spends goes to
-    `ledger` at least once a minute, so that a killed pod's time counts too. Unless `enabled` (on
-    the main rank only) it projects hours alone and writes nothing. `budget_usd` is for this run,
-    its earlier, resumed parts included.
+    Each phase of a schedule has a pace: measured where it has run, else expected (`Run.estimate`),
+    corrected by what came of the other expectations. What a run spends goes to `ledger` at least
+    once a minute, as a killed pod's time counts too. Unless `enabled` (on the main rank only) it
+    projects hours alone and writes nothing. `budget_usd` holds for all parts of a resumed run.
     """
 
     flush_seconds = 60.0
     warmup_ticks = 3  # the first steps of a phase compile, fill caches and start workers
 
     def __init__(
-        self,
-        stage: str,
-        ledger: str | Path = "costs.jsonl",
-        usd_per_hour: float = 3.39,
-        budget_usd: float | None = None,
-        enabled: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+        self, stage: str, ledger: str | Path = "costs.jsonl", usd_per_hour: float = 3.39,
+        budget_usd: float | None = None, enabled: bool = False, clock=time.monotonic,
+    ) -> None:  # fmt: skip
         self.stage, self.ledger, self.enabled = stage, Path(ledger), enabled
         self.usd_per_hour, self.budget_usd = usd_per_hour, budget_usd
         self.expected: dict[str, float] = {}  # phase → seconds a step
@@ -678,7 +637,7 @@ class CostMeter:
         self._flushed: float | None = None  # None before the start
 
     def start(self, schedule: Schedule, done_steps: int = 0) -> None:
-        """Start the clock; `done_steps` were done before (resume)."""
+        """Start the clock of a run that has made `done_steps`."""
         self._schedule, self._done = schedule, done_steps
         self._flushed = self._latest = self._clock()
 
@@ -728,14 +687,14 @@ class CostMeter:
     def line(self) -> str:
         """`projected 41 h = $139 (spent $212 of $1,500)`; hours alone where disabled."""
         hours = self.projected_hours()
-        if not self.enabled:
-            return f"projected {format_hours(hours)}"
-        dollars = format_dollars(hours * self.usd_per_hour)
-        spent = f"spent {format_dollars(self.spent_usd())} of {format_dollars(PLAN_BUDGET_USD)}"
-        return f"projected {format_hours(hours)} = {dollars} ({spent})"
+        line = f"projected {format_hours(hours)}"
+        if self.enabled:
+            spent, plan = format_dollars(self.spent_usd()), format_dollars(PLAN_BUDGET_USD)
+            line += f" = {format_dollars(hours * self.usd_per_hour)} (spent {spent} of {plan})"
+        return line
 
     def spent_usd(self) -> float:
-        """Dollars spent on all stages, by the ledger, with what is not yet in it."""
+        """Dollars spent on all stages, those not yet in the ledger included."""
         return self._in_ledger("dollars") + self.enabled * self._since_flush() * self.usd_per_hour
 
     def flush(self) -> None:
@@ -771,7 +730,7 @@ class CostMeter:
         known = self._known()
         if phase in known:
             return known[phase]
-        expected = sum(self.expected[name] for name in known)
+        expected = sum(self.expected.get(name, seconds) for name, seconds in known.items())
         correction = sum(known.values()) / expected if known else 1.0
         return self.expected.get(phase, math.nan) * correction
 
@@ -780,8 +739,7 @@ class CostMeter:
         return 0.0 if self._flushed is None else (self._clock() - self._flushed) / 3600
 
     def _in_ledger(self, name: str, run: str | None = None) -> float:
-        """The sum of a field of the ledger, of one run or all; another program may have written
-        what is no number."""
+        """The sum of a field over the ledger, which other programs may write too."""
         if not self.ledger.exists():
             return 0.0
         rows = [row for _, row in command.json_lines(self.ledger, skip_damaged=True)]
@@ -799,12 +757,12 @@ class Run:
     models and fills `parts` (name → what has a `state_dict`) and `stored`; `restore`; `estimate`;
     `begin`; then `for batch in run.steps(...)` with `run.step_done` as the last line of each step.
 
-    args, settings: on a resumed run those it was started with but for what was changed.
-    checkpoint: where it goes on from, on the CPU; None for a new run, and once it is restored.
-    step, epoch, consumed: steps done, the epoch, and samples consumed in it.
+    args, settings: on a resumed run those it was started with, but for what was changed.
+    checkpoint: where it goes on from; None for a new run, and once it is restored.
+    step, epoch, consumed, best: its `PLACE`.
     stored: gives config, tensors, further trainer state and tokenizer of a checkpoint.
-    validate: gives scores by name; the lowest `best_by` is the best checkpoint's.
-    shown: metrics on the terminal's lines → under which name.
+    validate: gives scores by name, the lowest `best_by` for the best checkpoint.
+    shown: metrics on the terminal's lines, and under which name.
     """
 
     def __init__(
@@ -814,10 +772,9 @@ class Run:
         self.args, self.process = args, process
         self.is_main, self.device = process.is_main, process.device
         self.workers = loader_workers(args.num_workers)
-        # Tensors on the CPU: the parts take copies to where they live.
         self.checkpoint = open_run(args.checkpoint_dir, stage, args.fresh and self.is_main)
         self.resumed = self.checkpoint is not None
-        self.settings, self._news = _as_started(args, kind, self.checkpoint, changeable)
+        self._take_flags(kind, changeable)
         if args.preset == "auto":
             args.preset = "base" if self.device.type == "cuda" else "tiny"
         prices = {"usd_per_hour": args.usd_per_hour, "budget_usd": args.budget_usd}
@@ -833,11 +790,28 @@ class Run:
         self.best = math.inf
         self.metrics: Metrics | None = None
 
-    def plan(self, data_hours: float, starts: Callable[[int], dict[str, int]]) -> int:
-        """Fixes schedule and place; returns how many windows an epoch has.
+    def _take_flags(self, kind: type[Settings], changeable: Collection[str]) -> None:
+        """Flags and settings as the checkpoint has them, changed by the command line."""
+        flags, given = vars(self.args), dict(self.args.set or ())
+        self.settings, self._news = kind(**given), []
+        if self.checkpoint is None:
+            return
+        trainer, where = self.checkpoint.trainer or {}, self.checkpoint.path
+        for name in ("settings", "flags", "planned_steps", "schedule", *PLACE):
+            if name not in trainer:
+                raise UserError(
+                    f"{where}: no {name} in its trainer state, as an export or another version "
+                    "wrote it; start in a new --checkpoint_dir with --init_from")  # fmt: skip
+        settings = dataclasses.asdict(self.settings)
+        values, stored = {**flags, **settings}, {**trainer["flags"], **trainer["settings"]}
+        given = self.args.given.union(given)
+        self._news = take_stored(values, stored, given, changeable, where, settings)
+        flags.update({name: values[name] for name in flags})
+        self.settings = kind(**{name: values[name] for name in settings})
 
-        An epoch is `--epoch_hours`, by default all of the data, 60 h at most; a resumed run's stays
-        as long, though the data have grown.
+    def plan(self, data_hours: float, starts: Callable[[int], dict[str, int]]) -> int:
+        """Fixes schedule and place; returns how many windows an epoch has: `--epoch_hours`, by
+        default all of the data, 60 h at most; a resumed run's as many, though the data have grown.
         """
         args = self.args
         args.epoch_hours = args.epoch_hours or min(60.0, data_hours)
@@ -852,8 +826,7 @@ class Run:
     def _go_on(self, trainer: dict) -> None:
         """The place and schedule of a checkpoint, with what flags have changed."""
         args, schedule = self.args, self.schedule
-        self.step, self.epoch, self.consumed = (trainer[k] for k in ("step", "epoch", "consumed"))
-        self.best = trainer["best"]
+        vars(self).update({name: trainer[name] for name in PLACE})
         schedule.load_state_dict(trainer["schedule"])
         total = schedule.total
         epochs = args.num_epochs - self.epoch - 1
@@ -868,21 +841,17 @@ class Run:
 
     def restore(self) -> None:
         """Gives each of `parts` its state, and lets go of the checkpoint."""
-        if self.checkpoint is not None:
-            trainer, where = self.checkpoint.trainer, self.checkpoint.path
-            for name, part in self.parts.items():
-                try:
-                    part.load_state_dict(trainer[name])
-                except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-                    raise UserError(
-                        f"{where}: its {name} does not fit this version or these flags "
-                        f"({command.first_line(error)}); start in a new --checkpoint_dir with "
-                        "--init_from"
-                    ) from error
-        self._saved_step = self.step
-        self.checkpoint = None
+        checkpoint, self.checkpoint, self._saved_step = self.checkpoint, None, self.step
+        for name, part in self.parts.items() if checkpoint else ():
+            try:
+                part.load_state_dict(checkpoint.trainer[name])
+            except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{checkpoint.path}: its {name} does not fit this version or these flags "
+                    f"({command.first_line(error)}); start in a new --checkpoint_dir with "
+                    "--init_from") from error  # fmt: skip
 
-    def estimate(self, take: Callable[[str], object], modules: Iterable[torch.nn.Module]) -> None:
+    def estimate(self, take: Callable[[str], object], modules: Iterable[nn.Module]) -> None:
         """Times real steps of each phase ahead, then puts `modules` and `parts` back as they were.
 
         `take(phase)` makes a step of that phase, at the real batch; on all ranks, as it is meant.
@@ -893,8 +862,8 @@ class Run:
         machine = f"{name}, {self.process.world_size} ranks, batch {self.args.batch_size}"
         if machine != meter.machine:
             meter.expected, meter.machine = {}, machine
-        ahead = [phase for phase, steps in self.schedule.ahead(self.step).items() if steps]
-        unknown = [phase for phase in ahead if phase not in meter.expected]
+        ahead = self.schedule.ahead(self.step, self.schedule.planned)
+        unknown = [phase for phase, n in ahead.items() if n and phase not in meter.expected]
         if unknown:
             parts = [*modules, *(part for part in self.parts.values() if part is not meter)]
             states = [copy.deepcopy(part.state_dict()) for part in parts]
@@ -940,7 +909,7 @@ class Run:
         return self.schedule.phase(self.step)
 
     def steps(self, batches: Iterable[tuple[int, int, T]]) -> Iterator[T]:
-        """The batches of the steps to make; `batches` as `data.training_batches` gives them."""
+        """The batches of the steps to make, of `batches` as `data.training_batches` gives them."""
         total = self.schedule.total
         self._bar = tqdm(total=total, initial=self.step, disable=None if self.is_main else True)
         self._last_save = self._last_log = time.perf_counter()
@@ -948,11 +917,8 @@ class Run:
         source = iter(batches)
         while self.step < self.stop_at:
             asked = time.perf_counter()
-            place = next(source, None)
+            self.epoch, self.consumed, batch = next(source)
             self._waited += time.perf_counter() - asked
-            if place is None:
-                break
-            self.epoch, self.consumed, batch = place
             yield batch
         self._bar.close()
         if self.is_main:
@@ -990,7 +956,7 @@ class Run:
     def save(self, best: bool = False) -> None:
         """Writes a checkpoint of the step that was made; on the main rank only."""
         trainer = {name: part.state_dict() for name, part in self.parts.items()}
-        trainer |= {k: getattr(self, k) for k in ("step", "epoch", "consumed", "best")}
+        trainer |= {name: getattr(self, name) for name in PLACE}
         trainer["flags"] = {k: v for k, v in vars(self.args).items() if k not in LOCAL}
         trainer["settings"] = dataclasses.asdict(self.settings)
         trainer["schedule"] = self.schedule.state_dict()
@@ -1026,18 +992,16 @@ class Run:
         row = self.metrics.log(self.step, **row)
         shown = [(label, row.get(name)) for name, label in self.shown.items()]
         learnt = "".join(f"{label} {value:.3f} " for label, value in shown if value is not None)
-        tqdm.write(
-            f"step {self.step}/{self.schedule.total} {learnt}{pace:.0f}x real time, "
-            f"{waited:.0%} of it waiting for data, {self.meter.line()}"
-        )
+        tqdm.write(f"step {self.step}/{self.schedule.total} {learnt}{pace:.0f}x real time, "
+                   f"{waited:.0%} of it waiting for data, {self.meter.line()}")  # fmt: skip
         self._last_log, self._samples, self._waited = now, 0, 0.0
 
     def _validated(self) -> bool:
         """Validates; whether this is the best so far."""
         scores = self.validate()
         self.metrics.log(self.step, **scores)
-        summary = ", ".join(f"{name[11:]} {value:.3f}" for name, value in scores.items())
-        tqdm.write(f"epoch {self.epoch}: {summary}")
+        shown = (f"{name.removeprefix('validation_')} {x:.3f}" for name, x in scores.items())
+        tqdm.write(f"epoch {self.epoch}: {', '.join(shown)}")
         score, before = scores.get(self.best_by, math.inf), self.best
         self.best = min(score, before)
         return score < before
@@ -1055,9 +1019,9 @@ def open_training(
 ) -> Iterator[Run]:
     """A run in `--checkpoint_dir`, new or resumed, for the time of this process.
 
-    First of all: what would stop it hours later stops it here. `changeable`: flags and settings of
-    this trainer that a resumed run can take up, beside `CHANGEABLE`. Raises UserError where the
-    device is not there, the folder cannot be written or is at work, or the checkpoint does not fit.
+    What would stop it hours later stops it here: raises UserError where the device is not there,
+    the folder cannot be written or is at work, or the checkpoint does not fit. `changeable`: flags
+    and settings of this trainer that a resumed run can take up, beside `CHANGEABLE`.
     """
     process = setup_distributed(args.device)
     if args.threads:
@@ -1072,31 +1036,6 @@ def open_training(
         stack.callback(run.close)
         seed_everything(args.seed)
         yield run
-
-
-def _as_started(
-    args: argparse.Namespace,
-    kind: type[Settings],
-    checkpoint: Checkpoint | None,
-    changeable: Collection[str],
-) -> tuple[Settings, list[str]]:
-    """Flags (in place) and settings as a checkpoint has them, changed by the command line; with
-    lines on what changed."""
-    given = dict(args.set or ())
-    if checkpoint is None:
-        return kind(**given), []
-    trainer, where = checkpoint.trainer, checkpoint.path
-    if trainer is None:
-        raise UserError(f"{where}: an export has no trainer state; use --init_from")
-    needed = {"step", "epoch", "consumed", "best", "schedule", "planned_steps", "flags", "settings"}
-    for name in sorted(needed - trainer.keys()):
-        raise UserError(f"{where}: no {name} in its trainer state, as another version wrote it; "
-                        "start in a new --checkpoint_dir with --init_from")  # fmt: skip
-    settings = dataclasses.asdict(kind(**given))
-    values, stored = {**vars(args), **settings}, {**trainer["flags"], **trainer["settings"]}
-    news = take_stored(values, stored, args.given.union(given), changeable, where, settings)
-    vars(args).update({name: values[name] for name in vars(args)})
-    return kind(**{name: values[name] for name in settings}), news
 
 
 def _remove_unused(folder: Path) -> None:
