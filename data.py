@@ -377,32 +377,27 @@ def _speaker_from_name(path: Path) -> str | None:
 
 
 def load_clips(
-    data_dirs: Sequence[str | Path],
-    split: str,
-    commercial_only: bool = False,
-    unreadable_log: str | Path | None = None,
+    data_dirs: Sequence[str | Path], split: str, commercial_only: bool = False
 ) -> Clips:
-    """The clips of one split below `data_dirs`: from manifests, and by scanning what has none.
+    """`load_splits` of one split."""
+    return load_splits(data_dirs, [split], commercial_only)[0]
+
+
+def load_splits(
+    data_dirs: Sequence[str | Path], splits: Sequence[str], commercial_only: bool = False,
+    unreadable_log: str | Path | None = None,
+) -> list[Clips]:  # fmt: skip
+    """The clips of each split below `data_dirs`: from manifests, and by scanning what has none.
 
     A file counts once: as a manifest lists it, rather than as a scan finds it; held out where any
     manifest holds it out, commercial where all say so. What cannot be read is counted on stderr and
     listed in `unreadable_log`. Raises UserError on a missing folder, an empty manifest, folders
     without audio and an empty train split; other splits may be empty.
     """
-    return load_splits(data_dirs, [split], commercial_only, unreadable_log)[0]
-
-
-def load_splits(
-    data_dirs: Sequence[str | Path],
-    splits: Sequence[str],
-    commercial_only: bool = False,
-    unreadable_log: str | Path | None = None,
-) -> list[Clips]:
-    """`load_clips` of several splits for the time of one."""
     scan = _Scan()
     clips = _load_all(data_dirs, scan)
     scan.report(unreadable_log)
-    where = " ".join(str(folder) for folder in data_dirs)
+    where = " ".join(map(str, data_dirs))
     if not len(clips):
         raise UserError(f"{where}: no readable audio there; run download_data.py or check the path")
     if commercial_only:
@@ -522,15 +517,13 @@ def draw_speed(rng: np.random.Generator, probability: float = 0.3) -> float:
 
 
 def distort(audio: np.ndarray, rng: np.random.Generator, probability: float = 0.3) -> np.ndarray:
-    """Noise, band limit and gain, each with `probability`, on 24 kHz mono float32 `[T]`.
-
-    Length and the place of every phone stay. All randomness comes from `rng`.
-    """
+    """Noise, band limit and gain, each with `probability`, on 24 kHz mono float32 `[T]`; every
+    phone stays in its place."""
     noise, band, gain = rng.random(3) < probability
     if not len(audio):
         return audio
     if noise:
-        snr_db = rng.uniform(*SNR_RANGE_DB)
+        snr_db = rng.uniform(*SNR_RANGE_DB)  # drawn before the noise
         audio = add_noise(audio, coloured_noise(len(audio), rng), snr_db)
     if band:
         audio = band_limit(audio, rng)
@@ -582,18 +575,13 @@ def band_limit(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def frame_labels(
-    phones: list | None,
-    phone_ids: dict[str, int] | None,
-    frames: int,
-    start: float = 0.0,
-    speed: float = 1.0,
-    end: float | None = None,
-) -> np.ndarray:
+    phones: list | None, phone_ids: dict[str, int] | None, frames: int,
+    start: float = 0.0, speed: float = 1.0, end: float | None = None,
+) -> np.ndarray:  # fmt: skip
     """Phone ids `[F]` int64 of a window that begins at `start` s and plays `speed` times as fast.
 
-    Frame `f` covers [f, f + 1) * 20 ms of the window and takes the phone at its middle. Frames
-    behind `end` (the end of the clip: padding) are silence; a frame without a phone, or with
-    one that `phone_ids` lacks, is -100.
+    A frame takes the phone at its middle. Frames behind `end` (of the clip: padding) are silence; a
+    frame without a phone, or with one that `phone_ids` lacks, is -100.
     """
     labels = np.full(frames, UNKNOWN_PHONE, np.int64)
     if not phones or phone_ids is None:
@@ -629,26 +617,16 @@ class WindowDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        clips: Sequence[Clip],
-        window_seconds: float,
-        seed: int = 0,
-        epoch_items: int = 1000,
-        language_temperature: float = 1.0,
-        augment: float = 0.0,
-        phone_ids: dict[str, int] | None = None,
-        unreadable_log: str | Path | None = None,
-    ) -> None:
+        clips: Sequence[Clip], window_seconds: float, seed: int = 0, epoch_items: int = 1000,
+        language_temperature: float = 1.0, augment: float = 0.0,
+        phone_ids: dict[str, int] | None = None, unreadable_log: str | Path | None = None,
+    ) -> None:  # fmt: skip
         if not len(clips):
             raise UserError("no clips to draw windows from; check --data_dirs")
-        if window_seconds <= 0 or epoch_items < 1 or language_temperature <= 0:
-            raise UserError("the window, the epoch and the temperature must be above zero")
         self.clips = Clips.of(clips)
         self.samples = round(window_seconds * SAMPLE_RATE)
-        self.seed = seed
-        self.epoch_items = epoch_items
-        self.augment = augment
-        self.phone_ids = phone_ids
-        self.unreadable_log = None if unreadable_log is None else Path(unreadable_log)
+        self.seed, self.epoch_items, self.augment = seed, epoch_items, augment
+        self.phone_ids, self.unreadable_log = phone_ids, unreadable_log
         self._groups = _language_groups(self.clips, language_temperature)
         # Shared memory, so that worker processes report bad files.
         self._bad = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
@@ -667,7 +645,7 @@ class WindowDataset(torch.utils.data.Dataset):
         if not 0 <= index < self.epoch_items:
             raise IndexError(index)
         rng = item_rng(self.seed, epoch, index)
-        last = "no window"
+        last = "windows behind the end of their files"
         for tried in range(self._tries):
             # Every try draws from the same generator: bad files stay part of what is repeatable.
             which = self._draw_clip(rng, evenly=tried >= self._tries // 2)
@@ -683,10 +661,10 @@ class WindowDataset(torch.utils.data.Dataset):
                 continue
             if window is not None:
                 return window
+        found = f"{self.unreadable} of {len(self.clips)} clips so far"
         raise AudioError(
-            f"{self._tries} unreadable audio files in a row ({self.unreadable} of "
-            f"{len(self.clips)} clips so far); do the manifests' paths and durations fit the "
-            f"files? The last: {last}"
+            f"{self._tries} unreadable audio files in a row ({found}); do the manifests' paths and "
+            f"durations fit the files? The last: {last}"
         )
 
     def _draw_clip(self, rng: np.random.Generator, evenly: bool) -> int:
@@ -698,11 +676,8 @@ class WindowDataset(torch.utils.data.Dataset):
         at = np.searchsorted(seconds, within * seconds[-1], side="right")
         return int(members[min(at, len(members) - 1)])
 
-    def _window(
-        self, which: int, place: float, speed: float, rng: np.random.Generator
-    ) -> dict | None:
-        """The window at `place` (0 to 1) of what the clip says is its length; None where the file
-        ends before that."""
+    def _window(self, which: int, place: float, speed: float, rng: np.random.Generator):
+        """The window at `place` (0 to 1) in the clip; None where its file ends before that."""
         clip = self.clips[which]
         augmented = self.augment > 0 and not clip.augmented
         speed = speed if augmented else 1.0
@@ -723,18 +698,14 @@ class WindowDataset(torch.utils.data.Dataset):
         padded = np.zeros((1, self.samples), np.float32)
         padded[0, : len(audio)] = audio
         return {
-            "audio": torch.from_numpy(padded),
-            "language": clip.language,
-            "speaker": clip.speaker or "",
-            "phones": torch.from_numpy(labels),
-            "path": str(clip.path),
-            "start": start,
-            "speed": speed,
-        }
+            "audio": torch.from_numpy(padded), "phones": torch.from_numpy(labels),
+            "language": clip.language, "speaker": clip.speaker or "",
+            "path": str(clip.path), "start": start, "speed": speed,
+        }  # fmt: skip
 
     def _log(self, text: str) -> None:
         if self.unreadable_log is not None:
-            self.unreadable_log.parent.mkdir(parents=True, exist_ok=True)
+            Path(self.unreadable_log).parent.mkdir(parents=True, exist_ok=True)
             with open(self.unreadable_log, "ab") as file:
                 file.write(os.fsencode(f"{text}\n"))
 
@@ -758,19 +729,13 @@ def _language_groups(
 
 
 def epochs_of_batches(
-    items: int,
-    batch_size: int,
-    num_epochs: int,
-    epoch: int = 0,
-    consumed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[list[tuple[int, int]]]:
+    items: int, batch_size: int, num_epochs: int, epoch: int = 0, consumed: int = 0,
+    rank: int = 0, world_size: int = 1,
+) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """One rank's batches of (epoch, index), from `consumed` samples into `epoch` to the last epoch.
 
-    `batch_size` and `consumed` count the samples of all ranks: a batch is the next `batch_size`
-    indices, dealt out in turn, so that any number of ranks sees together what one would. The last,
-    incomplete batch of an epoch is dropped.
+    `batch_size` and `consumed` count the samples of all ranks: any number of ranks sees together
+    what one would. The last, incomplete batch of an epoch is dropped.
     """
     for current in range(epoch, num_epochs):
         for first in range(consumed, items - batch_size + 1, batch_size):
@@ -779,38 +744,27 @@ def epochs_of_batches(
 
 
 def training_batches(
-    dataset: torch.utils.data.Dataset,
-    batch_size: int,
-    num_workers: int,
-    process: Distributed,
-    num_epochs: int,
-    epoch: int = 0,
-    consumed: int = 0,
-    collate: Callable | None = None,
-) -> Iterator[tuple[int, int, Any]]:
+    dataset: torch.utils.data.Dataset, batch_size: int, num_workers: int, process: Distributed,
+    num_epochs: int, epoch: int = 0, consumed: int = 0, collate: Callable | None = None,
+) -> Iterator[tuple[int, int, Any]]:  # fmt: skip
     """(epoch, samples consumed in it once this batch is done, batch), to the last epoch's end.
 
-    `batch_size` is that of all ranks together; `epoch` and `consumed` are where to go on, for the
-    caller to keep in its checkpoint: what workers have fetched ahead is not consumed. Raises
-    UserError where an epoch holds no batch or the batch cannot be shared evenly.
+    `batch_size` is that of all ranks together; `epoch` and `consumed` are where to go on: what
+    workers have fetched ahead is not consumed. Raises UserError where an epoch holds no batch or
+    the batch cannot be shared evenly.
     """
     if batch_size % process.world_size:
         raise UserError(f"--batch_size {batch_size} must divide by {process.world_size} ranks")
     if len(dataset) < batch_size:
-        raise UserError(
-            f"an epoch of {len(dataset)} windows is smaller than one batch of {batch_size}; lower "
-            "--batch_size or add audio"
-        )
+        small = f"an epoch of {len(dataset)} windows is smaller than one batch of {batch_size}"
+        raise UserError(f"{small}; lower --batch_size or add audio")
     place = (num_epochs, epoch, consumed, process.rank, process.world_size)
     # One loader for all epochs: its workers, started anew, would leave a GPU waiting each time.
     loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=epochs_of_batches(len(dataset), batch_size, *place),
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=process.device.type == "cuda",
+        dataset, batch_sampler=epochs_of_batches(len(dataset), batch_size, *place),
+        num_workers=num_workers, collate_fn=collate, pin_memory=process.device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
-    )
+    )  # fmt: skip
     for batch in _errors_in_one_line(loader):
         if consumed > len(dataset) - batch_size:  # at the epoch's end
             epoch, consumed = epoch + 1, 0

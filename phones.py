@@ -23,7 +23,7 @@ def split_symbols(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Length is kept where it changes quality (a/aː); elsewhere short and long fold into the pairs
+# Length stays where it changes quality (a/aː); elsewhere short and long fold into the pairs
 # ɪ/i and ʊ/u. Nasal vowels are a vowel and ŋ; r-coloured diphthongs are a vowel and ɹ.
 VOWELS = split_symbols("i ɪ e ɛ æ a aː ɑ ɔ o ʊ u ʌ ə ɚ eɪ aɪ ɔɪ aʊ oʊ")
 CONSONANTS = split_symbols(
@@ -63,10 +63,10 @@ _LONG_TOKEN = sorted(_ESPEAK_UNITS, key=len, reverse=True)
 
 
 def fold_ipa(symbol: str, language: str, unknown: list[str] | None = None) -> list[str]:
-    """One of espeak's IPA symbols as phones of `PHONES`; symbols nobody knows go to `unknown`.
+    """One of espeak's IPA symbols as phones of `PHONES`.
 
-    A symbol that has no entry is read greedily, longest known piece first, so that a rare
-    diphthong is not lost; what is left over is dropped and reported.
+    A symbol without an entry is read greedily, longest known piece first; what is left over goes to
+    `unknown`.
     """
     nasal = "\u0303" in symbol
     symbol = re.sub("[\u0303ˈˌ͡|‿'^*!?%-]", "", symbol).strip()
@@ -88,22 +88,10 @@ def fold_ipa(symbol: str, language: str, unknown: list[str] | None = None) -> li
     return phones
 
 
-def phonemize(text: str, language: str, unknown: list[str] | None = None) -> list[str]:
-    """Text -> phones of `PHONES`, by espeak's rules, without silences. `[]` for text without words.
-
-    Unknown IPA symbols are appended to `unknown` where a list is given. UserError without espeak.
-    """
-    return [p for word in phonemize_words(text, language, unknown) for p in word]
-
-
-def phonemize_words(text: str, language: str, unknown: list[str] | None = None) -> list[list[str]]:
-    """As `phonemize`, one list a word that espeak says (numbers may become several)."""
-    words = []
-    for chunk in espeak().ipa(clean_text(text), espeak_language(language)):
-        phones = [p for unit in chunk for p in fold_ipa(unit, language, unknown)]
-        if phones:
-            words.append(phones)
-    return words
+def phonemize(text: str, language: str) -> list[str]:
+    """Text -> phones of `PHONES`, by espeak's rules, without silences; UserError without espeak."""
+    words = espeak().ipa(clean_text(text), espeak_language(language))
+    return [phone for word in words for unit in word for phone in fold_ipa(unit, language)]
 
 
 JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ: they shape letters within a word, and are no border of it
@@ -115,18 +103,17 @@ def clean_text(text: str) -> str:
 
     Joiners stay within words; other characters of no width go without leaving a space.
     """
-    text = unicodedata.normalize("NFC", text).translate(
-        str.maketrans("’‘“”–—…।॥\\", "''\"\"--... ")
-    )
-    kept = []
+    simple = str.maketrans("’‘“”–—…।॥\\", "''\"\"--... ")
+    text = unicodedata.normalize("NFC", text).translate(simple)
+    clean = []
     for c in text:
         kind = unicodedata.category(c)
         if kind == "Cf":  # soft hyphens, marks of direction, joiners that join nothing
-            if c in JOINERS and kept and unicodedata.category(kept[-1])[0] in "LMN":
-                kept.append(c)
+            if c in JOINERS and clean and unicodedata.category(clean[-1])[0] in "LMN":
+                clean.append(c)
         else:
-            kept.append(c if kind[0] in "LMNPZ" or c in "%$+=" else " ")
-    text = re.sub(f"[{JOINERS}]+(?=[\\s{_STOPS}]|$)", "", "".join(kept))
+            clean.append(c if kind[0] in "LMNPZ" or c in "%$+=" else " ")
+    text = re.sub(f"[{JOINERS}]+(?=[\\s{_STOPS}]|$)", "", "".join(clean))
     # A final anusvara is m in Telugu (namaskaaram); espeak would say n.
     text = re.sub(f"\u0c02(?![{JOINERS}]*\\w)", "\u0c2e\u0c4d", text)
     return re.sub(r"\s+", " ", text).strip()
@@ -139,9 +126,7 @@ def without_joiners(text: str) -> str:
 
 def espeak_language(language: str) -> str:
     if language not in _ESPEAK_LANGUAGE:
-        raise UserError(
-            f"no voice speaks {language!r}: languages are {', '.join(_ESPEAK_LANGUAGE)}"
-        )
+        raise UserError(f"no voice speaks {language!r}: there are {', '.join(_ESPEAK_LANGUAGE)}")
     return _ESPEAK_LANGUAGE[language]
 
 

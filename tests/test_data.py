@@ -344,7 +344,7 @@ def test_names_that_are_no_utf_8_and_what_a_scan_passes_over(tmp_path, capsys):
     (tmp_path / os.fsdecode(b"bad\xe9.wav")).write_bytes(b"none")
     (tmp_path / "notes.SPH").touch()
     os.mkfifo(tmp_path / "pipe.wav")
-    clips = data.load_clips([tmp_path], "train", unreadable_log=tmp_path / "log" / "bad.txt")
+    clips = data.load_splits([tmp_path], ["train"], False, tmp_path / "log" / "bad.txt")[0]
     told = capsys.readouterr().err
     assert len(clips) == 2 and "1 unreadable" in told and "1 files of .sph passed over" in told
     assert b"bad\xe9.wav" in (tmp_path / "log" / "bad.txt").read_bytes()
@@ -408,9 +408,7 @@ def test_load_clips_joins_manifests_and_loose_audio(tmp_path, bad_folder, capsys
     listed = [clip(corpus / "a.wav", 1.0, commercial_ok=True)]
     data.write_manifest(corpus / data.MANIFEST, listed)
     log = tmp_path / "logs" / "unreadable.txt"
-    found = [
-        one for split in data.SPLITS for one in data.load_clips([bad_folder], split, False, log)
-    ]
+    found = itertools.chain(*data.load_splits([bad_folder], data.SPLITS, False, log))
     assert sorted(one.path.name for one in found) == ["a.wav", "good.wav", "stereo.mp3"]
     assert len(log.read_text().splitlines()) == 3
     assert "3 unreadable audio files" in capsys.readouterr().err
