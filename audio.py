@@ -52,12 +52,9 @@ class AudioError(UserError):
 
 
 def read_audio(
-    path: str | Path,
-    start: float = 0.0,
-    duration: float | None = None,
-    sample_rate: int = SAMPLE_RATE,
-    speed: float = 1.0,
-) -> np.ndarray:
+    path: str | Path, start: float = 0.0, duration: float | None = None,
+    sample_rate: int = SAMPLE_RATE, speed: float = 1.0,
+) -> np.ndarray:  # fmt: skip
     """Read `duration` seconds from `start` as mono float32 `[T]` at `sample_rate`.
 
     Seeks, so a window of a long file costs the window alone. Reads up to the end of the file where
@@ -130,9 +127,6 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
         raise AudioError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 
-# -------------------------------------------------------------------------------------- samples
-
-
 def _read_samples(file: _File, path: str | Path, count: int) -> np.ndarray:
     """The next `count` samples `[T, C]`; raises AudioError where they are missing or no numbers."""
     samples = file.read(count, dtype="float32", always_2d=True)
@@ -174,9 +168,6 @@ def _full_scale(path: str | Path) -> float:
     if peak <= _LOUDEST_FLOAT:
         return 1.0
     return next((float(scale) for scale in (2**15, 2**23) if peak <= scale), 2.0**31)
-
-
-# ---------------------------------------------------------------------------------- containers
 
 
 @contextlib.contextmanager
@@ -229,10 +220,8 @@ class _Decoded:
         if coded is None and not str(path).isprintable():  # libav takes names that are UTF-8 alone
             coded = self._closing.enter_context(open(path, "rb"))  # noqa: SIM115
         self._container = self._closing.enter_context(av.open(coded or str(path)))
-        if not self._container.streams.audio:
-            raise AudioError(f"{path}: holds no sound; remove it")
-        self._stream = self._container.streams.audio[0]
-        frame = next(self._container.decode(self._stream), None)
+        self._stream = next(iter(self._container.streams.audio), None)
+        frame = self._stream and next(self._container.decode(self._stream), None)
         if frame is None:
             raise AudioError(f"{path}: holds no samples; remove it or record it again")
         self._resampler = av.AudioResampler

@@ -80,9 +80,8 @@ class _Drain(io.FileIO):
         try:
             return super().write(data)
         except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())
-            os.close(nowhere)
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.fileno())
             return len(data)
 
 
@@ -199,19 +198,17 @@ def _results(work: Callable, parts: Sequence, num_workers: int) -> Iterator:
     workers = min(num_workers, len(parts))
     # spawn: forked copies of a process that has used torch's or onnxruntime's threads hang.
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
-    # Four each, so that results that nobody has taken do not fill the memory.
-    waiting = iter(parts)
-    ahead = deque(pool.submit(work, part) for part in itertools.islice(waiting, 4 * workers))
+    waiting, ahead = iter(parts), deque()
     try:
+        # Four each, so that results that nobody has taken do not fill the memory.
+        ahead.extend(pool.submit(work, part) for part in itertools.islice(waiting, 4 * workers))
         while ahead:
             result = ahead.popleft().result()
             ahead.extend(pool.submit(work, part) for part in itertools.islice(waiting, 1))
             yield result
     except BrokenProcessPool as error:
-        raise UserError(
-            "a worker process ended without an answer (out of memory?); run the same command again "
-            "with fewer --num_workers: it goes on"
-        ) from error
+        died = "a worker process ended without an answer (out of memory?)"
+        raise UserError(f"{died}; the same command goes on: give it fewer --num_workers") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -251,7 +248,7 @@ def writable_file(path: str | Path, flag: str) -> Path:
     file = Path(path)
     writable_folder(file.parent, flag)
     try:
-        os.close(os.open(file, os.O_WRONLY))
+        os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
     except FileNotFoundError:
         pass
     except OSError as error:

@@ -261,7 +261,7 @@ def scan_folder(path: str | Path) -> tuple[list[Clip], list[Path]]:
     """
     root, scan = existing_folder(path, "--data_dirs"), _Scan()
     files = [file for folder, names in _walk([root]) for file in scan.audio_files(folder, names)]
-    return _scan_files(files, path, scan), list(scan.bad)
+    return _scan_files(files, path, scan), sorted(scan.bad)
 
 
 class _Scan:
@@ -312,14 +312,14 @@ def _walk(roots: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
 
     Links are followed last, so that a folder goes by its own name where it has one.
     """
-    seen: set[tuple[int, int]] = set()
+    seen: set[str] = set()
     waiting, links = [*reversed(roots)], []
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
-        about = os.stat(folder)
-        if (about.st_dev, about.st_ino) in seen:
+        real = os.path.realpath(folder)
+        if real in seen:
             continue
-        seen.add((about.st_dev, about.st_ino))
+        seen.add(real)
         with os.scandir(folder) as entries:
             entries = sorted(entries, key=lambda entry: entry.name)
         entries = [entry for entry in entries if not entry.name.startswith(".")]
@@ -376,13 +376,6 @@ def _speaker_from_name(path: Path) -> str | None:
     return speaker if above or alike else None
 
 
-def load_clips(
-    data_dirs: Sequence[str | Path], split: str, commercial_only: bool = False
-) -> Clips:
-    """`load_splits` of one split."""
-    return load_splits(data_dirs, [split], commercial_only)[0]
-
-
 def load_splits(
     data_dirs: Sequence[str | Path], splits: Sequence[str], commercial_only: bool = False,
     unreadable_log: str | Path | None = None,
@@ -410,6 +403,11 @@ def load_splits(
         if not len(own) and split == "train":
             raise UserError(f"{where}: {len(clips)} clips, none in the train split; add more")
     return chosen
+
+
+def load_clips(dirs: Sequence[str | Path], split: str, commercial_only: bool = False) -> Clips:
+    """`load_splits` of one split."""
+    return load_splits(dirs, [split], commercial_only)[0]
 
 
 def _load_all(data_dirs: Sequence[str | Path], scan: _Scan) -> Clips:
@@ -630,7 +628,7 @@ class WindowDataset(torch.utils.data.Dataset):
         self._groups = _language_groups(self.clips, language_temperature)
         # Shared memory, so that worker processes report bad files.
         self._bad = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
-        self._lengths: dict[int, float] = {}  # in s, of files that are shorter than they should be
+        self._logged: set[int] = set()
 
     def __len__(self) -> int:
         return self.epoch_items
@@ -644,8 +642,7 @@ class WindowDataset(torch.utils.data.Dataset):
         epoch, index = index if isinstance(index, tuple) else (0, index)
         if not 0 <= index < self.epoch_items:
             raise IndexError(index)
-        rng = item_rng(self.seed, epoch, index)
-        last = "windows behind the end of their files"
+        rng, last = item_rng(self.seed, epoch, index), "windows behind the end of their files"
         for tried in range(self._tries):
             # Every try draws from the same generator: bad files stay part of what is repeatable.
             which = self._draw_clip(rng, evenly=tried >= self._tries // 2)
@@ -657,7 +654,7 @@ class WindowDataset(torch.utils.data.Dataset):
             except AudioError as error:
                 last = str(error)
                 self._bad[which] = True
-                self._log(last)
+                self._log(which, last)
                 continue
             if window is not None:
                 return window
@@ -683,12 +680,9 @@ class WindowDataset(torch.utils.data.Dataset):
         speed = speed if augmented else 1.0
         seconds = self.samples / SAMPLE_RATE * speed
         start = place * max(clip.duration - seconds, 0.0)
-        if start >= self._lengths.get(which, math.inf):
-            return None
         audio = read_audio(clip.path, start, seconds, speed=speed)[: self.samples]
         if not len(audio):
-            self._lengths[which] = probe(clip.path)[0]
-            self._log(f"{clip.path}: {self._lengths[which]:.2f} s, not {clip.duration:g} s")
+            self._log(which, f"{clip.path}: shorter than the {clip.duration:g} s of its manifest")
             return None
         if augmented:
             audio = distort(audio, rng, self.augment)
@@ -703,16 +697,15 @@ class WindowDataset(torch.utils.data.Dataset):
             "path": str(clip.path), "start": start, "speed": speed,
         }  # fmt: skip
 
-    def _log(self, text: str) -> None:
-        if self.unreadable_log is not None:
+    def _log(self, which: int, text: str) -> None:
+        if self.unreadable_log is not None and which not in self._logged:
+            self._logged.add(which)
             Path(self.unreadable_log).parent.mkdir(parents=True, exist_ok=True)
             with open(self.unreadable_log, "ab") as file:
                 file.write(os.fsencode(f"{text}\n"))
 
 
-def _language_groups(
-    clips: Clips, temperature: float
-) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+def _language_groups(clips: Clips, temperature: float) -> tuple[np.ndarray, list[tuple]]:
     """(upper ends of the languages' shares of [0, 1], per language (clip indices, running s))."""
     weights, groups = [], []
     at, names = clips.codes("language")

@@ -32,9 +32,6 @@ CODEBOOKS = 8  # what the LM reads and writes
 TURN_PAUSE = 0.8  # seconds: words of one speaker with a longer pause between them are two turns
 
 
-# ---------------------------------------------------------------------------------- scripts
-
-
 @dataclass(frozen=True)
 class Line:
     """One turn as written; `texts` are wordings to choose from (the agent has one)."""
@@ -112,12 +109,9 @@ def _line(turn: dict, where: str) -> Line:
 
 
 def choose_exchanges(
-    exchanges: Iterable[Exchange],
-    language: str,
-    split: str,
-    intents: Sequence[str] = (),
-    archetypes: bool = False,
-) -> list[Exchange]:
+    exchanges: Iterable[Exchange], language: str, split: str,
+    intents: Sequence[str] = (), archetypes: bool = False,
+) -> list[Exchange]:  # fmt: skip
     """Those of a split: training wordings for train, held-out ones otherwise."""
     mine = [e for e in exchanges if e.language == language]
     unknown = set(intents) - {e.intent for e in mine}
@@ -129,9 +123,6 @@ def choose_exchanges(
     if not chosen:
         raise UserError(f"no {language} script left for split {split}; check --intents, --scripts")
     return chosen
-
-
-# ---------------------------------------------------------------------------------- recordings
 
 
 @dataclass(frozen=True)
@@ -235,9 +226,6 @@ def _turns_of_alignments(path: Path) -> list[dict]:
     for turn in turns:
         turn["text"] = " ".join(word for word, _, _ in turn["words"])
     return turns
-
-
-# ---------------------------------------------------------------------------------- code dataset
 
 
 _SPANS = (("phones", "phone"), ("words", "word"))
