@@ -39,8 +39,8 @@ class UserError(Exception):
 def run(main: Callable[[], int | None], resumes: bool = True) -> None:
     """Run a script's `main`: what the user can mend ends in one line on stderr and exit code 1.
 
-    A file or folder that the system refuses counts as the user's. Ctrl-C exits 130; `resumes`: the
-    same command then goes on. Other exceptions keep their traceback: they are bugs. Printing never
+    A file that the system refuses counts as the user's. Ctrl-C exits 130; `resumes`: the same
+    command then goes on. Other exceptions keep their traceback: they are bugs. Printing never
     fails: not for the terminal's encoding, nor where nobody reads on.
     """
     sys.stdout, sys.stderr = _unfailing(sys.stdout), _unfailing(sys.stderr)
@@ -61,7 +61,7 @@ def run(main: Callable[[], int | None], resumes: bool = True) -> None:
 
 
 def why(error: BaseException) -> str:
-    """What the system refused, for one line."""
+    """What the system refused, as a part of one line."""
     if getattr(error, "errno", None) in DISK_FULL:
         return "the disk is full; free some space and run again"
     return getattr(error, "strerror", None) or first_line(error)
@@ -95,9 +95,6 @@ def _unfailing(stream: TextIO | None) -> TextIO:
     raw = io.BufferedWriter(_Drain(stream.fileno(), "w", closefd=False))
     lines = stream.line_buffering or stream.write_through
     return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=lines)
-
-
-# ----------------------------------------------------------------------------------- flags
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -152,9 +149,6 @@ def whole(low: int, high: float = math.inf) -> Callable[[str], int]:
 
 
 share = number(0.0, 1.0)  # a flag's `type`
-
-
-# ------------------------------------------------------------------------------- processes
 
 
 def default_workers(most: int = 16) -> int:
@@ -219,9 +213,6 @@ def _start_worker() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-
-
-# --------------------------------------------------------------------------------- folders
 
 
 def existing_folder(path: str | Path, flag: str, remedy: str = "") -> Path:
@@ -298,8 +289,7 @@ def sync_to_disk(path: str | Path) -> None:
 
 def file_name(name: str, most: int = 200) -> str:
     """`name` where it is UTF-8 of at most `most` bytes; else cut to that, with a hash of it."""
-    raw = name.encode("utf-8", "surrogatepass")
-    valid = name.encode("utf-8", "ignore")
+    raw, valid = name.encode("utf-8", "surrogatepass"), name.encode("utf-8", "ignore")
     if raw == valid and len(raw) <= most:
         return name
     stem, suffix = os.path.splitext(valid.decode())
@@ -323,9 +313,6 @@ def only_one(folder: str | Path) -> Iterator[None]:
         except OSError:  # a network volume without locks: go on as before
             pass
         yield
-
-
-# ------------------------------------------------------------------------------ JSON lines
 
 
 def json_lines(path: str | Path, skip_damaged: bool = False) -> Iterator[tuple[int, dict]]:

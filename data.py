@@ -50,11 +50,6 @@ _PASSED_OVER = (
 MANIFEST = "manifest.jsonl"
 UNKNOWN_PHONE = -100  # ignored by torch's cross entropy
 
-SPEED_RANGE = (0.9, 1.1)
-SNR_RANGE_DB = (5.0, 30.0)
-GAIN_RANGE_DB = (-12.0, 6.0)
-LOW_PASS_RANGE_HZ = (3400.0, 10000.0)
-
 # What a line of a speech manifest may hold.
 _FIELDS = {
     "path": "path", "duration": "number or NaN", "sample_rate": "number or NaN",
@@ -222,17 +217,15 @@ def read_manifest(path: str | Path) -> Clips:
 
 def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
     """Write clips one a line, atomically, with paths relative to the manifest."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.path.abspath(path.parent)
+    folder = os.path.abspath(Path(path).parent)
+    os.makedirs(folder, exist_ok=True)
     with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
         for clip in clips:
             row = asdict(clip)
             row["path"] = Path(os.path.relpath(clip.path, folder)).as_posix()
             row["duration"] = round(clip.duration, 4)
-            for optional in ("text", "emotion", "phones", "augmented"):
-                if row[optional] is None or row[optional] is False:
-                    del row[optional]
+            optional = ("text", "emotion", "phones", "augmented")
+            row = {k: v for k, v in row.items() if k not in optional or v not in (None, False)}
             file.write(as_json_line(row))
 
 
@@ -248,7 +241,6 @@ def split_for(key: str, validation: float = 0.05, test: float = 0.05) -> str:
 
 
 def _point(key: str) -> float:
-    """A place in [0, 1) by a hash."""
     return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], "big") / 2**64
 
 
@@ -273,11 +265,10 @@ class _Scan:
 
     def audio_files(self, folder: Path, names: list[str]) -> list[Path]:
         """The files to read; those of other suffixes that stand for audio are counted."""
-        suffixes = [os.path.splitext(name)[1].lower() for name in names]
+        suffixes = (os.path.splitext(name)[1].lower() for name in names)
         for suffix in filter(_PASSED_OVER.__contains__, suffixes):
             self.notes[f"files of {suffix} passed over: convert them to be trained on"] += 1
-        named = zip(names, suffixes, strict=True)
-        return [folder / name for name, suffix in named if suffix in AUDIO_SUFFIXES]
+        return [folder / name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
 
     def probe_all(self, files: Iterable[Path]) -> list[tuple[float, int] | None]:
         """`probe` of each; None for the bad."""
@@ -360,20 +351,11 @@ def _language_in(path: Path) -> str | None:
 
 
 def _speaker_from_name(path: Path) -> str | None:
-    """LibriSpeech's `speaker-chapter-0001` and LibriTTS' `speaker_chapter_000001_000001`.
-
-    Only below the speaker's folder, or with numbers as long as theirs; never what may be a date:
-    all recordings of a year would count as one voice.
-    """
-    match = re.fullmatch(r"(\d{1,5})([-_])(\d+)\2(\d+)(_\d+)?", path.stem)
-    if match is None:
-        return None
-    speaker, chapter, number = match.group(1, 3, 4)
-    if any(re.fullmatch(r"(19|20)\d\d", part) for part in (speaker, number)):
-        return None
-    above = speaker in (path.parent.name, path.parent.parent.name)
-    alike = re.fullmatch(r"[1-9]\d{2,5}", chapter) and len(number) in (4, 6)
-    return speaker if above or alike else None
+    """Of LibriSpeech's and LibriTTS' layout, `speaker/chapter/speaker-chapter-0001`; never a date,
+    for all recordings of a year would count as one voice."""
+    match = re.fullmatch(r"(?!(?:19|20)\d\d[-_])(\d{1,5})([-_])\d+\2\d+(_\d+)?", path.stem)
+    above = (path.parent.name, path.parent.parent.name)
+    return match[1] if match and match[1] in above else None
 
 
 def load_splits(
@@ -439,12 +421,9 @@ def _each_once(clips: Clips, scan: _Scan) -> Clips:
     split, splits = clips.codes("split")
     ranks = np.array([SPLITS.index(name) for name in splits], np.int8)
     lines = {
-        "folder": same[at],
-        "name": clips.table["name"],
-        "line": np.arange(len(clips)),
-        "split": ranks[split],
-        "free": clips.column("commercial_ok").astype(np.int8),
-    }
+        "folder": same[at], "name": clips.table["name"], "line": np.arange(len(clips)),
+        "split": ranks[split], "free": clips.column("commercial_ok").astype(np.int8),
+    }  # fmt: skip
     wanted = [("line", "min"), ("split", "min"), ("split", "max"), ("free", "min")]
     files = pyarrow.table(lines).group_by(["folder", "name"]).aggregate(wanted)
     if len(files) == len(clips):
@@ -463,8 +442,6 @@ def _measured(clips: Clips, scan: _Scan) -> Clips:
     that cannot be measured."""
     seconds, rates = clips.column("duration").copy(), clips.column("sample_rate").copy()
     odd = np.flatnonzero((seconds < FRAME_SECONDS) | (seconds > LONGEST) | (rates == 0))
-    if not len(odd):
-        return clips
     for i, probed in zip(odd, scan.probe_all(clips[int(i)].path for i in odd), strict=True):
         seconds[i], rates[i] = probed or (0.0, 0)
     readable = rates > 0
@@ -509,8 +486,8 @@ def hours_by_language(clips: Iterable[Clip]) -> dict[str, float]:
 
 
 def draw_speed(rng: np.random.Generator, probability: float = 0.3) -> float:
-    """A playback speed from SPEED_RANGE with `probability`, else 1.0."""
-    chosen, speed = rng.random() < probability, rng.uniform(*SPEED_RANGE)
+    """A playback speed of 0.9 to 1.1 with `probability`, else 1.0."""
+    chosen, speed = rng.random() < probability, rng.uniform(0.9, 1.1)
     return float(speed) if chosen else 1.0
 
 
@@ -521,12 +498,12 @@ def distort(audio: np.ndarray, rng: np.random.Generator, probability: float = 0.
     if not len(audio):
         return audio
     if noise:
-        snr_db = rng.uniform(*SNR_RANGE_DB)  # drawn before the noise
+        snr_db = rng.uniform(5.0, 30.0)  # drawn before the noise
         audio = add_noise(audio, coloured_noise(len(audio), rng), snr_db)
     if band:
         audio = band_limit(audio, rng)
     if gain:
-        audio = audio * 10 ** (rng.uniform(*GAIN_RANGE_DB) / 20)
+        audio = audio * 10 ** (rng.uniform(-12.0, 6.0) / 20)
     return unclipped(audio)
 
 
@@ -558,9 +535,8 @@ def unclipped(audio: np.ndarray) -> np.ndarray:
 
 
 def band_limit(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """24 kHz audio `[T]` through a drawn low-pass, half of the time with a telephone's high-pass at
-    200 to 300 Hz."""
-    low_pass = rng.uniform(*LOW_PASS_RANGE_HZ)
+    """24 kHz audio `[T]` below 3.4 to 10 kHz, half of the time above 200 to 300 Hz: a telephone."""
+    low_pass = rng.uniform(3400.0, 10000.0)
     telephone, high_pass = rng.random() < 0.5, rng.uniform(200.0, 300.0)
     hertz = np.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)
     response = np.clip(1 - (hertz - low_pass) / (0.1 * low_pass), 0, 1)

@@ -283,15 +283,10 @@ def filter_arrow(path: Path, new: Path, chosen: Sequence[bool]) -> None:
     """Writes the `chosen` rows of an Arrow file to another."""
     import pyarrow
 
-    with (
-        atomic_write(new) as part,
-        pyarrow.ipc.open_stream(str(path)) as reader,
-        pyarrow.ipc.new_stream(str(part), reader.schema) as writer,
-    ):
-        first = 0
-        for batch in reader:
-            writer.write_batch(batch.filter(pyarrow.array(chosen[first : first + len(batch)])))
-            first += len(batch)
+    with pyarrow.ipc.open_stream(str(path)) as reader:
+        rows = reader.read_all().filter(pyarrow.array(chosen))
+    with atomic_write(new) as part, pyarrow.ipc.new_stream(str(part), rows.schema) as writer:
+        writer.write_table(rows)
 
 
 def finish_dataset(folder: Path, files: Sequence[str], info: dict) -> None:

@@ -6,6 +6,7 @@ labels, the judges of replies. Needs espeak's library for text alone: `INSTALL`.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -166,13 +167,11 @@ class Espeak:
 
 def _espeak_library() -> tuple[ctypes.CDLL, bytes | None]:
     """The wheel's library before Debian's: then every machine makes the same phones."""
-    try:
+    with contextlib.suppress(ImportError, OSError):
         import espeakng_loader
 
         path, data = espeakng_loader.get_library_path(), espeakng_loader.get_data_path()
         return ctypes.CDLL(str(path)), os.path.dirname(str(data)).encode()
-    except (ImportError, OSError):
-        pass
     try:
         return ctypes.CDLL("libespeak-ng.so.1"), None
     except OSError as error:

@@ -357,15 +357,16 @@ def test_names_that_are_no_utf_8_and_what_a_scan_passes_over(tmp_path, capsys):
 @pytest.mark.parametrize(
     "name, speaker",
     [
-        ("84-121123-0000.flac", "84"),
-        ("84_121123_000007_000001.wav", "84"),
-        ("84/1/84-1-0001.wav", "84"),
+        ("84/121123/84-121123-0000.flac", "84"),
+        ("84/121123/84_121123_000007_000001.wav", "84"),
+        ("84/84-1-0001.wav", "84"),
         ("2026-03-11_call.wav", None),
         ("2026/03/2026-03-11.wav", None),
         ("2026-1103-1530.wav", None),
         ("11-03-2026.wav", None),
         ("20260311-153000-0001.wav", None),
         ("11-03-0001.wav", None),
+        ("11/11-03-2026_call.wav", None),
     ],
 )
 def test_a_speaker_is_read_from_sure_names_alone(tmp_path, name, speaker):
