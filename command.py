@@ -421,17 +421,13 @@ def _matches(value: object, kind: str | tuple) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float)  # true and false are of another type
-
-
-def _is_finite(value: object) -> bool:
-    return _is_number(value) and abs(value) <= sys.float_info.max
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # no true or false
 
 
 def _is_span(value: object) -> bool:
     if not isinstance(value, list) or len(value) != 3 or not isinstance(value[0], str):
         return False
-    return all(map(_is_finite, value[1:])) and 0 <= value[1] <= value[2]
+    return all(map(_is_number, value[1:])) and 0 <= value[1] <= value[2]
 
 
 _KINDS: dict[str, Callable[[object], bool]] = {
@@ -440,9 +436,9 @@ _KINDS: dict[str, Callable[[object], bool]] = {
     "path": lambda value: (
         isinstance(value, str) and re.fullmatch("[^\0\ud800-\udc7f\udd00-\udfff]+", value)
     ),
-    "number": _is_finite,
-    "number or NaN": _is_number,
-    "whole number": lambda value: type(value) is int and _is_finite(value),
+    "number": _is_number,
+    "number or NaN": lambda value: type(value) in (int, float),
+    "whole number": lambda value: type(value) is int and _is_number(value),
     "true or false": lambda value: isinstance(value, bool),
     "list": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),

@@ -85,9 +85,6 @@ class Clip:
     phones: list | None = field(default=None, hash=False)
 
 
-# ------------------------------------------------------------------------------------ manifests
-
-
 class Clips(Sequence[Clip]):
     """Clips as columns: millions in some hundred bytes each, which forked workers share.
 
@@ -227,9 +224,6 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
             optional = ("text", "emotion", "phones", "augmented")
             row = {k: v for k, v in row.items() if k not in optional or v not in (None, False)}
             file.write(as_json_line(row))
-
-
-# ------------------------------------------------------------------------------------- scanning
 
 
 def split_for(key: str, validation: float = 0.05, test: float = 0.05) -> str:
@@ -479,10 +473,7 @@ def hours_by_language(clips: Iterable[Clip]) -> dict[str, float]:
     at, names = clips.codes("language")
     hours = np.bincount(at, clips.column("duration"), len(names)) / 3600
     found = dict(zip(names, hours.tolist(), strict=True))
-    return {language: found[language] for language in LANGUAGES if found.get(language, 0) > 0}
-
-
-# --------------------------------------------------------------------------------- augmentation
+    return {language: found[language] for language in LANGUAGES if found.get(language)}
 
 
 def draw_speed(rng: np.random.Generator, probability: float = 0.3) -> float:
@@ -545,9 +536,6 @@ def band_limit(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft(np.fft.rfft(audio) * response, len(audio))
 
 
-# -------------------------------------------------------------------------------------- windows
-
-
 def frame_labels(
     phones: list | None, phone_ids: dict[str, int] | None, frames: int,
     start: float = 0.0, speed: float = 1.0, end: float | None = None,
@@ -561,9 +549,9 @@ def frame_labels(
     if not phones or phone_ids is None:
         return labels
     middles = start + (np.arange(frames) + 0.5) * FRAME_SECONDS * speed
-    starts = np.array([phone[1] for phone in phones], dtype=np.float64)
-    ends = np.array([phone[2] for phone in phones], dtype=np.float64)
-    ids = np.array([phone_ids.get(phone[0], UNKNOWN_PHONE) for phone in phones], dtype=np.int64)
+    names, starts, ends = zip(*phones, strict=True)
+    starts, ends = np.array(starts, np.float64), np.array(ends, np.float64)
+    ids = np.array([phone_ids.get(name, UNKNOWN_PHONE) for name in names])
     at = np.searchsorted(starts, middles, side="right") - 1
     inside = (at >= 0) & (middles < ends[np.maximum(at, 0)])
     labels[inside] = ids[at[inside]]
@@ -685,10 +673,9 @@ def _language_groups(clips: Clips, temperature: float) -> tuple[np.ndarray, list
     """(upper ends of the languages' shares of [0, 1], per language (clip indices, running s))."""
     weights, groups = [], []
     at, names = clips.codes("language")
-    durations = clips.column("duration")
     for language in filter(names.__contains__, LANGUAGES):
         members = np.flatnonzero(at == names.index(language))
-        seconds = np.cumsum(durations[members])
+        seconds = np.cumsum(clips.column("duration")[members])
         if len(members) and seconds[-1] > 0:
             weights.append(seconds[-1] ** (1 / temperature))
             groups.append((members, seconds))
