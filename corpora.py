@@ -8,7 +8,6 @@ bytes arrive is in fetching.py.
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import io
 import json
@@ -34,7 +33,6 @@ from command import (
     check_fields,
     file_name,
     first_line,
-    json_lines,
     printable,
     read_json,
     text_lines,
@@ -44,16 +42,7 @@ from fetching import FILE_THREADS, GIGABYTE, Bar, Damaged, Shard
 
 RECORD = "corpus.json"
 UNREADABLE = "unreadable.txt"
-RECORD_OF_ROW = {
-    "path": "path", "bytes": "whole number", "duration": "number", "sample_rate": "whole number",
-    "speaker": "text?", "text": "text?", "emotion": "text?", "split": "text",
-}  # fmt: skip
-RECORD_FIELDS = {
-    "hours": "number", "whole": "true or false", "max_hours": "number",
-    "unpack_seconds": "number?",
-}  # fmt: skip
-# Audio that nothing here reads: reported, so that no hour is lost in silence.
-NOT_READ = {".sph", ".raw", ".pcm", ".shn", ".ra", ".rm", ".g722", ".dsf", ".mpc", ".vox"}
+RECORD_FIELDS = {"hours": "number", "whole": "true or false", "max_hours": "number"}
 
 
 # ---------------------------------------------------------------------------- kinds of corpora
@@ -65,8 +54,8 @@ class Corpus:
 
     `hours` and `gigabytes` are on disk in the end, `download_gb` over the network where that
     differs, `transient_gb` beside it for a while. `exact`: its authors counted `hours`; else
-    --verify trusts what was fetched. `split`: all of it, for one or two voices. `note`: why it is
-    in the default set or not; `plan`: which of the plan's lines it stands for.
+    --verify trusts what was fetched. `split`: all of it, for one or two voices. `layout`: one of
+    LAYOUTS. `note`: why it is in the default set or not, and what it stands for.
     """
 
     name: str
@@ -84,7 +73,7 @@ class Corpus:
     gated: bool = False
     group: str = ""
     split: str = ""
-    plan: str = ""
+    layout: str = ""
     note: str = ""
 
     def folder(self, data_dir: Path) -> Path:
@@ -93,7 +82,6 @@ class Corpus:
 
     @property
     def place(self) -> str:
-        """The folder below --data_dir that holds this corpus' folder."""
         return self.group if self.group in ("emotion", "conversations") else self.language
 
     @property
@@ -125,11 +113,10 @@ class Archive:
 
 @dataclass(frozen=True, kw_only=True)
 class Archives(Corpus):
-    """Archives on the web below one of `bases`, tried in turn; `layout` is one of LAYOUTS."""
+    """Archives on the web below one of `bases`, tried in turn."""
 
     bases: tuple[str, ...]
     archives: tuple[Archive, ...]
-    layout: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,17 +134,17 @@ class OnHub(Corpus):
 class Hub(OnHub):
     """Parquet shards.
 
-    `audio` holds the coded bytes, alone or as {bytes, path}. `speakers` and `keys` are columns:
-    the first of `speakers` that a row fills names the speaker; without one the split hangs on all
-    of `keys`, or on group 1 of `recording` in the audio's path. `keep`: (column, value) of the
-    rows to take. `tagged` text loses its <noise>, [marks] and {glosses}.
+    `audio` holds the coded bytes, alone or as {bytes, path}; `file` names them, else that path.
+    `speakers` and `keys` are columns: the first of `speakers` that a row fills names the speaker;
+    without one the split hangs on all of `keys`, or on what the file's name says. `keep`: (column,
+    value) of the rows to take. `tagged` text loses its <noise>, [marks] and {glosses}.
     """
 
     audio: str = "audio_filepath"
+    file: str = ""
     text: str = "text"
     speakers: tuple[str, ...] = ("speaker_id",)
     keys: tuple[str, ...] = ()
-    recording: str = ""
     style: str = ""
     keep: tuple[str, str] | None = None
     tagged: bool = False
@@ -168,29 +155,12 @@ class HubTars(OnHub):
     """Two-channel conversations: tars of <id>.flac and <id>.json."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Files(Corpus):
-    """Single files below `bases`: `listing` is a CSV whose column `column` names them."""
-
-    bases: tuple[str, ...]
-    listing: str
-    column: str
-    pattern: str
-    layout: str
-
-
 class DataCollective(Corpus):
     """Common Voice at the Mozilla Data Collective, by the id of one release."""
 
 
 class Fisher(Corpus):
     """Fisher as the LDC ships it; read from --fisher_dir, never downloaded."""
-
-
-class Absent(Corpus):
-    """A corpus of the plan that does not exist; `note` says so."""
-
-    marks = "none"
 
 
 # ------------------------------------------------------------------------- a corpus on its way
@@ -225,15 +195,9 @@ class Job:
     hours: float = 0.0
     complete: bool = True
 
-    @property
-    def audio(self) -> Path:
-        """Where its recordings go."""
-        return self.part / "audio"
-
-    @property
-    def mirror(self) -> str | None:
-        """What --mirror says in place of the table's address."""
-        return self.options.mirrors.get(self.corpus.name)
+    def __post_init__(self) -> None:
+        self.audio = self.part / "audio"  # where its recordings go
+        self.mirror = self.options.mirrors.get(self.corpus.name)
 
     def take(self, found: data.Clip | dict | str) -> None:
         """Add a clip or a conversation, or why a file or row is none."""
@@ -271,17 +235,17 @@ def fetch(
         folder.rename(part)
     elif folder.exists():
         raise UserError(f"{folder}: there without {data.MANIFEST}; move it away and run again")
-    from_nothing = not part.exists()
     part.mkdir(parents=True, exist_ok=True)
     size = 0 if options.max_hours else (corpus.download_gb or corpus.gigabytes) * GIGABYTE
     bar = Bar(corpus.name, round(size), stopped)
     job = Job(corpus, part, data_dir / ".archives" / corpus.name, bar, options)
+    if (part / UNREADABLE).exists():  # of shards that are not read again
+        job.unreadable += text_lines(part / UNREADABLE)
     try:
         FETCHERS[type(corpus)](job)
         if not job.lines:
             raise UserError(f"{corpus.name}: no audio in {corpus.origin}; new layout?")
-        # What an earlier run unpacked is in the hours and not in the seconds.
-        _write_folder(job, bar.unpack_seconds if from_nothing else 0.0)
+        _write_folder(job)
         part.rename(folder)
         shutil.rmtree(job.archives, ignore_errors=True)
     except OSError as error:
@@ -315,9 +279,10 @@ def read_record(folder: Path) -> dict:
     return record
 
 
-def _write_folder(job: Job, unpack_seconds: float) -> None:
+def _write_folder(job: Job) -> None:
     """The manifest, the list of what could not be read, and how the folder came to be."""
     corpus, part = job.corpus, job.part
+    _write_unreadable(job)
     record = {
         "name": corpus.name,
         "source": corpus.origin,
@@ -328,21 +293,22 @@ def _write_folder(job: Job, unpack_seconds: float) -> None:
         "unreadable": len(job.unreadable),
         "whole": job.complete,
         "max_hours": job.options.max_hours,
-        "unpack_seconds": round(unpack_seconds, 3),
     }
     if job.unreadable:
-        listed = "".join(f"{line}\n" for line in job.unreadable)
-        write_text(part / UNREADABLE, printable(listed))
-        tqdm.write(
-            f"{corpus.name}: {len(job.unreadable)} files left out, unreadable or listed but "
-            f"not there: see {UNREADABLE} in its folder",
-            file=sys.stderr,
-        )
+        left_out = f"{len(job.unreadable)} files left out, see {UNREADABLE} in its folder"
+        tqdm.write(f"{corpus.name}: {left_out}", file=sys.stderr)
     write_text(part / RECORD, json.dumps(record, indent=2) + "\n")
     if isinstance(job.lines[0], dict):
         write_text(part / data.MANIFEST, "".join(map(as_json_line, job.lines)))
     else:
         data.write_manifest(part / data.MANIFEST, job.lines)
+
+
+def _write_unreadable(job: Job) -> None:
+    job.unreadable = list(dict.fromkeys(job.unreadable))
+    if job.unreadable:
+        listed = "".join(f"{line}\n" for line in job.unreadable)
+        write_text(job.part / UNREADABLE, printable(listed))
 
 
 def clip_of(
@@ -355,7 +321,7 @@ def clip_of(
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------ archives, files
+# ------------------------------------------------------------------------------------- archives
 
 
 def fetch_archives(job: Job) -> None:
@@ -367,82 +333,52 @@ def fetch_archives(job: Job) -> None:
         if not target.exists():
             file = job.archives / archive.name
             _download_from_any(job, archive, file)
-            _unpack_apart(file, target, job.bar)
+            _unpack_apart(job, file, target)
         job.hours += archive.hours  # as the table has it, until they are counted
-    _take_clips(job, job.corpus.layout)
+    _take_clips(job)
 
 
 def _download_from_any(job: Job, archive: Archive, file: Path) -> None:
-    bases = (job.mirror,) if job.mirror else job.corpus.bases
-    for number, base in enumerate(bases, start=1):
+    errors = []
+    for base in (job.mirror,) if job.mirror else job.corpus.bases:
         url = f"{base.rstrip('/')}/{archive.name}"
         try:
             return fetching.download(url, file, job.bar, checksum=archive.checksum)
         except UserError as error:
-            if number == len(bases):
-                raise
-            tqdm.write(f"{error}; trying {bases[number]}", file=sys.stderr)
+            errors.append(error)
+    # One that may pass, if there is one; else the first.
+    raise max(errors, key=lambda error: isinstance(error, fetching.Busy))
 
 
 @contextlib.contextmanager
-def _used_up(file: Path, own: bool = True) -> Iterator[None]:
+def _used_up(file: Path) -> Iterator[None]:
     """Removes an archive or shard after the block, and where the block finds it damaged: without
-    a checksum this is how a bad copy shows. One that is not our `own` download stays."""
+    a checksum this is how a bad copy shows."""
     try:
         yield
     except Damaged as error:
-        if not own:
-            raise
         file.unlink()
         raise UserError(f"{error}; removed: run again to fetch it anew") from error
-    if own:
-        file.unlink(missing_ok=True)
+    file.unlink(missing_ok=True)
 
 
-def _unpack_apart(file: Path, target: Path, bar: Bar, own: bool = True) -> None:
+def _unpack_apart(job: Job, file: Path, target: Path) -> None:
     """Unpack beside `target`, then rename: what has the final name is complete and checked."""
     staging = target.with_name(f".{target.name}")
-    with _used_up(file, own), bar.unpacking():
+    with _used_up(file):
         try:
-            fetching.unpack(file, staging, bar)
+            fetching.unpack(file, staging, job.bar)
         except UserError:
             shutil.rmtree(staging, ignore_errors=True)
             raise
         staging.rename(target)
 
 
-def fetch_files(job: Job) -> None:
-    """Every file that a CSV names, a few at a time. One that is not there is listed."""
-    base = (job.mirror or job.corpus.bases[0]).rstrip("/")
-    listing = job.archives / job.corpus.listing
-    fetching.download(f"{base}/{job.corpus.listing}", listing, job.bar)
-    names = [row[job.corpus.column] for row in _table(listing, ",", (job.corpus.column,))]
-    there = fetching.sizes(job.audio)
-
-    def download(name: str) -> str:
-        below = job.corpus.pattern.format(name)
-        target = job.audio / file_name(Path(below).name)
-        try:
-            if target.with_suffix(".flac").name not in there:
-                fetching.download(f"{base}/{below}", target, job.bar)
-        except UserError as error:
-            if "HTTP 404" not in str(error):
-                raise
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(FILE_THREADS) as pool:
-        job.unreadable += filter(None, pool.map(download, names))
-    _take_clips(job, job.corpus.layout)
-
-
 def fetch_common_voice(job: Job) -> None:
     """One release, by Mozilla's own client, then unpacked like any archive."""
     name, dataset = job.corpus.name, job.options.cv_dataset_ids.get(job.corpus.language)
-    if not dataset:
+    if not dataset or not os.environ.get("MDC_API_KEY"):
         raise UserError(f"{name}: {job.corpus.note}")
-    if not os.environ.get("MDC_API_KEY"):
-        raise UserError(f"{name}: set MDC_API_KEY, from your Data Collective account")
     try:
         import datacollective
     except ImportError as error:
@@ -454,8 +390,8 @@ def fetch_common_voice(job: Job) -> None:
             file = datacollective.download_dataset(dataset, download_directory=str(job.archives))
         except Exception as error:  # whatever its HTTP client raises
             raise UserError(f"{name}: the Data Collective says: {first_line(error)}") from error
-        _unpack_apart(Path(file), target, job.bar)
-    _take_clips(job, "common_voice")
+        _unpack_apart(job, Path(file), target)
+    _take_clips(job)
 
 
 # ------------------------------------------------------------------ how corpora name their files
@@ -482,24 +418,35 @@ class Layout:
     emotions: dict[str, str] = field(default_factory=dict)
     strict: bool = False
 
+    def said_by(self, path: str) -> dict[str, str | None]:
+        """{speaker, key, text, emotion} by a path without its suffix; empty if named otherwise."""
+        match = re.search(f"(?:^|/)(?:{self.named})$", path)
+        if not match:
+            return {}
+        groups = match.groupdict()
+        speaker = groups.get("speaker")
+        return {
+            "speaker": speaker and self.prefix + speaker.replace("_", "-"),
+            "key": groups.get("key"),
+            "text": self.sentences.get(groups.get("sentence")),
+            "emotion": self.emotions.get(groups.get("emotion")),
+        }
 
-def _take_clips(job: Job, layout_name: str) -> None:
+
+def _take_clips(job: Job) -> None:
     """Take all below the audio folder that the layout knows; what is left out is reported."""
-    layout = LAYOUTS[layout_name]
+    layout = LAYOUTS[job.corpus.layout]
     listed = layout.lists(job.audio) if layout.lists else {}
-    files = sorted(job.audio.rglob("*.*"))
-    paths = [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
-    with job.bar.unpacking(), ThreadPoolExecutor(FILE_THREADS) as pool:
+    paths = sorted(job.audio.rglob("*.*"))
+    paths = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
+    with ThreadPoolExecutor(FILE_THREADS) as pool:
         taken = list(pool.map(lambda path: _clip_of_file(job, path, layout, listed), paths))
     unknown = [path for path, found in zip(paths, taken, strict=True) if found is None]
-    not_read = [path for path in files if path.suffix.lower() in NOT_READ]
-    for left_out, why in (
-        (unknown, "in no list, or named otherwise than the corpus names its clips"),
-        (not_read, "of a format that is not read"),
-    ):
-        if left_out:
-            first = left_out[0].relative_to(job.part)
-            tqdm.write(f"{job.corpus.name}: {len(left_out)} files left out, {why}; first: {first}")
+    if unknown:
+        tqdm.write(
+            f"{job.corpus.name}: {len(unknown)} files left out, in no list, or named otherwise "
+            f"than the corpus names its clips; first: {unknown[0].relative_to(job.part)}"
+        )
     # By path: a kill between packing a WAV and removing it leaves both.
     found = {getattr(one, "path", one): one for one in taken if one is not None}
     job.hours = 0.0
@@ -510,14 +457,12 @@ def _take_clips(job: Job, layout_name: str) -> None:
 def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.Clip | str | None:
     """The file as a clip, why it cannot be read, or None where it is none."""
     job.bar.advance(0)
-    below = path.relative_to(job.audio).with_suffix("").as_posix()
-    match = re.search(f"(?:^|/)(?:{layout.named})$", below)
-    if layout.strict and not match and path.stem not in listed:
+    below = path.relative_to(job.audio)
+    said = layout.said_by(below.with_suffix("").as_posix())
+    if layout.strict and not said and path.stem not in listed:
         return None
-    groups = match.groupdict() if match else {}
-    text, speaker = listed.get(path.stem, (layout.sentences.get(groups.get("sentence")), None))
-    if "speaker" in groups:
-        speaker = layout.prefix + groups["speaker"].replace("_", "-")
+    text, speaker = listed.get(path.stem, (said.get("text"), None))
+    speaker = said.get("speaker") or speaker
     if layout.beside:
         with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
             text = path.with_suffix(layout.beside).read_text(encoding="utf-8").strip()
@@ -525,10 +470,10 @@ def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.
         path, duration, sample_rate = fetching.make_readable(path, job.options.keep_wav)
     except AudioError as error:
         return str(error)
-    key = speaker or groups.get("key") or path.relative_to(job.audio).as_posix()
+    key = speaker or said.get("key") or path.relative_to(job.audio).as_posix()
     return clip_of(
         job.corpus, path, duration, sample_rate, data.split_for(key), speaker=speaker,
-        text=text or None, emotion=layout.emotions.get(groups.get("emotion")),
+        text=text or None, emotion=said.get("emotion"),
     )  # fmt: skip
 
 
@@ -547,27 +492,17 @@ def _texts(name: str, between: str, in_capitals: bool = False) -> Callable[[Path
     return read
 
 
-def _table(path: Path, delimiter: str, needed: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """Rows that fill the `needed` columns. Raises UserError where a column is not there."""
-    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter, quoting=quoting)
-        missing = [name for name in needed if name not in (rows.fieldnames or ())]
-        if missing:
-            raise UserError(f"{path}: no column {', '.join(missing)}; has the corpus changed?")
-        try:
-            yield from (row for row in rows if all(row[name] for name in needed))
-        except csv.Error as error:
-            raise UserError(f"{path}, line {rows.line_num}: {error}") from error
-
-
 def _validated(root: Path) -> Listed:
     """What Common Voice's validated.tsv lists."""
-    return {
-        Path(row["path"]).stem: (row["sentence"], f"common-voice-{row['client_id'][:16]}")
-        for path in sorted(root.rglob("validated.tsv"))
-        for row in _table(path, "\t", ("client_id", "path", "sentence"))
-    }
+    listed = {}
+    for path in sorted(root.rglob("validated.tsv")):
+        names, *rows = (line.split("\t") for line in text_lines(path, "replace"))
+        for row in rows:
+            fields = dict(zip(names, row, strict=False))
+            if all(map(fields.get, ("client_id", "path", "sentence"))):
+                speaker = f"common-voice-{fields['client_id'][:16]}"
+                listed[Path(fields["path"]).stem] = (fields["sentence"], speaker)
+    return listed
 
 
 CREMA_D_EMOTIONS = {
@@ -597,6 +532,9 @@ LAYOUTS = {
     # Callers are not named: the parts of a call, <call>-<part>, stay together.
     "kaldi": Layout(r"(?P<key>[^/]+)-[^/-]*", lists=_texts("text", " ")),
     "common_voice": Layout(lists=_validated, strict=True),
+    "kathbath": Layout(r"[^/]*-(?P<key>\d+)-[mf]"),
+    # Split by bulletin: who reads it is not said.
+    "shrutilipi": Layout(r"(?P<key>[^/]*?)[_-]+sent[^/]*"),
     "crema_d": Layout(
         r"(?P<speaker>[^/_]+)_(?P<sentence>[A-Z]+)_(?P<emotion>ANG|DIS|FEA|HAP|NEU|SAD)_[^/_]*",
         "crema-d-", sentences=CREMA_D_SENTENCES, emotions=CREMA_D_EMOTIONS, strict=True,
@@ -625,84 +563,42 @@ def shards_of(corpus: OnHub, mirror: str | None) -> list[Shard]:
 
 
 def fetch_hub(job: Job) -> None:
-    """Parquet shards one after another; what each row became is written down as it happens.
-
-    Goes on at the first row that is not written down.
-    """
+    """Parquet shards one after another; a manifest of its own says that one is done."""
     for shard in shards_of(job.corpus, job.mirror):
         if job.stops_here():
             return
-        journal = job.part / ".rows" / f"{shard.path.replace('/', '__')}.rows"
-        records, finished = _read_journal(journal, job.part)
-        for record in records:
-            _take_record(job, record)
-        if finished:
+        done = job.part / ".shards" / f"{shard.path.replace('/', '__')}.jsonl"
+        try:
+            clips = data.read_manifest(done)
+        except UserError:  # not there yet
+            begun = len(job.lines)
+            path = fetching.fetch_shard(shard, job.archives, job.bar)
+            with _used_up(path):
+                _take_rows(job, shard, path)
+            if job.complete:
+                _write_unreadable(job)
+                os.sync()  # after a power cut the manifest is not ahead of its recordings
+                data.write_manifest(done, job.lines[begun:])
+        else:
             job.bar.advance(shard.size)
-            continue
-        path = fetching.fetch_shard(shard, job.archives, job.bar)
-        folder = job.audio / shard.path.removesuffix(".parquet")
-        with (
-            _used_up(path, own=not fetching.is_local(shard.source)),
-            job.bar.unpacking(),
-            contextlib.closing(_new_records(job, shard, path, folder, len(records))) as coming,
-            open(journal, "a", encoding="utf-8") as file,
-        ):
-            for record in coming:
-                file.write(as_json_line(record))
-                file.flush()
-                _take_record(job, record)
-                if job.stops_here():
-                    coming.close()
-                    for ahead in folder.iterdir():  # written beyond --max_hours' end
-                        if not ahead.stem.isdigit() or int(ahead.stem) > record["row"]:
-                            ahead.unlink()
-                    return
-            file.write(as_json_line({"end": True}))
+            for clip in clips:
+                job.take(clip)
 
 
-def _take_record(job: Job, record: dict) -> None:
-    """Take what a row became: a clip, or why it is none; rows of other languages are neither."""
-    if "unreadable" in record:
-        job.take(record["unreadable"])
-    elif "path" in record:
-        job.take(clip_of(
-            job.corpus, job.part / record["path"], record["duration"], record["sample_rate"],
-            **{name: record[name] for name in ("split", "speaker", "text", "emotion")},
-        ))  # fmt: skip
-
-
-def _read_journal(journal: Path, part: Path) -> tuple[list[dict], bool]:
-    """(records of a shard's rows so far, whether it is finished).
-
-    Cut off at the first line that a kill tore, or whose recording is not on the disk in full:
-    after a power cut the journal may be ahead of the recordings.
-    """
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    records, there = [], {}
-    with contextlib.suppress(FileNotFoundError, UserError):
-        for _, record in json_lines(journal):
-            if "end" in record:
-                return records, True
-            if "path" in record:
-                check_fields(record, RECORD_OF_ROW, "row")
-                path = part / record["path"]
-                if path.parent not in there:
-                    there[path.parent] = fetching.sizes(path.parent)
-                if there[path.parent].get(path.name) != record["bytes"]:
-                    break
-            records.append(record)
-    journal.write_text("".join(map(as_json_line, records)), encoding="utf-8")
-    return records, False
-
-
-def _new_records(job: Job, shard: Shard, path: Path, folder: Path, first: int) -> Iterator[dict]:
-    """Write the audio of every row from `first` on; what became of each, in order."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _take_rows(job: Job, shard: Shard, path: Path) -> None:
+    """Write and take the audio of every row, a batch at a time."""
+    folder = job.audio / shard.path.removesuffix(".parquet")
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run, or --max_hours, left of it
+    folder.mkdir(parents=True)
     columns = functools.partial(_columns_of, job.corpus)
     with ThreadPoolExecutor(FILE_THREADS) as pool:
-        for rows in fetching.parquet_rows(path, columns, first):
-            job.bar.advance(0, f"unpacking row {rows[-1][0]}")
-            yield from pool.map(lambda row: _record_of_row(job, shard, folder, *row), rows)
+        for rows in fetching.parquet_rows(path, columns):
+            job.bar.advance(0, f"unpacking row {rows[0][0]}")
+            for found in pool.map(lambda row: _clip_of_row(job, shard, folder, *row), rows):
+                if found is not None:
+                    job.take(found)
+            if job.stops_here():
+                break
     job.bar.advance(0, "")
 
 
@@ -715,45 +611,47 @@ def _columns_of(corpus: Hub, there: list[str]) -> list[str]:
             f"{corpus.name}: no column {', '.join(missing)}; it has changed and now has "
             f"{', '.join(there)}"
         )
-    useful = {*needed, corpus.text, corpus.style, *corpus.speakers, *corpus.keys}
+    useful = {*needed, corpus.text, corpus.style, corpus.file, *corpus.speakers, *corpus.keys}
     return [name for name in there if name in useful]
 
 
-def _record_of_row(job: Job, shard: Shard, folder: Path, number: int, row: dict) -> dict:
-    """What becomes of one row, its audio written: {path, bytes, duration, …}, or why not."""
+def _clip_of_row(
+    job: Job, shard: Shard, folder: Path, number: int, row: dict
+) -> data.Clip | str | None:
+    """The row as a clip, its audio written; why it is none; None where it is of no interest."""
     corpus = job.corpus
     if corpus.keep and row[corpus.keep[0]] != corpus.keep[1]:
-        return {"row": number, "other": row[corpus.keep[0]]}
+        return None
     cell = row[corpus.audio]
     coded, named = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, "")
-    named = named if isinstance(named, str) else ""
+    stem, suffix = os.path.splitext(str(row.get(corpus.file) or named or ""))
     where = f"{shard.path} row {number}"
     if not coded or not isinstance(coded, bytes):
-        return {"row": number, "unreadable": f"{where}: no audio"}
-    as_flac, suffix = fetching.packed(io.BytesIO(coded), job.options.keep_wav)
-    coded, suffix = as_flac or coded, suffix or Path(named).suffix.lower()
+        return f"{where}: no audio"
+    layout = LAYOUTS.get(corpus.layout, Layout())
+    said = layout.said_by(stem)
+    if layout.strict and not said:
+        return f"{where}: '{stem}' is named otherwise than the corpus names its clips"
+    as_flac, known = fetching.packed(io.BytesIO(coded), job.options.keep_wav)
+    coded, suffix = as_flac or coded, known or suffix.lower()
     target = folder / f"{number:06d}{suffix if suffix in AUDIO_SUFFIXES else '.m4a'}"
     try:
         duration, sample_rate = probe(target, io.BytesIO(coded))
     except AudioError as error:
-        return {"row": number, "unreadable": f"{where}: {error}"}
-    # Under its own name at once: the journal names it only when it is complete.
+        return f"{where}: {error}"
     target.write_bytes(coded)
-    speaker, key = _speaker_and_key(corpus, row, named, shard)
-    return {
-        "row": number,
-        "path": target.relative_to(job.part).as_posix(),
-        "bytes": len(coded),
-        "duration": duration,
-        "sample_rate": sample_rate,
-        "speaker": speaker,
-        "text": _clean(row.get(corpus.text), corpus.tagged),
-        "emotion": RASA_EMOTIONS.get(str(row.get(corpus.style)).lower()),
-        "split": _official_split(shard.path) if corpus.official_splits else data.split_for(key),
-    }
+    speaker, key = _speaker_and_key(corpus, row, said, shard)
+    return clip_of(
+        corpus, target, duration, sample_rate,
+        _official_split(shard.path) if corpus.official_splits else data.split_for(key),
+        speaker=speaker, text=_clean(row.get(corpus.text), corpus.tagged) or said.get("text"),
+        emotion=RASA_EMOTIONS.get(str(row.get(corpus.style)).lower()) or said.get("emotion"),
+    )  # fmt: skip
 
 
-def _speaker_and_key(corpus: Hub, row: dict, named: str, shard: Shard) -> tuple[str | None, str]:
+def _speaker_and_key(
+    corpus: Hub, row: dict, said: dict, shard: Shard
+) -> tuple[str | None, str]:
     """(speaker or None, what the split hangs on)."""
 
     def is_filled(column: str) -> bool:  # with a text, a number or a truth: no null, list or NaN
@@ -763,11 +661,12 @@ def _speaker_and_key(corpus: Hub, row: dict, named: str, shard: Shard) -> tuple[
     for column in filter(is_filled, corpus.speakers):
         speaker = f"{corpus.name}-{str(row[column]).lower()}"
         return speaker, speaker
+    if said.get("speaker"):
+        return said["speaker"], said["speaker"]
     if any(map(is_filled, corpus.keys)):
         return None, "-".join(str(row.get(column)) for column in corpus.keys)
-    match = re.search(corpus.recording, named) if corpus.recording and named else None
     # Rows of one shard lie side by side in the corpus, and so may share a voice.
-    return None, match.group(1) if match else shard.path
+    return None, said.get("key") or shard.path
 
 
 def _clean(text: object, tagged: bool) -> str | None:
@@ -798,10 +697,9 @@ def fetch_hub_tars(job: Job) -> None:
             job.bar.advance(shard.size)
         else:
             file = fetching.fetch_shard(shard, job.archives, job.bar)
-            _unpack_apart(file, target, job.bar, own=not fetching.is_local(shard.source))
-        with job.bar.unpacking():
-            for path in sorted(target.rglob("*.flac")):
-                job.take(_dialogue(job, path, _official_split(shard.path)))
+            _unpack_apart(job, file, target)
+        for path in sorted(target.rglob("*.flac")):
+            job.take(_dialogue(job, path, _official_split(shard.path)))
 
 
 def _dialogue(job: Job, path: Path, split: str) -> dict | str:
@@ -864,8 +762,7 @@ def fetch_fisher(job: Job) -> None:
         if job.stops_here():
             return
         job.bar.advance(call.stat().st_size)
-        with job.bar.unpacking():
-            job.take(_call(job, call, scripts.get(call.stem)))
+        job.take(_call(job, call, scripts.get(call.stem)))
 
 
 def _call(job: Job, call: Path, script: Path | None) -> dict | str:
@@ -898,7 +795,6 @@ def _fisher_turns(script: Path) -> list[dict]:
 
 FETCHERS: dict[type[Corpus], Callable[[Job], None]] = {
     Archives: fetch_archives,
-    Files: fetch_files,
     DataCollective: fetch_common_voice,
     Hub: fetch_hub,
     HubTars: fetch_hub_tars,
