@@ -373,7 +373,8 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
 
 def _probe_or_path(clip: data.Clip) -> tuple[float, int] | str:
     try:
-        return probe(clip.path)
+        with open(clip.path, "rb") as file:  # probe asks the disk less of an open one
+            return probe(clip.path, file)
     except (AudioError, OSError):
         return str(clip.path)
 
@@ -517,7 +518,8 @@ def _scaled(row: Corpus, max_hours: float) -> Corpus:
         return _share_of(row, max_hours / row.hours)
     before = itertools.accumulate((a.hours for a in row.archives), initial=0.0)
     taken = [a for a, begin in zip(row.archives, before, strict=False) if begin < max_hours]
-    row = replace(row, transient_gb=min(row.transient_gb, sum(a.gigabytes for a in taken)))
+    largest = max(a.gigabytes for a in taken) / max(a.gigabytes for a in row.archives)
+    row = replace(row, transient_gb=row.transient_gb * largest)
     return _share_of(row, sum(a.hours for a in taken) / row.hours)
 
 

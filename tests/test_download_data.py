@@ -26,13 +26,11 @@ __all__ = ["Server", "server"]  # fixtures, found by name
 
 def test_verify_at_full_size_fits_80_columns(capsys):
     found = [
-        download_data.Verified(
-            row, row.hours, 1_234_567, row.hours, frozenset({"a"}), ((16000, row.hours),)
-        )
-        for row in ROWS.values()
-        if row.default
-    ]
-    found.append(download_data.Verified(ROWS["gramvaani"], 1108.0, fault="not there"))
+        {**download_data.verify(row, Path("no")), "files": 1_234_567, "hours": row.hours,
+         "state": "ok, small"}
+        for row in ROWS.values() if row.default
+    ]  # fmt: skip
+    found.append(download_data.verify(ROWS["gramvaani"], Path("no")))
     assert not download_data.print_verified(found, Path("data"))
     printed = capsys.readouterr().out
     assert max(len(line) for line in printed.splitlines()) <= 80
@@ -44,19 +42,18 @@ def test_the_table_holds_what_the_design_demands(capsys):
     assert len(names) == len(set(names))
     for row in download_data.CORPORA:
         assert row.language in data.LANGUAGES
-        assert (type(row) in corpora.FETCHERS) != isinstance(row, corpora.Absent)
-        assert row.license and (row.hours > 0 or isinstance(row, corpora.Absent))
+        assert type(row) in corpora.FETCHERS
+        assert row.license and row.hours > 0
         assert row.name not in download_data.GROUPS
         if isinstance(row, corpora.Archives):
-            assert row.layout in corpora.LAYOUTS
             assert sum(a.hours for a in row.archives) == pytest.approx(row.hours, rel=0.01)
-        if row.plan and not row.default:
-            assert row.note
+        assert row.layout in ("", *corpora.LAYOUTS)
+        assert row.default or row.note
     download_data.print_list(download_data.CORPORA)
     printed = capsys.readouterr().out
     assert max(len(line) for line in printed.splitlines()) <= 80
-    for plan in ("Common Voice", "Gramvaani", "SPRING-INX", "Fisher"):
-        assert f"- {plan}" in printed
+    for plan in ("Common Voice", "Gramvaani", "SPRING-INX", "- fisher"):
+        assert plan in printed.partition("the plan's corpora")[2]
 
 
 def test_the_default_set_is_real_enough_and_fits_the_plans_disk():
@@ -66,8 +63,7 @@ def test_the_default_set_is_real_enough_and_fits_the_plans_disk():
         assert sum(row.hours for row in chosen if row.language == language) >= 2000
     chosen.sort(key=lambda row: -row.transient_gb)
     # The largest archives come while the disk is empty; 2,000 h augmented as Opus beside it.
-    augmented = 2000 * dict(download_data.MEGABYTES_AN_HOUR)["Opus 24 kbit/s"] / 1e3
-    assert download_data.peak_gigabytes(chosen, 4) + augmented < download_data.PLAN_DISK_GB
+    assert download_data.peak_gigabytes(chosen, 4) + 2000 * 10.8e-3 < 500
 
 
 def test_what_the_flags_choose():
@@ -105,16 +101,16 @@ def test_all_missing_licences_are_told_at_once_before_anything_is_fetched(server
     server.gated = set()
     download_data.check_access(rows, mirrors)
     assert not any("resolve" in path for path, _ in server.log)
-    with pytest.raises(UserError, match="Hugging Face cannot be reached"):
+    with pytest.raises(UserError, match="no answer from Hugging Face"):
         download_data.check_access(rows, {row.name: "http://127.0.0.1:9" for row in rows})
 
 
 def test_what_may_not_be_fetched_is_skipped_with_its_reason(capsys):
-    rows = download_data.choose(["emotion", "spring-inx", "fisher"], None)
+    rows = download_data.choose(["emotion", "fisher"], None)
     left = download_data.without_forbidden(rows, False, None)
     assert {row.name for row in left} == {"crema-d", "rasa-hindi", "rasa-telugu"}
     printed = capsys.readouterr().out
-    for reason in ("--allow_noncommercial", "no Telugu release", "--fisher_dir"):
+    for reason in ("--allow_noncommercial", "--fisher_dir"):
         assert reason in printed.replace("\n  ", " ")
     left = download_data.without_forbidden(rows, True, Path("ldc"))
     assert {"ravdess", "fisher"} <= {row.name for row in left}
@@ -145,10 +141,9 @@ def test_hours_are_counted_from_the_shards_and_estimates_until_then(server, tmp_
     listed = download_data.as_listed(row, options)
     assert listed.download_gb == pytest.approx(size)
     assert listed.hours == pytest.approx(row.hours * size / row.gigabytes)
-    assert download_data.as_counted(row, tmp_path) is row
     download_data.fetch(row, tmp_path, options)
-    counted = download_data.as_counted(row, tmp_path)
-    assert (counted.hours, counted.exact) == (pytest.approx(12 * 2 / 3600), True)
+    counted = download_data.verify(row, tmp_path)
+    assert counted["hours"] == counted["expected_hours"] == pytest.approx(12 * 2 / 3600, abs=1e-4)
     # A Hub that does not answer is the fetch's to tell.
     nowhere = FetchOptions(mirrors={row.name: str(tmp_path / "no")})
     assert download_data.as_listed(row, nowhere) is row
@@ -160,7 +155,7 @@ def test_disk_and_money_are_told_first_and_a_small_disk_refused(tmp_path, monkey
     with pytest.raises(UserError, match="GB needed, 100 GB free.*--max_hours"):
         download_data.check_disk(rows, tmp_path, FetchOptions(), 4)
     printed = capsys.readouterr().out
-    assert "WAV 24 kHz 1,037" in printed and "idle H200" in printed
+    assert "idle H200" in printed
     assert max(len(line) for line in printed.splitlines()) <= 80
     monkeypatch.setattr(fetching, "free_bytes", lambda folder: 150e9)
     download_data.check_disk(rows, tmp_path, FetchOptions(max_hours=10), 2)
@@ -199,7 +194,6 @@ def test_the_script_fetches_reports_and_verifies(server, tmp_path, monkeypatch, 
     made = script(tmp_path, *flags, *mirrors, "--json", "found.json")
     assert made.returncode == 0, made.stderr
     assert "to fetch: 2 corpora" in made.stdout and f"{row.name}: fetched" in made.stdout
-    assert re.search(r"; unpacked [\d.]+ h in [\d.]+ s \([\d,]+x\s+real time\)", made.stdout)
     found = {one["corpus"]: one for one in json.loads((tmp_path / "found.json").read_text())}
     assert found["openslr-66"]["files"] == 1 and found[row.name]["state"] == "ok"
     monkeypatch.setattr(sys, "argv", ["x", "--data_dir", str(tmp_path), *flags, *mirrors])
@@ -217,13 +211,13 @@ def test_one_that_fails_does_not_stop_the_others(server, tmp_path, monkeypatch, 
     monkeypatch.setattr(
         sys,
         "argv",
-        ["download_data.py", "--data_dir", str(tmp_path), "--corpora", row.name, "crema-d",
-         "--mirror", f"{row.name}={server.url}", f"crema-d={server.url}", "--jobs", "1"],
+        ["download_data.py", "--data_dir", str(tmp_path), "--corpora", row.name, "openslr-66",
+         "--mirror", f"{row.name}={server.url}", f"openslr-66={server.url}", "--jobs", "1"],
     )
     assert download_data.main() == 1
     printed = capsys.readouterr()
     assert f"{row.name}: fetched" in printed.out and "missing in" in printed.out
-    assert "error: " in printed.err and "SentenceFilenames.csv: not there" in printed.err
+    assert "error: " in printed.err and "te_in_female.zip: HTTP 404 Not Found" in printed.err
 
 
 def test_the_unforeseen_ends_its_own_job_in_a_line(server, tmp_path, monkeypatch, capsys):
@@ -241,19 +235,19 @@ def test_the_unforeseen_ends_its_own_job_in_a_line(server, tmp_path, monkeypatch
         raise stale
 
     monkeypatch.setitem(corpora.FETCHERS, corpora.Hub, fails)
-    monkeypatch.setitem(corpora.FETCHERS, corpora.Files, cannot)
+    monkeypatch.setitem(corpora.FETCHERS, corpora.Archives, cannot)
     monkeypatch.setattr(download_data, "check_access", lambda *_: None)
     monkeypatch.setattr(
         sys,
         "argv",
-        ["download_data.py", "--data_dir", str(tmp_path), "--corpora", row.name, "crema-d",
+        ["download_data.py", "--data_dir", str(tmp_path), "--corpora", row.name, "openslr-66",
          "rasa-hindi", "--mirror", f"{row.name}={server.url}", f"rasa-hindi={server.url}"],
     )
     assert download_data.main() == 1
     printed = capsys.readouterr()
     assert f"{row.name}: fetched" in printed.out and "Traceback" not in printed.err
     told = printed.err.partition("error: 2 of 3 corpora failed")[2]
-    assert re.search(r"crema-d +data/x.flac: Stale file handle; the same command goes on", told)
+    assert re.search(r"openslr-66 +data/x.flac: Stale file handle; the same command goes on", told)
     assert re.search(r"rasa-hindi +KeyError: 'no such key'; this is a bug: see .*errors.log", told)
     log = (tmp_path / download_data.ERRORS).read_text()
     assert "Traceback" in log and "in fails" in log
@@ -277,7 +271,7 @@ def test_verify_opens_each_file_once(server, tmp_path, monkeypatch):
     server.add_dataset(row.repo, dataset(row))
     download_data.fetch(row, tmp_path, FetchOptions(mirrors={row.name: server.url}))
     asked = asked_of(monkeypatch)
-    assert download_data.verify(row, tmp_path).state == "ok, small"
+    assert download_data.verify(row, tmp_path)["state"] == "ok, small"
     assert not [one for one in asked if ".flac" in one]
 
 
@@ -331,5 +325,5 @@ def test_bad_flags_are_one_line(tmp_path, monkeypatch, capsys):
     assert "no corpus 'nope'" in refused("--corpora", "nope")
     assert "NAME=VALUE" in refused("--mirror", "crema-d")
     assert "--mirror nope=x" in refused("--mirror", "nope=x")
-    assert "nothing left" in refused("--corpora", "spring-inx")
+    assert "nothing left" in refused("--corpora", "gramvaani")
     assert "no such folder" in refused("--corpora", "fisher", "--fisher_dir", "nowhere")

@@ -13,7 +13,6 @@ import fetching
 
 pytestmark = pytest.mark.live
 TABLE = [row for row in download_data.CORPORA if isinstance(row, corpora.OnHub | corpora.Archives)]
-FILES = [row for row in download_data.CORPORA if isinstance(row, corpora.Files)]
 
 
 def size_at(url):
@@ -36,8 +35,9 @@ def test_a_corpus_is_there_as_its_row_says(row):
     assert shards
     if isinstance(row, corpora.Hub):
         columns = schema(shards[0])
-        wanted = {row.audio, row.text, *(row.keep[:1] if row.keep else ()), row.style} - {""}
-        assert wanted <= set(columns), columns
+        text = "" if row.layout == "crema_d" else row.text  # known by its file's name
+        wanted = {row.audio, row.file, text, *(row.keep[:1] if row.keep else ()), row.style}
+        assert wanted - {""} <= set(columns), columns
         assert not row.speakers or set(row.speakers) & set(columns), columns
 
 
@@ -49,12 +49,3 @@ def schema(shard):
     path = f"datasets/{shard.repo}/{shard.path}"
     with HfFileSystem().open(path, "rb", revision=shard.revision) as file:
         return pyarrow.parquet.read_schema(file).names
-
-
-@pytest.mark.parametrize("row", FILES, ids=lambda row: row.name)
-def test_single_files_are_named_by_their_listing(row, tmp_path, monkeypatch):
-    monkeypatch.setattr(fetching, "BACK_OFF_S", (1.0,))
-    listing = tmp_path / row.listing
-    fetching.download(f"{row.bases[0]}/{row.listing}", listing, fetching.Bar(row.name))
-    names = [line[row.column] for line in corpora._table(listing, ",", (row.column,))]
-    assert names and size_at(f"{row.bases[0]}/{row.pattern.format(names[0])}") > 1000

@@ -205,8 +205,7 @@ def fetch_packages(job: Job) -> None:
     """Audio of Debian packages, without installing them: no root, nothing outside the folder."""
     shutil.rmtree(job.part)
     archives = [download_deb(package, job.archives) for package in job.corpus.packages]
-    with job.bar.unpacking():
-        _unpack_packages(job, archives, job.part / ".raw")
+    _unpack_packages(job, archives, job.part / ".raw")
 
 
 corpora.FETCHERS[Packages] = fetch_packages
