@@ -44,9 +44,7 @@ def check_codec_matches(codec: Codec, lm: S2S) -> None:
         )
 
 
-def load_models(
-    codec_path: str | Path, lm_path: str | Path, device: str = "cpu"
-) -> tuple[Codec, S2S]:
+def load_models(codec_path: Path, lm_path: Path, device: str = "cpu") -> tuple[Codec, S2S]:
     """The codec and the dialogue LM of two checkpoint folders, checked to belong together."""
     codec = Codec.from_checkpoint(codec_path, device=device)
     lm = S2S.from_checkpoint(lm_path, device=device)

@@ -57,8 +57,10 @@ from duplex import DuplexEngine, TickResult, load_models
 from ledger import (
     LEVEL_SECONDS,
     QUIET_DBFS,
+    TAKEOVER_SECONDS,
     UserTurn,
     frame_levels,
+    kind_of,
     percentiles,
     response_latencies,
 )
@@ -409,15 +411,15 @@ def judge_call(
     turns = [UserTurn(turn.start, turn.end, "manifest") for turn in call.turns]
     levels = frame_levels(agent.audio)
     times = np.arange(len(levels)) * LEVEL_SECONDS + 1 / c.patch_rate  # it answers a patch later
-    responses = response_latencies(levels, turns, times)
+    latencies = response_latencies(levels, turns, times)
     ends = [*(turn.start for turn in call.turns[1:]), len(agent.text) / c.patch_rate]
     judged = []
-    for turn, response, until in zip(call.turns, responses, ends, strict=True):
+    for turn, latency, until in zip(call.turns, latencies, ends, strict=True):
         first, turn_end, last = (int(s * c.patch_rate) for s in (turn.start, turn.end, until))
         ids = [int(i) for i in agent.text[first:last] if i != PAD]
         said = lm.tokenizer.decode(ids).strip() if ids else ""
         # A takeover is judged from its own beginning; otherwise what came earlier is no reply.
-        begin = min(turn.end - 0.2, response.onset or np.inf)
+        begin = turn.end + min(TAKEOVER_SECONDS, latency or 0.0)
         audio = agent.audio[int(begin * SAMPLE_RATE) : int(until * SAMPLE_RATE)]
         span = slice(max(first, turn_end - round(HEAD_SECONDS * c.patch_rate)), turn_end + 1)
         errors, phones = 0, 0
@@ -429,8 +431,8 @@ def judge_call(
             "asked": turn.text,
             "wanted": turn.reply,
             "said": said,
-            "kind": response.kind,
-            "latency": response.latency,
+            "kind": kind_of(latency),
+            "latency": latency,
             "text": right_text(said, turn.reply, replies),
             "audio": judge.right(audio, turn.reply) if judge else None,
             "emotion": (c.emotions[int(agent.emotion[span].mean(0).argmax())], turn.emotion),

@@ -8,10 +8,10 @@ samples; loudness is in dBFS, a value for every 5 ms.
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import soxr
@@ -122,9 +122,9 @@ class VoiceDetector:
             self._decide(window)
         return self._speaking
 
-    def turns(self, ended: bool = False) -> list[UserTurn]:
-        """The finished turns; with `ended`, one still open closes at its last voice."""
-        return self._turns + ([self._finished()] if ended and self._turn else [])
+    def turns(self) -> list[UserTurn]:
+        """The turns so far; one under way ends with its last voice."""
+        return self._turns + ([self._finished()] if self._turn else [])
 
     def _decide(self, window: np.ndarray) -> None:
         self._speaking = self._probability(window) >= (VAD_OFF if self._speaking else VAD_ON)
@@ -151,14 +151,9 @@ def _silero() -> Callable[[np.ndarray], float]:
         import silero_vad
     except ImportError as error:
         raise UserError("voice detection needs Silero VAD: pip install silero-vad") from error
-    model = silero_vad.load_silero_vad()
+    model = torch.inference_mode()(silero_vad.load_silero_vad().forward)
     torch.set_num_threads(threads)  # importing silero_vad sets it to 1
-
-    def probability(samples: np.ndarray) -> float:
-        with torch.inference_mode():
-            return float(model(torch.from_numpy(samples), VAD_RATE))
-
-    return probability
+    return lambda samples: float(model(torch.from_numpy(samples), VAD_RATE))
 
 
 def find_speech(audio: np.ndarray) -> UserTurn | None:
@@ -175,50 +170,38 @@ def find_speech(audio: np.ndarray) -> UserTurn | None:
         return UserTurn(found[0][0] * LEVEL_SECONDS, (found[-1][1] + 1) * LEVEL_SECONDS, "energy")
     detector = VoiceDetector()
     detector.push(np.concatenate([audio, np.zeros(SAMPLE_RATE, np.float32)]))
-    turns = detector.turns(ended=True)
+    turns = detector.turns()
     return UserTurn(turns[0].start, turns[-1].end, "silero") if turns else None
 
 
 # ------------------------------------------------------------------------------ response latency
 
 
-@dataclass(frozen=True)
-class Response:
-    """What followed one user turn: when the reply reached the ear, on the input's clock, and how
-    long after the turn's end; None when unanswered."""
-
-    onset: float | None = None
-    latency: float | None = None
-
-    @property
-    def kind(self) -> str:
-        if self.latency is None:
-            return "unanswered"
-        return "takeover" if self.latency < TAKEOVER_SECONDS else "answered"
+def kind_of(latency: float | None) -> str:
+    """What followed a user turn: "answered", "takeover" or "unanswered"."""
+    if latency is None:
+        return "unanswered"
+    return "takeover" if latency < TAKEOVER_SECONDS else "answered"
 
 
 def response_latencies(
     levels: np.ndarray, turns: Sequence[UserTurn], times: np.ndarray
-) -> list[Response]:
-    """One `Response` for each user turn, from the agent's loudness [n] (`frame_levels`) and the
-    times on the input's clock [n] at which it reaches the ear.
+) -> list[float | None]:
+    """From the end of each user turn to the reply's onset, by the agent's loudness [n]
+    (`frame_levels`) and the times on the input's clock [n] at which it reaches the ear.
 
     A reply's onset is the first utterance to begin after the turn began and before the next one,
-    at -40 dB of the peak in that stretch. Before -200 ms it is a takeover; later than 2 s after
-    the turn's end, or never, it is unanswered.
+    at -40 dB of the peak in that stretch. None where it is later than 2 s, or never.
     """
-    responses = []
+    latencies = []
     for turn, until in zip(turns, [*(turn.start for turn in turns[1:]), np.inf], strict=False):
         inside = (times > turn.start) & (times < until)
         loudest = levels[inside].max(initial=-np.inf)
         onsets = [i for i, _ in utterances(levels, loudest + ONSET_DB) if inside[i]]
-        response = Response()
-        if onsets and loudest >= QUIET_DBFS:
-            onset = float(times[onsets[0]])
-            if onset - turn.end <= UNANSWERED_SECONDS:
-                response = Response(onset, onset - turn.end)
-        responses.append(response)
-    return responses
+        found = onsets and loudest >= QUIET_DBFS
+        latency = float(times[onsets[0]] - turn.end) if found else np.inf
+        latencies.append(latency if latency <= UNANSWERED_SECONDS else None)
+    return latencies
 
 
 def barge_in_latencies(
@@ -264,16 +247,8 @@ class CallRecord:
 # ---------------------------------------------------------------------------------------- ledger
 
 
-class StageTimes(NamedTuple):
-    """Seconds one tick took, stage by stage; `total` ends when the samples are on the host."""
-
-    encode: float
-    temporal: float
-    depth: float
-    decode: float
-    total: float
-
-
+# Seconds one tick took, stage by stage; `total` ends when the samples are on the host.
+StageTimes = namedtuple("StageTimes", "encode temporal depth decode total")  # noqa: PYI024
 _COUNTED = (
     "dropped_patches", "not_finite_samples", "late_ticks",
     "output_underruns", "output_overflows", "input_overflows",
@@ -293,7 +268,7 @@ class LatencyLedger:
     device_seconds: float = 0.0
     resampler_seconds: float = 0.0
     times: list[StageTimes] = field(default_factory=list)
-    responses: list[Response] = field(default_factory=list)
+    latencies: list[float | None] = field(default_factory=list)  # a user turn each
     barge_ins: list[float] = field(default_factory=list)
     turn_end_sources: set[str] = field(default_factory=set)
     counts: Counter = field(default_factory=lambda: Counter(dict.fromkeys(_COUNTED, 0)))
@@ -305,19 +280,19 @@ class LatencyLedger:
         self.counts["dropped_patches"] += int(np.sum(result.dropped))
         self.counts["not_finite_samples"] += int(result.not_finite.sum())
 
-    def call(self, record: CallRecord, turns: Sequence[UserTurn]) -> list[Response]:
-        """Judge a finished call by its user's turns; returns its responses."""
+    def call(self, record: CallRecord, turns: Sequence[UserTurn]) -> list[float | None]:
+        """Judge a finished call by its user's turns; returns the latency of each."""
         levels, times = np.concatenate([np.zeros(0), *record.levels]), record.times()
-        responses = response_latencies(levels, turns, times)
-        self.responses += responses
+        latencies = response_latencies(levels, turns, times)
+        self.latencies += latencies
         self.barge_ins += barge_in_latencies(levels, turns, times)
         self.turn_end_sources |= {turn.source for turn in turns}
-        return responses
+        return latencies
 
     def summary(self) -> dict:
         """All of it as plain numbers (ms), None where nothing was measured."""
-        kinds = [response.kind for response in self.responses]
-        answered = [r.latency for r in self.responses if r.kind == "answered"]
+        kinds = [kind_of(latency) for latency in self.latencies]
+        answered = [latency for latency in self.latencies if kind_of(latency) == "answered"]
         return {
             "patch_ms": _ms(self.patch_seconds),
             "algorithmic_ms": _ms(self.patch_seconds + self.acoustic_seconds),

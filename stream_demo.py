@@ -147,7 +147,6 @@ def answer_recording(
     transcript: Transcript,
     tail_seconds: float = 4.0,
     paced: bool = True,
-    detector: VoiceDetector | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[np.ndarray, CallRecord]:
     """Play `audio` [T] to slot 0, then silence; returns the reply [T'] and the call's record.
@@ -165,6 +164,7 @@ def answer_recording(
     patches = np.zeros((most, engine.patch_samples), np.float32)
     patches.reshape(-1)[: len(audio)] = audio
     reply, record = np.zeros_like(patches), CallRecord(seconds)
+    detector = VoiceDetector() if engine.vad_flush else None
     start = engine.clock()
 
     fed = done = 0
@@ -195,16 +195,10 @@ def answer_recording(
     return reply[:done].reshape(-1), record
 
 
-Question = tuple[np.ndarray, UserTurn | None]  # a recording [T] and when it is spoken in
-
-
 def answer_recordings(
-    engine: DuplexEngine,
-    questions: Sequence[Question],
-    ledger: LatencyLedger,
-    args: argparse.Namespace,
+    engine: DuplexEngine, questions: Sequence, ledger: LatencyLedger, args: argparse.Namespace
 ) -> None:
-    """Answer every `--wav` into its `--out`, one ledger for all.
+    """Answer every `--wav`, as `read_question` gave it, into its `--out`; one ledger for all.
 
     Raises at the end what could not be written where it should, at once what stopped a call.
     """
@@ -213,17 +207,16 @@ def answer_recordings(
         transcript = Transcript(engine.lm, engine.patch_seconds)
         end = f"speech ends at {turn.end:.2f} s, by {turn.source}" if turn else "no speech found"
         print(f"{path}: {len(audio) / SAMPLE_RATE:.2f} s, {end}")
-        detector = VoiceDetector() if args.vad_flush else None
         reply, record = answer_recording(
-            engine, audio, ledger, transcript, args.tail_seconds, not args.fast, detector
+            engine, audio, ledger, transcript, args.tail_seconds, not args.fast
         )
         failure = save_reply(out, reply)
         failures += [failure] if failure else []
-        for response in ledger.call(record, [turn] if turn else []):
-            if response.latency is None:
-                print("no answer within 2 s")
-            else:
-                print(f"answered {response.latency * 1000:.0f} ms after the end of the question")
+        for latency in ledger.call(record, [turn] if turn else []):
+            late = "no answer within 2 s"
+            if latency is not None:
+                late = f"answered {latency * 1000:.0f} ms after the end of the question"
+            print(late)
         print(f"{transcript.user_line()}\nreply: {failure or out}\n")
         if record.stopped:
             raise record.stopped
@@ -243,7 +236,7 @@ def save_reply(out: Path, reply: np.ndarray) -> str | None:
     return f"{failure}; the reply is lost"
 
 
-def read_question(path: Path) -> Question:
+def read_question(path: Path) -> tuple[np.ndarray, UserTurn | None]:
     """A recording as 24 kHz mono [T], and when it is spoken in; `UserError` where there is none."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; give --wav a recording of a spoken question")
@@ -363,7 +356,7 @@ class MicrophoneCall:
             ledger.counts["output_underruns"] = bridge.underruns
             ledger.counts["input_overflows"] = bridge.overflows
             ledger.counts["output_overflows"] = bridge.skipped
-            ledger.call(self.record, self.detector.turns(ended=True))
+            ledger.call(self.record, self.detector.turns())
 
     def _loop(self, stop: Callable[[], bool]) -> None:
         inputs = self.bridge.inputs

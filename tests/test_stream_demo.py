@@ -130,12 +130,13 @@ def test_reply_text_is_printed_as_it_comes_and_the_user_described():
     assert words.user_line() == "you: sounded happy (100%), spoke english (100%)"
 
 
-def test_vad_flush_silences_the_agent_in_a_recording():
+def test_vad_flush_silences_the_agent_in_a_recording(monkeypatch):
     engine = fake_engine(vad_flush=True)
     windows = iter([0.0] * 20 + [1.0] * 1000)
     audio = np.full(2 * RATE, 0.5, np.float32)
     detector = VoiceDetector(probability=lambda samples: next(windows))
-    reply, *_ = answer(engine, audio, tail_seconds=0.0, paced=False, detector=detector)
+    monkeypatch.setattr(stream_demo, "VoiceDetector", lambda: detector)
+    reply, *_ = answer(engine, audio, tail_seconds=0.0, paced=False)
     assert np.abs(reply[: RATE // 2]).min() > 0.4 and not reply[RATE : 2 * RATE].any()
 
 
