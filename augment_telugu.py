@@ -5,18 +5,16 @@
     python augment_telugu.py --synthesize_hours 500  voices read the transcripts
     python augment_telugu.py --list_engines          what each engine needs
 
-Copies (the plan's strategy 1): each training clip played 0.9 and 1.1 times as
-fast (pitch and length move), 2 semitones lower and higher (length and vocal
-tract stay), and with noise at a drawn SNR. Copies stay in the train split and
-are never copied again, nor is synthetic speech; originals are only read.
+Copies (the plan's strategy 1): each training clip 0.9 and 1.1 times as fast (its
+pitch moves too), 2 semitones lower and higher (its length stays), and with noise.
+Copies and synthetic speech are not copied again; originals are only read.
 
 Synthetic speech (strategy 2): Telugu sentences, from the transcripts of the
-training clips or --text_file, in an engine's own voices, at a rate and a pitch
-drawn per sentence. A clip of an implausible length is dropped and counted.
+training clips or --text_file, in an engine's own voices, at drawn rates and
+pitches. A clip of an implausible length is dropped and counted.
 
-Both can be stopped at any moment: the same command goes on. What is made
-depends on the seed, the corpora and the flags alone, not on the number of
-processes: samples repeat bit for bit (but for piper's, whose noise has no seed).
+Both can be stopped at any moment: the same command goes on. The same seed, corpora
+and flags make the same samples (but for piper's, whose noise has no seed).
 """
 
 from __future__ import annotations
@@ -63,16 +61,12 @@ SNR_DB = (10.0, 30.0)  # of the noise copy
 SYNTHETIC = "synthetic"  # so folders of synthetic speech begin
 TEXTS = ".texts"  # in the folder of synthetic speech: its sentences
 RECORDS = ".parts"  # in an output folder: a manifest of what each finished part made
-# Bytes a sample and a file, and a tenth more for the noise of real rooms.
-FORMATS = {"ogg": (0.36, 5800), "flac": (1.3, 2500)}
+FORMATS = {"ogg": 0.0233, "flac": 0.076}  # GB an hour of 16 kHz speech
 TELUGU_TEXT = re.compile(
     r"[\u0c00-\u0c65\s.,!?;:'\"()\u2013\u2014\u2018-\u201d\u0964\u200c\u200d-]+"
 )
 # A phone of read Telugu lasts 0.06 to 0.1 s; outside of these, words are missing or it babbles.
 PHONE_SECONDS = (0.03, 0.22)
-
-
-# ------------------------------------------------------------------------------ choosing copies
 
 
 @dataclass(frozen=True)
@@ -255,8 +249,8 @@ def augment(args: argparse.Namespace) -> None:
             names = {os.path.splitext(row["path"])[0]: row["duration"] for row in made}
             plans = choose_plans(plan_copies(sources, root, args.seed), names, wanted)
         if plans:
-            lengths = [(p.copy_seconds, min(p.clip.sample_rate, SAMPLE_RATE)) for p in plans]
-            check_disk(final.parent, args.format, lengths)
+            hours = sum(plan.copy_seconds for plan in plans) / 3600
+            check_disk(final.parent, args.format, hours)
         else:
             print("nothing to make: the hours asked for are there (--hours all makes every copy)")
             if not made:
@@ -283,7 +277,7 @@ def output_folder(path: str | Path, flag: str) -> Iterator[tuple[Path, Path]]:
         final.rmdir()  # an empty one
     hidden = final.with_name(command.file_name(f".{final.name}.part"))
     folder = final if final.exists() else hidden
-    if folder == final and not (final / RECORDS).is_dir():
+    if folder is final and not (final / RECORDS).is_dir():
         raise UserError(f"{flag} {final}: not made by this script; give another folder")
     with command.only_one(command.writable_folder(folder, flag)):
         try:
@@ -305,10 +299,9 @@ def made_rows(folder: Path) -> list[dict]:
                 sizes[entry.path] = entry.stat(follow_symlinks=False).st_size
                 if entry.name.endswith(".part") and entry.is_file():
                     os.unlink(entry)
-    rows = {}
+    rows, fields = {}, {"path": "path", "duration": "number"}
     for record in sorted((folder / RECORDS).glob("*.jsonl")):
         for at, row in json_lines(record):
-            fields = {"path": "path", "duration": "number"}
             command.check_fields(row, fields, f"{record}, line {at}")
             path = os.path.normpath(os.path.join(RECORDS, row["path"]))
             # A pod that was lost may leave names without their data.
@@ -349,18 +342,13 @@ def hours_of(rows: Iterable[dict]) -> float:
     return sum(row["duration"] for row in rows) / 3600
 
 
-def check_disk(folder: Path, suffix: str, lengths: Sequence[tuple[float, int]]) -> None:
-    """Say what is about to be made, of (seconds, sample rate) each, and what it takes. UserError
-    where the disk is too small."""
-    per_sample, per_file = FORMATS[suffix]
-    hours = sum(seconds for seconds, _ in lengths) / 3600
-    needed = sum(seconds * rate * per_sample + per_file for seconds, rate in lengths) / 1e9
-    free = shutil.disk_usage(folder).free / 1e9
-    said = f"about {needed:,.2f} GB; {free:,.2f} GB are free"
-    print(f"to make: {hours:,.2f} h of {suffix}, {said}")
+def check_disk(folder: Path, suffix: str, hours: float) -> None:
+    """Say what is about to be made; UserError where the disk is too small."""
+    needed, free = hours * FORMATS[suffix], shutil.disk_usage(folder).free / 1e9
+    said = f"{hours:,.2f} h of {suffix}, about {needed:,.2f} GB; {free:,.2f} GB are free"
+    print(f"to make: {said}")
     if needed > free:
-        fewer = f"{math.ceil(hours * (1 - free / needed)):,} h less"
-        raise UserError(f"{folder}: {said}; free some, or ask for {fewer} (--hours)")
+        raise UserError(f"{folder}: {said}; free some, or ask for fewer hours (--hours)")
 
 
 def print_hours(when: str, real: float, copies: float, goal: float) -> None:
@@ -383,8 +371,10 @@ class SyntheticClip(Clip):
 
 @functools.lru_cache(maxsize=1)
 def own_voices(name: str) -> list[speech.Voice]:
-    """An engine's own Telugu voices, of which it makes those of conversations."""
-    names = dict.fromkeys(voice.name for voice in speech.find_engine(name).voices("telugu"))
+    """An engine's own Telugu voices, without the toy's that are held out."""
+    found = speech.find_engine(name).voices("telugu")
+    installed = isinstance(speech.find_engine(name), InstalledEngine)
+    names = dict.fromkeys(voice.name for voice in found if installed or voice.split == "train")
     return [speech.Voice(f"{name}/{own}", name, "telugu", own, own, role="agent") for own in names]
 
 
@@ -497,8 +487,7 @@ def synthesize(args: argparse.Namespace) -> None:
         size = min(SYNTHETIC_PART_SECONDS, args.synthesize_hours * 3600)
         count = math.ceil(args.synthesize_hours * 3600 / size - 1e-9)
         missing = missing_parts(folder, count)
-        clips_of_5_s = [(5.0, SAMPLE_RATE)] * math.ceil(len(missing) * size / 5)
-        check_disk(final.parent, args.format, clips_of_5_s)
+        check_disk(final.parent, args.format, len(missing) * size / 3600)
         command.write_text(folder / TEXTS, "\n".join(texts))
         work = functools.partial(make_speech, folder, args, size)
         # A GPU is fed by one process.
@@ -512,9 +501,6 @@ def missing_parts(folder: Path, count: int) -> list[int]:
     records = (folder / RECORDS).glob("*.jsonl")
     complete = {file.stem for file in records if there[file.stem] == len([*json_lines(file)])}
     return [i for i in range(count) if f"{i:05d}" not in complete]
-
-
-# ----------------------------------------------------------------------------------------- main
 
 
 def print_engines() -> None:

@@ -223,7 +223,8 @@ class InstalledEngine:
         """As `speech.Engine`, without loading or fetching anything."""
         names = self.model_class.names(language, self._of(self.model, language))
         if not names or importlib.util.find_spec(self.package) is None:
-            raise UserError(f"{self.install}; then: {self._of(self.fetch, language)}")
+            fetch = self._of(self.fetch, language)
+            raise UserError(f"{self.name} is not installed: {self.install}; then: {fetch}")
         return own_and_changed(self.name, language, names)
 
     def say(self, orders: Sequence[Order]) -> list[Raw]:

@@ -96,8 +96,8 @@ STYLES = {
 }
 SPEECH_RMS = 0.07  # of what is said, silences apart, before the style's gain
 LOUD_DB = -36.0  # below the loudest tenth: what still counts as sound at the edge of a silence
-EDGE_SECONDS = 0.04  # silence kept at each end
-PAUSE_SECONDS = 0.30  # longest pause kept inside
+EDGE_SECONDS = 0.04  # silence left at each end
+PAUSE_SECONDS = 0.30  # longest pause left inside
 
 
 @dataclass(frozen=True)
@@ -278,9 +278,7 @@ def tile(phones: list[Span], duration: float) -> list[Span]:
             tiled.append((SILENCE, edge, start))
         if end > start:
             tiled.append((phone, start, end))
-            edge = end
-        else:
-            edge = max(edge, start)
+        edge = max(start, end)
     if duration - edge > 1e-4 or not tiled:
         tiled.append((SILENCE, edge, duration))
     for i in range(len(tiled) - 1, 0, -1):
@@ -362,10 +360,7 @@ def _set_level(audio: np.ndarray, phones: list[Span], gain_db: float) -> np.ndar
 
 # ---------------------------------------------------------------------------- voices
 def voices(
-    language: str,
-    role: str = "user",
-    split: str = "train",
-    engines: Sequence[str] | None = None,
+    language: str, role: str = "user", split: str = "train", engines: Sequence[str] | None = None
 ) -> list[Voice]:
     """Voices of the installed engines. `role` agent: the one voice of a language, for any split.
 
@@ -381,12 +376,12 @@ def voices(
         try:
             found += [v for v in engine.voices(language) if v.role == role]
         except UserError as error:
-            missing.append(f"{engine.name}: {error}")
+            missing.append(str(error))
     found = found[:1] if role == "agent" else [v for v in found if v.split == split]
     if not found:
         which = "agent's" if role == "agent" else split
         how = "; ".join(missing) or "these engines have none"
-        raise UserError(f"no {which} voice for {language} is installed: {how}")
+        raise UserError(f"no {which} voice for {language}: {how}")
     return found
 
 

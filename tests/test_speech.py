@@ -177,7 +177,7 @@ def test_same_request_same_bytes(engine, language):
 
 
 @pytest.mark.parametrize(("engine", "language"), CASES)
-def test_phones_tile_the_audio_and_are_heard(engine, language):
+def test_phones_tile_the_audio_and_match_its_sound(engine, language):
     for utterance in say(a_voice(engine, language), TEXTS[language]):
         audio, phones = utterance.audio, utterance.phones
         assert audio.dtype == np.float32 and np.abs(audio).max() <= 1.0
@@ -287,7 +287,7 @@ def test_odd_characters_do_no_harm_to_foreign_voices(name, language):
         assert len(utterance.audio) > 0 and utterance.phones
 
 
-def test_a_missing_diphone_is_stood_for_or_heard_as_two(monkeypatch):
+def test_a_missing_diphone_is_stood_for_or_said_as_two(monkeypatch):
     diphones = {"#-s", "s-a:", "a:-#", "a:-z", "z-#", "#-z"}
     monkeypatch.setattr(toy_voices, "_diphones", lambda name: frozenset(diphones))
     asked = [(unit, 0.1, 100.0) for unit in ("#", "s", "a", "z", "z", "#")]

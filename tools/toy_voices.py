@@ -1101,7 +1101,7 @@ class ToyEngine:
     def voices(self, language: str) -> list[Voice]:
         found = [v for v in self.list_voices(language) if _installed(self.name, v.name)]
         if not found:
-            raise UserError(self.install)
+            raise UserError(f"{self.name} is not installed: {self.install}")
         return found
 
     def say(self, orders: Sequence[Order]) -> list[Raw]:
