@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,9 +56,7 @@ class ReplyText:
     """Token ids in, readable text out as soon as its bytes are complete. PAD adds nothing."""
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self.text = ""
+        self._tokenizer, self._ids, self.text = tokenizer, [], ""
 
     def push(self, token: int) -> str:
         """The text this token adds, "" while a character's bytes are incomplete."""
@@ -76,13 +74,10 @@ class ReplyText:
 
 
 class QueuedPatch(NamedTuple):
-    """A patch of input [T]; `arrived` is when its last sample came in, `lost` how many patches
-    this silence stands for."""
-
-    audio: np.ndarray
-    arrived: float
+    audio: np.ndarray  # [T]
+    arrived: float  # when its last sample came in
     index: int
-    lost: int = 0
+    lost: int = 0  # how many dropped patches this silence stands for
 
 
 class PatchQueue(deque[QueuedPatch]):
@@ -116,10 +111,8 @@ class PatchQueue(deque[QueuedPatch]):
 
 
 class BargeInFlush:
-    """`--vad_flush`: which slots' agents are silenced because their users talk over them.
-
-    From two ticks of voice while the agent is audible to two ticks without voice.
-    """
+    """`--vad_flush`: silences agents whose users talk over them, from two ticks of voice while the
+    agent is audible to two ticks without."""
 
     def __init__(self, slots: int = 1):
         self.voice, self.audible, self.muted = np.zeros((3, slots), bool)
@@ -149,27 +142,21 @@ class BargeInFlush:
 
 @dataclass
 class TickResult:
-    """What one tick gave, a row a slot; rows of slots that were not `active` are zero.
+    """What one tick gave, a row a slot; rows of slots that were not `active` are zero."""
 
-    audio [B, T] float32; text [B] token ids (`PAD` = none); user_speaking [B], user_emotion [B, 8],
-    language [B, 3] probabilities; user_phones [B, p] ids, of `listen_delay` patches ago;
-    not_finite [B] samples of input or output that were not numbers and became silence. Of the
-    queue, set by `run_once`: index [B] the number of the input patch (dropped ones count),
-    waited [B] seconds it lay there, dropped [B] patches lost since the slot's last tick.
-    """
-
-    audio: np.ndarray
-    text: np.ndarray
-    user_speaking: np.ndarray
-    user_emotion: np.ndarray
-    language: np.ndarray
-    user_phones: np.ndarray
-    active: np.ndarray
-    not_finite: np.ndarray
+    audio: np.ndarray  # [B, T] float32
+    text: np.ndarray  # [B] token ids, `PAD` = none
+    user_speaking: np.ndarray  # [B] probabilities, as the next two
+    user_emotion: np.ndarray  # [B, 8]
+    language: np.ndarray  # [B, 3]
+    user_phones: np.ndarray  # [B, p] ids, of `listen_delay` patches ago
+    active: np.ndarray  # [B]
+    not_finite: np.ndarray  # [B] samples in or out that were not numbers and became silence
     times: StageTimes
-    index: np.ndarray | float = 0.0
-    waited: np.ndarray | float = 0.0
-    dropped: np.ndarray | float = 0.0
+    # By `run_once`: number of the input patch, its seconds in the queue, patches lost before it.
+    index: np.ndarray | float = 0.0  # [B], dropped patches count
+    waited: np.ndarray | float = 0.0  # [B]
+    dropped: np.ndarray | float = 0.0  # [B]
 
 
 class DuplexEngine:
@@ -181,15 +168,9 @@ class DuplexEngine:
     """
 
     def __init__(
-        self,
-        codec: Codec,
-        lm: S2S,
-        slots: int = 1,
-        sampling: Sampling | None = None,
-        seed: int = 0,
-        vad_flush: bool = False,
-        clock: Callable[[], float] = time.perf_counter,
-    ):
+        self, codec: Codec, lm: S2S, slots: int = 1, sampling: Sampling | None = None,
+        seed: int = 0, vad_flush: bool = False, clock: Callable[[], float] = time.perf_counter,
+    ):  # fmt: skip
         check_codec_matches(codec, lm)
         self.codec, self.lm = codec, lm
         self.slots, self.sampling, self.seed = slots, sampling, seed
@@ -214,11 +195,8 @@ class DuplexEngine:
         codes = self.codec.encode(second, num_codebooks=self.num_codebooks)
         return codes[..., -self.frames_per_step :].repeat(self.slots, 1, 1)
 
-    # ---- slots
-
     def reset(self, slot: int | None = None) -> None:
-        """Forget one slot's call; or all of them, and draw from the seed again. The voice
-        settings stay."""
+        """Forget one slot's call; or all, and draw from the seed again. Voice settings stay."""
         chosen = np.arange(self.slots) == slot if slot is not None else np.ones(self.slots, bool)
         for state in (self._encoder, self._decoder, self._lm_state):
             state.reset(torch.from_numpy(chosen).to(self.device))
@@ -233,9 +211,13 @@ class DuplexEngine:
 
         Raises `UserError` for one that the model does not know.
         """
-        config = self.lm.config
-        self._emotion[slot] = _class_id(emotion, config.emotions, "emotion")
-        self._language[slot] = _class_id(language, config.languages, "language")
+        for what, name, known, ids in (
+            ("emotion", emotion, self.lm.config.emotions, self._emotion),
+            ("language", language, self.lm.config.languages, self._language),
+        ):
+            if name is not None and name not in known:
+                raise UserError(f"{what} {name}: the dialogue model knows {', '.join(known)}")
+            ids[slot] = 0 if name is None else known.index(name) + 1
 
     def set_user_voice(self, slot: int, speaking: bool) -> None:
         """For `vad_flush`: whether a detector finds voice in the user's audio now."""
@@ -248,8 +230,6 @@ class DuplexEngine:
         last of them came in, and the start of what `waited` measures."""
         now = self.clock() if arrived is None else arrived
         self.queues[slot].push(audio, now, bounded)
-
-    # ---- ticks
 
     def run_once(self) -> TickResult | None:
         """One tick over the slots with a patch waiting; None when there is none."""
@@ -319,13 +299,6 @@ class DuplexEngine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return self.clock()
-
-
-def _class_id(name: str | None, known: Sequence[str], what: str) -> int:
-    """The LM's id: 0 for its own choice, else the place in `known`, from 1."""
-    if name is not None and name not in known:
-        raise UserError(f"{what} {name}: the dialogue model knows {', '.join(known)}")
-    return 0 if name is None else known.index(name) + 1
 
 
 def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

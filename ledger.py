@@ -1,5 +1,4 @@
-"""What is said about latency is defined here: where a user's turn ends, where a reply begins, when
-that counts as an answer, and the ledger that all scripts print.
+"""Latency: where a user's turn ends, where a reply begins, when that is an answer, and the ledger.
 
 Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 in [-1, 1], `T`
 samples; loudness is in dBFS, a value for every 5 ms.
@@ -159,8 +158,7 @@ def _silero() -> Callable[[np.ndarray], float]:
 def find_speech(audio: np.ndarray) -> UserTurn | None:
     """The stretch of a recording [T] from its first to its last voice, or None in silence.
 
-    By energy (-40 dB of the peak) where the recording's background lies below that, which is
-    exact; else by Silero VAD.
+    By energy, which is exact, where the background lies below -40 dB of the peak; else by Silero.
     """
     levels = frame_levels(audio)
     if not len(levels) or levels.max() < QUIET_DBFS:
@@ -218,10 +216,7 @@ def barge_in_latencies(
 
 @dataclass
 class CallRecord:
-    """What the ledger needs of one caller's call: loudness and delay of every output patch.
-
-    Half a kilobyte a second, so that a call of hours can be judged at its end.
-    """
+    """Loudness and delay of every output patch of one call, half a kilobyte a second."""
 
     patch_seconds: float
     slot: int = 0
@@ -343,8 +338,8 @@ def percentiles(seconds: Sequence[float]) -> dict | None:
     """{"p50", "p95", "p99"} in ms and "n"; None for an empty list."""
     if not len(seconds):
         return None
-    p50, p95, p99 = map(_ms, np.percentile(seconds, (50, 95, 99)))
-    return {"p50": p50, "p95": p95, "p99": p99, "n": len(seconds)}
+    points = {f"p{q}": _ms(np.percentile(seconds, q)) for q in (50, 95, 99)}
+    return {**points, "n": len(seconds)}
 
 
 def _ms(seconds: float) -> float:

@@ -128,33 +128,26 @@ class Transcript:
         """The user's emotion and language, from the moments the model found them speaking."""
         if not self._emotion.any():
             return "you: the model recognised no speech"
-        emotion = _likeliest(self._lm.config.emotions, self._emotion)
-        language = _likeliest(self._lm.config.languages, self._language)
+        emotion, language = (
+            f"{names[weights.argmax()]} ({weights.max() / weights.sum():.0%})"
+            for names, weights in ((self._lm.config.emotions, self._emotion),
+                                   (self._lm.config.languages, self._language))
+        )  # fmt: skip
         return f"you: sounded {emotion}, spoke {language}"
-
-
-def _likeliest(names: Sequence[str], weights: np.ndarray) -> str:
-    return f"{names[weights.argmax()]} ({weights.max() / weights.sum():.0%})"
 
 
 # ------------------------------------------------------------------------------------ recordings
 
 
 def answer_recording(
-    engine: DuplexEngine,
-    audio: np.ndarray,
-    ledger: LatencyLedger,
-    transcript: Transcript,
-    tail_seconds: float = 4.0,
-    paced: bool = True,
-    sleep: Callable[[float], None] = time.sleep,
-) -> tuple[np.ndarray, CallRecord]:
+    engine: DuplexEngine, audio: np.ndarray, ledger: LatencyLedger, transcript: Transcript,
+    tail_seconds: float = 4.0, paced: bool = True, sleep: Callable[[float], None] = time.sleep,
+) -> tuple[np.ndarray, CallRecord]:  # fmt: skip
     """Play `audio` [T] to slot 0, then silence; returns the reply [T'] and the call's record.
 
     `paced`: a patch is fed when its last sample is due, on the engine's clock. The tail lasts
-    `tail_seconds`, and until a reply under way has ended. Patches dropped by a machine too slow
-    leave silence in the reply, so that it stays on the question's clock. What ends the call early,
-    be it Ctrl-C, stands in the record's `stopped`; the reply lasts until then.
+    until a reply under way has ended. Dropped patches leave silence in the reply, so that it stays
+    on the question's clock. What ends the call early, be it Ctrl-C, is the record's `stopped`.
     """
     engine.reset()
     seconds = engine.patch_seconds
@@ -250,8 +243,8 @@ def read_question(path: Path) -> tuple[np.ndarray, UserTurn | None]:
 class SoundBridge:
     """Between the sound card's thread and ours: bounded queues of bytes, nothing else.
 
-    An output queue that runs dry once a reply is playing is an underrun: counted, played as
-    silence. Input that nobody takes for a second is dropped and counted.
+    An output queue that runs dry once a reply plays is an underrun, played as silence. It is
+    counted, as is input that nobody takes for a second.
     """
 
     def __init__(self, block_bytes: int):
@@ -312,13 +305,9 @@ class MicrophoneCall:
     """One live call on slot 0: sound card -> resampler -> engine -> resampler -> sound card."""
 
     def __init__(
-        self,
-        engine: DuplexEngine,
-        sounddevice: Any,
-        ledger: LatencyLedger,
-        transcript: Transcript,
-        detector: VoiceDetector,
-    ):
+        self, engine: DuplexEngine, sounddevice: Any, ledger: LatencyLedger,
+        transcript: Transcript, detector: VoiceDetector,
+    ):  # fmt: skip
         self.engine, self.ledger = engine, ledger
         self.transcript, self.detector = transcript, detector
         self.record = CallRecord(engine.patch_seconds)

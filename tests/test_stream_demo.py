@@ -397,7 +397,7 @@ def test_reply_files_are_named_after_the_questions():
         (["--wav", "a.wav", "--out", "b.oga"], "cannot write '.oga'"),
         (["--wav", "a.wav", "--out", "b" * 300 + ".wav"], "cannot be written"),
         (["--wav", "a.wav", "--device", "cuda:9"], "--device"),
-        (["--wav", "a.wav", "--device", "nonsense"], "not a device"),
+        (["--wav", "a.wav", "--device", "nonsense"], "nonsense: not supported"),
         (["--wav", "x"], "no such file"),
     ],
 )
