@@ -368,30 +368,22 @@ def speech_frames(audio: np.ndarray, hop: int) -> np.ndarray:
     return power > power.max() * 10 ** (-SPEECH_RANGE_DB / 10)
 
 
-class CodebookUse:
-    """How often each code occurs in speech, per codebook."""
+def codebook_use(counts: Sequence[np.ndarray]) -> dict:
+    """Frames counted; per codebook perplexity exp(-Σ p ln p), its share, and codes used.
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.counts = [np.zeros(size, np.int64) for size in sizes]
-
-    def add(self, codes: np.ndarray, speech: np.ndarray) -> None:
-        """Codes `[K, F]` of a clip, `speech` `[F]` bool."""
-        for counts, row in zip(self.counts, codes, strict=True):
-            counts += np.bincount(row[speech], minlength=len(counts))
-
-    def summary(self) -> dict:
-        """Frames counted; per codebook perplexity exp(-Σ p ln p), its share, and codes used."""
-        rows = []
-        for counts in self.counts:
-            shares = counts[counts > 0] / max(1, counts.sum())
-            perplexity = math.exp(-float((shares * np.log(shares)).sum()))
-            row = {"size": len(counts), "used": round(len(shares) / len(counts), 4)}
-            row["perplexity"] = round(perplexity, 2)
-            row["perplexity_share"] = round(perplexity / len(counts), 4)
-            rows.append(row)
-        frames = int(self.counts[0].sum())
-        few = frames < FRAMES_A_CODE * max(map(len, self.counts))
-        return {"speech_frames": frames, "too_few_frames": few, "codebooks": rows}
+    `counts`: how often each code occurs in speech, `[size]` a codebook.
+    """
+    rows = []
+    for count in counts:
+        shares = count[count > 0] / max(1, count.sum())
+        perplexity = math.exp(-float((shares * np.log(shares)).sum()))
+        row = {"size": len(count), "used": round(len(shares) / len(count), 4)}
+        row["perplexity"] = round(perplexity, 2)
+        row["perplexity_share"] = round(perplexity / len(count), 4)
+        rows.append(row)
+    frames = int(counts[0].sum())
+    few = frames < FRAMES_A_CODE * max(map(len, counts))
+    return {"speech_frames": frames, "too_few_frames": few, "codebooks": rows}
 
 
 # ---------------------------------------------------------------------------------- time
@@ -741,7 +733,7 @@ def evaluate(
           f"{', '.join(judges) or 'none'}", flush=True)  # fmt: skip
 
     rows, evaluated = [], []
-    uses = defaultdict(lambda: CodebookUse(config.codebook_sizes))
+    used = defaultdict(lambda: [np.zeros(size, np.int64) for size in config.codebook_sizes])
     for clip in tqdm(drawn, unit="clip", disable=None):
         try:
             audio, of_clip = read_clip(clip, args.max_seconds, least)
@@ -752,8 +744,11 @@ def evaluate(
             continue
         remarks.update(of_clip)
         evaluated.append(clip)
-        for name in (clip.language, "all"):
-            uses[name].add(codes, speech_frames(audio, config.hop))
+        speech = speech_frames(audio, config.hop)
+        for level, row in enumerate(codes[:, speech]):
+            count = np.bincount(row, minlength=config.codebook_sizes[level])
+            for name in (clip.language, "all"):
+                used[name][level] += count
         reference = for_judges(audio)
         about = str(clip.path), clip.language, len(audio) / SAMPLE_RATE
         rows.append(Row(*about, "uncoded", 0.0, 0, 0, judge(judges, reference)))
@@ -773,7 +768,7 @@ def evaluate(
         groups[name] = summarise([r for r in rows if name in ("all", r.language)], points)
         groups[name]["speakers"] = count_speakers(inside)
         groups[name]["clips_of_unknown_speakers"] = sum(c.speaker is None for c in inside)
-        groups[name]["codebooks"] = uses[name].summary()
+        groups[name]["codebooks"] = codebook_use(used[name])
     meter = training.CostMeter("evaluation", enabled=False)
     spent = meter.spent_usd() if meter.ledger.exists() else None
     result = {

@@ -8,7 +8,7 @@ that nothing comes near; on several ranks as one process with the joint batch wo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,19 +73,6 @@ class CodebookStack(nn.Module):
     @property
     def is_initialised(self) -> bool:
         return all(self.started)
-
-    @torch.no_grad()
-    def loaded(self) -> None:
-        """Call when the stored buffers have been filled."""
-        self.half_norms.copy_(half_norms(self.embedding))
-        self.started = (self.cluster_size.sum(-1) > 0).tolist()
-
-    @torch.no_grad()
-    def restart_statistics(self, row: int) -> None:
-        """Statistics that stand for a codebook's codes as they are, as after an export."""
-        self.cluster_size[row].fill_(1.0)
-        self.embedding_sum[row].copy_(self.embedding[row])
-        self.started[row] = True
 
     @torch.no_grad()
     def initialise(self, left: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -274,29 +261,36 @@ class SplitQuantizer(nn.Module):
         """All of them, the semantic one first."""
         return [book for stack in self.stacks for book in stack.books()]
 
-    def _stored(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """Names in checkpoints, with the rows that they stand for."""
+    def _rows(self, prefix: str) -> Iterator[tuple[CodebookStack, int, dict[str, Tensor]]]:
+        """Each codebook's stack, row in it, and buffers by their names in checkpoints."""
         for stack in self.stacks:
-            for row, k in enumerate(range(stack.levels.start, stack.levels.stop)):
-                for name in stack.stored:
-                    yield f"{prefix}codebooks.{k}.{name}", getattr(stack, name)[row]
+            for row in range(len(stack.started)):
+                name = f"{prefix}codebooks.{stack.levels.start + row}"
+                yield stack, row, {f"{name}.{n}": getattr(stack, n)[row] for n in stack.stored}
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update(self._stored(prefix))
+        for _, _, buffers in self._rows(prefix):
+            destination.update(buffers)
 
     @torch.no_grad()
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        for name, row in self._stored(prefix):
-            given = state.pop(name, None)
-            if given is None:
-                missing.append(name)
-            elif given.shape != row.shape:
-                errors.append(f"{name} is {list(given.shape)}, not {list(row.shape)}")
-            else:
-                row.copy_(given)
-        for stack in self.stacks:
-            stack.loaded()
+        """A codebook without statistics, as in an export, goes on from its codes as they are."""
+        for stack, row, buffers in self._rows(prefix):
+            given = {name: state.pop(name) for name in buffers if name in state}
+            missing += [name for name in buffers if name not in given]
+            for name, tensor in given.items():
+                if tensor.shape == buffers[name].shape:
+                    buffers[name].copy_(tensor)
+                else:
+                    shapes = f"{list(tensor.shape)}, not {list(buffers[name].shape)}"
+                    errors.append(f"{name} is {shapes}")
+            embedding, sizes, sums = buffers.values()
+            if len(given) == 1:
+                sizes.fill_(1.0)
+                sums.copy_(embedding)
+            stack.half_norms[row].copy_(half_norms(embedding))
+            stack.started[row] = bool(sizes.sum() > 0)
         rest = (missing, unexpected, errors)
         super()._load_from_state_dict(state, prefix, metadata, strict, *rest)
 
@@ -390,15 +384,6 @@ class SplitQuantizer(nn.Module):
     def is_initialised(self) -> bool:
         """Whether every codebook stands for data."""
         return all(stack.is_initialised for stack in self.stacks)
-
-    def resume_from_codes(self, stored: Collection[str]) -> None:
-        """Lets training go on from codes whose statistics are not among the tensors `stored` (names
-        within the quantizer), as in an export."""
-        for stack in self.stacks:
-            for row, k in enumerate(range(stack.levels.start, stack.levels.stop)):
-                codes, sizes = f"codebooks.{k}.embedding", f"codebooks.{k}.cluster_size"
-                if codes in stored and sizes not in stored:
-                    stack.restart_statistics(row)
 
     @torch.no_grad()
     def update(

@@ -462,10 +462,6 @@ def make_learner(
     if args.init_from and checkpoint is None:
         inherited = checkpoints.inherit_weights(model, args.init_from)
         check_frozen(args, model, inherited)
-        prefix = "quantizer."
-        model.quantizer.resume_from_codes(
-            [name.removeprefix(prefix) for name in inherited if name.startswith(prefix)]
-        )
     frozen = []
     if args.freeze_semantic:  # acoustic codebooks beside a semantic branch that was taught first
         frozen = [model.encoder[0], model.quantizer.semantic_in, head, projection]
