@@ -4,21 +4,17 @@
     python evaluate_codec.py --data_dirs data/english --plot rate.png --output codec.json
 
 Clips are drawn evenly over the speakers of a language, encoded once and decoded at each of
-`--codebooks`.
+`--codebooks`. Means over clips of:
 
     SNR       10 log10(|x|² / |x - y|²) in dB, per clip, at most 100
     SI-SDR    the same against the best-scaled reference (Le Roux et al. 2019)
     PESQ      wideband, ITU-T P.862.2, of 1 to 4.64
     STOI      intelligibility (Taal et al. 2011), of 0 to 1
     MOS       predicted by DistillMOS (Stahl & Gamper 2025), 1 to 5, no reference needed
-    DNSMOS    predicted overall quality, P.835 (Reddy et al. 2022), 1 to 5
-    spk       cosine of Resemblyzer's speaker embeddings (Wan et al. 2018) of coded and uncoded
 
-Means over clips; the line `uncoded` is what the judges say of the recordings themselves. A judge
-whose package is missing is left out, and so is a clip that a judge cannot measure, for it alone.
-Rates are measured: `net` is what the codes take, `file` the whole file with its container.
-
-The last line of stdout is the summary as JSON; `--output` also holds every clip.
+`uncoded` is what the judges say of the recordings themselves. A judge whose package is missing is
+left out, and so is a clip that a judge cannot measure, for it alone. The last line of stdout is the
+summary as JSON; `--output` also holds every clip.
 """
 
 from __future__ import annotations
@@ -50,7 +46,6 @@ from codec import Codec, CodecConfig
 from command import ArgumentParser, UserError, first_line, number, whole, writable_file
 from data import LANGUAGES, SPLITS, Clip, count_speakers, load_clips
 from losses import si_sdr
-from training import PLAN_BUDGET_USD
 
 HERE = Path(__file__).resolve().parent
 SPOKEN = tuple(language for language in LANGUAGES if language != "other")
@@ -61,8 +56,6 @@ MEASURES = {  # name: (column, decimals, width)
     "pesq": ("PESQ", 2, 6),
     "stoi": ("STOI", 3, 6),
     "mos": ("MOS", 2, 6),
-    "dnsmos": ("DNSMOS", 2, 7),
-    "speaker": ("spk", 3, 6),
 }
 RATES = (2, 4, 8, 16, 32, 64)  # codebooks: 1, 2, 4, 8, 16, 32 kbit/s
 LM_CODEBOOKS = 8
@@ -70,7 +63,6 @@ STEP_MS = (40, 80)
 TIMED_ROUNDS = 7  # and one before them to warm up
 TIMED_SECONDS = 1.6  # of audio a round: whole steps of 40 and of 80 ms
 SILENT_PEAK = 1e-4  # -80 dBFS
-CLIPPED_LEVEL, CLIPPED_SHARE = 0.999, 1e-3
 SPEECH_RANGE_DB = 40.0  # frames within this of the clip's loudest one count as speech
 FRAMES_A_CODE = 10  # fewer speech frames than this a code say little about a codebook
 Point = tuple[str, float]  # a codec and the rate that it is asked for, kbit/s
@@ -78,48 +70,30 @@ Point = tuple[str, float]  # a codec and the rate that it is asked for, kbit/s
 
 # ---------------------------------------------------------------------------------- judges
 #
-# A judge is made once, imports its package then, and is called with the coded and the uncoded
-# audio, float32 `[T]` of one length at 16 kHz. It answers with a number, or None where it cannot
-# measure that clip. Those of NO_REFERENCE hear the coded audio alone.
+# A judge takes the coded and the uncoded audio, float32 `[T]` at 16 kHz, and gives a number. It
+# raises, or gives what is not finite, for a clip that it cannot measure.
 
-Judge = Callable[[np.ndarray, "np.ndarray | None"], "float | None"]
-NO_REFERENCE = ("mos", "dnsmos")
+Judge = Callable[[np.ndarray, "np.ndarray | None"], float]
 
 
 def pesq_judge() -> Judge:
-    """PESQ wideband, ITU-T P.862.2."""
-    from pesq import PesqError, pesq
+    from pesq import pesq
 
-    def score(audio, reference):
-        if not (audio.any() and reference.any()):
-            return None
-        # Negative where there is no utterance, or too short a one.
-        value = pesq(JUDGE_RATE, reference, audio, "wb", on_error=PesqError.RETURN_VALUES)
-        return float(value) if value > 0 else None
-
-    return score
+    return lambda audio, reference: pesq(JUDGE_RATE, reference, audio, "wb")
 
 
 def stoi_judge() -> Judge:
-    """STOI (Taal et al. 2011); None for less than 0.4 s of speech, where it is undefined."""
     from pystoi import stoi
 
     def score(audio, reference):
-        if len(reference) < 0.4 * JUDGE_RATE:
-            return None
         with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)
-            try:
-                value = float(stoi(reference, audio, JUDGE_RATE))
-            except RuntimeWarning:  # too few frames are left without the silent ones
-                return None
-        return value if math.isfinite(value) else None
+            warnings.simplefilter("error", RuntimeWarning)  # too little speech: undefined
+            return stoi(reference, audio, JUDGE_RATE)
 
     return score
 
 
-def distill_mos_judge() -> Judge:
-    """MOS predicted by DistillMOS (Stahl & Gamper 2025); silence scores about 2."""
+def mos_judge() -> Judge:
     from distillmos import ConvTransformerSQAModel
 
     # It prints where its weights lie; the last line of stdout is JSON for programs.
@@ -127,68 +101,8 @@ def distill_mos_judge() -> Judge:
         model = ConvTransformerSQAModel().eval()
 
     @torch.no_grad()
-    def score(audio, reference=None):
-        return float(model(torch.from_numpy(audio)[None]))
-
-    return score
-
-
-def dnsmos_judge() -> Judge:
-    """Overall quality after ITU-T P.835, predicted by DNSMOS (Reddy et al. 2022)."""
-    import onnxruntime
-    from speechmos import dnsmos
-
-    folder = Path(dnsmos.__file__).parent / "dnsmos_models"
-    paths = [str(folder / name) for name in ("sig_bak_ovr.onnx", "model_v8.onnx")]
-    model = dnsmos.DNSMOS(*paths)
-    # Its own sessions take every core, and beside other work become four times slower.
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    model.onnx_sess, model.p808_onnx_sess = (
-        onnxruntime.InferenceSession(path, options) for path in paths
-    )
-
-    def score(audio, reference=None):
-        if len(audio) < 0.02 * JUDGE_RATE:
-            return None
-        return float(model(audio.clip(-1, 1), JUDGE_RATE, False)["ovrl_mos"])
-
-    return score
-
-
-class VoiceEmbedder:
-    """Resemblyzer's speaker embedding (Wan et al. 2018). Raises ImportError without the package."""
-
-    least = 0.5  # s of voice
-
-    def __init__(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from resemblyzer import VoiceEncoder, preprocess_wav, sampling_rate
-        self.encoder = VoiceEncoder("cpu", verbose=False)
-        self._prepare, self._rate = preprocess_wav, sampling_rate
-
-    def __call__(self, audio: np.ndarray, sample_rate: int) -> np.ndarray | None:
-        """`[T]` → a unit vector `[256]` of its voiced parts, None where they are short."""
-        if len(audio) < self.least * sample_rate or not audio.any():
-            return None
-        voiced = self._prepare(audio, source_sr=sample_rate)
-        long_enough = len(voiced) >= self.least * self._rate
-        return self.encoder.embed_utterance(voiced) if long_enough else None
-
-
-def speaker_judge() -> Judge:
-    """Cosine of Resemblyzer's embeddings; None where the reference has under 0.5 s of voice."""
-    embed = VoiceEmbedder()
-
     def score(audio, reference):
-        known = embed(reference, JUDGE_RATE)
-        if known is None:
-            return None
-        coded = embed(audio, JUDGE_RATE)
-        if coded is None:  # no voice found in it: judged as it is, silences and all
-            coded = embed.encoder.embed_utterance(audio)
-        return float(known @ coded)
+        return model(torch.from_numpy(audio)[None])
 
     return score
 
@@ -196,54 +110,33 @@ def speaker_judge() -> Judge:
 JUDGES = {  # name: (maker, how to get it)
     "pesq": (pesq_judge, "pip install pesq"),
     "stoi": (stoi_judge, "pip install pystoi"),
-    "mos": (distill_mos_judge, "pip install distillmos xls-r-sqa"),
-    "dnsmos": (dnsmos_judge, "pip install speechmos librosa onnxruntime requests"),
-    "speaker": (speaker_judge, "pip install resemblyzer"),
+    "mos": (mos_judge, "pip install distillmos xls-r-sqa"),
 }
 
 
-def load_judge(name: str) -> Judge:
-    """One judge of JUDGES. Raises UserError with the line that installs it."""
-    make, hint = JUDGES[name]
-    try:
-        return make()
-    except ImportError as error:
-        raise UserError(f"the judge {name} needs a package ({error}): {hint}") from error
-
-
 def load_judges(names: Sequence[str]) -> dict[str, Judge]:
-    """Those of `names` that are installed; a line on stderr for each of the others.
-
-    `auto` stands for all but `dnsmos`, which takes three times as long as the rest together and
-    is taken only where `mos` is missing.
-    """
-    automatic = "auto" in names
-    wanted = [n for n in JUDGES if n in names or (automatic and n != "dnsmos")]
+    """Those of `names` that are installed; a line on stderr for each of the others."""
     judges = {}
-    for name in wanted:
+    for name in names:
+        make, hint = JUDGES[name]
         try:
-            judges[name] = load_judge(name)
-        except UserError as error:
-            print(f"warning: no column {name}: {error}", file=sys.stderr)
-    if automatic and "mos" not in judges and "dnsmos" not in wanted:
-        judges |= load_judges(["dnsmos"])
+            judges[name] = make()
+        except ImportError as error:
+            print(f"warning: no column {name} ({error}): {hint}", file=sys.stderr)
     return judges
 
 
 def judge(
     judges: dict[str, Judge], audio: np.ndarray, reference: np.ndarray | None = None
 ) -> dict[str, float | None]:
-    """What each judge says of audio `[T]` at 16 kHz; without a reference, those that need none.
-
-    A judge that fails on one clip cannot measure it: that must not cost all others.
-    """
+    """What each judge says of audio `[T]` at 16 kHz, None where it cannot measure it; without a
+    reference, the one of MOS alone."""
     found = {}
-    for name, ask in judges.items():
-        if reference is None and name not in NO_REFERENCE:
-            continue
+    for name in judges if reference is not None else judges.keys() & {"mos"}:
         try:
-            found[name] = ask(audio, reference)
-        except Exception as error:
+            value = float(judges[name](audio, reference))
+            found[name] = value if math.isfinite(value) else None
+        except Exception as error:  # one clip must not cost all others
             print(f"warning: {name} failed on a clip: {first_line(error)}", file=sys.stderr)
             found[name] = None
     return found
@@ -264,7 +157,7 @@ def waveform_scores(audio: np.ndarray, reference: np.ndarray) -> dict[str, float
     return {"snr": snr, "si_sdr": float(si_sdr(*both))}
 
 
-# ---------------------------------------------------------------------------------- clips
+# ------------------------------------------------------------------------- clips and codes
 
 
 class Skipped(Exception):
@@ -289,8 +182,8 @@ def draw_clips(clips: Sequence[Clip], max_clips: int, seed: int) -> list[Clip]:
     return drawn
 
 
-def read_clip(clip: Clip, max_seconds: float, least: int) -> tuple[np.ndarray, list[str]]:
-    """Audio `[T]` at 24 kHz and remarks on it. Raises Skipped."""
+def read_clip(clip: Clip, max_seconds: float, least: int) -> np.ndarray:
+    """Audio `[T]` at 24 kHz. Raises Skipped."""
     try:
         audio = read_audio(clip.path, 0.0, max_seconds)
     except AudioError as error:
@@ -299,24 +192,15 @@ def read_clip(clip: Clip, max_seconds: float, least: int) -> tuple[np.ndarray, l
         raise Skipped("too short")
     if np.abs(audio).max() < SILENT_PEAK:
         raise Skipped("silent")
-    remarks = []
-    if (np.abs(audio) >= CLIPPED_LEVEL).mean() > CLIPPED_SHARE:
-        remarks.append("clipped")
-    if clip.sample_rate < JUDGE_RATE:
-        remarks.append(f"recorded at {clip.sample_rate / 1000:g} kHz")
-    return audio, remarks
-
-
-# ---------------------------------------------------------------------------------- coding
+    return audio
 
 
 @dataclass(frozen=True)
 class Coded:
-    """Audio `[T]` at 24 kHz as a codec gave it back, and the bits it was sent in."""
+    """Audio `[T]` at 24 kHz as a codec gave it back, and the bits that its codes take."""
 
     audio: np.ndarray
-    net_bits: int
-    file_bits: int
+    bits: int
 
 
 @dataclass(frozen=True)
@@ -328,8 +212,7 @@ class Row:
     seconds: float
     codec: str
     asked_kbps: float
-    net_bits: int
-    file_bits: int
+    bits: int
     scores: dict[str, float | None]
 
 
@@ -355,9 +238,7 @@ def code_samvad(
             raise UserError("the codec's output is not finite: a damaged or diverged checkpoint")
         bits = math.ceil(codes.shape[-1] * sum(map(math.log2, config.codebook_sizes[:count])))
         # Clipped as every player does.
-        coded["samvad", kbps_of(config, count)] = Coded(
-            decoded.clip(-1, 1), bits, 8 * math.ceil(bits / 8)
-        )
+        coded["samvad", kbps_of(config, count)] = Coded(decoded.clip(-1, 1), bits)
     return coded, codes[0].cpu().numpy()
 
 
@@ -377,10 +258,8 @@ def codebook_use(counts: Sequence[np.ndarray]) -> dict:
     for count in counts:
         shares = count[count > 0] / max(1, count.sum())
         perplexity = math.exp(-float((shares * np.log(shares)).sum()))
-        row = {"size": len(count), "used": round(len(shares) / len(count), 4)}
-        row["perplexity"] = round(perplexity, 2)
-        row["perplexity_share"] = round(perplexity / len(count), 4)
-        rows.append(row)
+        row = {"perplexity": round(perplexity, 2), "used": round(len(shares) / len(count), 4)}
+        rows.append(row | {"perplexity_share": round(perplexity / len(count), 4)})
     frames = int(counts[0].sum())
     few = frames < FRAMES_A_CODE * max(map(len, counts))
     return {"speech_frames": frames, "too_few_frames": few, "codebooks": rows}
@@ -411,50 +290,40 @@ def stepper(codec: Codec, frames: int, codebooks: int, graph: bool = False) -> C
 
 
 @torch.no_grad()
-def real_time_factors(
-    codec: Codec, others: dict[str, Callable] | None = None, rounds: int = TIMED_ROUNDS
-) -> dict:
+def real_time_factors(codec: Codec, others: dict[str, Callable] | None = None) -> dict:
     """Seconds of encoding and decoding a second of audio, on one CPU thread or the codec's GPU.
 
     Each round times every candidate (`others` take audio `[1, 1, T]`, too) on the same audio in
-    turn, so that what else the machine does meets them alike. Medians of the wall clock, and of
-    the process' own CPU time.
+    turn, so that what else the machine does meets them alike. Medians, on a CPU of the core's own
+    time, which other programs do not lengthen.
     """
     device = next(codec.parameters()).device
+    on_gpu = device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
     codebooks = min(LM_CODEBOOKS, codec.config.num_codebooks)
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, 1, round(TIMED_SECONDS * SAMPLE_RATE), generator=generator)
-    audio = 0.1 * noise.to(device)
-    runs = {"offline": lambda x: codec.decode(codec.encode(x, codebooks))}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with contextlib.ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            stack.enter_context(torch.cuda.stream(torch.cuda.Stream(device)))
+    audio = 0.1 * torch.randn(1, 1, round(TIMED_SECONDS * SAMPLE_RATE), device=device)
+    runs = {"offline": lambda x: codec.decode(codec.encode(x, codebooks)), **(others or {})}
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    with torch.cuda.stream(torch.cuda.Stream(device) if on_gpu else None):
         for ms in STEP_MS:
-            frames = max(1, round(ms / 1000 * codec.config.frame_rate))
+            frames = round(ms / 1000 * codec.config.frame_rate)
             runs[f"stream_{ms}ms"] = stepper(codec, frames, codebooks)
-            if device.type == "cuda":
+            if on_gpu:
                 runs[f"graph_{ms}ms"] = stepper(codec, frames, codebooks, graph=True)
-        runs |= others or {}
         times = {name: [] for name in runs}
-        for _ in range(rounds + 1):
+        for _ in range(1 + TIMED_ROUNDS):
             for name, code in runs.items():
-                wall, cpu = time.perf_counter(), time.process_time()
+                started = clock()
                 code(audio)
-                if device.type == "cuda":
+                if on_gpu:
                     torch.cuda.synchronize(device)
-                times[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    found = {"device": str(device), "threads": 1, "num_codebooks": codebooks}
-    for name, taken in times.items():
-        wall, cpu = np.median(taken[1:], axis=0) / TIMED_SECONDS
-        found[name] = {"wall": round(float(wall), 5), "cpu": round(float(cpu), 5)}
-    return found
+                times[name].append(clock() - started)
+    factors = {n: round(statistics.median(t[1:]) / TIMED_SECONDS, 5) for n, t in times.items()}
+    return {"device": str(device), "num_codebooks": codebooks, "factors": factors}
 
 
-# ---------------------------------------------------------------------------------- summaries
+# ------------------------------------------------------------------------ summaries and tables
 
 
 def summarise(rows: Sequence[Row], points: Sequence[Point]) -> dict:
@@ -467,11 +336,9 @@ def summarise(rows: Sequence[Row], points: Sequence[Point]) -> dict:
     means = []
     for name, kbps in points:
         own = by_point[name, kbps]
-        rates = {
-            f"{kind}_kbps": round(sum(getattr(r, f"{kind}_bits") for r in own) / seconds / 1000, 3)
-            for kind in ("net", "file")
-        }
-        means.append({"codec": name, "asked_kbps": round(kbps, 3), **rates, **_means(own)})
+        measured = round(sum(row.bits for row in own) / seconds / 1000, 3)
+        rates = {"asked_kbps": round(kbps, 3), "net_kbps": measured}
+        means.append({"codec": name, **rates, **_means(own)})
     recordings = {"clips": len(uncoded), "seconds": round(seconds, 1), "uncoded": _means(uncoded)}
     return recordings | {"points": means}
 
@@ -489,9 +356,9 @@ def criterion(
 ) -> dict:
     """Whether `value` is on the right side of `goal`; `met` is None where it was not measured."""
     compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt}[sign]
-    target = f"{sign} ${goal:,g}" if unit == "$" else f"{sign} {goal:g}{unit}"
     met = None if value is None else compare(value, goal)
-    value = value if value is None else round(value, 4)
+    value = None if value is None else round(value, 4)
+    target = f"{sign} {goal:,g}{unit}"
     return {"criterion": name, "target": target, "value": value, "met": met, "beside": beside}
 
 
@@ -502,40 +369,36 @@ def criteria(groups: dict, times: dict, config: CodecConfig, spent: float | None
     full = kbps_of(config, config.num_codebooks)
     scores = {p["asked_kbps"]: p["scores"] for p in pooled["points"] if p["codec"] == "samvad"}
     at_lm, at_full = (scores.get(round(kbps, 3), {}) for kbps in (lm, full))
-    mos = "mos" if at_lm.get("mos") is not None else "dnsmos"
-    label = "predicted MOS" if mos == "mos" else "DNSMOS"
-    own = pooled["uncoded"]["scores"].get(mos)
+    own = pooled["uncoded"]["scores"].get("mos")
     uncoded = "" if own is None else f"uncoded {own:.2f}"
-    spoken, use = sum(language in groups for language in SPOKEN), pooled["codebooks"]
-    share = min(row["perplexity_share"] for row in use["codebooks"][1:])
-    used = min(row["used"] for row in use["codebooks"])
-    of_codebooks = [
-        criterion("perplexity/size, least acoustic one", share, ">", 0.35),
-        criterion("codes in use, least used level", used, ">=", 1),
-    ]
-    for row in of_codebooks:
+    spoken, books = sum(name in groups for name in SPOKEN), pooled["codebooks"]["codebooks"]
+    rows = [
+        criterion("perplexity/size, least acoustic one",
+                  min(row["perplexity_share"] for row in books[1:]), ">", 0.35),
+        criterion("codes in use, least used level", min(row["used"] for row in books), ">=", 1),
+    ]  # fmt: skip
+    for row in rows:
         # More frames can only find more codes: too few prove success, never failure.
-        if use["too_few_frames"] and not row["met"]:
+        if pooled["codebooks"]["too_few_frames"] and not row["met"]:
             row |= {"met": None, "beside": "few frames"}
-    # On a CPU the core's own time, which other programs on the machine do not lengthen.
-    clock = "cpu" if times["device"] == "cpu" else "wall"
-    cost = times["stream_40ms"][clock]
+    snr, budget = at_full.get("snr"), training.PLAN_BUDGET_USD
     return [
-        criterion(f"SNR at the full rate, {full:g} kbit/s", at_full.get("snr"), ">", 20, " dB",
-                  "~22 dB"),
+        criterion(f"SNR at the full rate, {full:g} kbit/s", snr, ">", 20, " dB", "~22 dB"),
         criterion(f"SI-SDR at {lm:g} kbit/s", at_lm.get("si_sdr"), ">=", 8, " dB", "8-9 dB"),
-        criterion(f"{label} at {lm:g} kbit/s", at_lm.get(mos), ">", 4, beside=uncoded),
+        criterion(f"predicted MOS at {lm:g} kbit/s", at_lm.get("mos"), ">", 4, beside=uncoded),
         criterion("end-to-end latency (evaluate_s2s.py)", None, "<", 400, " ms"),
         criterion("languages evaluated here", spoken, ">=", 3, beside="1"),
-        criterion("training cost so far (costs.jsonl)", spent, "<", PLAN_BUDGET_USD, "$"),
+        criterion("training cost so far (costs.jsonl)", spent, "<", budget, " $"),
         criterion(f"PESQ-WB at {lm:g} kbit/s", at_lm.get("pesq"), ">=", 2.2),
         criterion(f"STOI at {lm:g} kbit/s", at_lm.get("stoi"), ">=", 0.90),
-        *of_codebooks,
-        criterion("real-time factor, 40 ms steps", cost, "<", 0.25, beside=f"{clock} time"),
-    ]  # fmt: skip
+        *rows,
+        criterion("real-time factor, 40 ms steps", times["factors"]["stream_40ms"], "<", 0.25),
+    ]
 
 
-# ---------------------------------------------------------------------------------- printing
+def columns_of(group: dict) -> list[str]:
+    """The measures that any of a group's points has."""
+    return [name for name in MEASURES if any(name in p["scores"] for p in group["points"])]
 
 
 def cells(scores: dict, columns: Sequence[str], percent: bool = False) -> str:
@@ -551,17 +414,15 @@ def cells(scores: dict, columns: Sequence[str], percent: bool = False) -> str:
 
 def table(name: str, group: dict) -> str:
     """A language's codecs and rates, at most 80 columns wide."""
-    columns = [m for m in MEASURES if any(m in point["scores"] for point in group["points"])]
-    unknown = group["clips_of_unknown_speakers"]
+    columns, speakers = columns_of(group), group["speakers"] or "unknown"
     heads = "".join(f"{MEASURES[m][0]:>{MEASURES[m][2]}}" for m in columns)
     lines = [
-        f"{name}: {group['clips']} clips, {group['seconds']:.0f} s, {group['speakers']} speakers"
-        + (f", {unknown} clips of unknown ones" if unknown else ""),
-        f"{'kbit/s:':<9}{'asked':>6}{'net':>7}{'file':>7}{heads}",
-        f"{'uncoded':<29}{cells(group['uncoded']['scores'], columns)}",
+        f"{name}: {group['clips']} clips, {group['seconds']:.0f} s, {speakers} speakers",
+        f"{'kbit/s:':<9}{'asked':>6}{'net':>7}{heads}",
+        f"{'uncoded':<22}{cells(group['uncoded']['scores'], columns)}",
     ]
     for p in group["points"]:
-        rates = f"{p['asked_kbps']:>6.4g}{p['net_kbps']:>7.2f}{p['file_kbps']:>7.2f}"
+        rates = f"{p['asked_kbps']:>6.4g}{p['net_kbps']:>7.2f}"
         lines.append(f"{p['codec']:<9}{rates}{cells(p['scores'], columns)}")
     least = {m: min(p["measured"].get(m, 0) for p in group["points"]) for m in columns}
     partly = [f"{MEASURES[m][0]} {n}" for m, n in least.items() if n < group["clips"]]
@@ -570,31 +431,18 @@ def table(name: str, group: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def codebook_table(use: dict) -> str:
-    """Perplexity, its share of the size and the share of codes in use, three codebooks a line."""
-    parts = [
-        f"{k:>3}:{row['perplexity']:>7.0f} {row['perplexity_share']:>4.2f} {row['used']:>5.0%}"
-        for k, row in enumerate(use["codebooks"])
-    ]
-    frames = use["speech_frames"]
-    lines = [f"codebooks, {frames} speech frames: perplexity, share of the size, codes in use"]
-    lines += ["".join(parts[i : i + 3]) for i in range(0, len(parts), 3)]
-    if use["too_few_frames"]:
-        lines.append(f"too few frames to judge: {FRAMES_A_CODE} a code are needed (--max_clips)")
-    return "\n".join(lines)
+def codebook_line(use: dict) -> str:
+    """Perplexities as shares of the codebooks' sizes."""
+    semantic, *others = (row["perplexity_share"] for row in use["codebooks"])
+    shares = f"{semantic:.2f}, acoustic {min(others):.2f} to {max(others):.2f}"
+    return f"codebooks ({use['speech_frames']} speech frames): perplexity/size {shares}"
 
 
 def time_table(times: dict) -> str:
     """Real-time factors; lower is cheaper."""
-    lines = [
-        f"encode + decode, s a second of audio, {times['device']}, one thread, "
-        f"{times['num_codebooks']} codebooks"
-    ]
-    for name, found in times.items():
-        if isinstance(found, dict):
-            label = name.replace("graph_", "stream, CUDA graph, ").replace("_", ", ")
-            lines.append(f"  {label:<30}wall {found['wall']:.4f}  CPU {found['cpu']:.4f}")
-    return "\n".join(lines)
+    where = f"{times['device']}, one thread, {times['num_codebooks']} codebooks"
+    rows = [f"  {name:<12}{factor:.4f}" for name, factor in times["factors"].items()]
+    return "\n".join([f"encode + decode, s a second of audio, {where}", *rows])
 
 
 def criteria_table(rows: Sequence[dict]) -> str:
@@ -614,32 +462,26 @@ def plot(path: Path, groups: dict) -> None:
     """Each measure against the measured rate: a line a language, and one for each other codec."""
     from matplotlib.figure import Figure
 
-    measures = [m for m in MEASURES if any(m in p["scores"] for p in groups["all"]["points"])]
-    codecs = dict.fromkeys(p["codec"] for p in groups["all"]["points"])
-    curves = [(name, "samvad", "o-") for name in groups if name != "all"]
-    curves += [("all", codec, "s:") for codec in codecs if codec != "samvad"]
+    pooled, measures = groups["all"], columns_of(groups["all"])
+    codecs = dict.fromkeys(p["codec"] for p in pooled["points"])
+    curves = [(name, "samvad", name, "o-") for name in groups if name != "all"]
+    curves += [("all", codec, codec, "s:") for codec in codecs if codec != "samvad"]
     width, height = min(3, len(measures)), math.ceil(len(measures) / 3)
-    figure = Figure(figsize=(4 * width, 3.2 * height))
+    figure = Figure(figsize=(4 * width, 3.2 * height), layout="tight")
     for place, measure in enumerate(measures, start=1):
         axes = figure.add_subplot(height, width, place)
-        for group, codec, style in curves:
-            found = [
-                (p["file_kbps"], p["scores"][measure])
-                for p in groups[group]["points"]
-                if p["codec"] == codec and p["scores"].get(measure) is not None
-            ]
-            label = group if codec == "samvad" else codec
-            axes.plot([x for x, _ in found], [y for _, y in found], style, label=label)
-        own = groups["all"]["uncoded"]["scores"].get(measure)
+        for group, codec, label, style in curves:
+            points = [p for p in groups[group]["points"] if p["codec"] == codec]
+            values = np.array([p["scores"].get(measure) for p in points], float)  # None: NaN
+            axes.plot([p["net_kbps"] for p in points], values, style, label=label)
+        own = pooled["uncoded"]["scores"].get(measure)
         if own is not None:
             axes.axhline(own, color="grey", linestyle="--", label="uncoded")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel("kbit/s, measured, with container")
-        axes.set_ylabel(MEASURES[measure][0])
+        axes.set(xlabel="kbit/s", ylabel=MEASURES[measure][0])
         axes.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize="small")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
 
 
@@ -648,27 +490,22 @@ def plot(path: Path, groups: dict) -> None:
 
 def parser_of(description: str) -> ArgumentParser:
     """The flags of an evaluation."""
-    parser = ArgumentParser(description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description)
     add = parser.add_argument
-    add("--codec", type=Path, default=HERE / "checkpoints" / "tiny" / "codec",
-        help="checkpoint folder [the tiny one]")  # fmt: skip
-    add("--data_dirs", nargs="+", default=[f"data/{language}" for language in SPOKEN])
-    add("--split", choices=SPLITS, default="test")
-    add("--max_clips", type=whole(1), default=20, help="a language [20]")
+    add("--codec", type=Path, default=HERE / "checkpoints/tiny/codec", help="checkpoint folder")
+    add("--data_dirs", nargs="+", default=[f"data/{language}" for language in SPOKEN], help="clips")
+    add("--split", choices=SPLITS, default="test", help="of the clips")
+    add("--max_clips", type=whole(1), default=20, help="a language")
     add("--output", type=Path, help="file for the summary and every clip, as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="rate-distortion curves")
     add = parser.add_argument_group("advanced").add_argument
-    add("--codebooks", type=whole(1), nargs="+",
-        help="how many to decode [2 4 8 16 32 64, and all]")  # fmt: skip
-    add("--judges", nargs="+", choices=("auto", *JUDGES), default=["auto"],
-        help="auto: all but dnsmos, which is slow")  # fmt: skip
-    add("--min_seconds", type=number(0), default=1.0, help="shorter clips are skipped [1]")
-    add("--max_seconds", type=number(0, 3600), default=10.0, help="of a clip, from its start [10]")
+    add("--codebooks", type=whole(1), nargs="+", help="how many to decode [2 4 8 16 32 64, all]")
+    add("--judges", nargs="+", choices=JUDGES, default=list(JUDGES), help="beside SNR and SI-SDR")
+    add("--min_seconds", type=number(0), default=1.0, help="shorter clips are skipped")
+    add("--max_seconds", type=number(0, 3600), default=10.0, help="of a clip, from its start")
     add("--commercial_only", action="store_true")
-    add("--seed", type=whole(0, 2**63 - 1), default=0)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
-    add("--threads", type=whole(1, 1024), default=1,
-        help="CPU threads; times are always of one [1]")  # fmt: skip
+    add("--seed", type=whole(0, 2**63 - 1), default=0, help="of the draw of clips")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
 
 
@@ -694,24 +531,20 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def load_codec(args: argparse.Namespace) -> tuple[Codec, list[int]]:
     """The codec on its device, and the numbers of codebooks to decode, ascending."""
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # what is timed is one core
     codec = Codec.from_checkpoint(args.codec, training.setup_distributed(args.device).device)
-    config, total = codec.config, codec.config.num_codebooks
-    if config.sample_rate != SAMPLE_RATE:
-        raise UserError(f"{args.codec}: a codec of {config.sample_rate} Hz; audio is read at 24000")
-    counts = sorted({*(args.codebooks or (*(k for k in RATES if k < total), total))})
+    total = codec.config.num_codebooks
+    counts = sorted(set(args.codebooks or (*(k for k in RATES if k < total), total)))
     if counts[-1] > total:
         raise UserError(f"--codebooks must be from 1 to {total}, which is what the codec has")
     return codec, counts
 
 
 def evaluate(
-    args: argparse.Namespace,
-    codec: Codec,
-    counts: Sequence[int],
+    args: argparse.Namespace, codec: Codec, counts: Sequence[int],
     peers: dict[Point, Callable[[np.ndarray], Coded]] | None = None,
     timed: dict[str, Callable] | None = None,
-) -> tuple[dict, list[Row]]:
+) -> tuple[dict, list[Row]]:  # fmt: skip
     """What goes into the JSON, and a row for every recording and point.
 
     `peers` are other codecs' points, each from audio `[T]`; they raise Skipped for a clip that
@@ -723,26 +556,24 @@ def evaluate(
     where = f"{' '.join(map(str, args.data_dirs))}: split {args.split}"
     if not found:
         raise UserError(f"{where}: no clips; choose another --split")
-    # What the manifest calls too short is left out of the draw.
     long_enough = [clip for clip in found if clip.duration * SAMPLE_RATE >= least - 1]
-    skipped, remarks = Counter({"too short": len(found) - len(long_enough)}), Counter()
+    skipped = Counter({"too short": len(found) - len(long_enough)})
     drawn = draw_clips(long_enough, args.max_clips, args.seed)
     times = real_time_factors(codec, timed)
     judges = load_judges(args.judges)
-    print(f"{len(drawn)} clips, codebooks {' '.join(map(str, counts))}, judges: "
-          f"{', '.join(judges) or 'none'}", flush=True)  # fmt: skip
+    names = ", ".join(judges) or "none"
+    print(f"{len(drawn)} clips, codebooks {counts}, judges: {names}", flush=True)
 
     rows, evaluated = [], []
     used = defaultdict(lambda: [np.zeros(size, np.int64) for size in config.codebook_sizes])
     for clip in tqdm(drawn, unit="clip", disable=None):
         try:
-            audio, of_clip = read_clip(clip, args.max_seconds, least)
+            audio = read_clip(clip, args.max_seconds, least)
             coded, codes = code_samvad(codec, audio, counts)
             coded |= {point: code(audio) for point, code in peers.items()}
         except Skipped as reason:
             skipped[str(reason)] += 1
             continue
-        remarks.update(of_clip)
         evaluated.append(clip)
         speech = speech_frames(audio, config.hop)
         for level, row in enumerate(codes[:, speech]):
@@ -751,11 +582,11 @@ def evaluate(
                 used[name][level] += count
         reference = for_judges(audio)
         about = str(clip.path), clip.language, len(audio) / SAMPLE_RATE
-        rows.append(Row(*about, "uncoded", 0.0, 0, 0, judge(judges, reference)))
+        rows.append(Row(*about, "uncoded", 0.0, 0, judge(judges, reference)))
         for point, got in coded.items():
             scores = waveform_scores(got.audio, audio)
             scores |= judge(judges, for_judges(got.audio), reference)
-            rows.append(Row(*about, *point, got.net_bits, got.file_bits, scores))
+            rows.append(Row(*about, *point, got.bits, scores))
     skipped += Counter()  # drops zeros
     if not evaluated:
         reasons = ", ".join(f"{n} {why}" for why, n in skipped.items())
@@ -767,36 +598,28 @@ def evaluate(
         inside = [clip for clip in evaluated if name in ("all", clip.language)]
         groups[name] = summarise([r for r in rows if name in ("all", r.language)], points)
         groups[name]["speakers"] = count_speakers(inside)
-        groups[name]["clips_of_unknown_speakers"] = sum(c.speaker is None for c in inside)
         groups[name]["codebooks"] = codebook_use(used[name])
     meter = training.CostMeter("evaluation", enabled=False)
     spent = meter.spent_usd() if meter.ledger.exists() else None
     result = {
-        "codec": str(args.codec),
-        "fingerprint": codec.fingerprint,
-        "split": args.split,
-        "seed": args.seed,
-        "num_codebooks": list(counts),
-        "groups": groups,
-        "skipped": dict(skipped),
-        "noted": dict(remarks),
-        "real_time": times,
+        "codec": str(args.codec), "fingerprint": codec.fingerprint, "split": args.split,
+        "seed": args.seed, "num_codebooks": list(counts), "groups": groups,
+        "skipped": dict(skipped), "real_time": times,
         "criteria": criteria(groups, times, config, spent),
-    }
+    }  # fmt: skip
     return result, rows
 
 
 def report(args: argparse.Namespace, result: dict, rows: Sequence[Row], more: str = "") -> None:
     """Prints tables, `more` and the JSON; writes --output and --plot."""
-    groups = result["groups"]
+    groups, where = result["groups"], " ".join(map(str, args.data_dirs))
     shown = [name for name in groups if name != "all" or len(groups) > 2]
-    print(f"\n{args.codec}, {' '.join(map(str, args.data_dirs))}: split {args.split}, "
-          f"seed {args.seed}")  # fmt: skip
+    print(f"\n{args.codec}, {where}: split {args.split}, seed {args.seed}")
     print("\n\n".join(table(name, groups[name]) for name in shown))
-    for title in ("skipped", "noted"):
-        if counts := result[title]:
-            print(f"{title}: " + ", ".join(f"{n} {what}" for what, n in sorted(counts.items())))
-    print(f"\n{codebook_table(groups['all']['codebooks'])}\n\n{time_table(result['real_time'])}\n")
+    if result["skipped"]:
+        skipped = sorted(result["skipped"].items())
+        print("skipped: " + ", ".join(f"{n} {why}" for why, n in skipped))
+    print(f"\n{codebook_line(groups['all']['codebooks'])}\n{time_table(result['real_time'])}\n")
     print(more + criteria_table(result["criteria"]))
     if absent := [language for language in SPOKEN if language not in groups]:
         print(f"not measured, for want of clips: {', '.join(absent)}")

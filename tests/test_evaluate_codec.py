@@ -50,6 +50,7 @@ def checkpoint(codec, tmp_path_factory) -> Path:
 def quick(monkeypatch):
     """Timing that takes no time."""
     monkeypatch.setattr(e, "TIMED_SECONDS", 0.16)
+    monkeypatch.setattr(e, "TIMED_ROUNDS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def corpus(speech, tmp_path_factory) -> Path:
         "plain_hindi": (speech[::-1].copy(), SAMPLE_RATE, "hindi"),
         "short": (speech[:6000], SAMPLE_RATE, "english"),
         "silent": (np.zeros(SAMPLE_RATE * 2, np.float32), SAMPLE_RATE, "english"),
-        "clipped": (np.clip(60 * speech, -1, 1), SAMPLE_RATE, "english"),
+        "loud": (np.clip(60 * speech, -1, 1), SAMPLE_RATE, "english"),
         "narrow": (speech[::3].copy(), 8000, "english"),
     }
     clips = []
@@ -78,7 +79,7 @@ def corpus(speech, tmp_path_factory) -> Path:
 
 
 def row(codec="samvad", kbps=4.0, clip="a", seconds=2.0, bits=8000, language="english", **scores):
-    return Row(clip, language, seconds, codec, kbps, bits, 2 * bits, scores)
+    return Row(clip, language, seconds, codec, kbps, bits, scores)
 
 
 def likeness():
@@ -148,7 +149,7 @@ def test_rates_are_half_a_kilobit_a_codebook_and_codes_do_not_depend_on_how_many
         batch = torch.from_numpy(audio)[None, None]
         alone = codec.decode(codec.encode(batch, count))[0, 0, :24100].clamp(-1, 1)
         np.testing.assert_allclose(got.audio, alone.numpy(), atol=1e-5)
-        assert got.net_bits == 51 * 10 * count and got.file_bits == 8 * -(-51 * 10 * count // 8)
+        assert got.bits == 51 * 10 * count
 
 
 def test_a_diverged_codec_is_told_in_one_line(codec, speech):
@@ -176,73 +177,65 @@ def test_clips_are_drawn_evenly_over_speakers():
     assert drawn == e.draw_clips(clips[::-1], 8, seed=3) != e.draw_clips(clips, 8, seed=4)
 
 
-def test_each_odd_clip_is_skipped_or_noted(corpus):
+def test_each_odd_clip_is_skipped_for_a_reason(corpus):
     kinds = {}
-    for name in ("plain", "short", "silent", "clipped", "narrow", "broken"):
-        path = next(corpus.glob(f"{name}.*"))
-        clip = Clip(path, 2.0, 8000 if name == "narrow" else 24000, "english")
+    for name in ("plain", "short", "silent", "loud", "broken"):
+        clip = Clip(next(corpus.glob(f"{name}.*")), 2.0, 24000, "english")
         try:
-            audio, kinds[name] = e.read_clip(clip, 1.5, 12000)
-            assert len(audio) == 36000
+            kinds[name] = len(e.read_clip(clip, 1.5, 12000))
         except e.Skipped as reason:
             kinds[name] = str(reason)
     assert kinds == {
-        "plain": [], "short": "too short", "silent": "silent", "broken": "unreadable",
-        "clipped": ["clipped"], "narrow": ["recorded at 8 kHz"],
+        "plain": 36000, "short": "too short", "silent": "silent", "loud": 36000,
+        "broken": "unreadable",
     }  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- judges
 
 
-def built(name):
-    try:
-        return e.load_judge(name)
-    except UserError as error:
-        pytest.skip(str(error))
+def ask(name, *audio):
+    """What that judge says."""
+    judges = e.load_judges([name])
+    if not judges:
+        pytest.skip(e.JUDGES[name][1])
+    return e.judge(judges, *audio)[name]
 
 
-@pytest.mark.parametrize(("name", "perfect"), [("pesq", 4.64), ("stoi", 1.0), ("speaker", 1.0)])
+@pytest.mark.parametrize(("name", "perfect"), [("pesq", 4.64), ("stoi", 1.0)])
 def test_judges_that_compare(name, perfect, speech):
-    judge = built(name)
     reference = e.for_judges(speech)
     noisy = reference + 0.1 * np.random.default_rng(0).standard_normal(len(reference), np.float32)
-    assert judge(reference.copy(), reference) == pytest.approx(perfect, abs=0.01)
-    assert judge(noisy, reference) < 0.95 * perfect
-    assert judge(noisy[:200], reference[:200]) is None
-    silence = judge(np.zeros_like(reference), reference)
+    assert ask(name, reference.copy(), reference) == pytest.approx(perfect, abs=0.01)
+    assert ask(name, noisy, reference) < 0.95 * perfect
+    assert ask(name, noisy[:200], reference[:200]) is None
+    silence = ask(name, np.zeros_like(reference), reference)
     assert silence is None or silence < 0.9
 
 
-@pytest.mark.parametrize("name", ["mos", "dnsmos"])
-def test_judges_that_only_listen(name, speech, capsys):
-    judge = built(name)
+def test_the_judge_of_mos_needs_no_reference(speech, capsys):
     reference = e.for_judges(speech)
     noisy = reference + 0.1 * np.random.default_rng(0).standard_normal(len(reference), np.float32)
-    assert name in e.NO_REFERENCE and 1 <= judge(noisy) < judge(reference) <= 5
+    assert 1 <= ask("mos", noisy) < ask("mos", reference) <= 5
     assert capsys.readouterr().out == ""
 
 
 def test_a_missing_judge_costs_its_column_alone(monkeypatch, capsys):
-    class Deaf:
-        def __init__(self):
-            raise ImportError("no module")
-
-    class Hears:
-        pass
-
-    kinds = {"pesq": Hears, "stoi": Deaf, "mos": Deaf, "dnsmos": Hears, "speaker": Hears}
-    monkeypatch.setattr(e, "JUDGES", {n: (k, f"pip install {n}") for n, k in kinds.items()})
-    assert list(e.load_judges(["auto"])) == ["pesq", "speaker", "dnsmos"]
-    said = capsys.readouterr().err
-    assert "pip install stoi" in said and "pip install mos" in said
-    assert list(e.load_judges(["dnsmos", "mos"])) == ["dnsmos"]
-
-
-def test_a_missing_package_names_its_pip_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "pesq", None)
-    with pytest.raises(UserError, match="pip install pesq"):
-        e.load_judge("pesq")
+    monkeypatch.setitem(e.JUDGES, "stoi", (likeness, ""))
+    assert list(e.load_judges(["pesq", "stoi"])) == ["stoi"]
+    assert "pip install pesq" in capsys.readouterr().err
+
+
+def test_what_a_judge_cannot_measure_is_none(capsys):
+    def stumbling(audio, reference):
+        raise ZeroDivisionError("no frames")
+
+    judges = {"pesq": stumbling, "stoi": lambda *_: math.nan, "mos": lambda *_: np.float32(3)}
+    audio = np.ones(5, np.float32)
+    assert e.judge(judges, audio, audio) == {"pesq": None, "stoi": None, "mos": 3.0}
+    assert e.judge(judges, audio) == {"mos": 3.0}
+    assert capsys.readouterr().err.count("pesq failed on a clip: no frames") == 1
 
 
 # ---------------------------------------------------------------------------------- summaries
@@ -251,10 +244,10 @@ def test_a_missing_package_names_its_pip_line(monkeypatch):
 def two_clips():
     points = [("samvad", 4.0), ("speex", 3.95)]
     rows = [
-        Row("a", "english", 2.0, "uncoded", 0.0, 0, 0, {"mos": 4.0}),
+        Row("a", "english", 2.0, "uncoded", 0.0, 0, {"mos": 4.0}),
         row(clip="a", snr=8.0, pesq=2.0, mos=3.0),
         row("speex", 3.95, "a", snr=6.0, pesq=2.0, mos=3.5),
-        Row("b", "english", 6.0, "uncoded", 0.0, 0, 0, {"mos": 5.0}),
+        Row("b", "english", 6.0, "uncoded", 0.0, 0, {"mos": 5.0}),
         row(clip="b", seconds=6.0, bits=24800, snr=10.0, pesq=None, mos=2.0),
         row("speex", 3.95, "b", 6.0, snr=7.0, pesq=1.0, mos=1.0),
     ]
@@ -269,7 +262,7 @@ def test_means_and_rates():
     own = found["points"][0]
     assert own["scores"] == {"snr": 9.0, "pesq": 2.0, "mos": 2.5}
     assert own["measured"] == {"snr": 2, "pesq": 1, "mos": 2}
-    assert own["net_kbps"] == pytest.approx(32800 / 8000) and own["file_kbps"] == 8.2
+    assert own["net_kbps"] == pytest.approx(32800 / 8000)
 
 
 def a_group(**scores) -> dict:
@@ -278,13 +271,12 @@ def a_group(**scores) -> dict:
     group["points"][0]["scores"] |= scores
     books = [{"size": 8, "used": 1.0, "perplexity": 4.0, "perplexity_share": 0.5}] * 3
     group["codebooks"] = {"speech_frames": 90, "too_few_frames": False, "codebooks": books}
-    return group | {"speakers": 1, "clips_of_unknown_speakers": 1}
+    return group | {"speakers": 0}
 
 
-def some_times(device="cpu") -> dict:
-    clocks = {"offline": 0.02, "stream_40ms": 0.1, "stream_80ms": 0.05}
-    found = {name: {"wall": 5 * t, "cpu": t} for name, t in clocks.items()}
-    return {"device": device, "threads": 1, "num_codebooks": 8, **found}
+def some_times(step=0.1) -> dict:
+    factors = {"offline": 0.02, "stream_40ms": step, "stream_80ms": 0.05}
+    return {"device": "cpu", "num_codebooks": 8, "factors": factors}
 
 
 def verdicts(group, times, spent=None) -> dict:
@@ -309,9 +301,9 @@ def test_criteria_are_met_not_met_or_not_measured():
         "real-time factor, 40 ms steps": True,
     }
     assert found["predicted MOS at 4 kbit/s"]["beside"] == "uncoded 4.50"
-    found = verdicts(a_group(), some_times("cuda:0"), spent=1600.0)
+    found = verdicts(a_group(), some_times(0.3), spent=1600.0)
     assert not found["training cost so far (costs.jsonl)"]["met"]
-    assert not found["real-time factor, 40 ms steps"]["met"]  # a GPU goes by the wall clock
+    assert not found["real-time factor, 40 ms steps"]["met"]
 
 
 def test_few_frames_never_prove_a_codebook_bad():
@@ -325,31 +317,21 @@ def test_few_frames_never_prove_a_codebook_bad():
 
 
 def test_tables_fit_eighty_columns():
-    group = a_group(si_sdr=-31.25, stoi=0.9, dnsmos=3.0, speaker=0.9, pesq=None)
-    times = some_times()
-    rows = e.criteria({"all": group}, times, CodecConfig.tiny(), None)
-    text = "\n".join(
-        [
-            e.table("english", group),
-            e.codebook_table(group["codebooks"] | {"too_few_frames": True}),
-            e.time_table(times),
-            e.criteria_table(rows),
-        ]
-    )
+    group = a_group(si_sdr=-31.25, stoi=0.9, pesq=None)
+    rows = e.criteria({"all": group}, some_times(), CodecConfig.tiny(), None)
+    books = e.codebook_line(group["codebooks"])
+    text = "\n".join([e.table("english", group), books, e.criteria_table(rows)])
     assert max(map(len, text.splitlines())) <= 80
     assert "clips that a judge could measure: " in text and "PESQ 1" in text
-    assert "not measured" in text and "1 clips of unknown ones" in text
+    assert "not measured" in text and "unknown speakers" in text
 
 
 # ---------------------------------------------------------------------------------- time
 
 
-def test_every_way_is_timed_on_one_thread(codec, quick):
-    threads = torch.get_num_threads()
-    found = e.real_time_factors(codec, rounds=2)
-    assert torch.get_num_threads() == threads
-    assert all(found[n][clock] > 0 for n in ("offline", "stream_40ms", "stream_80ms")
-               for clock in ("wall", "cpu"))  # fmt: skip
+def test_every_way_is_timed(codec, quick):
+    factors = e.real_time_factors(codec)["factors"]
+    assert all(factors[name] > 0 for name in ("offline", "stream_40ms", "stream_80ms"))
 
 
 # ---------------------------------------------------------------------------------- the script
@@ -370,7 +352,6 @@ def test_the_whole_run(checkpoint, corpus, tmp_path, quick, monkeypatch, capsys)
     rows = whole.pop("rows")
     assert whole == summary and picture.stat().st_size > 10_000
     assert summary["skipped"] == {"too short": 1, "silent": 1, "unreadable": 1}
-    assert summary["noted"] == {"clipped": 1, "recorded at 8 kHz": 1}
     assert list(summary["groups"]) == ["english", "hindi", "all"]
     assert summary["num_codebooks"] == [2, 4, 8]
     assert summary["fingerprint"] == Codec.from_checkpoint(checkpoint).fingerprint
@@ -413,7 +394,7 @@ def test_bad_flags_end_in_one_line(flags, said, capsys):
 
 @pytest.mark.parametrize(
     "flag",
-    ["--max_clips 0", "--threads 0", "--seed -1", "--min_seconds nan", "--max_seconds inf",
+    ["--max_clips 0", "--seed -1", "--min_seconds nan", "--max_seconds inf",
      "--codebooks 0 4", "--split all", "--max 3", "--judges ear"],
 )  # fmt: skip
 def test_flags_out_of_range_end_in_one_line(flag, capsys):

@@ -30,7 +30,16 @@ import torch  # noqa: E402
 import evaluate_codec  # noqa: E402
 from audio import SAMPLE_RATE, read_audio, write_audio  # noqa: E402
 from command import UserError, run  # noqa: E402
-from evaluate_codec import MEASURES, Coded, Point, Row, Skipped, cells, criterion  # noqa: E402
+from evaluate_codec import (  # noqa: E402
+    MEASURES,
+    Coded,
+    Point,
+    Row,
+    Skipped,
+    cells,
+    columns_of,
+    criterion,
+)
 
 MUST_BEAT = (("codec2", 3.2), ("speex", 3.95))  # on the share WINS of the clips
 WINS = 0.8
@@ -43,8 +52,7 @@ def code_opus(audio: np.ndarray, kbps: float, folder: Path) -> Coded:
     write_audio(source, audio)
     _tool("opusenc", "--quiet", "--padding", "0", "--bitrate", kbps, source, coded)
     _tool("opusdec", "--quiet", "--rate", SAMPLE_RATE, coded, heard)
-    data = coded.read_bytes()
-    return Coded(_place(read_audio(heard), 0.0, len(audio)), ogg_bits(data), 8 * len(data))
+    return Coded(_place(read_audio(heard), 0.0, len(audio)), ogg_bits(coded.read_bytes()))
 
 
 def code_speex(audio: np.ndarray, kbps: float, folder: Path) -> Coded:
@@ -56,9 +64,9 @@ def code_speex(audio: np.ndarray, kbps: float, folder: Path) -> Coded:
     # "This rate or lower": a little above, so that rounding does not choose the next mode down.
     _tool("speexenc", mode, "--comp", 10, "--bitrate", round(1000 * kbps) + 20, source, coded)
     _tool("speexdec", coded, heard)
-    data, back = coded.read_bytes(), read_audio(heard)
+    back = read_audio(heard)
     delay = _delay_near(back, audio, delay)
-    return Coded(_place(back, delay, len(audio)), ogg_bits(data), 8 * len(data))
+    return Coded(_place(back, delay, len(audio)), ogg_bits(coded.read_bytes()))
 
 
 def code_codec2(audio: np.ndarray, kbps: float, folder: Path) -> Coded:
@@ -70,9 +78,8 @@ def code_codec2(audio: np.ndarray, kbps: float, folder: Path) -> Coded:
     _tool("c2enc", mode, source, coded)
     _tool("c2dec", mode, coded, heard)
     samples = np.frombuffer(heard.read_bytes(), "<i2").astype(np.float32) / 32768
-    bits = 8 * coded.stat().st_size
     wide = soxr.resample(samples, 8000, SAMPLE_RATE)
-    return Coded(_place(wide, delay, len(audio)), bits, bits)
+    return Coded(_place(wide, delay, len(audio)), 8 * coded.stat().st_size)
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,7 @@ def _wins(by_point: dict, own: Point, peer: Point) -> dict:
 
 def wins_table(name: str, group: dict) -> str:
     """The shares of a group's clips on which Samvad is better, at most 80 columns wide."""
-    columns = [m for m in MEASURES if any(m in point["scores"] for point in group["points"])]
+    columns = columns_of(group)
     heads = "".join(f"{MEASURES[m][0]:>{MEASURES[m][2]}}" for m in columns)
     lines = [f"{name}: clips on which samvad is better".ljust(29), " " * 29 + heads]
     for pair in group["better_than"]:
@@ -232,20 +239,18 @@ def wins_table(name: str, group: dict) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def criteria(group: dict, times: dict) -> list[dict]:
+def criteria(group: dict, factors: dict) -> list[dict]:
     """How many times cheaper than Mimi, and the share of clips won from each that must be beaten,
     in the measure where it is least."""
     rows = []
-    clock = "cpu" if times["device"] == "cpu" else "wall"
     for ms, goal in TIMES_CHEAPER.items():
-        if "mimi_80ms" in times:
-            ratio = times["mimi_80ms"][clock] / times[f"stream_{ms}ms"][clock]
-            name = f"times cheaper than Mimi, {ms} ms steps"
-            rows.append(criterion(name, ratio, ">=", goal, beside=f"{clock} time"))
+        if "mimi_80ms" in factors:
+            ratio = factors["mimi_80ms"] / factors[f"stream_{ms}ms"]
+            rows.append(criterion(f"times cheaper than Mimi, {ms} ms steps", ratio, ">=", goal))
     for pair in group["better_than"]:
         if (pair["codec"], pair["asked_kbps"]) not in MUST_BEAT:
             continue
-        shares = {n: s for n, s in pair["share"].items() if n in ("pesq", "stoi", "mos", "dnsmos")}
+        shares = {n: s for n, s in pair["share"].items() if n in ("pesq", "stoi", "mos")}
         least = min(shares, key=shares.get, default="pesq")
         name = f"clips won from {pair['codec']} at {pair['asked_kbps']:g} kbit/s"
         beside = f"in {MEASURES[least][0]}"
@@ -284,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     groups = result["groups"]
     for name, group in groups.items():
         group["better_than"] = comparisons([r for r in rows if name in ("all", r.language)])
-    result["criteria"] += criteria(groups["all"], result["real_time"])
+    result["criteria"] += criteria(groups["all"], result["real_time"]["factors"])
     shown = [name for name in groups if name != "all" or len(groups) > 2]
     wins = "".join(f"{wins_table(name, groups[name])}\n\n" for name in shown) if names else ""
     evaluate_codec.report(args, result, rows, wins)

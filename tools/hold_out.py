@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,8 +30,29 @@ from audio import SAMPLE_RATE, AudioError, read_audio  # noqa: E402
 from command import ArgumentParser, UserError, run, whole  # noqa: E402
 from data import SPLITS, Clip, load_clips  # noqa: E402
 from dialogues import choose_exchanges, load_scripts  # noqa: E402
-from evaluate_codec import JUDGES, SPOKEN, VoiceEmbedder, draw_clips  # noqa: E402
+from evaluate_codec import SPOKEN, draw_clips  # noqa: E402
 from takes import MAX_PITCH_RANGE, user_voices  # noqa: E402
+
+
+class VoiceEmbedder:
+    """Resemblyzer's speaker embedding (Wan et al. 2018). Raises ImportError without the package."""
+
+    least = 0.5  # s of voice
+
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from resemblyzer import VoiceEncoder, preprocess_wav, sampling_rate
+        self.encoder = VoiceEncoder("cpu", verbose=False)
+        self._prepare, self._rate = preprocess_wav, sampling_rate
+
+    def __call__(self, audio: np.ndarray, sample_rate: int) -> np.ndarray | None:
+        """`[T]` → a unit vector `[256]` of its voiced parts, None where they are short."""
+        if len(audio) < self.least * sample_rate or not audio.any():
+            return None
+        voiced = self._prepare(audio, source_sr=sample_rate)
+        long_enough = len(voiced) >= self.least * self._rate
+        return self.encoder.embed_utterance(voiced) if long_enough else None
 
 
 def compare_voices(held_out: np.ndarray, known: np.ndarray) -> dict:
@@ -198,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             found = check_folders(args)
     except ImportError as error:
-        raise UserError(f"this needs a package ({error}): {JUDGES['speaker'][1]}") from error
+        raise UserError(f"this needs a package ({error}): pip install resemblyzer") from error
     print(json.dumps(found))
 
 
