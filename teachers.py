@@ -1,16 +1,9 @@
 """What codebook 0 and the output can learn from: a frozen WavLM or Whisper encoder.
 
-Both give 50 features a second of audio at 16 kHz. Frame `t` of the codec covers samples
-[480 t, 480 t + 480) at 24 kHz, that is [320 t, 320 t + 320) at 16 kHz; the audio is padded so that
-feature `t` is centred on that frame. Two losses come from the features:
-
-- `distillation_loss` teaches codebook 0 words, after quantization, through a projection that only
-  training has (cosine: SpeechTokenizer, Zhang et al. 2024, 3.2; Mimi, Défossez et al. 2024, 3.3.2);
-- `ssl_loss` compares the features of the reconstruction and of the recording, and its gradient
-  flows through the teacher into the waveform (L1: JHCodec's "self-supervised representation
-  reconstruction", Lee et al. 2026).
-
-`FeatureCache` keeps the first loss' targets on disk.
+Both give 50 features a second of audio at 16 kHz; it is padded so that feature `t` is centred on
+frame `t` of the codec, samples [480 t, 480 t + 480) at 24 kHz. `distillation_loss` teaches codebook
+0 words; `ssl_loss` compares reconstruction and recording, and its gradient flows through the
+teacher into the waveform. `FeatureCache` stores the first loss' targets on disk.
 """
 
 from __future__ import annotations
@@ -38,7 +31,7 @@ KNOWN = {"wavlm": "microsoft/wavlm-large", "whisper": "openai/whisper-large-v3-t
 
 
 class Teacher(nn.Module):
-    """A frozen encoder; calling it keeps the graph from its features back to the audio.
+    """A frozen encoder, differentiable from its features back to the audio.
 
     `source` is the folder or id it came from; `width` that of its features. Each kind has
     `prepare`, from 16 kHz audio `[B, F * 320]` to the encoder's input for `F` features, and
@@ -62,9 +55,8 @@ class Teacher(nn.Module):
     def forward(self, audio: Tensor) -> list[Tensor]:
         """Audio `[B, 1, T]` at 24 kHz → one `[B, ceil(T / 480), width]` fp32 a layer.
 
-        The first is what enters the first layer. Each is normalised to zero mean and unit
-        variance over its width, because the scale grows from layer to layer. bf16 on CUDA, but
-        resampling and spectra in fp32.
+        The first is what enters the first layer. Each is normalised over its width, because the
+        scale grows from layer to layer. bf16 on CUDA, but resampling and spectra in fp32.
         """
         with torch.autocast(audio.device.type, enabled=False):
             padded = F.pad(audio[:, 0].float(), (0, -audio.shape[-1] % HOP))
@@ -75,7 +67,7 @@ class Teacher(nn.Module):
         return [F.layer_norm(layer.float(), layer.shape[-1:]) for layer in layers]
 
     def _at_16_khz(self, audio: Tensor) -> Tensor:
-        """`[B, F * 480]` → `[B, F * 320]`: as `resample`, which reads a length off a tensor."""
+        """`[B, F * 480]` → `[B, F * 320]`: as `resample`, which reads a length off the device."""
         kernel, width = self.resample.kernel, self.resample.width  # [2, 1, n]: two phases for three
         parts = F.conv1d(F.pad(audio, (width, width + 3))[:, None], kernel, stride=3)
         return parts.transpose(1, 2).flatten(1)[:, : audio.shape[-1] * 2 // 3]
@@ -101,8 +93,8 @@ class WhisperTeacher(Teacher):
     """The encoder of Whisper (Radford et al. 2023); the target is its last layer.
 
     Whisper was trained on windows filled up to 30 s with silence, which all frames attend to. Here
-    its positions are cut to the window, which costs nothing for the rest; so features are those of
-    the full pass with the silence masked out, not exactly those of the full pass.
+    its positions are cut to the window: features are those of the full pass with the silence masked
+    out.
     """
 
     kind = "whisper"
@@ -130,13 +122,11 @@ class WhisperTeacher(Teacher):
     def log_mel(self, audio: Tensor) -> Tensor:
         """`[B, F * 320]` → `[B, mels, 2 F]`, Whisper's own but for the place of the frames.
 
-        Whisper centres mel frame `m` on sample 160 m and feature `t` on mel frame 2 t, so on the
-        left edge of the codec's frame. Here mel frame `m` is centred on 160 (m + 1).
+        Whisper centres mel frame `m` on sample 160 m, and so feature `t` on the left edge of the
+        codec's frame. Here mel frame `m` is centred on 160 (m + 1).
         """
-        padded = F.pad(audio, (OVERHANG, 200))
-        spectrum = torch.stft(
-            padded, 400, 160, window=self.taper, center=False, return_complex=True
-        )
+        padded, taper = F.pad(audio, (OVERHANG, 200)), self.taper
+        spectrum = torch.stft(padded, 400, 160, window=taper, center=False, return_complex=True)
         power = spectrum.real.square() + spectrum.imag.square()  # [B, bins, 2 F]
         log = (self.filters.t() @ power).clamp(min=1e-10).log10()
         return (torch.maximum(log, log.amax((1, 2), keepdim=True) - 8.0) + 4.0) / 4.0
@@ -151,19 +141,13 @@ class WhisperTeacher(Teacher):
 def load_teacher(name: str, device: torch.device) -> Teacher | None:
     """`none`, `wavlm`, `whisper`, or the folder or Hugging Face id of one of these two.
 
-    `auto` is WavLM-large on CUDA and none elsewhere.
     Raises UserError for what cannot be had, or is neither.
     """
-    if name == "auto":
-        name = "wavlm" if device.type == "cuda" else "none"
+    import transformers
+
     if name == "none":
         return None
     source = KNOWN.get(name, name)
-    try:
-        import transformers
-    except ImportError as error:
-        message = f"--teacher {name} needs a package ({error}): pip install transformers"
-        raise UserError(message) from error
     kinds = {
         "wavlm": (transformers.WavLMModel, WavLMTeacher),
         "whisper": (transformers.WhisperModel, WhisperTeacher),
@@ -185,32 +169,34 @@ def load_teacher(name: str, device: torch.device) -> Teacher | None:
 
 def _why_not(source: str, error: Exception) -> str:
     """One line: what failed, and what to do."""
-    reason = " ".join(str(error).split())
+    reason = " ".join(str(error).split())[:150]
     if Path(source).is_dir():
-        return f"--teacher {source}: not a WavLM or Whisper folder ({reason[:150]})"
-    if source.startswith((".", "/", "~")):
-        return f"--teacher {source}: no such folder"
+        return f"--teacher {source}: not a WavLM or Whisper folder ({reason})"
     advice = "see the network or give a downloaded folder"
-    if "gated" in reason:
+    if source.startswith((".", "/", "~")):
+        advice = "no such folder"
+    elif "gated" in reason:
         advice = f"accept its terms at https://huggingface.co/{source}, then run: hf auth login"
-    return f"--teacher {source} cannot be had: {advice}; or --teacher none ({reason[:150]})"
+    return f"--teacher {source} cannot be had: {advice}; or --teacher none ({reason})"
 
 
 def check_same_teacher(stored: str, teacher: Teacher | None, where: str | Path) -> None:
     """Raises UserError where a run would go on with another kind or size than it began with."""
     now = teacher.name if teacher else "none"
     if stored != now:
-        raise UserError(
-            f"{where}: this run's teacher is {stored}, not {now}: give the same --teacher, or "
-            "start in a new --checkpoint_dir with --init_from"
-        )
+        remedy = "give the same --teacher, or start in a new --checkpoint_dir with --init_from"
+        raise UserError(f"{where}: this run's teacher is {stored}, not {now}: {remedy}")
 
 
 # --------------------------------------------------------------------------------- losses
 
 
 def distillation_loss(projected: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
-    """1 - cosine of `[B, F, width]` twice, over the frames of `known` `[B, F]` bool (None: all)."""
+    """1 - cosine of `[B, F, width]` twice, over the frames of `known` `[B, F]` bool (None: all).
+
+    After quantization, through a projection that only training has (SpeechTokenizer, Zhang et al.
+    2024, 3.2; Mimi, Défossez et al. 2024, 3.3.2).
+    """
     distance = 1 - F.cosine_similarity(projected.float(), target, dim=-1)
     if known is None:
         return distance.mean()
@@ -218,7 +204,7 @@ def distillation_loss(projected: Tensor, target: Tensor, known: Tensor | None = 
 
 
 def ssl_loss(estimate: list[Tensor], reference: list[Tensor]) -> Tensor:
-    """Mean L1 distance of the features of two recordings, all layers counting alike."""
+    """Mean L1 distance of two recordings' features, all layers alike (JHCodec, Lee et al. 2026)."""
     return torch.stack([F.l1_loss(x, y) for x, y in zip(estimate, reference, strict=True)]).mean()
 
 
@@ -228,11 +214,10 @@ def ssl_loss(estimate: list[Tensor], reference: list[Tensor]) -> Tensor:
 class FeatureCache:
     """Targets of whole clips without augmentation, one fp16 file a clip, computed when first met.
 
-    Windows lie anywhere in a clip and may play faster, so that a window's own features would
-    never be met again. They are read off the clip's instead, linearly between its frames; noise
-    and band limits are not in them, so the student also learns to ignore those. Long clips are
-    encoded in pieces. Beyond `limit_gib` (which counts what the folder holds) nothing is added:
-    other clips' windows are encoded as they are, at each step.
+    A window's features are read off its clip's, linearly between frames, for windows lie anywhere
+    and may play faster; they are without its noise and band limits, which the student so learns to
+    ignore. Long clips are encoded in pieces. Beyond `limit_gib`, what the folder holds included,
+    nothing is added: other clips' windows are encoded as they are, at each step.
     """
 
     piece, context = 1000, 50  # frames: 20 s, and 1 s on either side of it
@@ -244,12 +229,8 @@ class FeatureCache:
 
     @torch.no_grad()
     def __call__(self, batch: dict, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets `[B, F, width]` of a WindowDataset's batch, and which are known, `[B, F]` bool.
-
-        Args:
-            batch: `path`, `start` (s) and `speed` of each window.
-            audio: its windows `[B, 1, T]`, on the teacher's device.
-        """
+        """Targets `[B, F, width]` of a WindowDataset's batch (`path`, `start` in s and `speed` of
+        each window) of audio `[B, 1, T]`, and which are known, `[B, F]` bool."""
         rows = []
         for i, path in enumerate(batch["path"]):
             features = self.clip_features(path)
@@ -264,7 +245,9 @@ class FeatureCache:
 
     def clip_features(self, path: str) -> np.ndarray | None:
         """`[F, width]` fp16 of a whole clip; None where it does not fit or cannot be read whole."""
-        file = self.folder / f"{self._key(path)}.npy"
+        stat = os.stat(path)
+        parts = (self.teacher.source, self.teacher.name, path, stat.st_size, stat.st_mtime_ns)
+        file = self.folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.npy"
         if not file.exists():
             try:
                 audio = read_audio(path)
@@ -277,11 +260,6 @@ class FeatureCache:
                 np.save(opened, self._encoded(audio))
             self.left -= size
         return np.load(file, mmap_mode="r")
-
-    def _key(self, path: str) -> str:
-        stat = os.stat(path)
-        parts = (self.teacher.source, self.teacher.name, path, stat.st_size, stat.st_mtime_ns)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
     def _encoded(self, audio: np.ndarray) -> np.ndarray:
         """Targets `[F, width]` of a clip `[T]`."""
@@ -299,11 +277,8 @@ class FeatureCache:
 def window_of(
     features: np.ndarray, start: float, speed: float, frames: int
 ) -> tuple[Tensor, Tensor]:
-    """Features at the middles of a window's frames, `[frames, width]`, and which are in the clip.
-
-    `features` `[F, width]` lie at the middles of the clip's 20 ms frames; the window begins at
-    `start` s and plays `speed` times as fast.
-    """
+    """Features at the middles of a window's frames, `[frames, width]`, and which are in the clip,
+    whose own are `[F, width]`; the window begins at `start` s and plays `speed` times as fast."""
     at = start / FRAME_SECONDS + (np.arange(frames) + 0.5) * speed - 0.5
     last = len(features) - 1
     low = np.clip(np.floor(at), 0, last).astype(np.int64)
