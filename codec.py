@@ -4,10 +4,8 @@ A hybrid with almost all arithmetic in matrix products: frames of 120 samples (2
 ConvNeXt blocks (Liu et al. 2022) → frames of 480 samples (50 Hz), log-mel spectra added → a causal
 sliding-window transformer → a split quantizer (Défossez et al. 2024, Moshi: a semantic codebook
 beside an acoustic residual VQ, Zeghidour et al. 2021) → the same, mirrored, and an inverse Fourier
-transform (Siuzdak 2023, Vocos). Beside it a branch of the encoder that hears words, from log-mel
-spectra, for codebook 0. The algorithmic latency is one frame, 20 ms.
-
-Inside the model tensors are channels-last, `[B, time, C]`.
+transform (Siuzdak 2023, Vocos). Beside it the semantic branch of the encoder, from log-mel spectra
+alone, for codebook 0. The algorithmic latency is one frame, 20 ms. Tensors inside are `[B, T, C]`.
 """
 
 from __future__ import annotations
@@ -25,10 +23,9 @@ import torchaudio
 from torch import Tensor, nn
 
 import checkpoints
-from checkpoints import fingerprint, load_checkpoint
 from quantizer import STATISTICS, Quantized, SplitQuantizer
 from streamed import stream_weights
-from transformer import StreamingTransformer, TransformerConfig, TransformerState
+from transformer import StreamingTransformer, TransformerConfig
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class CodecConfig:
     encoder_front_blocks: int = 1
     encoder_dim: int = 256
     encoder_layers: int = 2
-    num_mels: int = 80  # bands in which both branches of the encoder hear, every 10 ms
+    num_mels: int = 80  # bands of the log-mels that both branches of the encoder take, every 10 ms
     semantic_width: int = 256
     semantic_layers: int = 2
     decoder_front_dim: int = 256
@@ -74,22 +71,11 @@ class CodecConfig:
     def base(cls) -> CodecConfig:
         """67M parameters, 64 codebooks: the full recipe, for one H200. See train_codec.py."""
         return cls(
-            front_dim=384,
-            encoder_front_blocks=2,
-            encoder_dim=512,
-            encoder_layers=6,
-            semantic_width=512,
-            semantic_layers=3,
-            decoder_front_dim=512,
-            decoder_front_blocks=4,
-            decoder_dim=512,
-            decoder_layers=8,
-            num_heads=8,
-            context=100,
-            semantic_dim=256,
-            acoustic_dim=256,
-            codebook_sizes=(1024,) * 64,
-        )
+            front_dim=384, encoder_front_blocks=2, encoder_dim=512, encoder_layers=6,
+            semantic_width=512, semantic_layers=3, decoder_front_dim=512, decoder_front_blocks=4,
+            decoder_dim=512, decoder_layers=8, num_heads=8, context=100, semantic_dim=256,
+            acoustic_dim=256, codebook_sizes=(1024,) * 64,
+        )  # fmt: skip
 
     @property
     def frame_rate(self) -> float:
@@ -127,8 +113,7 @@ class ConvState:
 
 
 class CausalLayer(nn.Module):
-    """A layer that sees `history` rows of `width` numbers before those it is given, which a stream
-    keeps."""
+    """A layer that sees `history` rows of `width` numbers before those it is given."""
 
     history: int
     width: int
@@ -200,15 +185,12 @@ class ConvNeXtBlock(CausalLayer):
         return x + self.scale * self.down(F.gelu(self.up(self.norm(y))))
 
 
-class StreamState:
-    """The states of a chain of layers, one a layer, in order."""
-
-    def __init__(self, layers: list[ConvState | TransformerState]) -> None:
-        self.layers = layers
+class StreamState(list):
+    """The states of layers, in their order."""
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Starts the slots where `mask` `[B]` bool is true anew (all of them if None)."""
-        for layer in self.layers:
+        for layer in self:
             layer.reset(mask)
 
 
@@ -221,18 +203,38 @@ class CausalChain(nn.ModuleList):
         return x
 
     def init_state(self, batch_size: int) -> StreamState:
-        return StreamState([layer.init_state(batch_size) for layer in self])
+        return StreamState(layer.init_state(batch_size) for layer in self)
 
     def step(self, x: Tensor, state: StreamState, active: Tensor | None = None) -> Tensor:
-        for layer, layer_state in zip(self, state.layers, strict=True):
+        for layer, layer_state in zip(self, state, strict=True):
             x = layer.step(x, layer_state, active)
         return x
+
+
+class Fork(CausalChain):
+    """Causal branches over the same input, their outputs side by side, `[B, F, sum of widths]`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join([branch(x) for branch in self])
+
+    def step(self, x: Tensor, state: StreamState, active: Tensor | None = None) -> Tensor:
+        return self.join([b.step(x, s, active) for b, s in zip(self, state, strict=True)])
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        return torch.cat(parts, dim=-1)
+
+
+class SumFork(Fork):
+    """Two branches whose outputs are added, `[B, F, width of each]`."""
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        return parts[0] + parts[1]
 
 
 class LogMel(CausalLayer):
     """Causal log-mel spectra of front frames `[B, T / 120, 120]` → `[B, T / 240, mels]`, 100 Hz.
 
-    Each is of the last 20 ms (Hann window). Words are easier to hear in them than in the waveform.
+    Each is of the last 20 ms (Hann window). Words are easier to learn from them than from samples.
     """
 
     window, hop, floor = 480, 240, 1e-5
@@ -269,7 +271,7 @@ class SpectralHead(CausalLayer):
     def __init__(self, dim: int, stride: int) -> None:
         super().__init__()
         self.bins = stride + 1
-        self.history, self.width = 1, stride
+        self.history, self.width = 1, 2 * stride
         self.linear = nn.Linear(dim, 3 * self.bins)
         bins, samples = torch.arange(self.bins), torch.arange(2 * stride)
         # Start quiet and tilted like speech: flat to about 600 Hz, then 6 dB less an octave.
@@ -285,61 +287,34 @@ class SpectralHead(CausalLayer):
         window = (math.pi / (2 * stride) * (samples + 0.5)).sin().square()
         self.synthesis = nn.Parameter(waves * window / (2 * stride) ** 0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        now, later = self._frames(x)
-        return now + F.pad(later, (0, 0, 1, 0))[:, :-1]
-
-    def step(self, x: Tensor, state: ConvState, active: Tensor | None = None) -> Tensor:
-        now, later = self._frames(x)
-        return now + state.extend(later, active)[:, :-1]
-
-    def _frames(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both halves of every windowed frame, `[B, T, stride]` each, in fp32."""
+    def fold(self, x: Tensor) -> Tensor:
+        """Windowed frames `[B, T, 2 * stride]`."""
         # In fp32: half precision would round a magnitude by as much as 3 %.
         with torch.autocast(x.device.type, enabled=False):
             spectra = self.linear(x.float())
             magnitudes = spectra[..., : self.bins].clamp(max=4.0).exp()
             parts = spectra[..., self.bins :].unflatten(-1, (2, -1)) * magnitudes[..., None, :]
-            return (parts.flatten(-2) @ self.synthesis).chunk(2, dim=-1)
+            return parts.flatten(-2) @ self.synthesis
 
-
-class Fork(nn.ModuleList):
-    """Causal branches over the same input, their outputs side by side: `[B, F, sum of widths]`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._join([branch(x) for branch in self])
-
-    def init_state(self, batch_size: int) -> StreamState:
-        return StreamState([branch.init_state(batch_size) for branch in self])
-
-    def step(self, x: Tensor, state: StreamState, active: Tensor | None = None) -> Tensor:
-        parts = [b.step(x, s, active) for b, s in zip(self, state.layers, strict=True)]
-        return self._join(parts)
-
-    def _join(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts, dim=-1)
-
-
-class SumFork(Fork):
-    """Causal branches over the same input, their outputs added: `[B, F, width of each]`."""
-
-    def _join(self, parts: list[Tensor]) -> Tensor:
-        return sum(parts[1:], start=parts[0])
+    def compute(self, x: Tensor) -> Tensor:
+        stride = self.width // 2
+        return x[:, 1:, :stride] + x[:, :-1, stride:]
 
 
 def build_encoder(config: CodecConfig) -> Fork:
     """Front frames of samples `[B, T / 120, 120]` → semantic and acoustic `[B, F, S + D]`.
 
-    Two branches that share nothing. In one trunk the phone loss, whose gradient is ten times that
-    of the balanced reconstruction, left the acoustic levels untaught; a shared front of the
-    waveform, its gradient scaled down, heard 31 % of phones.
+    Two branches that share nothing: in one trunk the phone loss, whose gradient is ten times that
+    of the balanced reconstruction, left the acoustic levels untaught.
     """
     c = config
-    semantic = [
-        LogMel(c.sample_rate, c.num_mels),
-        FrameConv(c.num_mels, c.semantic_width, in_frames=c.hop // LogMel.hop),
-        StreamingTransformer(c.transformer(c.semantic_width, c.semantic_layers)),
-    ]
+
+    def mels(width: int) -> list[nn.Module]:
+        conv = FrameConv(c.num_mels, width, in_frames=c.hop // LogMel.hop)
+        return [LogMel(c.sample_rate, c.num_mels), conv]
+
+    semantic = mels(c.semantic_width)
+    semantic.append(StreamingTransformer(c.transformer(c.semantic_width, c.semantic_layers)))
     front = [
         ConvNeXtBlock(c.front_dim, c.kernel, c.expansion) for _ in range(c.encoder_front_blocks)
     ]
@@ -348,11 +323,7 @@ def build_encoder(config: CodecConfig) -> Fork:
         *front,
         FrameConv(c.front_dim, c.encoder_dim, in_frames=c.hop // c.front_stride),
     ]
-    spectra = [
-        LogMel(c.sample_rate, c.num_mels),
-        FrameConv(c.num_mels, c.encoder_dim, in_frames=c.hop // LogMel.hop),
-    ]
-    acoustic = [SumFork([CausalChain(waveform), CausalChain(spectra)])]
+    acoustic = [SumFork([CausalChain(waveform), CausalChain(mels(c.encoder_dim))])]
     acoustic.append(StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers)))
     return Fork([CausalChain(semantic), CausalChain(acoustic)])
 
@@ -364,29 +335,13 @@ def build_decoder(config: CodecConfig) -> CausalChain:
         ConvNeXtBlock(c.decoder_front_dim, c.kernel, c.expansion)
         for _ in range(c.decoder_front_blocks)
     ]
-    return CausalChain(
-        [
-            StreamingTransformer(c.transformer(c.decoder_dim, c.decoder_layers)),
-            FrameConv(c.decoder_dim, c.decoder_front_dim, out_frames=c.hop // c.front_stride),
-            *front,
-            SpectralHead(c.decoder_front_dim, c.front_stride),
-        ]
-    )
-
-
-def count_parameters(model: Codec) -> dict[str, float]:
-    """Millions of numbers by part: what gradients teach, and the codes, which averages do."""
-    parts = {
-        "semantic encoder": [model.encoder[0], model.quantizer.semantic_in],
-        "acoustic encoder": [model.encoder[1], model.quantizer.acoustic_in],
-        "decoder": [model.semantic_out, model.acoustic_out, model.decoder],
-    }
-    counts = {
-        name: sum(p.numel() for module in modules for p in module.parameters()) / 1e6
-        for name, modules in parts.items()
-    }
-    counts["codebooks"] = sum(b.embedding.numel() for b in model.quantizer.codebooks) / 1e6
-    return counts
+    layers = [
+        StreamingTransformer(c.transformer(c.decoder_dim, c.decoder_layers)),
+        FrameConv(c.decoder_dim, c.decoder_front_dim, out_frames=c.hop // c.front_stride),
+        *front,
+        SpectralHead(c.decoder_front_dim, c.front_stride),
+    ]
+    return CausalChain(layers)
 
 
 class Codec(nn.Module):
@@ -396,28 +351,23 @@ class Codec(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = build_encoder(config)
-        self.quantizer = SplitQuantizer(
-            (config.semantic_width, config.encoder_dim),
-            (config.semantic_dim, config.acoustic_dim),
-            config.codebook_sizes,
-            config.codebook_decay,
-        )
+        widths = config.semantic_width, config.encoder_dim
+        dims = config.semantic_dim, config.acoustic_dim
+        sizes, decay = config.codebook_sizes, config.codebook_decay
+        self.quantizer = SplitQuantizer(widths, dims, sizes, decay)
         self.semantic_out = nn.Linear(config.semantic_dim, config.decoder_dim)
         self.acoustic_out = nn.Linear(config.acoustic_dim, config.decoder_dim)
         self.decoder = build_decoder(config)
         self._stored_fingerprint: str | None = None
 
-    # -- checkpoints ---------------------------------------------------------------------------
-
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> Codec:
         """Loads a run folder, a step folder or a shipped folder, in float32, for inference.
 
-        Raises:
-            UserError: nothing complete there, or not a codec.
+        Raises UserError where nothing complete is there, or not a codec.
         """
-        checkpoint = load_checkpoint(path, with_trainer=False)
-        model = cls(codec_config(checkpoint.config, path))
+        checkpoint = checkpoints.load_checkpoint(path, with_trainer=False)
+        model = cls(checkpoints.config_of(CodecConfig, "codec", checkpoint.config, path))
         model.load_tensors(checkpoint.tensors, path)
         model._stored_fingerprint = codec_fingerprint(model.config, checkpoint.tensors)
         if torch.device(device).type == "cpu":
@@ -441,8 +391,6 @@ class Codec(nn.Module):
         """SHA-256 over config and tensors of encoder and quantizer, as stored or as they are."""
         return self._stored_fingerprint or codec_fingerprint(self.config, self.state_dict())
 
-    # -- offline -------------------------------------------------------------------------------
-
     def _frames(self, audio: Tensor) -> Tensor:
         """`[B, 1, T]` → front frames `[B, F * 4, 120]`, the last frame filled up with zeros."""
         if audio.dim() != 3 or audio.shape[1] != 1:
@@ -450,12 +398,8 @@ class Codec(nn.Module):
         audio = F.pad(audio[:, 0], (0, -audio.shape[-1] % self.config.hop))
         return audio.unflatten(1, (-1, self.config.front_stride))
 
-    def _synthesize(self, hidden: Tensor) -> Tensor:
-        """Decoder input `[B, F, D]` → audio `[B, 1, F * 480]`."""
-        return self.decoder(hidden).flatten(1)[:, None]
-
-    def _hidden(self, codes: Tensor) -> Tensor:
-        semantic, acoustic = self.quantizer.lookup(codes)
+    def _mixed(self, semantic: Tensor, acoustic: Tensor) -> Tensor:
+        """What the decoder takes, `[B, F, D]`."""
         return self.semantic_out(semantic) + self.acoustic_out(acoustic)
 
     @torch.no_grad()
@@ -466,7 +410,7 @@ class Codec(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes `[B, K, F]`, any K from 1 → audio `[B, 1, F * 480]` float32."""
-        return self._synthesize(self._hidden(codes))
+        return self.decoder(self._mixed(*self.quantizer.lookup(codes))).flatten(1)[:, None]
 
     def forward_semantic(self, audio: Tensor) -> Quantized:
         """The training pass of codebook 0 alone, many times cheaper than all of it."""
@@ -475,10 +419,7 @@ class Codec(nn.Module):
     def forward(self, audio: Tensor, num_codebooks: Tensor) -> tuple[Tensor, Quantized]:
         """The training pass: `[B, 1, T]` (T a multiple of 480) → reconstruction, `Quantized`."""
         info = self.quantizer(self.encoder(self._frames(audio)), num_codebooks)
-        hidden = self.semantic_out(info.semantic) + self.acoustic_out(info.acoustic)
-        return self._synthesize(hidden), info
-
-    # -- streaming -----------------------------------------------------------------------------
+        return self.decoder(self._mixed(info.semantic, info.acoustic)).flatten(1)[:, None], info
 
     def init_encoder_state(self, batch_size: int) -> StreamState:
         return self.encoder.init_state(batch_size)
@@ -488,17 +429,10 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def encode_step(
-        self,
-        audio: Tensor,
-        state: StreamState,
-        num_codebooks: int = 8,
+        self, audio: Tensor, state: StreamState, num_codebooks: int = 8,
         active: Tensor | None = None,
-    ) -> Tensor:
-        """Continues each slot by whole frames of audio `[B, 1, S * 480]` → codes `[B, K, S]`.
-
-        Raises:
-            ValueError: audio is not a whole number of frames.
-        """
+    ) -> Tensor:  # fmt: skip
+        """Continues each slot by whole frames of audio `[B, 1, S * 480]` → codes `[B, K, S]`."""
         if audio.shape[-1] % self.config.hop or audio.shape[-1] == 0:
             raise ValueError(f"audio must be whole frames of {self.config.hop} samples")
         hidden = self.encoder.step(self._frames(audio), state, active)
@@ -509,15 +443,13 @@ class Codec(nn.Module):
         self, codes: Tensor, state: StreamState, active: Tensor | None = None
     ) -> Tensor:
         """Continues each slot by codes `[B, K, S]` → audio `[B, 1, S * 480]`."""
-        return self.decoder.step(self._hidden(codes), state, active).flatten(1)[:, None]
+        hidden = self._mixed(*self.quantizer.lookup(codes))
+        return self.decoder.step(hidden, state, active).flatten(1)[:, None]
 
 
 class AveragedCodec:
-    """An exponential average of a codec's weights over the steps, with codebooks that fit it.
-
-    Its codebooks average the statistics of the trained ones, not their codes: a code is the mean of
-    the vectors that it stood for while these weights were averaged. `model` is for inference.
-    """
+    """An exponential average of a codec's weights over the steps, whose codebooks fit it: they
+    average the statistics of the trained ones, not their codes."""
 
     def __init__(self, model: Codec, decay: float) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -528,7 +460,7 @@ class AveragedCodec:
     def update(
         self, model: Codec, restarted: list[Tensor | None], skip: Tensor | None = None
     ) -> None:
-        """Call after a step; `restarted` is what the quantizer's `update` returned, none if it
+        """Call after a step; `restarted` is what the quantizer's `update` returned, empty if it
         stood still. Where the scalar `skip` is not 0 nothing moves."""
         moves = 1 if skip is None else (skip == 0).to(self.steps.dtype)
         self.steps += moves
@@ -537,8 +469,7 @@ class AveragedCodec:
         weight = (9 / (10 + self.steps)).clamp(min=1 - self.decay) * moves
         # What is frozen stays bit for bit: a mean loses the sign of a zero, and so the fingerprint.
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
-        moving = [pair for pair in pairs if pair[1].requires_grad]
-        own, theirs = [own for own, _ in moving], [theirs for _, theirs in moving]
+        own, theirs = zip(*(pair for pair in pairs if pair[1].requires_grad), strict=True)
         steps = torch._foreach_sub(theirs, own)
         torch._foreach_mul_(steps, weight)
         torch._foreach_add_(own, steps)
@@ -556,11 +487,6 @@ class AveragedCodec:
         self.decay = state["decay"]
 
 
-def codec_config(stored: dict, path: str | Path) -> CodecConfig:
-    """The config of a checkpoint's `config.json`. Raises UserError for another kind of model."""
-    return checkpoints.config_of(CodecConfig, "codec", stored, path)
-
-
 def stored_config(config: CodecConfig) -> dict:
     """What goes into `config.json`."""
     return checkpoints.stored_config("codec", config)
@@ -568,14 +494,11 @@ def stored_config(config: CodecConfig) -> dict:
 
 def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:
     """SHA-256 over what the codes depend on: encoder and quantizer, not the decoder."""
-    fields = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if not name.startswith("decoder")
-    }
+    fields = dataclasses.asdict(config).items()
+    fields = {name: value for name, value in fields if not name.startswith("decoder")}
     parts = {
         name: tensor
         for name, tensor in tensors.items()
         if name.startswith(("encoder.", "quantizer.")) and not name.endswith(STATISTICS)
     }
-    return fingerprint(fields, parts)
+    return checkpoints.fingerprint(fields, parts)

@@ -2,7 +2,7 @@
 
 After Moshi (Défossez et al. 2024) and SoundStream (Zeghidour et al. 2021). Codebooks learn by
 exponential moving averages (van den Oord et al. 2017), start by k-means on data, and restart codes
-that nothing comes near; on several ranks as one process with the joint batch would.
+that nothing comes near, on several ranks as one process with the joint batch would.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ MAX_CANDIDATES = 8192  # vectors that k-means starts from
 
 
 class Codebook(NamedTuple):
-    """One codebook, to read: codes `[n, d]`, and ‖e‖² / 2 `[n]`, on which a streaming step would
-    spend more than on the search itself."""
+    """One codebook, to read: codes `[n, d]`, and ‖e‖² / 2 `[n]`, which would cost a streaming step
+    more than the search itself."""
 
     embedding: Tensor
     half_norms: Tensor
@@ -48,7 +48,7 @@ class CodebookStack(nn.Module):
 
     Their buffers are rows of one fp32 tensor each, `[K, n, d]` and `[K, n]`: on a GPU 64 codebooks
     that move one by one are thousands of launches. Nothing here waits for the device. `levels` is
-    their place among the quantizer's, which stores the buffers under a name a codebook.
+    their place among all of the quantizer.
     """
 
     stored = ("embedding", *STATISTICS)
@@ -61,8 +61,8 @@ class CodebookStack(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(count, size), persistent=False)
         self.register_buffer("embedding_sum", torch.zeros_like(codes), persistent=False)
         self.register_buffer("half_norms", half_norms(codes), persistent=False)
-        # Which codebooks stand for data; until then training goes on unquantized. Known to the
-        # host, which would otherwise wait for the device.
+        # Which codebooks stand for data; until then training goes on unquantized. The host knows,
+        # and need not wait for the device.
         self.started = [False] * count
 
     def books(self) -> list[Codebook]:
@@ -70,18 +70,12 @@ class CodebookStack(nn.Module):
         rows = zip(self.embedding.unbind(), self.half_norms.unbind(), strict=True)
         return [Codebook(*row) for row in rows]
 
-    @property
-    def is_initialised(self) -> bool:
-        return all(self.started)
-
     @torch.no_grad()
     def initialise(self, left: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Starts those codebooks that stand for nothing yet by k-means, each on what the ones
-        before it leave of the vectors `left` `[N, d]`.
+        before it leave of the vectors `left` `[N, d]`, from the codes that `draws` choose.
 
-        `draws` `[K, n or more]` in [0, 1) choose the codes that k-means starts from; ranks that
-        have the same get the same. Returns what the last codebook leaves, and `[K, n]` bool, the
-        codes that began anew.
+        Returns what the last codebook leaves, and `[K, n]` bool, the codes that began anew.
         """
         fresh = torch.zeros_like(self.cluster_size, dtype=torch.bool)
         for row, book in enumerate(self.books()):
@@ -112,24 +106,14 @@ class CodebookStack(nn.Module):
 
     @torch.no_grad()
     def update(
-        self,
-        vectors: Tensor,
-        codes: Tensor,
-        used: Tensor,
-        draws: Tensor,
+        self, vectors: Tensor, codes: Tensor, used: Tensor, draws: Tensor,
         skip: Tensor | None = None,
-    ) -> Tensor:
-        """One EMA step; dead codes restart from vectors drawn, with fresh statistics.
+    ) -> Tensor:  # fmt: skip
+        """One EMA step by this rank's `vectors` `[K, B, F, d]`, whose nearest codes are `codes`;
+        clips count where `used` `[K, B]`. Where the scalar `skip` is not 0 nothing changes.
 
-        Args:
-            vectors: `[K, B, F, d]` of this rank, codes: `[K, B, F]` theirs.
-            used: `[K, B]` bool, the clips that count at each level.
-            draws: `[K, n or more]` in [0, 1), which of the vectors that count on any rank a dead
-                code restarts from; the same on every rank.
-            skip: scalar; if not 0 nothing changes.
-
-        Returns:
-            `[K, n]` bool, the codes that restarted.
+        Dead codes restart with fresh statistics, from those of all ranks' vectors that `draws`
+        `[K, n or more]` in [0, 1) choose. Returns `[K, n]` bool, the codes that restarted.
         """
         counts, sums = self._statistics(vectors, codes, used)
         fresh, some = drawn_vectors(vectors, used, draws[:, : counts.shape[1]])
@@ -145,37 +129,29 @@ class CodebookStack(nn.Module):
         dead = (sizes < 0.1 * mean_size) & (some > 0)
         sizes = torch.where(dead, mean_size, sizes)
         sums = torch.where(dead[..., None], fresh * mean_size[..., None], sums)
-        codes = sums / sizes[..., None]
-        if skip is not None:
-            skipped = skip != 0
-            dead = dead & ~skipped
-            sizes = torch.where(skipped, self.cluster_size, sizes)
-            sums = torch.where(skipped, self.embedding_sum, sums)
-            codes = torch.where(skipped, self.embedding, codes)
-        self._set(codes, sizes, sums)
-        return dead
+        if skip is None:
+            skip = torch.zeros_like(moves[0, 0])
+        self._set(sizes, sums, skip == 0)
+        return dead & (skip == 0)
 
     @torch.no_grad()
     def follow(self, other: CodebookStack, weight: Tensor, restarted: Tensor) -> None:
         """Moves by the scalar `weight` towards `other`'s statistics; takes codes over that just
-        `restarted` `[K, n]`.
-
-        The code is then the mean of all vectors that it stood for within both averages. Between
-        the old and the new place of a code that jumped there would be nothing.
+        `restarted` `[K, n]`: between the old and the new place of a code there would be nothing.
         """
         sizes = self.cluster_size.lerp(other.cluster_size, weight)
         sizes = torch.where(restarted, other.cluster_size, sizes)
         sums = self.embedding_sum.lerp(other.embedding_sum, weight)
         sums = torch.where(restarted[..., None], other.embedding_sum, sums)
-        codes = torch.where(weight > 0, sums / sizes[..., None], self.embedding)  # bit for bit
-        self._set(codes, sizes, sums)
+        self._set(sizes, sums, weight > 0)
         self.started = list(other.started)
 
-    def _set(self, codes: Tensor, sizes: Tensor, sums: Tensor) -> None:
-        self.embedding.copy_(codes)
-        self.cluster_size.copy_(sizes)
-        self.embedding_sum.copy_(sums)
-        self.half_norms.copy_(half_norms(codes))
+    def _set(self, sizes: Tensor, sums: Tensor, moves: Tensor) -> None:
+        """Takes statistics, and the codes that follow from them, over where `moves` is true."""
+        for name, value in zip(self.stored, (sums / sizes[..., None], sizes, sums), strict=True):
+            own = getattr(self, name)
+            own.copy_(torch.where(moves, value, own))
+        self.half_norms.copy_(half_norms(self.embedding))
 
     def _statistics(self, vectors: Tensor, codes: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
         """How many vectors each code stood for, `[K, n]`, and their sums, `[K, n, d]`."""
@@ -199,8 +175,8 @@ def in_joint_order(x: Tensor, dim: int) -> Tensor:
 
 
 def drawn_vectors(vectors: Tensor, used: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Those at `draws` `[K, n]` in [0, 1) among the vectors `[K, B, F, d]` whose clip is `used`
-    `[K, B]`; of all ranks in joint order: zeros where another rank has it, so that their sum is it.
+    """Those at `draws` `[K, n]` in [0, 1) among the vectors `[K, B, F, d]` of all ranks whose clip
+    is `used` `[K, B]`; zeros where another rank has it, so that their sum is it.
 
     Returns `[K, n, d]`, and `[K, 1]`: 1.0 where any clip is used, else 0.0.
     """
@@ -223,19 +199,14 @@ def drawn_vectors(vectors: Tensor, used: Tensor, draws: Tensor) -> tuple[Tensor,
 
 @dataclass
 class Quantized:
-    """What the quantizer gives in training.
+    """What the quantizer gives in training."""
 
-    `semantic` and, but for the semantic branch alone, `acoustic` `[B, F, d]` quantized features
-    (straight-through), `codes` `[B, K, F]`, `commitment` a scalar, `residuals` per stack of
-    codebooks the vectors `[levels, B, F, d]` that it quantized, `used` `[B, K]` bool.
-    """
-
-    semantic: Tensor
-    acoustic: Tensor | None
-    codes: Tensor
-    commitment: Tensor
-    residuals: list[Tensor]
-    used: Tensor
+    semantic: Tensor  # [B, F, d], straight-through
+    acoustic: Tensor | None  # the same; None from the semantic branch alone
+    codes: Tensor  # [B, K, F]
+    commitment: Tensor  # a scalar
+    residuals: list[Tensor]  # per stack of codebooks the vectors [levels, B, F, d] it quantized
+    used: Tensor  # [B, K] bool
 
 
 class SplitQuantizer(nn.Module):
@@ -315,20 +286,30 @@ class SplitQuantizer(nn.Module):
         return semantic, acoustic
 
     def forward(self, hidden: Tensor, num_codebooks: Tensor) -> Quantized:
-        """Quantizes with gradients; sample `b` uses its first `num_codebooks[b]` codebooks."""
+        """Quantizes with gradients; sample `b` uses its first `num_codebooks[b]` codebooks.
+
+        The commitment is, per clip, the sum over the levels that it uses, as in DAC (Kumar et al.
+        2023): a mean would pull the less the more levels there are.
+        """
         total = self.stacks[-1].levels.stop
         used = torch.arange(total, device=hidden.device) < num_codebooks[:, None]
         semantic, acoustic = hidden.split(self.widths, dim=-1)
         first = self.quantize_semantic(semantic)
         with torch.autocast(hidden.device.type, enabled=False):
             vectors = self.acoustic_in(acoustic.float())
-            quantized, codes, commitment, residuals = self._quantize_acoustic(vectors, used)
+            counted = used[:, 1:].t().float()  # [K - 1, B]
+            residuals, codes = self._residual_codes(vectors, counted)
+            quantized, commitment = vectors, 0 * vectors.sum()
+            if self.stacks[-1].started[-1]:
+                quantized = vectors - residuals[-1]
+                commitment = summed_squares(vectors, residuals[1:], counted)
+        slices = [stack.levels for stack in self.stacks[1:]]
         return Quantized(
             semantic=first.semantic,
             acoustic=quantized,
             codes=torch.cat((first.codes, codes), dim=1),
             commitment=first.commitment + commitment,
-            residuals=[*first.residuals, *residuals],
+            residuals=first.residuals + [residuals[s.start - 1 : s.stop - 1] for s in slices],
             used=used,
         )
 
@@ -340,78 +321,54 @@ class SplitQuantizer(nn.Module):
             codes = book.nearest(vectors)
             used = torch.ones(len(codes), 1, dtype=torch.bool, device=codes.device)
             quantized, commitment = vectors, 0 * vectors.sum()
-            if self.stacks[0].is_initialised:  # vectors pass as they are until there are codes
+            if self.stacks[0].started[0]:  # vectors pass as they are until there are codes
                 chosen = book.lookup(codes)
                 commitment = F.mse_loss(vectors, chosen)
                 quantized = vectors + (chosen - vectors).detach()
         residuals = [vectors.detach()[None]]
         return Quantized(quantized, None, codes[:, None], commitment, residuals, used)
 
-    def _quantize_acoustic(
-        self, vectors: Tensor, used: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """The residual VQ over `[B, F, d]`; `used` `[B, K]` counts the semantic codebook too.
-
-        Returns quantized vectors, codes, commitment and residuals as in `Quantized`. The commitment
-        is, per clip, the sum over the levels that it uses, as in DAC (Kumar et al. 2023): a mean
-        would pull the less the more levels there are.
-        """
-        books = self.codebooks[1:]
-        with torch.no_grad():
-            # What enters each level, and what the last one leaves: in place, level by level.
-            residuals = vectors.new_empty(len(books) + 1, *vectors.shape)
-            residuals[0] = vectors
-            counted = used[:, 1:].t().float()  # [K - 1, B]
-            codes = []
-            for book, weight, before, after in zip(
-                books, counted[..., None, None], residuals[:-1], residuals[1:], strict=True
-            ):
-                codes.append(book.nearest(before))
-                torch.addcmul(before, book.lookup(codes[-1]), weight, value=-1, out=after)
-            codes = torch.stack(codes, dim=1)
-        slices = [stack.levels for stack in self.stacks[1:]]
-        parts = [residuals[s.start - 1 : s.stop - 1] for s in slices]
-        if not self.stacks[-1].started[-1]:
-            return vectors, codes, 0 * vectors.sum(), parts
-        return (
-            vectors - residuals[-1],
-            codes,
-            summed_squares(vectors, residuals[1:], counted),
-            parts,
-        )
+    @torch.no_grad()
+    def _residual_codes(self, vectors: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters each level of the residual VQ and what the last leaves, `[K, B, F, d]`, and
+        codes `[B, K - 1, F]`, of `[B, F, d]`; `counted` `[K - 1, B]` is 1 where a clip uses it."""
+        books, codes = self.codebooks[1:], []
+        residuals = vectors.new_empty(len(books) + 1, *vectors.shape)
+        residuals[0] = vectors
+        levels = zip(books, counted[..., None, None], residuals[:-1], residuals[1:], strict=True)
+        for book, weight, before, after in levels:
+            codes.append(book.nearest(before))
+            torch.addcmul(before, book.lookup(codes[-1]), weight, value=-1, out=after)
+        return residuals, torch.stack(codes, dim=1)
 
     @property
     def is_initialised(self) -> bool:
         """Whether every codebook stands for data."""
-        return all(stack.is_initialised for stack in self.stacks)
+        return all(all(stack.started) for stack in self.stacks)
 
     @torch.no_grad()
     def update(
-        self,
-        info: Quantized,
-        draws: Tensor,
-        freeze_semantic: bool = False,
+        self, info: Quantized, draws: Tensor, freeze_semantic: bool = False,
         skip: Tensor | None = None,
-    ) -> list[Tensor | None]:
+    ) -> list[Tensor | None]:  # fmt: skip
         """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first.
 
         `draws` `[K, size of the largest]` in [0, 1), the same on every rank, choose the vectors
         that codes start from. With `freeze_semantic` codebook 0 stays as it is; where the scalar
-        `skip` is not 0, all of them, once they have started.
-        Returns, per stack of `info`, `[levels, size]` bool: the codes that began anew; None where
-        it stood still.
+        `skip` is not 0, all of them. Returns, per stack of `info`, `[levels, size]` bool: the codes
+        that began anew; None where it stood still.
         """
         restarted = []
         stacks = self.stacks[: len(info.residuals)]
         # Here alone the device is waited for: once, or as often as the first steps are skipped.
-        if skip is not None and not all(s.is_initialised for s in stacks) and bool(skip):
+        if skip is not None and not all(all(s.started) for s in stacks) and bool(skip):
             return restarted
         left = None  # what a stack that has just started leaves for the next one
         for stack, vectors in zip(stacks, info.residuals, strict=True):
             levels = stack.levels
             if levels.start == 0 and freeze_semantic:
                 restarted.append(None)
-            elif stack.is_initialised:
+            elif all(stack.started):
                 codes, used = info.codes[:, levels].transpose(0, 1), info.used[:, levels].t()
                 restarted.append(stack.update(vectors, codes, used, draws[levels], skip))
             else:

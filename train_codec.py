@@ -37,14 +37,7 @@ import discriminator
 import teachers
 import training
 from audio import SAMPLE_RATE
-from codec import (
-    AveragedCodec,
-    Codec,
-    CodecConfig,
-    codec_config,
-    count_parameters,
-    stored_config,
-)
+from codec import AveragedCodec, Codec, CodecConfig, stored_config
 from command import UserError, number, share, whole
 from data import (
     Clips,
@@ -223,7 +216,7 @@ def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> Code
     if source is None and args.init_from and not semantic_learns(args):
         source = checkpoints.load_checkpoint(args.init_from, with_trainer=False)
     if source is not None:
-        stored = codec_config(source.config, source.path)
+        stored = checkpoints.config_of(CodecConfig, "codec", source.config, source.path)
         same = checkpoint is not None or args.decoder_only  # else the semantic branch alone
         config = stored if same else dataclasses.replace(config, context=stored.context)
     needed = 2 * config.context / config.frame_rate
@@ -383,14 +376,12 @@ def description(
     """What the user reads before step 1, beside the settings and the forecast."""
     args, config = run.args, model.config
     context = config.context / config.frame_rate
-    counts = count_parameters(model)
-    codes = counts.pop("codebooks")
-    parts = ", ".join(f"{name} {count:.1f}" for name, count in counts.items())
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
     hours = ", ".join(f"{name} {h:.1f} h" for name, h in hours_by_language(clips).items())
     taught = f"{teacher.source} ({teacher.name}), " if teacher else ""
     return (
-        f"preset {args.preset}: codec {sum(counts.values()):.1f}M parameters ({parts}), "
-        f"{config.num_codebooks} codebooks ({codes:.1f}), device {run.device}\n"
+        f"preset {args.preset}: codec {parameters:.1f}M parameters, "
+        f"{config.num_codebooks} codebooks, device {run.device}\n"
         f"teacher: {taught}phone labels, {clips.hours('phones'):.1f} h\n"
         f"windows of {args.window_seconds:g} s, attention over {context:g} s\n"
         f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}"
@@ -401,7 +392,7 @@ def export(args) -> None:
     """Writes the newest checkpoint in half precision, as the demo and the LM's data take it."""
     checkpoints.check_export(args)
     checkpoint = checkpoints.load_checkpoint(args.checkpoint_dir, with_trainer=False)
-    model = Codec(codec_config(checkpoint.config, checkpoint.path))
+    model = Codec(checkpoints.config_of(CodecConfig, "codec", checkpoint.config, checkpoint.path))
     model.load_tensors(checkpoint.tensors, args.checkpoint_dir)
     folder = checkpoints.save_export(
         args.export, checkpoint.step, stored_config(model.config), model.export_tensors()

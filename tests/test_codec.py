@@ -20,7 +20,6 @@ from codec import (
     LogMel,
     SpectralHead,
     codec_fingerprint,
-    count_parameters,
     stored_config,
 )
 from command import UserError
@@ -187,7 +186,7 @@ def test_latency_is_exactly_one_frame(model):
     assert int(heard.max()) == (frame + 1) * hop - 1
 
     inputs = noise(1, 12, SMALL.decoder_dim, seed=9).requires_grad_()
-    out = model._synthesize(inputs)[0, 0]
+    out = model.decoder(inputs).flatten()
     for sample, reach in ((frame * hop - 1, frame - 1), (frame * hop, frame)):
         (gradient,) = torch.autograd.grad(out[sample], inputs, retain_graph=True)
         used = gradient[0].abs().sum(-1).nonzero().flatten()
@@ -844,12 +843,7 @@ def test_base_is_built_and_takes_two_steps():
     assert config.num_codebooks == 64 and config.sample_rate / config.front_stride == 200
     torch.manual_seed(0)
     base = Codec(config)
-    counts = count_parameters(base)
-    codes = counts.pop("codebooks")
-    assert codes == 64 * 1024 * 256 / 1e6
-    whole = sum(p.numel() for p in base.parameters()) / 1e6
-    assert sum(counts.values()) == pytest.approx(whole) and 60 < whole < 70
-    assert counts["decoder"] > whole / 2
+    assert 60e6 < sum(p.numel() for p in base.parameters()) < 70e6
     audio = noise(1, 1, 5 * 480)
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     estimate = train(base, audio, 2, rate=1e-4)
