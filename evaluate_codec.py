@@ -511,8 +511,6 @@ def parser_of(description: str) -> ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Everything that can be refused before an hour of work. Raises UserError."""
-    if not args.min_seconds < args.max_seconds:
-        raise UserError("--min_seconds must be below --max_seconds")
     if args.output:
         writable_file(args.output, "--output")
     if not args.plot:
@@ -553,11 +551,8 @@ def evaluate(
     config, peers = codec.config, peers or {}
     least = max(config.hop, round(args.min_seconds * SAMPLE_RATE))
     found = load_clips(args.data_dirs, args.split, args.commercial_only)
-    where = f"{' '.join(map(str, args.data_dirs))}: split {args.split}"
-    if not found:
-        raise UserError(f"{where}: no clips; choose another --split")
     long_enough = [clip for clip in found if clip.duration * SAMPLE_RATE >= least - 1]
-    skipped = Counter({"too short": len(found) - len(long_enough)})
+    skipped = Counter(["too short"] * (len(found) - len(long_enough)))
     drawn = draw_clips(long_enough, args.max_clips, args.seed)
     times = real_time_factors(codec, timed)
     judges = load_judges(args.judges)
@@ -587,10 +582,10 @@ def evaluate(
             scores = waveform_scores(got.audio, audio)
             scores |= judge(judges, for_judges(got.audio), reference)
             rows.append(Row(*about, *point, got.bits, scores))
-    skipped += Counter()  # drops zeros
     if not evaluated:
-        reasons = ", ".join(f"{n} {why}" for why, n in skipped.items())
-        raise UserError(f"{where}: no clip could be evaluated ({reasons})")
+        reasons = ", ".join(f"{n} {why}" for why, n in skipped.items()) or "choose another --split"
+        where = " ".join(map(str, args.data_dirs))
+        raise UserError(f"{where}: split {args.split}: no clip could be evaluated ({reasons})")
 
     # Each language, and all clips together.
     groups, points = {}, [*(("samvad", kbps_of(config, count)) for count in counts), *peers]

@@ -374,14 +374,14 @@ def test_nothing_left_to_evaluate_says_why(checkpoint, tmp_path, quick, capsys):
     write_manifest(tmp_path / "manifest.jsonl", clips)
     flags = ("--codec", checkpoint, "--data_dirs", tmp_path, "--device", "cpu", "--judges", "stoi")
     assert "no clip could be evaluated (1 silent)" in refused(capsys, *flags)
-    assert "no clips; choose another --split" in refused(capsys, *flags, "--split", "validation")
+    assert "(choose another --split)" in refused(capsys, *flags, "--split", "validation")
+    assert "(1 too short)" in refused(capsys, *flags, "--min_seconds", 3, "--max_seconds", 2)
     assert "from 1 to 8" in refused(capsys, *flags, "--codebooks", 9)
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--min_seconds", "3", "--max_seconds", "2"], "--min_seconds must be below"),
         (["--output", "/proc/nowhere/all.json"], "--output /proc/nowhere: cannot be written"),
         (["--output", "/tmp"], "--output /tmp: cannot be written (Is a directory)"),
         (["--device", "cuda:7"], "--device"),
