@@ -8,7 +8,6 @@ bytes arrive is in fetching.py.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -27,7 +26,6 @@ import data
 import fetching
 from audio import AUDIO_SUFFIXES, AudioError, probe, write_audio
 from command import (
-    DISK_FULL,
     UserError,
     as_json_line,
     check_fields,
@@ -215,16 +213,13 @@ class Job:
 
 
 def fetch(
-    corpus: Corpus,
-    data_dir: Path,
-    options: FetchOptions | None = None,
+    corpus: Corpus, data_dir: Path, options: FetchOptions = FetchOptions(),
     stopped: threading.Event | None = None,
-) -> bool:
+) -> bool:  # fmt: skip
     """Bring one corpus into place; False where it was there already. Raises UserError.
 
     A corpus that an earlier --max_hours had cut short goes on where this call allows more.
     """
-    options = options or FetchOptions()
     if not needs_fetching(corpus, data_dir, options):
         return False
     folder = corpus.folder(data_dir)
@@ -248,14 +243,6 @@ def fetch(
         _write_folder(job)
         part.rename(folder)
         shutil.rmtree(job.archives, ignore_errors=True)
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        free = fetching.free_bytes(part) / GIGABYTE
-        raise UserError(
-            f"{corpus.name}: the disk of {data_dir} is full ({free:.2f} GB free); free some space "
-            "and run again: it goes on where it was"
-        ) from error
     finally:
         bar.close()
     return True
@@ -284,13 +271,9 @@ def _write_folder(job: Job) -> None:
     corpus, part = job.corpus, job.part
     _write_unreadable(job)
     record = {
-        "name": corpus.name,
         "source": corpus.origin,
         "license": corpus.license,
-        "commercial_ok": corpus.commercial_ok,
         "hours": job.hours,
-        "files": len(job.lines),
-        "unreadable": len(job.unreadable),
         "whole": job.complete,
         "max_hours": job.options.max_hours,
     }
@@ -590,9 +573,11 @@ def _take_rows(job: Job, shard: Shard, path: Path) -> None:
     folder = job.audio / shard.path.removesuffix(".parquet")
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run, or --max_hours, left of it
     folder.mkdir(parents=True)
-    columns = functools.partial(_columns_of, job.corpus)
+    corpus = job.corpus
+    needed = [corpus.audio, *(corpus.keep or ())[:1]]
+    more = (corpus.text, corpus.style, corpus.file, *corpus.speakers, *corpus.keys)
     with ThreadPoolExecutor(FILE_THREADS) as pool:
-        for rows in fetching.parquet_rows(path, columns):
+        for rows in fetching.parquet_rows(path, needed, more):
             job.bar.advance(0, f"unpacking row {rows[0][0]}")
             for found in pool.map(lambda row: _clip_of_row(job, shard, folder, *row), rows):
                 if found is not None:
@@ -600,19 +585,6 @@ def _take_rows(job: Job, shard: Shard, path: Path) -> None:
             if job.stops_here():
                 break
     job.bar.advance(0, "")
-
-
-def _columns_of(corpus: Hub, there: list[str]) -> list[str]:
-    """The columns to read. Raises UserError where the one with the audio is not there."""
-    needed = [corpus.audio] + ([corpus.keep[0]] if corpus.keep else [])
-    missing = [name for name in needed if name not in there]
-    if missing:
-        raise UserError(
-            f"{corpus.name}: no column {', '.join(missing)}; it has changed and now has "
-            f"{', '.join(there)}"
-        )
-    useful = {*needed, corpus.text, corpus.style, corpus.file, *corpus.speakers, *corpus.keys}
-    return [name for name in there if name in useful]
 
 
 def _clip_of_row(
@@ -717,13 +689,9 @@ def _dialogue(job: Job, path: Path, split: str) -> dict | str:
 
 def _turn(channel: int, utterance: dict) -> dict:
     """Raises ValueError, LookupError, TypeError or UserError where a field is none of a turn."""
-    start, end = float(utterance["start_time"]), float(utterance["end_time"])
-    turn = {
-        "who": {0: "agent", 1: "user"}[channel],
-        "start": max(start, 0.0),
-        "end": max(end, start, 0.0),
-        "text": utterance.get("tts_text") or "",
-    }
+    start, end = max(float(utterance["start_time"]), 0.0), float(utterance["end_time"])
+    turn = {"who": {0: "agent", 1: "user"}[channel], "start": start, "end": max(end, start)}
+    turn["text"] = utterance.get("tts_text") or ""
     check_fields(turn, {"start": "number", "end": "number", "text": "text"}, "utterance")
     return turn
 
@@ -762,23 +730,15 @@ def fetch_fisher(job: Job) -> None:
         if job.stops_here():
             return
         job.bar.advance(call.stat().st_size)
-        job.take(_call(job, call, scripts.get(call.stem)))
-
-
-def _call(job: Job, call: Path, script: Path | None) -> dict | str:
-    """A manifest line of a call, written as FLAC where it is not yet; why it cannot be read."""
-    target = job.audio / file_name(call.parent.name) / f"{file_name(call.stem)}.flac"
-    try:
-        if not target.exists():
-            samples, rate = fetching.read_sphere(call)
-            if samples.shape[1] != 2:
-                raise AudioError(f"{call}: {samples.shape[1]} channels, not 2")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_audio(target, samples.astype("float32") / 32768, rate)
-        turns = _fisher_turns(script) if script else []
-        return _conversation(job, target, turns, data.split_for(call.stem))
-    except AudioError as error:
-        return str(error)
+        target = job.audio / file_name(call.parent.name) / f"{file_name(call.stem)}.flac"
+        try:
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write_audio(target, *fetching.read_sphere(call))
+            turns = _fisher_turns(scripts[call.stem]) if call.stem in scripts else []
+            job.take(_conversation(job, target, turns, data.split_for(call.stem)))
+        except AudioError as error:
+            job.take(str(error))
 
 
 def _fisher_turns(script: Path) -> list[dict]:
@@ -787,9 +747,8 @@ def _fisher_turns(script: Path) -> list[dict]:
     for line in text_lines(script, "replace"):
         match = re.match(r"\s*(\d*\.?\d+)\s+(\d*\.?\d+)\s+([AB])\d*:\s*(.*)", line)
         if match and float(match[1]) <= float(match[2]):
-            who = "agent" if match[3] == "A" else "user"
-            start, end = float(match[1]), float(match[2])
-            turns.append({"who": who, "start": start, "end": end, "text": match[4]})
+            turn = {"who": "agent" if match[3] == "A" else "user", "text": match[4]}
+            turns.append({**turn, "start": float(match[1]), "end": float(match[2])})
     return turns
 
 

@@ -16,8 +16,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
+import os
 import sys
 import textwrap
 import threading
@@ -68,7 +70,10 @@ from fetching import FILE_THREADS, GIGABYTE
 GOAL_HOURS = 2000  # the plan's, a language
 ERRORS = "download_errors.log"  # in --data_dir: the tracebacks of what was not foreseen
 HOURS_TOLERANCE = 0.02  # share of the expected hours that may be absent
+DIGEST_BYTES = 1 << 16  # read at each end of a file to find duplicates
 GROUPS = ("default", "emotion", "conversations")
+# Mono speech; FLAC as measured over LibriSpeech (59.3 GB).
+GIGABYTES_OF_6000_H = "WAV 16 kHz 691, FLAC 372, MP3 64k 173, Opus 24k 65, codes 11"
 CPU_POD_USD = 0.12  # an hour; RunPod's smallest CPU pods, 2025
 H200_USD = 3.39
 
@@ -252,10 +257,7 @@ def print_list(corpora: Iterable[Corpus]) -> None:
     corpora = list(corpora)
     form = "{:<27}{:<8} {:>6} {:>5} {:>3}  {:<16} {}"
     print(form.format("corpus", "language", "hours", "GB", "kHz", "licence", "marks"))
-    sections: dict[str, list[Corpus]] = defaultdict(list)
-    for row in corpora:
-        sections[row.group or row.language].append(row)
-    for section, rows in sections.items():
+    for section, rows in itertools.groupby(corpora, lambda row: row.group or row.language):
         print(f"-- {section} ".ljust(79, "-"))
         for row in rows:
             hours = f"{'' if row.exact else '~'}{_figure(row.hours)}"
@@ -264,13 +266,17 @@ def print_list(corpora: Iterable[Corpus]) -> None:
     print("-" * 79)
     print("marks: d default set, g gated (accept its licence on Hugging Face), n not for")
     print("commercial use; hours with ~ are estimates. GB: on disk, WAV packed as FLAC.")
-    chosen = [row for row in corpora if row.default]
     for language in data.LANGUAGES:
-        rows = [row for row in chosen if row.language == language]
+        rows = [row for row in corpora if row.default and row.language == language]
         hours, size = sum(row.hours for row in rows), sum(row.gigabytes for row in rows)
         if rows:
             print(f"default set, {language}: {hours:,.0f} h of {GOAL_HOURS:,}, {size:,.0f} GB")
-    print("\nwhat stands for which of the plan's corpora, and what is left out:")
+    print_notes(corpora)
+
+
+def print_notes(corpora: Iterable[Corpus]) -> None:
+    """What stands for which of the plan's corpora, or is left out, and why."""
+    print("\nwhat became of the plan's corpora:")
     for row in corpora:
         if row.note:
             print(_wrapped(f"- {row.name}: {row.note}"))
@@ -302,7 +308,7 @@ def print_costs(corpora: list[Corpus], free_gb: float, jobs: int) -> None:
     print(
         f"to fetch: {len(corpora)} corpora, {_figure(hours)} h; network: {network:,.1f} GB\n"
         f"disk: {final:,.1f} GB in the end, {peak_gigabytes(corpora, jobs):,.1f} at the most, "
-        f"archives included; {free_gb:,.0f} free"
+        f"archives included; {free_gb:,.0f} free\n6,000 h in GB: {GIGABYTES_OF_6000_H}"
     )
     for rate in (25, 100):
         took = network * 1e3 / rate / 3600
@@ -314,14 +320,15 @@ def print_costs(corpora: list[Corpus], free_gb: float, jobs: int) -> None:
 
 # --------------------------------------------------------------------------------------- verify
 
-VERIFY_FORM = "{:<26} {:>9} {:>7} {:>7} {:>6} {:>5}  {}"
+VERIFY_FORM = "{:<26} {:>7} {:>7} {:>7} {:>6} {:>3} {:>4}  {}"
 
 
 def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     """What is on disk of a corpus, as `--json` has it; with `every_file`, each one is probed.
 
     Expected are the table's hours where they are exact, else those that were fetched. The state
-    is "ok", "ok, small" (less than nine tenths of an estimate), or what is missing.
+    is "ok", "ok, small" (less than nine tenths of an estimate), or what is missing. Duplicates are
+    those alike in size and at both ends: as good as a hash of all for coded speech, and faster.
     """
     folder = corpus.folder(data_dir)
     record = read_record(folder)
@@ -339,6 +346,7 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
         "speakers": 0,
         "hours_by_sample_rate": {},
         "unreadable": [],
+        "duplicates": 0,
         "state": "not there",
     }
     if not (folder / data.MANIFEST).exists():
@@ -348,16 +356,18 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     except UserError as error:  # this corpus' fault alone
         return found | {"unreadable": [first_line(error, 400)], "state": "cannot be read"}
     found["files"], found["speakers"] = len(clips), data.count_speakers(clips)
-    pairs = [(clip.duration, clip.sample_rate) for clip in clips]
+    good = [(clip.duration, clip.sample_rate) for clip in clips]
     if every_file:
         hidden = not sys.stderr.isatty()
         with ThreadPoolExecutor(FILE_THREADS) as pool:
-            probed = pool.map(_probe_or_path, clips)
+            probed = pool.map(_check_file, clips)
             shown = tqdm(probed, corpus.name, len(clips), leave=False, unit="file", disable=hidden)
-            pairs = list(shown)
-        found["unreadable"] = [pair for pair in pairs if isinstance(pair, str)]
+            checked = list(shown)
+        found["unreadable"] = [one for one in checked if isinstance(one, str)]
+        good = [one for one in checked if not isinstance(one, str)]
+        found["duplicates"] = len(good) - len({digest for _, _, digest in good})
     rates: Counter[int] = Counter()
-    for duration, rate in (pair for pair in pairs if not isinstance(pair, str)):
+    for duration, rate, *_ in good:
         rates[rate] += duration / 3600
     hours = sum(rates.values())
     found["hours"] = round(hours, 4)
@@ -371,28 +381,36 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     return found
 
 
-def _probe_or_path(clip: data.Clip) -> tuple[float, int] | str:
+def _check_file(clip: data.Clip) -> tuple[float, int, bytes] | str:
+    """(seconds, Hz, a digest of the file); its path where it cannot be read."""
     try:
-        with open(clip.path, "rb") as file:  # probe asks the disk less of an open one
-            return probe(clip.path, file)
+        with open(clip.path, "rb") as file:  # once: on a network volume that is what takes time
+            digest = hashlib.sha256(file.read(DIGEST_BYTES))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - DIGEST_BYTES, 0))
+            digest.update(file.read() + size.to_bytes(8, "big"))
+            file.seek(0)
+            return *probe(clip.path, file), digest.digest()
     except (AudioError, OSError):
         return str(clip.path)
 
 
 def print_verified(found: list[dict], data_dir: Path) -> bool:
     """The table of what is on disk; True where nothing is missing."""
-    print(VERIFY_FORM.format("corpus", "files", "hours", "of", "spk", "bad", "state"))
+    print(VERIFY_FORM.format("corpus", "files", "hours", "of", "spk", "bad", "dup", "state"))
     print("-" * 79)
-    hours: Counter[str] = Counter()
+    rates: dict[str, Counter[str]] = defaultdict(Counter)
     for row in found:
-        hours[row["folder"]] += row["hours"]
-        figures = (_figure(row["hours"]), _figure(row["expected_hours"]), row["speakers"] or "?")
-        bad = len(row["unreadable"])
-        print(VERIFY_FORM.format(row["corpus"], row["files"], *figures, bad, row["state"]))
+        rates[row["folder"]] += row["hours_by_sample_rate"]
+        figures = (row["files"], _figure(row["hours"]), _figure(row["expected_hours"]))
+        figures += (row["speakers"] or "?", len(row["unreadable"]), row["duplicates"])
+        print(VERIFY_FORM.format(row["corpus"], *figures, row["state"]))
     print("-" * 79)
-    for folder, total in hours.items():
+    for folder, by_rate in rates.items():
+        total = sum(by_rate.values())
         goal = f", {total / GOAL_HOURS:.0%} of goal" if folder in data.LANGUAGES else ""
-        print(f"{folder}: {_figure(total)} h{goal}")
+        parts = [f"{rate} Hz {_figure(hours)}" for rate, hours in by_rate.items()]
+        print(_wrapped(f"{folder}: {_figure(total)} h{goal}: {', '.join(parts)}"))
     for what in [what for row in found for what in row["unreadable"]][:20]:
         print(f"unreadable: {what}")
     missing = [row["corpus"] for row in found if not row["state"].startswith("ok")]
@@ -462,11 +480,9 @@ def without_forbidden(
 
 def check_access(corpora: list[Corpus], mirrors: dict[str, str]) -> None:
     """Ask the Hub for every gated dataset before the night begins. UserError names all at once."""
-    gated = {
-        (row.repo, mirrors.get(row.name)) for row in corpora
-        if row.gated and not fetching.is_local(mirrors.get(row.name))
-    }  # fmt: skip
-    to_accept = sorted({fetching.licence_page(*place) for place in gated} - {""})
+    places = {(row.repo, mirrors.get(row.name)) for row in corpora if row.gated}
+    asked = [place for place in places if not fetching.is_local(place[1])]
+    to_accept = sorted({fetching.licence_page(*place) for place in asked} - {""})
     if to_accept:
         raise UserError(
             f"accept the licence at {' and at '.join(to_accept)}, then `hf auth login` (or set "
@@ -500,14 +516,12 @@ def as_listed(row: Corpus, options: FetchOptions) -> Corpus:
         listed = sum(shard.size for shard in shards_of(row, options.mirrors.get(row.name)))
     except (UserError, OSError):
         return row  # the fetch itself will say why
-    grown = listed / GIGABYTE / (row.download_gb or row.gigabytes)
-    return replace(_share_of(row, grown), download_gb=listed / GIGABYTE)
+    return _share_of(row, listed / GIGABYTE / (row.download_gb or row.gigabytes))
 
 
 def _share_of(row: Corpus, share: float) -> Corpus:
-    """The row with a share of its hours and bytes."""
-    names = ("hours", "gigabytes", "download_gb")
-    return replace(row, **{name: getattr(row, name) * share for name in names})
+    sizes = {name: getattr(row, name) * share for name in ("hours", "gigabytes", "download_gb")}
+    return replace(row, **sizes)
 
 
 def _scaled(row: Corpus, max_hours: float) -> Corpus:
@@ -535,6 +549,8 @@ def fetch_missing(
     # The largest archives first, while the disk is empty.
     absent.sort(key=lambda row: -row.transient_gb)
     if absent:
+        if all(row.default for row in corpora):
+            print_notes(CORPORA)
         check_access(absent, options.mirrors)
         check_disk([as_listed(row, options) for row in absent], data_dir, options, jobs)
     for row in corpora:
@@ -545,11 +561,10 @@ def fetch_missing(
         raise UserError(next(iter(failed.values())))
     code = report(corpora, arguments)
     if failed:
-        lines = [f"  {name:<26} {reason}" for name, reason in failed.items()]
-        print(
-            f"error: {len(failed)} of {len(corpora)} corpora failed; the same command tries them "
-            "again:", *lines, sep="\n", file=sys.stderr,
-        )  # fmt: skip
+        count = f"{len(failed)} of {len(corpora)} corpora"
+        print(f"error: {count} failed; the same command tries them again:", file=sys.stderr)
+        for name, reason in failed.items():
+            print(f"  {name:<26} {reason}", file=sys.stderr)
     return 1 if failed else code
 
 
@@ -640,8 +655,7 @@ def main() -> int:
     data_dir, names, languages = arguments.data_dir, arguments.corpora, arguments.languages
     chosen = choose(names, languages, options)
     if arguments.list:
-        rows = chosen if names or languages else CORPORA
-        print_list(rows)
+        print_list(chosen if names or languages else CORPORA)
         return 0
     if arguments.json:
         writable_file(arguments.json, "--json")

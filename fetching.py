@@ -22,7 +22,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -160,14 +160,9 @@ def folder_bytes(folder: Path) -> int:
 
 
 def download(
-    url: str,
-    target: Path,
-    bar: Bar,
-    *,
-    checksum: str = "",
-    headers: dict[str, str] | None = None,
+    url: str, target: Path, bar: Bar, *, checksum: str = "", headers: dict[str, str] | None = None,
     remedy: str = "try another --mirror",
-) -> None:
+) -> None:  # fmt: skip
     """Fetch `url` into `target`, going on where an earlier run left `target.part`.
 
     `checksum` ("md5:…" or "sha256:…") is verified before the rename. Raises Busy where the server
@@ -340,7 +335,7 @@ def packed(source: BinaryIO, keep_wav: bool) -> tuple[bytes | None, str]:
 
 
 def read_sphere(path: Path) -> tuple[np.ndarray, int]:
-    """(int16 `[T, C]`, sample rate) of a NIST SPHERE file as the LDC ships it.
+    """(audio `[T, 2]`, sample rate) of a call, a NIST SPHERE file as the LDC ships it.
 
     Those packed with "shorten" take `sph2pipe` on the PATH. Raises UserError where that is
     missing, AudioError on a damaged file.
@@ -348,15 +343,16 @@ def read_sphere(path: Path) -> tuple[np.ndarray, int]:
     coded = path.read_bytes()
     if b"shorten" in coded[:1024]:
         if shutil.which("sph2pipe") is None:
-            raise UserError(
-                f"{path}: packed with shorten; build LDC's sph2pipe, put it on the PATH, run again"
-            )
+            raise UserError(f"{path}: packed with shorten: put LDC's sph2pipe on the PATH")
         command = ["sph2pipe", "-f", "sph", str(path)]
         coded = subprocess.run(command, capture_output=True).stdout
     try:
-        return soundfile.read(io.BytesIO(coded), dtype="int16", always_2d=True)
+        audio, rate = soundfile.read(io.BytesIO(coded), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, ValueError) as error:
         raise AudioError(f"{path}: cannot be read as NIST SPHERE ({error})") from error
+    if audio.shape[1] != 2:
+        raise AudioError(f"{path}: {audio.shape[1]} channels, not 2")
+    return audio, rate
 
 
 # ------------------------------------------------------------------------- Hugging Face datasets
@@ -469,14 +465,19 @@ def fetch_shard(shard: Shard, folder: Path, bar: Bar) -> Path:
 
 
 def parquet_rows(
-    path: Path, columns: Callable[[list[str]], list[str]]
+    path: Path, needed: Iterable[str], more: Iterable[str]
 ) -> Iterator[list[tuple[int, dict]]]:
     """Batches of (row number, {column: value}); audio stays the bytes it was.
 
-    `columns`: from the names that the file has, those to read. Raises Damaged.
+    The columns are all of `needed`, and those of `more` that are there. Raises UserError.
     """
     row = 0
     with _undamaged(path), pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(32, columns=columns(file.schema_arrow.names)):
+        names = file.schema_arrow.names
+        missing = [name for name in needed if name not in names]
+        if missing:
+            raise UserError(f"{path}: no column {', '.join(missing)}; now has {', '.join(names)}")
+        wanted = [name for name in names if name in {*needed, *more}]
+        for batch in file.iter_batches(32, columns=wanted):
             yield list(enumerate(batch.to_pylist(), row))
             row += len(batch)

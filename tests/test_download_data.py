@@ -27,6 +27,7 @@ __all__ = ["Server", "server"]  # fixtures, found by name
 def test_verify_at_full_size_fits_80_columns(capsys):
     found = [
         {**download_data.verify(row, Path("no")), "files": 1_234_567, "hours": row.hours,
+         "hours_by_sample_rate": {"16000": row.hours},
          "state": "ok, small"}
         for row in ROWS.values() if row.default
     ]  # fmt: skip
@@ -139,7 +140,7 @@ def test_hours_are_counted_from_the_shards_and_estimates_until_then(server, tmp_
     server.add_dataset(row.repo, files)
     size = sum(map(len, files.values())) / 1e9
     listed = download_data.as_listed(row, options)
-    assert listed.download_gb == pytest.approx(size)
+    assert listed.gigabytes == pytest.approx(size)
     assert listed.hours == pytest.approx(row.hours * size / row.gigabytes)
     download_data.fetch(row, tmp_path, options)
     counted = download_data.verify(row, tmp_path)
@@ -155,7 +156,7 @@ def test_disk_and_money_are_told_first_and_a_small_disk_refused(tmp_path, monkey
     with pytest.raises(UserError, match="GB needed, 100 GB free.*--max_hours"):
         download_data.check_disk(rows, tmp_path, FetchOptions(), 4)
     printed = capsys.readouterr().out
-    assert "idle H200" in printed
+    assert "WAV 16 kHz 691" in printed and "idle H200" in printed
     assert max(len(line) for line in printed.splitlines()) <= 80
     monkeypatch.setattr(fetching, "free_bytes", lambda folder: 150e9)
     download_data.check_disk(rows, tmp_path, FetchOptions(max_hours=10), 2)

@@ -517,14 +517,14 @@ def test_sphere_is_read_as_pcm_and_as_mu_law(tmp_path, monkeypatch):
     (tmp_path / "a.sph").write_bytes(sphere(pcm))
     samples, rate = fetching.read_sphere(tmp_path / "a.sph")
     assert rate == 8000
-    np.testing.assert_array_equal(samples, pcm)
+    np.testing.assert_array_equal(samples * 32768, pcm)
     every = np.arange(256, dtype=np.uint8).reshape(128, 2)
     (tmp_path / "u.sph").write_bytes(sphere(every, "ulaw"))
     samples, _ = fetching.read_sphere(tmp_path / "u.sph")
     # libsndfile's own mu-law decoder, over a headerless file of the same bytes.
     (tmp_path / "u.raw").write_bytes(every.tobytes())
     expected, _ = soundfile.read(
-        tmp_path / "u.raw", dtype="int16", channels=2, samplerate=8000, format="RAW",
+        tmp_path / "u.raw", dtype="float32", channels=2, samplerate=8000, format="RAW",
         subtype="ULAW",
     )
     np.testing.assert_array_equal(samples, expected)

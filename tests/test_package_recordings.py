@@ -160,13 +160,15 @@ def test_verify_finds_what_is_missing(package, capsys):
     # Where the table's hours are an estimate, what was fetched counts.
     assert download_data.verify(replace(more, exact=False), package)["state"] == "ok, small"
     folder = package / "other/voices/audio"
+    shutil.copy(folder / "ann/1.wav", folder / "ann/2.wav")
+    assert download_data.verify(CORPUS, package)["duplicates"] == 1
     (folder / "bo/1.wav").unlink()
     (folder / "ann/1.wav").write_text("spoilt")
     bad = download_data.verify(CORPUS, package)
     assert bad["state"] == "2 unreadable" and len(bad["unreadable"]) == 2
     assert not download_data.print_verified([good, bad, missing], package)
     printed = capsys.readouterr().out
-    assert "bo/1.wav" in printed and "\nother: " in printed
+    assert "bo/1.wav" in printed and "16000 Hz" in printed
     assert max(len(line) for line in printed.splitlines() if "/" not in line) <= 80
     assert json.dumps(bad) and set(bad["hours_by_sample_rate"]) == {"16000"}
 
