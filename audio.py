@@ -24,12 +24,9 @@ HOP = 480
 FRAME_SECONDS = HOP / SAMPLE_RATE
 # What `write_audio` makes: libsndfile's format and subtype.
 WRITABLE = {
-    ".wav": ("WAV", "PCM_16"),
-    ".flac": ("FLAC", "PCM_16"),
-    ".ogg": ("OGG", None),
-    ".opus": ("OGG", "OPUS"),
-    ".mp3": ("MP3", None),
-}
+    ".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", None),
+    ".opus": ("OGG", "OPUS"), ".mp3": ("MP3", None),
+}  # fmt: skip
 # What a scan takes: libsndfile reads the first line, PyAV the others.
 AUDIO_SUFFIXES = (
     *WRITABLE, ".oga", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".wave",
@@ -90,8 +87,8 @@ def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
 def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
     """(duration in seconds, sample rate) of an audio file; raises AudioError on a bad one.
 
-    `coded`: the file where it is open, or its bytes in memory: then the disk is not asked again.
-    The end of compressed files is read, because a cut file keeps an intact header.
+    `coded`: the file where it is open, or its bytes in memory. The end of compressed files is read:
+    a cut file has an intact header.
     """
     with _opened(path, coded) as file:
         frames, rate = file.frames, file.samplerate
@@ -106,10 +103,8 @@ def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
 
 
 def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
-    """Write `[T]` or `[T, C]` in [-1, 1] in the format of the suffix, 16 bit, atomically.
-
-    Raises AudioError on an unknown suffix and where the file cannot be written.
-    """
+    """Write `[T]` or `[T, C]` in [-1, 1] in the format of the suffix, 16 bit, atomically; raises
+    AudioError."""
     suffix = Path(path).suffix.lower()
     if suffix not in WRITABLE:
         raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(WRITABLE)}")
@@ -155,10 +150,8 @@ def _mono(samples: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=4096)
 def _full_scale(path: str | Path) -> float:
-    """What stands for 1.0 in a file of floats: some hold whole numbers of 16, 24 or 32 bits.
-
-    Looked for all over the file, so that every window of it is scaled alike.
-    """
+    """What stands for 1.0 in a file of floats: some hold whole numbers of 16, 24 or 32 bits. By
+    places all over the file, so that its windows are scaled alike."""
     with soundfile.SoundFile(os.fsencode(path)) as file:
         peak = 0.0
         for place in np.linspace(0, max(file.frames - 1024, 0), 64).astype(int):
@@ -174,7 +167,7 @@ def _full_scale(path: str | Path) -> float:
 def _opened(path: str | Path, coded: BinaryIO | None = None) -> Iterator[_File]:
     """An audio file that can be read from anywhere; what fails within is an AudioError."""
     try:
-        with _open(path, coded) as file:
+        with contextlib.closing(_open(path, coded)) as file:
             yield file
     except AudioError:
         raise
@@ -216,10 +209,11 @@ class _Decoded:
     def __init__(self, path: str | Path, coded: BinaryIO | None) -> None:
         import av
 
-        self._at, self._closing = 0, contextlib.ExitStack()
+        self._at, closing = 0, contextlib.ExitStack()
+        self.close = closing.close
         if coded is None and not str(path).isprintable():  # libav takes names that are UTF-8 alone
-            coded = self._closing.enter_context(open(path, "rb"))  # noqa: SIM115
-        self._container = self._closing.enter_context(av.open(coded or str(path)))
+            coded = closing.enter_context(open(path, "rb"))  # noqa: SIM115
+        self._container = closing.enter_context(av.open(coded or str(path)))
         self._stream = next(iter(self._container.streams.audio), None)
         frame = self._stream and next(self._container.decode(self._stream), None)
         if frame is None:
@@ -230,12 +224,6 @@ class _Decoded:
         self._seeks = kind in self._indexed and (kind != "wav" or codec.startswith("pcm"))
         self._container.seek(0)
         self.frames = round(self._seconds() * self.samplerate)
-
-    def __enter__(self) -> _Decoded:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._closing.close()
 
     def _seconds(self) -> float:
         base = float(self._stream.time_base)

@@ -395,15 +395,14 @@ def text_lines(path: str | Path, errors: str = "strict") -> list[str]:
 def check_fields(row: dict, kinds: dict[str, str | tuple], where: str) -> None:
     """Raises UserError that names place and field unless the fields of `row` are of these kinds.
 
-    kinds: name → one of _KINDS, or `list of` one; with `?` the field may be missing or null. Or a
-    tuple of the values that it may have, None among them for missing or null. Fields that `kinds`
-    does not name pass.
+    kinds: name → one of _KINDS, or `list of` one, with `?` where the field may be missing or null;
+    or a tuple of the values that it may have (None: missing or null). Other fields pass.
     """
     for name, kind in kinds.items():
         value = row.get(name)
         if not _matches(value, kind):
             shown = json.dumps(value, ensure_ascii=False, default=str) if name in row else "missing"
-            wanted = f"one of {', '.join(filter(None, kind))}" if isinstance(kind, tuple) else kind
+            wanted = kind if isinstance(kind, str) else f"one of {', '.join(filter(None, kind))}"
             wanted = wanted.removesuffix("?")
             raise UserError(f"{where}: {name} is {shown[:40]}, where {wanted} is needed")
 
@@ -411,12 +410,11 @@ def check_fields(row: dict, kinds: dict[str, str | tuple], where: str) -> None:
 def _matches(value: object, kind: str | tuple) -> bool:
     if isinstance(kind, tuple):
         return value in kind if isinstance(value, str) else value is None and None in kind
-    if value is None and kind.endswith("?"):
-        return True
     name = kind.removesuffix("?")
+    if value is None:
+        return name != kind
     if name.startswith("list of "):
-        item = _KINDS[name.removeprefix("list of ")]
-        return isinstance(value, list) and all(map(item, value))
+        return isinstance(value, list) and all(map(_KINDS[name.removeprefix("list of ")], value))
     return _KINDS[name](value)
 
 

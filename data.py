@@ -86,10 +86,8 @@ class Clip:
 
 
 class Clips(Sequence[Clip]):
-    """Clips as columns: millions in some hundred bytes each, which forked workers share.
-
-    Reads as a list of Clip; `column` and `codes` give a field of all at once.
-    """
+    """Clips as columns: millions in some hundred bytes each, which forked workers share. Reads as a
+    list of Clip; `column` and `codes` give a field of all at once."""
 
     def __init__(self, *tables: pyarrow.Table) -> None:
         # Several dictionaries a column, and many chunks, would make each look-up slow.
@@ -127,9 +125,7 @@ class Clips(Sequence[Clip]):
 
     def codes(self, name: str) -> tuple[np.ndarray, list]:
         """A field of names of every clip: indices `[N]`, -1 where unknown, into the names."""
-        if not len(self):
-            return np.zeros(0, np.int32), []
-        column = self.table[name].combine_chunks()
+        column = pyarrow.concat_arrays(self.table[name].chunks or [pyarrow.nulls(0, _NAMES)])
         return column.indices.fill_null(-1).to_numpy(), column.dictionary.to_pylist()
 
     def hours(self, known: str | None = None) -> float:
@@ -154,17 +150,13 @@ class Clips(Sequence[Clip]):
 
 _NAMES = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
 # Fields as they are stored; `folder` and `name` are the path's bytes, `phones` JSON.
-_COLUMNS = pyarrow.schema(
-    {
-        "folder": pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()),
-        "name": pyarrow.large_binary(),
-        "duration": pyarrow.float64(),
-        "sample_rate": pyarrow.int32(),
-        **dict.fromkeys(("language", "speaker", "emotion", "license", "split"), _NAMES),
-        **dict.fromkeys(("text", "phones"), pyarrow.large_string()),
-        **dict.fromkeys(("augmented", "commercial_ok"), pyarrow.bool_()),
-    }
-)
+_COLUMNS = pyarrow.schema({
+    "folder": pyarrow.dictionary(pyarrow.int32(), pyarrow.binary()), "name": pyarrow.large_binary(),
+    "duration": pyarrow.float64(), "sample_rate": pyarrow.int32(),
+    **dict.fromkeys(("language", "speaker", "emotion", "license", "split"), _NAMES),
+    **dict.fromkeys(("text", "phones"), pyarrow.large_string()),
+    **dict.fromkeys(("augmented", "commercial_ok"), pyarrow.bool_()),
+})  # fmt: skip
 _DEFAULTS = {"augmented": False, "license": "", "commercial_ok": False, "split": "train"}
 
 
@@ -194,10 +186,8 @@ def _table(rows: list[dict], folder: str | Path) -> pyarrow.Table:
 
 
 def read_manifest(path: str | Path) -> Clips:
-    """Clips of a manifest, paths made absolute; an impossible duration or sample rate is 0.
-
-    Raises UserError on a missing or bad file.
-    """
+    """Clips of a manifest, paths made absolute; an impossible duration or sample rate is 0. Raises
+    UserError on a missing or bad file."""
     path = Path(os.path.abspath(path))
     tables, rows = [], []
     try:
@@ -293,10 +283,8 @@ class _Scan:
 
 
 def _walk(roots: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
-    """(folder, sorted names of its files), each folder once, whatever links lead to it.
-
-    Links are followed last, so that a folder goes by its own name where it has one.
-    """
+    """(folder, sorted names of its files), each folder once, whatever links lead to it: they are
+    followed last, so that a folder goes by its own name where it has one."""
     seen: set[str] = set()
     waiting, links = [*reversed(roots)], []
     while waiting or links:
@@ -323,7 +311,7 @@ def _scan_files(files: list[Path], data_dir: str | Path, scan: _Scan) -> list[Cl
     root = Path(data_dir).resolve()
     default = _language_in(Path(os.path.abspath(data_dir))) or _language_in(root) or "other"
     clips: list[Clip] = []
-    places: dict[str, list[tuple[float, int]]] = {}  # in [0, 1) and among the clips, by language
+    places: dict[str, list[tuple[float, int]]] = {}  # by language, in [0, 1) and among the clips
     for file, probed in zip(files, scan.probe_all(files), strict=True):
         if probed is None:
             continue
@@ -332,10 +320,9 @@ def _scan_files(files: list[Path], data_dir: str | Path, scan: _Scan) -> list[Cl
         places.setdefault(language, []).append((_point(key), len(clips)))
         clips.append(Clip(file, *probed, language, speaker, split=split_for(key)))
     for found in places.values():
-        if all(clips[i].split != "train" for _, i in found):
-            nearest = max(found)[0]  # to being drawn for training
-            for i in (i for point, i in found if point == nearest):
-                clips[i] = replace(clips[i], split="train")
+        nearest = max(found)[0]  # to training, or in it: at least these are trained on
+        for i in (i for point, i in found if point == nearest):
+            clips[i] = replace(clips[i], split="train")
     return clips
 
 
@@ -622,11 +609,8 @@ class WindowDataset(torch.utils.data.Dataset):
                 continue
             if window is not None:
                 return window
-        found = f"{self.unreadable} of {len(self.clips)} clips so far"
-        raise AudioError(
-            f"{self._tries} unreadable audio files in a row ({found}); do the manifests' paths and "
-            f"durations fit the files? The last: {last}"
-        )
+        found = f"{self._tries} unreadable audio files in a row ({self.unreadable} clips so far)"
+        raise AudioError(f"{found}; do paths and durations fit the files? The last: {last}")
 
     def _draw_clip(self, rng: np.random.Generator, evenly: bool) -> int:
         point, within = rng.random(2)

@@ -55,11 +55,6 @@ class Exchange:
     lines: tuple[Line, ...]
     held_out: bool = False
 
-    @property
-    def is_archetype(self) -> bool:
-        """Whether it is the first, simplest exchange of its intent."""
-        return self.id.endswith("-001")
-
 
 _EXCHANGE_FIELDS = {
     "id": "text", "language": SPOKEN, "intent": "text", "turns": "list of object",
@@ -112,14 +107,15 @@ def choose_exchanges(
     exchanges: Iterable[Exchange], language: str, split: str,
     intents: Sequence[str] = (), archetypes: bool = False,
 ) -> list[Exchange]:  # fmt: skip
-    """Those of a split: training wordings for train, held-out ones otherwise."""
+    """Those of a split: training wordings for train, held-out ones otherwise. `archetypes`: only
+    the first, simplest one of each intent."""
     mine = [e for e in exchanges if e.language == language]
     unknown = set(intents) - {e.intent for e in mine}
     if unknown:
         raise UserError(f"no {language} script has intent {', '.join(sorted(unknown))}")
     chosen = [e for e in mine if e.held_out == (split != "train")]
     chosen = [e for e in chosen if not intents or e.intent in intents]
-    chosen = [e for e in chosen if e.is_archetype or not archetypes]
+    chosen = [e for e in chosen if not archetypes or e.id.endswith("-001")]
     if not chosen:
         raise UserError(f"no {language} script left for split {split}; check --intents, --scripts")
     return chosen
@@ -311,10 +307,9 @@ def save_code_dataset(path: str | Path, rows: Iterable[dict], info: dict) -> Non
     turn {who, start, end, text, emotion?, intent?, exchange?, voice?, phones?, words?}. `info`
     needs codec_fingerprint, frame_rate and codebook_sizes.
     """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_arrow(folder / "data-00000.arrow", rows)
-    finish_dataset(folder, ["data-00000.arrow"], info)
+    Path(path).mkdir(parents=True, exist_ok=True)
+    write_arrow(Path(path) / "data-00000.arrow", rows)
+    finish_dataset(Path(path), ["data-00000.arrow"], info)
 
 
 def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):

@@ -64,26 +64,19 @@ _LONG_TOKEN = sorted(_ESPEAK_UNITS, key=len, reverse=True)
 
 
 def fold_ipa(symbol: str, language: str, unknown: list[str] | None = None) -> list[str]:
-    """One of espeak's IPA symbols as phones of `PHONES`.
-
-    A symbol without an entry is read greedily, longest known piece first; what is left over goes to
-    `unknown`.
-    """
+    """One of espeak's IPA symbols as phones of `PHONES`: read greedily, longest known piece first;
+    what is left over goes to `unknown`."""
     nasal = "\u0303" in symbol
     symbol = re.sub("[\u0303ˈˌ͡|‿'^*!?%-]", "", symbol).strip()
     symbol = "".join(c for c in symbol if not c.isdigit() and not c.isspace())
-    own = _ESPEAK_BY_LANGUAGE.get(language, {})
+    units = _ESPEAK_UNITS | _ESPEAK_BY_LANGUAGE.get(language, {})
     phones: list[str] = []
     while symbol:
-        for piece in (symbol, *_LONG_TOKEN):
-            if symbol.startswith(piece) and (piece in own or piece in _ESPEAK_UNITS):
-                phones += (own.get(piece) or _ESPEAK_UNITS[piece]).split()
-                symbol = symbol[len(piece) :]
-                break
-        else:
-            if unknown is not None and symbol[0] not in "ː.ʰ":
-                unknown.append(symbol)
-            symbol = symbol[1:]
+        piece = next(filter(symbol.startswith, _LONG_TOKEN), None)
+        if piece is None and unknown is not None and symbol[0] not in "ː.ʰ":
+            unknown.append(symbol)
+        phones += units[piece].split() if piece else []
+        symbol = symbol[len(piece or symbol[0]) :]
     if nasal and phones and phones[-1] in VOWELS:
         phones.append("ŋ")
     return phones
