@@ -239,9 +239,8 @@ def writable_file(path: str | Path, flag: str) -> Path:
     file = Path(path)
     writable_folder(file.parent, flag)
     try:
-        os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
-    except FileNotFoundError:
-        pass
+        with contextlib.suppress(FileNotFoundError):
+            os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
     except OSError as error:
         raise UserError(f"{flag} {file}: cannot be written ({why(error)})") from None
     return file
@@ -303,14 +302,13 @@ def file_name(name: str, most: int = 200) -> str:
 def only_one(folder: str | Path) -> Iterator[None]:
     """Holds `folder/.lock`, so that a second process there is refused (UserError). The lock goes
     with the process, however it ends."""
-    path = Path(folder) / ".lock"
-    with open(path, "a+", encoding="utf-8") as file:
+    with open(Path(folder) / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             said = "another process is at work in this folder; wait for it, or choose another"
             raise UserError(f"{folder}: {said}") from None
-        except OSError:  # a network volume without locks: go on as before
+        except OSError:  # a network volume without locks
             pass
         yield
 
@@ -346,8 +344,7 @@ def finite_or_none(value: float | int | str | None) -> float | int | str | None:
     """What JSON can hold: a float, or a tensor of one, is a finite float or None."""
     if value is None or isinstance(value, (str, bool, int)):
         return value
-    value = float(value)
-    return value if math.isfinite(value) else None
+    return float(value) if math.isfinite(value) else None
 
 
 def read_json(path: str | Path, remedy: str = "remove it") -> dict:

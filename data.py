@@ -277,9 +277,8 @@ class _Scan:
                 Path(log).write_bytes(os.fsencode("".join(f"{file}\n" for file in files)))
                 listed = f"listed in {log}; {listed}"
             self.notes[f"unreadable audio files skipped, {printable(listed)}"] = len(files)
-        for what, count in self.notes.items():
-            if count:
-                print(f"warning: {count} {what}", file=sys.stderr)
+        for what, count in (+self.notes).items():  # without zeros
+            print(f"warning: {count} {what}", file=sys.stderr)
 
 
 def _walk(roots: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
@@ -327,8 +326,7 @@ def _scan_files(files: list[Path], data_dir: str | Path, scan: _Scan) -> list[Cl
 
 
 def _language_in(path: Path) -> str | None:
-    named = [part.lower() for part in path.parts if part.lower() in LANGUAGES]
-    return named[-1] if named else None
+    return next((p.lower() for p in reversed(path.parts) if p.lower() in LANGUAGES), None)
 
 
 def _speaker_from_name(path: Path) -> str | None:
@@ -454,9 +452,8 @@ def count_speakers(clips: Iterable[Clip]) -> int:
     return len(np.unique(at[at >= 0]))
 
 
-def hours_by_language(clips: Iterable[Clip]) -> dict[str, float]:
+def hours_by_language(clips: Clips) -> dict[str, float]:
     """Hours a language, in the order of LANGUAGES, languages without audio left out."""
-    clips = Clips.of(clips)
     at, names = clips.codes("language")
     hours = np.bincount(at, clips.column("duration"), len(names)) / 3600
     found = dict(zip(names, hours.tolist(), strict=True))
@@ -562,8 +559,6 @@ class WindowDataset(torch.utils.data.Dataset):
     others; UserError after 100.
     """
 
-    _tries = 100
-
     def __init__(
         self,
         clips: Sequence[Clip], window_seconds: float, seed: int = 0, epoch_items: int = 1000,
@@ -594,9 +589,9 @@ class WindowDataset(torch.utils.data.Dataset):
         if not 0 <= index < self.epoch_items:
             raise IndexError(index)
         rng, last = item_rng(self.seed, epoch, index), "windows behind the end of their files"
-        for tried in range(self._tries):
+        for tried in range(100):
             # Every try draws from the same generator: bad files stay part of what is repeatable.
-            which = self._draw_clip(rng, evenly=tried >= self._tries // 2)
+            which = self._draw_clip(rng, evenly=tried >= 50)
             place, speed = rng.random(), draw_speed(rng, self.augment)
             if self._bad[which]:
                 continue
@@ -609,7 +604,7 @@ class WindowDataset(torch.utils.data.Dataset):
                 continue
             if window is not None:
                 return window
-        found = f"{self._tries} unreadable audio files in a row ({self.unreadable} clips so far)"
+        found = f"100 unreadable audio files in a row ({self.unreadable} clips so far)"
         raise AudioError(f"{found}; do paths and durations fit the files? The last: {last}")
 
     def _draw_clip(self, rng: np.random.Generator, evenly: bool) -> int:
