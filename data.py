@@ -452,8 +452,9 @@ def count_speakers(clips: Iterable[Clip]) -> int:
     return len(np.unique(at[at >= 0]))
 
 
-def hours_by_language(clips: Clips) -> dict[str, float]:
+def hours_by_language(clips: Iterable[Clip]) -> dict[str, float]:
     """Hours a language, in the order of LANGUAGES, languages without audio left out."""
+    clips = Clips.of(clips)
     at, names = clips.codes("language")
     hours = np.bincount(at, clips.column("duration"), len(names)) / 3600
     found = dict(zip(names, hours.tolist(), strict=True))

@@ -209,8 +209,7 @@ def _turns_of_alignments(path: Path) -> list[dict]:
     for word, who in words:
         kinds = {"word": "[text, start, end]", "speaker": "text"}
         check_fields({"word": word, "speaker": who}, kinds, f"{path}: alignments")
-    turns: list[dict] = []
-    current: dict[str, dict] = {}
+    turns, current = [], {}
     for (word, start, end), speaker in sorted(words, key=lambda found: found[0][1]):
         who = "agent" if speaker == "SPEAKER_MAIN" else "user"
         turn = current.get(who)
