@@ -73,16 +73,16 @@ Point = tuple[str, float]  # a codec and the rate that it is asked for, kbit/s
 # A judge takes the coded and the uncoded audio, float32 `[T]` at 16 kHz, and gives a number. It
 # raises, or gives what is not finite, for a clip that it cannot measure.
 
-Judge = Callable[[np.ndarray, "np.ndarray | None"], float]
+AudioJudge = Callable[[np.ndarray, "np.ndarray | None"], float]
 
 
-def pesq_judge() -> Judge:
+def pesq_judge() -> AudioJudge:
     from pesq import pesq
 
     return lambda audio, reference: pesq(JUDGE_RATE, reference, audio, "wb")
 
 
-def stoi_judge() -> Judge:
+def stoi_judge() -> AudioJudge:
     from pystoi import stoi
 
     def score(audio, reference):
@@ -93,7 +93,7 @@ def stoi_judge() -> Judge:
     return score
 
 
-def mos_judge() -> Judge:
+def mos_judge() -> AudioJudge:
     from distillmos import ConvTransformerSQAModel
 
     # It prints where its weights lie; the last line of stdout is JSON for programs.
@@ -114,7 +114,7 @@ JUDGES = {  # name: (maker, how to get it)
 }
 
 
-def load_judges(names: Sequence[str]) -> dict[str, Judge]:
+def load_judges(names: Sequence[str]) -> dict[str, AudioJudge]:
     """Those of `names` that are installed; a line on stderr for each of the others."""
     judges = {}
     for name in names:
@@ -127,7 +127,7 @@ def load_judges(names: Sequence[str]) -> dict[str, Judge]:
 
 
 def judge(
-    judges: dict[str, Judge], audio: np.ndarray, reference: np.ndarray | None = None
+    judges: dict[str, AudioJudge], audio: np.ndarray, reference: np.ndarray | None = None
 ) -> dict[str, float | None]:
     """What each judge says of audio `[T]` at 16 kHz, None where it cannot measure it; without a
     reference, the one of MOS alone."""
