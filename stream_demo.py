@@ -292,10 +292,9 @@ def device_rate(sounddevice: Any) -> int:
     except (sounddevice.PortAudioError, ValueError) as error:
         missing = "no microphone and speaker found; plug them in"
         raise UserError(f"{missing}, or answer a recording: --wav question.wav") from error
-    settings = {"samplerate": SAMPLE_RATE, "channels": 1, "dtype": "int16"}
     try:
-        sounddevice.check_input_settings(**settings)
-        sounddevice.check_output_settings(**settings)
+        for check in (sounddevice.check_input_settings, sounddevice.check_output_settings):
+            check(samplerate=SAMPLE_RATE, channels=1, dtype="int16")
         return SAMPLE_RATE
     except (sounddevice.PortAudioError, ValueError):
         return int(microphone["default_samplerate"])

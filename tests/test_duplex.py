@@ -66,7 +66,7 @@ class FakeCodec:
         self.config = SimpleNamespace(
             sample_rate=RATE, hop=480, frame_rate=50.0, codebook_sizes=(1024,) * 8
         )
-        self.clock, self.costs, self.heard = clock, (encode_seconds, decode_seconds), []
+        self.clock, self.costs, self.encoded = clock, (encode_seconds, decode_seconds), []
 
     def init_encoder_state(self, slots):
         return FakeState(slots)
@@ -79,7 +79,7 @@ class FakeCodec:
 
     def encode_step(self, audio, state, num_codebooks=8, active=None):
         self.clock.now += self.costs[0]
-        self.heard.append(audio.clone())
+        self.encoded.append(audio.clone())
         state.advance(audio.shape[-1] // 480, active)
         return self.encode(audio, num_codebooks)
 
@@ -233,8 +233,8 @@ def test_drops_are_reported_once_and_silence_is_encoded_in_the_gap():
         engine.feed(0, patch(value))
     results = run_all(engine)
     assert [r.dropped[0] for r in results] == [2, 0, 0]
-    heard = [float(audio[0, 0, 0]) for audio in engine.codec.heard]
-    np.testing.assert_allclose(heard, (0.0, 0.3, 0.4), atol=1e-6)
+    first = [float(audio[0, 0, 0]) for audio in engine.codec.encoded]
+    np.testing.assert_allclose(first, (0.0, 0.3, 0.4), atol=1e-6)
 
 
 def test_slots_are_apart_and_reset_on_their_own():
@@ -356,8 +356,8 @@ def test_vad_flush_mutes_then_forces_silence_codes_and_pad():
     for _ in range(2):
         engine.tick(patch(0.5)[None])
     engine.set_user_voice(0, True)
-    heard, muted, after = (engine.tick(patch(0.5)[None]) for _ in range(3))
-    assert np.abs(heard.audio).min() > 0.4
+    before, muted, after = (engine.tick(patch(0.5)[None]) for _ in range(3))
+    assert np.abs(before.audio).min() > 0.4
     assert engine._flush.muted[0] and not muted.audio[0, 120:].any()
     assert not after.audio.any()
     slots, forced_codes, forced_text = engine.lm.calls[-1]["forced"]

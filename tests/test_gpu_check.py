@@ -29,9 +29,9 @@ def test_a_part_that_fails_is_a_row_and_the_others_stay(tmp_path, monkeypatch, c
     parts = json.loads((tmp_path / "new" / "out.json").read_text())["parts"]
     assert parts["tick"]["failed"] == "ZeroDivisionError: division by zero"
     assert parts["train_s2s"]["plan"] == {"measured_hours": 18.0, "measured_usd": 61.02}
-    told = capsys.readouterr().out
-    assert "failed                ZeroDivisionError" in told
-    assert "50 audio s/s, 12.0 GiB, 10% of it" in told and "18.0 h = $61" in told
+    printed = capsys.readouterr().out
+    assert "failed                ZeroDivisionError" in printed
+    assert "50 audio s/s, 12.0 GiB, 10% of it" in printed and "18.0 h = $61" in printed
 
 
 def test_a_run_without_a_pace_gives_no_hours():

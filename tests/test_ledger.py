@@ -169,7 +169,7 @@ def test_a_turn_ends_with_its_last_sound_not_with_silero_s_hangover():
     assert turn.end == pytest.approx(1.7, abs=0.0051)
 
 
-def test_silero_hears_nothing_in_silence_and_keeps_the_thread_count():
+def test_silero_finds_no_voice_in_silence_and_leaves_the_thread_count():
     pytest.importorskip("silero_vad")
     threads = torch.get_num_threads()
     detector = VoiceDetector()

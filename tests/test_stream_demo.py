@@ -61,7 +61,7 @@ def answer(engine, audio, said=None, **options):
 # -------------------------------------------------------------------------------- recordings
 
 
-def test_fast_answer_hears_everything_and_a_tail():
+def test_a_fast_answer_takes_all_input_and_a_tail():
     engine = fake_engine()
     audio = np.concatenate([silence(0.4), patch(0.5), patch(0.5)[:300]])
     reply, record, ledger, _ = answer(engine, audio, tail_seconds=1.0, paced=False)
@@ -202,7 +202,7 @@ class FakeCard:
     def RawStream(self, **options):  # noqa: N802
         return FakeStream(self, **options)
 
-    def heard(self) -> np.ndarray:
+    def played(self) -> np.ndarray:
         return np.frombuffer(b"".join(self.speaker), np.int16) / 32767.0
 
 
@@ -228,7 +228,7 @@ def test_microphone_reaches_the_speaker():
         "dtype": "int16",
         "latency": "low",
     }
-    assert (np.abs(card.heard() - 0.5) < 0.01).sum() > 0.5 * RATE
+    assert (np.abs(card.played() - 0.5) < 0.01).sum() > 0.5 * RATE
     summary = ledger.summary()
     assert summary["device_ms"] == 30.0 and summary["resampler_ms"] == 0.0
     assert summary["tick_ms"]["total"]["n"] == len(call.record.index) >= 35
@@ -240,7 +240,7 @@ def test_a_48_khz_card_is_resampled_and_its_delay_is_in_the_ledger():
     _, ledger = microphone_call(card, seconds=1.2)
     assert card.opened["samplerate"] == 48000 and card.opened["blocksize"] == 480
     assert ledger.summary()["resampler_ms"] == pytest.approx(15.0, abs=0.1)
-    assert (np.abs(np.abs(card.heard()) - 0.5) < 0.05).sum() > 0.3 * 48000
+    assert (np.abs(np.abs(card.played()) - 0.5) < 0.05).sum() > 0.3 * 48000
 
 
 def test_live_turns_come_from_the_detector():
@@ -421,8 +421,8 @@ def test_contradictory_flags_are_one_line(argv, message, tmp_path, monkeypatch):
 def test_a_flag_out_of_range_is_one_line(flag, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["--wav", "a.wav", *flag.split()])
-    told = capsys.readouterr().err
-    assert caught.value.code == 2 and told.count("\n") == 1 and flag.split()[0] in told
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and flag.split()[0] in error
 
 
 def test_bad_recordings_are_one_line(tmp_path):
@@ -485,8 +485,8 @@ def test_a_reply_that_cannot_be_put_in_its_place_is_kept_elsewhere(
     outs = [str(tmp_path / name) for name in ("x.mp3", "full.wav", "r.wav")]
     with pytest.raises(UserError) as caught:
         main(["--fast", "--tail_seconds", "0", "--wav", *wavs, "--out", *outs])
-    told = str(caught.value)
-    assert told.count("is in") == 1 and told.count("is lost") == 1 and "\n" not in told
+    error = str(caught.value)
+    assert error.count("is in") == 1 and error.count("is lost") == 1 and "\n" not in error
     assert len(list(tmp_path.glob("spare/x-*.wav"))) == 1 and (tmp_path / "r.wav").exists()
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tick_ms"]["total"]["n"] == 3 * 10
 

@@ -154,18 +154,18 @@ def run_script(place: Place, script: str, name: str, most: float, flags: list[st
     rows = [row for row in lines_of(run / "metrics.jsonl") if "audio_seconds_per_second" in row]
     paces = [row["audio_seconds_per_second"] for row in rows[1:] or rows]
     noted = folder / "child.json"
-    told = [" ".join(line.split()) for line in log.splitlines() if " epochs = " in line]
+    estimates = [" ".join(line.split()) for line in log.splitlines() if " epochs = " in line]
     found = {
         "audio_seconds_per_second": round(statistics.median(paces), 1) if paces else None,
         "peak_gib": json.loads(noted.read_text())["peak_gib"] if noted.exists() else None,
         "data_wait": rows[-1].get("data_wait") if rows else None,
-        "estimate": told[0] if told else None,
+        "estimate": estimates[0] if estimates else None,
         "steps": rows[-1]["step"] if rows else 0,
         "rows": rows,
     }
     if code:
-        said = [line for line in log.splitlines() if line.strip()]
-        found["failed"] = "cut off" if code == 124 else (said or [f"exit code {code}"])[-1][:200]
+        last = ([f"exit code {code}"] + [line for line in log.splitlines() if line.strip()])[-1]
+        found["failed"] = "cut off" if code == 124 else last[:200]
     return found
 
 
@@ -274,7 +274,7 @@ def part_train_codec(place: Place) -> dict:
 
 
 def part_train_s2s(place: Place) -> dict:
-    """Phase 3 at the plan's batch: listening alone, then everything."""
+    """Phase 3 at the plan's batch: ASR alone, then everything."""
     codes = make_codes(place.folder / "codes", place.smoke)
     flags = ["--data_dirs", str(codes), "--codec", str(ROOT / "checkpoints" / "tiny" / "codec"),
              "--epoch_hours", "60", "--log_every", "5", "--max_steps", "30"]  # fmt: skip
@@ -314,8 +314,8 @@ def part_tick(place: Place) -> dict:
         ledger = LatencyLedger(engine.patch_seconds, warmup_ticks=engine.warm_up(4))
         until = time.monotonic() + place.seconds(2 if place.smoke else 15)
         for _ in range(100):
-            heard = noise.normal(0, 0.05, (slots, engine.patch_samples)).astype(np.float32)
-            ledger.tick(engine.tick(heard))
+            frames = noise.normal(0, 0.05, (slots, engine.patch_samples)).astype(np.float32)
+            ledger.tick(engine.tick(frames))
             if time.monotonic() > until:
                 break
         found[f"{slots} slots"] = ledger.summary()["tick_ms"]
@@ -346,11 +346,11 @@ def _rows(part: str, found: dict) -> list[tuple[str, str]]:
     if part == "tests":
         return [("", found["result"] + (f" ({found['failed']})" if "failed" in found else ""))]
     if part == "tick":
-        return [
-            (slots, ", ".join(f"{s} {v['p50']:.1f}/{v['p95']:.1f}" for s, v in stages.items())
-             + " ms")
+        ticks = {
+            slots: ", ".join(f"{s} {v['p50']:.1f}/{v['p95']:.1f}" for s, v in stages.items())
             for slots, stages in found.items()
-        ]  # fmt: skip
+        }
+        return [(slots, f"{stages} ms") for slots, stages in ticks.items()]
     rows = [(name, _run_line(run)) for name, run in found.items() if "rows" in run]
     # The first run has the plan's own flags, but for where it stops.
     rows.append(("plan, as estimated", found["listening"]["estimate"] or "-"))
