@@ -17,8 +17,6 @@ import torchaudio
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-SLOPE = 0.1
-
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
@@ -35,24 +33,11 @@ class DiscriminatorConfig:
     sample_rate: int = 24_000  # of the bands
 
     def __post_init__(self) -> None:
-        # A checkpoint's JSON gives lists back.
-        for name, value in vars(self).items():
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
-        if not (self.periods or self.stft_sizes or self.mel_sizes):
-            raise ValueError("a discriminator needs at least one period or size")
-        if len(self.mel_sizes) != len(self.mel_bands):
-            raise ValueError("mel_sizes and mel_bands differ in length")
-        if self.periods and not self.period_channels:
-            raise ValueError("period_channels is empty")
-        sizes = self.stft_sizes + self.mel_sizes
-        if any(size % 4 or size < 16 for size in sizes):
-            raise ValueError(f"sizes must be multiples of 4 from 16 on: {sizes}")
-
-    @classmethod
-    def stored(cls, fields: dict) -> DiscriminatorConfig:
-        """From what a checkpoint holds; older ones hold a loss, too, which nothing ever read."""
-        return cls(**{name: value for name, value in fields.items() if name != "loss"})
+        sizes = (*self.stft_sizes, *self.mel_sizes)
+        if not (self.periods or sizes) or (self.periods and not self.period_channels):
+            raise ValueError("periods or sizes are needed, and period_channels for periods")
+        if len(self.mel_sizes) != len(self.mel_bands) or any(n % 4 or n < 16 for n in sizes):
+            raise ValueError("sizes are multiples of 4 from 16 on, mel_bands as many as mel_sizes")
 
     @classmethod
     def tiny(cls) -> DiscriminatorConfig:
@@ -71,34 +56,42 @@ class DiscriminatorConfig:
         return cls()
 
 
-class PeriodDiscriminator(nn.Module):
+class SubDiscriminator(nn.Module):
+    """Judges one image of the waveform, by `layers` and then `last`."""
+
+    def forward(self, audio: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """`[B, 1, T]` → logits `[B, 1, n, m]`, the features of every layer."""
+        x, features = self.image(audio), []
+        for layer in self.layers:
+            x = F.leaky_relu(layer(x), 0.1)
+            features.append(x)
+        return self.last(x), features
+
+
+class PeriodDiscriminator(SubDiscriminator):
     """Sees the waveform folded at one period, `[B, 1, T / period, period]`."""
 
     def __init__(self, period: int, channels: Sequence[int]) -> None:
         super().__init__()
         self.period = period
-        widths = [1, *channels]
         strides = [3] * (len(channels) - 1) + [1]
         self.layers = nn.ModuleList(
             weight_norm(nn.Conv2d(i, o, (5, 1), (stride, 1), padding=(2, 0)))
-            for i, o, stride in zip(widths, channels, strides, strict=False)
+            for i, o, stride in zip((1, *channels), channels, strides, strict=False)
         )
         self.last = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
 
-    def forward(self, audio: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`[B, 1, T]` → logits `[B, 1, n, period]`, the features of every layer."""
+    def image(self, audio: Tensor) -> Tensor:
         audio = F.pad(audio, (0, -audio.shape[-1] % self.period))
-        x = audio.unflatten(-1, (-1, self.period))
-        return _judge(x, self.layers, self.last)
+        return audio.unflatten(-1, (-1, self.period))
 
 
-class STFTDiscriminator(nn.Module):
-    """Sees real and imaginary parts of one STFT, `[B, 2, frames, bins]`, hop a quarter of it."""
+class STFTDiscriminator(SubDiscriminator):
+    """Sees real and imaginary parts of one STFT, hop a quarter of it."""
 
     def __init__(self, size: int, channels: int, dilations: Sequence[int]) -> None:
         super().__init__()
-        window = torch.hann_window(size)
-        self.register_buffer("window", window / window.square().sum().sqrt(), persistent=False)
+        self.register_buffer("window", _window(size), persistent=False)
         layers = [nn.Conv2d(2, channels, (3, 9), padding=(1, 4))]
         layers += [
             nn.Conv2d(channels, channels, (3, 9), (1, 2), padding=(d, 4), dilation=(d, 1))
@@ -108,73 +101,54 @@ class STFTDiscriminator(nn.Module):
         self.layers = nn.ModuleList(weight_norm(layer) for layer in layers)
         self.last = weight_norm(nn.Conv2d(channels, 1, (3, 3), padding=(1, 1)))
 
-    def forward(self, audio: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`[B, 1, T]` → logits `[B, 1, frames, n]`, the features of every layer."""
-        return _judge(self.spectrum(audio), self.layers, self.last)
-
-    def spectrum(self, audio: Tensor) -> Tensor:
+    def image(self, audio: Tensor) -> Tensor:
         """`[B, 1, T]` → `[B, 2, frames, bins]` float32, white noise at the noise's own scale."""
         bins = _complex_spectrum(audio, self.window)
         return torch.view_as_real(bins).permute(0, 3, 2, 1).contiguous()
 
 
-class LogMelDiscriminator(nn.Module):
-    """Sees one log-mel spectrogram, `[B, 1, frames, bands]`, hop a quarter of the window.
-
-    In it the quiet upper bands, which a codec smears first, weigh as much as the loud ones.
-    """
-
-    floor = 1e-5
+class LogMelDiscriminator(SubDiscriminator):
+    """Sees one log-mel spectrogram, hop a quarter of the window: in it the quiet upper bands, which
+    a codec smears first, weigh as much as the loud ones."""
 
     def __init__(self, size: int, bands: int, channels: int, sample_rate: int) -> None:
         super().__init__()
-        window = torch.hann_window(size)
-        self.register_buffer("window", window / window.square().sum().sqrt(), persistent=False)
+        self.register_buffer("window", _window(size), persistent=False)
         filters = torchaudio.functional.melscale_fbanks(
             size // 2 + 1, 40.0, 11 / 24 * sample_rate, bands, sample_rate, norm="slaney"
         )
         self.register_buffer("filters", filters * 1000, persistent=False)
         c = channels
-        self.layers = nn.ModuleList(
-            [
-                nn.Conv2d(1, c, (3, 5), padding=(1, 2)),
-                nn.Conv2d(c, 2 * c, (3, 5), (1, 2), padding=(1, 2)),
-                nn.Conv2d(2 * c, 2 * c, (3, 5), (2, 2), padding=(1, 2)),
-                nn.Conv2d(2 * c, 2 * c, (3, 3), padding=1),
-            ]
-        )
+        self.layers = nn.ModuleList([
+            nn.Conv2d(1, c, (3, 5), padding=(1, 2)),
+            nn.Conv2d(c, 2 * c, (3, 5), (1, 2), padding=(1, 2)),
+            nn.Conv2d(2 * c, 2 * c, (3, 5), (2, 2), padding=(1, 2)),
+            nn.Conv2d(2 * c, 2 * c, (3, 3), padding=1),
+        ])  # fmt: skip
         self.last = nn.Conv2d(2 * c, 1, (3, 3), padding=1)
 
-    def forward(self, audio: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """`[B, 1, T]` → logits `[B, 1, n, m]`, the features of every layer."""
-        return _judge(self.spectrum(audio), self.layers, self.last)
-
-    def spectrum(self, audio: Tensor) -> Tensor:
+    def image(self, audio: Tensor) -> Tensor:
         """`[B, 1, T]` → `[B, 1, frames, bands]` float32, about zero mean and unit deviation."""
         bins = _complex_spectrum(audio, self.window)
         with torch.autocast(audio.device.type, enabled=False):
             power = bins.real.square() + bins.imag.square()
-            mel = power.transpose(1, 2) @ self.filters.float() + self.floor
+            mel = power.transpose(1, 2) @ self.filters.float() + 1e-5
             return ((mel.log() + 4.0) / 4.0)[:, None]
+
+
+def _window(size: int) -> Tensor:
+    window = torch.hann_window(size)
+    return window / window.square().sum().sqrt()
 
 
 def _complex_spectrum(audio: Tensor, window: Tensor) -> Tensor:
     """`[B, 1, T]` → complex64 `[B, bins, frames]`, hop a quarter of the window."""
-    # Half precision would drown the quiet bins; cuFFT takes powers of two only there.
+    # In half precision quiet bins would drown. Zero padding: slices may be shorter than the window.
     with torch.autocast(audio.device.type, enabled=False):
-        # Zero padding: slices shorter than the window are welcome.
         return torch.stft(
             audio.squeeze(1).float(), len(window), len(window) // 4, window=window.float(),
             center=True, pad_mode="constant", return_complex=True,
         )  # fmt: skip
-
-
-def _judge(x: Tensor, layers: nn.ModuleList, last: nn.Module) -> tuple[Tensor, list[Tensor]]:
-    features = []
-    for layer in layers:
-        x = F.leaky_relu(layer(x), SLOPE)
-        features.append(x)
-    return last(x), features
 
 
 class Discriminator(nn.Module):
@@ -195,11 +169,8 @@ class Discriminator(nn.Module):
     def forward(self, audio: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         """`[B, 1, T]` in [-1, 1] → (logits, features), one entry a sub-discriminator."""
         judged = [judge(audio) for judge in (*self.periods, *self.stfts, *self.mels)]
-        logits, features = zip(*judged, strict=True)
-        return list(logits), list(features)
-
-
-# ---------------------------------------------------------------------------------- losses
+        logits, features = map(list, zip(*judged, strict=True))
+        return logits, features
 
 
 def discriminator_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
@@ -211,24 +182,18 @@ def discriminator_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tens
 
 @torch.no_grad()
 def verdict(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Whether the discriminators still tell the two apart, for the metrics, as scalars.
+    """Whether the discriminators still tell the two apart, as scalars for the metrics.
 
     `disc_real` and `disc_fake` are mean logits; `disc_accuracy` is the share of logits on the right
-    side of 0, weakest sub-discriminator beside the mean. At 0.5 with equal logits they have
-    collapsed; at 1.0 for long, they have won and teach nothing.
+    side of 0: at 0.5 they have collapsed, at 1.0 for long they have won and teach nothing.
     """
     real = torch.stack([logit.float().mean() for logit in real_logits])
     fake = torch.stack([logit.float().mean() for logit in fake_logits])
     pairs = zip(real_logits, fake_logits, strict=True)
-    right = torch.stack(
-        [0.5 * ((r > 0).float().mean() + (f <= 0).float().mean()) for r, f in pairs]
-    )
-    return {
-        "disc_real": real.mean(),
-        "disc_fake": fake.mean(),
-        "disc_accuracy": right.mean(),
-        "disc_accuracy_weakest": right.min(),
-    }
+    right = [0.5 * ((r > 0).float().mean() + (f <= 0).float().mean()) for r, f in pairs]
+    right = torch.stack(right)
+    means = {"disc_real": real.mean(), "disc_fake": fake.mean(), "disc_accuracy": right.mean()}
+    return {**means, "disc_accuracy_weakest": right.min()}
 
 
 def generator_loss(fake_logits: Sequence[Tensor]) -> Tensor:

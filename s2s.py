@@ -33,9 +33,6 @@ MAX_TURN_PATCHES = 500  # longer turns without word times are not learnt from
 MAX_AGE = 31  # patches since the last token; more are counted as this many
 
 
-# ------------------------------------------------------------------- configs and what goes in, out
-
-
 @dataclass(frozen=True)
 class S2SConfig:
     """Sizes of an `S2S`, and the codec whose codes it speaks; stored in every checkpoint."""
@@ -86,8 +83,7 @@ class S2SConfig:
         """About 350M parameters, for one H200: a context of 30 s, trained on windows of 45 s."""
         sizes = {
             "vocab_size": 32_000, "dim": 1024, "num_layers": 20, "num_heads": 16, "context": 750,
-            "depth_dim": 512, "depth_layers": 6, "depth_heads": 8, "code_dim": 128,
-            "dropout": 0.0,
+            "depth_dim": 512, "depth_layers": 6, "depth_heads": 8, "code_dim": 128, "dropout": 0.0,
         }  # fmt: skip
         return cls(**{**sizes, **changes})
 
@@ -236,9 +232,6 @@ def _of_slots(mask: Tensor, tensor: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (tensor.dim() - 1))
 
 
-# --------------------------------------------------------------------------------------- the model
-
-
 class CodeTables(nn.Module):
     """A narrow table a codebook, for both speakers and the depth transformer: codes `[..., K]` →
     `[..., K, d]`. The last row of each table stands for "no code"."""
@@ -309,13 +302,9 @@ class S2S(nn.Module):
             TransformerConfig(c.dim, c.num_layers, c.num_heads, c.context, dropout=c.dropout)
         )
         self.text_head = nn.Linear(c.dim, c.vocab_size)
-        heads = {
-            "user_speaking": 1,
-            "turn_end": 1,
-            "user_emotion": len(c.emotions),
-            "language": len(c.languages),
-            "user_phones": c.frames_per_step * max(1, len(c.phones)),
-        }
+        heads = {"user_speaking": 1, "turn_end": 1, "user_emotion": len(c.emotions)}
+        heads |= {"language": len(c.languages)}
+        heads |= {"user_phones": c.frames_per_step * max(1, len(c.phones))}
         self.heads = nn.ModuleDict({name: nn.Linear(c.dim, size) for name, size in heads.items()})
         self.words_projection = nn.Linear(c.dim, c.dim)  # the user's words, by the text head
         self.schedule = c.depth_schedule()
@@ -336,8 +325,6 @@ class S2S(nn.Module):
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
 
-    # -- checkpoints ---------------------------------------------------------------------------
-
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> S2S:
         """Loads a run folder, a step folder or a shipped folder, in float32, for inference.
@@ -351,8 +338,6 @@ class S2S(nn.Module):
         if torch.device(device).type == "cpu":
             stream_weights(model)
         return model.to(device).eval().requires_grad_(False)
-
-    # -- training ------------------------------------------------------------------------------
 
     def _temporal_input(self, text, age, agent, user, emotion, language) -> Tensor:
         """Sum of embeddings: last token that is not `PAD` and its age `[B, P]`, last agent patch
@@ -435,8 +420,6 @@ class S2S(nn.Module):
             losses |= depth_losses(depth, self.schedule, targets)
         return losses, metrics
 
-    # -- streaming -----------------------------------------------------------------------------
-
     def init_state(self, batch_size: int, seed: int = 0) -> S2SState:
         """A fresh state for `batch_size` calls, drawing with `seed`."""
         return S2SState(self, batch_size, seed)
@@ -463,14 +446,10 @@ class S2S(nn.Module):
         """
         sampling, c = sampling or Sampling(), self.config
         none = torch.zeros_like(state.text)
-        x = self._temporal_input(
-            state.text[:, None],
-            state.age[:, None],
-            state.agent[:, None],
-            user_codes.transpose(1, 2)[:, None],
-            (none if emotion is None else emotion)[:, None],
-            none if language is None else language,
-        )
+        emotion, language = (none if given is None else given for given in (emotion, language))
+        last = (state.text[:, None], state.age[:, None], state.agent[:, None])
+        user = user_codes.transpose(1, 2)[:, None]
+        x = self._temporal_input(*last, user, emotion[:, None], language)
         hidden = self.temporal.step(x, state.temporal, active)[:, 0]
         heads = {name: logits[:, 0] for name, logits in self.head_logits(hidden[:, None]).items()}
         logits = self.text_head(hidden)
@@ -519,15 +498,8 @@ class S2S(nn.Module):
         return aligned
 
 
-# ---------------------------------------------------------------------------------------- sampling
-
-
 def draw_text(
-    logits: Tensor,
-    sampling: Sampling,
-    generator: torch.Generator,
-    text_weight: float = 1.0,
-    eagerness: float = 0.0,
+    logits: Tensor, sampling: Sampling, generator, text_weight: float = 1.0, eagerness: float = 0.0
 ) -> Tensor:
     """PAD or a token for each row of `[B, V]`: first whether to speak, then what to say.
 
@@ -553,9 +525,6 @@ def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Genera
     noise = torch.empty_like(values).exponential_(generator=generator).log()
     chosen = (values / temperature - noise).argmax(-1, keepdim=True)
     return indices.gather(-1, chosen)[:, 0]
-
-
-# ------------------------------------------------------------------------------------------ losses
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -590,8 +559,7 @@ def token_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
 
 def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
     """CTC (Graves et al. 2006) of the text of each turn without word times, per token; PAD is the
-    blank. `logits` `[B, P, V]`, of which only the blank and each turn's own tokens are looked at.
-    """
+    blank. Of `logits` `[B, P, V]` only the blank's and each turn's own tokens' are looked at."""
     counts = (batch.untimed_labels.flatten(0, 1) > 0).sum(-1)
     turns = over_ranks((counts > 0).sum())
     if not any(batch.untimed_lengths[1]):

@@ -17,12 +17,12 @@ bf16 is for the layers: quantizer, codebook statistics, STFTs and losses stay in
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
 import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,26 +33,21 @@ from torch.utils.data import default_collate
 
 import checkpoints
 import command
+import data
 import discriminator
 import teachers
 import training
 from audio import SAMPLE_RATE
 from codec import AveragedCodec, Codec, CodecConfig, stored_config
 from command import UserError, number, share, whole
-from data import (
-    Clips,
-    WindowDataset,
-    count_speakers,
-    hours_by_language,
-    load_splits,
-    training_batches,
-)
+from data import Clips, WindowDataset
 from losses import MelLoss, PhoneHead, SpectralLoss, si_sdr, waveform_loss
 from phones import PHONES
 from training import one_of, setting
 
 UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
+VALIDATION_WINDOWS = 48
 AUDIBLE_WINDOWS = 4  # held-out windows whose audio goes to TensorBoard
 # Flags and settings that a resumed run can take up, beside those of all trainers.
 CHANGEABLE = ("gen_lr", "disc_lr", "teacher", "precision", "teacher_cache", "teacher_cache_gib",
@@ -62,19 +57,15 @@ BALANCE = {"waveform": 1.0, "adversarial": 1.0, "features": 2.0}
 
 @dataclass(frozen=True)
 class Settings(training.Settings):
-    """What a preset fixes of the codec's training; `--set` changes it."""
+    """What `--set` changes of the codec's training."""
 
     augment_share: float = setting(0.3, share, "chance of each change of the audio; 0: none")
     commitment_weight: float = setting(0.03, number(0), "for each codebook in use")
-    disc_preset: str = setting(
-        "auto",
-        one_of("auto", "tiny", "small", "base"),
-        "auto: base for base, tiny on a CPU, small between",
-    )
+    disc_preset: str = setting("auto", one_of("auto", "tiny", "small", "base"),
+                               "auto: base for base, tiny on a CPU, small between")  # fmt: skip
     disc_seconds: float = setting(1.0, number(0.1), "of a window that discriminators see")
-    ema_decay: float | None = setting(
-        None, number(0, 0.999999), "of the weights that ship; 0: none; else over 2 % of the steps"
-    )
+    ema_decay: float | None = setting(None, number(0, 0.999999),
+        "of the weights that ship; 0: none; else over 2 % of the steps")  # fmt: skip
     full_rate: float = setting(0.2, share, "share of windows that use all codebooks")
     lm_rate: float = setting(0.5, share, "share of windows that use the LM's 8")
     mel_weight: float = setting(1.0, number(0), "share in the balance; the waveform has 1")
@@ -123,21 +114,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def whole_frames(seconds: str) -> float:
-    """A length in seconds as the nearest whole number of 20 ms frames; the longest spectrum that
-    is compared needs 0.1 s."""
+    """Seconds as whole 20 ms frames; the longest spectrum that is compared needs 0.1 s."""
     return round(number(0.1, 600)(seconds) * 50) / 50
 
 
-def draw_num_codebooks(
-    batch: int, total: int, lm_rate: float, full_rate: float, seed: tuple[int, ...]
-) -> Tensor:
+def draw_num_codebooks(batch: int, total: int, lm_rate: float, full_rate: float, key) -> Tensor:
     """How many codebooks each sample uses, `[B]`: the LM's 8 with `lm_rate`, all with `full_rate`,
-    else 1 … total evenly.
-
-    Quantizer dropout (Zeghidour et al. 2021, section III-C): one model serves every bitrate. Drawn
-    evenly, 64 codebooks would leave the rate that is spoken a 64th of the training.
-    """
-    generator = training.keyed_generator(*seed)
+    else 1 … total evenly. Quantizer dropout (Zeghidour et al. 2021, section III-C)."""
+    generator = training.keyed_generator(*key)
     kind = torch.rand(batch, generator=generator)
     drawn = torch.randint(1, total + 1, (batch,), generator=generator)
     drawn = torch.where(kind < full_rate + lm_rate, min(LM_CODEBOOKS, total), drawn)
@@ -149,14 +133,11 @@ def average_decay(asked: float | None, total_steps: int) -> float:
     return min(0.9999, max(0.0, 1 - 50 / total_steps)) if asked is None else asked
 
 
-def judged_part(samples: int, seconds: float, seed: tuple[int, ...]) -> Tensor:
-    """Which samples of the windows the discriminators see in this step, `[n]`, on every rank the
-    same.
-
-    They cost more than the codec, and a part drawn anew each step teaches the same.
-    """
+def judged_part(samples: int, seconds: float, key: tuple[int, ...]) -> Tensor:
+    """Which samples `[n]` of the windows the discriminators see in this step, on every rank the
+    same: they cost more than the codec, and a part drawn anew each step teaches as much."""
     length = min(samples, int(seconds * SAMPLE_RATE))
-    start = torch.randint(samples - length + 1, (1,), generator=training.keyed_generator(*seed))
+    start = torch.randint(samples - length + 1, (1,), generator=training.keyed_generator(*key))
     return start + torch.arange(length)
 
 
@@ -189,27 +170,12 @@ def semantic_learns(args) -> bool:
     return not (args.decoder_only or args.freeze_semantic)
 
 
-def check_frozen(args, model: Codec, inherited: list[str]) -> None:
-    """Raises UserError where frozen codes would come from weights drawn at random."""
-    if semantic_learns(args):
-        return
-    frozen = ("encoder.0.", "quantizer.semantic_in.", "quantizer.codebooks.0.embedding")
-    if args.decoder_only:
-        frozen = ("encoder.", "quantizer.")
-    needed = {name for name in model.export_tensors() if name.startswith(frozen)}
-    lacking = sorted(needed - set(inherited))
-    if lacking:
-        raise UserError(f"--init_from {args.init_from}: {lacking[0]} is not there or of another "
-                        f"size, and it was to be frozen")  # fmt: skip
-
-
 def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> CodecConfig:
-    """The codec's sizes: those of the preset, or of the codec that goes on or is frozen.
+    """The codec's sizes: those of the preset, or of the codec that goes on or is frozen. Sets
+    `args.window_seconds` where it was left open.
 
-    Sets `args.window_seconds` where it was left open. What runs is what was trained: a window has
-    at least twice the frames that attention sees, so that it slides and all of a call is met.
-    The context of a new `tiny` gives way to a shorter window.
-    Raises UserError where that of `base` would have to.
+    What runs is what was trained: a window has at least twice the frames that attention sees. To a
+    shorter one the context of a new `tiny` gives way; that of `base` raises UserError.
     """
     config = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
     source = checkpoint
@@ -220,21 +186,20 @@ def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> Code
         same = checkpoint is not None or args.decoder_only  # else the semantic branch alone
         config = stored if same else dataclasses.replace(config, context=stored.context)
     needed = 2 * config.context / config.frame_rate
-    if args.window_seconds is None:
-        args.window_seconds = needed
+    args.window_seconds = args.window_seconds or needed
     frames = round(args.window_seconds * config.frame_rate)
     if frames >= 2 * config.context:
         return config
-    short = f"--window_seconds {args.window_seconds:g}: windows of {frames} frames are under twice "
-    short += f"the attention's context of {config.context}"
-    if source is None and args.preset == "base":
-        raise UserError(f"{short}, so that it would run as it was never trained: "
-                        f"give at least {needed:g}")  # fmt: skip
+    note = f"--window_seconds {args.window_seconds:g}: windows of {frames} frames are under twice "
+    note += f"the attention's context of {config.context}"
     if source is not None:
-        note = f"warning: {short}, which {source.path} has: what lies past a window is not trained"
+        note = f"warning: {note}, which {source.path} has: what lies past a window is not trained"
+    elif args.preset == "base":
+        raise UserError(f"{note}, so that it would run as it was never trained: "
+                        f"give at least {needed:g}")  # fmt: skip
     else:
         config = dataclasses.replace(config, context=frames // 2)
-        note = f"{short} that the preset has: this codec gets one of {config.context}"
+        note = f"{note} that the preset has: this codec gets one of {config.context}"
     if prints:
         print(note, flush=True)
     return config
@@ -251,15 +216,11 @@ def discriminator_config(
     return getattr(discriminator.DiscriminatorConfig, asked)()
 
 
-def phases(args) -> Callable[[int], dict[str, int]]:
-    """First steps of the semantic branch alone, of the whole codec and of the discriminators."""
-
-    def starts(total: int) -> dict[str, int]:
-        semantic_steps = int(args.semantic_share * total) if semantic_learns(args) else 0
-        joined = max(semantic_steps, int(args.disc_start * total))
-        return {"semantic": 0, "codec": semantic_steps, "adversarial": joined}
-
-    return starts
+def phases(args, total: int) -> dict[str, int]:
+    """First steps of the semantic branch alone, of all of the codec and of the discriminators."""
+    semantic_steps = int(args.semantic_share * total) if semantic_learns(args) else 0
+    joined = max(semantic_steps, int(args.disc_start * total))
+    return {"semantic": 0, "codec": semantic_steps, "adversarial": joined}
 
 
 def validated_rates(config: CodecConfig) -> list[int]:
@@ -284,21 +245,13 @@ def log_audio(metrics: training.Metrics, step: int, model: Codec, batches: list[
 
 @torch.no_grad()
 def validate(
-    model: Codec,
-    head: PhoneHead | None,
-    spectra: nn.ModuleDict,
-    batches: list[dict],
-    device: torch.device,
-    cast: torch.autocast,
+    model: Codec, head: PhoneHead | None, spectra: nn.ModuleDict, batches: list[dict], device, cast
 ) -> dict[str, float]:
     """Held out: mean losses and SI-SDR (dB) at the full and at the LM's rate, and, with a `head`,
-    phone accuracy.
-
-    `mel_…_within` is the mel error in the first context of frames, `mel_…_past` behind it: were
-    attention not to slide as it was trained to, the second would stand out.
-    """
+    phone accuracy. `mel_…_within` is the mel error in the first context of frames, `mel_…_past`
+    behind it, where attention slides."""
     model.eval()
-    rows = []
+    scores = collections.defaultdict(list)
     edge = model.config.hop * max(3, model.config.context)  # the longest spectrum needs 1,024
     for batch in batches:
         audio, labels = batch["audio"].to(device), batch["phones"].to(device)
@@ -306,33 +259,29 @@ def validate(
             counts = torch.full((len(audio),), rate, device=device)
             with cast:
                 estimate, info = model(audio, counts)
+                logits = head(info.semantic) if head is not None else None
             estimate, losses = training_losses(spectra, estimate, audio, counts)
             row = {f"{name}_{rate}": loss for name, loss in losses.items()}
             for place, part in (("within", slice(edge)), ("past", slice(edge, None))):
                 loss = spectra["mel"](estimate[..., part], audio[..., part])
                 row[f"mel_{rate}_{place}"] = loss
             row[f"si_sdr_{rate}"] = si_sdr(estimate, audio).mean()
-            if head is not None:
-                with cast:
-                    logits = head(info.semantic)
+            if logits is not None:
                 row["phone_accuracy"] = phone_loss(logits, labels)[1]
-            rows.append(row)
+            for name, score in row.items():
+                scores[f"validation_{name}"].append(float(score))
     model.train()
-    names = {name for row in rows for name in row}
-    return {
-        f"validation_{name}": statistics.fmean(float(row[name]) for row in rows if name in row)
-        for name in sorted(names)
-    }
+    return {name: statistics.fmean(values) for name, values in sorted(scores.items())}
 
 
 def validation_batches(clips: Clips, config: CodecConfig, phone_ids: dict[str, int]) -> list[dict]:
-    """The same 48 windows of held-out speakers every time, three times the context long, so that
+    """The same windows of held-out speakers every time, three times the context long, so that
     a call is judged past its beginning; none where nobody is held out."""
     if not clips:
         print("warning: no clips in the validation split: nothing tells when to stop")
         return []
     seconds = 3 * config.context / config.frame_rate
-    dataset = WindowDataset(clips, seconds, seed=1, epoch_items=48, phone_ids=phone_ids)
+    dataset = WindowDataset(clips, seconds, 1, VALIDATION_WINDOWS, phone_ids=phone_ids)
     items = [filled(dataset[i]) for i in range(len(dataset))]
     return [default_collate(items[i : i + 16]) for i in range(0, len(items), 16)]
 
@@ -346,18 +295,6 @@ def filled(item: dict) -> dict:
     return {**item, "audio": frames[places].view(1, -1), "phones": item["phones"][places]}
 
 
-def step_draws(
-    seed: int, settings: Settings, config: CodecConfig, audio: Tensor, step: int, rank: int
-) -> dict[str, Tensor]:
-    """What a step draws at random: by (seed, step) alone, and for `counts` by rank."""
-    rates = settings.lm_rate, settings.full_rate
-    counts = draw_num_codebooks(len(audio), config.num_codebooks, *rates, (seed, step, rank))
-    generator = training.keyed_generator(seed, step, 1 << 20)
-    draws = torch.rand(config.num_codebooks, max(config.codebook_sizes), generator=generator)
-    part = judged_part(audio.shape[-1], settings.disc_seconds, (seed, step, 1 << 21))
-    return {"counts": counts, "draws": draws, "part": part}
-
-
 def codebook_metrics(all_codes: Tensor) -> dict[str, float]:
     """Perplexity (in codes) of the semantic and the acoustic codebooks of a batch `[B, K, F]`."""
     codes = all_codes.transpose(0, 1).flatten(1)  # [K, B * F]
@@ -365,26 +302,24 @@ def codebook_metrics(all_codes: Tensor) -> dict[str, float]:
     counts.scatter_add_(1, codes, torch.ones_like(codes, dtype=counts.dtype))
     perplexities = torch.special.entr(counts / codes.shape[1]).sum(1).exp().tolist()
     values = {"perplexity_semantic": perplexities[0]}
-    if len(perplexities) > 1:
+    if len(perplexities) > 1:  # else the semantic branch is alone
         values["perplexity_acoustic"] = statistics.fmean(perplexities[1:])
     return values
 
 
-def description(
-    run: training.Run, model: Codec, teacher: teachers.Teacher | None, clips: Clips
-) -> str:
+def description(run: training.Run, model: Codec, teacher, clips: Clips) -> str:
     """What the user reads before step 1, beside the settings and the forecast."""
     args, config = run.args, model.config
     context = config.context / config.frame_rate
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    hours = ", ".join(f"{name} {h:.1f} h" for name, h in hours_by_language(clips).items())
+    hours = ", ".join(f"{name} {h:.1f} h" for name, h in data.hours_by_language(clips).items())
     taught = f"{teacher.source} ({teacher.name}), " if teacher else ""
     return (
         f"preset {args.preset}: codec {parameters:.1f}M parameters, "
         f"{config.num_codebooks} codebooks, device {run.device}\n"
         f"teacher: {taught}phone labels, {clips.hours('phones'):.1f} h\n"
         f"windows of {args.window_seconds:g} s, attention over {context:g} s\n"
-        f"data: {len(clips)} clips, {count_speakers(clips)} speakers; {hours}"
+        f"data: {len(clips)} clips, {data.count_speakers(clips)} speakers; {hours}"
     )
 
 
@@ -394,214 +329,177 @@ def export(args) -> None:
     checkpoint = checkpoints.load_checkpoint(args.checkpoint_dir, with_trainer=False)
     model = Codec(checkpoints.config_of(CodecConfig, "codec", checkpoint.config, checkpoint.path))
     model.load_tensors(checkpoint.tensors, args.checkpoint_dir)
-    folder = checkpoints.save_export(
-        args.export, checkpoint.step, stored_config(model.config), model.export_tensors()
-    )
-    exported = Codec.from_checkpoint(folder)
-    print(
-        f"wrote {folder}: codec of step {checkpoint.step}, fingerprint {exported.fingerprint[:16]}"
-    )
+    made = checkpoint.step, stored_config(model.config), model.export_tensors()
+    folder = checkpoints.save_export(args.export, *made)
+    prints = Codec.from_checkpoint(folder).fingerprint[:16]
+    print(f"wrote {folder}: codec of step {checkpoint.step}, fingerprint {prints}")
 
 
-@dataclass
 class Learner:
-    """What learns, what it learns from, and what moves it."""
+    """What learns, what it learns from, and what moves it: new, inherited or from the run's
+    checkpoint."""
 
-    model: Codec
-    head: PhoneHead
-    projection: nn.Linear | None  # codebook 0 to the teacher's features, in training only
-    disc: discriminator.Discriminator
-    teacher: teachers.Teacher | None
-    spectra: nn.ModuleDict
-    cast: torch.autocast
-    balancer: training.Balancer
-    optimizer: torch.optim.AdamW
-    disc_optimizer: torch.optim.AdamW
-    # One guard each: healthy steps of the one must not hide that the other stands still.
-    guard: training.StepGuard = field(default_factory=training.StepGuard)
-    disc_guard: training.StepGuard = field(default_factory=training.StepGuard)
-    average: AveragedCodec | None = None
+    def __init__(self, run: training.Run, config: CodecConfig, teacher) -> None:
+        self.args, self.settings, self.teacher = run.args, run.settings, teacher
+        args, settings, device, checkpoint = run.args, run.settings, run.device, run.checkpoint
+        # The same seed gives every rank the same weights.
+        self.model = model = Codec(config).to(device).train()
+        self.head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
+        judges = discriminator_config(settings.disc_preset, config, device)
+        if checkpoint is not None:
+            judges = discriminator.DiscriminatorConfig(**checkpoint.trainer["judges"])
+        self.disc = discriminator.Discriminator(judges).to(device)
+        self.projection = None  # codebook 0 to the teacher's features, in training only
+        if teacher is not None:
+            self.projection = nn.Linear(config.semantic_dim, teacher.width).to(device)
+        self.spectra = nn.ModuleDict({"mel": MelLoss(config.sample_rate)})
+        if args.spectral_weight:
+            self.spectra["spectral"] = SpectralLoss()
+        self.spectra.to(device)
+        self.cast = precision(device, args.precision)
+        if args.init_from and checkpoint is None:
+            self.inherit()
+        frozen = []
+        if args.freeze_semantic:
+            frozen = [model.encoder[0], model.quantizer.semantic_in, self.head, self.projection]
+        if args.decoder_only:
+            frozen = [model.encoder, model.quantizer, self.head, self.projection]
+        for part in filter(None, frozen):
+            part.requires_grad_(False)
+        if checkpoint is not None:
+            teachers.check_same_teacher(checkpoint.trainer["teacher"], teacher, checkpoint.path)
+            # Where weights are averaged, the model that a checkpoint shows is their average.
+            trained = checkpoint.trainer.get("trained_weights", checkpoint.tensors)
+            model.load_tensors(trained, checkpoint.path)
+        modules = [model, self.head, self.projection]
+        training.start_equal([*modules, self.disc])
+        groups = training.parameter_groups(modules, weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(groups, args.gen_lr, (0.8, 0.99), fused=True)
+        disc_groups = training.parameter_groups([self.disc], weight_decay=0.01)
+        self.disc_optimizer = torch.optim.AdamW(disc_groups, args.disc_lr, (0.8, 0.99), fused=True)
+        balance = {"mel": settings.mel_weight, "spectral": args.spectral_weight}
+        self.balancer = training.Balancer({**BALANCE, **balance, "ssl": args.ssl_loss_weight})
+        # One guard each: healthy steps of the one must not hide that the other stands still.
+        self.guard, self.disc_guard = training.StepGuard(), training.StepGuard()
+        names = ("head", "disc", "optimizer", "disc_optimizer", "balancer", "guard", "disc_guard")
+        run.parts |= {name: getattr(self, name) for name in names}
+        if self.projection is not None:
+            run.parts["projection"] = self.projection
+        run.restore()
+        self.average = None
+        decay = average_decay(settings.ema_decay, run.schedule.total)
+        if decay > 0:
+            self.average = run.parts["average"] = AveragedCodec(model, decay)
+            if checkpoint is not None and "average" in checkpoint.trainer:  # else it was shorter
+                self.average.model.load_tensors(checkpoint.tensors, checkpoint.path)
+                self.average.load_state_dict(checkpoint.trainer["average"])
+        for each in (self.optimizer, self.disc_optimizer):
+            training.make_capturable(each, args.cuda_graph, device)
+        if args.compile:  # the forward passes alone; a stream goes step by step
+            for part in (*model.encoder, model.decoder):
+                part.compile()
+
+    def inherit(self) -> None:
+        """The weights of `--init_from`. Raises UserError where codes that are to be frozen would
+        come from weights drawn at random."""
+        args = self.args
+        frozen = ("encoder.0.", "quantizer.semantic_in.", "quantizer.codebooks.0.embedding")
+        if args.decoder_only:
+            frozen = ("encoder.", "quantizer.")
+        inherited = checkpoints.inherit_weights(self.model, args.init_from)
+        needed = {name for name in self.model.export_tensors() if name.startswith(frozen)}
+        lacking = sorted(needed - set(inherited))
+        if lacking and not semantic_learns(args):
+            raise UserError(f"--init_from {args.init_from}: {lacking[0]} is not there or of "
+                            "another size, and it was to be frozen")  # fmt: skip
 
     @property
     def shown(self) -> Codec:
         """The codec that validates and ships."""
         return self.average.model if self.average else self.model
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+    def step(
+        self, mode: Mode, audio, labels, counts, draws, part, ramp, target=None, known=None
+    ) -> dict[str, Tensor]:
+        """One step, everything that the device does: forward, losses, backward, step, for the codec
+        and then for the discriminators. Gives what there is to log, as tensors.
 
+        audio `[B, 1, T]`, labels `[B, F]`; `counts` `[B]` of codebooks, `draws` `[K, n]` for the
+        quantizer, `part` `[n]` that discriminators see, and `ramp`, the part of their share that
+        they have by now; `target` and `known` are what a cache holds of the teacher, who otherwise
+        runs here. Nothing waits for the device, but for the start of the codebooks.
+        """
+        args, settings, model, teacher = self.args, self.settings, self.model, self.teacher
+        phones_learn = semantic_learns(args)
+        row: dict[str, Tensor] = {}
 
-def make_learner(
-    run: training.Run, config: CodecConfig, teacher: teachers.Teacher | None
-) -> Learner:
-    """Models and optimizers, new, inherited or those of the run's checkpoint."""
-    args, settings, device, checkpoint = run.args, run.settings, run.device, run.checkpoint
-    # The same seed gives every rank the same weights.
-    model = Codec(config).to(device).train()
-    head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
-    judges = discriminator_config(settings.disc_preset, config, device)
-    if checkpoint is not None:
-        judges = discriminator.DiscriminatorConfig.stored(checkpoint.trainer["judges"])
-    disc = discriminator.Discriminator(judges).to(device)
-    spectra = nn.ModuleDict({"mel": MelLoss(config.sample_rate)})
-    if args.spectral_weight:
-        spectra["spectral"] = SpectralLoss()
-    projection = None
-    if teacher is not None:
-        projection = nn.Linear(config.semantic_dim, teacher.width).to(device)
-    if args.init_from and checkpoint is None:
-        inherited = checkpoints.inherit_weights(model, args.init_from)
-        check_frozen(args, model, inherited)
-    frozen = []
-    if args.freeze_semantic:  # acoustic codebooks beside a semantic branch that was taught first
-        frozen = [model.encoder[0], model.quantizer.semantic_in, head, projection]
-    if args.decoder_only:  # a better voice for an LM that was trained on these codes
-        frozen = [model.encoder, model.quantizer, head, projection]
-    for part in filter(None, frozen):
-        part.requires_grad_(False)
-    if checkpoint is not None:
-        stored_teacher = checkpoint.trainer["teacher"]
-        teachers.check_same_teacher(stored_teacher, teacher, checkpoint.path)
-        # Where weights are averaged, the model that a checkpoint shows is their average.
-        trained = checkpoint.trainer.get("trained_weights", checkpoint.tensors)
-        model.load_tensors(trained, checkpoint.path)
-    training.start_equal([model, head, disc, projection])
-    groups = training.parameter_groups([model, head, projection], weight_decay=0.01)
-    disc_groups = training.parameter_groups([disc], weight_decay=0.01)
-    balance = {"mel": settings.mel_weight, "spectral": args.spectral_weight}
-    learner = Learner(
-        model,
-        head,
-        projection,
-        disc,
-        teacher,
-        spectra.to(device),
-        precision(device, args.precision),
-        training.Balancer({**BALANCE, **balance, "ssl": args.ssl_loss_weight}),
-        torch.optim.AdamW(groups, args.gen_lr, (0.8, 0.99), fused=True),
-        torch.optim.AdamW(disc_groups, args.disc_lr, (0.8, 0.99), fused=True),
-    )
-    names = ("head", "disc", "optimizer", "disc_optimizer", "balancer", "guard", "disc_guard")
-    run.parts |= {name: getattr(learner, name) for name in names}
-    if projection is not None:
-        run.parts["projection"] = projection
-    run.restore()
-    decay = average_decay(settings.ema_decay, run.schedule.total)
-    if decay > 0:
-        learner.average = run.parts["average"] = AveragedCodec(model, decay)
-        if checkpoint is not None and "average" in checkpoint.trainer:  # else the run was shorter
-            learner.average.model.load_tensors(checkpoint.tensors, checkpoint.path)
-            learner.average.load_state_dict(checkpoint.trainer["average"])
-    for each in (learner.optimizer, learner.disc_optimizer):
-        training.make_capturable(each, args.cuda_graph, device)
-    if args.compile:  # the forward passes alone; a stream goes step by step
-        for part in (*model.encoder, model.decoder):
-            part.compile()
-    return learner
+        # The codec's forward pass: reconstruction, and codebook 0 as phones and as the teacher's.
+        with self.cast:
+            if mode.semantic_only:
+                estimate, info = None, model.forward_semantic(audio)
+            else:
+                estimate, info = model(audio, counts)
+            phone_logits = self.head(info.semantic) if phones_learn else None
+            taught = phones_learn and self.projection is not None
+            view = self.projection(info.semantic) if taught else None
+        reference = None
+        if teacher is not None and target is None:
+            with torch.no_grad():
+                reference = teacher(audio)
+                target = teacher.target(reference)
 
+        # Losses on the waveform, which are balanced.
+        losses = {}
+        if not mode.semantic_only:
+            estimate, losses = training_losses(self.spectra, estimate, audio, counts)
+            if reference is not None and args.ssl_loss_weight:
+                losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
+        if mode.adversarial:
+            # One pass serves both sides: nothing changes the discriminators before their step.
+            with self.cast:
+                real_logits, real_features = self.disc(audio.index_select(-1, part))
+                fake_logits, fake_features = self.disc(estimate.index_select(-1, part))
+            losses["adversarial"] = discriminator.generator_loss(fake_logits)
+            losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
+            row |= discriminator.verdict(real_logits, fake_logits)
 
-def learn(
-    learner: Learner,
-    args: argparse.Namespace,
-    settings: Settings,
-    mode: Mode,
-    audio: Tensor,
-    labels: Tensor,
-    counts: Tensor,
-    draws: Tensor,
-    part: Tensor,
-    ramp: Tensor,
-    target: Tensor | None = None,
-    known: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """One step, everything that the device does: forward, losses, backward, step, for the codec and
-    then for the discriminators. Gives what there is to log, as tensors.
+        # Losses beside them. Alone, codebook 0 is held to its codes as the LM's eight are together.
+        levels = LM_CODEBOOKS if mode.semantic_only else 1
+        others = levels * settings.commitment_weight * info.commitment
+        if phones_learn:
+            row["phones"], row["phone_accuracy"] = phone_loss(phone_logits, labels)
+            others = others + settings.phone_weight * row["phones"]
+        if view is not None:
+            row["distillation"] = teachers.distillation_loss(view, target, known)
+            others = others + settings.teacher_weight * row["distillation"]
 
-    audio `[B, 1, T]`, labels `[B, F]`; `counts`, `draws`, `part` of `step_draws`; `ramp`, a scalar,
-    is the part of their share that the discriminators have by now; `target` and `known` are what a
-    cache holds of the teacher, who otherwise runs here.
-    Nothing waits for the device, but for the start of the codebooks.
-    """
-    model, teacher, average = learner.model, learner.teacher, learner.average
-    optimizer, disc_optimizer = learner.optimizer, learner.disc_optimizer
-    phones_learn = semantic_learns(args)
-    row: dict[str, Tensor] = {}
-
-    # The codec's forward pass: reconstruction, and codebook 0 as phones.
-    with learner.cast:
+        # The codec's backward pass and step; where found_inf is 1, all of it stands still.
+        self.optimizer.zero_grad(set_to_none=True)
         if mode.semantic_only:
-            estimate, info = None, model.forward_semantic(audio)
+            others.backward()
         else:
-            estimate, info = model(audio, counts)
-        phone_logits = learner.head(info.semantic) if phones_learn else None
-        taught = phones_learn and learner.projection is not None
-        view = learner.projection(info.semantic) if taught else None
-    reference = None
-    if teacher is not None and target is None:
-        with torch.no_grad():
-            reference = teacher(audio)
-            target = teacher.target(reference)
+            joining = {"adversarial": ramp, "features": ramp}
+            shares = self.balancer.backward(losses, estimate, others, joining)
+            row |= {f"share_{name}": value for name, value in shares.items()}
+        total = sum(losses.values()) + others
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        row["grad_norm"] = self.guard.step(self.optimizer, parameters, total, settings.grad_clip)
+        found_inf, restarted = self.optimizer.found_inf, []
+        if mode.codebooks_move:
+            restarted = model.quantizer.update(info, draws, args.freeze_semantic, found_inf)
+        if self.average:
+            self.average.update(model, restarted, found_inf)
 
-    # Losses on the waveform, which are balanced.
-    losses = {}
-    if not mode.semantic_only:
-        estimate, losses = training_losses(learner.spectra, estimate, audio, counts)
-        if reference is not None and args.ssl_loss_weight:
-            losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
-    if mode.adversarial:
-        # One pass serves both sides: nothing changes the discriminators before their step below.
-        with learner.cast:
-            real_logits, real_features = learner.disc(audio.index_select(-1, part))
-            fake_logits, fake_features = learner.disc(estimate.index_select(-1, part))
-        losses["adversarial"] = discriminator.generator_loss(fake_logits)
-        losses["features"] = discriminator.feature_matching_loss(real_features, fake_features)
-        row |= discriminator.verdict(real_logits, fake_logits)
-
-    # Losses beside them. Alone, codebook 0 is held to its codes as the LM's eight are together.
-    levels = LM_CODEBOOKS if mode.semantic_only else 1
-    others = levels * settings.commitment_weight * info.commitment
-    if phones_learn:
-        phones, row["phone_accuracy"] = phone_loss(phone_logits, labels)
-        others = others + settings.phone_weight * phones
-        row["phones"] = phones
-    if view is not None:
-        distillation = teachers.distillation_loss(view, target, known)
-        others = others + settings.teacher_weight * distillation
-        row["distillation"] = distillation
-
-    # The codec's backward pass and step.
-    optimizer.zero_grad(set_to_none=True)
-    if mode.semantic_only:
-        others.backward()
-    else:
-        joining = {"adversarial": ramp, "features": ramp}
-        shares = learner.balancer.backward(losses, estimate, others, joining)
-        row |= {f"share_{name}": value for name, value in shares.items()}
-    training.average_gradients(learner.parameters)
-    norm = nn.utils.clip_grad_norm_(learner.parameters, settings.grad_clip)
-    # Fused optimizers, codebooks and average stand still where this is 1.
-    optimizer.found_inf = learner.guard.watch(sum(losses.values()) + others, norm)
-    optimizer.step()
-    restarted = []
-    if mode.codebooks_move:
-        restarted = model.quantizer.update(info, draws, args.freeze_semantic, optimizer.found_inf)
-    if average:
-        average.update(model, restarted, optimizer.found_inf)
-
-    # The discriminators' step, on the same reconstruction, and not through the codec.
-    if mode.adversarial:
-        disc_parameters = list(learner.disc.parameters())
-        disc_loss = discriminator.discriminator_loss(real_logits, fake_logits)
-        disc_optimizer.zero_grad(set_to_none=True)
-        disc_loss.backward(inputs=disc_parameters)
-        training.average_gradients(disc_parameters)
-        disc_norm = nn.utils.clip_grad_norm_(disc_parameters, settings.grad_clip)
-        disc_optimizer.found_inf = learner.disc_guard.watch(disc_loss, disc_norm)
-        disc_optimizer.step()
-        losses["discriminator"] = disc_loss
-    row |= {**losses, "commitment": info.commitment, "grad_norm": norm}
-    return {name: value.detach() for name, value in row.items()} | {"codes": info.codes}
+        # The discriminators' step, on the same reconstruction, and not through the codec.
+        if mode.adversarial:
+            parameters = list(self.disc.parameters())
+            loss = discriminator.discriminator_loss(real_logits, fake_logits)
+            self.disc_optimizer.zero_grad(set_to_none=True)
+            loss.backward(inputs=parameters)
+            self.disc_guard.step(self.disc_optimizer, parameters, loss, settings.grad_clip)
+            row["discriminator"] = loss
+        row |= {**losses, "commitment": info.commitment}
+        return {name: value.detach() for name, value in row.items()} | {"codes": info.codes}
 
 
 def check_flags(args: argparse.Namespace, run: training.Run) -> None:
@@ -623,9 +521,8 @@ def load_teacher(args: argparse.Namespace, run: training.Run):
         return teacher, None
     if teacher is None:
         raise UserError("--teacher_cache needs a --teacher")
-    return teacher, teachers.FeatureCache(
-        args.teacher_cache, teacher, run.settings.teacher_cache_gib
-    )
+    cache_gib = run.settings.teacher_cache_gib
+    return teacher, teachers.FeatureCache(args.teacher_cache, teacher, cache_gib)
 
 
 def train(args: argparse.Namespace, run: training.Run) -> None:
@@ -641,10 +538,9 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
     # Data: windows drawn at random from the training speakers.
     phone_ids = {phone: i for i, phone in enumerate(PHONES)}
     unreadable = Path(args.checkpoint_dir) / "unreadable.txt"
-    clips, held_out = load_splits(
-        args.data_dirs, ("train", "validation"), args.commercial_only, unreadable
-    )
-    items = run.plan(clips.hours(), phases(args))
+    splits = ("train", "validation"), args.commercial_only, unreadable
+    clips, held_out = data.load_splits(args.data_dirs, *splits)
+    items = run.plan(clips.hours(), functools.partial(phases, args))
     dataset = WindowDataset(
         clips, args.window_seconds, args.seed, items, args.language_temperature,
         settings.augment_share, phone_ids, unreadable,
@@ -652,10 +548,9 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
     # On every rank, though one validates: reading it draws from the generator of the weights.
     validation = validation_batches(held_out, config, phone_ids)
 
-    learner = make_learner(run, config, teacher)
+    learner = Learner(run, config, teacher)
     model = learner.model
-    step = functools.partial(learn, learner, args, settings)
-    replayed = training.StepGraph(step) if args.cuda_graph else None
+    replayed = training.StepGraph(learner.step) if args.cuda_graph else None
 
     def take_step(batch: dict, phase: str, probe: bool = False) -> dict[str, Tensor]:
         """One step of that phase, from the batch on; as a `probe`, with all that it comes to do."""
@@ -663,16 +558,24 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         # Each part is quantized once its vectors have settled a little.
         settled = run.step - (0 if semantic_only else run.schedule.starts["codec"])
         moves = (probe or settled >= args.quantizer_start) and not args.decoder_only
-        inputs = {"audio": batch["audio"], "labels": batch["phones"]}
-        inputs |= step_draws(args.seed, settings, config, batch["audio"], run.step, process.rank)
-        inputs["ramp"] = torch.tensor(run.schedule.ramp(run.step, "adversarial"))
+        audio, key, books = batch["audio"], (args.seed, run.step), config.num_codebooks
+        rates = settings.lm_rate, settings.full_rate
+        generator = training.keyed_generator(*key, 1 << 20)
+        inputs = {
+            "audio": audio,
+            "labels": batch["phones"],
+            "counts": draw_num_codebooks(len(audio), books, *rates, (*key, process.rank)),
+            "draws": torch.rand(books, max(config.codebook_sizes), generator=generator),
+            "part": judged_part(audio.shape[-1], settings.disc_seconds, (*key, 1 << 21)),
+            "ramp": torch.tensor(run.schedule.ramp(run.step, "adversarial")),
+        }
         if device.type == "cuda":  # of memory that is not pinned a copy would wait for the device
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
         if cache is not None:
             inputs["target"], inputs["known"] = cache(batch, inputs["audio"])
         started = model.quantizer.is_initialised
-        take = step if probe or not replayed else replayed
+        take = learner.step if probe or not replayed else replayed
         return take(Mode(semantic_only, phase == "adversarial", moves, started), **inputs)
 
     def stored() -> dict:
@@ -701,7 +604,7 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         log_audio(run.metrics, 0, model, validation, device)
 
     place = (sys.maxsize, run.epoch, run.consumed)
-    batches = training_batches(dataset, args.batch_size, run.workers, process, *place)
+    batches = data.training_batches(dataset, args.batch_size, run.workers, process, *place)
     for batch in run.steps(batches):
         rates = {phase: run.schedule.rate(run.step, phase) for phase in ("codec", "adversarial")}
         rate = run.schedule.rate(run.step) if run.phase == "semantic" else rates["codec"]

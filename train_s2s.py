@@ -58,7 +58,7 @@ MAX_TURN_TOKENS = 128  # of one of them; longer ones are not learnt from
 
 @dataclass(frozen=True)
 class Settings(training.Settings):
-    """What a preset fixes of the LM's training; `--set` changes it."""
+    """What `--set` changes of the LM's training."""
 
     frames_per_step: int = setting(2, one_of(1, 2, 4), "codec frames in a patch")
     depth_order: str = setting("level", one_of("level", "frame"), "in which codes are written")
@@ -101,7 +101,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=["<pad>", "<unk>"], show_progress=False
     )
-    # Every word also with its space before it: add_turn encodes words one by one.
+    # Every word also with its space before it: words are encoded one by one.
     tokenizer.train_from_iterator(itertools.chain(texts, (f" {text}" for text in texts)), trainer)
     return tokenizer
 
@@ -113,21 +113,14 @@ class Conversations(Dataset):
     patch of the data is as likely to be in a window. Items are dicts of tensors without the batch
     axis, as in `s2s.Batch`, all of one shape.
 
-    frames: of each row. near: of the user's codes, from `near_codes`; None: all codes stay as they
-    are, and the codes of every patch are learnt.
+    frames: of each row. near: `near_codes` of the user's; None: codes stay as they are, and those
+    of every patch are learnt.
     """
 
     def __init__(
-        self,
-        rows,
-        frames: np.ndarray,
-        config: S2SConfig,
-        tokenizer: Tokenizer,
-        args: argparse.Namespace,
-        settings: Settings,
-        items: int,
-        near: Tensor | None = None,
-    ) -> None:
+        self, rows, frames, config: S2SConfig, tokenizer: Tokenizer, args, settings: Settings,
+        items: int, near: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.rows, self.config, self.tokenizer = rows, config, tokenizer
         self.args, self.settings, self.items, self.near = args, settings, items, near
         self.patches = round(args.window_seconds * config.patch_rate)
@@ -199,14 +192,11 @@ class Conversations(Dataset):
         reply, and one that a caller sets in mid-call is nothing new.
         """
         c, p, count = self.config, self.config.frames_per_step, self.length(row)
-        agent = torch.from_numpy(row["agent_codes"].astype(np.int64))
-        codes = {
-            "user_codes": torch.from_numpy(row["user_codes"].astype(np.int64)),
-            "agent_codes": delay_acoustic(agent, c.acoustic_delay),
-        }
-        window = {n: v[: count * p].unflatten(0, (count, p)) for n, v in codes.items()}
-        window |= turn_labels(row, count, c, self.phone_ids)
+        window = turn_labels(row, count, c, self.phone_ids)
         window["user_words"] = self.user_words(row, count)
+        for name, delay in (("user_codes", 0), ("agent_codes", c.acoustic_delay)):
+            codes = delay_acoustic(torch.from_numpy(row[name].astype(np.int64)), delay)
+            window[name] = codes[: count * p].unflatten(0, (count, p))
         turns = [turn for turn in row["turns"] if turn["who"] == "agent"]
         words = [self.agent_words(turn) if turn["text"] else [] for turn in turns]
         text, starts, overflow = place_tokens(sum(words, []), count, c.patch_rate)
@@ -284,9 +274,10 @@ class Conversations(Dataset):
                 # Equal tokens have equal labels: CTC needs a blank between neighbours that are.
                 labels[found, : len(said)] = torch.tensor([said.index(t) + 1 for t in said])
                 found += 1
-        fields = {"first": first, "tokens": tokens, "labels": labels}
-        fields |= {"patches": patches, "counts": counts}
-        return {f"untimed_{name}": values for name, values in fields.items()}
+        return {
+            "untimed_first": first, "untimed_patches": patches, "untimed_counts": counts,
+            "untimed_tokens": tokens, "untimed_labels": labels,
+        }  # fmt: skip
 
 
 def place_tokens(
@@ -334,22 +325,16 @@ def turn_labels(row: dict, count: int, config: S2SConfig, phone_ids: dict) -> di
     phones = np.roll(phones, late)
     phones[:late] = IGNORE
     return {
-        "user_speaking": speaking,
-        "turn_end": turn_end,
-        "user_emotion": emotion,
-        "language_label": language,
-        "agent_speaking": agent_speaking,
+        "user_speaking": speaking, "turn_end": turn_end, "user_emotion": emotion,
+        "language_label": language, "agent_speaking": agent_speaking,
         "user_phones": torch.from_numpy(phones).unflatten(0, (count, c.frames_per_step)),
-    }
+    }  # fmt: skip
 
 
 def trimmed(row: dict, begins: int, patches: int, config: S2SConfig) -> tuple[dict, int]:
     """A long conversation without most of what a window of `patches` from patch `begins` on does
-    not see, and where the window then begins: an hour costs no more than a minute of it.
-
-    It then begins between two turns, and well before the window: words that wait for a patch come
-    from there.
-    """
+    not see, and where the window then begins. It is cut between two turns, and well before the
+    window: words that wait for a patch come from there."""
     first = begins - LEAD_PATCHES
     for turn in sorted(row["turns"], key=lambda turn: turn["start"], reverse=True):
         starts, ends = (turn[side] * config.patch_rate for side in ("start", "end"))
@@ -554,16 +539,14 @@ def new_config(args, settings: Settings, codec: Codec, tokenizer: Tokenizer) -> 
     make = S2SConfig.base if args.preset == "base" else S2SConfig.tiny
     rate = codec.config.frame_rate / settings.frames_per_step
     seconds = args.context_seconds or make().context / make().patch_rate
+    shared = ("text_weight", "frames_per_step", "depth_order", "acoustic_delay")
     return make(
+        **{name: getattr(settings, name) for name in shared},
         context=max(1, round(seconds * rate)),
-        text_weight=settings.text_weight,
         eagerness=args.eagerness,
         codebook_sizes=codec.config.codebook_sizes[:8],
         codec_fingerprint=codec.fingerprint,
         frame_rate=codec.config.frame_rate,
-        frames_per_step=settings.frames_per_step,
-        depth_order=settings.depth_order,
-        acoustic_delay=settings.acoustic_delay,
         vocab_size=tokenizer.get_vocab_size(),
         hear_self=args.agent_window_drop < 1,
         phones=PHONES,
@@ -645,10 +628,7 @@ def train(args, run: training.Run) -> None:
         loss, losses, metrics = batch_losses(model, batch, speak=phase == "dialogue")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        training.average_gradients(model.parameters())
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        optimizer.found_inf = guard.watch(loss, norm)  # 1: the fused optimizer stands still
-        optimizer.step()
+        norm = guard.step(optimizer, model.parameters(), loss, settings.grad_clip)
         row = {**losses, **metrics, "loss": loss, "grad_norm": norm}
         return {name: value.detach() for name, value in row.items()}
 

@@ -388,6 +388,18 @@ class StepGuard:
         self._seen[2:].copy_(last)
         return skip
 
+    def step(
+        self, optimizer: torch.optim.Optimizer, weights: Iterable[Tensor], loss: Tensor, clip: float
+    ) -> Tensor:
+        """What follows a backward pass: gradients averaged over the ranks, then clipped to the norm
+        `clip`; a step, unless it must be skipped. Returns the norm before clipping."""
+        weights = list(weights)
+        average_gradients(weights)
+        norm = torch.nn.utils.clip_grad_norm_(weights, clip)
+        optimizer.found_inf = self.watch(loss, norm)  # a fused optimizer stands still where it is 1
+        optimizer.step()
+        return norm
+
     def settle(self) -> None:
         """Waits for the device and counts. Raises UserError after `max_consecutive` skipped steps
         in a row."""

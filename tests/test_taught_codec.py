@@ -1,4 +1,4 @@
-"""The codec trainer with a teacher: both kinds learn, stop and go on, and are told to the user."""
+"""The codec trainer with a teacher: both kinds learn, stop and go on, and are named."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from codec import Codec
 
 @pytest.mark.parametrize("kind", ["wavlm", "whisper"])
 def test_a_taught_run_stops_and_goes_on(corpus, folders, kind, tmp_path, capsys):  # noqa: F811
-    """Two steps of each kind: the branch for words alone, then all; the same in two parts."""
+    """Two steps of each kind: the semantic branch alone, then all; the same in two parts."""
     same = {"teacher": folders[kind], "semantic_share": 0.5, "num_epochs": 1, "quantizer_start": 1}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(corpus, whole, **same)
@@ -43,7 +43,7 @@ def test_a_taught_run_stops_and_goes_on(corpus, folders, kind, tmp_path, capsys)
     assert metrics(parts) == metrics(whole)
     assert_same_state(parts, whole)
     trainer = checkpoints.load_checkpoint(whole).trainer
-    assert trainer["projection"]["weight"].shape == (32, 64)
+    assert trainer["projection"]["weight"].shape == (32, 16)
 
     # Nothing of the teacher is in what ships.
     shipped = checkpoints.load_checkpoint(whole).tensors
@@ -69,15 +69,15 @@ def test_the_projection_learns_and_codebook_0_with_it(corpus, folders, tmp_path)
     assert not torch.equal(*weights)
 
 
-def test_targets_may_be_kept(corpus, folders, tmp_path, capsys):  # noqa: F811
+def test_targets_are_stored(corpus, folders, tmp_path, capsys):  # noqa: F811
     cache = {"teacher": folders["wavlm"], "teacher_cache": tmp_path / "cache", "num_epochs": 1}
     assert "--ssl_loss_weight 0" in refused(corpus, tmp_path / "a", capsys, **cache)
     train(corpus, tmp_path / "run", **cache, ssl_loss_weight=0, max_steps=3)
-    kept = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
-    assert len(kept) == 2  # one a training clip
+    stored = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
+    assert len(stored) == 2  # one a training clip
     train(corpus, tmp_path / "run", **cache, ssl_loss_weight=0)
     train(corpus, tmp_path / "again", **cache, ssl_loss_weight=0)
-    assert kept == {f.name: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
+    assert stored == {f.name: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
     assert metrics(tmp_path / "run") == metrics(tmp_path / "again")
     assert all("ssl" not in row for row in metrics(tmp_path / "run"))
 
@@ -90,7 +90,7 @@ def test_a_teacher_out_of_reach_ends_in_one_line(corpus, tmp_path, capsys):  # n
 
 @pytest.mark.parametrize("kind", ["wavlm", "whisper"])
 def test_a_step_with_a_teacher_waits_nowhere(corpus, folders, kind, tmp_path):  # noqa: F811
-    """Nor does it draw: the teacher listens within what a CUDA graph may hold."""
+    """Nor does it draw: the teacher runs within what a CUDA graph may hold."""
     steps = launches_of_steps(corpus, tmp_path, teacher=folders[kind])
     waits = [launches.waits for launches in steps]
     assert waits[1:2] + waits[3:] == [0] * 6, [launches.reads for launches in steps]

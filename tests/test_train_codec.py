@@ -18,6 +18,7 @@ import torch
 
 import checkpoints
 import command
+import data
 import train_codec
 import training
 from audio import write_audio
@@ -44,7 +45,17 @@ SMALL = {
     "save_every_epochs": 1,
     "log_every": 1,
     "disc_start": 1,
+    "gen_lr": 1e-3,
 }
+
+
+# What `tiny` is here, in this process and in those that a test starts.
+TINY = {
+    "front_dim": 16, "encoder_dim": 32, "encoder_layers": 1, "semantic_width": 32,
+    "semantic_layers": 1, "decoder_front_dim": 16, "decoder_front_blocks": 1, "decoder_dim": 32,
+    "decoder_layers": 1, "num_heads": 2, "semantic_dim": 16, "acoustic_dim": 8,
+    "codebook_sizes": (64,) * 8,
+}  # fmt: skip
 
 
 def make_corpus(folder: Path, splits=("train", "train", "validation")) -> Path:
@@ -95,13 +106,22 @@ def flags(corpus, folder, *switches, **changes) -> list[str]:
     return ["--data_dirs", str(corpus), *sum(pairs, []), "--set", *settings, *switches]
 
 
+def main() -> None:
+    """The script, with a far smaller codec and fewer windows to validate."""
+    tiny = CodecConfig.tiny
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CodecConfig, "tiny", lambda: dataclasses.replace(tiny(), **TINY))
+        patch.setattr(train_codec, "VALIDATION_WINDOWS", 4)
+        train_codec.main()
+
+
 def train(corpus, folder, *switches, **changes) -> None:
-    """The script's main, in this process."""
+    """The script in this process."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train_codec.py", *flags(corpus, folder, *switches, **changes)])
         try:
-            train_codec.main()
+            main()
         finally:
             torch.set_num_threads(threads)
 
@@ -172,7 +192,7 @@ def test_a_run_says_what_it_will_do_and_logs_what_it_did(whole_run):
     steps = [row for row in rows if "phones" in row]
     assert [row["step"] for row in steps] == list(range(1, 9))
     assert all(row["phones"] > 0 and row["skipped"] == 0 for row in steps)
-    # A quarter of the steps listens only; two steps later the codebooks start.
+    # A quarter of the steps is the semantic branch alone; two steps later the codebooks start.
     assert ["mel" in row and row["waveform"] > 0 for row in steps] == [False] * 2 + [True] * 6
     assert [row["commitment"] > 0 for row in steps] == [False] * 5 + [True] * 3
     assert steps[-1]["mel"] < steps[2]["mel"] and steps[-1]["phones"] < steps[0]["phones"]
@@ -195,14 +215,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(corpus, whole_run, tmp_path, cap
 
 
 def environment():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}
 
 
 def test_a_killed_run_goes_on_with_its_gan(corpus, tmp_path):
     """SIGKILL in mid-run, discriminators training from step 0: the same curve to the last bit."""
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     train(corpus, whole, disc_start=0)
-    command = [sys.executable, "train_codec.py", *flags(corpus, folder, disc_start=0)]
+    command = [sys.executable, "-m", "test_train_codec", *flags(corpus, folder, disc_start=0)]
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT
@@ -306,26 +327,26 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     assert checkpoints.find_checkpoint(tmp_path / "run").name == f"step_{last:08d}"
 
 
-def test_held_out_windows_sound_in_tensorboard(corpus, tmp_path, monkeypatch):
+def test_held_out_windows_are_in_tensorboard(corpus, tmp_path, monkeypatch):
     """The recordings once, what became of them at each validation; also after a resume."""
-    heard = []
+    logged = []
 
-    def listen(self, step, name, audio, sample_rate):
+    def log(self, step, name, audio, sample_rate):
         # Three times a context of 12 frames, which is half of the training window.
         assert audio.shape == (1, 3 * 12 * 480) and sample_rate == 24_000
-        heard.append((step, name, float(audio.abs().max())))
+        logged.append((step, name, float(audio.abs().max())))
 
     monkeypatch.setattr(training, "_tensorboard", lambda *_: None)
-    monkeypatch.setattr(training.Metrics, "log_audio", listen)
+    monkeypatch.setattr(training.Metrics, "log_audio", log)
     for stop in (4, 8):
         train(corpus, tmp_path, "--tensorboard", max_steps=stop)
     clips = range(train_codec.AUDIBLE_WINDOWS)
-    assert [h[:2] for h in heard] == [
+    assert [row[:2] for row in logged] == [
         (step, f"held_out_{i}/{name}")
         for step, name in ((0, "reference"), (4, "8_codebooks"), (8, "8_codebooks"))
         for i in clips
     ]
-    assert all(0 < loudest <= 1 for _, _, loudest in heard)
+    assert all(0 < loudest <= 1 for _, _, loudest in logged)
 
 
 def test_quantizer_dropout_favours_the_rate_that_is_spoken():
@@ -366,13 +387,13 @@ def test_the_average_spans_a_fiftieth_of_the_run_or_what_is_asked():
     assert train_codec.average_decay(0.99, 20) == 0.99
 
 
-def test_listening_first_leaves_the_rest_as_it_was(corpus, tmp_path):
+def test_the_semantic_branch_first_leaves_the_rest_as_it_was(corpus, tmp_path):
     train(corpus, tmp_path / "start", gen_lr=0, max_steps=1, semantic_share=1)
     train(corpus, tmp_path / "run", num_epochs=1, semantic_share=1)
     start, run = (checkpoints.load_checkpoint(tmp_path / f).tensors for f in ("start", "run"))
-    heard = ("encoder.0.", "quantizer.semantic_in", "quantizer.codebooks.0.")
+    semantic = ("encoder.0.", "quantizer.semantic_in", "quantizer.codebooks.0.")
     for name, tensor in start.items():
-        assert name.startswith(heard) or torch.equal(tensor, run[name]), name
+        assert name.startswith(semantic) or torch.equal(tensor, run[name]), name
     assert not torch.equal(start["encoder.0.1.linear.weight"], run["encoder.0.1.linear.weight"])
     sizes = [float(run[f"quantizer.codebooks.{k}.cluster_size"].sum()) for k in (0, 1)]
     assert sizes[0] > 0 and sizes[1] == 0  # by k-means, and not yet
@@ -381,20 +402,20 @@ def test_listening_first_leaves_the_rest_as_it_was(corpus, tmp_path):
     assert float(heir["quantizer.codebooks.7.cluster_size"].sum()) > 0
 
 
-def test_a_decoder_learns_alone_and_keeps_every_code(corpus, whole_run, tmp_path, capsys):
+def test_a_decoder_learns_alone_and_no_code_changes(corpus, whole_run, tmp_path, capsys):
     assert "--init_from" in refused(corpus, tmp_path / "none", capsys, "--decoder_only")
     train(corpus, tmp_path / "run", "--decoder_only", num_epochs=1, init_from=whole_run[0])
     start, run = (checkpoints.load_checkpoint(f).tensors for f in (whole_run[0], tmp_path / "run"))
-    kept = ("encoder.", "quantizer.")
+    frozen = ("encoder.", "quantizer.")
     for name, tensor in start.items():
-        assert torch.equal(tensor, run[name]) == name.startswith(kept), name
+        assert torch.equal(tensor, run[name]) == name.startswith(frozen), name
     before, after = (Codec.from_checkpoint(f) for f in (whole_run[0], tmp_path / "run"))
     assert before.fingerprint == after.fingerprint
 
 
-def test_codes_are_kept_whole_or_not_at_all(whole_run, corpus, tmp_path, capsys):
-    """A decoder alone takes the sizes of its codec; words of other sizes are refused."""
-    small = dataclasses.replace(CodecConfig.tiny(), semantic_layers=1, context=12)
+def test_frozen_codes_are_of_one_codec(whole_run, corpus, tmp_path, capsys):
+    """A decoder alone takes the sizes of its codec; a semantic branch of other sizes is refused."""
+    small = CodecConfig(**{**TINY, "semantic_width": 48, "context": 12})
     model = Codec(small)
     checkpoints.save_export(tmp_path / "small", 1, stored_config(small), model.export_tensors())
     train(corpus, tmp_path / "run", "--decoder_only", max_steps=1, init_from=tmp_path / "small")
@@ -407,17 +428,15 @@ def test_codes_are_kept_whole_or_not_at_all(whole_run, corpus, tmp_path, capsys)
     assert "encoder.0" in said and "to be frozen" in said
 
 
-def test_sound_learns_beside_words_that_are_kept(corpus, tmp_path, capsys):
+def test_acoustic_codebooks_learn_beside_a_frozen_semantic_branch(corpus, tmp_path, capsys):
     assert "--init_from" in refused(corpus, tmp_path / "none", capsys, "--freeze_semantic")
-    train(corpus, tmp_path / "words", num_epochs=1, semantic_share=1)
-    train(
-        corpus, tmp_path / "run", "--freeze_semantic", num_epochs=1, init_from=tmp_path / "words",
-        precision="bf16",
-    )  # fmt: skip
-    words, run = (checkpoints.load_checkpoint(tmp_path / f).tensors for f in ("words", "run"))
-    kept = ("encoder.0.", "quantizer.semantic_in", "quantizer.codebooks.0.")
-    for name, tensor in words.items():
-        assert torch.equal(tensor, run[name]) == name.startswith(kept), name
+    train(corpus, tmp_path / "semantic", num_epochs=1, semantic_share=1)
+    changes = {"num_epochs": 1, "init_from": tmp_path / "semantic", "precision": "bf16"}
+    train(corpus, tmp_path / "run", "--freeze_semantic", **changes)
+    start, run = (checkpoints.load_checkpoint(tmp_path / f).tensors for f in ("semantic", "run"))
+    frozen = ("encoder.0.", "quantizer.semantic_in", "quantizer.codebooks.0.")
+    for name, tensor in start.items():
+        assert torch.equal(tensor, run[name]) == name.startswith(frozen), name
     assert all(tensor.dtype == torch.float32 for tensor in run.values())
     assert not any("phone" in name for row in metrics(tmp_path / "run") for name in row)
 
@@ -432,7 +451,7 @@ def test_two_ranks_learn_as_one_process(corpus, tmp_path):
     train(corpus, start, augment_share=0, **same, gen_lr=0, max_steps=1)
     train(corpus, one, augment_share=0, **same)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, "train_codec.py"]
+    command = [sys.executable, *launcher, "-m", "test_train_codec"]
     command += flags(corpus, two, augment_share=0, **same)
     done = subprocess.run(
         command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900
@@ -440,7 +459,7 @@ def test_two_ranks_learn_as_one_process(corpus, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("an epoch is") == 1  # the first rank alone speaks
     runs = [checkpoints.load_checkpoint(f).tensors for f in (start, one, two)]
-    names = [n for n, p in Codec(train_codec.CodecConfig.tiny()).named_parameters()]
+    names = [name for name, _ in Codec.from_checkpoint(one).named_parameters()]
     first, single, ranks = (torch.cat([run[n].flatten() for n in names]) for run in runs)
     moved, apart = (single - first).norm(), (ranks - single).norm()
     assert moved > 0 and apart < 0.02 * moved, (float(apart), float(moved))
@@ -553,7 +572,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-def test_flags_out_of_range_are_told_before_anything_is_loaded(capsys):
+def test_flags_out_of_range_are_refused_before_anything_is_loaded(capsys):
     for wrong in WRONG:
         with pytest.raises(SystemExit) as stop:
             train_codec.parse_args(wrong.split())
@@ -588,7 +607,7 @@ def test_a_window_is_at_least_twice_the_context(tmp_path, capsys):
     auto = train_codec.discriminator_config("auto", CodecConfig.base(), torch.device("cuda"))
     assert auto.periods
 
-    # Codes that are kept keep the context that they were made with, and the window follows it.
+    # Frozen codes have the context that they were made with, and the window follows it.
     shipped = ROOT / "checkpoints" / "tiny" / "codec"
     own = Codec.from_checkpoint(shipped).config
     checkpoint = checkpoints.load_checkpoint(shipped, with_trainer=False)
@@ -613,7 +632,7 @@ def test_validation_shows_a_break_past_the_context(corpus, whole_run, monkeypatc
     model = Codec.from_checkpoint(whole_run[0])
     context = model.config.context
     assert context == 12  # half of the windows
-    held_out = train_codec.load_splits([str(corpus)], ("validation",), False, None)[0]
+    held_out = data.load_splits([str(corpus)], ("validation",), False, None)[0]
     batches = train_codec.validation_batches(held_out, model.config, {})
     assert all(b["audio"].shape[-1] == 3 * context * 480 for b in batches)
     spectra = torch.nn.ModuleDict({"mel": train_codec.MelLoss()})
@@ -650,7 +669,7 @@ def test_a_short_clip_is_laid_end_to_end():
 
 
 def test_what_joins_late_warms_up_first(corpus, tmp_path):
-    """The discriminators' share of the gradient and their rate, and what sound learns at first."""
+    """The discriminators' share of the gradient and their rate, and the codec's at first."""
     changes = {"disc_start": 0.5, "warmup_steps": 3, "num_epochs": 2, "spectral_weight": 0}
     rates, rate = [], training.set_learning_rate
     with pytest.MonkeyPatch.context() as patch:
@@ -668,12 +687,12 @@ def test_what_joins_late_warms_up_first(corpus, tmp_path):
     expected = [schedule.rate(i) for i in range(8)]
     judges = [value / 1e-3 for value in rates[-16:][1::2]][4:]
     assert judges == pytest.approx([1 / 3, *(min(expected[i], (i - 3) / 3) for i in (5, 6, 7))])
-    # Listening takes two steps; then the rest begins, and its rate anew.
+    # The semantic branch takes two steps; then the rest begins, and its rate anew.
     assert [row["lr"] / 1e-3 for row in rows][:4] == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3])
 
 
 def launches_of_steps(corpus, folder, books=8, **changes) -> list[Launches]:
-    """What each of eight steps of a very small codec launches: 2 listening, 4 plain, 2 with GAN."""
+    """What each of eight steps of a very small codec launches: 2 semantic, 4 plain, 2 with GAN."""
     config = CodecConfig(
         front_dim=16, encoder_dim=16, encoder_layers=1, semantic_width=16, semantic_layers=1,
         decoder_front_dim=16, decoder_front_blocks=1, decoder_dim=16, decoder_layers=1,
@@ -710,3 +729,7 @@ def test_a_step_waits_for_the_device_nowhere(corpus, tmp_path):
     # Beside the search through one level after another everything is done for all at once.
     assert many[-1].total - few[-1].total <= 56 * 6 + 10
     assert many[-1].total < 1.2 * few[-1].total
+
+
+if __name__ == "__main__":
+    main()

@@ -55,6 +55,11 @@ SMALL = {
 }
 
 
+# What `tiny` is here, in this process and in those that a test starts.
+TINY = {"dim": 64, "num_layers": 2, "num_heads": 2, "depth_dim": 32, "depth_layers": 1,
+        "depth_heads": 2, "code_dim": 16}  # fmt: skip
+
+
 def make_codec(folder: Path, seed: int) -> Codec:
     torch.manual_seed(seed)
     config = CodecConfig(
@@ -120,15 +125,31 @@ def flags(world, folder, *switches, data="mine/data", codec="mine/codec", **chan
     return ["--data_dirs", str(world / data), *sum(pairs, []), *switches]
 
 
-def train(world, folder, *switches, **changes) -> None:
-    """The script's main, in this process."""
-    threads = torch.get_num_threads()
+@contextlib.contextmanager
+def small_models(**changes):
+    """Within, `S2SConfig.tiny` is far smaller."""
+    tiny = S2SConfig.tiny
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S2SConfig, "tiny", lambda **given: tiny(**{**TINY, **changes, **given}))
+        yield patch
+
+
+def train(world, folder, *switches, dropout=0.1, **changes) -> None:
+    """The script in this process."""
+    threads = torch.get_num_threads()
+    with small_models(dropout=dropout) as patch:
         patch.setattr(sys, "argv", ["train_s2s.py", *flags(world, folder, *switches, **changes)])
         try:
             train_s2s.main()
         finally:
             torch.set_num_threads(threads)
+
+
+def environment(dropout: float = 0.1) -> dict[str, str]:
+    """Of `python -m test_train_s2s`, which is the script."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths,
+            "TEST_DROPOUT": str(dropout)}  # fmt: skip
 
 
 def refused(world, folder, capsys, *switches, **changes) -> str:
@@ -223,11 +244,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(world, whole_run, tmp_path, caps
 def test_a_killed_run_goes_on(world, whole_run, tmp_path):
     """SIGKILL in mid-run: the same curve to the last bit."""
     folder = tmp_path / "killed"
-    command = [sys.executable, "train_s2s.py", *flags(world, folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "test_train_s2s", *flags(world, folder)]
     with open(tmp_path / "log.txt", "w") as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT
         )
         for _ in range(60_000):
             saved = (folder / "step_00000004").is_dir()
@@ -303,7 +323,8 @@ def untrained(world) -> tuple[S2S, train_s2s.Conversations, argparse.Namespace]:
     codec = Codec.from_checkpoint(world / "mine" / "codec")
     (rows, frames), _, _ = train_s2s.load_rows(args, codec.fingerprint)
     tokenizer = train_s2s.train_tokenizer(train_s2s.all_texts(rows), 200)
-    config = train_s2s.new_config(args, SETTINGS, codec, tokenizer)
+    with small_models():
+        config = train_s2s.new_config(args, SETTINGS, codec, tokenizer)
     near = train_s2s.near_codes([book.embedding for book in codec.quantizer.codebooks])
     torch.manual_seed(0)
     calls = train_s2s.Conversations(rows, frames, config, tokenizer, args, SETTINGS, 100, near)
@@ -398,7 +419,7 @@ def test_codes_of_another_codec_are_refused(world, whole_run, tmp_path, capsys):
 def test_bad_input_ends_in_one_line(world, whole_run, tmp_path, capsys):
     new = tmp_path / "new"
     codec = Codec.from_checkpoint(world / "mine" / "codec")
-    assert "no code dataset" in refused(world, new, capsys, data="nowhere")
+    assert "no complete" in refused(world, new, capsys, data="nowhere")
     assert "no complete" in refused(world, new, capsys, data="mine")
     make_dataset(world / "mine" / "empty", codec, rows=[])
     assert "no conversations" in refused(world, new, capsys, data="mine/empty")
@@ -869,31 +890,21 @@ def test_a_folder_that_cannot_be_used_is_refused_first(world, tmp_path, capsys):
     assert last(tmp_path).step == 1
 
 
-def test_two_ranks_learn_what_one_process_does(world, tmp_path, monkeypatch):
+def test_two_ranks_learn_what_one_process_does(world, tmp_path):
     """torchrun on two gloo ranks, each half of the batch, in both phases, against the joint one.
 
     Without dropout, which each rank draws for itself.
     """
-    still = tmp_path / "still.py"
-    still.write_text(
-        "import sys; sys.path.insert(0, '.')\n"
-        "import s2s, train_s2s\n"
-        "tiny = s2s.S2SConfig.tiny\n"
-        "s2s.S2SConfig.tiny = lambda **given: tiny(dropout=0.0, **given)\n"
-        "train_s2s.main()\n"
-    )
     same = {"num_epochs": 1, "asr_share": 0.5, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0}
     same |= {"epoch_hours": 4 * 4 * 1.2 / 3600}
     start, one, two = tmp_path / "start", tmp_path / "one", tmp_path / "two"
-    tiny = S2SConfig.tiny
-    monkeypatch.setattr(S2SConfig, "tiny", lambda **given: tiny(dropout=0.0, **given))
-    train(world, start, **{**same, "lr": 0}, max_steps=1)
-    train(world, one, **same)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    train(world, start, dropout=0.0, **{**same, "lr": 0}, max_steps=1)
+    train(world, one, dropout=0.0, **same)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     done = subprocess.run(
-        [sys.executable, *launcher, str(still), *flags(world, two, **same)],
+        [sys.executable, *launcher, "test_train_s2s", *flags(world, two, **same)],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env=environment(dropout=0.0),
         capture_output=True,
         text=True,
         timeout=900,
@@ -906,3 +917,8 @@ def test_two_ranks_learn_what_one_process_does(world, tmp_path, monkeypatch):
     )
     moved, apart = (single - first).norm(), (ranks - single).norm()
     assert moved > 0 and apart < 0.02 * moved, (float(apart), float(moved))
+
+
+if __name__ == "__main__":
+    with small_models(dropout=float(os.environ["TEST_DROPOUT"])):
+        train_s2s.main()
