@@ -1,4 +1,4 @@
-"""Checkpoint folders: written whole or not at all, found, loaded, exported, inherited from."""
+"""Checkpoint folders: written completely or not at all, found, loaded, exported, inherited from."""
 
 from __future__ import annotations
 
@@ -72,10 +72,8 @@ def save_export(
     folder: str | Path, step: int, config: dict, tensors: dict[str, Tensor],
     tokenizer: str | None = None,
 ) -> Path:  # fmt: skip
-    """Write a shipped folder: config, weights and tokenizer alone, in place of what is there.
-
-    Other files in the folder (a model card) stay. Raises UserError on a full disk.
-    """
+    """Write a shipped folder: config, weights and tokenizer alone. Other files that are there (a
+    model card) stay. Raises UserError on a full disk."""
     folder = Path(folder)
     with _temporary(folder, folder) as temporary:
         _write_files(temporary, step, config, tensors, None, tokenizer)
@@ -108,10 +106,8 @@ def _temporary(parent: Path, final: Path) -> Iterator[Path]:
 
 
 def check_export(args: argparse.Namespace) -> None:
-    """Raises UserError where `--export` would write into the run's own folder, or cannot at all.
-
-    A shipped model beside the steps would hide them: the run could never go on.
-    """
+    """Raises UserError where `--export` cannot write, or would into the run's own folder: a shipped
+    model beside the steps would hide them, and the run could never go on."""
     export, run_dir = (Path(path).resolve() for path in (args.export, args.checkpoint_dir))
     if export == run_dir or run_dir in export.parents or any(export.glob("step_*")):
         raise UserError(f"--export {args.export}: is a run's folder; export into another one")
@@ -169,10 +165,8 @@ def fill(model: nn.Module, tensors: dict, path: str | Path, optional: tuple[str,
 
 
 def inherit_weights(model: nn.Module, path: str | Path, skip: tuple[str, ...] = ()) -> list[str]:
-    """Start from the weights of another checkpoint wherever name and shape agree; say so.
-
-    Tensors whose name starts with one of `skip` are left as they are. Returns the names taken.
-    """
+    """Start from another checkpoint's weights where name and shape agree, unless the name starts
+    with one of `skip`. Prints how many, returns their names."""
     tensors = load_checkpoint(path, with_trainer=False).tensors
     own = model.state_dict()
     fitting = {
@@ -278,12 +272,11 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _prune(run_dir: Path, newest: Path, keep_last: int) -> None:
-    best = None
+    spared = {newest.name}
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        best = json.loads((run_dir / "best.json").read_text(encoding="utf-8"))["checkpoint"]
-    folders = _step_folders(run_dir)
-    for folder in folders[: -max(1, keep_last)]:
-        if folder.name not in (newest.name, best):
+        spared.add(json.loads((run_dir / "best.json").read_text(encoding="utf-8"))["checkpoint"])
+    for folder in _step_folders(run_dir)[: -max(1, keep_last)]:
+        if folder.name not in spared:
             _discard(folder)
 
 
@@ -341,11 +334,9 @@ def _check_plain(value: object, where: str) -> None:
 
 def _is_disk_full(error: BaseException | None) -> bool:
     # safetensors (Rust) and torch.save (C++) wrap the system's error in their own.
+    hints = [f"os error {number}" for number in DISK_FULL] + ["No space left"]
     while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            return True
-        text = str(error)
-        if any(hint in text for hint in ("os error 28", "os error 122", "No space left")):
+        if getattr(error, "errno", None) in DISK_FULL or any(h in str(error) for h in hints):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -58,11 +58,8 @@ class MelLoss(SpectralLoss):
 
 
 def waveform_loss(estimate: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """‖x − y‖² / ‖x‖² per sample, averaged: it makes phase learnable. Audio `[B, 1, T]` twice.
-
-    The floor under the denominator (−40 dB RMS) keeps near-silence from dominating the batch.
-    `weights` `[B]` multiply the samples' errors (1 by default).
-    """
+    """‖x − y‖² / ‖x‖² per sample of `[B, 1, T]`, averaged with `weights` `[B]` (1 by default): it
+    makes phase learnable. A floor of −40 dB RMS keeps near-silence from dominating the batch."""
     estimate, target = estimate.float(), target.float()
     energy = target.square().mean((1, 2)).clamp(min=1e-4)
     errors = (estimate - target).square().mean((1, 2)) / energy

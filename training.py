@@ -48,16 +48,15 @@ class Distributed:
     device: torch.device
 
     @property
-    def is_main(self) -> bool:
-        """Whether this process prints, logs and saves."""
+    def is_main(self) -> bool:  # which prints, logs and saves
         return self.rank == 0
 
 
 def setup_distributed(device: str = "auto") -> Distributed:
     """Read torchrun's environment, join the process group (gloo on CPU, nccl on CUDA).
 
-    `device`: auto (CUDA where there is one), cpu, cuda or cuda:N. Raises UserError for a device
-    that this machine lacks, or whose arithmetic does not serve (mps has no float64).
+    `device`: auto (CUDA where there is one), cpu, cuda or cuda:N. Raises UserError for others (mps
+    has no float64) and for one that this machine lacks.
     """
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -205,9 +204,7 @@ def run_parser(
     description: str, settings: type[Settings], **defaults: object
 ) -> tuple[ArgumentParser, argparse._ArgumentGroup, argparse._ArgumentGroup]:
     """A parser with the flags that all trainers share, its group of the plan's flags, and the rest.
-
-    defaults: those of data_dirs, num_epochs, checkpoint_dir and warmup_steps.
-    """
+    `defaults` are those of data_dirs, num_epochs, checkpoint_dir and warmup_steps."""
     parser = ArgumentParser(description, epilog=settings.help())
     plan = parser.add_argument_group("the plan's flags")
     plan.add_argument("--data_dirs", nargs="+")
@@ -240,17 +237,15 @@ def run_parser(
 
 
 # How and where a run works, not what it learns: free to differ whenever it is resumed.
-LOCAL = frozenset({
+LOCAL = (
     "device", "threads", "num_workers", "checkpoint_dir", "fresh", "save_every_epochs",
     "save_minutes", "keep_last", "log_every", "max_steps", "usd_per_hour", "tensorboard", "export",
     "given", "set",
-})  # fmt: skip
+)  # fmt: skip
 # Where a run stands: steps done, the epoch, samples consumed in it, and the best score so far.
 PLACE = ("step", "epoch", "consumed", "best")
 # What a resumed run can take up in its middle.
-CHANGEABLE = frozenset({
-    "num_epochs", "batch_size", "data_dirs", "commercial_only", "grad_clip", "budget_usd",
-})  # fmt: skip
+CHANGEABLE = "num_epochs", "batch_size", "data_dirs", "commercial_only", "grad_clip", "budget_usd"
 
 
 def take_stored(
@@ -365,11 +360,8 @@ class Schedule:
 
 
 class StepGuard:
-    """Tells which steps to skip: those whose loss or gradient norm is not finite on any rank.
-
-    `watch` answers on the device, where optimizer and codebooks can heed it without a wait (and
-    within a CUDA graph); `settle` brings the counts to the host.
-    """
+    """Which steps to skip: those whose loss or gradient norm is not finite on any rank. It answers
+    on the device, where optimizer and codebooks heed it without a wait and within a CUDA graph."""
 
     def __init__(self, max_consecutive: int = 5) -> None:
         self.max_consecutive = max_consecutive
@@ -381,8 +373,7 @@ class StepGuard:
         last = torch.stack([loss.detach().float(), grad_norm.detach().float()])
         skip = (all_reduce_mean((~last.isfinite()).any().float()) > 0).float()
         if self._seen is None:
-            counts = [self.skipped, self.consecutive, 0.0, 0.0]
-            self._seen = torch.tensor(counts, device=last.device)
+            self._seen = torch.cat([last.new_tensor([self.skipped, self.consecutive]), last])
         # Skipped, one more in each count; else the run of skipped ones ends.
         self._seen[:2].mul_(torch.stack([torch.ones_like(skip), skip])).add_(skip)
         self._seen[2:].copy_(last)
@@ -401,8 +392,7 @@ class StepGuard:
         return norm
 
     def settle(self) -> None:
-        """Waits for the device and counts. Raises UserError after `max_consecutive` skipped steps
-        in a row."""
+        """Counts, waiting for the device. UserError after `max_consecutive` skipped in a row."""
         if self._seen is None:
             return
         *counts, loss, grad_norm = self._seen.tolist()
@@ -500,9 +490,9 @@ class Balancer:
     """Gradient balancer (Défossez et al. 2022, "High Fidelity Neural Audio Compression", 3.4).
 
     Each loss `i` reaches the model as  w_i / sum(w) * g_i / <|g_i|>,  where g_i is its gradient at
-    the model's output and <|g_i|> a running mean of its norm per clip, averaged over ranks. So
-    weights are shares of the gradient, whatever the scale of each loss. Unlike the paper's code,
-    the sum is divided by the batch size: its norm per clip is 1 whatever batch and ranks.
+    the model's output and <|g_i|> a running mean of its norm per clip, over all ranks: weights are
+    shares of the gradient, whatever the scale of each loss. Unlike in the paper's code the sum is
+    divided by the batch size.
     """
 
     def __init__(self, weights: dict[str, float], decay: float = 0.999) -> None:
@@ -517,10 +507,9 @@ class Balancer:
         """Send balanced gradients through the model in one backward pass.
 
         `losses`: scalars computed from `output` `[B, 1, T]`, some of those that `weights` names.
-        `others`: a scalar to add as it is (commitment, teacher, phones). `ramps`: scalars above 0
-        that multiply the weights of losses which join late. Discriminators get no gradients. A
-        non-finite gradient is passed on for StepGuard to see and leaves the means alone. Returns
-        each loss' share of the output gradient's norm, as scalars. Nothing waits for the device.
+        `others`: a scalar to add as it is. `ramps`: scalars above 0 that multiply the weights of
+        losses which join late. A gradient that is not finite is passed on, and leaves the means
+        alone. Returns each loss' share of the output gradient's norm. Nothing waits for the device.
         """
         gradients = {  # of a graph that losses may share (one discriminator pass)
             name: torch.autograd.grad(loss, output, retain_graph=True)[0].float()
@@ -564,11 +553,8 @@ class Balancer:
 
 
 class Metrics:
-    """One JSON object a step in `run_dir/metrics.jsonl`, and TensorBoard curves where asked.
-
-    Opening it drops lines after `resume_step` and what a kill cut short, so that a resumed run's
-    reads like an uninterrupted one's. Open it on the main rank only.
-    """
+    """One JSON object a step in `run_dir/metrics.jsonl`, and TensorBoard curves; on the main rank.
+    A resumed run's reads like an uninterrupted one's: lines after `resume_step` are dropped."""
 
     def __init__(self, run_dir: str | Path, resume_step: int = 0, tensorboard: bool = False):
         self.path = Path(run_dir) / "metrics.jsonl"
@@ -636,8 +622,8 @@ class CostMeter:
     warmup_ticks = 3  # the first steps of a phase compile, fill caches and start workers
 
     def __init__(
-        self, stage: str, ledger: str | Path = "costs.jsonl", usd_per_hour: float = 3.39,
-        budget_usd: float | None = None, enabled: bool = False, clock=time.monotonic,
+        self, stage: str, usd_per_hour: float = 3.39, budget_usd: float | None = None,
+        enabled: bool = False, ledger: str | Path = "costs.jsonl", clock=time.monotonic,
     ) -> None:  # fmt: skip
         self.stage, self.ledger, self.enabled = stage, Path(ledger), enabled
         self.usd_per_hour, self.budget_usd = usd_per_hour, budget_usd
@@ -649,12 +635,10 @@ class CostMeter:
         self._flushed: float | None = None  # None before the start
 
     def start(self, schedule: Schedule, done_steps: int = 0) -> None:
-        """Start the clock of a run that has made `done_steps`."""
         self._schedule, self._done = schedule, done_steps
         self._flushed = self._latest = self._clock()
 
-    def tick(self) -> None:
-        """Count a finished step."""
+    def tick(self) -> None:  # a step is done
         now = self._clock()
         pace = self._measured.setdefault(self._schedule.phase(self._done), [0, 0.0])
         pace[0] += 1
@@ -670,7 +654,6 @@ class CostMeter:
         self._measured.pop(self._schedule.phase(self._done), None)
 
     def elapsed_hours(self) -> float:
-        """Hours of this run so far, its earlier parts included."""
         return self._hours + self._since_flush()
 
     def hours_ahead(self, total: int | None = None) -> float:
@@ -746,8 +729,7 @@ class CostMeter:
         correction = sum(known.values()) / expected if known else 1.0
         return self.expected.get(phase, math.nan) * correction
 
-    def _since_flush(self) -> float:
-        """Hours; 0 before the start."""
+    def _since_flush(self) -> float:  # hours
         return 0.0 if self._flushed is None else (self._clock() - self._flushed) / 3600
 
     def _in_ledger(self, name: str, run: str | None = None) -> float:
@@ -789,9 +771,8 @@ class Run:
         self._take_flags(kind, changeable)
         if args.preset == "auto":
             args.preset = "base" if self.device.type == "cuda" else "tiny"
-        prices = {"usd_per_hour": args.usd_per_hour, "budget_usd": args.budget_usd}
         costs = self.is_main and (self.device.type == "cuda" or args.budget_usd is not None)
-        self.meter = CostMeter(stage, **prices, enabled=costs)
+        self.meter = CostMeter(stage, args.usd_per_hour, args.budget_usd, costs)
         if costs:
             command.writable_file(self.meter.ledger, "the ledger of costs")
         self.parts: dict[str, object] = {"meter": self.meter}
@@ -854,6 +835,7 @@ class Run:
     def restore(self) -> None:
         """Gives each of `parts` its state, and lets go of the checkpoint."""
         checkpoint, self.checkpoint, self._saved_step = self.checkpoint, None, self.step
+        self._guards = [part for part in self.parts.values() if isinstance(part, StepGuard)]
         for name, part in self.parts.items() if checkpoint else ():
             try:
                 part.load_state_dict(checkpoint.trainer[name])
@@ -866,8 +848,8 @@ class Run:
     def estimate(self, take: Callable[[str], object], modules: Iterable[nn.Module]) -> None:
         """Times real steps of each phase ahead, then puts `modules` and `parts` back as they were.
 
-        `take(phase)` makes a step of that phase, at the real batch; on all ranks, as it is meant.
-        A resumed run on the same kind of machine knows its paces from its checkpoint.
+        `take(phase)` makes such a step; call this on all ranks. A run that is resumed on the same
+        kind of machine knows its paces.
         """
         cuda, meter = self.device.type == "cuda", self.meter
         name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
@@ -894,7 +876,7 @@ class Run:
         return time.perf_counter() - start
 
     def begin(self, description: str) -> None:
-        """Prints what the run is and what changed, meets the budget, opens the log."""
+        """Prints what the run is, fits the budget, opens the log."""
         args, schedule, hours = self.args, self.schedule, self.meter.projected_hours()
         cost = format_hours(hours)
         if self.device.type == "cuda":
@@ -912,7 +894,6 @@ class Run:
 
     @property
     def stop_at(self) -> int:
-        """The step at which this process ends."""
         return min(self.schedule.total, self.args.max_steps or self.schedule.total)
 
     @property
@@ -940,10 +921,8 @@ class Run:
             print(f"done: step {self.step}; export with --export, or go on with {more}")
 
     def step_done(self, row: Callable[[], dict]) -> None:
-        """Counts a step, fits the schedule, and logs, validates and saves where that is due.
-
-        `row` gives the step's metrics, as numbers or tensors; it is asked for where they are read.
-        """
+        """Counts a step, and logs its `row` of numbers or tensors, fits, validates and saves where
+        that is due."""
         args = self.args
         self.step += 1
         self._samples += args.batch_size
@@ -978,10 +957,6 @@ class Run:
         keep = {"keep_last": self.args.keep_last, "best": best}
         save_checkpoint(self.args.checkpoint_dir, self.step, trainer=trainer, **keep, **stored)
         self._last_save, self._saved_step = time.perf_counter(), self.step
-
-    @property
-    def _guards(self) -> list[StepGuard]:
-        return [part for part in self.parts.values() if isinstance(part, StepGuard)]
 
     def _fit(self) -> None:
         """Makes the schedule end within the budget."""
@@ -1044,7 +1019,7 @@ def open_training(
             stack.callback(_remove_unused, folder)
             command.writable_folder(folder, "--checkpoint_dir")
             stack.enter_context(command.only_one(folder))
-        run = Run(stage, args, kind, process, CHANGEABLE.union(changeable))
+        run = Run(stage, args, kind, process, (*CHANGEABLE, *changeable))
         stack.callback(run.close)
         seed_everything(args.seed)
         yield run

@@ -60,7 +60,7 @@ value = torch.tensor([1.0, 10.0]) * (here.rank + 1)
 mean = training.all_reduce_mean(value)
 assert mean.tolist() == [1.5, 15.0] and value[0] == here.rank + 1
 
-# Two ranks with half the batch each must give the gradient of one process with the whole batch.
+# Two ranks with half the batch each must give the gradient of one process with the full batch.
 torch.manual_seed(0)
 audio, weight = torch.randn(4, 1, 32), torch.randn(32, 32)
 def gradient(audio):
@@ -76,7 +76,7 @@ state = balancer.state_dict()
 
 assert training.from_main_rank(7 + here.rank) == 7
 
-# Ranks that drew their weights apart start equal, and the mean of their gradients is the whole's.
+# Ranks that drew their weights apart start equal, and the mean of their gradients is that of the full batch.
 torch.manual_seed(here.rank)
 layer, idle = torch.nn.Linear(32, 4), torch.nn.Linear(2, 2)
 training.start_equal([layer, idle, None])
@@ -206,7 +206,7 @@ def test_matrices_alone_decay():
 # -- runs --------------------------------------------------------------------------------------
 
 
-def test_flags_of_a_resumed_run_are_kept_applied_or_refused():
+def test_flags_of_a_resumed_run_are_restored_applied_or_refused():
     stored = {"lr": 2e-3, "layers": 4, "keep": True, "preset": "tiny"}
 
     def take(stored, **given):
@@ -256,7 +256,7 @@ def test_step_guard_skips_counts_and_stops():
 
 
 def orthogonal_losses(output, scales):
-    """Losses whose gradients touch disjoint samples, so that their parts can be told apart."""
+    """Losses whose gradients touch disjoint samples, so that their parts can be separated."""
     parts = output.chunk(len(scales), dim=-1)
     pairs = zip(scales.items(), parts, strict=True)
     return {name: scale * (part**2).mean() for (name, scale), part in pairs}
@@ -465,7 +465,7 @@ class Clock:
 
 def meter(tmp_path, clock, **extra):
     extra = {"enabled": True, "clock": clock, "usd_per_hour": 3.6, **extra}
-    return CostMeter("codec", tmp_path / "costs.jsonl", **extra)
+    return CostMeter("codec", ledger=tmp_path / "costs.jsonl", **extra)
 
 
 def test_cost_meter_projects_spends_and_resumes(tmp_path):
