@@ -76,7 +76,7 @@ state = balancer.state_dict()
 
 assert training.from_main_rank(7 + here.rank) == 7
 
-# Ranks that drew their weights apart start equal, and the mean of their gradients is that of the full batch.
+# Ranks that drew their weights apart start equal; their mean gradient is that of the full batch.
 torch.manual_seed(here.rank)
 layer, idle = torch.nn.Linear(32, 4), torch.nn.Linear(2, 2)
 training.start_equal([layer, idle, None])
