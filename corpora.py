@@ -84,7 +84,6 @@ class Corpus:
 
     @property
     def origin(self) -> str:
-        """Where it comes from, for its record."""
         return getattr(self, "repo", "") or getattr(self, "bases", [self.name])[0]
 
     @property
@@ -270,6 +269,9 @@ def _write_folder(job: Job) -> None:
     """The manifest, the list of what could not be read, and how the folder came to be."""
     corpus, part = job.corpus, job.part
     _write_unreadable(job)
+    if job.unreadable:
+        left_out = f"{len(job.unreadable)} files left out, see {UNREADABLE} in its folder"
+        tqdm.write(f"{corpus.name}: {left_out}", file=sys.stderr)
     record = {
         "source": corpus.origin,
         "license": corpus.license,
@@ -277,9 +279,6 @@ def _write_folder(job: Job) -> None:
         "whole": job.complete,
         "max_hours": job.options.max_hours,
     }
-    if job.unreadable:
-        left_out = f"{len(job.unreadable)} files left out, see {UNREADABLE} in its folder"
-        tqdm.write(f"{corpus.name}: {left_out}", file=sys.stderr)
     write_text(part / RECORD, json.dumps(record, indent=2) + "\n")
     if isinstance(job.lines[0], dict):
         write_text(part / data.MANIFEST, "".join(map(as_json_line, job.lines)))
@@ -426,10 +425,8 @@ def _take_clips(job: Job) -> None:
         taken = list(pool.map(lambda path: _clip_of_file(job, path, layout, listed), paths))
     unknown = [path for path, found in zip(paths, taken, strict=True) if found is None]
     if unknown:
-        tqdm.write(
-            f"{job.corpus.name}: {len(unknown)} files left out, in no list, or named otherwise "
-            f"than the corpus names its clips; first: {unknown[0].relative_to(job.part)}"
-        )
+        left_out = f"{job.corpus.name}: {len(unknown)} files left out, in no list, or named"
+        tqdm.write(f"{left_out} otherwise than its clips; first: {unknown[0].name}")
     # By path: a kill between packing a WAV and removing it leaves both.
     found = {getattr(one, "path", one): one for one in taken if one is not None}
     job.hours = 0.0
@@ -579,9 +576,9 @@ def _take_rows(job: Job, shard: Shard, path: Path) -> None:
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         for rows in fetching.parquet_rows(path, needed, more):
             job.bar.advance(0, f"unpacking row {rows[0][0]}")
-            for found in pool.map(lambda row: _clip_of_row(job, shard, folder, *row), rows):
-                if found is not None:
-                    job.take(found)
+            found = pool.map(lambda row: _clip_of_row(job, shard, folder, *row), rows)
+            for one in filter(None, found):
+                job.take(one)
             if job.stops_here():
                 break
     job.bar.advance(0, "")
@@ -612,19 +609,19 @@ def _clip_of_row(
     except AudioError as error:
         return f"{where}: {error}"
     target.write_bytes(coded)
-    speaker, key = _speaker_and_key(corpus, row, said, shard)
+    speaker, key = _speaker_and_key(corpus, row, said)
+    # Rows of one shard lie side by side in the corpus, and so may share a voice.
+    split = data.split_for(key or shard.path)
     return clip_of(
         corpus, target, duration, sample_rate,
-        _official_split(shard.path) if corpus.official_splits else data.split_for(key),
-        speaker=speaker, text=_clean(row.get(corpus.text), corpus.tagged) or said.get("text"),
+        _official_split(shard.path) if corpus.official_splits else split, speaker=speaker,
+        text=_clean(row.get(corpus.text), corpus.tagged) or said.get("text"),
         emotion=RASA_EMOTIONS.get(str(row.get(corpus.style)).lower()) or said.get("emotion"),
     )  # fmt: skip
 
 
-def _speaker_and_key(
-    corpus: Hub, row: dict, said: dict, shard: Shard
-) -> tuple[str | None, str]:
-    """(speaker or None, what the split hangs on)."""
+def _speaker_and_key(corpus: Hub, row: dict, said: dict) -> tuple[str | None, str | None]:
+    """(speaker, what the split hangs on), as far as they are known."""
 
     def is_filled(column: str) -> bool:  # with a text, a number or a truth: no null, list or NaN
         value = row.get(column)
@@ -633,12 +630,9 @@ def _speaker_and_key(
     for column in filter(is_filled, corpus.speakers):
         speaker = f"{corpus.name}-{str(row[column]).lower()}"
         return speaker, speaker
-    if said.get("speaker"):
-        return said["speaker"], said["speaker"]
-    if any(map(is_filled, corpus.keys)):
+    if not said.get("speaker") and any(map(is_filled, corpus.keys)):
         return None, "-".join(str(row.get(column)) for column in corpus.keys)
-    # Rows of one shard lie side by side in the corpus, and so may share a voice.
-    return None, said.get("key") or shard.path
+    return said.get("speaker"), said.get("speaker") or said.get("key")
 
 
 def _clean(text: object, tagged: bool) -> str | None:

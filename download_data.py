@@ -104,10 +104,7 @@ def _ai4bharat(repo: str, language: str, hours: float, gigabytes: float, **more:
 
 
 _KATHBATH = {"license": "CC0-1.0", "layout": "kathbath"}
-_INDICVOICES = {
-    "note": "still growing, far past its first 225 h: ~ is what a model's card says it used of "
-    "it; counted from its shards as they land",
-}
+_INDICVOICES = {"note": "still growing: ~ is what a model's card says it used of it"}
 _SHRUTILIPI = {"speakers": (), "layout": "shrutilipi"}
 _RASA = {
     "download_gb": 14.0, "kilohertz": "48", "default": False, "group": "emotion", "audio": "audio",
@@ -117,11 +114,11 @@ _RASA = {
 
 
 def _common_voice(language: str, hours: float, gigabytes: float) -> DataCollective:
+    account = "needs a Mozilla Data Collective account, MDC_API_KEY"
     return DataCollective(
         f"common-voice-{language}", language, hours, gigabytes, "48", "CC0-1.0", exact=False,
         transient_gb=gigabytes, layout="common_voice",
-        note=f"left Hugging Face in October 2025: needs a Mozilla Data Collective account, "
-        f"MDC_API_KEY and --cv_dataset_id {language}=ID; about {hours:,.0f} h",
+        note=f"left Hugging Face in 2025: {account} and --cv_dataset_id {language}=ID",
     )
 
 
@@ -465,14 +462,15 @@ def without_forbidden(
     """The rows that may and can be fetched, a line for each other; UserError if none is left."""
     left = []
     for row in corpora:
-        own = isinstance(row, Fisher)
-        if own and not fisher_dir:
-            print(_wrapped(f"skipped: {row.name}: {row.note}"))
-        elif not (row.commercial_ok or allow_noncommercial or own):
-            doubt = f"{row.license} does not surely allow commercial use"
-            print(_wrapped(f"skipped: {row.name}: {doubt}: add --allow_noncommercial to take it"))
+        if isinstance(row, Fisher):
+            taken, reason = bool(fisher_dir), row.note
         else:
+            taken = row.commercial_ok or allow_noncommercial
+            reason = f"{row.license} does not surely allow commercial use: --allow_noncommercial"
+        if taken:
             left.append(row)
+        else:
+            print(_wrapped(f"skipped: {row.name}: {reason}"))
     if not left:
         raise UserError("nothing left to fetch; see the lines above, and --list")
     return left

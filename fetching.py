@@ -395,17 +395,13 @@ def _hub_errors(repo: str) -> Iterator[None]:
 
 
 def licence_page(repo: str, endpoint: str | None) -> str:
-    """Where to accept the licence of this dataset; an empty string where it can be read.
-
-    Raises UserError where the Hub does not answer.
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
+    """Where to accept the licence of this dataset; an empty string where it can be read."""
+    from huggingface_hub import HfApi, errors
 
     with _hub_errors(repo):
         try:
             HfApi(endpoint=endpoint).auth_check(repo, repo_type="dataset")
-        except RepositoryNotFoundError:
+        except errors.RepositoryNotFoundError:
             return f"https://huggingface.co/datasets/{repo}"
     return ""
 
