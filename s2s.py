@@ -106,12 +106,11 @@ class S2SConfig:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text and codes are drawn; a temperature of 0 takes the likeliest.
-
-    `speak_temperature` is that of the choice between a token and PAD, which comes first.
-    `eagerness` is added to the odds of a token against PAD, in decibels (10: ten times those of the
-    training data); None: the config's. Where a reply may begin in any of n patches, none is
-    likelier than 1 in n: at 0 dB and 0 temperature the agent waits for the last.
+    """How text and codes are drawn; a temperature of 0 takes the likeliest. `speak_temperature` is
+    that of the choice between a token and PAD, which comes first. `eagerness` is added to the odds
+    of a token against PAD, in decibels (10: ten times those of the data); None: the config's.
+    Where a reply may begin in any of n patches, none is likelier than 1 in n: at 0 dB and 0
+    temperature the agent waits for the last.
     """
 
     temperature: float = 0.3
@@ -384,9 +383,8 @@ class S2S(nn.Module):
     def losses(
         self, batch: Batch, speak: bool = True, split: int | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Every loss as a mean over its known labels, and accuracies as metrics.
-
-        Fixed shapes, and nothing that waits for the device. `speak`: the codes of
+        """Every loss as a mean over its known labels, and accuracies as metrics; fixed shapes, and
+        nothing that waits for the device. `speak`: the codes of
         `batch.depth_patches` are learnt too. `split`, a patch: metrics also hold the losses of the
         text and of the user's phones before it (`_within`) and from it on (`_past`).
         """

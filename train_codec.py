@@ -172,11 +172,9 @@ def semantic_learns(args) -> bool:
 
 def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> CodecConfig:
     """The codec's sizes: those of the preset, or of the codec that goes on or is frozen. Sets
-    `args.window_seconds` where it was left open.
-
-    What runs is what was trained: a window has at least twice the frames that attention sees. To a
-    shorter one the context of a new `tiny` gives way; that of `base` raises UserError.
-    """
+    `args.window_seconds` where it was left open. What runs is what was trained: a window has at
+    least twice the frames that attention sees. To a shorter one the context of a new `tiny` gives
+    way; that of `base` raises UserError."""
     config = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
     source = checkpoint
     if source is None and args.init_from and not semantic_learns(args):
@@ -195,8 +193,7 @@ def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> Code
     if source is not None:
         note = f"warning: {note}, which {source.path} has: what lies past a window is not trained"
     elif args.preset == "base":
-        raise UserError(f"{note}, so that it would run as it was never trained: "
-                        f"give at least {needed:g}")  # fmt: skip
+        raise UserError(f"{note}, and would run as it was never trained: give at least {needed:g}")
     else:
         config = dataclasses.replace(config, context=frames // 2)
         note = f"{note} that the preset has: this codec gets one of {config.context}"
@@ -205,9 +202,7 @@ def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> Code
     return config
 
 
-def discriminator_config(
-    asked: str, config: CodecConfig, device: torch.device
-) -> discriminator.DiscriminatorConfig:
+def discriminator_config(asked: str, config: CodecConfig, device: torch.device):
     """The discriminators' sizes: those asked for, or what fits the codec and the device."""
     if asked == "auto":
         small = "tiny" if device.type == "cpu" else "small"
@@ -336,8 +331,7 @@ def export(args) -> None:
 
 
 class Learner:
-    """What learns, what it learns from, and what moves it: new, inherited or from the run's
-    checkpoint."""
+    """What learns, from what, and what moves it: new, inherited or from the run's checkpoint."""
 
     def __init__(self, run: training.Run, config: CodecConfig, teacher) -> None:
         self.args, self.settings, self.teacher = run.args, run.settings, teacher
@@ -421,8 +415,8 @@ class Learner:
     def step(
         self, mode: Mode, audio, labels, counts, draws, part, ramp, target=None, known=None
     ) -> dict[str, Tensor]:
-        """One step, everything that the device does: forward, losses, backward, step, for the codec
-        and then for the discriminators. Gives what there is to log, as tensors.
+        """What the device does in a step: forward, losses, backward, step, for the codec and then
+        for the discriminators. Gives what there is to log, as tensors.
 
         audio `[B, 1, T]`, labels `[B, F]`; `counts` `[B]` of codebooks, `draws` `[K, n]` for the
         quantizer, `part` `[n]` that discriminators see, and `ramp`, the part of their share that
@@ -431,7 +425,7 @@ class Learner:
         """
         args, settings, model, teacher = self.args, self.settings, self.model, self.teacher
         phones_learn = semantic_learns(args)
-        row: dict[str, Tensor] = {}
+        row = {}
 
         # The codec's forward pass: reconstruction, and codebook 0 as phones and as the teacher's.
         with self.cast:

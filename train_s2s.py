@@ -98,20 +98,18 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "<unk>"], show_progress=False
-    )
+    special = {"special_tokens": ["<pad>", "<unk>"], "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **special)
     # Every word also with its space before it: words are encoded one by one.
     tokenizer.train_from_iterator(itertools.chain(texts, (f" {text}" for text in texts)), trainer)
     return tokenizer
 
 
 class Conversations(Dataset):
-    """Windows of calls as the LM reads them, drawn by (seed, epoch, index) alone.
-
-    A call is made of conversations of one language, laid end to end, each drawn at random; every
-    patch of the data is as likely to be in a window. Items are dicts of tensors without the batch
-    axis, as in `s2s.Batch`, all of one shape.
+    """Windows of calls as the LM reads them, drawn by (seed, epoch, index) alone. A call is made of
+    conversations of one language, laid end to end, each drawn at random; every patch of the data is
+    as likely to be in a window. Items are dicts of tensors as in `s2s.Batch`, without its batch
+    axis, all of one shape.
 
     frames: of each row. near: `near_codes` of the user's; None: codes stay as they are, and those
     of every patch are learnt.
@@ -185,9 +183,8 @@ class Conversations(Dataset):
         return len(row["user_codes"]) // self.config.frames_per_step
 
     def labelled(self, row: dict, emotions: Sequence[tuple[int, int]] = ()) -> dict[str, Tensor]:
-        """Codes, text and labels of all patches of a conversation, and `agent_speaking`.
-
-        A patch is labelled by what holds at its end. `emotions` (0: none), each from a patch on in
+        """Codes, text and labels of all patches of a conversation, and `agent_speaking`. A patch is
+        labelled by what holds at its end. `emotions` (0: none), each from a patch on in
         which the agent is silent until its next turn: drawn at random they say nothing about the
         reply, and one that a caller sets in mid-call is nothing new.
         """
@@ -496,30 +493,24 @@ def fitting_window(args, config: S2SConfig) -> float:
     least = WINDOW_CONTEXTS * context
     seconds = least if args.window_seconds is None else args.window_seconds
     if round(seconds * config.patch_rate) < round(least * config.patch_rate):
-        raise UserError(
-            f"--window_seconds {seconds:g}: shorter than {WINDOW_CONTEXTS:g} times the {context:g} "
-            f"s of context that run in a call; give {least:g} or more, or a smaller "
-            "--context_seconds"
-        )
+        raise UserError(f"--window_seconds {seconds:g}: shorter than {WINDOW_CONTEXTS:g} times the "
+                        f"{context:g} s of context that run in a call; give {least:g} or more, or "
+                        "a smaller --context_seconds")  # fmt: skip
     return seconds
 
 
-def starting_tokenizer(
-    texts: Sequence[str], vocab_size: int, init_from: str | None
-) -> tuple[Tokenizer, bool]:
+def starting_tokenizer(texts: list[str], size: int, init_from: str | None):
     """The tokenizer of `init_from`, where there is one that can spell all of `texts`, or a new one;
     and whether it is inherited, so that its embeddings fit."""
-    theirs = None
-    if init_from:
-        theirs = checkpoints.load_checkpoint(init_from, with_trainer=False).tokenizer
-    if theirs is not None:
+    theirs = init_from and checkpoints.load_checkpoint(init_from, with_trainer=False).tokenizer
+    if theirs:
         tokenizer = Tokenizer.from_str(theirs)
         unknown = tokenizer.token_to_id("<unk>")
         lacking = [text for text in texts if unknown in tokenizer.encode(f" {text}").ids]
         if not lacking:
             return tokenizer, True
         print(f"init_from {init_from}: its tokenizer cannot spell {lacking[0]!r}: a new one")
-    return train_tokenizer(texts, vocab_size), False
+    return train_tokenizer(texts, size), False
 
 
 def description(run: training.Run, model: S2S, rows, hours: float) -> str:
@@ -568,9 +559,7 @@ def export(args) -> None:
     print(f"wrote {folder}: dialogue LM of step {checkpoint.step}")
 
 
-def config_and_tokenizer(
-    args, settings: Settings, checkpoint: checkpoints.Checkpoint | None, codec: Codec, rows
-) -> tuple[S2SConfig, Tokenizer, bool]:
+def config_and_tokenizer(args, settings: Settings, checkpoint, codec: Codec, rows):
     """Those of the run that goes on, or new ones; and whether the tokenizer is `--init_from`'s.
     Raises UserError where the run was trained on another codec's codes."""
     if checkpoint is None:
@@ -632,11 +621,8 @@ def train(args, run: training.Run) -> None:
         row = {**losses, **metrics, "loss": loss, "grad_norm": norm}
         return {name: value.detach() for name, value in row.items()}
 
-    run.stored = lambda: {
-        "config": checkpoints.stored_config("s2s", config),
-        "tensors": model.state_dict(),
-        "tokenizer": tokenizer.to_str(),
-    }
+    stored = {"config": checkpoints.stored_config("s2s", config), "tokenizer": tokenizer.to_str()}
+    run.stored = lambda: {**stored, "tensors": model.state_dict()}
     run.validate = lambda: validate(model, validation, device)
     run.best_by, run.shown = "validation_text", SHOWN
     first = collate([dataset[(0, i)] for i in range(args.batch_size // process.world_size)])[0]
