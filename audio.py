@@ -181,10 +181,13 @@ def _opened(path: str | Path, coded: BinaryIO | None = None) -> Iterator[_File]:
 
 def _open(path: str | Path, coded: BinaryIO | None) -> _File:
     """By libsndfile, else by PyAV: libsndfile knows no AAC and no Matroska, cannot seek in GSM and
-    believes a WAV header that was written before its sound."""
+    believes a WAV header that was written before its sound. Both read only the first part of a
+    chained Ogg, which is refused."""
     error: Exception = AudioError(f"{path}: holds no samples; remove it or record it again")
     try:
         file = soundfile.SoundFile(coded or os.fsencode(path))
+        if file.format == "OGG" and _is_chained(path, coded):
+            raise AudioError(f"{path}: several recordings in one Ogg; convert it by ffmpeg")
         if file.frames > 0 and file.seekable():
             return file
         file.close()
@@ -196,6 +199,19 @@ def _open(path: str | Path, coded: BinaryIO | None) -> _File:
         return _Decoded(path, coded)
     except (ImportError, EOFError, *_READ_ERRORS):
         raise error from None
+
+
+def _is_chained(path: str | Path, coded: BinaryIO | None) -> bool:
+    """Whether an Ogg file's last page is of another stream than its first."""
+    with contextlib.nullcontext(coded) if coded else open(path, "rb") as file:
+        place = file.tell()
+        file.seek(0)
+        stream = file.read(18)[14:]  # its number, in each of its pages
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))  # a page is no longer
+        tail = file.read()
+        file.seek(place)
+    last = tail.rfind(b"OggS\0")
+    return last >= 0 and tail[last + 14 : last + 18] != stream
 
 
 class _Decoded:

@@ -150,6 +150,17 @@ def odd_file(path, audio):
         path.write_bytes(coded[:size_at] + bytes(4) + coded[size_at + 4 :])
 
 
+def test_a_chained_ogg_is_refused_not_cut(tmp_path):
+    parts = []
+    for hertz in (300, 500):
+        data.write_audio(tmp_path / "part.ogg", sine(hertz, 1.0, 24000))
+        parts.append((tmp_path / "part.ogg").read_bytes())
+    (tmp_path / "chained.ogg").write_bytes(b"".join(parts))
+    with pytest.raises(data.AudioError, match="several recordings in one Ogg"):
+        data.read_audio(tmp_path / "chained.ogg")
+    assert len(data.read_audio(tmp_path / "part.ogg")) == 24000
+
+
 @pytest.mark.parametrize(
     "name", ["a.m4a", "a.aac", "a.webm", "gsm.wav", "integers.wav", "streamed.wav"]
 )
