@@ -252,11 +252,9 @@ def take_stored(
     values: dict, stored: dict, given: Collection[str], changeable: Collection[str],
     where: str | Path, settings: Collection[str] = (),
 ) -> list[str]:  # fmt: skip
-    """Makes `values` those that a resumed run has stored, but for what the command line changes.
-
-    `given` names what stands on the command line, `settings` what `--set` changes. Returns lines to
-    print. Raises UserError for a change that is not among `changeable`.
-    """
+    """Makes `values` those that a resumed run has stored, but for what the command line changes:
+    `given` there, `settings` by `--set`. Returns lines to print. Raises UserError for a change that
+    is not among `changeable`."""
 
     def spell(name: str, value: object) -> str:
         if name in settings:
@@ -379,14 +377,12 @@ class StepGuard:
         self._seen[2:].copy_(last)
         return skip
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, weights: Iterable[Tensor], loss: Tensor, clip: float
-    ) -> Tensor:
+    def step(self, optimizer, weights: Iterable[Tensor], loss: Tensor, clip: float) -> Tensor:
         """What follows a backward pass: gradients averaged over the ranks, then clipped to the norm
         `clip`; a step, unless it must be skipped. Returns the norm before clipping."""
         weights = list(weights)
         average_gradients(weights)
-        norm = torch.nn.utils.clip_grad_norm_(weights, clip)
+        norm = nn.utils.clip_grad_norm_(weights, clip)
         optimizer.found_inf = self.watch(loss, norm)  # a fused optimizer stands still where it is 1
         optimizer.step()
         return norm
@@ -666,11 +662,8 @@ class CostMeter:
         return self.elapsed_hours() + self.hours_ahead()
 
     def fitted_steps(self) -> int:
-        """The total with which the schedule ends within the budget, towards what was asked for.
-
-        One hour in fifty is held back for the last validation and checkpoint, and so that a pace
-        that varies by less changes nothing.
-        """
+        """The total with which the schedule ends within the budget, towards what was asked for. One
+        hour in fifty is left for the last checkpoint, and so that small changes change nothing."""
         total, first = self._schedule.total, max(self._done, 1)
         if self.budget_usd is None or not self.enabled:
             return total
@@ -846,11 +839,8 @@ class Run:
                     "--init_from") from error  # fmt: skip
 
     def estimate(self, take: Callable[[str], object], modules: Iterable[nn.Module]) -> None:
-        """Times real steps of each phase ahead, then puts `modules` and `parts` back as they were.
-
-        `take(phase)` makes such a step; call this on all ranks. A run that is resumed on the same
-        kind of machine knows its paces.
-        """
+        """Times real steps `take(phase)` of each phase ahead, then puts `modules` and `parts` back
+        as they were; on all ranks. A run resumed on the same kind of machine knows its paces."""
         cuda, meter = self.device.type == "cuda", self.meter
         name = torch.cuda.get_device_name(self.device) if cuda else "cpu"
         machine = f"{name}, {self.process.world_size} ranks, batch {self.args.batch_size}"
@@ -1004,12 +994,9 @@ class Run:
 def open_training(
     stage: str, args: argparse.Namespace, kind: type[Settings], changeable: Iterable[str] = ()
 ) -> Iterator[Run]:
-    """A run in `--checkpoint_dir`, new or resumed, for the time of this process.
-
-    What would stop it hours later stops it here: raises UserError where the device is not there,
+    """A run in `--checkpoint_dir`, new or resumed. Raises UserError where the device is not there,
     the folder cannot be written or is at work, or the checkpoint does not fit. `changeable`: flags
-    and settings of this trainer that a resumed run can take up, beside `CHANGEABLE`.
-    """
+    and settings of this trainer that a resumed run can take up, beside `CHANGEABLE`."""
     process = setup_distributed(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
