@@ -5,12 +5,11 @@
     python make_conversations.py --conversations DIR --codec …    # real two-channel recordings
 
 Everything is drawn from (seed, split, language, part, number): the same command makes the same
-bytes, in any number of processes, and goes on where it was stopped. Work is cut into parts of a
-few minutes of audio; a part is written under a temporary name and renamed when it is complete.
+bytes, in any number of processes, and goes on where it was stopped.
 
-Which voices and wordings a split has: training the scripts' training wordings in training voices;
-validation the held-out wordings in validation voices (in training voices where none is installed);
-test the held-out wordings in test voices. The agent has one voice a language, in every split.
+Training has the scripts' training wordings in training voices; validation the held-out wordings in
+validation voices (in training voices where none is installed); test the held-out wordings in test
+voices. The agent has one voice a language, in every split.
 """
 
 from __future__ import annotations
@@ -36,7 +35,6 @@ from codec import Codec
 from command import (
     ArgumentParser,
     UserError,
-    as_json_line,
     default_workers,
     number,
     only_one,
@@ -45,7 +43,6 @@ from command import (
     run_parts,
     whole,
     writable_folder,
-    write_text,
 )
 from data import LANGUAGES, SPLITS
 from dialogues import (
@@ -64,52 +61,30 @@ from dialogues import (
     write_arrow,
     write_json,
 )
-from takes import (
-    Take,
-    draw_voice,
-    faded,
-    insert_pause,
-    make_takes,
-    shift_spans,
-    user_voices,
-)
+from takes import Take, draw_voice, faded, insert_pause, make_takes, shift_spans, user_voices
 from training import setup_distributed
 
 PART_SECONDS = 300.0
 PART_CONVERSATIONS = 16
 FILE_SECONDS = 3600.0  # of audio in an Arrow file, which a GPU encodes at a time
 WRITE_SECONDS = 120.0  # of work, after which what is made is written: a kill loses no more
+TURN_SLACK = 0.5  # seconds by which a written turn may pass the end of its recording
 
 # Timing in seconds, chances in [0, 1].
-LEAD_IN = (0.2, 1.5)
-ANSWER_GAP = (0.08, 0.24)
-AGENT_TICK = 0.04  # seconds: a patch of train_s2s.py
-TURN_SLACK = 0.5  # seconds by which a written turn may pass the end of its recording
-EXCHANGE_GAP = (0.3, 1.5)
-LONG_GAP = (3.0, 8.0)
-OVERLAP = (0.05, 0.2)  # the user starts on the agent's last syllable
-AGENT_STOPS_AFTER = (0.1, 0.2)
-INNER_PAUSE = (0.3, 0.8)
-TAIL = (0.4, 1.5)
-IDLE_SECONDS = (5.0, 15.0)
-IDLE_CHANCE = 0.04  # nobody speaks: the agent must not either
-LONG_GAP_CHANCE = 0.08
-OVERLAP_CHANCE = 0.08
-BARGE_IN_CHANCE = 0.1
-PAUSE_CHANCE = 0.15
+LEAD_IN, EXCHANGE_GAP, ANSWER_GAP, TAIL = (0.2, 1.5), (0.3, 1.5), (0.08, 0.24), (0.4, 1.5)
+AGENT_TICK = 0.04  # a patch of train_s2s.py
+IDLE_SECONDS, IDLE_CHANCE = (5.0, 15.0), 0.04  # nobody speaks: the agent must not either
+LONG_GAP, LONG_GAP_CHANCE = (3.0, 8.0), 0.08
+OVERLAP, OVERLAP_CHANCE = (0.05, 0.2), 0.08  # the user starts on the agent's last syllable
+BARGE_IN_CHANCE, BARGE_IN_MIN_REPLY, AGENT_STOPS_AFTER = 0.1, 1.0, (0.1, 0.2)
+INNER_PAUSE, PAUSE_CHANCE = (0.3, 0.8), 0.15
 BACKCHANNEL_CHANCE = 0.1
-BARGE_IN_MIN_REPLY = 1.0
 # The sound at the user's microphone.
-GAIN_DB = (-12.0, 4.0)
-SPEED = (0.88, 1.14)
-SNR_DB = (10.0, 40.0)
+GAIN_DB, SPEED = (-12.0, 4.0), (0.88, 1.14)
+SNR_DB, CLEAN_CHANCE = (10.0, 40.0), 0.2
 BABBLE_SNR_DB = (15.0, 40.0)  # speech in the noise hides phones more than hiss does
-CLEAN_CHANCE = 0.2
-ROOM_CHANCE = 0.4
-BAND_LIMIT_CHANCE = 0.2
-ECHO_CHANCE = 1 / 3
-ECHO_DELAY = (0.05, 0.25)
-ECHO_DB = (-45.0, -20.0)
+ROOM_CHANCE, BAND_LIMIT_CHANCE = 0.4, 0.2
+ECHO_DELAY, ECHO_DB, ECHO_CHANCE = (0.05, 0.25), (-45.0, -20.0), 1 / 3
 NOISES = ("white", "pink", "hum", "babble")
 BACKCHANNELS = {
     "english": ("Mm-hmm.", "Okay.", "Right.", "I see.", "Yeah."),
@@ -163,22 +138,18 @@ class Plan:
     microphone: Microphone
 
 
-def _uniform(rng: np.random.Generator, bounds: tuple[float, float]) -> float:
-    return float(rng.uniform(*bounds))
-
-
 def draw_microphone(rng: np.random.Generator) -> Microphone:
     noise = str(rng.choice(NOISES))
-    snr = _uniform(rng, BABBLE_SNR_DB if noise == "babble" else SNR_DB)
+    snr = rng.uniform(*(BABBLE_SNR_DB if noise == "babble" else SNR_DB))
     clean, room, band, echo = rng.random(4)
     return Microphone(
-        gain_db=_uniform(rng, GAIN_DB),
+        gain_db=rng.uniform(*GAIN_DB),
         noise=None if clean < CLEAN_CHANCE else noise,
         snr_db=snr,
-        room_seconds=_uniform(rng, (0.1, 0.45)) if room < ROOM_CHANCE else None,
-        room_db=_uniform(rng, (-18.0, -6.0)),
+        room_seconds=rng.uniform(0.1, 0.45) if room < ROOM_CHANCE else None,
+        room_db=rng.uniform(-18.0, -6.0),
         band_hz=int(rng.choice((8000, 12000, 16000))) if band < BAND_LIMIT_CHANCE else None,
-        echo=(_uniform(rng, ECHO_DELAY), _uniform(rng, ECHO_DB)) if echo < ECHO_CHANCE else None,
+        echo=(rng.uniform(*ECHO_DELAY), rng.uniform(*ECHO_DB)) if echo < ECHO_CHANCE else None,
         seed=int(rng.integers(2**31)),
     )
 
@@ -190,9 +161,9 @@ def plan_conversation(
     rng: np.random.Generator,
 ) -> Plan:
     """Two to four exchanges in one user voice, or (IDLE_CHANCE) a call in which nobody speaks."""
-    voice, speed, microphone = draw_voice(users, rng), _uniform(rng, SPEED), draw_microphone(rng)
+    voice, speed, microphone = draw_voice(users, rng), rng.uniform(*SPEED), draw_microphone(rng)
     if rng.random() < IDLE_CHANCE:
-        return Plan((), _uniform(rng, IDLE_SECONDS), microphone)
+        return Plan((), rng.uniform(*IDLE_SECONDS), microphone)
     count = min(int(rng.integers(2, 5)), len(exchanges))
     chosen = [exchanges[i] for i in rng.choice(len(exchanges), size=count, replace=False)]
     turns: list[PlannedTurn] = []
@@ -200,28 +171,28 @@ def plan_conversation(
         text = line.texts[int(rng.integers(len(line.texts)))]
         if line.who == "agent":
             request = speech.Request(text, agent.language, agent, 1.0, line.emotion)
-            turns.append(PlannedTurn("agent", request, *what, _uniform(rng, ANSWER_GAP)))
+            turns.append(PlannedTurn("agent", request, *what, rng.uniform(*ANSWER_GAP)))
             turns += _backchannel(voice, speed, rng)
         else:
             seed = int(rng.integers(2**31))
             request = speech.Request(text, voice.language, voice, speed, line.emotion, seed)
             turns.append(PlannedTurn("user", request, *what, **_timing(rng, first=not turns)))
-    return Plan(tuple(turns), _uniform(rng, TAIL), microphone)
+    return Plan(tuple(turns), rng.uniform(*TAIL), microphone)
 
 
 def _timing(rng: np.random.Generator, first: bool) -> dict:
     """When a user's turn comes, and the pause in it."""
     long_gap, overlap, barge, pause = rng.random(4)
-    gap, barge_in, inner = _uniform(rng, LEAD_IN if first else EXCHANGE_GAP), None, None
+    gap, barge_in, inner = rng.uniform(*(LEAD_IN if first else EXCHANGE_GAP)), None, None
     if not first and overlap < OVERLAP_CHANCE:
-        gap = -_uniform(rng, OVERLAP)
+        gap = -rng.uniform(*OVERLAP)
     elif long_gap < LONG_GAP_CHANCE:
-        gap = _uniform(rng, LONG_GAP)
+        gap = rng.uniform(*LONG_GAP)
     if not first and barge < BARGE_IN_CHANCE:
-        barge_in = _uniform(rng, (0.25, 0.8))
-    stops_after = _uniform(rng, AGENT_STOPS_AFTER)
+        barge_in = rng.uniform(0.25, 0.8)
+    stops_after = rng.uniform(*AGENT_STOPS_AFTER)
     if pause < PAUSE_CHANCE:
-        inner = (_uniform(rng, (0.2, 0.8)), _uniform(rng, INNER_PAUSE))
+        inner = (rng.uniform(0.2, 0.8), rng.uniform(*INNER_PAUSE))
     return {"gap": gap, "barge_in": barge_in, "stops_after": stops_after, "pause": inner}
 
 
@@ -254,7 +225,7 @@ class _Placed:
 
 
 def lay_out(turns: Sequence[PlannedTurn], takes: Sequence[Take]) -> list[_Placed]:
-    """Places the takes in time: gaps, overlaps, barge-ins that stop the agent, back-channels."""
+    """Places the takes: gaps, overlaps, barge-ins that stop the agent, back-channels."""
     placed: list[_Placed] = []
     clock, last = 0.0, None  # the end of the last turn, back-channels apart
     pending: tuple[PlannedTurn, Take] | None = None
@@ -274,8 +245,7 @@ def lay_out(turns: Sequence[PlannedTurn], takes: Sequence[Take]) -> list[_Placed
             start = max(start, last.start + 0.1)
         pending = None
         if turn.who == "agent":
-            earliest = clock + ANSWER_GAP[0]
-            start = take.onset + _on_the_tick(start - take.onset, earliest - take.onset)
+            start = _on_the_tick(take, start, clock + ANSWER_GAP[0])
         if turn.pause is not None:
             take = insert_pause(take, *turn.pause)
         last = _Placed(turn, take, start)
@@ -286,13 +256,14 @@ def lay_out(turns: Sequence[PlannedTurn], takes: Sequence[Take]) -> list[_Placed
     return sorted(placed, key=lambda p: p.start)
 
 
-def _on_the_tick(start: float, earliest: float) -> float:
-    """The agent's tick at or before `start` (s), but none before `earliest`.
+def _on_the_tick(take: Take, start: float, earliest: float) -> float:
+    """Where a reply's sound starts (s) if the take begins on the agent's tick before `start`.
 
-    The same reply is then the same codes each time, as the agent begins on a tick in a call too.
+    Not before `earliest`. The same reply is then the same codes each time, as it is in a call.
     """
-    ticks = math.floor(start / AGENT_TICK + 1e-6)
-    return AGENT_TICK * max(ticks, math.ceil(earliest / AGENT_TICK - 1e-6))
+    tick = math.floor((start - take.onset) / AGENT_TICK + 1e-6)
+    tick = max(tick, math.ceil((earliest - take.onset) / AGENT_TICK - 1e-6))
+    return take.onset + AGENT_TICK * tick
 
 
 def _place_inside(placed: list[_Placed], agent: _Placed, turn: PlannedTurn, take: Take) -> None:
@@ -303,39 +274,26 @@ def _place_inside(placed: list[_Placed], agent: _Placed, turn: PlannedTurn, take
 
 
 def _turn_fields(placed: _Placed) -> dict:
-    turn, take = placed.turn, placed.take
+    turn, take, cut, text = placed.turn, placed.take, placed.cut, placed.turn.request.text
     shift = placed.start - take.onset
-    high = shift + len(take.audio) / SAMPLE_RATE if placed.cut is None else placed.cut
-    phones = shift_spans(take.phones, shift, 0.0, high)
+    high = shift + len(take.audio) / SAMPLE_RATE if cut is None else cut
     words = shift_spans(take.words, shift, 0.0, math.inf)
-    text = turn.request.text
-    if placed.cut is not None:
-        text, words = _cut_text(text, words, placed)
+    if cut is not None:  # what was said in full
+        tokens = text.split()
+        if words is None:
+            said = tokens[: int(len(tokens) * ((cut - placed.start) / take.length))]
+        else:
+            aligned = len(words) == len(tokens)
+            words = [word for word in words if word[2] <= cut]
+            said = tokens[: len(words)] if aligned else [word[0] for word in words]
+        text = " ".join(said)
     return {
-        "who": turn.who,
-        "start": round(placed.start, 4),
-        "end": round(placed.end, 4),
-        "text": text,
-        "emotion": turn.request.emotion,
-        "intent": turn.intent,
-        "exchange": turn.exchange,
-        "voice": turn.request.voice.id,
-        "interrupted": placed.cut is not None,
-        "phones": phones,
-        "words": words,
-    }
-
-
-def _cut_text(text: str, words: list | None, placed: _Placed) -> tuple[str, list | None]:
-    """The words that were said in full before the agent stopped."""
-    tokens = text.split()
-    if words is None:
-        share = (placed.cut - placed.start) / placed.take.length
-        return " ".join(tokens[: int(len(tokens) * share)]), None
-    said = [word for word in words if word[2] <= placed.cut]
-    if len(words) == len(tokens):
-        return " ".join(tokens[: len(said)]), said
-    return " ".join(word[0] for word in said), said
+        "who": turn.who, "start": round(placed.start, 4), "end": round(placed.end, 4),
+        "text": text, "emotion": turn.request.emotion, "intent": turn.intent,
+        "exchange": turn.exchange, "voice": turn.request.voice.id,
+        "interrupted": cut is not None,
+        "phones": shift_spans(take.phones, shift, 0.0, high), "words": words,
+    }  # fmt: skip
 
 
 def mix(
@@ -343,8 +301,7 @@ def mix(
 ) -> dict:
     """A row of the dataset, with audio: `agent` and `user`, float32 `[T]` of whole frames.
 
-    `babble` are other people's utterances, for the noise of that name. The agent's channel is
-    exactly zero wherever it does not speak. `turns` are in the order of their starts.
+    `babble`: other people's utterances. The agent's channel is exactly zero where it is silent.
     """
     placed = lay_out(plan.turns, takes)
     seconds = max((p.end for p in placed), default=0.0) + plan.tail
@@ -424,9 +381,7 @@ def _noise_bank(kind: str) -> np.ndarray:
     return (white / np.sqrt(np.mean(white**2))).astype(np.float32)
 
 
-def draw_noise(
-    kind: str, length: int, babble: Sequence[np.ndarray], rng: np.random.Generator
-) -> np.ndarray:
+def draw_noise(kind: str, length: int, babble, rng: np.random.Generator) -> np.ndarray:
     """Noise `[length]` float32 of unit power."""
     if kind == "hum":
         mains = rng.choice((50.0, 60.0)) * np.arange(1, 9)
@@ -449,9 +404,6 @@ def draw_noise(
     return (noise / max(math.sqrt(float(np.mean(noise**2))), 1e-6)).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------------- encoding
-
-
 _CHUNK_FRAMES = 250
 _codec = functools.lru_cache(maxsize=2)(Codec.from_checkpoint)
 
@@ -460,11 +412,9 @@ _codec = functools.lru_cache(maxsize=2)(Codec.from_checkpoint)
 def encode_channels(
     codec: Codec, channels: Sequence[np.ndarray], batch: int = 16, device: str = "cpu"
 ) -> list[np.ndarray]:
-    """Codes uint16 `[F, 8]` of each channel `[T]`, T of any lengths, `F = ceil(T / 480)`.
-
-    Channels of like length go in one batch: the codec is causal, so the padding behind them changes
-    no code. Streamed in chunks that stay in the cache: a third faster than in one piece.
-    """
+    """Codes uint16 `[F, 8]` of each channel `[T]`, `F = ceil(T / 480)`. Those of like length go in
+    one batch, as the codec is causal: padding changes no code. Streamed in chunks that stay in the
+    cache: a third faster than in one piece."""
     codes: list[np.ndarray] = [np.empty(0)] * len(channels)
     order = sorted(range(len(channels)), key=lambda i: len(channels[i]))
     for first in range(0, len(order), batch):
@@ -492,9 +442,6 @@ def encode_rows(rows: list[dict], args: argparse.Namespace) -> list[dict]:
     return [{**row, "agent_codes": next(codes), "user_codes": next(codes)} for row in rows]
 
 
-# ---------------------------------------------------------------------------------- parts
-
-
 @dataclass(frozen=True)
 class ScriptedPart:
     """A unit of work: at least `seconds` of audio, or `count` conversations."""
@@ -503,7 +450,6 @@ class ScriptedPart:
     index: int
     seconds: float = math.inf
     count: int = sys.maxsize
-    save_audio: int = 0
 
 
 scripts = functools.lru_cache(maxsize=1)(load_scripts)
@@ -514,22 +460,24 @@ def part_rng(args: argparse.Namespace, part: ScriptedPart, *numbers: int) -> np.
     return np.random.default_rng([args.seed, *where, *numbers])
 
 
+def _cast(args: argparse.Namespace, language: str) -> tuple[list[Exchange], list, speech.Voice]:
+    """(exchanges, user voices, the agent's). UserError where there are none."""
+    chosen = (args.split, args.intents, args.archetypes)
+    exchanges = choose_exchanges(scripts(args.scripts), language, *chosen)
+    users = user_voices(language, args.split, args.engines)
+    return exchanges, users, speech.voices(language, "agent", engines=args.engines)[0]
+
+
 def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[dict], list[str]]:
     """(rows of the part with the audio of both channels, why something was left out)."""
-    language = part.language
-    exchanges = choose_exchanges(
-        scripts(args.scripts), language, args.split, args.intents, args.archetypes
-    )
-    users = user_voices(language, args.split, args.engines)
-    agent = speech.voices(language, "agent", engines=args.engines)[0]
+    language, cast = part.language, _cast(args, part.language)
     made, dropped, seconds, first = [], [], 0.0, 0
     while first < part.count and seconds < part.seconds:
         size = min(PART_CONVERSATIONS, part.count - first)  # by the dozen, which is faster
         if part.seconds < math.inf:  # about 20 s each: do not make many too many
             size = min(size, max(1, round((part.seconds - seconds) / 18)))
         plans = [
-            plan_conversation(exchanges, users, agent, part_rng(args, part, n))
-            for n in range(first, first + size)
+            plan_conversation(*cast, part_rng(args, part, n)) for n in range(first, first + size)
         ]
         turns = [turn for plan in plans for turn in plan.turns]
         takes = make_takes([turn.request for turn in turns])
@@ -550,25 +498,11 @@ def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[di
         first += size
         if first > 100 * PART_CONVERSATIONS:
             raise UserError(f"no {language} voice works: {dropped[-1]}")
-    if part.save_audio:
-        _save_audio(Path(args.output_dir) / "audio", part, made[: part.save_audio])
+    for row in made[: args.save_audio if part.index == 0 else 0]:
+        path = Path(args.output_dir) / "audio" / f"{row['id']}.wav"
+        path.parent.mkdir(exist_ok=True)
+        write_audio(path, np.stack([row["agent"], row["user"]], axis=1))
     return made, dropped
-
-
-def _save_audio(folder: Path, part: ScriptedPart, rows: Sequence[dict]) -> None:
-    """WAV files and their manifest, as `--conversations` reads them."""
-    folder.mkdir(exist_ok=True)
-    lines = []
-    for row in rows:
-        path = f"{row['id']}.wav"
-        write_audio(folder / path, np.stack([row["agent"], row["user"]], axis=1))
-        line = {name: row[name] for name in ("id", "language", "source", "turns")}
-        line |= {"path": path, "agent_channel": 0, "user_channel": 1, "license": "synthetic"}
-        lines.append(as_json_line(line))
-    write_text(folder / f"{part.language}-{part.index:05d}.jsonl", "".join(lines))
-
-
-# ---------------------------------------------------------------------------------- recordings
 
 
 def _read_recording(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
@@ -592,7 +526,6 @@ def _read_recording(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.lru_cache(maxsize=1)
 def _voice_detector() -> Callable:
-    """Silero VAD: samples `[T]` at 16 kHz → [{start, end}, …] in samples."""
     import silero_vad  # which sets torch to one thread
 
     find, model = silero_vad.get_speech_timestamps, silero_vad.load_silero_vad()
@@ -602,10 +535,8 @@ def _voice_detector() -> Callable:
 def _detected_turns(user: np.ndarray) -> list[dict]:
     """Turns without text, for a user nobody has transcribed."""
     spans = _voice_detector()(torch.from_numpy(soxr.resample(user, SAMPLE_RATE, 16000)))
-    return [
-        {"who": "user", "start": s["start"] / 16000, "end": s["end"] / 16000, "text": None}
-        for s in spans
-    ]
+    times = [{name: span[name] / 16000 for name in ("start", "end")} for span in spans]
+    return [{"who": "user", "text": None, **time} for time in times]
 
 
 def make_recording(args, recording: Recording) -> tuple[list[dict], list[str]]:
@@ -624,20 +555,18 @@ def make_recording(args, recording: Recording) -> tuple[list[dict], list[str]]:
     return [{**row, "agent": agent, "user": user, "turns": turns}], []
 
 
-# ---------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------- dataset
 
 
 def _version(part: ScriptedPart | Recording) -> str:
     """Changes with the recording's file; empty where there is none."""
-    try:
-        found = part.path.stat()
-    except (AttributeError, OSError, ValueError):
-        return ""
-    return digest(found.st_size, found.st_mtime_ns)
+    path = getattr(part, "path", None)
+    found = path.stat() if path and path.is_file() else None
+    return digest(found.st_size, found.st_mtime_ns) if found else ""
 
 
 class DatasetFiles:
-    """The Arrow files of a dataset, each beside a list (`.json`) of the parts that it holds.
+    """The Arrow files of a dataset, and the list of the parts that each holds (`parts.json`).
 
     A part is known by what it is made of, not by its place: parts may be added, taken away and
     changed between two runs. A recording whose audio was removed stays as it was encoded.
@@ -647,82 +576,73 @@ class DatasetFiles:
         self._folder, self._args = Path(args.output_dir), args
         self._places = {digest(part): place for place, part in enumerate(parts)}
         self._versions = {digest(part): _version(part) for part in parts}
-        self.files: list[tuple[int, str]] = []  # (place of the first part, name)
-        self.done: dict[str, dict] = {}  # key of a part → {version, rows, dropped}
-        self._wait()
-        for path in sorted(self._folder.glob("part-*.json")):
-            self._take_over(path)
-        for path in self._folder.glob("part-*.arrow"):
-            if not path.with_suffix(".json").exists():  # a run ended between the two
-                path.unlink()
-        self.missing = [part for part in parts if digest(part) not in self.done]
+        self._files: dict[str, dict] = {}  # name → key of a part → {version, rows, dropped}
+        self._list = self._folder / "parts.json"
+        listed = read_json(self._list, "remove its folder") if self._list.exists() else {}
+        for name, held in listed.items():
+            wanted = {key: entry for key, entry in held.items() if self._is_wanted(key, entry)}
+            if wanted == held:
+                self._files[name] = held
+                continue
+            chosen = [key in wanted for key, entry in held.items() for _ in range(entry["rows"])]
+            self._put(wanted, functools.partial(filter_arrow, self._folder / name, chosen=chosen))
+        write_json(self._list, self._files)
+        for name in listed.keys() - self._files.keys():
+            (self._folder / name).unlink(missing_ok=True)
+        self.missing = [part for part in parts if digest(part) not in self.done()]
+        self._begin()
 
-    def _wait(self) -> None:
-        self._listed: dict[str, dict] = {}  # of parts made and not yet written
+    def _begin(self) -> None:
+        self._new: dict[str, dict] = {}  # parts made and not yet written
         self._rows: list[dict] = []
         self._seconds, self._since = 0.0, time.monotonic()
 
-    def _take_over(self, path: Path) -> None:
-        """Keeps of a file of an earlier run what is still asked for and in no other file."""
-        listed, arrow = read_json(path, "remove its folder"), path.with_suffix(".arrow")
-        if any(arrow.name == name for _, name in self.files):
-            return
-        wanted = {key: entry for key, entry in listed.items() if self._is_wanted(key, entry)}
-        if wanted == listed:
-            self._register(path, listed)
-            return
-        chosen = [key in wanted for key, entry in listed.items() for _ in range(entry["rows"])]
-        self._write(wanted, lambda new: filter_arrow(arrow, new, chosen))
-        path.unlink()
-
     def _is_wanted(self, key: str, entry: dict) -> bool:
         version = self._versions.get(key)
-        if version is None or key in self.done:
-            return False
-        if not version:  # without a file: what gave nothing is tried again
+        if version == "":  # no file: what gave nothing is tried again
             return entry["rows"] > 0
         return version == entry["version"]
 
-    def _write(self, listed: dict[str, dict], write: Callable[[Path], None]) -> None:
-        path = self._folder / f"part-{digest(listed)}.json"
-        if any(entry["rows"] for entry in listed.values()):
-            write(path.with_suffix(".arrow"))
-        if listed:
-            write_json(path, listed)
-            self._register(path, listed)
-
-    def _register(self, path: Path, listed: dict[str, dict]) -> None:
-        self.done |= listed
-        places = [self._places[key] for key, entry in listed.items() if entry["rows"]]
-        if places:
-            self.files.append((min(places), path.with_suffix(".arrow").name))
+    def _put(self, parts: dict[str, dict], write: Callable[[Path], None]) -> None:
+        name = f"part-{digest(parts)}.arrow"
+        if any(entry["rows"] for entry in parts.values()):
+            write(self._folder / name)
+        if parts:
+            self._files[name] = parts
 
     def add(self, part, rows: list[dict], dropped: list[str], seconds: float) -> None:
         """Takes the rows of a part; writes a file when it is full, or long waited for."""
         key = digest(part)
-        self._listed[key] = {
-            "version": self._versions[key], "rows": len(rows), "dropped": dropped
-        }  # fmt: skip
+        entry = {"version": self._versions[key], "rows": len(rows), "dropped": dropped}
+        self._new[key] = entry
         self._rows += rows
         self._seconds += seconds
-        late = time.monotonic() - self._since > WRITE_SECONDS
-        if late or self._seconds > FILE_SECONDS:
+        if self._seconds > FILE_SECONDS or time.monotonic() - self._since > WRITE_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what is there as one file and its list."""
-        self._write(
-            self._listed, lambda new: write_arrow(new, encode_rows(self._rows, self._args))
-        )
-        self._wait()
+        """Writes what is there as one file."""
+        rows = encode_rows(self._rows, self._args)
+        self._put(self._new, lambda path: write_arrow(path, rows))
+        write_json(self._list, self._files)
+        self._begin()
 
+    def done(self) -> dict[str, dict]:
+        """The parts that are in a file: key → {version, rows, dropped}."""
+        return {key: entry for parts in self._files.values() for key, entry in parts.items()}
 
-# ---------------------------------------------------------------------------------- running
+    def names(self) -> list[str]:
+        """The Arrow files, in the order of their first parts."""
+        firsts = {
+            name: min(self._places[key] for key in parts)
+            for name, parts in self._files.items()
+            if any(entry["rows"] for entry in parts.values())
+        }
+        return sorted(firsts, key=firsts.get)
 
 
 def claim(folder: Path, name: str, settings: dict) -> None:
     """Marks a folder as made with these settings; UserError where it was made with others."""
-    folder.mkdir(parents=True, exist_ok=True)
     if not (folder / name).exists():
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder}: holds other files; give an empty or a new folder")
@@ -730,17 +650,13 @@ def claim(folder: Path, name: str, settings: dict) -> None:
     known = read_json(folder / name, "remove its folder")
     for key, value in json.loads(json.dumps(settings)).items():
         if known.get(key) != value:
-            raise UserError(
-                f"{folder}: made with {key} {known.get(key)!r}, not {value!r}; "
-                "give another folder or remove this one"
-            )
+            made = f"made with {key} {known.get(key)!r}, not {value!r}"
+            raise UserError(f"{folder}: {made}; give another folder or remove this one")
 
 
 def _work(make: Callable, args: argparse.Namespace, part) -> tuple[list[dict], list[str], float]:
-    """(rows, why something was left out, seconds of audio) of a part.
-
-    On a CPU every process encodes what it makes; a GPU has one process that encodes for all.
-    """
+    """(rows, why something was left out, seconds of audio) of a part. On a CPU every process
+    encodes what it makes; a GPU has one process that encodes for all."""
     rows, dropped = make(args, part)
     seconds = sum(len(row["agent"]) for row in rows) / SAMPLE_RATE
     return encode_rows(rows, args) if args.device == "cpu" else rows, dropped, seconds
@@ -780,14 +696,13 @@ def make_dataset(args: argparse.Namespace) -> None:
             count, audio = count + len(rows), audio + seconds
     finally:
         files.flush()
-    dropped += [why for entry in files.done.values() for why in entry["dropped"]]
-    left_out = f"{len(dropped)} left out; first: {dropped[0]}" if dropped else "nothing asked for"
-    if dropped:
-        log = "".join(f"{reason}\n" for reason in dropped)
-        (folder / "dropped.txt").write_text(log, encoding="utf-8", errors="backslashreplace")
-    if not files.files:
+    dropped += [why for entry in files.done().values() for why in entry["dropped"]]
+    log = "".join(f"{reason}\n" for reason in dropped)
+    (folder / "dropped.txt").write_text(log, encoding="utf-8", errors="backslashreplace")
+    left_out = f"{len(dropped)} left out; first: {dropped[0]}" if dropped else "none left out"
+    if not files.names():
         raise UserError(f"{folder}: nothing could be made, {left_out}")
-    finish_dataset(folder, [name for _, name in sorted(files.files)], info)
+    finish_dataset(folder, files.names(), info)
     if dropped:
         print(f"{left_out}; all in {folder / 'dropped.txt'}")
     took = max(time.monotonic() - started, 1e-3)
@@ -801,22 +716,14 @@ def _scripted_parts(args: argparse.Namespace) -> list[ScriptedPart]:
     """The parts of all languages. UserError where a language has no script or no voice."""
     parts = []
     for language in args.languages:
-        choose_exchanges(
-            scripts(args.scripts), language, args.split, args.intents, args.archetypes
-        )
-        user_voices(language, args.split, args.engines)
-        speech.voices(language, "agent", engines=args.engines)
+        _cast(args, language)
         if args.num_conversations:
             firsts = range(0, args.num_conversations, PART_CONVERSATIONS)
             sizes = [{"count": min(PART_CONVERSATIONS, args.num_conversations - n)} for n in firsts]
         else:
             seconds = min(PART_SECONDS, args.hours * 3600)
             sizes = [{"seconds": seconds}] * math.ceil(args.hours * 3600 / seconds - 1e-9)
-        share, more = divmod(args.save_audio, len(sizes))
-        parts += [
-            ScriptedPart(language, i, save_audio=share + (i < more), **size)
-            for i, size in enumerate(sizes)
-        ]
+        parts += [ScriptedPart(language, i, **size) for i, size in enumerate(sizes)]
     return parts
 
 
@@ -835,7 +742,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--exchanges", choices=("archetypes", "all"), default="all", help="archetypes: *-001")
     add("--engines", nargs="+", metavar="NAME", help="of speech, the agent's first; default: all")
     add("--split", choices=SPLITS, default="train")
-    add("--save_audio", type=whole(0), default=0, help="conversations a language to keep as WAV")
+    add("--save_audio", type=whole(0), default=0, help="write this many a language as WAV as well, "
+        "of its first part (a dozen)")  # fmt: skip
     add("--seed", type=whole(0, 2**63 - 1), default=0)
     add("--num_workers", type=whole(0, 512), default=default_workers(), help="processes; 0: none")
     add("--device", default="auto", help="that the codec encodes on")

@@ -13,11 +13,9 @@ from audio import SAMPLE_RATE
 from command import UserError
 from phones import SILENCE
 
-# How often each engine is drawn: by how natural it sounds and how unlike the others, not by the
-# number of its voices. espeak is cheap and varied, but no person sounds like it.
+# How often each engine is drawn: by how natural it sounds and how unlike the others.
 ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "espeak": 0.2}
-# How far a voice's pitch is spread at most; further sounds sung, and praat.py may narrow it. Users'
-# ranges are drawn up to 1.28 times as large. espeak spreads its pitch itself.
+# How far a voice's pitch is spread at most; further sounds sung. espeak spreads its pitch itself.
 MAX_PITCH_RANGE = {"agent": 1.4, "user": 1.1}
 
 
@@ -44,18 +42,12 @@ def draw_voice(voices: Sequence[speech.Voice], rng: np.random.Generator) -> spee
 
 def speak(requests: Sequence[speech.Request]) -> list[speech.Utterance | UserError]:
     """Utterances in ranges of pitch that sound spoken; for what its engine cannot say, why."""
-    requests = [_limit_pitch_range(request) for request in requests]
-    say = speech.Synthesizer().synthesize
     try:
-        return say(requests)
-    except UserError:  # of one of them: one by one, then
-        said = []
-        for request in requests:
-            try:
-                said += say([request])
-            except UserError as error:
-                said.append(UserError(f"{request.voice.id}: {error}"))
-        return said
+        return speech.Synthesizer().synthesize([_limit_pitch_range(r) for r in requests])
+    except UserError as error:
+        if len(requests) == 1:
+            return [UserError(f"{requests[0].voice.id}: {error}")]
+        return [said for request in requests for said in speak([request])]
 
 
 def _limit_pitch_range(request: speech.Request) -> speech.Request:
