@@ -144,11 +144,8 @@ class Call:
 def ask(
     exchanges: Sequence[Exchange], language: str, args: argparse.Namespace
 ) -> tuple[list[Call], list[str]]:
-    """Speaks every exchange of the language with up to `--questions_per_exchange` wordings.
-
-    Returns the calls, and why others could not be spoken. UserError without a voice for the split,
-    or without any call.
-    """
+    """Every exchange spoken with up to `--questions_per_exchange` wordings: the calls, and why
+    others could not be spoken. UserError without a voice for the split, or without any call."""
     rng = np.random.default_rng([args.seed, SPOKEN.index(language), SPLITS.index(args.split)])
     voices = user_voices(language, args.split)
     chosen = choose_exchanges(exchanges, language, args.split, args.intents, args.archetypes)
@@ -342,11 +339,8 @@ def _through(codec: Codec, audio: np.ndarray) -> np.ndarray:
 def judge_call(
     call: Call, agent: dict, lm: S2S, replies: Sequence[str], judge: Judge | None
 ) -> list[dict]:
-    """Every turn of a call as it went, `agent` as `hold_calls` gives it.
-
-    A reply's share of the call ends where the next question begins. `text` and `audio`: right or
-    not, None without a judge; `emotion` and `language` of the user, as recognised and as said.
-    """
+    """Every turn as it went; a reply's share of the call ends at the next question. `text` and
+    `audio`: right or not, None without a judge; `emotion`, `language`: as recognised, as said."""
     c, reply = lm.config, agent["audio"].reshape(-1)
     levels = frame_levels(reply)
     times = np.arange(len(levels)) * LEVEL_SECONDS + 1 / c.patch_rate  # it answers a patch later

@@ -257,10 +257,8 @@ def lay_out(turns: Sequence[PlannedTurn], takes: Sequence[Take]) -> list[_Placed
 
 
 def _on_the_tick(take: Take, start: float, earliest: float) -> float:
-    """Where a reply's sound starts (s) if the take begins on the agent's tick before `start`.
-
-    Not before `earliest`. The same reply is then the same codes each time, as it is in a call.
-    """
+    """Where a reply's sound starts (s) if the take begins on the agent's tick before `start`, not
+    before `earliest`: the same reply is then the same codes each time, as it is in a call."""
     tick = math.floor((start - take.onset) / AGENT_TICK + 1e-6)
     tick = max(tick, math.ceil((earliest - take.onset) / AGENT_TICK - 1e-6))
     return take.onset + AGENT_TICK * tick
