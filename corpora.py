@@ -43,17 +43,14 @@ UNREADABLE = "unreadable.txt"
 RECORD_FIELDS = {"hours": "number", "whole": "true or false", "max_hours": "number"}
 
 
-# ---------------------------------------------------------------------------- kinds of corpora
-
-
 @dataclass(frozen=True)
 class Corpus:
     """One row of the table; each subclass is one way of getting it.
 
     `hours` and `gigabytes` are on disk in the end, `download_gb` over the network where that
     differs, `transient_gb` beside it for a while. `exact`: its authors counted `hours`; else
-    --verify trusts what was fetched. `split`: all of it, for one or two voices. `layout`: one of
-    LAYOUTS. `note`: why it is in the default set or not, and what it stands for.
+    --verify trusts what was fetched. `split`: of all of it. `layout`: one of LAYOUTS. `note`: why
+    it is in the default set or not, and what it stands for.
     """
 
     name: str
@@ -85,12 +82,6 @@ class Corpus:
     @property
     def origin(self) -> str:
         return getattr(self, "repo", "") or getattr(self, "bases", [self.name])[0]
-
-    @property
-    def marks(self) -> str:
-        """One letter a property, for --list."""
-        pairs = (("d", self.default), ("g", self.gated), ("n", not self.commercial_ok))
-        return " ".join(mark for mark, holds in pairs if holds)
 
 
 @dataclass(frozen=True)
@@ -160,14 +151,9 @@ class Fisher(Corpus):
     """Fisher as the LDC ships it; read from --fisher_dir, never downloaded."""
 
 
-# ------------------------------------------------------------------------- a corpus on its way
-
-
 @dataclass(frozen=True)
 class FetchOptions:
-    """What the flags say about how to fetch. `max_hours` is per corpus, 0 for no limit."""
-
-    max_hours: float = 0.0
+    max_hours: float = 0.0  # per corpus, 0 for no limit
     mirrors: dict[str, str] = field(default_factory=dict)
     keep_wav: bool = False
     cv_dataset_ids: dict[str, str] = field(default_factory=dict)
@@ -176,11 +162,9 @@ class FetchOptions:
 
 @dataclass
 class Job:
-    """One corpus on its way: `part` becomes its folder, `archives` is removed in the end.
-
-    `lines` are its clips or conversations so far, `unreadable` the files or rows that are left
-    out and why; `complete` is False where --max_hours cut it short.
-    """
+    """One corpus on its way: `part` becomes its folder, `archives` is removed in the end. `lines`
+    are its clips or conversations so far, `unreadable` the files or rows that are left out and why;
+    `complete` is False where --max_hours cut it short."""
 
     corpus: Corpus
     part: Path
@@ -215,15 +199,11 @@ def fetch(
     corpus: Corpus, data_dir: Path, options: FetchOptions = FetchOptions(),
     stopped: threading.Event | None = None,
 ) -> bool:  # fmt: skip
-    """Bring one corpus into place; False where it was there already. Raises UserError.
-
-    A corpus that an earlier --max_hours had cut short goes on where this call allows more.
-    """
+    """Bring one corpus into place; False where it was there already. Raises UserError."""
     if not needs_fetching(corpus, data_dir, options):
         return False
     folder = corpus.folder(data_dir)
-    # Hidden, so that no trainer scans it while it grows.
-    part = folder.with_name(f".{corpus.name}.part")
+    part = folder.with_name(f".{corpus.name}.part")  # hidden: no trainer scans it while it grows
     if (folder / data.MANIFEST).exists():
         shutil.rmtree(part, ignore_errors=True)
         folder.rename(part)
@@ -248,7 +228,7 @@ def fetch(
 
 
 def needs_fetching(corpus: Corpus, data_dir: Path, options: FetchOptions) -> bool:
-    """Whether `fetch` would do anything."""
+    """Whether it is not there, or was cut short by a --max_hours and may now grow."""
     folder = corpus.folder(data_dir)
     record = read_record(folder)
     more = not options.max_hours or options.max_hours > record.get("max_hours", 0)
@@ -257,28 +237,23 @@ def needs_fetching(corpus: Corpus, data_dir: Path, options: FetchOptions) -> boo
 
 def read_record(folder: Path) -> dict:
     """What `corpus.json` says of how the folder was fetched; empty where there is none."""
-    try:
+    with contextlib.suppress(OSError, UserError):
         record = read_json(folder / RECORD)
         check_fields(record, RECORD_FIELDS, RECORD)
-    except (OSError, UserError):
-        return {}
-    return record
+        return record
+    return {}
 
 
 def _write_folder(job: Job) -> None:
-    """The manifest, the list of what could not be read, and how the folder came to be."""
     corpus, part = job.corpus, job.part
     _write_unreadable(job)
     if job.unreadable:
         left_out = f"{len(job.unreadable)} files left out, see {UNREADABLE} in its folder"
         tqdm.write(f"{corpus.name}: {left_out}", file=sys.stderr)
     record = {
-        "source": corpus.origin,
-        "license": corpus.license,
-        "hours": job.hours,
-        "whole": job.complete,
-        "max_hours": job.options.max_hours,
-    }
+        "source": corpus.origin, "license": corpus.license, "hours": job.hours,
+        "whole": job.complete, "max_hours": job.options.max_hours,
+    }  # fmt: skip
     write_text(part / RECORD, json.dumps(record, indent=2) + "\n")
     if isinstance(job.lines[0], dict):
         write_text(part / data.MANIFEST, "".join(map(as_json_line, job.lines)))
@@ -289,21 +264,16 @@ def _write_folder(job: Job) -> None:
 def _write_unreadable(job: Job) -> None:
     job.unreadable = list(dict.fromkeys(job.unreadable))
     if job.unreadable:
-        listed = "".join(f"{line}\n" for line in job.unreadable)
-        write_text(job.part / UNREADABLE, printable(listed))
+        write_text(job.part / UNREADABLE, printable("\n".join(job.unreadable) + "\n"))
 
 
 def clip_of(
     corpus: Corpus, path: Path, duration: float, sample_rate: int, split: str, **more: str | None
 ) -> data.Clip:
     """A clip with what its corpus says of it; a corpus of one split has the last word on it."""
-    return data.Clip(
-        path, duration, sample_rate, corpus.language, license=corpus.license,
-        commercial_ok=corpus.commercial_ok, split=corpus.split or split, **more,
-    )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------- archives
+    common = {"license": corpus.license, "commercial_ok": corpus.commercial_ok}
+    split = corpus.split or split
+    return data.Clip(path, duration, sample_rate, corpus.language, split=split, **common, **more)
 
 
 def fetch_archives(job: Job) -> None:
@@ -334,8 +304,7 @@ def _download_from_any(job: Job, archive: Archive, file: Path) -> None:
 
 @contextlib.contextmanager
 def _used_up(file: Path) -> Iterator[None]:
-    """Removes an archive or shard after the block, and where the block finds it damaged: without
-    a checksum this is how a bad copy shows."""
+    """Removes an archive or shard after the block, and where the block finds it damaged."""
     try:
         yield
     except Damaged as error:
@@ -376,8 +345,6 @@ def fetch_common_voice(job: Job) -> None:
     _take_clips(job)
 
 
-# ------------------------------------------------------------------ how corpora name their files
-
 # {stem of a file: (text, speaker)}, of what a corpus lists.
 Listed = dict[str, tuple[str, str | None]]
 
@@ -405,14 +372,13 @@ class Layout:
         match = re.search(f"(?:^|/)(?:{self.named})$", path)
         if not match:
             return {}
-        groups = match.groupdict()
-        speaker = groups.get("speaker")
+        found = match.groupdict().get
+        speaker = found("speaker")
         return {
-            "speaker": speaker and self.prefix + speaker.replace("_", "-"),
-            "key": groups.get("key"),
-            "text": self.sentences.get(groups.get("sentence")),
-            "emotion": self.emotions.get(groups.get("emotion")),
-        }
+            "speaker": speaker and self.prefix + speaker.replace("_", "-"), "key": found("key"),
+            "text": self.sentences.get(found("sentence")),
+            "emotion": self.emotions.get(found("emotion")),
+        }  # fmt: skip
 
 
 def _take_clips(job: Job) -> None:
@@ -423,10 +389,10 @@ def _take_clips(job: Job) -> None:
     paths = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         taken = list(pool.map(lambda path: _clip_of_file(job, path, layout, listed), paths))
-    unknown = [path for path, found in zip(paths, taken, strict=True) if found is None]
+    unknown = [path.name for path, found in zip(paths, taken, strict=True) if found is None]
     if unknown:
-        left_out = f"{job.corpus.name}: {len(unknown)} files left out, in no list, or named"
-        tqdm.write(f"{left_out} otherwise than its clips; first: {unknown[0].name}")
+        left_out = f"{len(unknown)} files left out, in no list, or named otherwise than its clips"
+        tqdm.write(f"{job.corpus.name}: {left_out}; first: {unknown[0]}")
     # By path: a kill between packing a WAV and removing it leaves both.
     found = {getattr(one, "path", one): one for one in taken if one is not None}
     job.hours = 0.0
@@ -460,7 +426,7 @@ def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.
 def _texts(name: str, between: str, in_capitals: bool = False) -> Callable[[Path], Listed]:
     """Reads the `stem text` lines of every file of that name (a glob), but what is no UTF-8."""
 
-    def read(root: Path) -> Listed:
+    def listed_below(root: Path) -> Listed:
         listed = {}
         for path in sorted(root.rglob(name)):
             for line in text_lines(path, "replace"):
@@ -469,11 +435,10 @@ def _texts(name: str, between: str, in_capitals: bool = False) -> Callable[[Path
                     listed[stem] = (text.lower() if in_capitals else text, None)
         return listed
 
-    return read
+    return listed_below
 
 
-def _validated(root: Path) -> Listed:
-    """What Common Voice's validated.tsv lists."""
+def _validated(root: Path) -> Listed:  # Common Voice's validated.tsv
     listed = {}
     for path in sorted(root.rglob("validated.tsv")):
         names, *rows = (line.split("\t") for line in text_lines(path, "replace"))
@@ -533,11 +498,7 @@ RASA_EMOTIONS |= {"happiness": "happy", "sadness": "sad", "anger": "angry"}
 RASA_EMOTIONS |= {name: "neutral" for name in ("neutral", "wiki", "indic")}
 
 
-# ------------------------------------------------------------------------- Hugging Face datasets
-
-
 def shards_of(corpus: OnHub, mirror: str | None) -> list[Shard]:
-    """The shards of a corpus as the dataset has them now."""
     suffix = ".parquet" if isinstance(corpus, Hub) else ".tar"
     return fetching.hub_shards(corpus.repo, corpus.revision, corpus.folders, suffix, mirror)
 
@@ -566,7 +527,6 @@ def fetch_hub(job: Job) -> None:
 
 
 def _take_rows(job: Job, shard: Shard, path: Path) -> None:
-    """Write and take the audio of every row, a batch at a time."""
     folder = job.audio / shard.path.removesuffix(".parquet")
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run, or --max_hours, left of it
     folder.mkdir(parents=True)
@@ -650,11 +610,8 @@ def _official_split(path: str) -> str:
     return "validation" if found in ("valid", "dev") else found
 
 
-# -------------------------------------------------------------------------------- conversations
-
-
 def fetch_hub_tars(job: Job) -> None:
-    """Tars of two-channel dialogues with their annotations, unpacked one by one."""
+    """Tars of two-channel dialogues with their annotations."""
     for shard in shards_of(job.corpus, job.mirror):
         if job.stops_here():
             return
@@ -662,8 +619,7 @@ def fetch_hub_tars(job: Job) -> None:
         if target.exists():
             job.bar.advance(shard.size)
         else:
-            file = fetching.fetch_shard(shard, job.archives, job.bar)
-            _unpack_apart(job, file, target)
+            _unpack_apart(job, fetching.fetch_shard(shard, job.archives, job.bar), target)
         for path in sorted(target.rglob("*.flac")):
             job.take(_dialogue(job, path, _official_split(shard.path)))
 
@@ -696,19 +652,12 @@ def _conversation(job: Job, path: Path, turns: list[dict], split: str) -> dict:
     # With its folder: archives of a corpus may count their files alike.
     below = path.relative_to(job.audio).with_suffix("").as_posix()
     return {
-        "id": f"{corpus.name}/{below}",
-        "path": path.relative_to(job.part).as_posix(),
-        "agent_channel": 0,
-        "user_channel": 1,
-        "language": corpus.language,
-        "source": corpus.name,
-        "license": corpus.license,
-        "commercial_ok": corpus.commercial_ok,
-        "split": split,
-        "duration": round(duration, 4),
-        "sample_rate": rate,
+        "id": f"{corpus.name}/{below}", "path": path.relative_to(job.part).as_posix(),
+        "agent_channel": 0, "user_channel": 1, "language": corpus.language, "source": corpus.name,
+        "license": corpus.license, "commercial_ok": corpus.commercial_ok, "split": split,
+        "duration": round(duration, 4), "sample_rate": rate,
         "turns": sorted(turns, key=lambda turn: turn["start"]),
-    }
+    }  # fmt: skip
 
 
 def fetch_fisher(job: Job) -> None:
@@ -735,8 +684,7 @@ def fetch_fisher(job: Job) -> None:
             job.take(str(error))
 
 
-def _fisher_turns(script: Path) -> list[dict]:
-    """`start end A: words` lines; side A is the agent."""
+def _fisher_turns(script: Path) -> list[dict]:  # of lines `start end A: words`
     turns = []
     for line in text_lines(script, "replace"):
         match = re.match(r"\s*(\d*\.?\d+)\s+(\d*\.?\d+)\s+([AB])\d*:\s*(.*)", line)
@@ -747,9 +695,6 @@ def _fisher_turns(script: Path) -> list[dict]:
 
 
 FETCHERS: dict[type[Corpus], Callable[[Job], None]] = {
-    Archives: fetch_archives,
-    DataCollective: fetch_common_voice,
-    Hub: fetch_hub,
-    HubTars: fetch_hub_tars,
-    Fisher: fetch_fisher,
-}
+    Archives: fetch_archives, DataCollective: fetch_common_voice, Hub: fetch_hub,
+    HubTars: fetch_hub_tars, Fisher: fetch_fisher,
+}  # fmt: skip

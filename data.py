@@ -116,9 +116,6 @@ class Clips(Sequence[Clip]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    def __add__(self, other: Iterable[Clip]) -> Clips:
-        return Clips(self.table, Clips.of(other).table)
-
     def column(self, name: str) -> np.ndarray:
         """A number or flag of every clip, in their order."""
         return self.table[name].to_numpy()
@@ -208,9 +205,8 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
     os.makedirs(folder, exist_ok=True)
     with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
         for clip in clips:
-            row = asdict(clip)
-            row["path"] = Path(os.path.relpath(clip.path, folder)).as_posix()
-            row["duration"] = round(clip.duration, 4)
+            path = Path(os.path.relpath(clip.path, folder)).as_posix()
+            row = asdict(clip) | {"path": path, "duration": round(clip.duration, 4)}
             optional = ("text", "emotion", "phones", "augmented")
             row = {k: v for k, v in row.items() if k not in optional or v not in (None, False)}
             file.write(as_json_line(row))
@@ -224,20 +220,8 @@ def split_for(key: str, validation: float = 0.05, test: float = 0.05) -> str:
     return "test" if point < validation + test else "train"
 
 
-def _point(key: str) -> float:
+def _point(key: str) -> float:  # in [0, 1)
     return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], "big") / 2**64
-
-
-def scan_folder(path: str | Path) -> tuple[list[Clip], list[Path]]:
-    """(clips, unreadable files) of a folder of audio without manifest, sub-folders included.
-
-    The language is the nearest folder name that is one, else "other"; speakers are read from
-    LibriSpeech's names (`speaker-chapter-number`), else unknown. Splits keep a speaker together; a
-    language has always training clips. Raises UserError on a missing folder.
-    """
-    root, scan = existing_folder(path, "--data_dirs"), _Scan()
-    files = [file for folder, names in _walk([root]) for file in scan.audio_files(folder, names)]
-    return _scan_files(files, path, scan), sorted(scan.bad)
 
 
 class _Scan:
@@ -248,24 +232,22 @@ class _Scan:
         self.notes: Counter[str] = Counter()  # how many of what
 
     def audio_files(self, folder: Path, names: list[str]) -> list[Path]:
-        """The files to read; those of other suffixes that stand for audio are counted."""
         suffixes = (os.path.splitext(name)[1].lower() for name in names)
         for suffix in filter(_PASSED_OVER.__contains__, suffixes):
             self.notes[f"files of {suffix} passed over: convert them to be trained on"] += 1
         return [folder / name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
 
+    def _probe(self, file: Path) -> tuple[float, int] | None:
+        try:
+            return probe(file)
+        except AudioError as error:
+            self.bad[file] = str(error)
+            return None
+
     def probe_all(self, files: Iterable[Path]) -> list[tuple[float, int] | None]:
         """`probe` of each; None for the bad."""
-
-        def probed(file: Path) -> tuple[float, int] | None:
-            try:
-                return probe(file)
-            except AudioError as error:
-                self.bad[file] = str(error)
-                return None
-
         with ThreadPoolExecutor(4 * default_workers(8)) as pool:
-            return list(pool.map(probed, files))
+            return list(pool.map(self._probe, files))
 
     def report(self, log: str | Path | None) -> None:
         """Warnings on stderr; the unreadable files are listed in `log`."""
@@ -306,7 +288,9 @@ def _walk(roots: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _scan_files(files: list[Path], data_dir: str | Path, scan: _Scan) -> list[Clip]:
-    """Clips of files below `data_dir`, whose name may say their language."""
+    """Clips of files without a manifest. The language is the nearest folder name that is one, that
+    of `data_dir` included, else "other". Splits keep a speaker together; a language has always
+    training clips."""
     root = Path(data_dir).resolve()
     default = _language_in(Path(os.path.abspath(data_dir))) or _language_in(root) or "other"
     clips: list[Clip] = []
@@ -360,14 +344,12 @@ def load_splits(
             raise UserError(f"{where}: nothing left under --commercial_only; add other corpora")
     at, names = clips.codes("split")
     chosen = [clips.where(at == names.index(s) if s in names else at < 0) for s in splits]
-    for split, own in zip(splits, chosen, strict=True):
-        if not len(own) and split == "train":
-            raise UserError(f"{where}: {len(clips)} clips, none in the train split; add more")
+    if any(split == "train" and not len(own) for split, own in zip(splits, chosen, strict=True)):
+        raise UserError(f"{where}: {len(clips)} clips, none in the train split; add more")
     return chosen
 
 
 def load_clips(dirs: Sequence[str | Path], split: str, commercial_only: bool = False) -> Clips:
-    """`load_splits` of one split."""
     return load_splits(dirs, [split], commercial_only)[0]
 
 
@@ -386,7 +368,7 @@ def _load_all(data_dirs: Sequence[str | Path], scan: _Scan) -> Clips:
     for data_dir, root in zip(data_dirs, roots, strict=True):
         scanned += _scan_files([f for f in loose if f.is_relative_to(root)], data_dir, scan)
         loose = [file for file in loose if not file.is_relative_to(root)]
-    return clips + scanned
+    return Clips(clips.table, Clips.of(scanned).table)
 
 
 def _each_once(clips: Clips, scan: _Scan) -> Clips:

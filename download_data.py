@@ -77,17 +77,12 @@ GIGABYTES_OF_6000_H = "WAV 16 kHz 691, FLAC 372, MP3 64k 173, Opus 24k 65, codes
 CPU_POD_USD = 0.12  # an hour; RunPod's smallest CPU pods, 2025
 H200_USD = 3.39
 
-
-# ----------------------------------------------------------------------------------- the table
-
 _OPENSLR = ("https://www.openslr.org", "https://us.openslr.org", "https://openslr.trmal.net")
-# For rows whose licence differs from place to place.
 _DISPUTED = {
-    "commercial_ok": False,
-    "license": "CC-BY-4.0 (?)",
+    "commercial_ok": False, "license": "CC-BY-4.0 (?)",
     "note": "its licence differs from place to place, so it counts as not for commercial use: name "
     "it in --corpora, with --allow_noncommercial, after reading them",
-}
+}  # fmt: skip
 
 
 def _openslr(number: int) -> tuple[str, ...]:
@@ -97,10 +92,8 @@ def _openslr(number: int) -> tuple[str, ...]:
 def _ai4bharat(repo: str, language: str, hours: float, gigabytes: float, **more: object) -> Hub:
     """A row for one language of a corpus of AI4Bharat: gated, a folder a language."""
     common = {"kilohertz": "16", "license": "CC-BY-4.0", "default": True, "folders": (language,)}
-    return Hub(
-        f"{repo.lower()}-{language}", language, hours, gigabytes, gated=True,
-        repo=f"ai4bharat/{repo}", **{**common, **more},
-    )  # fmt: skip
+    common |= {"gated": True, "repo": f"ai4bharat/{repo}"}
+    return Hub(f"{repo.lower()}-{language}", language, hours, gigabytes, **{**common, **more})
 
 
 _KATHBATH = {"license": "CC0-1.0", "layout": "kathbath"}
@@ -246,9 +239,6 @@ CORPORA: tuple[Corpus, ...] = (
 )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------- list
-
-
 def print_list(corpora: Iterable[Corpus]) -> None:
     """The table, 80 columns wide, with totals."""
     corpora = list(corpora)
@@ -259,7 +249,8 @@ def print_list(corpora: Iterable[Corpus]) -> None:
         for row in rows:
             hours = f"{'' if row.exact else '~'}{_figure(row.hours)}"
             fields = (row.name, row.language, hours, _figure(row.gigabytes), row.kilohertz)
-            print(form.format(*fields, row.license, row.marks).rstrip())
+            marks = {"d": row.default, "g": row.gated, "n": not row.commercial_ok}
+            print(form.format(*fields, row.license, " ".join(filter(marks.get, marks))).rstrip())
     print("-" * 79)
     print("marks: d default set, g gated (accept its licence on Hugging Face), n not for")
     print("commercial use; hours with ~ are estimates. GB: on disk, WAV packed as FLAC.")
@@ -314,9 +305,6 @@ def print_costs(corpora: list[Corpus], free_gb: float, jobs: int) -> None:
             f"${took * H200_USD:,.2f} on an idle H200"
         )
 
-
-# --------------------------------------------------------------------------------------- verify
-
 VERIFY_FORM = "{:<26} {:>7} {:>7} {:>7} {:>6} {:>3} {:>4}  {}"
 
 
@@ -332,20 +320,11 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     exact = "hours" not in record or (corpus.exact and record["whole"])
     expected = corpus.hours if exact else record["hours"]
     found = {
-        "corpus": corpus.name,
-        "language": corpus.language,
-        "folder": corpus.place,
-        "license": corpus.license,
-        "commercial_ok": corpus.commercial_ok,
-        "files": 0,
-        "hours": 0.0,
-        "expected_hours": round(expected, 4),
-        "speakers": 0,
-        "hours_by_sample_rate": {},
-        "unreadable": [],
-        "duplicates": 0,
-        "state": "not there",
-    }
+        "corpus": corpus.name, "language": corpus.language, "folder": corpus.place,
+        "license": corpus.license, "commercial_ok": corpus.commercial_ok, "files": 0, "hours": 0.0,
+        "expected_hours": round(expected, 4), "speakers": 0, "hours_by_sample_rate": {},
+        "unreadable": [], "duplicates": 0, "state": "not there",
+    }  # fmt: skip
     if not (folder / data.MANIFEST).exists():
         return found
     try:
@@ -369,12 +348,13 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     hours = sum(rates.values())
     found["hours"] = round(hours, 4)
     found["hours_by_sample_rate"] = {str(rate): round(rates[rate], 4) for rate in sorted(rates)}
-    small = record.get("whole") and hours < 0.9 * corpus.hours
-    found["state"] = "ok, small" if small else "ok"
     if found["unreadable"]:
         found["state"] = f"{len(found['unreadable'])} unreadable"
     elif hours < expected * (1 - HOURS_TOLERANCE) - 0.005:  # the table has two places
         found["state"] = "hours missing"
+    else:
+        small = record.get("whole") and hours < 0.9 * corpus.hours
+        found["state"] = "ok, small" if small else "ok"
     return found
 
 
@@ -428,9 +408,6 @@ def report(corpora: list[Corpus], arguments: argparse.Namespace) -> int:
     return 0 if complete else 1
 
 
-# ------------------------------------------------------------------------- before anything moves
-
-
 def choose(
     names: list[str] | None, languages: list[str] | None, options: FetchOptions | None = None
 ) -> list[Corpus]:
@@ -439,10 +416,9 @@ def choose(
     options = options or FetchOptions()
     unknown = set(names or []) - {row.name for row in CORPORA} - set(GROUPS)
     if unknown:
-        raise UserError(
-            f"no corpus '{min(unknown)}'; --list shows them; groups: {', '.join(GROUPS)}; Debian's "
-            "packages: tools/package_recordings.py"
-        )
+        there = f"--list shows them; groups: {', '.join(GROUPS)}"
+        more = "Debian's packages: tools/package_recordings.py"
+        raise UserError(f"no corpus '{min(unknown)}'; {there}; {more}")
     own = {f"common-voice-{language}" for language in options.cv_dataset_ids}
     own |= {"fisher"} if options.fisher_dir else set()
     wanted = own | set(names or ()) or {"default"}
@@ -462,11 +438,10 @@ def without_forbidden(
     """The rows that may and can be fetched, a line for each other; UserError if none is left."""
     left = []
     for row in corpora:
+        taken = row.commercial_ok or allow_noncommercial
+        reason = f"{row.license} does not surely allow commercial use: --allow_noncommercial"
         if isinstance(row, Fisher):
-            taken, reason = bool(fisher_dir), row.note
-        else:
-            taken = row.commercial_ok or allow_noncommercial
-            reason = f"{row.license} does not surely allow commercial use: --allow_noncommercial"
+            taken, reason = fisher_dir, row.note
         if taken:
             left.append(row)
         else:
@@ -535,17 +510,11 @@ def _scaled(row: Corpus, max_hours: float) -> Corpus:
     return _share_of(row, sum(a.hours for a in taken) / row.hours)
 
 
-# ---------------------------------------------------------------------------------------- fetch
-
-
-def fetch_missing(
-    corpora: list[Corpus], arguments: argparse.Namespace, options: FetchOptions
-) -> int:
+def fetch_missing(corpora: list[Corpus], arguments: argparse.Namespace, options: FetchOptions):
     """Fetch what is not there yet and report; the exit code."""
     data_dir, jobs = arguments.data_dir, arguments.jobs
     absent = [row for row in corpora if needs_fetching(row, data_dir, options)]
-    # The largest archives first, while the disk is empty.
-    absent.sort(key=lambda row: -row.transient_gb)
+    absent.sort(key=lambda row: -row.transient_gb)  # large archives while the disk is empty
     if absent:
         if all(row.default for row in corpora):
             print_notes(CORPORA)
@@ -561,14 +530,12 @@ def fetch_missing(
     if failed:
         count = f"{len(failed)} of {len(corpora)} corpora"
         print(f"error: {count} failed; the same command tries them again:", file=sys.stderr)
-        for name, reason in failed.items():
-            print(f"  {name:<26} {reason}", file=sys.stderr)
+    for name, reason in failed.items():
+        print(f"  {name:<26} {reason}", file=sys.stderr)
     return 1 if failed else code
 
 
-def fetch_all(
-    corpora: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int
-) -> dict[str, str]:
+def fetch_all(corpora: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int) -> dict:
     """Fetch side by side; why the others failed, in a line each, by name."""
     stopped = threading.Event()
 
@@ -579,11 +546,8 @@ def fetch_all(
 
     tasks = {corpus.name: functools.partial(task, corpus) for corpus in corpora}
     results = fetching.side_by_side(tasks, jobs, stopped)
-    return {
-        name: _reason(name, error, data_dir / ERRORS)
-        for name, error in results.items()
-        if isinstance(error, Exception)
-    }
+    failed = {name: error for name, error in results.items() if isinstance(error, Exception)}
+    return {name: _reason(name, error, data_dir / ERRORS) for name, error in failed.items()}
 
 
 def _reason(name: str, error: Exception, log: Path) -> str:
@@ -599,9 +563,6 @@ def _reason(name: str, error: Exception, log: Path) -> str:
     return f"{type(error).__name__}: {first_line(error)}; this is a bug: see {log}"
 
 
-# ----------------------------------------------------------------------------------------- main
-
-
 def _pairs(flag: str, values: list[str] | None, names: Iterable[str]) -> dict[str, str]:
     """NAME=VALUE arguments as a dict. Raises UserError on others, and on an unknown NAME."""
     known, found = set(names), {}
@@ -614,7 +575,6 @@ def _pairs(flag: str, values: list[str] | None, names: Iterable[str]) -> dict[st
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--languages", nargs="+", choices=data.LANGUAGES, metavar="LANGUAGE",
@@ -633,8 +593,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          "Mozilla Data Collective; fetches it alone, unless --corpora names more")
     more("--fisher_dir", type=Path, help="your copy of LDC2004S13 and LDC2004T19; takes it alone, "
          "unless --corpora names more")
-    more("--allow_noncommercial", action="store_true", help="take what forbids commercial use, or "
-         "may forbid it, too")
+    more("--allow_noncommercial", action="store_true", help="also what may forbid commercial use")
     more("--keep_wav", action="store_true", help="leave WAV as it comes, at twice the disk")
     more("--jobs", type=whole(1, 64), default=4, help="corpora side by side")
     return parser.parse_args(argv)
@@ -658,12 +617,10 @@ def main() -> int:
     if arguments.json:
         writable_file(arguments.json, "--json")
     if arguments.verify:
-        # Without --corpora all else that is there, too.
-        there = [
-            row for row in CORPORA
-            if not names and row.language in (languages or data.LANGUAGES)
-            and (row.folder(data_dir) / data.MANIFEST).exists()
-        ]  # fmt: skip
+        there = []
+        if not names:  # all else that is there, too
+            mine = [row for row in CORPORA if row.language in (languages or data.LANGUAGES)]
+            there = [row for row in mine if (row.folder(data_dir) / data.MANIFEST).exists()]
         return report([row for row in CORPORA if row in chosen or row in there], arguments)
     chosen = without_forbidden(chosen, arguments.allow_noncommercial, options.fisher_dir)
     with only_one(writable_folder(data_dir, "--data_dir")):

@@ -70,9 +70,6 @@ class Busy(UserError):
     """A server that does not answer now."""
 
 
-# ------------------------------------------------------------------------------------ progress
-
-
 class Bar:
     """The progress of one corpus in bytes: a bar on a terminal, else a plain line a minute."""
 
@@ -156,9 +153,6 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
-# ---------------------------------------------------------------------------------------- HTTP
-
-
 def download(
     url: str, target: Path, bar: Bar, *, checksum: str = "", headers: dict[str, str] | None = None,
     remedy: str = "try another --mirror",
@@ -236,9 +230,6 @@ def _digest(path: Path, kind: str, bar: Bar) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------ archives
-
-
 @contextlib.contextmanager
 def _undamaged(path: Path) -> Iterator[None]:
     """Turns what libraries raise over bytes that cannot be right into Damaged."""
@@ -291,9 +282,6 @@ def _members(archive: Path) -> Iterator[tuple[str, BinaryIO | None]]:
                     yield member.name, opened.extractfile(member) if member.isreg() else None
             while opened.fileobj.read(CHUNK):  # to the end, where gzip has its checksum
                 pass
-
-
-# --------------------------------------------------------------------------------------- audio
 
 
 def make_readable(path: Path, keep_wav: bool) -> tuple[Path, float, int]:
@@ -353,9 +341,6 @@ def read_sphere(path: Path) -> tuple[np.ndarray, int]:
     if audio.shape[1] != 2:
         raise AudioError(f"{path}: {audio.shape[1]} channels, not 2")
     return audio, rate
-
-
-# ------------------------------------------------------------------------- Hugging Face datasets
 
 LICENCE = "accept its licence at https://huggingface.co/datasets/{}, then `hf auth login` (or set "
 LICENCE += "HF_TOKEN) and run again"

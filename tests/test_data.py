@@ -290,7 +290,7 @@ def test_clips_are_a_list_in_columns(tmp_path):
     clips = data.Clips.of(listed)
     assert list(clips) == listed and clips == listed and clips[3] == listed[3]
     assert clips[-1] == listed[-1] and clips[1:6:2] == listed[1:6:2]
-    assert clips[:2] + clips[2:4] + listed[4:] == listed == clips + []
+    assert data.Clips(clips[:2].table, clips[2:4].table, clips[4:].table) == listed
     with pytest.raises(IndexError):
         clips[7]
     assert pickle.loads(pickle.dumps(clips)) == listed and data.Clips.of(clips) is clips
@@ -399,14 +399,17 @@ def test_links_that_loop_are_walked_once(tmp_path):
     data.write_audio(folder / "q.wav", np.zeros(2400))
     for target in ("..", "../..", "."):
         (folder / f"to{len(target)}").symlink_to(target)
-    clips, _ = data.scan_folder(tmp_path)
+    clips = data.load_clips([tmp_path], "train")
     assert [one.path for one in clips] == [folder / "q.wav"]
 
 
-def test_a_scan_lists_what_cannot_be_read(bad_folder):
-    clips, bad = data.scan_folder(bad_folder)
+def test_a_scan_lists_what_cannot_be_read(bad_folder, tmp_path):
+    log = tmp_path / "unreadable.txt"
+    splits = data.load_splits([bad_folder], data.SPLITS, unreadable_log=log)
+    clips = [found for split in splits for found in split]
     assert sorted(found.path.name for found in clips) == ["good.wav", "stereo.mp3"]
-    assert sorted(path.name for path in bad) == ["cut.flac", "empty.wav", "text.wav"]
+    bad = [os.path.basename(line) for line in log.read_text().splitlines()]
+    assert bad == ["cut.flac", "empty.wav", "text.wav"]
     assert {found.language for found in clips} == {"english"}
     good = next(found for found in clips if found.path.name == "good.wav")
     assert (good.duration, good.sample_rate) == (2.0, 16000)
@@ -449,7 +452,7 @@ def test_scanned_splits_keep_a_speaker_together(tmp_path):
         name = tmp_path / str(speaker) / f"{speaker}-1-{number:04}.wav"
         name.parent.mkdir(exist_ok=True)
         data.write_audio(name, np.zeros(2400))
-    clips, _ = data.scan_folder(tmp_path)
+    clips = [one for split in data.load_splits([tmp_path], data.SPLITS) for one in split]
     assert data.count_speakers(clips) == 40
     splits = {one.speaker: set() for one in clips}
     for one in clips:
