@@ -34,12 +34,9 @@ AUDIO_SUFFIXES = (
     ".wv", ".ape", ".tta", ".gsm", ".mp2", ".mpga", ".spx",
 )  # fmt: skip
 
-# Seconds read on either side of a window, so that the resampler's filter is settled inside it.
-_MARGIN = 0.05
-# An MP3 or Ogg header may promise a little more than the stream holds; that is no damage.
-_SLACK = 0.12
-# Floats that pass it (+42 dB) are no recording at the scale of floats.
-_LOUDEST_FLOAT = 128.0
+_MARGIN = 0.05  # s read on either side of a window, so that the resampler has settled inside it
+_SLACK = 0.12  # s that an MP3 or Ogg header may promise and the stream lack, without damage
+_LOUDEST_FLOAT = 128.0  # floats that pass it (+42 dB) are no recording at the scale of floats
 _READ_ERRORS = (RuntimeError, OSError, ValueError, TypeError)
 _File = "soundfile.SoundFile | _Decoded"  # what is open, for annotations
 
@@ -52,11 +49,8 @@ def read_audio(
     path: str | Path, start: float = 0.0, duration: float | None = None,
     sample_rate: int = SAMPLE_RATE, speed: float = 1.0,
 ) -> np.ndarray:  # fmt: skip
-    """Read `duration` seconds from `start` as mono float32 `[T]` at `sample_rate`.
-
-    Seeks, so a window of a long file costs the window alone. Reads up to the end of the file where
-    `duration` is None or reaches past it. Plays it `speed` times as fast. Raises AudioError.
-    """
+    """Read `duration` seconds from `start`, at most to the end, as mono float32 `[T]` at
+    `sample_rate`, played `speed` times as fast. A window costs itself alone. AudioError."""
     with _opened(path) as file:
         rate, total = file.samplerate, file.frames
         first = min(max(round(start * rate), 0), total)
@@ -85,11 +79,8 @@ def read_channels(path: str | Path) -> tuple[np.ndarray, int]:
 
 
 def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
-    """(duration in seconds, sample rate) of an audio file; raises AudioError on a bad one.
-
-    `coded`: the file where it is open, or its bytes in memory. The end of compressed files is read:
-    a cut file has an intact header.
-    """
+    """(seconds, Hz) of an audio file; raises AudioError on a bad one. `coded`: the file where it is
+    open, or in memory. The end of compressed files is read: a cut file has an intact header."""
     with _opened(path, coded) as file:
         frames, rate = file.frames, file.samplerate
         if file.format not in ("WAV", "WAVEX"):
@@ -103,8 +94,7 @@ def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
 
 
 def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
-    """Write `[T]` or `[T, C]` in [-1, 1] in the format of the suffix, 16 bit, atomically; raises
-    AudioError."""
+    """Write `[T]` or `[T, C]` in [-1, 1], in the suffix' format, 16 bit, atomically. AudioError."""
     suffix = Path(path).suffix.lower()
     if suffix not in WRITABLE:
         raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(WRITABLE)}")

@@ -37,12 +37,10 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], int | None], resumes: bool = True) -> None:
-    """Run a script's `main`: what the user can mend ends in one line on stderr and exit code 1.
-
-    A file that the system refuses counts as the user's. Ctrl-C exits 130; `resumes`: the same
-    command then goes on. Other exceptions keep their traceback: they are bugs. Printing never
-    fails: not for the terminal's encoding, nor where nobody reads on.
-    """
+    """Run a script's `main`: what the user can mend, and what the system refuses, ends in one line
+    on stderr and exit code 1. Ctrl-C exits 130; `resumes`: the same command then goes on. Other
+    exceptions keep their traceback: they are bugs. Printing never fails: not for the terminal's
+    encoding, nor where nobody reads on."""
     sys.stdout, sys.stderr = _unfailing(sys.stdout), _unfailing(sys.stderr)
     try:
         code, message = main(), ""
@@ -98,8 +96,6 @@ def _unfailing(stream: TextIO | None) -> TextIO:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description's lines as they are, and defaults where there are any."""
-
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown = action.default is not None and action.default is not False
         return super()._get_help_string(action) if shown else action.help
@@ -158,8 +154,7 @@ def default_workers(most: int = 16) -> int:
     return max(1, min(most, math.floor(min(cores or 1, _cgroup_quota()) + 0.5)))
 
 
-def _cgroup_quota() -> float:
-    """Cores by the container's quota (cgroup v2, then v1); infinite where there is none."""
+def _cgroup_quota() -> float:  # in cores, by cgroup v2, then v1
     for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
             quota, period = " ".join((_CGROUP / file).read_text() for file in files).split()
@@ -169,9 +164,7 @@ def _cgroup_quota() -> float:
 
 def run_parts(work: Callable, parts: Sequence, num_workers: int, total: int) -> Iterator:
     """`work(part)` of each part, in their order, by `num_workers` processes, or (0) in this one.
-
-    `total`: with those made before, for the progress bar. Raises UserError where a process dies.
-    """
+    `total`: with those made before, for the progress bar. Raises UserError where one dies."""
     from tqdm import tqdm
 
     bar = tqdm(total=total, initial=total - len(parts), unit="part", disable=None, smoothing=0.1)
@@ -223,8 +216,7 @@ def existing_folder(path: str | Path, flag: str, remedy: str = "") -> Path:
 
 
 def writable_folder(path: str | Path, flag: str) -> Path:
-    """`path` as a folder that can be written, made where it is missing; before the work whose
-    result goes there. Raises UserError naming `flag`."""
+    """`path` as a folder that can be written, made where it is missing. UserError names `flag`."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -249,10 +241,8 @@ def writable_file(path: str | Path, flag: str) -> Path:
 @contextlib.contextmanager
 def atomic_write(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """Where to write a file that takes the name `path` where the block ends without an exception.
-
     Links are followed; a device or a pipe is written itself. `sync`: on the disk before it takes
-    the name. A kill leaves a hidden `.part` file behind.
-    """
+    the name. A kill leaves a hidden `.part` file behind."""
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_file():
         yield real
@@ -314,11 +304,9 @@ def only_one(folder: str | Path) -> Iterator[None]:
 
 
 def json_lines(path: str | Path, skip_damaged: bool = False) -> Iterator[tuple[int, dict]]:
-    """(line number, object) of each line that is not blank; UserError as of `json_line`.
-
-    Lines end at a line feed alone: U+2028, U+2029 and U+0085 are legal within a JSON string.
-    `skip_damaged`: passes over a bad line, as in a log whose last one a kill cut short.
-    """
+    """(line number, object) of each line that is not blank; UserError as of `json_line`. Lines end
+    at a line feed alone: U+2028, U+2029 and U+0085 are legal within a JSON string. `skip_damaged`:
+    passes over a bad line, as in a log whose last one a kill cut short."""
     with open(path, "rb") as file:
         for at, line in enumerate(file, start=1):
             if not line.strip():
@@ -380,8 +368,8 @@ def as_json_line(row: dict) -> str:
 
 
 def text_lines(path: str | Path, errors: str = "strict") -> list[str]:
-    """The lines of a text file in UTF-8, which a line feed alone ends; `errors` as in
-    `bytes.decode`. Raises UserError that names a file that is not UTF-8."""
+    """The lines of a text file in UTF-8, which a line feed alone ends; `errors` as of `decode`.
+    Raises UserError that names a file that is not UTF-8."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
@@ -390,11 +378,9 @@ def text_lines(path: str | Path, errors: str = "strict") -> list[str]:
 
 
 def check_fields(row: dict, kinds: dict[str, str | tuple], where: str) -> None:
-    """Raises UserError that names place and field unless the fields of `row` are of these kinds.
-
-    kinds: name → one of _KINDS, or `list of` one, with `?` where the field may be missing or null;
-    or a tuple of the values that it may have (None: missing or null). Other fields pass.
-    """
+    """Raises UserError that names place and field unless the fields of `row` are of these kinds:
+    name → one of _KINDS, or `list of` one, with `?` where the field may be missing or null; or a
+    tuple of the values that it may have (None: missing or null). Other fields pass."""
     for name, kind in kinds.items():
         value = row.get(name)
         if not _matches(value, kind):

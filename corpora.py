@@ -295,7 +295,7 @@ def _download_from_any(job: Job, archive: Archive, file: Path) -> None:
     for base in (job.mirror,) if job.mirror else job.corpus.bases:
         url = f"{base.rstrip('/')}/{archive.name}"
         try:
-            return fetching.download(url, file, job.bar, checksum=archive.checksum)
+            return fetching.download(url, file, job.bar, archive.checksum)
         except UserError as error:
             errors.append(error)
     # One that may pass, if there is one; else the first.

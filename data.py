@@ -95,7 +95,6 @@ class Clips(Sequence[Clip]):
 
     @classmethod
     def of(cls, clips: Iterable[Clip]) -> Clips:
-        """The columns of any clips; Clips pass as they are."""
         if isinstance(clips, Clips):
             return clips
         return cls(_table([{**vars(clip), "path": os.fspath(clip.path)} for clip in clips], ""))
@@ -133,15 +132,13 @@ class Clips(Sequence[Clip]):
         return float(seconds.sum()) / 3600
 
     def with_columns(self, **columns: Sequence) -> Clips:
-        """The same clips with other values, by field."""
         table = self.table
         for name, values in columns.items():
             at = table.schema.get_field_index(name)
             table = table.set_column(at, name, pyarrow.array(values, _COLUMNS.field(name).type))
         return Clips(table)
 
-    def where(self, chosen: np.ndarray) -> Clips:
-        """Those whose entry of `chosen`, bool `[N]`, is true."""
+    def where(self, chosen: np.ndarray) -> Clips:  # bool [N]
         return Clips(self.table.filter(pyarrow.array(chosen, pyarrow.bool_())))
 
 
@@ -183,8 +180,7 @@ def _table(rows: list[dict], folder: str | Path) -> pyarrow.Table:
 
 
 def read_manifest(path: str | Path) -> Clips:
-    """Clips of a manifest, paths made absolute; an impossible duration or sample rate is 0. Raises
-    UserError on a missing or bad file."""
+    """Clips of a manifest; an impossible duration or sample rate is 0. UserError on a bad file."""
     path = Path(os.path.abspath(path))
     tables, rows = [], []
     try:
@@ -327,10 +323,9 @@ def load_splits(
 ) -> list[Clips]:  # fmt: skip
     """The clips of each split below `data_dirs`: from manifests, and by scanning what has none.
 
-    A file counts once: as a manifest lists it, rather than as a scan finds it; held out where any
-    manifest holds it out, commercial where all say so. What cannot be read is counted on stderr and
-    listed in `unreadable_log`. Raises UserError on a missing folder, an empty manifest, folders
-    without audio and an empty train split; other splits may be empty.
+    A file counts once: as a manifest lists it, rather than as a scan finds it. What cannot be read
+    is counted on stderr and listed in `unreadable_log`. Raises UserError on a missing folder, an
+    empty manifest, folders without audio and an empty train split; other splits may be empty.
     """
     scan = _Scan()
     clips = _load_all(data_dirs, scan)
@@ -428,8 +423,7 @@ def _unlisted(files: list[Path], clips: Clips) -> list[Path]:
     return list(own.values())
 
 
-def count_speakers(clips: Iterable[Clip]) -> int:
-    """Distinct known speakers; clips of unknown speakers count for nothing."""
+def count_speakers(clips: Iterable[Clip]) -> int:  # known ones alone
     at, _ = Clips.of(clips).codes("speaker")
     return len(np.unique(at[at >= 0]))
 
@@ -507,11 +501,9 @@ def frame_labels(
     phones: list | None, phone_ids: dict[str, int] | None, frames: int,
     start: float = 0.0, speed: float = 1.0, end: float | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Phone ids `[F]` int64 of a window that begins at `start` s and plays `speed` times as fast.
-
-    A frame takes the phone at its middle. Frames behind `end` (of the clip: padding) are silence; a
-    frame without a phone, or with one that `phone_ids` lacks, is -100.
-    """
+    """Phone ids `[F]` int64 of a window that begins at `start` s and plays `speed` times as fast,
+    at each frame's middle: silence behind `end` (of the clip: padding); -100 where there is none,
+    or one that `phone_ids` lacks."""
     labels = np.full(frames, UNKNOWN_PHONE, np.int64)
     if not phones or phone_ids is None:
         return labels
@@ -651,10 +643,8 @@ def epochs_of_batches(
     rank: int = 0, world_size: int = 1,
 ) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """One rank's batches of (epoch, index), from `consumed` samples into `epoch` to the last epoch.
-
-    `batch_size` and `consumed` count the samples of all ranks: any number of ranks sees together
-    what one would. The last, incomplete batch of an epoch is dropped.
-    """
+    `batch_size` and `consumed` count the samples of all ranks, which see together what one would.
+    The last, incomplete batch of an epoch is dropped."""
     for current in range(epoch, num_epochs):
         for first in range(consumed, items - batch_size + 1, batch_size):
             yield [(current, i) for i in range(first + rank, first + batch_size, world_size)]
@@ -665,12 +655,9 @@ def training_batches(
     dataset: torch.utils.data.Dataset, batch_size: int, num_workers: int, process: Distributed,
     num_epochs: int, epoch: int = 0, consumed: int = 0, collate: Callable | None = None,
 ) -> Iterator[tuple[int, int, Any]]:  # fmt: skip
-    """(epoch, samples consumed in it once this batch is done, batch), to the last epoch's end.
-
-    `batch_size` is that of all ranks together; `epoch` and `consumed` are where to go on: what
-    workers have fetched ahead is not consumed. Raises UserError where an epoch holds no batch or
-    the batch cannot be shared evenly.
-    """
+    """(epoch, samples consumed in it once this batch is done, batch), to the last epoch's end, from
+    `epoch` and `consumed`: what workers have fetched ahead is not consumed. `batch_size`: of all
+    ranks. Raises UserError where an epoch holds no batch or it cannot be shared evenly."""
     if batch_size % process.world_size:
         raise UserError(f"--batch_size {batch_size} must divide by {process.world_size} ranks")
     if len(dataset) < batch_size:

@@ -43,11 +43,8 @@ class Line:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One line of `conversations/<language>.jsonl`.
-
-    The held-out wordings of an exchange have its `id` too ("-h" more in the file): a reply is right
-    if it is that of the same exchange.
-    """
+    """One line of `conversations/<language>.jsonl`. The held-out wordings of an exchange have its
+    `id` too ("-h" more in the file): a reply is right if it is that of the same exchange."""
 
     id: str
     language: str
@@ -113,9 +110,9 @@ def choose_exchanges(
     unknown = set(intents) - {e.intent for e in mine}
     if unknown:
         raise UserError(f"no {language} script has intent {', '.join(sorted(unknown))}")
+    mine = [e for e in mine if not intents or e.intent in intents]
+    mine = [e for e in mine if not archetypes or e.id.endswith("-001")]
     chosen = [e for e in mine if e.held_out == (split != "train")]
-    chosen = [e for e in chosen if not intents or e.intent in intents]
-    chosen = [e for e in chosen if not archetypes or e.id.endswith("-001")]
     if not chosen:
         raise UserError(f"no {language} script left for split {split}; check --intents, --scripts")
     return chosen
@@ -179,8 +176,8 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
     path = manifest.parent / fields["path"]
     within = path if path.is_relative_to(root) else root / fields["path"]
     name = fields.get("id") or printable(within.with_suffix("").relative_to(root).as_posix())
-    agent, user = fields.get("agent_channel"), fields.get("user_channel")
-    agent, user = 0 if agent is None else agent, 1 if user is None else user
+    agent = fields.get("agent_channel") or 0
+    user = 1 if fields.get("user_channel") is None else fields["user_channel"]
     if min(agent, user) < 0 or agent == user:
         raise UserError(f"{where}: agent_channel {agent} and user_channel {user}: two are needed")
     turns, aligned = fields.get("turns"), path.with_suffix(".json")
@@ -248,11 +245,10 @@ def _turn_to_disk(turn: dict) -> dict:
 
 
 def _turn_from_disk(turn: dict) -> dict:
-    spans = {
-        column: turn[column] and [[s[name], s["start"], s["end"]] for s in turn[column]]
-        for column, name in _SPANS
-    }
-    return {**turn, **spans}
+    for column, name in _SPANS:
+        spans = turn[column]
+        turn = {**turn, column: spans and [[s[name], s["start"], s["end"]] for s in spans]}
+    return turn
 
 
 def _decode_batch(batch: dict) -> dict:
@@ -330,11 +326,9 @@ def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
     except Exception as error:  # Arrow and JSON each raise their own kinds on damaged files
         reason = f"damaged code dataset ({first_line(error)}); make it anew"
         raise UserError(f"{folder}: {reason}") from error
-    if codec_fingerprint is not None and made_by != codec_fingerprint:
-        raise UserError(
-            f"{folder}: codes of another codec: dataset {made_by[:16]}…, "
-            f"codec {codec_fingerprint[:16]}…; make the dataset anew with this codec"
-        )
+    if codec_fingerprint not in (None, made_by):
+        codecs = f"dataset {made_by[:16]}…, codec {codec_fingerprint[:16]}…"
+        raise UserError(f"{folder}: codes of another codec: {codecs}; make it anew with this one")
     return dataset.with_transform(_decode_batch), info
 
 

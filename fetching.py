@@ -22,7 +22,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -85,10 +85,7 @@ class Bar:
         self._last_line = time.monotonic()
 
     def advance(self, count: int, stage: str | None = None) -> None:
-        """Count bytes (negative ones where a file starts over) and say what is being done.
-
-        Raises Stopped.
-        """
+        """Count bytes (negative where a file starts over), say what is being done; Stopped."""
         if self.stopped.is_set():
             raise Stopped
         self.count += count
@@ -106,14 +103,11 @@ def side_by_side(
 ) -> dict[str, Any]:
     """Run named tasks on `jobs` threads; each one's result, or the exception that ended it.
 
-    One that fails, whatever by, does not stop the others; passing faults are waited out, and the
-    task called again. Ctrl-C sets `stopped`, waits for the workers to end at their next byte, and
-    goes on as KeyboardInterrupt.
+    Passing faults are waited out, and the task called again. Ctrl-C sets `stopped`, waits for the
+    workers to end at their next byte, and goes on as KeyboardInterrupt.
     """
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {
-            pool.submit(_patiently, name, task, stopped): name for name, task in tasks.items()
-        }
+        futures = {pool.submit(_patiently, name, tasks[name], stopped): name for name in tasks}
         try:
             return {futures[future]: future.result() for future in as_completed(futures)}
         except BaseException:
@@ -143,9 +137,8 @@ def _patiently(name: str, task: Callable[[], Any], stopped: threading.Event) -> 
 
 def free_bytes(folder: Path) -> int:
     """Bytes free on the disk of `folder`, which need not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
 
 
 def folder_bytes(folder: Path) -> int:
@@ -154,14 +147,12 @@ def folder_bytes(folder: Path) -> int:
 
 
 def download(
-    url: str, target: Path, bar: Bar, *, checksum: str = "", headers: dict[str, str] | None = None,
+    url: str, target: Path, bar: Bar, checksum: str = "", headers: dict[str, str] | None = None,
     remedy: str = "try another --mirror",
 ) -> None:  # fmt: skip
-    """Fetch `url` into `target`, going on where an earlier run left `target.part`.
-
-    `checksum` ("md5:…" or "sha256:…") is verified before the rename. Raises Busy where the server
-    sends nothing now, UserError with the `remedy` where it refuses, and on a wrong checksum.
-    """
+    """Fetch `url` into `target`, going on where an earlier run left `target.part`; `checksum`:
+    "md5:…" or "sha256:…". Raises Busy where the server sends nothing now, UserError with the
+    `remedy` where it refuses, and on a wrong checksum."""
     if target.exists():
         bar.advance(target.stat().st_size)
         return
@@ -244,11 +235,8 @@ def _undamaged(path: Path) -> Iterator[None]:
 
 
 def unpack(archive: Path, folder: Path, bar: Bar) -> None:
-    """Unpack a tar, tar.gz or zip into `folder`, its names such as every disk takes.
-
-    Refuses (UserError) a path outside the folder, a link or a device. Raises Damaged where the
-    archive's own checks fail, and OSError on a full disk.
-    """
+    """Unpack a tar, tar.gz or zip into `folder`, its names such as every disk takes. Refuses
+    (UserError) a path outside the folder, a link or a device. Raises Damaged, and OSError."""
     made = set()
     with _undamaged(archive):
         for name, source in _members(archive):
@@ -285,10 +273,7 @@ def _members(archive: Path) -> Iterator[tuple[str, BinaryIO | None]]:
 
 
 def make_readable(path: Path, keep_wav: bool) -> tuple[Path, float, int]:
-    """(file that training reads in place of `path`, its seconds, its sample rate).
-
-    `path` is replaced where they differ: see `packed`. Raises AudioError.
-    """
+    """(what replaces `path` on the disk, by `packed`, or itself; seconds; Hz). AudioError."""
     with open(path, "rb") as file:
         coded, _ = packed(file, keep_wav)
         if coded is None:
@@ -305,8 +290,8 @@ def make_readable(path: Path, keep_wav: bool) -> tuple[Path, float, int]:
 def packed(source: BinaryIO, keep_wav: bool) -> tuple[bytes | None, str]:
     """(a recording as FLAC, its suffix); (None, suffix) where it stays as it is, byte for byte.
 
-    16 and 24 bit WAV and AIFF keep their very samples, at about half the size (`keep_wav` leaves
-    WAV alone). The suffix is empty where libsndfile does not know the format.
+    16 and 24 bit WAV (unless `keep_wav`) and AIFF are packed, to about half the size. The suffix is
+    empty where libsndfile does not know the format.
     """
     suffix, made = "", io.BytesIO()
     try:
@@ -323,11 +308,8 @@ def packed(source: BinaryIO, keep_wav: bool) -> tuple[bytes | None, str]:
 
 
 def read_sphere(path: Path) -> tuple[np.ndarray, int]:
-    """(audio `[T, 2]`, sample rate) of a call, a NIST SPHERE file as the LDC ships it.
-
-    Those packed with "shorten" take `sph2pipe` on the PATH. Raises UserError where that is
-    missing, AudioError on a damaged file.
-    """
+    """(audio `[T, 2]`, sample rate) of a call, a NIST SPHERE file as the LDC ships it; those packed
+    with "shorten" take `sph2pipe`. Raises UserError where that is missing, AudioError."""
     coded = path.read_bytes()
     if b"shorten" in coded[:1024]:
         if shutil.which("sph2pipe") is None:
@@ -395,10 +377,8 @@ def hub_shards(
     repo: str, revision: str, folders: tuple[str, ...], suffix: str, source: str | None
 ) -> list[Shard]:
     """The data files of some folders of a dataset as it is now, sub-folders included, in order.
-
-    `source` is None for the Hub, another endpoint's address, or a local folder laid out like
-    the dataset. Raises UserError where a folder is not there, or none of the files.
-    """
+    `source`: None for the Hub, another endpoint's address, or a local folder laid out like the
+    dataset. Raises UserError where a folder is not there, or none of the files."""
     found = []
     for folder in folders:
         if is_local(source):
@@ -421,13 +401,12 @@ def _hub_files(repo: str, revision: str, folder: str, endpoint: str | None) -> l
     about = {"revision": revision, "repo_type": "dataset"}
     with _hub_errors(repo):
         entries = HfApi(endpoint=endpoint).list_repo_tree(repo, folder, recursive=True, **about)
-        return [
-            Shard(
-                repo, file.path, file.size, hf_hub_url(repo, file.path, endpoint=endpoint, **about),
-                f"sha256:{file.lfs.sha256}" if file.lfs else "",
-            )
-            for file in entries if hasattr(file, "size")
-        ]  # fmt: skip
+        found = []
+        for file in (entry for entry in entries if hasattr(entry, "size")):
+            url = hf_hub_url(repo, file.path, endpoint=endpoint, **about)
+            checksum = f"sha256:{file.lfs.sha256}" if file.lfs else ""
+            found.append(Shard(repo, file.path, file.size, url, checksum))
+        return found
 
 
 def fetch_shard(shard: Shard, folder: Path, bar: Bar) -> Path:
@@ -438,20 +417,14 @@ def fetch_shard(shard: Shard, folder: Path, bar: Bar) -> Path:
     if is_local(shard.url) and not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         target.symlink_to(shard.url)
-    download(
-        shard.url, target, bar, checksum=shard.checksum, headers=build_hf_headers(),
-        remedy=LICENCE.format(shard.repo),
-    )  # fmt: skip
+    remedy = LICENCE.format(shard.repo)
+    download(shard.url, target, bar, shard.checksum, headers=build_hf_headers(), remedy=remedy)
     return target
 
 
-def parquet_rows(
-    path: Path, needed: Iterable[str], more: Iterable[str]
-) -> Iterator[list[tuple[int, dict]]]:
-    """Batches of (row number, {column: value}); audio stays the bytes it was.
-
-    The columns are all of `needed`, and those of `more` that are there. Raises UserError.
-    """
+def parquet_rows(path: Path, needed: Sequence[str], more: Sequence[str]) -> Iterator[list[tuple]]:
+    """Batches of (row number, {column: value}) of all of `needed`, and of `more` as far as it is
+    there. Raises UserError."""
     row = 0
     with _undamaged(path), pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
