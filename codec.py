@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
 
 import checkpoints
 from quantizer import STATISTICS, Quantized, SplitQuantizer
@@ -113,7 +113,8 @@ class ConvState:
 
 
 class CausalLayer(nn.Module):
-    """A layer that sees `history` rows of `width` numbers before those it is given."""
+    """A layer that sees `history` rows of `width` numbers before those it is given; `compute` makes
+    its output of both."""
 
     history: int
     width: int
@@ -131,10 +132,6 @@ class CausalLayer(nn.Module):
     def fold(self, x: Tensor) -> Tensor:
         """Input `[B, T, C]` → rows `[B, ., width]`."""
         return x
-
-    def compute(self, x: Tensor) -> Tensor:
-        """Rows, those before them in front → output."""
-        raise NotImplementedError
 
 
 class FrameConv(CausalLayer):
@@ -242,9 +239,8 @@ class LogMel(CausalLayer):
 
     def __init__(self, sample_rate: int, mels: int) -> None:
         super().__init__()
-        filters = torchaudio.functional.melscale_fbanks(
-            self.window // 2 + 1, 40.0, 8000.0, mels, sample_rate, norm="slaney"
-        )
+        bins = self.window // 2 + 1
+        filters = melscale_fbanks(bins, 40.0, 8000.0, mels, sample_rate, norm="slaney")
         self.register_buffer("filters", filters * 1000, persistent=False)
         self.register_buffer("taper", torch.hann_window(self.window), persistent=False)
 
@@ -315,14 +311,12 @@ def build_encoder(config: CodecConfig) -> Fork:
 
     semantic = mels(c.semantic_width)
     semantic.append(StreamingTransformer(c.transformer(c.semantic_width, c.semantic_layers)))
-    front = [
-        ConvNeXtBlock(c.front_dim, c.kernel, c.expansion) for _ in range(c.encoder_front_blocks)
-    ]
+    sizes = c.front_dim, c.kernel, c.expansion
+    front = [ConvNeXtBlock(*sizes) for _ in range(c.encoder_front_blocks)]
     waveform = [
-        FrameConv(c.front_stride, c.front_dim),
-        *front,
+        FrameConv(c.front_stride, c.front_dim), *front,
         FrameConv(c.front_dim, c.encoder_dim, in_frames=c.hop // c.front_stride),
-    ]
+    ]  # fmt: skip
     acoustic = [SumFork([CausalChain(waveform), CausalChain(mels(c.encoder_dim))])]
     acoustic.append(StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers)))
     return Fork([CausalChain(semantic), CausalChain(acoustic)])
@@ -331,17 +325,13 @@ def build_encoder(config: CodecConfig) -> Fork:
 def build_decoder(config: CodecConfig) -> CausalChain:
     """Quantized frames `[B, F, D]` → front frames of samples `[B, F * 4, 120]`."""
     c = config
-    front = [
-        ConvNeXtBlock(c.decoder_front_dim, c.kernel, c.expansion)
-        for _ in range(c.decoder_front_blocks)
-    ]
-    layers = [
+    sizes = c.decoder_front_dim, c.kernel, c.expansion
+    front = [ConvNeXtBlock(*sizes) for _ in range(c.decoder_front_blocks)]
+    return CausalChain([
         StreamingTransformer(c.transformer(c.decoder_dim, c.decoder_layers)),
         FrameConv(c.decoder_dim, c.decoder_front_dim, out_frames=c.hop // c.front_stride),
-        *front,
-        SpectralHead(c.decoder_front_dim, c.front_stride),
-    ]
-    return CausalChain(layers)
+        *front, SpectralHead(c.decoder_front_dim, c.front_stride),
+    ])  # fmt: skip
 
 
 class Codec(nn.Module):
@@ -380,11 +370,8 @@ class Codec(nn.Module):
 
     def export_tensors(self, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
         """The tensors that ship: in `dtype`, without what only training needs."""
-        return {
-            name: tensor.detach().to("cpu", dtype)
-            for name, tensor in self.state_dict().items()
-            if not name.endswith(STATISTICS)
-        }
+        tensors = self.state_dict().items()
+        return {n: t.detach().to("cpu", dtype) for n, t in tensors if not n.endswith(STATISTICS)}
 
     @property
     def fingerprint(self) -> str:
@@ -429,9 +416,8 @@ class Codec(nn.Module):
 
     @torch.no_grad()
     def encode_step(
-        self, audio: Tensor, state: StreamState, num_codebooks: int = 8,
-        active: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, audio: Tensor, state: StreamState, num_codebooks=8, active: Tensor | None = None
+    ) -> Tensor:
         """Continues each slot by whole frames of audio `[B, 1, S * 480]` → codes `[B, K, S]`."""
         if audio.shape[-1] % self.config.hop or audio.shape[-1] == 0:
             raise ValueError(f"audio must be whole frames of {self.config.hop} samples")
@@ -439,9 +425,7 @@ class Codec(nn.Module):
         return self.quantizer.encode(hidden, num_codebooks)
 
     @torch.no_grad()
-    def decode_step(
-        self, codes: Tensor, state: StreamState, active: Tensor | None = None
-    ) -> Tensor:
+    def decode_step(self, codes: Tensor, state: StreamState, active: Tensor | None = None) -> Tensor:
         """Continues each slot by codes `[B, K, S]` → audio `[B, 1, S * 480]`."""
         hidden = self._mixed(*self.quantizer.lookup(codes))
         return self.decoder.step(hidden, state, active).flatten(1)[:, None]
@@ -457,9 +441,7 @@ class AveragedCodec:
         self.steps = torch.zeros((), device=next(model.parameters()).device)
 
     @torch.no_grad()
-    def update(
-        self, model: Codec, restarted: list[Tensor | None], skip: Tensor | None = None
-    ) -> None:
+    def update(self, model: Codec, restarted: list, skip: Tensor | None = None) -> None:
         """Call after a step; `restarted` is what the quantizer's `update` returned, empty if it
         stood still. Where the scalar `skip` is not 0 nothing moves."""
         moves = 1 if skip is None else (skip == 0).to(self.steps.dtype)
@@ -496,9 +478,6 @@ def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:
     """SHA-256 over what the codes depend on: encoder and quantizer, not the decoder."""
     fields = dataclasses.asdict(config).items()
     fields = {name: value for name, value in fields if not name.startswith("decoder")}
-    parts = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if name.startswith(("encoder.", "quantizer.")) and not name.endswith(STATISTICS)
-    }
+    names = [name for name in tensors if name.startswith(("encoder.", "quantizer."))]
+    parts = {name: tensors[name] for name in names if not name.endswith(STATISTICS)}
     return checkpoints.fingerprint(fields, parts)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torchaudio.functional import melscale_fbanks
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,9 @@ class PeriodDiscriminator(SubDiscriminator):
     def __init__(self, period: int, channels: Sequence[int]) -> None:
         super().__init__()
         self.period = period
-        strides = [3] * (len(channels) - 1) + [1]
-        self.layers = nn.ModuleList(
-            weight_norm(nn.Conv2d(i, o, (5, 1), (stride, 1), padding=(2, 0)))
-            for i, o, stride in zip((1, *channels), channels, strides, strict=False)
-        )
+        sizes = zip((1, *channels), channels, [3] * (len(channels) - 1) + [1], strict=False)
+        layers = (nn.Conv2d(i, o, (5, 1), (s, 1), padding=(2, 0)) for i, o, s in sizes)
+        self.layers = nn.ModuleList(map(weight_norm, layers))
         self.last = weight_norm(nn.Conv2d(channels[-1], 1, (3, 1), padding=(1, 0)))
 
     def image(self, audio: Tensor) -> Tensor:
@@ -92,19 +90,17 @@ class STFTDiscriminator(SubDiscriminator):
     def __init__(self, size: int, channels: int, dilations: Sequence[int]) -> None:
         super().__init__()
         self.register_buffer("window", _window(size), persistent=False)
-        layers = [nn.Conv2d(2, channels, (3, 9), padding=(1, 4))]
-        layers += [
-            nn.Conv2d(channels, channels, (3, 9), (1, 2), padding=(d, 4), dilation=(d, 1))
-            for d in dilations
-        ]
-        layers += [nn.Conv2d(channels, channels, (3, 3), padding=(1, 1))]
+        c, stride = channels, (1, 2)
+        layers = [nn.Conv2d(2, c, (3, 9), padding=(1, 4))]
+        layers += [nn.Conv2d(c, c, (3, 9), stride, (d, 4), dilation=(d, 1)) for d in dilations]
+        layers += [nn.Conv2d(c, c, (3, 3), padding=(1, 1))]
         self.layers = nn.ModuleList(weight_norm(layer) for layer in layers)
-        self.last = weight_norm(nn.Conv2d(channels, 1, (3, 3), padding=(1, 1)))
+        self.last = weight_norm(nn.Conv2d(c, 1, (3, 3), padding=(1, 1)))
 
     def image(self, audio: Tensor) -> Tensor:
         """`[B, 1, T]` → `[B, 2, frames, bins]` float32, white noise at the noise's own scale."""
-        bins = _complex_spectrum(audio, self.window)
-        return torch.view_as_real(bins).permute(0, 3, 2, 1).contiguous()
+        bins = torch.view_as_real(_complex_spectrum(audio, self.window))
+        return bins.permute(0, 3, 2, 1).contiguous()
 
 
 class LogMelDiscriminator(SubDiscriminator):
@@ -114,11 +110,9 @@ class LogMelDiscriminator(SubDiscriminator):
     def __init__(self, size: int, bands: int, channels: int, sample_rate: int) -> None:
         super().__init__()
         self.register_buffer("window", _window(size), persistent=False)
-        filters = torchaudio.functional.melscale_fbanks(
-            size // 2 + 1, 40.0, 11 / 24 * sample_rate, bands, sample_rate, norm="slaney"
-        )
+        c, top = channels, 11 / 24 * sample_rate
+        filters = melscale_fbanks(size // 2 + 1, 40.0, top, bands, sample_rate, norm="slaney")
         self.register_buffer("filters", filters * 1000, persistent=False)
-        c = channels
         self.layers = nn.ModuleList([
             nn.Conv2d(1, c, (3, 5), padding=(1, 2)),
             nn.Conv2d(c, 2 * c, (3, 5), (1, 2), padding=(1, 2)),
@@ -158,19 +152,15 @@ class Discriminator(nn.Module):
         super().__init__()
         self.config = c = config
         self.periods = nn.ModuleList(PeriodDiscriminator(p, c.period_channels) for p in c.periods)
-        self.stfts = nn.ModuleList(
-            STFTDiscriminator(size, c.stft_channels, c.stft_dilations) for size in c.stft_sizes
-        )
-        self.mels = nn.ModuleList(
-            LogMelDiscriminator(size, bands, c.mel_channels, c.sample_rate)
-            for size, bands in zip(c.mel_sizes, c.mel_bands, strict=True)
-        )
+        stft = c.stft_channels, c.stft_dilations
+        self.stfts = nn.ModuleList(STFTDiscriminator(size, *stft) for size in c.stft_sizes)
+        mels, mel = zip(c.mel_sizes, c.mel_bands, strict=True), (c.mel_channels, c.sample_rate)
+        self.mels = nn.ModuleList(LogMelDiscriminator(*size, *mel) for size in mels)
 
     def forward(self, audio: Tensor) -> tuple[list[Tensor], list[list[Tensor]]]:
         """`[B, 1, T]` in [-1, 1] → (logits, features), one entry a sub-discriminator."""
         judged = [judge(audio) for judge in (*self.periods, *self.stfts, *self.mels)]
-        logits, features = map(list, zip(*judged, strict=True))
-        return logits, features
+        return tuple(map(list, zip(*judged, strict=True)))
 
 
 def discriminator_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
@@ -191,9 +181,9 @@ def verdict(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> dic
     fake = torch.stack([logit.float().mean() for logit in fake_logits])
     pairs = zip(real_logits, fake_logits, strict=True)
     right = [0.5 * ((r > 0).float().mean() + (f <= 0).float().mean()) for r, f in pairs]
-    right = torch.stack(right)
-    means = {"disc_real": real.mean(), "disc_fake": fake.mean(), "disc_accuracy": right.mean()}
-    return {**means, "disc_accuracy_weakest": right.min()}
+    weakest, mean = torch.stack(right).min(), torch.stack(right).mean()
+    means = {"disc_real": real.mean(), "disc_fake": fake.mean(), "disc_accuracy": mean}
+    return {**means, "disc_accuracy_weakest": weakest}
 
 
 def generator_loss(fake_logits: Sequence[Tensor]) -> Tensor:
@@ -206,10 +196,8 @@ def feature_matching_loss(
 ) -> Tensor:
     """Mean over layers of mean|D(x) - D(y)| / mean|D(x)| (EnCodec eq. 4); D(x) is a target."""
     terms = []
-    for real_layers, fake_layers in zip(real_features, fake_features, strict=True):
-        for real, fake in zip(real_layers, fake_layers, strict=True):
-            real = real.detach().float()
-            # The floor keeps digital silence from dividing by zero.
-            scale = real.abs().mean().clamp_min(1e-3)
-            terms.append((real - fake.float()).abs().mean() / scale)
+    for real, fake in zip(sum(real_features, []), sum(fake_features, []), strict=True):
+        real = real.detach().float()
+        scale = real.abs().mean().clamp_min(1e-3)  # digital silence must not divide by zero
+        terms.append((real - fake.float()).abs().mean() / scale)
     return torch.stack(terms).mean()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
 
 
 class SpectralLoss(nn.Module):
@@ -48,9 +48,7 @@ class MelLoss(SpectralLoss):
     def __init__(self, sample_rate: int = 24_000) -> None:
         super().__init__()
         for window, bands in zip(self.WINDOWS, (128, 96, 64, 32, 16), strict=True):
-            filters = torchaudio.functional.melscale_fbanks(
-                window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate
-            )
+            filters = melscale_fbanks(window // 2 + 1, 0.0, sample_rate / 2, bands, sample_rate)
             self.register_buffer(f"filters_{window}", filters, persistent=False)
 
     def _bands(self, magnitude: Tensor, window: int) -> Tensor:
@@ -68,9 +66,8 @@ def waveform_loss(estimate: Tensor, target: Tensor, weights: Tensor | None = Non
 
 def si_sdr(estimate: Tensor, target: Tensor) -> Tensor:
     """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019), per clip `[B]`."""
-    estimate, target = (
-        x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (estimate, target)
-    )
+    flat = estimate.flatten(1), target.flatten(1)
+    estimate, target = (x - x.mean(1, keepdim=True) for x in flat)
     energy = target.square().sum(1, keepdim=True).clamp(min=1e-8)
     projection = (estimate * target).sum(1, keepdim=True) / energy * target
     noise = (estimate - projection).square().sum(1).clamp(min=1e-8)
@@ -87,12 +84,10 @@ class PhoneHead(nn.Module):
     def __init__(self, semantic_dim: int, num_phones: int, width: int = 192) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Conv1d(semantic_dim, width, 7, padding=3),
-            nn.GELU(),
-            nn.Conv1d(width, width, 5, padding=2),
-            nn.GELU(),
+            nn.Conv1d(semantic_dim, width, 7, padding=3), nn.GELU(),
+            nn.Conv1d(width, width, 5, padding=2), nn.GELU(),
             nn.Conv1d(width, num_phones, 5, padding=2),
-        )
+        )  # fmt: skip
 
     def forward(self, semantic: Tensor) -> Tensor:
         return self.layers(semantic.transpose(1, 2)).transpose(1, 2)

@@ -61,14 +61,12 @@ class CodebookStack(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(count, size), persistent=False)
         self.register_buffer("embedding_sum", torch.zeros_like(codes), persistent=False)
         self.register_buffer("half_norms", half_norms(codes), persistent=False)
-        # Which codebooks stand for data; until then training goes on unquantized. The host knows,
-        # and need not wait for the device.
+        # Which codebooks stand for data; until then training goes on unquantized.
         self.started = [False] * count
 
     def books(self) -> list[Codebook]:
         """The codebooks one by one; their tensors are views."""
-        rows = zip(self.embedding.unbind(), self.half_norms.unbind(), strict=True)
-        return [Codebook(*row) for row in rows]
+        return list(map(Codebook, self.embedding.unbind(), self.half_norms.unbind()))
 
     @torch.no_grad()
     def initialise(self, left: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,10 +103,7 @@ class CodebookStack(nn.Module):
         self.started[row] = True
 
     @torch.no_grad()
-    def update(
-        self, vectors: Tensor, codes: Tensor, used: Tensor, draws: Tensor,
-        skip: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    def update(self, vectors: Tensor, codes: Tensor, used: Tensor, draws: Tensor, skip=None):
         """One EMA step by this rank's `vectors` `[K, B, F, d]`, whose nearest codes are `codes`;
         clips count where `used` `[K, B]`. Where the scalar `skip` is not 0 nothing changes.
 
@@ -118,10 +113,8 @@ class CodebookStack(nn.Module):
         counts, sums = self._statistics(vectors, codes, used)
         fresh, some = drawn_vectors(vectors, used, draws[:, : counts.shape[1]])
         if dist.is_initialized():
-            parts = torch.cat((sums, fresh, counts[..., None]), dim=-1)
-            dist.all_reduce(parts)
-            sums, fresh, counts = parts.split((sums.shape[-1], fresh.shape[-1], 1), dim=-1)
-            counts = counts[..., 0]
+            for part in (counts, sums, fresh):
+                dist.all_reduce(part)
         moves = (1 - self.decay) * some  # a level that nobody used stays where it is
         sizes = self.cluster_size.lerp(counts, moves)
         sums = self.embedding_sum.lerp(sums, moves[..., None])
@@ -129,10 +122,9 @@ class CodebookStack(nn.Module):
         dead = (sizes < 0.1 * mean_size) & (some > 0)
         sizes = torch.where(dead, mean_size, sizes)
         sums = torch.where(dead[..., None], fresh * mean_size[..., None], sums)
-        if skip is None:
-            skip = torch.zeros_like(moves[0, 0])
-        self._set(sizes, sums, skip == 0)
-        return dead & (skip == 0)
+        heeded = torch.ones_like(dead[0, 0]) if skip is None else skip == 0
+        self._set(sizes, sums, heeded)
+        return dead & heeded
 
     @torch.no_grad()
     def follow(self, other: CodebookStack, weight: Tensor, restarted: Tensor) -> None:
@@ -180,9 +172,8 @@ def drawn_vectors(vectors: Tensor, used: Tensor, draws: Tensor) -> tuple[Tensor,
 
     Returns `[K, n, d]`, and `[K, 1]`: 1.0 where any clip is used, else 0.0.
     """
-    rank, ranks = 0, 1
-    if dist.is_initialized():
-        rank, ranks = dist.get_rank(), dist.get_world_size()
+    group = dist.is_initialized()
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     used = in_joint_order(used.to(torch.uint8).contiguous(), 1)  # [K, B * ranks]
     frames = vectors.shape[2]
     order = used.argsort(dim=1, descending=True, stable=True)
@@ -254,16 +245,14 @@ class SplitQuantizer(nn.Module):
                 if tensor.shape == buffers[name].shape:
                     buffers[name].copy_(tensor)
                 else:
-                    shapes = f"{list(tensor.shape)}, not {list(buffers[name].shape)}"
-                    errors.append(f"{name} is {shapes}")
+                    errors.append(f"{name}: {list(tensor.shape)}, not {list(buffers[name].shape)}")
             embedding, sizes, sums = buffers.values()
             if len(given) == 1:
                 sizes.fill_(1.0)
                 sums.copy_(embedding)
             stack.half_norms[row].copy_(half_norms(embedding))
             stack.started[row] = bool(sizes.sum() > 0)
-        rest = (missing, unexpected, errors)
-        super()._load_from_state_dict(state, prefix, metadata, strict, *rest)
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
     def encode(self, hidden: Tensor, num_codebooks: int) -> Tensor:
         """`[B, F, S + D]` → codes `[B, K, F]` int64."""
@@ -303,15 +292,10 @@ class SplitQuantizer(nn.Module):
             if self.stacks[-1].started[-1]:
                 quantized = vectors - residuals[-1]
                 commitment = summed_squares(vectors, residuals[1:], counted)
-        slices = [stack.levels for stack in self.stacks[1:]]
-        return Quantized(
-            semantic=first.semantic,
-            acoustic=quantized,
-            codes=torch.cat((first.codes, codes), dim=1),
-            commitment=first.commitment + commitment,
-            residuals=first.residuals + [residuals[s.start - 1 : s.stop - 1] for s in slices],
-            used=used,
-        )
+        codes = torch.cat((first.codes, codes), dim=1)
+        entered = residuals[:-1].split([len(stack.started) for stack in self.stacks[1:]])
+        residuals, commitment = [*first.residuals, *entered], first.commitment + commitment
+        return Quantized(first.semantic, quantized, codes, commitment, residuals, used)
 
     def quantize_semantic(self, semantic: Tensor) -> Quantized:
         """The semantic codebook alone, with gradients: `[B, F, S]` → codes `[B, 1, F]`."""
@@ -332,14 +316,11 @@ class SplitQuantizer(nn.Module):
     def _residual_codes(self, vectors: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
         """What enters each level of the residual VQ and what the last leaves, `[K, B, F, d]`, and
         codes `[B, K - 1, F]`, of `[B, F, d]`; `counted` `[K - 1, B]` is 1 where a clip uses it."""
-        books, codes = self.codebooks[1:], []
-        residuals = vectors.new_empty(len(books) + 1, *vectors.shape)
-        residuals[0] = vectors
-        levels = zip(books, counted[..., None, None], residuals[:-1], residuals[1:], strict=True)
-        for book, weight, before, after in levels:
-            codes.append(book.nearest(before))
-            torch.addcmul(before, book.lookup(codes[-1]), weight, value=-1, out=after)
-        return residuals, torch.stack(codes, dim=1)
+        residuals, codes = [vectors], []
+        for book, weight in zip(self.codebooks[1:], counted[..., None, None], strict=True):
+            codes.append(book.nearest(residuals[-1]))
+            residuals.append(residuals[-1].addcmul(book.lookup(codes[-1]), weight, value=-1))
+        return torch.stack(residuals), torch.stack(codes, dim=1)
 
     @property
     def is_initialised(self) -> bool:
@@ -348,9 +329,8 @@ class SplitQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(
-        self, info: Quantized, draws: Tensor, freeze_semantic: bool = False,
-        skip: Tensor | None = None,
-    ) -> list[Tensor | None]:  # fmt: skip
+        self, info: Quantized, draws: Tensor, freeze_semantic=False, skip: Tensor | None = None
+    ) -> list[Tensor | None]:
         """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first.
 
         `draws` `[K, size of the largest]` in [0, 1), the same on every rank, choose the vectors
@@ -383,7 +363,7 @@ class SplitQuantizer(nn.Module):
 def summed_squares(vectors: Tensor, errors: Tensor, counted: Tensor) -> Tensor:
     """Mean over clips of the sum over levels of mean(`errors`²), with its gradient in `vectors`.
 
-    vectors: `[B, F, d]`, errors: `[K, B, F, d]`, which are `vectors` less constants, counted:
+    `vectors` `[B, F, d]`, `errors` `[K, B, F, d]`, which are `vectors` less constants, `counted`
     `[K, B]`. Written out, because autograd would keep and pass `errors` several times.
     """
     scale = 1.0 / vectors.numel()

@@ -8,18 +8,20 @@ key-value cache of fixed shape and gives the same output for any chunking.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+try:  # its kernel where that package is installed
+    from flash_attn import flash_attn_func as flash_attention
+except ImportError:
+    flash_attention = None
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes of a `StreamingTransformer`."""
-
     dim: int
     num_layers: int
     num_heads: int
@@ -76,25 +78,14 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _as(torch.addcmul(precise * cos, swapped, sin), x.dtype)
 
 
-@functools.cache
-def flash_attention():
-    """flash-attn's kernel where that package is installed, else None."""
-    try:
-        from flash_attn import flash_attn_func
-    except ImportError:
-        return None
-    return flash_attn_func
-
-
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
     """Causal attention in which each query sees `context` keys, its own included.
 
     q `[B, T, H, D]`; k, v `[B, T, H_kv, D]` → `[B, T, H, D]`. Time and memory grow with
     `T * context`, not with `T * T`.
     """
-    flash = flash_attention() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else None
-    if flash is not None:
-        return flash(q, k, v, causal=True, window_size=(context - 1, 0))
+    if flash_attention and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return flash_attention(q, k, v, causal=True, window_size=(context - 1, 0))
     length, grouped = q.shape[1], q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if length <= context:
@@ -204,9 +195,8 @@ class Attention(nn.Module):
             places.index_copy_(0, plan.index, new)
         k, v = (_as(cache.transpose(1, 2), q.dtype) for cache in (keys, values))
         grouped = self.config.kv_heads != self.config.num_heads
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k, v, attn_mask=plan.mask, enable_gqa=grouped
-        )
+        q = q.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, enable_gqa=grouped)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -299,24 +289,18 @@ class StreamingTransformer(nn.Module):
 
         Where `active` `[B]` bool is false the slot does not advance and its output is meaningless.
         """
-        chunks = x.split(state.max_chunk, dim=1)
-        if len(chunks) == 1:
-            return self._step_chunk(x, state, active)
-        return torch.cat([self._step_chunk(chunk, state, active) for chunk in chunks], dim=1)
-
-    def _step_chunk(self, x: Tensor, state: TransformerState, active: Tensor | None) -> Tensor:
+        if x.shape[1] > state.max_chunk:
+            chunks = x.split(state.max_chunk, dim=1)
+            return torch.cat([self.step(chunk, state, active) for chunk in chunks], dim=1)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         y = self.step_by(x, state, self._plan(x.shape[1], dtype, state, active))
         state.position.add_(x.shape[1] if active is None else active.long() * x.shape[1])
         return y
 
-    def _plan(
-        self, length: int, dtype: torch.dtype, state: TransformerState, active: Tensor | None
-    ) -> StepPlan:
+    def _plan(self, length: int, dtype, state: TransformerState, active) -> StepPlan:
         capacity = state.ring.shape[0]
-        offsets = torch.arange(length, device=state.ring.device)
-        positions = state.position[:, None] + offsets  # [B, S]
+        positions = state.position[:, None] + torch.arange(length, device=state.ring.device)
         last = positions[:, -1:]
         # The position that each ring place holds once this chunk is written; negative: nothing yet.
         held = last - (last - state.ring) % capacity  # [B, capacity]
