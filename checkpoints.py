@@ -50,11 +50,10 @@ def save_checkpoint(
 ) -> Path:  # fmt: skip
     """Write `run_dir/step_00001000/` and drop all but the last `keep_last` and the best one.
 
-    Files go to a temporary folder, are synced and then renamed, so that a kill at any moment
-    leaves the earlier checkpoints complete. `trainer` holds what loads without pickled code: plain
-    containers, numbers, strings and tensors. `tokenizer` is JSON of the `tokenizers` library.
-    `best` makes this the best one so far (`best.json`). Call on the main rank only.
-    Raises UserError on a full disk, TypeError for a bad `trainer`.
+    Files go to a temporary folder, are synced and then renamed: a kill at any moment leaves the
+    earlier checkpoints complete. `trainer` holds plain containers, numbers, strings and tensors,
+    which load without pickled code; `tokenizer` is JSON of the `tokenizers` library; `best` is
+    noted in `best.json`. Raises UserError on a full disk, TypeError for a bad `trainer`.
     """
     run_dir = Path(run_dir)
     _check_plain(trainer, "trainer")
@@ -72,8 +71,8 @@ def save_export(
     folder: str | Path, step: int, config: dict, tensors: dict[str, Tensor],
     tokenizer: str | None = None,
 ) -> Path:  # fmt: skip
-    """Write a shipped folder: config, weights and tokenizer alone. Other files that are there (a
-    model card) stay. Raises UserError on a full disk."""
+    """Write a shipped folder: config, weights and tokenizer; other files there (a model card) stay.
+    Raises UserError on a full disk."""
     folder = Path(folder)
     with _temporary(folder, folder) as temporary:
         _write_files(temporary, step, config, tensors, None, tokenizer)
@@ -106,8 +105,8 @@ def _temporary(parent: Path, final: Path) -> Iterator[Path]:
 
 
 def check_export(args: argparse.Namespace) -> None:
-    """Raises UserError where `--export` cannot write, or would into the run's own folder: a shipped
-    model beside the steps would hide them, and the run could never go on."""
+    """Raises UserError where `--export` cannot write, or would into the run's own folder, whose
+    steps a shipped model would hide."""
     export, run_dir = (Path(path).resolve() for path in (args.export, args.checkpoint_dir))
     if export == run_dir or run_dir in export.parents or any(export.glob("step_*")):
         raise UserError(f"--export {args.export}: is a run's folder; export into another one")
@@ -116,10 +115,8 @@ def check_export(args: argparse.Namespace) -> None:
 
 
 def config_of(kind: type[T], model: str, stored: dict, where: str | Path) -> T:
-    """The config dataclass `kind` that a checkpoint's `config.json` holds.
-
-    Raises UserError for another kind of model, or fields that this version does not know.
-    """
+    """The config dataclass `kind` that a checkpoint's `config.json` holds. Raises UserError for
+    another kind of model, or fields that this version does not know."""
     if stored.get("model") != model:
         raise UserError(f"{where}: holds a {stored.get('model', 'nameless')} model, not a {model}")
     values = {name: value for name, value in stored.items() if name != "model"}
@@ -135,10 +132,8 @@ def stored_config(model: str, config: object) -> dict:
 
 
 def open_run(run_dir: str | Path, model: str, fresh: bool) -> Checkpoint | None:
-    """The checkpoint that a run goes on from, on the CPU; None for a new run.
-
-    Raises UserError where `fresh` meets a used folder, or the folder holds another `model`.
-    """
+    """The checkpoint that a run goes on from; None for a new run. Raises UserError where `fresh`
+    meets a used folder, or the folder holds another `model`."""
     folder = Path(run_dir)
     if fresh and any(file.name != ".lock" for file in folder.iterdir()):
         raise UserError(f"--fresh: {folder} is not empty; move it away or choose another folder")
@@ -152,9 +147,7 @@ def open_run(run_dir: str | Path, model: str, fresh: bool) -> Checkpoint | None:
 
 def fill(model: nn.Module, tensors: dict, path: str | Path, optional: tuple[str, ...] = ()) -> None:
     """The model's weights from stored tensors; only names that end in one of `optional` may lack.
-
-    Raises UserError that names the checkpoint where they do not fit the config.
-    """
+    Raises UserError where they do not fit the config."""
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         odd = [name for name in missing if not name.endswith(optional)] + unexpected
@@ -187,9 +180,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder")
-    if _is_complete(path):
-        return path
-    for folder in reversed(_step_folders(path)):
+    for folder in (path, *reversed(_step_folders(path))):
         if _is_complete(folder):
             return folder
     if (path / "config.json").exists() or (path / "model.safetensors").exists():
@@ -199,21 +190,16 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, with_trainer: bool = True) -> Checkpoint:
-    """Load what `find_checkpoint(path)` finds, on the CPU, no pickled code executed.
-
-    Raises UserError for a missing or damaged checkpoint.
-    """
-    folder = find_checkpoint(path)
+    """Load what `find_checkpoint(path)` finds, on the CPU, no pickled code executed. Raises
+    UserError for a missing or damaged checkpoint."""
+    folder, trainer, tokenizer = find_checkpoint(path), None, None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = folder / "model.safetensors"
-        tensors = load_file(weights)
-        with safe_open(weights, framework="pt") as opened:
+        with safe_open(folder / "model.safetensors", framework="pt") as opened:
             step = int((opened.metadata() or {}).get("step", 0))
-        trainer = None
+        tensors = load_file(folder / "model.safetensors")
         if with_trainer and (folder / "trainer.pt").exists():
             trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        tokenizer = None
         if (folder / "tokenizer.json").exists():
             tokenizer = (folder / "tokenizer.json").read_text(encoding="utf-8")
     except (OSError, ValueError, EOFError, SafetensorError, RuntimeError, KeyError,
@@ -236,8 +222,9 @@ def fingerprint(config: dict, tensors: dict[str, Tensor]) -> str:
 def _write_files(folder, step, config, tensors, trainer, tokenizer) -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    metadata = {"format": "pt", "step": str(step)}
-    save_file(_unshared(tensors), folder / "model.safetensors", metadata=metadata)
+    # Copies, for safetensors refuses tensors that share memory.
+    copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    save_file(copies, folder / "model.safetensors", {"format": "pt", "step": str(step)})
     if tokenizer is not None:
         (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     if trainer is not None:
@@ -248,20 +235,8 @@ def _write_files(folder, step, config, tensors, trainer, tokenizer) -> None:
     sync_to_disk(folder)
 
 
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CPU copies in which no two tensors share memory, which safetensors refuses."""
-    result, seen = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        storage = tensor.untyped_storage().data_ptr()
-        result[name] = tensor.clone() if storage in seen else tensor
-        seen.add(storage)
-    return result
-
-
 def _publish(temporary: Path, final: Path) -> None:
-    # A folder cannot be renamed over a full one. find_checkpoint knows the old one's new name too,
-    # so that there is no moment without a complete checkpoint.
+    # A folder cannot be renamed over a full one; find_checkpoint knows the old one's new name too.
     replaced = final.with_name(f"{final.name}.replaced")
     if final.exists():
         final.rename(replaced)

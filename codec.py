@@ -425,7 +425,7 @@ class Codec(nn.Module):
         return self.quantizer.encode(hidden, num_codebooks)
 
     @torch.no_grad()
-    def decode_step(self, codes: Tensor, state: StreamState, active: Tensor | None = None) -> Tensor:
+    def decode_step(self, codes: Tensor, state: StreamState, active=None) -> Tensor:
         """Continues each slot by codes `[B, K, S]` → audio `[B, 1, S * 480]`."""
         hidden = self._mixed(*self.quantizer.lookup(codes))
         return self.decoder.step(hidden, state, active).flatten(1)[:, None]

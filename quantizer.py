@@ -245,7 +245,8 @@ class SplitQuantizer(nn.Module):
                 if tensor.shape == buffers[name].shape:
                     buffers[name].copy_(tensor)
                 else:
-                    errors.append(f"{name}: {list(tensor.shape)}, not {list(buffers[name].shape)}")
+                    shapes = f"{list(tensor.shape)}, not {list(buffers[name].shape)}"
+                    errors.append(f"{name} is {shapes}")
             embedding, sizes, sums = buffers.values()
             if len(given) == 1:
                 sizes.fill_(1.0)

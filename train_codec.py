@@ -48,7 +48,6 @@ from training import one_of, setting
 UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
 VALIDATION_WINDOWS = 48
-AUDIBLE_WINDOWS = 4  # held-out windows whose audio goes to TensorBoard
 # Flags and settings that a resumed run can take up, beside those of all trainers.
 CHANGEABLE = ("gen_lr", "disc_lr", "teacher", "precision", "teacher_cache", "teacher_cache_gib",
               "cuda_graph", "compile")  # fmt: skip
@@ -134,8 +133,8 @@ def average_decay(asked: float | None, total_steps: int) -> float:
 
 
 def judged_part(samples: int, seconds: float, key: tuple[int, ...]) -> Tensor:
-    """Which samples `[n]` of the windows the discriminators see in this step, on every rank the
-    same: they cost more than the codec, and a part drawn anew each step teaches as much."""
+    """Which samples `[n]` of the windows the discriminators see in this step, alike on all ranks:
+    they cost more than the codec, and a part drawn anew each step teaches as much."""
     length = min(samples, int(seconds * SAMPLE_RATE))
     start = torch.randint(samples - length + 1, (1,), generator=training.keyed_generator(*key))
     return start + torch.arange(length)
@@ -158,23 +157,20 @@ def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def training_losses(spectra: nn.ModuleDict, estimate: Tensor, audio: Tensor, counts: Tensor):
     """The reconstruction in fp32, and its losses."""
     estimate = estimate.float()
-    # At high rates the goal is SNR, at the LM's it is how it sounds.
-    weights = (counts / LM_CODEBOOKS).clamp(min=1).sqrt()
     losses = {name: loss(estimate, audio) for name, loss in spectra.items()}
-    losses["waveform"] = waveform_loss(estimate, audio, weights)
+    # At high rates the goal is SNR, at the LM's it is how it sounds.
+    losses["waveform"] = waveform_loss(estimate, audio, (counts / LM_CODEBOOKS).clamp(min=1).sqrt())
     return estimate, losses
 
 
-def semantic_learns(args) -> bool:
-    """Whether codebook 0 and its branch move."""
+def semantic_learns(args) -> bool:  # codebook 0 and its branch
     return not (args.decoder_only or args.freeze_semantic)
 
 
 def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> CodecConfig:
     """The codec's sizes: those of the preset, or of the codec that goes on or is frozen. Sets
-    `args.window_seconds` where it was left open. What runs is what was trained: a window has at
-    least twice the frames that attention sees. To a shorter one the context of a new `tiny` gives
-    way; that of `base` raises UserError."""
+    `args.window_seconds` where it is open. A window has at least twice the frames that attention
+    sees: to a shorter one the context of a new `tiny` gives way; `base` raises UserError."""
     config = CodecConfig.base() if args.preset == "base" else CodecConfig.tiny()
     source = checkpoint
     if source is None and args.init_from and not semantic_learns(args):
@@ -218,24 +214,22 @@ def phases(args, total: int) -> dict[str, int]:
     return {"semantic": 0, "codec": semantic_steps, "adversarial": joined}
 
 
-def validated_rates(config: CodecConfig) -> list[int]:
-    """The LM's number of codebooks and all of them."""
+def validated_rates(config: CodecConfig) -> list[int]:  # the LM's number of codebooks, and all
     return sorted({min(LM_CODEBOOKS, config.num_codebooks), config.num_codebooks})
 
 
 @torch.no_grad()
 def log_audio(metrics: training.Metrics, step: int, model: Codec, batches: list[dict], device):
-    """The first held-out windows to TensorBoard: the recordings before step 1, then what became of
-    them at each rate."""
-    audio = batches[0]["audio"][:AUDIBLE_WINDOWS].to(device)
+    """Four held-out windows to TensorBoard: the recordings before step 1, then what became of them
+    at each rate."""
+    audio, config = batches[0]["audio"][:4].to(device), model.config
     sounds = {"reference": audio}
     if step > 0:
-        rates = validated_rates(model.config)
+        rates = validated_rates(config)
         sounds = {f"{k}_codebooks": model.decode(model.encode(audio, k)) for k in rates}
     for name, clips in sounds.items():
-        for i, clip in enumerate(clips):
-            clip = clip.clamp(-1, 1)
-            metrics.log_audio(step, f"held_out_{i}/{name}", clip, model.config.sample_rate)
+        for i, clip in enumerate(clips.clamp(-1, 1)):
+            metrics.log_audio(step, f"held_out_{i}/{name}", clip, config.sample_rate)
 
 
 @torch.no_grad()
@@ -258,10 +252,9 @@ def validate(
             estimate, losses = training_losses(spectra, estimate, audio, counts)
             row = {f"{name}_{rate}": loss for name, loss in losses.items()}
             for place, part in (("within", slice(edge)), ("past", slice(edge, None))):
-                loss = spectra["mel"](estimate[..., part], audio[..., part])
-                row[f"mel_{rate}_{place}"] = loss
+                row[f"mel_{rate}_{place}"] = spectra["mel"](estimate[..., part], audio[..., part])
             row[f"si_sdr_{rate}"] = si_sdr(estimate, audio).mean()
-            if logits is not None:
+            if head is not None:
                 row["phone_accuracy"] = phone_loss(logits, labels)[1]
             for name, score in row.items():
                 scores[f"validation_{name}"].append(float(score))
@@ -353,12 +346,10 @@ class Learner:
         self.cast = precision(device, args.precision)
         if args.init_from and checkpoint is None:
             self.inherit()
-        frozen = []
-        if args.freeze_semantic:
-            frozen = [model.encoder[0], model.quantizer.semantic_in, self.head, self.projection]
+        frozen = [model.encoder[0], model.quantizer.semantic_in, self.head, self.projection]
         if args.decoder_only:
-            frozen = [model.encoder, model.quantizer, self.head, self.projection]
-        for part in filter(None, frozen):
+            frozen += [model.encoder, model.quantizer]
+        for part in filter(None, [] if semantic_learns(args) else frozen):
             part.requires_grad_(False)
         if checkpoint is not None:
             teachers.check_same_teacher(checkpoint.trainer["teacher"], teacher, checkpoint.path)
@@ -380,8 +371,7 @@ class Learner:
         if self.projection is not None:
             run.parts["projection"] = self.projection
         run.restore()
-        self.average = None
-        decay = average_decay(settings.ema_decay, run.schedule.total)
+        self.average, decay = None, average_decay(settings.ema_decay, run.schedule.total)
         if decay > 0:
             self.average = run.parts["average"] = AveragedCodec(model, decay)
             if checkpoint is not None and "average" in checkpoint.trainer:  # else it was shorter
@@ -408,8 +398,7 @@ class Learner:
                             "another size, and it was to be frozen")  # fmt: skip
 
     @property
-    def shown(self) -> Codec:
-        """The codec that validates and ships."""
+    def shown(self) -> Codec:  # what validates and ships
         return self.average.model if self.average else self.model
 
     def step(
@@ -430,11 +419,11 @@ class Learner:
         # The codec's forward pass: reconstruction, and codebook 0 as phones and as the teacher's.
         with self.cast:
             if mode.semantic_only:
-                estimate, info = None, model.forward_semantic(audio)
+                info = model.forward_semantic(audio)
             else:
                 estimate, info = model(audio, counts)
             phone_logits = self.head(info.semantic) if phones_learn else None
-            taught = phones_learn and self.projection is not None
+            taught = phones_learn and teacher is not None
             view = self.projection(info.semantic) if taught else None
         reference = None
         if teacher is not None and target is None:
@@ -496,17 +485,14 @@ class Learner:
         return {name: value.detach() for name, value in row.items()} | {"codes": info.codes}
 
 
-def check_flags(args: argparse.Namespace, run: training.Run) -> None:
-    """Raises UserError for flags that do not go together."""
+def load_teacher(args: argparse.Namespace, run: training.Run):
+    """The teacher and the cache of its targets, where the run has them; UserError for flags that do
+    not go together."""
     if args.cuda_graph and (run.device.type != "cuda" or run.process.world_size > 1):
         raise UserError("--cuda_graph needs a CUDA GPU, and one alone")
     if not (semantic_learns(args) or run.resumed or args.init_from):
         flag = "--decoder_only" if args.decoder_only else "--freeze_semantic"
         raise UserError(f"{flag} needs --init_from, the codec whose codes are frozen")
-
-
-def load_teacher(args: argparse.Namespace, run: training.Run):
-    """The teacher and the cache of its targets, where the run has them."""
     if args.teacher == "auto":
         args.teacher = "wavlm" if run.device.type == "cuda" else "none"
     needed = semantic_learns(args) or args.ssl_loss_weight > 0
@@ -520,9 +506,7 @@ def load_teacher(args: argparse.Namespace, run: training.Run):
 
 
 def train(args: argparse.Namespace, run: training.Run) -> None:
-    """The training itself, within its run."""
     process, device, settings = run.process, run.device, run.settings
-    check_flags(args, run)
     teacher, cache = load_teacher(args, run)
     training.seed_everything(args.seed)  # whichever teacher there is, the same weights
     if args.cuda_graph:  # what it holds must live on a stream of its own from the start
@@ -535,10 +519,8 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
     splits = ("train", "validation"), args.commercial_only, unreadable
     clips, held_out = data.load_splits(args.data_dirs, *splits)
     items = run.plan(clips.hours(), functools.partial(phases, args))
-    dataset = WindowDataset(
-        clips, args.window_seconds, args.seed, items, args.language_temperature,
-        settings.augment_share, phone_ids, unreadable,
-    )  # fmt: skip
+    drawn = args.window_seconds, args.seed, items, args.language_temperature
+    dataset = WindowDataset(clips, *drawn, settings.augment_share, phone_ids, unreadable)
     # On every rank, though one validates: reading it draws from the generator of the weights.
     validation = validation_batches(held_out, config, phone_ids)
 
@@ -600,10 +582,10 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
     place = (sys.maxsize, run.epoch, run.consumed)
     batches = data.training_batches(dataset, args.batch_size, run.workers, process, *place)
     for batch in run.steps(batches):
-        rates = {phase: run.schedule.rate(run.step, phase) for phase in ("codec", "adversarial")}
-        rate = run.schedule.rate(run.step) if run.phase == "semantic" else rates["codec"]
+        rate = run.schedule.rate(run.step, None if run.phase == "semantic" else "codec")
         training.set_learning_rate(learner.optimizer, rate * args.gen_lr)
-        training.set_learning_rate(learner.disc_optimizer, rates["adversarial"] * args.disc_lr)
+        disc_rate = run.schedule.rate(run.step, "adversarial") * args.disc_lr
+        training.set_learning_rate(learner.disc_optimizer, disc_rate)
         row = take_step(batch, run.phase) | {"lr": rate * args.gen_lr}
         if replayed and replayed.warming:
             run.meter.measure_anew()

@@ -35,9 +35,6 @@ T = TypeVar("T")
 PLAN_BUDGET_USD = 1500.0
 
 
-# ------------------------------------------------------------------------------- processes
-
-
 @dataclass(frozen=True)
 class Distributed:
     """This process' place among those that `torchrun` started; rank 0 of 1 without it."""
@@ -58,13 +55,12 @@ def setup_distributed(device: str = "auto") -> Distributed:
     `device`: auto (CUDA where there is one), cpu, cuda or cuda:N. Raises UserError for others (mps
     has no float64) and for one that this machine lacks.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+    rank, world_size, local_rank = (int(os.environ.get(*name)) for name in names)
     chosen = _resolve_device(device, local_rank, world_size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = True  # windows have one length: the fastest kernels pay
+        torch.backends.cudnn.benchmark = True  # windows have one length
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -74,18 +70,16 @@ def setup_distributed(device: str = "auto") -> Distributed:
 def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    named = re.fullmatch(r"cpu|cuda(:\d+)?", device)
+    named = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
     if named is None:
         raise UserError(f"--device {device}: not supported; use auto, cpu, cuda or cuda:N")
     if device == "cpu":
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError(f"--device {device}: PyTorch sees no CUDA GPU here; use --device cpu")
-    index = int(named[1][1:]) if named[1] and world_size == 1 else local_rank
+    index = int(named[1]) if named[1] and world_size == 1 else local_rank
     count = torch.cuda.device_count()
     if index >= count:
-        raise UserError(f"GPU {index} asked for, this machine has {count}: "
-                        "lower --nproc_per_node or --device")  # fmt: skip
+        raise UserError(f"--device {device}: PyTorch sees {count or 'no'} CUDA GPU here; use "
+                        "--device cpu, or lower --nproc_per_node or --device")  # fmt: skip
     return torch.device("cuda", index)
 
 
@@ -118,10 +112,9 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
 
 def start_equal(modules: Iterable[nn.Module | None]) -> None:
     """Gives every rank the parameters and buffers of rank 0."""
-    if _num_ranks() > 1:
-        for module in filter(None, modules):
-            for tensor in module.state_dict().values():
-                dist.broadcast(tensor, 0)
+    for module in filter(None, modules if _num_ranks() > 1 else ()):
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 def from_main_rank(value: T) -> T:
@@ -149,11 +142,8 @@ def keyed_generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(item_rng(*key).integers(2**62)))
 
 
-# ----------------------------------------------------------------------- flags and settings
-
-
 def setting(default: object, parse: Callable[[str], object], meaning: str) -> object:
-    """A field of `Settings`: its default, what reads its value from `--set`, and what it means."""
+    """A field of `Settings`: its default, what reads its value, and what it means."""
     return dataclasses.field(default=default, metadata={"parse": parse, "meaning": meaning})
 
 
@@ -181,8 +171,8 @@ class Settings:
     def help(cls) -> str:
         """The settings and what they mean, a line each."""
         fields = dataclasses.fields(cls)
-        lines = [f"  {f.name:<20}{f.metadata['meaning']} ({f.default})" for f in fields]
-        return "\n".join(["settings, for --set:", *lines])
+        lines = [f"\n  {f.name:<20}{f.metadata['meaning']} ({f.default})" for f in fields]
+        return "".join(["settings, for --set:", *lines])
 
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
@@ -215,8 +205,7 @@ def run_parser(
     more = parser.add_argument_group("advanced")
     add = more.add_argument
     add("--preset", choices=("auto", "tiny", "base"), default="auto", help="auto: base on CUDA")
-    add("--set", nargs="+", action="extend", type=settings.parse, metavar="NAME=VALUE",
-        help="settings, see below")  # fmt: skip
+    add("--set", nargs="+", action="extend", type=settings.parse, metavar="NAME=VALUE")
     add("--epoch_hours", type=number(above=0), help="audio drawn an epoch; else all, at most 60")
     add("--warmup_steps", type=whole(0))
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
@@ -252,9 +241,8 @@ def take_stored(
     values: dict, stored: dict, given: Collection[str], changeable: Collection[str],
     where: str | Path, settings: Collection[str] = (),
 ) -> list[str]:  # fmt: skip
-    """Makes `values` those that a resumed run has stored, but for what the command line changes:
-    `given` there, `settings` by `--set`. Returns lines to print. Raises UserError for a change that
-    is not among `changeable`."""
+    """Makes `values` those that a resumed run has stored, but for what is `given` on the command
+    line (`settings` by `--set`) and `changeable`: else UserError. Returns lines to print."""
 
     def spell(name: str, value: object) -> str:
         if name in settings:
@@ -282,15 +270,12 @@ def take_stored(
     return lines
 
 
-# --------------------------------------------------------------------------- schedule, steps
-
-
 class Schedule:
     """How many steps there are, in which phases, and the learning rate's course over them.
 
     `starts(total)` gives the first step of each phase, in their order. A change of the total moves
-    what lies ahead: phases that began stay where they are, and the learning rate goes on from where
-    it is, so that it neither jumps nor rises. `planned` steps were asked for; a budget allows less.
+    what lies ahead: phases that began stay, and the learning rate goes on from where it is, so that
+    it neither jumps nor rises. `planned` steps were asked for; a budget allows less.
     """
 
     def __init__(self, total: int, starts=lambda total: {"": 0}, warmup_steps: int = 0) -> None:
@@ -325,13 +310,11 @@ class Schedule:
 
     def rate(self, step: int, phase: str | None = None, *, final_ratio: float = 0.1) -> float:
         """The learning rate at `step` (from 0), as a share of its peak: a linear warm-up, then a
-        cosine to `final_ratio`. What joins with a `phase` has a warm-up of its own.
-        """
+        cosine to `final_ratio`. What joins with a `phase` has a warm-up of its own."""
+        cosine = 0.5 * (1 + math.cos(math.pi * self._progress(step)))
+        rate = final_ratio + (1 - final_ratio) * cosine
         if step < self.warmup_steps:
             rate = (step + 1) / self.warmup_steps
-        else:
-            cosine = 0.5 * (1 + math.cos(math.pi * self._progress(step)))
-            rate = final_ratio + (1 - final_ratio) * cosine
         return rate if phase is None else min(rate, self.ramp(step, phase))
 
     def ramp(self, step: int, phase: str) -> float:
@@ -343,11 +326,8 @@ class Schedule:
         return min(1.0, done + (1 - done) * (step - turned) / max(1, self.total - turned))
 
     def _moved(self, step: int, total: int) -> dict[str, int]:
-        planned = self._starts(total)
-        return {
-            name: start if start < step else max(step, planned[name])
-            for name, start in self.starts.items()
-        }
+        starts, planned = self.starts.items(), self._starts(total)
+        return {name: old if old < step else max(step, planned[name]) for name, old in starts}
 
     def state_dict(self) -> dict:
         return {"total": self.total, "starts": dict(self.starts), "turn": list(self._turn)}
@@ -372,8 +352,8 @@ class StepGuard:
         skip = (all_reduce_mean((~last.isfinite()).any().float()) > 0).float()
         if self._seen is None:
             self._seen = torch.cat([last.new_tensor([self.skipped, self.consecutive]), last])
-        # Skipped, one more in each count; else the run of skipped ones ends.
-        self._seen[:2].mul_(torch.stack([torch.ones_like(skip), skip])).add_(skip)
+        self._seen[1].mul_(skip)  # a step that is not skipped ends the row
+        self._seen[:2].add_(skip)
         self._seen[2:].copy_(last)
         return skip
 
@@ -444,9 +424,9 @@ class StepGraph:
 
     `function(mode, **inputs)` takes tensors of fixed shapes and gives a dict of tensors, which the
     next call overwrites. It must use the same memory at every call, draw nothing at random and
-    never wait for the device. Each mode is called as it is `warmup` times (optimizers make their
-    state, libraries choose kernels), then captured. Everything, the making of models included,
-    belongs on one stream that is not the default one.
+    never wait for the device. Each mode is called `warmup` times as it is, for optimizers make
+    their state and libraries choose kernels. All of it, the making of models included, belongs on
+    one stream that is not the default one.
     """
 
     def __init__(self, function: Callable[..., dict[str, Tensor]], warmup: int = 5) -> None:
@@ -466,7 +446,6 @@ class StepGraph:
             return self.function(mode, **inputs)
         if self._graph is None:
             self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-            self._results = {}
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             # Thread-local: the loader's thread goes on pinning memory meanwhile.
@@ -477,9 +456,6 @@ class StepGraph:
             self._inputs[name].copy_(tensor, non_blocking=True)
         self._graph.replay()
         return self._results
-
-
-# ---------------------------------------------------------------------------- loss balance
 
 
 class Balancer:
@@ -536,16 +512,12 @@ class Balancer:
             mean.copy_(torch.where(finite & (norm > 0), moved, mean))
 
     def state_dict(self) -> dict:
-        means = {name: mean.tolist() for name, mean in self._means.items()}
-        kinds = enumerate(("sums", "counts"))
-        return {kind: {name: mean[i] for name, mean in means.items()} for i, kind in kinds}
+        means = [(name, mean.tolist()) for name, mean in self._means.items()]
+        return {"sums": {n: m[0] for n, m in means}, "counts": {n: m[1] for n, m in means}}
 
     def load_state_dict(self, state: dict) -> None:
         counts = state["counts"]
         self._means = {n: torch.tensor([s, counts[n]]) for n, s in state["sums"].items()}
-
-
-# ------------------------------------------------------------------------ metrics and money
 
 
 class Metrics:
@@ -559,17 +531,23 @@ class Metrics:
             lines = [json.dumps(row) + "\n" for row in rows if row.get("step", 0) <= resume_step]
             command.write_text(self.path, "".join(lines))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._board = _tensorboard(self.path.parent, resume_step) if tensorboard else None
+        self._board = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+            self._board = SummaryWriter(str(self.path.parent / "tensorboard"),
+                                        purge_step=resume_step + 1)  # fmt: skip
 
     def log(self, step: int, **values: float | int | str | Tensor) -> dict:
         """Append a line, and return it as numbers; a value that is not finite is None."""
         row = {name: finite_or_none(value) for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
-        if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, step)
+        for name, value in row.items() if self._board else ():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
         return row
 
     def log_audio(self, step: int, name: str, audio: Tensor, sample_rate: int) -> None:
@@ -581,14 +559,6 @@ class Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
-
-
-def _tensorboard(run_dir: Path, resume_step: int):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
 
 def format_hours(hours: float) -> str:
@@ -609,9 +579,9 @@ class CostMeter:
     """Measures a command's pace; projects its hours and dollars; writes the shared ledger.
 
     Each phase of a schedule has a pace: measured where it has run, else expected (`Run.estimate`),
-    corrected by what came of the other expectations. What a run spends goes to `ledger` at least
-    once a minute, as a killed pod's time counts too. Unless `enabled` (on the main rank only) it
-    projects hours alone and writes nothing. `budget_usd` holds for all parts of a resumed run.
+    corrected by what came of the other expectations. What a run spends goes to `ledger` once a
+    minute, as a killed pod's time counts too; unless `enabled` (on the main rank only) nothing is
+    written, and no dollars are projected. `budget_usd` holds for all parts of a resumed run.
     """
 
     flush_seconds = 60.0
@@ -675,11 +645,11 @@ class CostMeter:
     def line(self) -> str:
         """`projected 41 h = $139 (spent $212 of $1,500)`; hours alone where disabled."""
         hours = self.projected_hours()
-        line = f"projected {format_hours(hours)}"
-        if self.enabled:
-            spent, plan = format_dollars(self.spent_usd()), format_dollars(PLAN_BUDGET_USD)
-            line += f" = {format_dollars(hours * self.usd_per_hour)} (spent {spent} of {plan})"
-        return line
+        if not self.enabled:
+            return f"projected {format_hours(hours)}"
+        dollars = hours * self.usd_per_hour, self.spent_usd(), PLAN_BUDGET_USD
+        cost, spent, plan = map(format_dollars, dollars)
+        return f"projected {format_hours(hours)} = {cost} (spent {spent} of {plan})"
 
     def spent_usd(self) -> float:
         """Dollars spent on all stages, those not yet in the ledger included."""
@@ -716,11 +686,9 @@ class CostMeter:
     def _pace(self, phase: str) -> float:
         """Seconds a step; nan where nothing is known."""
         known = self._known()
-        if phase in known:
-            return known[phase]
         expected = sum(self.expected.get(name, seconds) for name, seconds in known.items())
         correction = sum(known.values()) / expected if known else 1.0
-        return self.expected.get(phase, math.nan) * correction
+        return known.get(phase, self.expected.get(phase, math.nan) * correction)
 
     def _since_flush(self) -> float:  # hours
         return 0.0 if self._flushed is None else (self._clock() - self._flushed) / 3600
@@ -734,9 +702,6 @@ class CostMeter:
         return sum(x for x in values if isinstance(x, (int, float)) and math.isfinite(x))
 
 
-# -------------------------------------------------------------------------- around the loop
-
-
 class Run:
     """What surrounds the steps of a training: folder, flags, schedule, budget, log and checkpoints.
 
@@ -746,16 +711,12 @@ class Run:
 
     args, settings: on a resumed run those it was started with, but for what was changed.
     checkpoint: where it goes on from; None for a new run, and once it is restored.
-    step, epoch, consumed, best: its `PLACE`.
     stored: gives config, tensors, further trainer state and tokenizer of a checkpoint.
     validate: gives scores by name, the lowest `best_by` for the best checkpoint.
     shown: metrics on the terminal's lines, and under which name.
     """
 
-    def __init__(
-        self, stage: str, args: argparse.Namespace, kind: type[Settings], process: Distributed,
-        changeable: Collection[str],
-    ) -> None:  # fmt: skip
+    def __init__(self, stage: str, args, kind: type[Settings], process: Distributed, changeable):
         self.args, self.process = args, process
         self.is_main, self.device = process.is_main, process.device
         self.workers = loader_workers(args.num_workers)
@@ -783,11 +744,10 @@ class Run:
         if self.checkpoint is None:
             return
         trainer, where = self.checkpoint.trainer or {}, self.checkpoint.path
-        for name in ("settings", "flags", "planned_steps", "schedule", *PLACE):
-            if name not in trainer:
-                raise UserError(
-                    f"{where}: no {name} in its trainer state, as an export or another version "
-                    "wrote it; start in a new --checkpoint_dir with --init_from")  # fmt: skip
+        needed = {"settings", "flags", "planned_steps", "schedule", *PLACE}
+        for name in sorted(needed - trainer.keys()):
+            raise UserError(f"{where}: no {name} in its trainer state, as an export or another "
+                "version wrote it; start in a new --checkpoint_dir with --init_from")  # fmt: skip
         settings = dataclasses.asdict(self.settings)
         values, stored = {**flags, **settings}, {**trainer["flags"], **trainer["settings"]}
         given = self.args.given.union(given)
@@ -814,8 +774,7 @@ class Run:
         args, schedule = self.args, self.schedule
         vars(self).update({name: trainer[name] for name in PLACE})
         schedule.load_state_dict(trainer["schedule"])
-        total = schedule.total
-        epochs = args.num_epochs - self.epoch - 1
+        total, epochs = schedule.total, args.num_epochs - self.epoch - 1
         left = max(0, self.steps_per_epoch - math.ceil(self.consumed / args.batch_size))
         schedule.planned = self.step + max(0, left + epochs * self.steps_per_epoch)
         if trainer["flags"]["batch_size"] != args.batch_size or schedule.planned < total:
@@ -833,9 +792,8 @@ class Run:
             try:
                 part.load_state_dict(checkpoint.trainer[name])
             except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{checkpoint.path}: its {name} does not fit this version or these flags "
-                    f"({command.first_line(error)}); start in a new --checkpoint_dir with "
+                raise UserError(f"{checkpoint.path}: its {name} does not fit this version or these "
+                    f"flags ({command.first_line(error)}); start in a new --checkpoint_dir with "
                     "--init_from") from error  # fmt: skip
 
     def estimate(self, take: Callable[[str], object], modules: Iterable[nn.Module]) -> None:
@@ -877,10 +835,9 @@ class Run:
         if self.resumed:
             lines += [f"resuming {args.checkpoint_dir} at step {self.step} of {schedule.total}"]
         if self.is_main:
+            self.metrics = Metrics(args.checkpoint_dir, self.step, args.tensorboard)
             print("\n".join(lines + self._news), flush=True)
         self._fit()
-        if self.is_main:
-            self.metrics = Metrics(args.checkpoint_dir, self.step, args.tensorboard)
 
     @property
     def stop_at(self) -> int:
@@ -936,14 +893,12 @@ class Run:
 
     def save(self, best: bool = False) -> None:
         """Writes a checkpoint of the step that was made; on the main rank only."""
-        trainer = {name: part.state_dict() for name, part in self.parts.items()}
-        trainer |= {name: getattr(self, name) for name in PLACE}
+        stored, parts = self.stored(), {"schedule": self.schedule, **self.parts}
+        trainer = {name: part.state_dict() for name, part in parts.items()}
+        trainer |= {name: getattr(self, name) for name in PLACE} | stored.pop("trainer", {})
         trainer["flags"] = {k: v for k, v in vars(self.args).items() if k not in LOCAL}
         trainer["settings"] = dataclasses.asdict(self.settings)
-        trainer["schedule"] = self.schedule.state_dict()
         trainer["planned_steps"] = self.schedule.planned
-        stored = self.stored()
-        trainer |= stored.pop("trainer", {})
         keep = {"keep_last": self.args.keep_last, "best": best}
         save_checkpoint(self.args.checkpoint_dir, self.step, trainer=trainer, **keep, **stored)
         self._last_save, self._saved_step = time.perf_counter(), self.step
@@ -984,7 +939,6 @@ class Run:
         return score < before
 
     def close(self) -> None:
-        """What must not be lost, however the run ends."""
         self.meter.flush()
         if self.metrics is not None:
             self.metrics.close()
@@ -994,9 +948,9 @@ class Run:
 def open_training(
     stage: str, args: argparse.Namespace, kind: type[Settings], changeable: Iterable[str] = ()
 ) -> Iterator[Run]:
-    """A run in `--checkpoint_dir`, new or resumed. Raises UserError where the device is not there,
-    the folder cannot be written or is at work, or the checkpoint does not fit. `changeable`: flags
-    and settings of this trainer that a resumed run can take up, beside `CHANGEABLE`."""
+    """A run in `--checkpoint_dir`, new or resumed. Raises UserError for a device that is not there,
+    a folder that cannot be written or is at work, a checkpoint that does not fit. `changeable`:
+    what a resumed run of this trainer can take up beside `CHANGEABLE`."""
     process = setup_distributed(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
