@@ -78,8 +78,7 @@ class CodecConfig:
         )  # fmt: skip
 
     @property
-    def frame_rate(self) -> float:
-        """Frames a second."""
+    def frame_rate(self) -> float:  # frames a second
         return self.sample_rate / self.hop
 
     @property
@@ -93,8 +92,8 @@ class CodecConfig:
 class ConvState:
     """The last inputs of a causal convolution, `[B, n, C]`, changed in place."""
 
-    def __init__(self, batch_size: int, length: int, channels: int, device, dtype) -> None:
-        self.buffer = torch.zeros(batch_size, length, channels, device=device, dtype=dtype)
+    def __init__(self, buffer: Tensor) -> None:
+        self.buffer = buffer
 
     def extend(self, x: Tensor, active: Tensor | None) -> Tensor:
         """The chunk `x` `[B, S, C]` behind what came before it, `[B, n + S, C]`."""
@@ -121,7 +120,7 @@ class CausalLayer(nn.Module):
 
     def init_state(self, batch_size: int) -> ConvState:
         own = next(itertools.chain(self.parameters(), self.buffers()))
-        return ConvState(batch_size, self.history, self.width, own.device, own.dtype)
+        return ConvState(own.new_zeros(batch_size, self.history, self.width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.compute(F.pad(self.fold(x), (0, 0, self.history, 0)))
@@ -169,8 +168,7 @@ class ConvNeXtBlock(CausalLayer):
         self.scale = nn.Parameter(torch.full((dim,), 0.1))
 
     def compute(self, x: Tensor) -> Tensor:
-        y = self.depthwise(x.transpose(1, 2)).transpose(1, 2)
-        return self._block(x[:, self.history :], y)
+        return self._block(x[:, self.history :], self.depthwise(x.transpose(1, 2)).transpose(1, 2))
 
     def step(self, x: Tensor, state: ConvState, active: Tensor | None = None) -> Tensor:
         # Products and a sum: for so few frames a convolution costs more to set up than to run.
@@ -342,20 +340,17 @@ class Codec(nn.Module):
         self.config = config
         self.encoder = build_encoder(config)
         widths = config.semantic_width, config.encoder_dim
-        dims = config.semantic_dim, config.acoustic_dim
-        sizes, decay = config.codebook_sizes, config.codebook_decay
-        self.quantizer = SplitQuantizer(widths, dims, sizes, decay)
-        self.semantic_out = nn.Linear(config.semantic_dim, config.decoder_dim)
-        self.acoustic_out = nn.Linear(config.acoustic_dim, config.decoder_dim)
+        dims, out = (config.semantic_dim, config.acoustic_dim), config.decoder_dim
+        codebooks = config.codebook_sizes, config.codebook_decay
+        self.quantizer = SplitQuantizer(widths, dims, *codebooks)
+        self.semantic_out, self.acoustic_out = (nn.Linear(dim, out) for dim in dims)
         self.decoder = build_decoder(config)
         self._stored_fingerprint: str | None = None
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> Codec:
-        """Loads a run folder, a step folder or a shipped folder, in float32, for inference.
-
-        Raises UserError where nothing complete is there, or not a codec.
-        """
+        """Loads a run folder, a step folder or a shipped folder, in float32, for inference. Raises
+        UserError where nothing complete is there, or not a codec."""
         checkpoint = checkpoints.load_checkpoint(path, with_trainer=False)
         model = cls(checkpoints.config_of(CodecConfig, "codec", checkpoint.config, path))
         model.load_tensors(checkpoint.tensors, path)
@@ -442,8 +437,8 @@ class AveragedCodec:
 
     @torch.no_grad()
     def update(self, model: Codec, restarted: list, skip: Tensor | None = None) -> None:
-        """Call after a step; `restarted` is what the quantizer's `update` returned, empty if it
-        stood still. Where the scalar `skip` is not 0 nothing moves."""
+        """After a step; `restarted` is what the quantizer's `update` returned, empty if it stood
+        still. Where the scalar `skip` is not 0 nothing moves."""
         moves = 1 if skip is None else (skip == 0).to(self.steps.dtype)
         self.steps += moves
         # A short run, or the start of one, must not average in the random weights of step 0: until
@@ -460,8 +455,7 @@ class AveragedCodec:
             if mask is not None:
                 mine.follow(theirs, weight, mask)
 
-    def state_dict(self) -> dict:
-        """Without the weights: they are the checkpoint's own."""
+    def state_dict(self) -> dict:  # the weights are the checkpoint's own
         return {"steps": int(self.steps), "decay": self.decay}
 
     def load_state_dict(self, state: dict) -> None:

@@ -75,11 +75,9 @@ def si_sdr(estimate: Tensor, target: Tensor) -> Tensor:
 
 
 class PhoneHead(nn.Module):
-    """Reads phones off quantized semantic features; used in training only.
-
-    Convolutions that see 7 frames to each side: a causal code cannot know the phone that begins
-    with it, so neighbouring codes are read together. `[B, F, d]` → logits `[B, F, num_phones]`.
-    """
+    """Reads phones off quantized semantic features, in training: `[B, F, d]` → logits
+    `[B, F, num_phones]`. Convolutions see 7 frames to each side, for a causal code cannot know the
+    phone that begins with it."""
 
     def __init__(self, semantic_dim: int, num_phones: int, width: int = 192) -> None:
         super().__init__()

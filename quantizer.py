@@ -71,10 +71,8 @@ class CodebookStack(nn.Module):
     @torch.no_grad()
     def initialise(self, left: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
         """Starts those codebooks that stand for nothing yet by k-means, each on what the ones
-        before it leave of the vectors `left` `[N, d]`, from the codes that `draws` choose.
-
-        Returns what the last codebook leaves, and `[K, n]` bool, the codes that began anew.
-        """
+        before it leave of the vectors `left` `[N, d]`, from the codes that `draws` choose. Returns
+        what the last codebook leaves, and `[K, n]` bool, the codes that began anew."""
         fresh = torch.zeros_like(self.cluster_size, dtype=torch.bool)
         for row, book in enumerate(self.books()):
             if not self.started[row]:
@@ -106,10 +104,8 @@ class CodebookStack(nn.Module):
     def update(self, vectors: Tensor, codes: Tensor, used: Tensor, draws: Tensor, skip=None):
         """One EMA step by this rank's `vectors` `[K, B, F, d]`, whose nearest codes are `codes`;
         clips count where `used` `[K, B]`. Where the scalar `skip` is not 0 nothing changes.
-
         Dead codes restart with fresh statistics, from those of all ranks' vectors that `draws`
-        `[K, n or more]` in [0, 1) choose. Returns `[K, n]` bool, the codes that restarted.
-        """
+        `[K, n or more]` in [0, 1) choose. Returns `[K, n]` bool, the codes that restarted."""
         counts, sums = self._statistics(vectors, codes, used)
         fresh, some = drawn_vectors(vectors, used, draws[:, : counts.shape[1]])
         if dist.is_initialized():
@@ -129,8 +125,7 @@ class CodebookStack(nn.Module):
     @torch.no_grad()
     def follow(self, other: CodebookStack, weight: Tensor, restarted: Tensor) -> None:
         """Moves by the scalar `weight` towards `other`'s statistics; takes codes over that just
-        `restarted` `[K, n]`: between the old and the new place of a code there would be nothing.
-        """
+        `restarted` `[K, n]`: between the old and the new place of a code there would be nothing."""
         sizes = self.cluster_size.lerp(other.cluster_size, weight)
         sizes = torch.where(restarted, other.cluster_size, sizes)
         sums = self.embedding_sum.lerp(other.embedding_sum, weight)
@@ -168,10 +163,8 @@ def in_joint_order(x: Tensor, dim: int) -> Tensor:
 
 def drawn_vectors(vectors: Tensor, used: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
     """Those at `draws` `[K, n]` in [0, 1) among the vectors `[K, B, F, d]` of all ranks whose clip
-    is `used` `[K, B]`; zeros where another rank has it, so that their sum is it.
-
-    Returns `[K, n, d]`, and `[K, 1]`: 1.0 where any clip is used, else 0.0.
-    """
+    is `used` `[K, B]`; zeros where another rank has it, so that their sum is it. Returns
+    `[K, n, d]`, and `[K, 1]`: 1.0 where any clip is used, else 0.0."""
     group = dist.is_initialized()
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
     used = in_joint_order(used.to(torch.uint8).contiguous(), 1)  # [K, B * ranks]
@@ -201,11 +194,8 @@ class Quantized:
 
 
 class SplitQuantizer(nn.Module):
-    """A semantic codebook in parallel with an acoustic residual VQ, each in a space of its own.
-
-    Codebooks live in stacks of one size, the semantic one in a stack of its own, and are stored
-    one by one, as `codebooks.K.embedding` and so on.
-    """
+    """A semantic codebook in parallel with an acoustic residual VQ, each in a space of its own:
+    stacks of codebooks of one size, which are stored one by one, as `codebooks.K.embedding` … ."""
 
     def __init__(
         self, widths: tuple[int, int], dims: tuple[int, int], sizes: Sequence[int], decay: float
@@ -276,11 +266,9 @@ class SplitQuantizer(nn.Module):
         return semantic, acoustic
 
     def forward(self, hidden: Tensor, num_codebooks: Tensor) -> Quantized:
-        """Quantizes with gradients; sample `b` uses its first `num_codebooks[b]` codebooks.
-
-        The commitment is, per clip, the sum over the levels that it uses, as in DAC (Kumar et al.
-        2023): a mean would pull the less the more levels there are.
-        """
+        """Quantizes with gradients; sample `b` uses its first `num_codebooks[b]` codebooks. The
+        commitment is, per clip, the sum over the levels that it uses, as in DAC (Kumar et al.
+        2023): a mean would pull the less the more levels there are."""
         total = self.stacks[-1].levels.stop
         used = torch.arange(total, device=hidden.device) < num_codebooks[:, None]
         semantic, acoustic = hidden.split(self.widths, dim=-1)
@@ -337,8 +325,7 @@ class SplitQuantizer(nn.Module):
         `draws` `[K, size of the largest]` in [0, 1), the same on every rank, choose the vectors
         that codes start from. With `freeze_semantic` codebook 0 stays as it is; where the scalar
         `skip` is not 0, all of them. Returns, per stack of `info`, `[levels, size]` bool: the codes
-        that began anew; None where it stood still.
-        """
+        that began anew; None where it stood still."""
         restarted = []
         stacks = self.stacks[: len(info.residuals)]
         # Here alone the device is waited for: once, or as often as the first steps are skipped.
@@ -362,11 +349,9 @@ class SplitQuantizer(nn.Module):
 
 
 def summed_squares(vectors: Tensor, errors: Tensor, counted: Tensor) -> Tensor:
-    """Mean over clips of the sum over levels of mean(`errors`²), with its gradient in `vectors`.
-
-    `vectors` `[B, F, d]`, `errors` `[K, B, F, d]`, which are `vectors` less constants, `counted`
-    `[K, B]`. Written out, because autograd would keep and pass `errors` several times.
-    """
+    """Mean over clips of the sum over levels of mean(`errors`²), with its gradient in `vectors`
+    `[B, F, d]`; `errors` `[K, B, F, d]` are these less constants, `counted` is `[K, B]`. Written
+    out, because autograd would keep and pass `errors` several times."""
     scale = 1.0 / vectors.numel()
     value = scale * (torch.linalg.vector_norm(errors, dim=(2, 3)).square() * counted).sum()
     pull = torch.bmm(counted.t()[:, None], errors.flatten(2).transpose(0, 1))  # [B, 1, F * d]

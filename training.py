@@ -282,7 +282,7 @@ class Schedule:
         self.total = self.planned = total
         self._starts, self.starts = starts, starts(total)
         self.warmup_steps = warmup_steps
-        self._turn = (warmup_steps, 0.0)  # the last change: its step, and how far the cosine was
+        self._turn = warmup_steps, 0.0  # the last change: its step, and how far the cosine was
 
     def phase(self, step: int) -> str:
         """The phase of the step that comes after `step` steps."""
@@ -440,7 +440,7 @@ class StepGraph:
 
     def __call__(self, mode: object, **inputs: Tensor) -> dict[str, Tensor]:
         if mode != self._mode:
-            self._mode, self._calls, self._graph = mode, 0, None
+            self._mode, self._calls, self._graph, self._results = mode, 0, None, {}
         self._calls += 1
         if self._calls <= self.warmup:
             return self.function(mode, **inputs)
@@ -732,10 +732,9 @@ class Run:
         self.parts: dict[str, object] = {"meter": self.meter}
         self.stored: Callable[[], dict] = dict
         self.validate: Callable[[], dict[str, float]] | None = None
-        self.best_by, self.shown = "", {}
+        self.best_by, self.shown, self.metrics = "", {}, None
         self.step = self.epoch = self.consumed = 0
         self.best = math.inf
-        self.metrics: Metrics | None = None
 
     def _take_flags(self, kind: type[Settings], changeable: Collection[str]) -> None:
         """Flags and settings as the checkpoint has them, changed by the command line."""
@@ -763,8 +762,7 @@ class Run:
         args.epoch_hours = args.epoch_hours or min(60.0, data_hours)
         batch_hours = args.batch_size * args.window_seconds / 3600
         self.steps_per_epoch = max(1, round(args.epoch_hours / batch_hours))
-        planned = args.num_epochs * self.steps_per_epoch
-        self.schedule = Schedule(planned, starts, args.warmup_steps)
+        self.schedule = Schedule(args.num_epochs * self.steps_per_epoch, starts, args.warmup_steps)
         if self.checkpoint is not None:
             self._go_on(self.checkpoint.trainer)
         return self.steps_per_epoch * args.batch_size
@@ -826,9 +824,8 @@ class Run:
     def begin(self, description: str) -> None:
         """Prints what the run is, fits the budget, opens the log."""
         args, schedule, hours = self.args, self.schedule, self.meter.projected_hours()
-        cost = format_hours(hours)
-        if self.device.type == "cuda":
-            cost += f" = {format_dollars(hours * args.usd_per_hour)}"
+        dollars = f" = {format_dollars(hours * args.usd_per_hour)}"
+        cost = format_hours(hours) + (dollars if self.device.type == "cuda" else "")
         lines = [description, f"settings: {self.settings}"]
         lines += [f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
                   f"{schedule.planned} steps = {cost} (estimate)"]  # fmt: skip

@@ -56,10 +56,8 @@ class TransformerConfig:
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of RoPE, `[..., head_dim]` float32, for integer positions `[...]`.
-
     The sines of the first half are negated, as `apply_rotary` wants them. Angles are taken in
-    float64: after hours at 50 Hz a float32 angle would be off by 0.1 rad.
-    """
+    float64: after hours at 50 Hz a float32 angle would be off by 0.1 rad."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
     angles = positions.to(torch.float64)[..., None] * theta ** (-exponents / head_dim)
     cos, sin = angles.cos().float(), angles.sin().float()
@@ -79,11 +77,8 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, context: int) -> Tensor:
-    """Causal attention in which each query sees `context` keys, its own included.
-
-    q `[B, T, H, D]`; k, v `[B, T, H_kv, D]` → `[B, T, H, D]`. Time and memory grow with
-    `T * context`, not with `T * T`.
-    """
+    """Causal attention in which each query sees `context` keys, its own included: q `[B, T, H, D]`;
+    k, v `[B, T, H_kv, D]` → `[B, T, H, D]`. Time and memory grow with `T * context`."""
     if flash_attention and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         return flash_attention(q, k, v, causal=True, window_size=(context - 1, 0))
     length, grouped = q.shape[1], q.shape[2] != k.shape[2]
@@ -252,7 +247,6 @@ class StreamingTransformer(nn.Module):
                 layer.weight.data.mul_((2 * self.config.num_layers) ** -0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The offline pass over `x` `[B, T, D]`, position 0 first."""
         positions = torch.arange(x.shape[1], device=x.device)[None, :, None]
         cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         for block in self.blocks:
@@ -275,20 +269,16 @@ class StreamingTransformer(nn.Module):
         return plans
 
     def step_by(self, x: Tensor, state: TransformerState, plan: StepPlan) -> Tensor:
-        """The positions `[B, S, D]` → `[B, S, D]` that `plan` is for, right after those before it.
-
-        For short sequences over and over, where making plans would take as long as the steps.
-        `state` need not be reset: a plan sees what its own sequence has written, no more.
-        """
+        """The positions `[B, S, D]` → `[B, S, D]` that `plan` is for, after those before it. For
+        short sequences over and over, where making plans would take as long as the steps; `state`
+        need not be reset: a plan sees what its own sequence has written."""
         for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
             x = block.step(x, keys, values, plan)
         return self.norm(x)
 
     def step(self, x: Tensor, state: TransformerState, active: Tensor | None = None) -> Tensor:
-        """Continues each slot by the chunk `x` `[B, S, D]` → `[B, S, D]`; `state` moves on.
-
-        Where `active` `[B]` bool is false the slot does not advance and its output is meaningless.
-        """
+        """Continues each slot by the chunk `x` `[B, S, D]` → `[B, S, D]`; `state` moves on. Where
+        `active` `[B]` bool is false the slot does not advance and its output is meaningless."""
         if x.shape[1] > state.max_chunk:
             chunks = x.split(state.max_chunk, dim=1)
             return torch.cat([self.step(chunk, state, active) for chunk in chunks], dim=1)

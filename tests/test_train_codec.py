@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -336,15 +337,14 @@ def test_held_out_windows_are_in_tensorboard(corpus, tmp_path, monkeypatch):
         assert audio.shape == (1, 3 * 12 * 480) and sample_rate == 24_000
         logged.append((step, name, float(audio.abs().max())))
 
-    monkeypatch.setattr(training, "_tensorboard", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", mock.MagicMock())
     monkeypatch.setattr(training.Metrics, "log_audio", log)
     for stop in (4, 8):
         train(corpus, tmp_path, "--tensorboard", max_steps=stop)
-    clips = range(train_codec.AUDIBLE_WINDOWS)
     assert [row[:2] for row in logged] == [
         (step, f"held_out_{i}/{name}")
         for step, name in ((0, "reference"), (4, "8_codebooks"), (8, "8_codebooks"))
-        for i in clips
+        for i in range(4)
     ]
     assert all(0 < loudest <= 1 for _, _, loudest in logged)
 
