@@ -256,7 +256,7 @@ def _prune(run_dir: Path, newest: Path, keep_last: int) -> None:
 
 
 def _step_folders(run_dir: Path) -> list[Path]:
-    """Oldest first; one that is being replaced before the one that replaces it."""
+    # Oldest first; one that is being replaced before the one that replaces it.
     found = [(_STEP_NAME.fullmatch(f.name), f) for f in run_dir.iterdir() if f.is_dir()]
     return [f for _, _, f in sorted((int(m[1]), m[2] is None, f) for m, f in found if m)]
 
@@ -282,8 +282,7 @@ def _remove_leftovers(run_dir: Path) -> None:
             replaced.rename(standing)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether all files are there at full length (a broken copy of a checkpoint is not)."""
+def _is_complete(folder: Path) -> bool:  # all files, at full length
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
         with safe_open(folder / "model.safetensors", framework="pt"):  # checks header and length

@@ -380,8 +380,7 @@ class Codec(nn.Module):
         audio = F.pad(audio[:, 0], (0, -audio.shape[-1] % self.config.hop))
         return audio.unflatten(1, (-1, self.config.front_stride))
 
-    def _mixed(self, semantic: Tensor, acoustic: Tensor) -> Tensor:
-        """What the decoder takes, `[B, F, D]`."""
+    def _mixed(self, semantic: Tensor, acoustic: Tensor) -> Tensor:  # for the decoder, [B, F, D]
         return self.semantic_out(semantic) + self.acoustic_out(acoustic)
 
     @torch.no_grad()
@@ -395,7 +394,7 @@ class Codec(nn.Module):
         return self.decoder(self._mixed(*self.quantizer.lookup(codes))).flatten(1)[:, None]
 
     def forward_semantic(self, audio: Tensor) -> Quantized:
-        """The training pass of codebook 0 alone, many times cheaper than all of it."""
+        """The training pass of codebook 0 alone."""
         return self.quantizer.quantize_semantic(self.encoder[0](self._frames(audio)))
 
     def forward(self, audio: Tensor, num_codebooks: Tensor) -> tuple[Tensor, Quantized]:

@@ -175,8 +175,7 @@ def verdict(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> dic
     """Whether the discriminators still tell the two apart, as scalars for the metrics.
 
     `disc_real` and `disc_fake` are mean logits; `disc_accuracy` is the share of logits on the right
-    side of 0: at 0.5 they have collapsed, at 1.0 for long they have won and teach nothing.
-    """
+    side of 0: at 0.5 they have collapsed, at 1.0 for long they have won and teach nothing."""
     real = torch.stack([logit.float().mean() for logit in real_logits])
     fake = torch.stack([logit.float().mean() for logit in fake_logits])
     pairs = zip(real_logits, fake_logits, strict=True)

@@ -50,11 +50,9 @@ class Distributed:
 
 
 def setup_distributed(device: str = "auto") -> Distributed:
-    """Read torchrun's environment, join the process group (gloo on CPU, nccl on CUDA).
-
-    `device`: auto (CUDA where there is one), cpu, cuda or cuda:N. Raises UserError for others (mps
-    has no float64) and for one that this machine lacks.
-    """
+    """Read torchrun's environment, join the process group (gloo on CPU, nccl on CUDA). `device`:
+    auto (CUDA where there is one), cpu, cuda or cuda:N; UserError for others (mps has no float64)
+    and for one that this machine lacks."""
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
     rank, world_size, local_rank = (int(os.environ.get(*name)) for name in names)
     chosen = _resolve_device(device, local_rank, world_size)
@@ -463,8 +461,7 @@ class Balancer:
 
     Each loss `i` reaches the model as  w_i / sum(w) * g_i / <|g_i|>,  where g_i is its gradient at
     the model's output and <|g_i|> a running mean of its norm per clip, over all ranks: weights are
-    shares of the gradient, whatever the scale of each loss. Unlike in the paper's code the sum is
-    divided by the batch size.
+    shares of the gradient. Unlike in the paper's code the sum is divided by the batch size.
     """
 
     def __init__(self, weights: dict[str, float], decay: float = 0.999) -> None:
@@ -678,13 +675,11 @@ class CostMeter:
         self._hours = max(state["hours"], self._in_ledger("hours", self._run))
         self.expected, self.machine = dict(state["expected"]), state["machine"]
 
-    def _known(self) -> dict[str, float]:
-        """Seconds a step of each phase that was measured."""
+    def _known(self) -> dict[str, float]:  # seconds a step of each phase that was measured
         warm = self.warmup_ticks
         return {phase: s / (n - warm) for phase, (n, s) in self._measured.items() if n > warm}
 
-    def _pace(self, phase: str) -> float:
-        """Seconds a step; nan where nothing is known."""
+    def _pace(self, phase: str) -> float:  # seconds a step; nan where nothing is known
         known = self._known()
         expected = sum(self.expected.get(name, seconds) for name, seconds in known.items())
         correction = sum(known.values()) / expected if known else 1.0
@@ -737,7 +732,6 @@ class Run:
         self.best = math.inf
 
     def _take_flags(self, kind: type[Settings], changeable: Collection[str]) -> None:
-        """Flags and settings as the checkpoint has them, changed by the command line."""
         flags, given = vars(self.args), dict(self.args.set or ())
         self.settings, self._news = kind(**given), []
         if self.checkpoint is None:
@@ -768,7 +762,6 @@ class Run:
         return self.steps_per_epoch * args.batch_size
 
     def _go_on(self, trainer: dict) -> None:
-        """The place and schedule of a checkpoint, with what flags have changed."""
         args, schedule = self.args, self.schedule
         vars(self).update({name: trainer[name] for name in PLACE})
         schedule.load_state_dict(trainer["schedule"])
@@ -822,7 +815,6 @@ class Run:
         return time.perf_counter() - start
 
     def begin(self, description: str) -> None:
-        """Prints what the run is, fits the budget, opens the log."""
         args, schedule, hours = self.args, self.schedule, self.meter.projected_hours()
         dollars = f" = {format_dollars(hours * args.usd_per_hour)}"
         cost = format_hours(hours) + (dollars if self.device.type == "cuda" else "")
@@ -841,8 +833,7 @@ class Run:
         return min(self.schedule.total, self.args.max_steps or self.schedule.total)
 
     @property
-    def phase(self) -> str:
-        """The phase of the step that is being made."""
+    def phase(self) -> str:  # of the step that is being made
         return self.schedule.phase(self.step)
 
     def steps(self, batches: Iterable[tuple[int, int, T]]) -> Iterator[T]:
@@ -865,8 +856,7 @@ class Run:
             print(f"done: step {self.step}; export with --export, or go on with {more}")
 
     def step_done(self, row: Callable[[], dict]) -> None:
-        """Counts a step, and logs its `row` of numbers or tensors, fits, validates and saves where
-        that is due."""
+        """Counts a step; logs its `row`, fits, validates and saves where that is due."""
         args = self.args
         self.step += 1
         self._samples += args.batch_size
@@ -900,8 +890,7 @@ class Run:
         save_checkpoint(self.args.checkpoint_dir, self.step, trainer=trainer, **keep, **stored)
         self._last_save, self._saved_step = time.perf_counter(), self.step
 
-    def _fit(self) -> None:
-        """Makes the schedule end within the budget."""
+    def _fit(self) -> None:  # the schedule to the budget
         if self.args.budget_usd is None:
             return
         total = from_main_rank(self.meter.fitted_steps())  # one alone measures
@@ -925,8 +914,7 @@ class Run:
                    f"{waited:.0%} of it waiting for data, {self.meter.line()}")  # fmt: skip
         self._last_log, self._samples, self._waited = now, 0, 0.0
 
-    def _validated(self) -> bool:
-        """Validates; whether this is the best so far."""
+    def _validated(self) -> bool:  # whether this is the best so far
         scores = self.validate()
         self.metrics.log(self.step, **scores)
         shown = (f"{name.removeprefix('validation_')} {x:.3f}" for name, x in scores.items())
@@ -963,8 +951,7 @@ def open_training(
         yield run
 
 
-def _remove_unused(folder: Path) -> None:
-    """A folder that a refused run has made goes with it."""
+def _remove_unused(folder: Path) -> None:  # which a refused run has made
     with contextlib.suppress(OSError):
         if {file.name for file in folder.iterdir()} <= {".lock"}:
             (folder / ".lock").unlink(missing_ok=True)
