@@ -64,8 +64,7 @@ class CodebookStack(nn.Module):
         # Which codebooks stand for data; until then training goes on unquantized.
         self.started = [False] * count
 
-    def books(self) -> list[Codebook]:
-        """The codebooks one by one; their tensors are views."""
+    def books(self) -> list[Codebook]:  # their tensors are views
         return list(map(Codebook, self.embedding.unbind(), self.half_norms.unbind()))
 
     @torch.no_grad()
@@ -82,7 +81,6 @@ class CodebookStack(nn.Module):
         return left, fresh
 
     def _k_means(self, row: int, book: Codebook, candidates: Tensor, draws: Tensor) -> None:
-        """Lloyd's algorithm on `candidates` `[N, d]`."""
         codes, size = book.embedding, len(book.embedding)
         places = (draws[:size] * len(candidates)).long().clamp(max=len(candidates) - 1)
         codes.copy_(candidates[places])
@@ -209,8 +207,7 @@ class SplitQuantizer(nn.Module):
             self.stacks.append(CodebookStack(count, size, dims[1], decay, first))
 
     @property
-    def codebooks(self) -> list[Codebook]:
-        """All of them, the semantic one first."""
+    def codebooks(self) -> list[Codebook]:  # the semantic one first
         return [book for stack in self.stacks for book in stack.books()]
 
     def _rows(self, prefix: str) -> Iterator[tuple[CodebookStack, int, dict[str, Tensor]]]:
@@ -313,7 +310,6 @@ class SplitQuantizer(nn.Module):
 
     @property
     def is_initialised(self) -> bool:
-        """Whether every codebook stands for data."""
         return all(all(stack.started) for stack in self.stacks)
 
     @torch.no_grad()

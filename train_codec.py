@@ -11,7 +11,6 @@ steps trains the encoder's semantic branch alone, which costs a fifth as much; t
 
 Checkpoints show the average of the weights over the last steps, with codebooks that fit it; it is
 what validates, ships and is inherited. The weights that go on learning are in `trainer.pt`.
-bf16 is for the layers: quantizer, codebook statistics, STFTs and losses stay in fp32.
 """
 
 from __future__ import annotations
@@ -155,7 +154,6 @@ def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def training_losses(spectra: nn.ModuleDict, estimate: Tensor, audio: Tensor, counts: Tensor):
-    """The reconstruction in fp32, and its losses."""
     estimate = estimate.float()
     losses = {name: loss(estimate, audio) for name, loss in spectra.items()}
     # At high rates the goal is SNR, at the LM's it is how it sounds.
@@ -236,9 +234,9 @@ def log_audio(metrics: training.Metrics, step: int, model: Codec, batches: list[
 def validate(
     model: Codec, head: PhoneHead | None, spectra: nn.ModuleDict, batches: list[dict], device, cast
 ) -> dict[str, float]:
-    """Held out: mean losses and SI-SDR (dB) at the full and at the LM's rate, and, with a `head`,
-    phone accuracy. `mel_…_within` is the mel error in the first context of frames, `mel_…_past`
-    behind it, where attention slides."""
+    """Held out: mean losses and SI-SDR (dB) at the full and at the LM's rate; with a `head`, phone
+    accuracy. `mel_…_within` is the error in the first context of frames, `mel_…_past` behind it,
+    where attention slides."""
     model.eval()
     scores = collections.defaultdict(list)
     edge = model.config.hop * max(3, model.config.context)  # the longest spectrum needs 1,024
@@ -263,8 +261,8 @@ def validate(
 
 
 def validation_batches(clips: Clips, config: CodecConfig, phone_ids: dict[str, int]) -> list[dict]:
-    """The same windows of held-out speakers every time, three times the context long, so that
-    a call is judged past its beginning; none where nobody is held out."""
+    """The same windows of held-out speakers every time, three times the context long, to judge a
+    call past its beginning; none where nobody is held out."""
     if not clips:
         print("warning: no clips in the validation split: nothing tells when to stop")
         return []
@@ -296,7 +294,6 @@ def codebook_metrics(all_codes: Tensor) -> dict[str, float]:
 
 
 def description(run: training.Run, model: Codec, teacher, clips: Clips) -> str:
-    """What the user reads before step 1, beside the settings and the forecast."""
     args, config = run.args, model.config
     context = config.context / config.frame_rate
     parameters = sum(p.numel() for p in model.parameters()) / 1e6

@@ -124,7 +124,6 @@ def from_main_rank(value: T) -> T:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and PyTorch (all devices)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -167,7 +166,6 @@ class Settings:
 
     @classmethod
     def help(cls) -> str:
-        """The settings and what they mean, a line each."""
         fields = dataclasses.fields(cls)
         lines = [f"\n  {f.name:<20}{f.metadata['meaning']} ({f.default})" for f in fields]
         return "".join(["settings, for --set:", *lines])
@@ -176,8 +174,7 @@ class Settings:
         return " ".join(f"{name}={value}" for name, value in dataclasses.asdict(self).items())
 
 
-def one_of(*values: str | int) -> Callable[[str], object]:
-    """A setting's type: one of `values`."""
+def one_of(*values: str | int) -> Callable[[str], object]:  # a setting's type
     named = {str(value): value for value in values}
 
     def parse(text: str) -> object:
@@ -295,7 +292,6 @@ class Schedule:
         return {name: max(0, min(end, total) - max(start, step)) for (name, start), end in spans}
 
     def resize(self, step: int, total: int) -> None:
-        """From `step` on the run has `total` steps in all."""
         self.starts = self._moved(step, total)
         if step > self.warmup_steps:
             self._turn = (step, self._progress(step))
@@ -558,8 +554,7 @@ class Metrics:
             self._board.close()
 
 
-def format_hours(hours: float) -> str:
-    """41 h, 1.2 h, 12 min, 18 s."""
+def format_hours(hours: float) -> str:  # 41 h, 1.2 h, 12 min, 18 s
     if hours < 1 / 60:
         return f"{hours * 3600:.0f} s"
     if hours < 0.995:
@@ -567,8 +562,7 @@ def format_hours(hours: float) -> str:
     return f"{hours:.1f} h" if hours < 9.95 else f"{hours:,.0f} h"
 
 
-def format_dollars(dollars: float) -> str:
-    """$1,500, $139, $1.25."""
+def format_dollars(dollars: float) -> str:  # $1,500, $139, $1.25
     return f"${dollars:,.2f}" if dollars < 9.995 else f"${dollars:,.0f}"
 
 
@@ -624,8 +618,7 @@ class CostMeter:
         spans = self._schedule.ahead(self._done, total)
         return sum(steps * self._pace(phase) for phase, steps in spans.items() if steps) / 3600
 
-    def projected_hours(self) -> float:
-        """Of this run from its first to its last step; nan until known."""
+    def projected_hours(self) -> float:  # from the first to the last step; nan until known
         return self.elapsed_hours() + self.hours_ahead()
 
     def fitted_steps(self) -> int:
@@ -648,8 +641,7 @@ class CostMeter:
         cost, spent, plan = map(format_dollars, dollars)
         return f"projected {format_hours(hours)} = {cost} (spent {spent} of {plan})"
 
-    def spent_usd(self) -> float:
-        """Dollars spent on all stages, those not yet in the ledger included."""
+    def spent_usd(self) -> float:  # on all stages, what is not yet in the ledger included
         return self._in_ledger("dollars") + self.enabled * self._since_flush() * self.usd_per_hour
 
     def flush(self) -> None:

@@ -50,7 +50,7 @@ class TransformerConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """Width of the feed-forward layer; by default 8/3 of `dim`, in multiples of 32."""
+        # Of the feed-forward layer; by default 8/3 of `dim`, in multiples of 32.
         return self.ffn_dim or -(-8 * self.dim // 3 // 32) * 32
 
 
@@ -209,8 +209,6 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each with a residual connection."""
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
