@@ -22,20 +22,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import command
 import data
 import fetching
 from audio import AUDIO_SUFFIXES, AudioError, probe, write_audio
-from command import (
-    UserError,
-    as_json_line,
-    check_fields,
-    file_name,
-    first_line,
-    printable,
-    read_json,
-    text_lines,
-    write_text,
-)
+from command import UserError, check_fields, file_name, first_line, text_lines, write_text
 from fetching import FILE_THREADS, GIGABYTE, Bar, Damaged, Shard
 
 RECORD = "corpus.json"
@@ -238,7 +229,7 @@ def needs_fetching(corpus: Corpus, data_dir: Path, options: FetchOptions) -> boo
 def read_record(folder: Path) -> dict:
     """What `corpus.json` says of how the folder was fetched; empty where there is none."""
     with contextlib.suppress(OSError, UserError):
-        record = read_json(folder / RECORD)
+        record = command.read_json(folder / RECORD)
         check_fields(record, RECORD_FIELDS, RECORD)
         return record
     return {}
@@ -256,7 +247,7 @@ def _write_folder(job: Job) -> None:
     }  # fmt: skip
     write_text(part / RECORD, json.dumps(record, indent=2) + "\n")
     if isinstance(job.lines[0], dict):
-        write_text(part / data.MANIFEST, "".join(map(as_json_line, job.lines)))
+        write_text(part / data.MANIFEST, "".join(map(command.as_json_line, job.lines)))
     else:
         data.write_manifest(part / data.MANIFEST, job.lines)
 
@@ -264,7 +255,7 @@ def _write_folder(job: Job) -> None:
 def _write_unreadable(job: Job) -> None:
     job.unreadable = list(dict.fromkeys(job.unreadable))
     if job.unreadable:
-        write_text(job.part / UNREADABLE, printable("\n".join(job.unreadable) + "\n"))
+        write_text(job.part / UNREADABLE, command.printable("\n".join(job.unreadable) + "\n"))
 
 
 def clip_of(
@@ -628,7 +619,7 @@ def _dialogue(job: Job, path: Path, split: str) -> dict | str:
     """A manifest line of Behavior-SD: channel k is speaker k, backchannels are turns too."""
     try:
         turns = []
-        for utterance in read_json(path.with_suffix(".json"))["utterances"]:
+        for utterance in command.read_json(path.with_suffix(".json"))["utterances"]:
             speaker = utterance["speaker_idx"]
             turns.append(_turn(speaker, utterance))
             turns += [_turn(1 - speaker, sound) for sound in utterance.get("backchannels") or []]

@@ -23,18 +23,10 @@ import pyarrow
 import soxr
 import torch
 
+import command
 from audio import AUDIO_SUFFIXES, FRAME_SECONDS, HOP, SAMPLE_RATE, AudioError, probe, read_audio
 from audio import write_audio as write_audio  # for those that read and write
-from command import (
-    UserError,
-    as_json_line,
-    atomic_write,
-    check_fields,
-    default_workers,
-    existing_folder,
-    json_lines,
-    printable,
-)
+from command import UserError, as_json_line, atomic_write, check_fields, default_workers
 from phones import SILENCE
 from training import Distributed, item_rng
 
@@ -184,7 +176,7 @@ def read_manifest(path: str | Path) -> Clips:
     path = Path(os.path.abspath(path))
     tables, rows = [], []
     try:
-        for at, row in json_lines(path):
+        for at, row in command.json_lines(path):
             check_fields(row, _FIELDS, f"{path}, line {at}")
             rows.append(row)
             if len(rows) == _BLOCK_ROWS:
@@ -254,7 +246,7 @@ class _Scan:
                 Path(log).parent.mkdir(parents=True, exist_ok=True)
                 Path(log).write_bytes(os.fsencode("".join(f"{file}\n" for file in files)))
                 listed = f"listed in {log}; {listed}"
-            self.notes[f"unreadable audio files skipped, {printable(listed)}"] = len(files)
+            self.notes[f"unreadable audio files skipped, {command.printable(listed)}"] = len(files)
         for what, count in (+self.notes).items():  # without zeros
             print(f"warning: {count} {what}", file=sys.stderr)
 
@@ -349,7 +341,8 @@ def load_clips(dirs: Sequence[str | Path], split: str, commercial_only: bool = F
 
 
 def _load_all(data_dirs: Sequence[str | Path], scan: _Scan) -> Clips:
-    roots = [existing_folder(path, "--data_dirs", "; run download_data.py") for path in data_dirs]
+    remedy = "; run download_data.py"
+    roots = [command.existing_folder(path, "--data_dirs", remedy) for path in data_dirs]
     tables, loose = [_COLUMNS.empty_table()], []
     for folder, names in _walk(roots):
         if MANIFEST not in names:

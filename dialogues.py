@@ -12,17 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from command import (
-    UserError,
-    atomic_write,
-    check_fields,
-    existing_folder,
-    first_line,
-    json_lines,
-    printable,
-    read_json,
-    write_text,
-)
+import command
+from command import UserError, atomic_write, check_fields, first_line, json_lines, read_json
 from data import EMOTIONS, LANGUAGES, SPLITS, split_for
 from phones import PHONES, clean_text
 
@@ -157,7 +148,7 @@ def read_recordings(
     listed twice is taken once, and `dropped` says so. UserError names what is malformed.
     """
     folder = Path(folder)
-    existing_folder(folder, "--conversations")
+    command.existing_folder(folder, "--conversations")
     found: dict[tuple, Recording] = {}
     for manifest in sorted(folder.rglob("*.jsonl")):
         for number, fields in json_lines(manifest):
@@ -175,7 +166,8 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
     check_fields(fields, _RECORDING_FIELDS, where)
     path = manifest.parent / fields["path"]
     within = path if path.is_relative_to(root) else root / fields["path"]
-    name = fields.get("id") or printable(within.with_suffix("").relative_to(root).as_posix())
+    below = within.with_suffix("").relative_to(root).as_posix()
+    name = fields.get("id") or command.printable(below)
     agent = fields.get("agent_channel") or 0
     user = 1 if fields.get("user_channel") is None else fields["user_channel"]
     if min(agent, user) < 0 or agent == user:
@@ -190,7 +182,7 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
         unknown = {phone for phone, _, _ in turn.get("phones") or ()} - set(PHONES)
         if unknown:
             raise UserError(f"{where}: turn {i}: no phone {sorted(unknown)[0]!r} is known")
-    source = fields.get("source") or printable(manifest.parent.resolve().name)
+    source = fields.get("source") or command.printable(manifest.parent.resolve().name)
     spoken, split = fields.get("language") or language, fields.get("split") or split_for(name)
     return Recording(name, path, agent, user, spoken, source, split, tuple(turns))
 
@@ -333,8 +325,8 @@ def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
 
 
 def write_json(path: Path, value: dict) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    command.write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def digest(*values: object) -> str:
-    return hashlib.sha256(printable(repr(values)).encode()).hexdigest()[:20]
+    return hashlib.sha256(command.printable(repr(values)).encode()).hexdigest()[:20]

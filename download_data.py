@@ -33,38 +33,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import command
+import corpora
 import data
 import fetching
 from audio import AudioError, probe
-from command import (
-    ArgumentParser,
-    UserError,
-    existing_folder,
-    first_line,
-    number,
-    only_one,
-    run,
-    whole,
-    why,
-    writable_file,
-    writable_folder,
-    write_text,
-)
-from corpora import (
-    Archive,
-    Archives,
-    Corpus,
-    DataCollective,
-    FetchOptions,
-    Fisher,
-    Hub,
-    HubTars,
-    OnHub,
-    fetch,
-    needs_fetching,
-    read_record,
-    shards_of,
-)
+from command import ArgumentParser, UserError, number, only_one, run, whole, why
+from corpora import Archive, Archives, Corpus, DataCollective, FetchOptions, Fisher, Hub, HubTars
 from fetching import FILE_THREADS, GIGABYTE
 
 GOAL_HOURS = 2000  # the plan's, a language
@@ -239,12 +214,12 @@ CORPORA: tuple[Corpus, ...] = (
 )  # fmt: skip
 
 
-def print_list(corpora: Iterable[Corpus]) -> None:
+def print_list(table: Iterable[Corpus]) -> None:
     """The table, 80 columns wide, with totals."""
-    corpora = list(corpora)
+    table = list(table)
     form = "{:<27}{:<8} {:>6} {:>5} {:>3}  {:<16} {}"
     print(form.format("corpus", "language", "hours", "GB", "kHz", "licence", "marks"))
-    for section, rows in itertools.groupby(corpora, lambda row: row.group or row.language):
+    for section, rows in itertools.groupby(table, lambda row: row.group or row.language):
         print(f"-- {section} ".ljust(79, "-"))
         for row in rows:
             hours = f"{'' if row.exact else '~'}{_figure(row.hours)}"
@@ -255,17 +230,17 @@ def print_list(corpora: Iterable[Corpus]) -> None:
     print("marks: d default set, g gated (accept its licence on Hugging Face), n not for")
     print("commercial use; hours with ~ are estimates. GB: on disk, WAV packed as FLAC.")
     for language in data.LANGUAGES:
-        rows = [row for row in corpora if row.default and row.language == language]
+        rows = [row for row in table if row.default and row.language == language]
         hours, size = sum(row.hours for row in rows), sum(row.gigabytes for row in rows)
         if rows:
             print(f"default set, {language}: {hours:,.0f} h of {GOAL_HOURS:,}, {size:,.0f} GB")
-    print_notes(corpora)
+    print_notes(table)
 
 
-def print_notes(corpora: Iterable[Corpus]) -> None:
+def print_notes(rows: Iterable[Corpus]) -> None:
     """What stands for which of the plan's corpora, or is left out, and why."""
     print("\nwhat became of the plan's corpora:")
-    for row in corpora:
+    for row in rows:
         if row.note:
             print(_wrapped(f"- {row.name}: {row.note}"))
 
@@ -279,23 +254,23 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, 79, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def peak_gigabytes(corpora: list[Corpus], jobs: int) -> float:
+def peak_gigabytes(rows: list[Corpus], jobs: int) -> float:
     """The most that lies on disk at any time, archives included, where `jobs` run side by side."""
     landed, peak = 0.0, 0.0
-    for at, corpus in enumerate(corpora):
-        window = corpora[at : at + jobs]
+    for at, corpus in enumerate(rows):
+        window = rows[at : at + jobs]
         peak = max(peak, landed + sum(row.gigabytes + row.transient_gb for row in window))
         landed += corpus.gigabytes
     return peak
 
 
-def print_costs(corpora: list[Corpus], free_gb: float, jobs: int) -> None:
+def print_costs(rows: list[Corpus], free_gb: float, jobs: int) -> None:
     """Disk, time and money of a fetch, before anything moves."""
-    hours, final = sum(r.hours for r in corpora), sum(r.gigabytes for r in corpora)
-    network = sum(row.download_gb or row.gigabytes for row in corpora)
+    hours, final = sum(r.hours for r in rows), sum(r.gigabytes for r in rows)
+    network = sum(row.download_gb or row.gigabytes for row in rows)
     print(
-        f"to fetch: {len(corpora)} corpora, {_figure(hours)} h; network: {network:,.1f} GB\n"
-        f"disk: {final:,.1f} GB in the end, {peak_gigabytes(corpora, jobs):,.1f} at the most, "
+        f"to fetch: {len(rows)} corpora, {_figure(hours)} h; network: {network:,.1f} GB\n"
+        f"disk: {final:,.1f} GB in the end, {peak_gigabytes(rows, jobs):,.1f} at the most, "
         f"archives included; {free_gb:,.0f} free\n6,000 h in GB: {GIGABYTES_OF_6000_H}"
     )
     for rate in (25, 100):
@@ -316,7 +291,7 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     those alike in size and at both ends: as good as a hash of all for coded speech, and faster.
     """
     folder = corpus.folder(data_dir)
-    record = read_record(folder)
+    record = corpora.read_record(folder)
     exact = "hours" not in record or (corpus.exact and record["whole"])
     expected = corpus.hours if exact else record["hours"]
     found = {
@@ -330,7 +305,7 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     try:
         clips = data.read_manifest(folder / data.MANIFEST)
     except UserError as error:  # this corpus' fault alone
-        return found | {"unreadable": [first_line(error, 400)], "state": "cannot be read"}
+        return found | {"unreadable": [command.first_line(error, 400)], "state": "cannot be read"}
     found["files"], found["speakers"] = len(clips), data.count_speakers(clips)
     good = [(clip.duration, clip.sample_rate) for clip in clips]
     if every_file:
@@ -397,14 +372,14 @@ def print_verified(found: list[dict], data_dir: Path) -> bool:
     return not missing
 
 
-def report(corpora: list[Corpus], arguments: argparse.Namespace) -> int:
+def report(rows: list[Corpus], arguments: argparse.Namespace) -> int:
     """Print what is on disk, and write it as JSON where asked; 1 where something is missing."""
-    found = [verify(corpus, arguments.data_dir, arguments.verify) for corpus in corpora]
+    found = [verify(corpus, arguments.data_dir, arguments.verify) for corpus in rows]
     complete = print_verified(found, arguments.data_dir)
     if not arguments.verify:
         print("Counted from the manifests; --verify reads every file.")
     if arguments.json:
-        write_text(arguments.json, json.dumps(found, indent=2) + "\n")
+        command.write_text(arguments.json, json.dumps(found, indent=2) + "\n")
     return 0 if complete else 1
 
 
@@ -433,11 +408,11 @@ def choose(
 
 
 def without_forbidden(
-    corpora: list[Corpus], allow_noncommercial: bool, fisher_dir: Path | None
+    rows: list[Corpus], allow_noncommercial: bool, fisher_dir: Path | None
 ) -> list[Corpus]:
     """The rows that may and can be fetched, a line for each other; UserError if none is left."""
     left = []
-    for row in corpora:
+    for row in rows:
         taken = row.commercial_ok or allow_noncommercial
         reason = f"{row.license} does not surely allow commercial use: --allow_noncommercial"
         if isinstance(row, Fisher):
@@ -451,9 +426,9 @@ def without_forbidden(
     return left
 
 
-def check_access(corpora: list[Corpus], mirrors: dict[str, str]) -> None:
+def check_access(rows: list[Corpus], mirrors: dict[str, str]) -> None:
     """Ask the Hub for every gated dataset before the night begins. UserError names all at once."""
-    places = {(row.repo, mirrors.get(row.name)) for row in corpora if row.gated}
+    places = {(row.repo, mirrors.get(row.name)) for row in rows if row.gated}
     asked = [place for place in places if not fetching.is_local(place[1])]
     to_accept = sorted({fetching.licence_page(*place) for place in asked} - {""})
     if to_accept:
@@ -463,13 +438,13 @@ def check_access(corpora: list[Corpus], mirrors: dict[str, str]) -> None:
         )
 
 
-def check_disk(corpora: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int) -> None:
+def check_disk(rows: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int) -> None:
     """Print what the fetch takes; UserError where the disk cannot hold it."""
     free = fetching.free_bytes(data_dir) / GIGABYTE
-    scaled = [_scaled(row, options.max_hours) for row in corpora]
+    scaled = [_scaled(row, options.max_hours) for row in rows]
     print_costs(scaled, free, jobs)
     begun = 0
-    for row in corpora:
+    for row in rows:
         begun += fetching.folder_bytes(data_dir / row.place / f".{row.name}.part")
         begun += fetching.folder_bytes(data_dir / ".archives" / row.name)
     needed = peak_gigabytes(scaled, jobs) - begun / GIGABYTE
@@ -483,10 +458,10 @@ def check_disk(corpora: list[Corpus], data_dir: Path, options: FetchOptions, job
 def as_listed(row: Corpus, options: FetchOptions) -> Corpus:
     """The row with the size of the shards that the dataset has now, hours and disk in proportion;
     as the table says where it cannot be asked."""
-    if not isinstance(row, OnHub) or row.exact:
+    if not isinstance(row, corpora.OnHub) or row.exact:
         return row
     try:
-        listed = sum(shard.size for shard in shards_of(row, options.mirrors.get(row.name)))
+        listed = sum(shard.size for shard in corpora.shards_of(row, options.mirrors.get(row.name)))
     except (UserError, OSError):
         return row  # the fetch itself will say why
     return _share_of(row, listed / GIGABYTE / (row.download_gb or row.gigabytes))
@@ -510,41 +485,41 @@ def _scaled(row: Corpus, max_hours: float) -> Corpus:
     return _share_of(row, sum(a.hours for a in taken) / row.hours)
 
 
-def fetch_missing(corpora: list[Corpus], arguments: argparse.Namespace, options: FetchOptions):
+def fetch_missing(rows: list[Corpus], arguments: argparse.Namespace, options: FetchOptions):
     """Fetch what is not there yet and report; the exit code."""
     data_dir, jobs = arguments.data_dir, arguments.jobs
-    absent = [row for row in corpora if needs_fetching(row, data_dir, options)]
+    absent = [row for row in rows if corpora.needs_fetching(row, data_dir, options)]
     absent.sort(key=lambda row: -row.transient_gb)  # large archives while the disk is empty
     if absent:
-        if all(row.default for row in corpora):
+        if all(row.default for row in rows):
             print_notes(CORPORA)
         check_access(absent, options.mirrors)
         check_disk([as_listed(row, options) for row in absent], data_dir, options, jobs)
-    for row in corpora:
+    for row in rows:
         if row not in absent:
             print(f"{row.name}: already there")
     failed = fetch_all(absent, data_dir, options, jobs)
-    if len(failed) == len(corpora) == 1:
+    if len(failed) == len(rows) == 1:
         raise UserError(next(iter(failed.values())))
-    code = report(corpora, arguments)
+    code = report(rows, arguments)
     if failed:
-        count = f"{len(failed)} of {len(corpora)} corpora"
+        count = f"{len(failed)} of {len(rows)} corpora"
         print(f"error: {count} failed; the same command tries them again:", file=sys.stderr)
     for name, reason in failed.items():
         print(f"  {name:<26} {reason}", file=sys.stderr)
     return 1 if failed else code
 
 
-def fetch_all(corpora: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int) -> dict:
+def fetch_all(rows: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int) -> dict:
     """Fetch side by side; why the others failed, in a line each, by name."""
     stopped = threading.Event()
 
     def task(corpus: Corpus) -> None:
         began = time.monotonic()
-        fetch(corpus, data_dir, options, stopped)
+        corpora.fetch(corpus, data_dir, options, stopped)
         tqdm.write(f"{corpus.name}: fetched in {(time.monotonic() - began) / 60:,.1f} min")
 
-    tasks = {corpus.name: functools.partial(task, corpus) for corpus in corpora}
+    tasks = {corpus.name: functools.partial(task, corpus) for corpus in rows}
     results = fetching.side_by_side(tasks, jobs, stopped)
     failed = {name: error for name, error in results.items() if isinstance(error, Exception)}
     return {name: _reason(name, error, data_dir / ERRORS) for name, error in failed.items()}
@@ -560,7 +535,7 @@ def _reason(name: str, error: Exception, log: Path) -> str:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{why(error)}; the same command goes on"
-    return f"{type(error).__name__}: {first_line(error)}; this is a bug: see {log}"
+    return f"{type(error).__name__}: {command.first_line(error)}; this is a bug: see {log}"
 
 
 def _pairs(flag: str, values: list[str] | None, names: Iterable[str]) -> dict[str, str]:
@@ -607,7 +582,7 @@ def main() -> int:
         mirrors=_pairs("--mirror", arguments.mirror, (row.name for row in CORPORA)),
         keep_wav=arguments.keep_wav,
         cv_dataset_ids=_pairs("--cv_dataset_id", arguments.cv_dataset_id, data.LANGUAGES),
-        fisher_dir=folder and existing_folder(folder, "--fisher_dir"),
+        fisher_dir=folder and command.existing_folder(folder, "--fisher_dir"),
     )
     data_dir, names, languages = arguments.data_dir, arguments.corpora, arguments.languages
     chosen = choose(names, languages, options)
@@ -615,7 +590,7 @@ def main() -> int:
         print_list(chosen if names or languages else CORPORA)
         return 0
     if arguments.json:
-        writable_file(arguments.json, "--json")
+        command.writable_file(arguments.json, "--json")
     if arguments.verify:
         there = []
         if not names:  # all else that is there, too
@@ -623,7 +598,7 @@ def main() -> int:
             there = [row for row in mine if (row.folder(data_dir) / data.MANIFEST).exists()]
         return report([row for row in CORPORA if row in chosen or row in there], arguments)
     chosen = without_forbidden(chosen, arguments.allow_noncommercial, options.fisher_dir)
-    with only_one(writable_folder(data_dir, "--data_dir")):
+    with only_one(command.writable_folder(data_dir, "--data_dir")):
         return fetch_missing(chosen, arguments, options)
 
 

@@ -143,7 +143,7 @@ def test_hours_are_counted_from_the_shards_and_estimates_until_then(server, tmp_
     listed = download_data.as_listed(row, options)
     assert listed.gigabytes == pytest.approx(size)
     assert listed.hours == pytest.approx(row.hours * size / row.gigabytes)
-    download_data.fetch(row, tmp_path, options)
+    corpora.fetch(row, tmp_path, options)
     counted = download_data.verify(row, tmp_path)
     assert counted["hours"] == counted["expected_hours"] == pytest.approx(12 * 2 / 3600, abs=1e-4)
     # A Hub that does not answer is the fetch's to tell.
@@ -271,7 +271,7 @@ def test_a_manifest_that_cannot_be_read_is_its_corpus_fault_alone(tmp_path, monk
 def test_verify_opens_each_file_once(server, tmp_path, monkeypatch):
     row = ROWS["kathbath-telugu"]
     server.add_dataset(row.repo, dataset(row))
-    download_data.fetch(row, tmp_path, FetchOptions(mirrors={row.name: server.url}))
+    corpora.fetch(row, tmp_path, FetchOptions(mirrors={row.name: server.url}))
     asked = asked_of(monkeypatch)
     assert download_data.verify(row, tmp_path)["state"] == "ok, small"
     assert not [one for one in asked if ".flac" in one]

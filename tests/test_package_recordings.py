@@ -150,7 +150,7 @@ def test_speakers_and_splits_of_the_packages(corpus, name, expected):
 def test_verify_finds_what_is_missing(package, capsys):
     missing = download_data.verify(CORPUS, package)
     assert missing["state"] == "not there"
-    download_data.fetch(CORPUS, package)
+    corpora.fetch(CORPUS, package)
     good = download_data.verify(CORPUS, package)
     assert (good["state"], good["files"], good["speakers"]) == ("ok", 4, 3)
     assert good["hours_by_sample_rate"] == {"16000": good["hours"]}
