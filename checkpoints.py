@@ -53,8 +53,7 @@ def save_checkpoint(
     Files go to a temporary folder, are synced and then renamed: a kill at any moment leaves the
     earlier checkpoints complete. `trainer` holds plain containers, numbers, strings and tensors,
     which load without pickled code; `tokenizer` is JSON of the `tokenizers` library; `best` is
-    noted in `best.json`. Raises UserError on a full disk, TypeError for a bad `trainer`.
-    """
+    noted in `best.json`. Raises UserError on a full disk, TypeError for a bad `trainer`."""
     run_dir = Path(run_dir)
     _check_plain(trainer, "trainer")
     final = run_dir / f"step_{step:08d}"
@@ -67,10 +66,7 @@ def save_checkpoint(
     return final
 
 
-def save_export(
-    folder: str | Path, step: int, config: dict, tensors: dict[str, Tensor],
-    tokenizer: str | None = None,
-) -> Path:  # fmt: skip
+def save_export(folder, step: int, config: dict, tensors: dict, tokenizer=None) -> Path:
     """Write a shipped folder: config, weights and tokenizer; other files there (a model card) stay.
     Raises UserError on a full disk."""
     folder = Path(folder)
@@ -175,8 +171,7 @@ def inherit_weights(model: nn.Module, path: str | Path, skip: tuple[str, ...] = 
 
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint folder that `path` means: a run's newest complete step, or, as a step's or a
-    shipped folder (config.json and model.safetensors), itself. Raises UserError where none is.
-    """
+    shipped folder (config.json and model.safetensors), itself. Raises UserError where none is."""
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint folder")

@@ -138,8 +138,7 @@ class FrameConv(CausalLayer):
 
     With `in_frames` front frames folded into one it is a strided convolution of kernel 2 × stride;
     with `out_frames` unfolded from one it is a transposed convolution of kernel 2 × stride, trimmed
-    so that nothing looks ahead. `[B, T * in_frames, C_in]` → `[B, T * out_frames, C_out]`.
-    """
+    so that nothing looks ahead. `[B, T * in_frames, C_in]` → `[B, T * out_frames, C_out]`."""
 
     def __init__(self, in_dim: int, out_dim: int, in_frames: int = 1, out_frames: int = 1) -> None:
         super().__init__()
@@ -259,8 +258,7 @@ class SpectralHead(CausalLayer):
     As in Vocos (Siuzdak 2023, section 3.3) each bin's magnitude is an exponential: from its low to
     its high bins speech falls by 40 dB and more, which a linear layer cannot follow. A frame is two
     strides long, under a Hann window, and overlaps the next one by half; its second half is the
-    head's guess of what follows, so that nothing waits.
-    """
+    head's guess of what follows, so that nothing waits."""
 
     def __init__(self, dim: int, stride: int) -> None:
         super().__init__()
@@ -299,8 +297,7 @@ def build_encoder(config: CodecConfig) -> Fork:
     """Front frames of samples `[B, T / 120, 120]` → semantic and acoustic `[B, F, S + D]`.
 
     Two branches that share nothing: in one trunk the phone loss, whose gradient is ten times that
-    of the balanced reconstruction, left the acoustic levels untaught.
-    """
+    of the balanced reconstruction, left the acoustic levels untaught."""
     c = config
 
     def mels(width: int) -> list[nn.Module]:
@@ -409,9 +406,7 @@ class Codec(nn.Module):
         return self.decoder.init_state(batch_size)
 
     @torch.no_grad()
-    def encode_step(
-        self, audio: Tensor, state: StreamState, num_codebooks=8, active: Tensor | None = None
-    ) -> Tensor:
+    def encode_step(self, audio: Tensor, state: StreamState, num_codebooks=8, active=None):
         """Continues each slot by whole frames of audio `[B, 1, S * 480]` → codes `[B, K, S]`."""
         if audio.shape[-1] % self.config.hop or audio.shape[-1] == 0:
             raise ValueError(f"audio must be whole frames of {self.config.hop} samples")

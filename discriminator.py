@@ -190,9 +190,7 @@ def generator_loss(fake_logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([F.relu(1 - y.float()).mean() for y in fake_logits]).mean()
 
 
-def feature_matching_loss(
-    real_features: Sequence[Sequence[Tensor]], fake_features: Sequence[Sequence[Tensor]]
-) -> Tensor:
+def feature_matching_loss(real_features: list, fake_features: list) -> Tensor:
     """Mean over layers of mean|D(x) - D(y)| / mean|D(x)| (EnCodec eq. 4); D(x) is a target."""
     terms = []
     for real, fake in zip(sum(real_features, []), sum(fake_features, []), strict=True):

@@ -12,8 +12,7 @@ class SpectralLoss(nn.Module):
     """Multi-scale L1 distance of log magnitudes in fp32, bin by bin (Yamamoto et al. 2020, eq. 5).
 
     From about 2 kHz on bands of mels are wider than the distance of two harmonics, and cannot tell
-    a voice from noise; single bins of long windows can.
-    """
+    a voice from noise; single bins of long windows can."""
 
     WINDOWS, FLOOR = (2048, 1024, 512), 1e-4
 

@@ -48,8 +48,7 @@ class CodebookStack(nn.Module):
 
     Their buffers are rows of one fp32 tensor each, `[K, n, d]` and `[K, n]`: on a GPU 64 codebooks
     that move one by one are thousands of launches. Nothing here waits for the device. `levels` is
-    their place among all of the quantizer.
-    """
+    their place among all of the quantizer."""
 
     stored = ("embedding", *STATISTICS)
 
@@ -195,9 +194,7 @@ class SplitQuantizer(nn.Module):
     """A semantic codebook in parallel with an acoustic residual VQ, each in a space of its own:
     stacks of codebooks of one size, which are stored one by one, as `codebooks.K.embedding` … ."""
 
-    def __init__(
-        self, widths: tuple[int, int], dims: tuple[int, int], sizes: Sequence[int], decay: float
-    ) -> None:
+    def __init__(self, widths: tuple, dims: tuple, sizes: Sequence[int], decay: float) -> None:
         super().__init__()
         self.widths = widths  # of the semantic and the acoustic branch
         self.semantic_in, self.acoustic_in = map(nn.Linear, widths, dims)
@@ -313,9 +310,7 @@ class SplitQuantizer(nn.Module):
         return all(all(stack.started) for stack in self.stacks)
 
     @torch.no_grad()
-    def update(
-        self, info: Quantized, draws: Tensor, freeze_semantic=False, skip: Tensor | None = None
-    ) -> list[Tensor | None]:
+    def update(self, info: Quantized, draws: Tensor, freeze_semantic=False, skip=None) -> list:
         """Moves the codebooks of `info` by one EMA step, or starts them by k-means at first.
 
         `draws` `[K, size of the largest]` in [0, 1), the same on every rank, choose the vectors

@@ -231,9 +231,7 @@ def log_audio(metrics: training.Metrics, step: int, model: Codec, batches: list[
 
 
 @torch.no_grad()
-def validate(
-    model: Codec, head: PhoneHead | None, spectra: nn.ModuleDict, batches: list[dict], device, cast
-) -> dict[str, float]:
+def validate(model: Codec, head, spectra, batches: list[dict], device, cast) -> dict[str, float]:
     """Held out: mean losses and SI-SDR (dB) at the full and at the LM's rate; with a `head`, phone
     accuracy. `mel_…_within` is the error in the first context of frames, `mel_…_past` behind it,
     where attention slides."""
@@ -398,17 +396,14 @@ class Learner:
     def shown(self) -> Codec:  # what validates and ships
         return self.average.model if self.average else self.model
 
-    def step(
-        self, mode: Mode, audio, labels, counts, draws, part, ramp, target=None, known=None
-    ) -> dict[str, Tensor]:
+    def step(self, mode: Mode, audio, labels, counts, draws, part, ramp, target=None, known=None):
         """What the device does in a step: forward, losses, backward, step, for the codec and then
         for the discriminators. Gives what there is to log, as tensors.
 
         audio `[B, 1, T]`, labels `[B, F]`; `counts` `[B]` of codebooks, `draws` `[K, n]` for the
         quantizer, `part` `[n]` that discriminators see, and `ramp`, the part of their share that
         they have by now; `target` and `known` are what a cache holds of the teacher, who otherwise
-        runs here. Nothing waits for the device, but for the start of the codebooks.
-        """
+        runs here. Nothing waits for the device, but for the start of the codebooks."""
         args, settings, model, teacher = self.args, self.settings, self.model, self.teacher
         phones_learn = semantic_learns(args)
         row = {}

@@ -185,9 +185,7 @@ def one_of(*values: str | int) -> Callable[[str], object]:  # a setting's type
     return parse
 
 
-def run_parser(
-    description: str, settings: type[Settings], **defaults: object
-) -> tuple[ArgumentParser, argparse._ArgumentGroup, argparse._ArgumentGroup]:
+def run_parser(description: str, settings: type[Settings], **defaults: object) -> tuple:
     """A parser with the flags that all trainers share, its group of the plan's flags, and the rest.
     `defaults` are those of data_dirs, num_epochs, checkpoint_dir and warmup_steps."""
     parser = ArgumentParser(description, epilog=settings.help())
@@ -232,10 +230,7 @@ PLACE = ("step", "epoch", "consumed", "best")
 CHANGEABLE = "num_epochs", "batch_size", "data_dirs", "commercial_only", "grad_clip", "budget_usd"
 
 
-def take_stored(
-    values: dict, stored: dict, given: Collection[str], changeable: Collection[str],
-    where: str | Path, settings: Collection[str] = (),
-) -> list[str]:  # fmt: skip
+def take_stored(values: dict, stored: dict, given, changeable, where, settings=()) -> list[str]:
     """Makes `values` those that a resumed run has stored, but for what is `given` on the command
     line (`settings` by `--set`) and `changeable`: else UserError. Returns lines to print."""
 
@@ -270,8 +265,7 @@ class Schedule:
 
     `starts(total)` gives the first step of each phase, in their order. A change of the total moves
     what lies ahead: phases that began stay, and the learning rate goes on from where it is, so that
-    it neither jumps nor rises. `planned` steps were asked for; a budget allows less.
-    """
+    it neither jumps nor rises. `planned` steps were asked for; a budget allows less."""
 
     def __init__(self, total: int, starts=lambda total: {"": 0}, warmup_steps: int = 0) -> None:
         self.total = self.planned = total
@@ -420,8 +414,7 @@ class StepGraph:
     next call overwrites. It must use the same memory at every call, draw nothing at random and
     never wait for the device. Each mode is called `warmup` times as it is, for optimizers make
     their state and libraries choose kernels. All of it, the making of models included, belongs on
-    one stream that is not the default one.
-    """
+    one stream that is not the default one."""
 
     def __init__(self, function: Callable[..., dict[str, Tensor]], warmup: int = 5) -> None:
         self.function, self.warmup = function, warmup
@@ -457,8 +450,7 @@ class Balancer:
 
     Each loss `i` reaches the model as  w_i / sum(w) * g_i / <|g_i|>,  where g_i is its gradient at
     the model's output and <|g_i|> a running mean of its norm per clip, over all ranks: weights are
-    shares of the gradient. Unlike in the paper's code the sum is divided by the batch size.
-    """
+    shares of the gradient. Unlike in the paper's code the sum is divided by the batch size."""
 
     def __init__(self, weights: dict[str, float], decay: float = 0.999) -> None:
         self.weights, self.decay = dict(weights), decay
@@ -572,8 +564,7 @@ class CostMeter:
     Each phase of a schedule has a pace: measured where it has run, else expected (`Run.estimate`),
     corrected by what came of the other expectations. What a run spends goes to `ledger` once a
     minute, as a killed pod's time counts too; unless `enabled` (on the main rank only) nothing is
-    written, and no dollars are projected. `budget_usd` holds for all parts of a resumed run.
-    """
+    written, and no dollars are projected. `budget_usd` holds for all parts of a resumed run."""
 
     flush_seconds = 60.0
     warmup_ticks = 3  # the first steps of a phase compile, fill caches and start workers
@@ -700,8 +691,7 @@ class Run:
     checkpoint: where it goes on from; None for a new run, and once it is restored.
     stored: gives config, tensors, further trainer state and tokenizer of a checkpoint.
     validate: gives scores by name, the lowest `best_by` for the best checkpoint.
-    shown: metrics on the terminal's lines, and under which name.
-    """
+    shown: metrics on the terminal's lines, and under which name."""
 
     def __init__(self, stage: str, args, kind: type[Settings], process: Distributed, changeable):
         self.args, self.process = args, process
@@ -922,9 +912,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_training(
-    stage: str, args: argparse.Namespace, kind: type[Settings], changeable: Iterable[str] = ()
-) -> Iterator[Run]:
+def open_training(stage: str, args, kind: type[Settings], changeable=()) -> Iterator[Run]:
     """A run in `--checkpoint_dir`, new or resumed. Raises UserError for a device that is not there,
     a folder that cannot be written or is at work, a checkpoint that does not fit. `changeable`:
     what a resumed run of this trainer can take up beside `CHANGEABLE`."""

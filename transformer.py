@@ -119,8 +119,7 @@ class TransformerState:
 
     `keys` and `values` are `[layers, B, capacity, H_kv, D]`; `position` `[B]` counts the positions
     that each slot has consumed, and alone says which entries are valid. A reset writes zeros all
-    the same, since an attention weight of 0 does not hide what is not a number.
-    """
+    the same, since an attention weight of 0 does not hide what is not a number."""
 
     def __init__(self, config, batch_size: int, max_chunk: int, device, dtype) -> None:
         # The first query of a chunk still needs `context` keys when the last one is written.
