@@ -483,7 +483,7 @@ def synthesize(args: argparse.Namespace) -> None:
         voices, engine = own_voices(args.engine), speech.find_engine(args.engine)
         print(f"engine {args.engine}: {len(voices)} voices, {engine.license}")
         trial = speech.Request(texts[0], "telugu", replace(voices[0], pitch=1.1))
-        speech.Synthesizer().synthesize([trial])  # what is missing is said before the work
+        speech.synthesize([trial])  # what is missing is said before the work
         size = min(SYNTHETIC_PART_SECONDS, args.synthesize_hours * 3600)
         count = math.ceil(args.synthesize_hours * 3600 / size - 1e-9)
         missing = missing_parts(folder, count)

@@ -29,38 +29,14 @@ import numpy as np
 import soxr
 import torch
 
+import command
+import dialogues
 import speech
 from audio import HOP, SAMPLE_RATE, read_channels, write_audio
 from codec import Codec
-from command import (
-    ArgumentParser,
-    UserError,
-    default_workers,
-    number,
-    only_one,
-    read_json,
-    run,
-    run_parts,
-    whole,
-    writable_folder,
-)
+from command import ArgumentParser, UserError, number, run, whole
 from data import LANGUAGES, SPLITS
-from dialogues import (
-    CODEBOOKS,
-    INFO_FILE,
-    SPOKEN,
-    Exchange,
-    Recording,
-    choose_exchanges,
-    digest,
-    filter_arrow,
-    finish_dataset,
-    load_code_dataset,
-    load_scripts,
-    read_recordings,
-    write_arrow,
-    write_json,
-)
+from dialogues import CODEBOOKS, SPOKEN, Exchange, Recording, choose_exchanges, digest
 from takes import Take, draw_voice, faded, insert_pause, make_takes, shift_spans, user_voices
 from training import setup_distributed
 
@@ -155,11 +131,9 @@ def draw_microphone(rng: np.random.Generator) -> Microphone:
 
 
 def plan_conversation(
-    exchanges: Sequence[Exchange],
-    users: Sequence[speech.Voice],
-    agent: speech.Voice,
+    exchanges: Sequence[Exchange], users: Sequence[speech.Voice], agent: speech.Voice,
     rng: np.random.Generator,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Two to four exchanges in one user voice, or (IDLE_CHANCE) a call in which nobody speaks."""
     voice, speed, microphone = draw_voice(users, rng), rng.uniform(*SPEED), draw_microphone(rng)
     if rng.random() < IDLE_CHANCE:
@@ -198,10 +172,9 @@ def _timing(rng: np.random.Generator, first: bool) -> dict:
 
 def _backchannel(voice: speech.Voice, speed: float, rng: np.random.Generator) -> list[PlannedTurn]:
     drawn, which, place = rng.random(), rng.random(), rng.uniform(0.2, 0.6)
-    seed = int(rng.integers(2**31))
+    seed, texts = int(rng.integers(2**31)), BACKCHANNELS[voice.language]
     if drawn >= BACKCHANNEL_CHANCE:
         return []
-    texts = BACKCHANNELS[voice.language]
     text = texts[int(which * len(texts))]
     request = speech.Request(text, voice.language, voice, speed, "neutral", seed)
     return [PlannedTurn("user", request, BACKCHANNEL, None, inside=float(place))]
@@ -259,8 +232,8 @@ def lay_out(turns: Sequence[PlannedTurn], takes: Sequence[Take]) -> list[_Placed
 def _on_the_tick(take: Take, start: float, earliest: float) -> float:
     """Where a reply's sound starts (s) if the take begins on the agent's tick before `start`, not
     before `earliest`: the same reply is then the same codes each time, as it is in a call."""
-    tick = math.floor((start - take.onset) / AGENT_TICK + 1e-6)
-    tick = max(tick, math.ceil((earliest - take.onset) / AGENT_TICK - 1e-6))
+    latest = math.floor((start - take.onset) / AGENT_TICK + 1e-6)
+    tick = max(latest, math.ceil((earliest - take.onset) / AGENT_TICK - 1e-6))
     return take.onset + AGENT_TICK * tick
 
 
@@ -294,12 +267,10 @@ def _turn_fields(placed: _Placed) -> dict:
     }  # fmt: skip
 
 
-def mix(
-    name: str, language: str, plan: Plan, takes: Sequence[Take], babble: Sequence[np.ndarray]
-) -> dict:
+def mix(name: str, language: str, plan: Plan, takes: Sequence[Take], babble: Sequence) -> dict:
     """A row of the dataset, with audio: `agent` and `user`, float32 `[T]` of whole frames.
 
-    `babble`: other people's utterances. The agent's channel is exactly zero where it is silent.
+    `babble`: other people's utterances, `[T]` each. The agent's channel is exactly zero where it is silent.
     """
     placed = lay_out(plan.turns, takes)
     seconds = max((p.end for p in placed), default=0.0) + plan.tail
@@ -345,9 +316,7 @@ def _convolve(audio: np.ndarray, response: np.ndarray) -> np.ndarray:
     return np.fft.irfft(np.fft.rfft(audio, size) * np.fft.rfft(response, size), size)[:n]
 
 
-def _through(
-    microphone: Microphone, user: np.ndarray, agent: np.ndarray, babble, rng: np.random.Generator
-) -> np.ndarray:
+def _through(microphone: Microphone, user, agent, babble, rng: np.random.Generator) -> np.ndarray:
     """Gain, then the agent's echo, then noise at an SNR against the speech, then a narrow line."""
     gain = 10 ** (microphone.gain_db / 20)
     user = user * gain
@@ -385,11 +354,8 @@ def draw_noise(kind: str, length: int, babble, rng: np.random.Generator) -> np.n
         mains = rng.choice((50.0, 60.0)) * np.arange(1, 9)
         levels, phases = rng.uniform(0.1, 1.0, 8) / np.arange(1, 9), rng.uniform(0, 2 * np.pi, 8)
         clock = np.arange(SAMPLE_RATE) / SAMPLE_RATE  # every harmonic repeats after a second
-        noise = sum(
-            a * np.sin(2 * np.pi * f * clock + p)
-            for f, a, p in zip(mains, levels, phases, strict=True)
-        )
-        noise = np.resize(noise, length)
+        waves = zip(mains, levels, phases, strict=True)
+        noise = np.resize(sum(a * np.sin(2 * np.pi * f * clock + p) for f, a, p in waves), length)
     elif kind == "babble" and babble:
         noise = np.zeros(length)
         for i in rng.integers(len(babble), size=6):
@@ -404,6 +370,7 @@ def draw_noise(kind: str, length: int, babble, rng: np.random.Generator) -> np.n
 
 _CHUNK_FRAMES = 250
 _codec = functools.lru_cache(maxsize=2)(Codec.from_checkpoint)
+scripts = functools.lru_cache(maxsize=1)(dialogues.load_scripts)
 
 
 @torch.no_grad()
@@ -450,9 +417,6 @@ class ScriptedPart:
     count: int = sys.maxsize
 
 
-scripts = functools.lru_cache(maxsize=1)(load_scripts)
-
-
 def part_rng(args: argparse.Namespace, part: ScriptedPart, *numbers: int) -> np.random.Generator:
     where = (SPLITS.index(args.split), LANGUAGES.index(part.language), part.index)
     return np.random.default_rng([args.seed, *where, *numbers])
@@ -474,15 +438,14 @@ def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[di
         size = min(PART_CONVERSATIONS, part.count - first)  # by the dozen, which is faster
         if part.seconds < math.inf:  # about 20 s each: do not make many too many
             size = min(size, max(1, round((part.seconds - seconds) / 18)))
-        plans = [
-            plan_conversation(*cast, part_rng(args, part, n)) for n in range(first, first + size)
-        ]
+        numbers = range(first, first + size)
+        plans = [plan_conversation(*cast, part_rng(args, part, n)) for n in numbers]
         turns = [turn for plan in plans for turn in plan.turns]
         takes = make_takes([turn.request for turn in turns])
         spoken = list(zip(turns, takes, strict=True))
         babble = [t.audio for turn, t in spoken if turn.who == "user" and isinstance(t, Take)]
         rest = iter(spoken)
-        for n, plan in enumerate(plans, first):
+        for n, plan in zip(numbers, plans, strict=True):
             name = f"{args.split}-{language}-{part.index:05d}-{n:03d}"
             mine = list(itertools.islice(rest, len(plan.turns)))
             faults = [(take, turn) for turn, take in mine if isinstance(take, UserError)]
@@ -518,8 +481,7 @@ def _read_recording(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
     last = max((turn["end"] for turn in recording.turns), default=0.0)
     if last > seconds + TURN_SLACK:
         raise UserError(f"{recording.path}: a turn ends at {last:g} s, the file at {seconds:g} s")
-    agent, user = audio.T
-    return np.ascontiguousarray(agent), np.ascontiguousarray(user)
+    return tuple(np.ascontiguousarray(audio.T))
 
 
 @functools.lru_cache(maxsize=1)
@@ -531,7 +493,7 @@ def _voice_detector() -> Callable:
 
 
 def _detected_turns(user: np.ndarray) -> list[dict]:
-    """Turns without text, for a user nobody has transcribed."""
+    """Turns without text, of a user whom nobody has transcribed."""
     spans = _voice_detector()(torch.from_numpy(soxr.resample(user, SAMPLE_RATE, 16000)))
     times = [{name: span[name] / 16000 for name in ("start", "end")} for span in spans]
     return [{"who": "user", "text": None, **time} for time in times]
@@ -543,10 +505,9 @@ def make_recording(args, recording: Recording) -> tuple[list[dict], list[str]]:
         agent, user = _read_recording(recording)
     except UserError as error:
         return [], [str(error)]
-    turns = list(recording.turns)
+    turns, seconds = list(recording.turns), len(agent) / SAMPLE_RATE
     if not any(turn["who"] == "user" for turn in turns):
         turns += _detected_turns(user)
-    seconds = len(agent) / SAMPLE_RATE
     turns = [{**turn, "end": min(turn["end"], seconds)} for turn in turns]
     turns.sort(key=lambda turn: turn["start"])
     row = {name: getattr(recording, name) for name in ("id", "language", "source", "split")}
@@ -576,15 +537,16 @@ class DatasetFiles:
         self._versions = {digest(part): _version(part) for part in parts}
         self._files: dict[str, dict] = {}  # name → key of a part → {version, rows, dropped}
         self._list = self._folder / "parts.json"
-        listed = read_json(self._list, "remove its folder") if self._list.exists() else {}
+        listed = command.read_json(self._list, "remove its folder") if self._list.exists() else {}
         for name, held in listed.items():
             wanted = {key: entry for key, entry in held.items() if self._is_wanted(key, entry)}
             if wanted == held:
                 self._files[name] = held
                 continue
             chosen = [key in wanted for key, entry in held.items() for _ in range(entry["rows"])]
-            self._put(wanted, functools.partial(filter_arrow, self._folder / name, chosen=chosen))
-        write_json(self._list, self._files)
+            source = self._folder / name
+            self._put(wanted, functools.partial(dialogues.filter_arrow, source, chosen=chosen))
+        dialogues.write_json(self._list, self._files)
         for name in listed.keys() - self._files.keys():
             (self._folder / name).unlink(missing_ok=True)
         self.missing = [part for part in parts if digest(part) not in self.done()]
@@ -611,8 +573,7 @@ class DatasetFiles:
     def add(self, part, rows: list[dict], dropped: list[str], seconds: float) -> None:
         """Takes the rows of a part; writes a file when it is full, or long waited for."""
         key = digest(part)
-        entry = {"version": self._versions[key], "rows": len(rows), "dropped": dropped}
-        self._new[key] = entry
+        self._new[key] = {"version": self._versions[key], "rows": len(rows), "dropped": dropped}
         self._rows += rows
         self._seconds += seconds
         if self._seconds > FILE_SECONDS or time.monotonic() - self._since > WRITE_SECONDS:
@@ -621,8 +582,8 @@ class DatasetFiles:
     def flush(self) -> None:
         """Writes what is there as one file."""
         rows = encode_rows(self._rows, self._args)
-        self._put(self._new, lambda path: write_arrow(path, rows))
-        write_json(self._list, self._files)
+        self._put(self._new, lambda path: dialogues.write_arrow(path, rows))
+        dialogues.write_json(self._list, self._files)
         self._begin()
 
     def done(self) -> dict[str, dict]:
@@ -644,8 +605,8 @@ def claim(folder: Path, name: str, settings: dict) -> None:
     if not (folder / name).exists():
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
             raise UserError(f"{folder}: holds other files; give an empty or a new folder")
-        write_json(folder / name, settings)
-    known = read_json(folder / name, "remove its folder")
+        dialogues.write_json(folder / name, settings)
+    known = command.read_json(folder / name, "remove its folder")
     for key, value in json.loads(json.dumps(settings)).items():
         if known.get(key) != value:
             made = f"made with {key} {known.get(key)!r}, not {value!r}"
@@ -653,8 +614,7 @@ def claim(folder: Path, name: str, settings: dict) -> None:
 
 
 def _work(make: Callable, args: argparse.Namespace, part) -> tuple[list[dict], list[str], float]:
-    """(rows, why something was left out, seconds of audio) of a part. On a CPU every process
-    encodes what it makes; a GPU has one process that encodes for all."""
+    """(rows, what was left out, seconds of audio) of a part; only a GPU encodes in one process."""
     rows, dropped = make(args, part)
     seconds = sum(len(row["agent"]) for row in rows) / SAMPLE_RATE
     return encode_rows(rows, args) if args.device == "cpu" else rows, dropped, seconds
@@ -668,27 +628,24 @@ def make_dataset(args: argparse.Namespace) -> None:
         raise UserError(f"{args.codec}: needs hop {HOP} and {CODEBOOKS} codebooks for the LM")
     if args.conversations:
         make = make_recording
-        parts = read_recordings(args.conversations, args.languages[0], dropped)
+        parts = dialogues.read_recordings(args.conversations, args.languages[0], dropped)
         source = {"source": args.conversations, "split": None}
     else:
         make, parts = make_scripted, _scripted_parts(args)
         named = ("split", "intents", "exchanges", "engines")
         source = {"source": "scripts", **{name: getattr(args, name) for name in named}}
     info = {
-        "codec_fingerprint": codec.fingerprint,
-        "frame_rate": config.frame_rate,
-        "codebook_sizes": list(config.codebook_sizes[:CODEBOOKS]),
-        "languages": args.languages,
-        "seed": args.seed,
-        **source,
-    }
-    claim(folder, INFO_FILE, info)
+        "codec_fingerprint": codec.fingerprint, "frame_rate": config.frame_rate,
+        "codebook_sizes": list(config.codebook_sizes[:CODEBOOKS]), "languages": args.languages,
+        "seed": args.seed, **source,
+    }  # fmt: skip
+    claim(folder, dialogues.INFO_FILE, info)
     files = DatasetFiles(args, parts)
     (folder / "state.json").unlink(missing_ok=True)
     count, audio = 0, 0.0
     try:
         work = functools.partial(_work, make, args)
-        results = run_parts(work, files.missing, args.num_workers, len(parts))
+        results = command.run_parts(work, files.missing, args.num_workers, len(parts))
         for part, (rows, faults, seconds) in zip(files.missing, results, strict=True):
             files.add(part, rows, faults, seconds)
             count, audio = count + len(rows), audio + seconds
@@ -700,13 +657,13 @@ def make_dataset(args: argparse.Namespace) -> None:
     left_out = f"{len(dropped)} left out; first: {dropped[0]}" if dropped else "none left out"
     if not files.names():
         raise UserError(f"{folder}: nothing could be made, {left_out}")
-    finish_dataset(folder, files.names(), info)
+    dialogues.finish_dataset(folder, files.names(), info)
     if dropped:
         print(f"{left_out}; all in {folder / 'dropped.txt'}")
     took = max(time.monotonic() - started, 1e-3)
-    speed = f"{audio / took:.0f}x real time"
-    print(f"{count} made, {audio / 3600:.2f} h of audio in {took:.0f} s ({speed})")
-    dataset, _ = load_code_dataset(folder, codec.fingerprint)
+    print(f"{count} made, {audio / 3600:.2f} h of audio in {took:.0f} s "
+          f"({audio / took:.0f}x real time)")  # fmt: skip
+    dataset, _ = dialogues.load_code_dataset(folder, codec.fingerprint)
     print(f"{folder}: {len(dataset)} conversations, codec {codec.fingerprint[:16]}…")
 
 
@@ -743,7 +700,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--save_audio", type=whole(0), default=0, help="write this many a language as WAV as well, "
         "of its first part (a dozen)")  # fmt: skip
     add("--seed", type=whole(0, 2**63 - 1), default=0)
-    add("--num_workers", type=whole(0, 512), default=default_workers(), help="processes; 0: none")
+    add("--num_workers", type=whole(0, 512), default=command.default_workers(), help="0: none")
     add("--device", default="auto", help="that the codec encodes on")
     args = parser.parse_args(arguments)
     args.intents = tuple(sorted(filter(None, args.intents.split(","))))
@@ -757,7 +714,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     args.device = str(setup_distributed(args.device).device)
-    with only_one(writable_folder(args.output_dir, "--output_dir")):
+    with command.only_one(command.writable_folder(args.output_dir, "--output_dir")):
         make_dataset(args)
 
 

@@ -174,24 +174,21 @@ def find_engine(name: str) -> Engine:
     return all_engines()[name]
 
 
-class Synthesizer:
-    """Text to speech with every installed engine; the same requests give the same bytes."""
+def synthesize(items: Sequence[Request]) -> list[Utterance]:
+    """Utterances in the order of `items`, made in one batch an engine and language; the same
+    requests give the same bytes.
 
-    def synthesize(self, items: Sequence[Request]) -> list[Utterance]:
-        """Utterances in the order of `items`, made in one batch an engine and language.
-
-        UserError for an unknown engine, language or emotion, and where an engine fails.
-        """
-        orders = [_order(item) for item in items]
-        batches: dict[tuple[str, str], list[int]] = {}
-        for i, item in enumerate(items):
-            batches.setdefault((item.voice.engine, item.language), []).append(i)
-        made: dict[int, Utterance] = {}
-        for (engine, _), indices in batches.items():
-            raws = find_engine(engine).say([orders[i] for i in indices])
-            for i, raw in zip(indices, raws, strict=True):
-                made[i] = _finish(raw, orders[i])
-        return [made[i] for i in range(len(items))]
+    UserError for an unknown engine, language or emotion, and where an engine fails.
+    """
+    orders = [_order(item) for item in items]
+    batches: dict[tuple[str, str], list[int]] = {}
+    for i, item in enumerate(items):
+        batches.setdefault((item.voice.engine, item.language), []).append(i)
+    made: dict[int, Utterance] = {}
+    for (engine, _), indices in batches.items():
+        raws = find_engine(engine).say([orders[i] for i in indices])
+        made |= {i: _finish(raw, orders[i]) for i, raw in zip(indices, raws, strict=True)}
+    return [made[i] for i in range(len(items))]
 
 
 def _order(item: Request) -> Order:

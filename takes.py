@@ -43,7 +43,7 @@ def draw_voice(voices: Sequence[speech.Voice], rng: np.random.Generator) -> spee
 def speak(requests: Sequence[speech.Request]) -> list[speech.Utterance | UserError]:
     """Utterances in ranges of pitch that sound spoken; for what its engine cannot say, why."""
     try:
-        return speech.Synthesizer().synthesize([_limit_pitch_range(r) for r in requests])
+        return speech.synthesize([_limit_pitch_range(r) for r in requests])
     except UserError as error:
         if len(requests) == 1:
             return [UserError(f"{requests[0].voice.id}: {error}")]

@@ -147,7 +147,7 @@ def test_pitch_moves_by_semitones_and_nothing_else(semitones, hertz):
 def test_pitch_of_real_words_moves_and_formants_stay():
     voice = speech.voices("telugu", "user", "train")
     voice = next(v for v in voice if v.engine == "espeak")
-    said = speech.Synthesizer().synthesize([speech.Request(SENTENCES[4], "telugu", voice)])[0]
+    said = speech.synthesize([speech.Request(SENTENCES[4], "telugu", voice)])[0]
     shifted = praat.shift_pitch(said.audio, data.SAMPLE_RATE, 2.0)
     ratio = pitch_of(shifted, data.SAMPLE_RATE) / pitch_of(said.audio, data.SAMPLE_RATE)
     assert 12 * np.log2(ratio) == pytest.approx(2.0, abs=0.25)
@@ -607,7 +607,7 @@ def test_an_engine_that_says_nothing_useful_ends(empty_root, texts, monkeypatch)
 
 def said_by_espeak(text):
     voice = next(v for v in speech.voices("telugu", "user", "train") if v.engine == "espeak")
-    made = speech.Synthesizer().synthesize([speech.Request(text, "telugu", voice)])[0]
+    made = speech.synthesize([speech.Request(text, "telugu", voice)])[0]
     return made.audio
 
 

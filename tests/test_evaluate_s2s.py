@@ -74,7 +74,7 @@ def asking(**changes):
 def fake_voices(monkeypatch):
     monkeypatch.setattr(e, "user_voices", lambda language, split: [VOICE])
     monkeypatch.setattr("evaluate_s2s.phonemize", lambda text, language: text.split())
-    monkeypatch.setattr(speech.Synthesizer, "synthesize", lambda self, items: fake_say(items))
+    monkeypatch.setattr(speech, "synthesize", fake_say)
 
 
 def judged(**changes) -> dict:
@@ -191,11 +191,11 @@ def test_emotions_and_ranges_of_pitch_are_those_praat_is_safe_in(fake_voices, mo
     monkeypatch.setattr(e, "user_voices", lambda language, split: [wide])
     seen = []
 
-    def say(self, requests):
+    def say(requests):
         seen.extend(requests)
         return fake_say(requests)
 
-    monkeypatch.setattr(speech.Synthesizer, "synthesize", say)
+    monkeypatch.setattr(speech, "synthesize", say)
     for emotions in ("neutral", "scripted"):
         ask([exchange(held_out=True)], "english", asking(emotions=emotions))
     assert {r.emotion for r in seen} == {"neutral", "happy"}
@@ -209,12 +209,12 @@ def test_a_question_that_no_engine_can_say_is_left_out(fake_voices, monkeypatch,
     scripts = [exchange(held_out=True, wordings=3)]
     silent = scripts[0].lines[0].texts[1]
 
-    def say(self, requests):
+    def say(requests):
         if any(r.text == silent for r in requests):
             raise UserError("festival failed")
         return fake_say(requests)
 
-    monkeypatch.setattr(speech.Synthesizer, "synthesize", say)
+    monkeypatch.setattr(speech, "synthesize", say)
     calls, left_out = ask(scripts, "english", asking())
     assert len(calls) == 2 and silent not in [c.turns[0].text for c in calls]
     assert len(left_out) == 1 and "festival failed" in left_out[0]
@@ -447,12 +447,12 @@ def test_one_language_that_fails_and_a_full_disk_cost_no_figures(
 
 
 def test_a_reply_that_the_agent_cannot_say_is_not_judged_by_ear(monkeypatch, capsys):
-    def say(self, requests):
+    def say(requests):
         if any(r.text == "Hm." for r in requests):
             raise UserError("nothing to say")
         return fake_say(requests)
 
-    monkeypatch.setattr(speech.Synthesizer, "synthesize", say)
+    monkeypatch.setattr(speech, "synthesize", say)
     monkeypatch.setattr(speech, "voices", lambda *_: [VOICE])
     monkeypatch.setattr(e, "_through", lambda codec, audio: audio)
     replies = {"Yes.": "neutral", "Hm.": "neutral"}
@@ -486,7 +486,7 @@ def test_hama_hears_which_reply_the_agent_says():
         pytest.skip(str(error))
     judge = e.load_judge("hama")
     texts = ["My name is Samvad.", "You are welcome."]
-    say = speech.Synthesizer().synthesize
+    say = speech.synthesize
     known, again = (
         say([speech.Request(t, "english", agent, speed) for t in texts]) for speed in (1.0, 0.93)
     )

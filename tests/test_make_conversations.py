@@ -430,7 +430,7 @@ def test_the_same_command_makes_the_same_bytes_and_another_seed_others(made, cod
 def test_parts_become_few_files_and_a_part_cut_short_is_made_anew(
     codec_path, tmp_path, quick, monkeypatch
 ):
-    def tones(self, requests):
+    def tones(requests):
         return [tone(0.5) for _ in requests]
 
     def made(count: int, part: int, folder: str) -> list[str]:
@@ -441,7 +441,7 @@ def test_parts_become_few_files_and_a_part_cut_short_is_made_anew(
     def files() -> dict[str, int]:
         return {p.name: p.stat().st_mtime_ns for p in (tmp_path / "set").glob("*.arrow")}
 
-    monkeypatch.setattr(speech.Synthesizer, "synthesize", tones)
+    monkeypatch.setattr(speech, "synthesize", tones)
     monkeypatch.setattr(mc, "WRITE_SECONDS", 0.0)  # a file a part
     assert made(3, 1, "set") == ["00000-000", "00001-000", "00002-000"]
     first = files()
@@ -455,14 +455,14 @@ def test_parts_become_few_files_and_a_part_cut_short_is_made_anew(
 def test_conversations_that_cannot_be_spoken_are_counted(
     codec_path, tmp_path, quick, monkeypatch, capsys
 ):
-    say = speech.Synthesizer.synthesize
+    say = speech.synthesize
 
-    def fails(self, requests):
+    def fails(requests):
         if any(r.text == "ghost" for r in requests):
             raise UserError("no such sound")
-        return say(self, requests)
+        return say(requests)
 
-    monkeypatch.setattr(speech.Synthesizer, "synthesize", fails)
+    monkeypatch.setattr(speech, "synthesize", fails)
     scripts = tmp_path / "s"
     scripts.mkdir()
     lines = [(SCRIPT % f'"text": "{t}"').replace('"id": "a"', f'"id": "{t}"') for t in ("ghost",)]

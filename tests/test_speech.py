@@ -76,7 +76,7 @@ def a_foreign_voice(name: str, language: str) -> speech.Voice:
 
 def say(voice: speech.Voice, texts: list[str], **changes) -> list[speech.Utterance]:
     requests = [speech.Request(t, voice.language, voice, seed=1, **changes) for t in texts]
-    return speech.Synthesizer().synthesize(requests)
+    return speech.synthesize(requests)
 
 
 def written_sentences(language: str) -> list[str]:
@@ -384,7 +384,7 @@ def test_a_stretched_pitch_that_falls_below_zero_is_narrowed(request_):
         agent = speech.voices(request_.language, "agent")[0]
     except UserError as error:
         pytest.skip(str(error))
-    said = speech.Synthesizer().synthesize([dataclasses.replace(request_, voice=agent)])
+    said = speech.synthesize([dataclasses.replace(request_, voice=agent)])
     assert len(said[0].audio) > SAMPLE_RATE / 2
 
 
@@ -457,7 +457,7 @@ def natural(monkeypatch):
 def test_an_engine_without_times_is_trimmed_and_levelled(natural):
     needs_espeak()
     agent, *_ = speech.voices("telugu", "agent")
-    said = speech.Synthesizer().synthesize(
+    said = speech.synthesize(
         [speech.Request(t, "telugu", agent) for t in (*TEXTS["telugu"], "")]
     )
     for utterance in said[:2]:

@@ -130,7 +130,7 @@ def check_voices(language: str, split: str, sentences: int = 2) -> dict:
         for i, text in enumerate(texts)
     ]
     embed = VoiceEmbedder()
-    said = [u.audio for u in speech.Synthesizer().synthesize(requests)]
+    said = [u.audio for u in speech.synthesize(requests)]
     rows = [said[i : i + len(texts)] for i in range(0, len(said), len(texts))]
     halves = [[embed(np.concatenate(row[h::2]), SAMPLE_RATE) for h in (0, 1)] for row in rows]
     compared = compare_voices(*np.split(np.array(halves), [len(voices[0])]))
