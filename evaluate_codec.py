@@ -51,12 +51,9 @@ HERE = Path(__file__).resolve().parent
 SPOKEN = tuple(language for language in LANGUAGES if language != "other")
 JUDGE_RATE = 16000
 MEASURES = {  # name: (column, decimals, width)
-    "snr": ("SNR", 2, 7),
-    "si_sdr": ("SI-SDR", 2, 7),
-    "pesq": ("PESQ", 2, 6),
-    "stoi": ("STOI", 3, 6),
-    "mos": ("MOS", 2, 6),
-}
+    "snr": ("SNR", 2, 7), "si_sdr": ("SI-SDR", 2, 7),
+    "pesq": ("PESQ", 2, 6), "stoi": ("STOI", 3, 6), "mos": ("MOS", 2, 6),
+}  # fmt: skip
 RATES = (2, 4, 8, 16, 32, 64)  # codebooks: 1, 2, 4, 8, 16, 32 kbit/s
 LM_CODEBOOKS = 8
 STEP_MS = (40, 80)
@@ -69,10 +66,9 @@ Point = tuple[str, float]  # a codec and the rate that it is asked for, kbit/s
 
 
 # ---------------------------------------------------------------------------------- judges
-#
-# A judge takes the coded and the uncoded audio, float32 `[T]` at 16 kHz, and gives a number. It
-# raises, or gives what is not finite, for a clip that it cannot measure.
 
+# Of the coded and the uncoded audio, float32 `[T]` at 16 kHz, a number. It raises, or gives what is
+# not finite, for a clip that it cannot measure.
 AudioJudge = Callable[[np.ndarray, "np.ndarray | None"], float]
 
 
@@ -129,8 +125,7 @@ def load_judges(names: Sequence[str]) -> dict[str, AudioJudge]:
 def judge(
     judges: dict[str, AudioJudge], audio: np.ndarray, reference: np.ndarray | None = None
 ) -> dict[str, float | None]:
-    """What each judge says of audio `[T]` at 16 kHz, None where it cannot measure it; without a
-    reference, the one of MOS alone."""
+    """By judge; None where it cannot measure it. Without a reference, MOS alone."""
     found = {}
     for name in judges if reference is not None else judges.keys() & {"mos"}:
         try:
@@ -143,7 +138,7 @@ def judge(
 
 
 def for_judges(audio: np.ndarray) -> np.ndarray:
-    """24 kHz `[T]` → the judges' 16 kHz, float32."""
+    """24 kHz `[T]` → 16 kHz, float32."""
     return soxr.resample(audio, SAMPLE_RATE, JUDGE_RATE).astype(np.float32, copy=False)
 
 
@@ -161,14 +156,12 @@ def waveform_scores(audio: np.ndarray, reference: np.ndarray) -> dict[str, float
 
 
 class Skipped(Exception):
-    """A clip that cannot be evaluated; the message says why."""
+    """Why a clip cannot be evaluated."""
 
 
 def draw_clips(clips: Sequence[Clip], max_clips: int, seed: int) -> list[Clip]:
-    """Up to `max_clips` a language, one of each speaker in turn, in an order that `seed` draws.
-
-    Clips of unknown speakers stand by their folder.
-    """
+    """Up to `max_clips` a language, one of each speaker (if unknown, each folder) in turn, in an
+    order that `seed` draws."""
     drawn = []
     for place, language in enumerate(LANGUAGES):
         rng = np.random.default_rng([seed, place])
@@ -205,7 +198,7 @@ class Coded:
 
 @dataclass(frozen=True)
 class Row:
-    """One clip through one codec at one rate. `codec` is `uncoded` for the recording itself."""
+    """One clip through one codec (`uncoded`: the recording itself) at one rate."""
 
     clip: str
     language: str
@@ -217,7 +210,7 @@ class Row:
 
 
 def kbps_of(config: CodecConfig, codebooks: int) -> float:
-    """What the first `codebooks` take, in kbit/s."""
+    """Of the first `codebooks`, in kbit/s."""
     return sum(map(math.log2, config.codebook_sizes[:codebooks])) * config.frame_rate / 1000
 
 
@@ -293,9 +286,8 @@ def stepper(codec: Codec, frames: int, codebooks: int, graph: bool = False) -> C
 def real_time_factors(codec: Codec, others: dict[str, Callable] | None = None) -> dict:
     """Seconds of encoding and decoding a second of audio, on one CPU thread or the codec's GPU.
 
-    Each round times every candidate (`others` take audio `[1, 1, T]`, too) on the same audio in
-    turn, so that what else the machine does meets them alike. Medians, on a CPU of the core's own
-    time, which other programs do not lengthen.
+    Each round times every candidate in turn (`others`, from audio `[1, 1, T]`, too), so that what
+    else the machine does meets them alike. Medians, on a CPU of the process' own time.
     """
     device = next(codec.parameters()).device
     on_gpu = device.type == "cuda"
@@ -336,15 +328,14 @@ def summarise(rows: Sequence[Row], points: Sequence[Point]) -> dict:
     means = []
     for name, kbps in points:
         own = by_point[name, kbps]
-        measured = round(sum(row.bits for row in own) / seconds / 1000, 3)
-        rates = {"asked_kbps": round(kbps, 3), "net_kbps": measured}
-        means.append({"codec": name, **rates, **_means(own)})
+        net = round(sum(row.bits for row in own) / seconds / 1000, 3)
+        means.append({"codec": name, "asked_kbps": round(kbps, 3), "net_kbps": net, **_means(own)})
     recordings = {"clips": len(uncoded), "seconds": round(seconds, 1), "uncoded": _means(uncoded)}
     return recordings | {"points": means}
 
 
 def _means(rows: Sequence[Row]) -> dict:
-    """Mean of each measure over the clips that have it, and on how many clips that is."""
+    """Of each measure, over the clips that have it, and how many these are."""
     names = [name for name in MEASURES if any(name in row.scores for row in rows)]
     known = {name: [s for r in rows if (s := r.scores.get(name)) is not None] for name in names}
     means = {name: round(statistics.fmean(v), 4) if v else None for name, v in known.items()}
@@ -356,8 +347,7 @@ def criterion(
 ) -> dict:
     """Whether `value` is on the right side of `goal`; `met` is None where it was not measured."""
     compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt}[sign]
-    met = None if value is None else compare(value, goal)
-    value = None if value is None else round(value, 4)
+    met, value = (None, None) if value is None else (compare(value, goal), round(value, 4))
     target = f"{sign} {goal:,g}{unit}"
     return {"criterion": name, "target": target, "value": value, "met": met, "beside": beside}
 
@@ -397,7 +387,6 @@ def criteria(groups: dict, times: dict, config: CodecConfig, spent: float | None
 
 
 def columns_of(group: dict) -> list[str]:
-    """The measures that any of a group's points has."""
     return [name for name in MEASURES if any(name in p["scores"] for p in group["points"])]
 
 
@@ -405,8 +394,7 @@ def cells(scores: dict, columns: Sequence[str], percent: bool = False) -> str:
     """A value a column, each in its width."""
     text = ""
     for name in columns:
-        _, decimals, width = MEASURES[name]
-        value = scores.get(name)
+        (_, decimals, width), value = MEASURES[name], scores.get(name)
         shown = "-" if value is None else f"{value:.0%}" if percent else f"{value:.{decimals}f}"
         text += f"{shown:>{width}}"
     return text
@@ -432,27 +420,23 @@ def table(name: str, group: dict) -> str:
 
 
 def codebook_line(use: dict) -> str:
-    """Perplexities as shares of the codebooks' sizes."""
     semantic, *others = (row["perplexity_share"] for row in use["codebooks"])
     shares = f"{semantic:.2f}, acoustic {min(others):.2f} to {max(others):.2f}"
     return f"codebooks ({use['speech_frames']} speech frames): perplexity/size {shares}"
 
 
 def time_table(times: dict) -> str:
-    """Real-time factors; lower is cheaper."""
     where = f"{times['device']}, one thread, {times['num_codebooks']} codebooks"
     rows = [f"  {name:<12}{factor:.4f}" for name, factor in times["factors"].items()]
     return "\n".join([f"encode + decode, s a second of audio, {where}", *rows])
 
 
 def criteria_table(rows: Sequence[dict]) -> str:
-    """What is asked, what was found, met or not, and what others reached."""
     lines = [f"{'criterion':<36}{'target':>9}{'here':>8}  {'':<13}beside it"]
     for row in rows:
-        value, met = row["value"], row["met"]
+        value, words = row["value"], {True: "met", False: "not met", None: "undecided"}
+        verdict = "not measured" if value is None else words[row["met"]]
         here = "-" if value is None else f"{value:.4g}"
-        unknown = "not measured" if value is None else "undecided"
-        verdict = unknown if met is None else "met" if met else "not met"
         line = f"{row['criterion']:<36}{row['target']:>9}{here:>8}  {verdict:<13}{row['beside']}"
         lines.append(line.rstrip())
     return "\n".join(lines)
@@ -474,8 +458,7 @@ def plot(path: Path, groups: dict) -> None:
             points = [p for p in groups[group]["points"] if p["codec"] == codec]
             values = np.array([p["scores"].get(measure) for p in points], float)  # None: NaN
             axes.plot([p["net_kbps"] for p in points], values, style, label=label)
-        own = pooled["uncoded"]["scores"].get(measure)
-        if own is not None:
+        if (own := pooled["uncoded"]["scores"].get(measure)) is not None:
             axes.axhline(own, color="grey", linestyle="--", label="uncoded")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -489,7 +472,6 @@ def plot(path: Path, groups: dict) -> None:
 
 
 def parser_of(description: str) -> ArgumentParser:
-    """The flags of an evaluation."""
     parser = ArgumentParser(description)
     add = parser.add_argument
     add("--codec", type=Path, default=HERE / "checkpoints/tiny/codec", help="checkpoint folder")
@@ -554,8 +536,7 @@ def evaluate(
     long_enough = [clip for clip in found if clip.duration * SAMPLE_RATE >= least - 1]
     skipped = Counter(["too short"] * (len(found) - len(long_enough)))
     drawn = draw_clips(long_enough, args.max_clips, args.seed)
-    times = real_time_factors(codec, timed)
-    judges = load_judges(args.judges)
+    times, judges = real_time_factors(codec, timed), load_judges(args.judges)
     names = ", ".join(judges) or "none"
     print(f"{len(drawn)} clips, codebooks {counts}, judges: {names}", flush=True)
 
@@ -570,8 +551,7 @@ def evaluate(
             skipped[str(reason)] += 1
             continue
         evaluated.append(clip)
-        speech = speech_frames(audio, config.hop)
-        for level, row in enumerate(codes[:, speech]):
+        for level, row in enumerate(codes[:, speech_frames(audio, config.hop)]):
             count = np.bincount(row, minlength=config.codebook_sizes[level])
             for name in (clip.language, "all"):
                 used[name][level] += count
@@ -587,7 +567,6 @@ def evaluate(
         where = " ".join(map(str, args.data_dirs))
         raise UserError(f"{where}: split {args.split}: no clip could be evaluated ({reasons})")
 
-    # Each language, and all clips together.
     groups, points = {}, [*(("samvad", kbps_of(config, count)) for count in counts), *peers]
     for name in (*dict.fromkeys(clip.language for clip in evaluated), "all"):
         inside = [clip for clip in evaluated if name in ("all", clip.language)]

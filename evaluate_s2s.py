@@ -38,6 +38,7 @@ import soxr
 import torch
 from tqdm import tqdm
 
+import ledger
 import speech
 from audio import SAMPLE_RATE
 from codec import Codec
@@ -45,15 +46,6 @@ from command import ArgumentParser, UserError, number, run, whole, writable_file
 from data import SPLITS
 from dialogues import SPOKEN, Exchange, choose_exchanges, load_scripts
 from duplex import DuplexEngine, load_models
-from ledger import (
-    LEVEL_SECONDS,
-    QUIET_DBFS,
-    TAKEOVER_SECONDS,
-    frame_levels,
-    kind_of,
-    percentiles,
-    response_latencies,
-)
 from phones import JOINERS, phonemize
 from s2s import PAD, S2S, Sampling
 from takes import Take, draw_voice, make_takes, speak, user_voices
@@ -101,8 +93,8 @@ def nearest(found: Sequence, candidates: dict[str, Sequence]) -> tuple[str | Non
 
 
 def normalise(text: str) -> str:
-    """Lower case, composed, letters, vowel signs and digits only, single spaces; apostrophes and
-    joiners (ZWJ, ZWNJ) are within words."""
+    """Lower case, composed, letters, vowel signs and digits alone; apostrophes and joiners (ZWJ,
+    ZWNJ) are within words."""
     text = re.sub(f"['’{JOINERS}]", "", unicodedata.normalize("NFC", text).lower())
     letters = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
     return " ".join(letters.split())
@@ -144,8 +136,8 @@ class Call:
 def ask(
     exchanges: Sequence[Exchange], language: str, args: argparse.Namespace
 ) -> tuple[list[Call], list[str]]:
-    """Every exchange spoken with up to `--questions_per_exchange` wordings: the calls, and why
-    others could not be spoken. UserError without a voice for the split, or without any call."""
+    """A call for each of up to `--questions_per_exchange` wordings of an exchange, and why others
+    could not be spoken. UserError without a voice for the split, or without any call."""
     rng = np.random.default_rng([args.seed, SPOKEN.index(language), SPLITS.index(args.split)])
     voices = user_voices(language, args.split)
     chosen = choose_exchanges(exchanges, language, args.split, args.intents, args.archetypes)
@@ -159,9 +151,8 @@ def ask(
     for place, (exchange, requests) in enumerate(plans):
         mine = list(itertools.islice(takes, len(requests)))
         faults = [str(take) for take in mine if isinstance(take, UserError)]
-        if faults:
-            left_out.append(faults[0])
-        else:
+        left_out += faults[:1]
+        if not faults:
             calls.append(_lay_out(f"{exchange.id}-{place}", exchange, requests, mine))
     if left_out:
         print(f"{language}: {len(left_out)} calls not spoken, first: {left_out[0]}")
@@ -185,8 +176,7 @@ def _lay_out(name: str, exchange: Exchange, requests, takes: Sequence[Take]) -> 
     """The questions one after another, each after the time that the reply before it needs."""
     pieces, turns, now = [], [], LEAD_IN_SECONDS
     for request, take, answer in zip(requests, takes, exchange.lines[1::2], strict=True):
-        reply = answer.texts[0]
-        span = now + take.onset, now + take.offset
+        reply, span = answer.texts[0], (now + take.onset, now + take.offset)
         turns.append(AskedTurn(*span, request.text, request.emotion, reply))
         pieces.append((round(now * SAMPLE_RATE), take.audio))
         # The agent speaks some twelve phones a second.
@@ -217,16 +207,15 @@ def hold_calls(
     user_emotion `[P, 8]`, language `[P, 3]`. Calls of like length share a round, so that few slots
     wait for the longest.
     """
-    sampling = Sampling(
-        args.temperature, Sampling.top_k, args.text_temperature, eagerness=args.eagerness
-    )
+    drawn = args.temperature, Sampling.top_k, args.text_temperature
+    sampling = Sampling(*drawn, eagerness=args.eagerness)
     engine = DuplexEngine(codec, lm, min(args.slots, len(calls)), sampling, args.seed)
     length = engine.patch_samples
     patches = np.array([-(-len(call.audio) // length) for call in calls])
     order = np.argsort([len(call.audio) for call in calls], kind="stable")
-    rounds = [order[i : i + engine.slots] for i in range(0, len(order), engine.slots)]
     replies: dict[int, dict[str, np.ndarray]] = {}
-    for batch in rounds:
+    for first in range(0, len(order), engine.slots):
+        batch = order[first : first + engine.slots]
         engine.reset()
         counts = np.zeros(engine.slots, np.int64)
         counts[: len(batch)] = patches[batch]
@@ -265,7 +254,7 @@ class Judge:
 
     def transcribe(self, audio: np.ndarray) -> Sequence[str]:
         """24 kHz `[T]` → phones; of what is not quiet, as recognisers invent words in silence."""
-        loud = np.flatnonzero(frame_levels(audio) > QUIET_DBFS)
+        loud = np.flatnonzero(ledger.frame_levels(audio) > ledger.QUIET_DBFS)
         if not len(loud):
             return ()
         step, margin = SAMPLE_RATE // 200, SAMPLE_RATE // 10
@@ -312,13 +301,10 @@ def examine(
     order, texts = np.random.default_rng(seed).permutation(len(known)), list(known)
     chosen = {texts[i]: replies[texts[i]] for i in np.sort(order[:JUDGE_REPLIES])}
     clean = _in_the_agents_voice(chosen, language, JUDGE_SPEED)
-    coded = {text: _through(codec, audio) for text, audio in clean.items()}
     judge = replace(judge, expected={t: judge.transcribe(audio) for t, audio in known.items()})
-    shares = [
-        _share([judge.right(audio, text) for text, audio in sounds.items()]) or 0.0
-        for sounds in (clean, coded)
-    ]
-    return replace(judge, clean=shares[0], coded=shares[1])
+    found = [judge.right(audio, text) for text, audio in clean.items()]
+    coded = [judge.right(_through(codec, audio), text) for text, audio in clean.items()]
+    return replace(judge, clean=_share(found) or 0.0, coded=_share(coded) or 0.0)
 
 
 def _in_the_agents_voice(replies: dict[str, str], language: str, speed: float) -> dict:
@@ -342,9 +328,9 @@ def judge_call(
     """Every turn as it went; a reply's share of the call ends at the next question. `text` and
     `audio`: right or not, None without a judge; `emotion`, `language`: as recognised, as said."""
     c, reply = lm.config, agent["audio"].reshape(-1)
-    levels = frame_levels(reply)
-    times = np.arange(len(levels)) * LEVEL_SECONDS + 1 / c.patch_rate  # it answers a patch later
-    latencies = response_latencies(levels, call.turns, times)
+    levels = ledger.frame_levels(reply)
+    times = np.arange(len(levels)) * ledger.LEVEL_SECONDS + 1 / c.patch_rate  # it is a patch late
+    latencies = ledger.response_latencies(levels, call.turns, times)
     ends = [*(turn.start for turn in call.turns[1:]), len(agent["text"]) / c.patch_rate]
     heads = ((agent["user_emotion"], c.emotions), (agent["language"], c.languages))
     judged = []
@@ -353,21 +339,16 @@ def judge_call(
         ids = [int(i) for i in agent["text"][first:last] if i != PAD]
         said = lm.tokenizer.decode(ids).strip() if ids else ""
         # A takeover is judged from its own beginning; otherwise what came earlier is no reply.
-        begin = turn.end + min(TAKEOVER_SECONDS, latency or 0.0)
+        begin = turn.end + min(ledger.TAKEOVER_SECONDS, latency or 0.0)
         audio = reply[int(begin * SAMPLE_RATE) : int(until * SAMPLE_RATE)]
         span = slice(max(first, turn_end - round(HEAD_SECONDS * c.patch_rate)), turn_end + 1)
         emotion, language = (names[int(p[span].mean(0).argmax())] for p, names in heads)
         judged.append({
-            "call": call.id,
-            "asked": turn.text,
-            "wanted": turn.reply,
-            "said": said,
-            "kind": kind_of(latency),
-            "latency": latency,
+            "call": call.id, "asked": turn.text, "wanted": turn.reply, "said": said,
+            "kind": ledger.kind_of(latency), "latency": latency,
             "text": right_text(said, turn.reply, replies),
             "audio": judge.right(audio, turn.reply) if judge else None,
-            "emotion": (emotion, turn.emotion),
-            "language": (language, call.language),
+            "emotion": (emotion, turn.emotion), "language": (language, call.language),
         })  # fmt: skip
     return judged
 
@@ -379,42 +360,36 @@ def _share(values: Sequence[bool]) -> float | None:
 def summarise(turns: Sequence[dict], judge: Judge | None = None, not_spoken: int = 0) -> dict:
     """The figures of one language: shares in [0, 1], times in ms, None where unknown."""
     kinds, trusted = Counter(turn["kind"] for turn in turns), bool(judge and judge.trusted)
-    times = percentiles([t["latency"] for t in turns if t["kind"] == "answered"]) or {}
+    times = ledger.percentiles([t["latency"] for t in turns if t["kind"] == "answered"]) or {}
     right = [t["text"] and (t["audio"] is not False or not trusted) for t in turns]
     in_time = [r and t["kind"] == "answered" for r, t in zip(right, turns, strict=True)]
     by_audio = [t["audio"] for t in turns if t["audio"] is not None]
     commonest = Counter(normalise(t["wanted"]) for t in turns).most_common(1)
     return {
-        "turns": len(turns),
-        "calls_not_spoken": not_spoken,
+        "turns": len(turns), "calls_not_spoken": not_spoken,
         "answered": _share([t["kind"] == "answered" for t in turns]),
-        "takeovers": kinds["takeover"],
-        "unanswered": kinds["unanswered"],
-        "response_p50_ms": times.get("p50"),
-        "response_p95_ms": times.get("p95"),
+        "takeovers": kinds["takeover"], "unanswered": kinds["unanswered"],
+        "response_p50_ms": times.get("p50"), "response_p95_ms": times.get("p95"),
         "right_text": _share([t["text"] for t in turns]),
         "right_audio": _share(by_audio) if trusted else None,
-        "right_both": _share(right) if trusted else None,
-        "right_and_in_time": _share(in_time),
+        "right_both": _share(right) if trusted else None, "right_and_in_time": _share(in_time),
         "majority_answer": round(commonest[0][1] / len(turns), 4) if turns else None,
-        "judge_clean": judge and judge.clean,
-        "judge_coded": judge and judge.coded,
+        "judge_clean": judge and judge.clean, "judge_coded": judge and judge.coded,
         "judge_trusted": trusted,
         "user_emotion": _share([t["emotion"][0] == t["emotion"][1] for t in turns]),
         "user_language": _share([t["language"][0] == t["language"][1] for t in turns]),
-    }
+    }  # fmt: skip
 
 
 def table(summaries: dict[str, dict]) -> str:
     """Languages side by side, at most 80 columns wide."""
     lines = [f"{'':<20}" + "".join(f"{name:>12}" for name in summaries)]
+    words = {True: "met", False: "not met", None: "not measured"}
     for key in next(iter(summaries.values())):
-        cells = "".join(f"{_cell(key, s[key]):>12}" for s in summaries.values())
-        lines.append(f"{key:<20}{cells}")
+        lines.append(f"{key:<20}" + "".join(_cell(key, s[key]) for s in summaries.values()))
     for language, summary in summaries.items():
         if not summary["judge_trusted"]:
             lines.append(f"{language}: no trusted judge of the audio, the text stands alone")
-        words = {True: "met", False: "not met", None: "not measured"}
         met = (f"{name} {words[value]}" for name, value in goals(language, summary).items())
         lines.append(f"{language}: {', '.join(met)}")
     return "\n".join(lines)
@@ -422,8 +397,8 @@ def table(summaries: dict[str, dict]) -> str:
 
 def _cell(key: str, value: float | None) -> str:
     if value is None or isinstance(value, int):
-        return "-" if value is None else str(value)
-    return f"{value:.0f}" if key.endswith("_ms") else f"{value:.1%}"
+        return f"{'-' if value is None else str(value):>12}"
+    return f"{value:>12.0f}" if key.endswith("_ms") else f"{value:>12.1%}"
 
 
 def goals(language: str, summary: dict) -> dict[str, bool | None]:
@@ -458,13 +433,11 @@ def evaluate_language(
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
-    tiny = HERE / "checkpoints" / "tiny"
     add = parser.add_argument
-    add("--codec", type=Path, default=tiny / "codec", help="checkpoint folder")
-    add("--lm", type=Path, default=tiny / "s2s", help="checkpoint folder")
+    add("--codec", type=Path, default=HERE / "checkpoints/tiny/codec", help="checkpoint folder")
+    add("--lm", type=Path, default=HERE / "checkpoints/tiny/s2s", help="checkpoint folder")
     add("--languages", nargs="+", choices=SPOKEN, default=list(SPOKEN))
-    kinds = ("archetypes", "all")
-    add("--exchanges", choices=kinds, default=kinds[0], help="archetypes: *-001")
+    add("--exchanges", choices=("archetypes", "all"), default="archetypes", help="*-001 or all")
     add("--intents", default="", help="only these, comma-separated")
     add("--split", choices=SPLITS, default="test", help="train: the upper bound")
     add("--questions_per_exchange", type=whole(1), default=3, help="wordings of each")
@@ -507,9 +480,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summaries, turns, failed = {}, {}, []
     for language in args.languages:
         try:
-            summaries[language], turns[language] = evaluate_language(
-                codec, lm, exchanges, language, replies[language], judge, args
-            )
+            asked = exchanges, language, replies[language]
+            summaries[language], turns[language] = evaluate_language(codec, lm, *asked, judge, args)
         except UserError as error:  # the others' figures are worth an hour
             failed.append(f"{language}: {error}")
     if not summaries:

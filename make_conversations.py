@@ -268,10 +268,8 @@ def _turn_fields(placed: _Placed) -> dict:
 
 
 def mix(name: str, language: str, plan: Plan, takes: Sequence[Take], babble: Sequence) -> dict:
-    """A row of the dataset, with audio: `agent` and `user`, float32 `[T]` of whole frames.
-
-    `babble`: other people's utterances, `[T]` each. The agent's channel is exactly zero where it is silent.
-    """
+    """A row of the dataset, with audio: `agent` (exactly zero where silent) and `user`, float32
+    `[T]` of whole frames. `babble`: other people's utterances, `[T]` each."""
     placed = lay_out(plan.turns, takes)
     seconds = max((p.end for p in placed), default=0.0) + plan.tail
     length = math.ceil(seconds * SAMPLE_RATE / HOP) * HOP

@@ -59,7 +59,7 @@ def fake_voice(role: str, split: str = "train", name: str = "v") -> speech.Voice
 
 
 def fake_conversations(count: int) -> list[tuple[mc.Plan, dict, list]]:
-    exchanges = mc.choose_exchanges(mc.load_scripts(SCRIPTS / "english.jsonl"), "english", "train")
+    exchanges = mc.choose_exchanges(mc.scripts(SCRIPTS / "english.jsonl"), "english", "train")
     users, agent = [fake_voice("user")], fake_voice("agent", name="agent")
     made = []
     for i in range(count):
@@ -105,7 +105,7 @@ def answers(turns: list[dict]) -> list[tuple[dict, dict]]:
 
 
 def test_scripts_of_a_split():
-    exchanges = mc.load_scripts(SCRIPTS)
+    exchanges = dialogues.load_scripts(SCRIPTS)
     for language in mc.SPOKEN:
         train = mc.choose_exchanges(exchanges, language, "train")
         test = mc.choose_exchanges(exchanges, language, "test")
@@ -130,10 +130,10 @@ SCRIPT = (
 
 def test_scripts_are_read_by_line_feeds_and_an_id_is_there_once(tmp_path):
     (tmp_path / "a.jsonl").write_text((SCRIPT % '"text": "a\u2028b\x85c"') + "\n")
-    assert mc.load_scripts(tmp_path)[0].lines[0].texts == ("a\u2028b\x85c",)
+    assert dialogues.load_scripts(tmp_path)[0].lines[0].texts == ("a\u2028b\x85c",)
     (tmp_path / "b.jsonl").write_text((SCRIPT % '"text": "other"') + "\n")
     with pytest.raises(UserError, match="b.jsonl: the id 'a' is there twice"):
-        mc.load_scripts(tmp_path)
+        dialogues.load_scripts(tmp_path)
 
 
 PAIR = '[{"who": "user", "texts": ["a"]}, {"who": "agent", "text": "a"}]'
@@ -164,7 +164,7 @@ PAIR = '[{"who": "user", "texts": ["a"]}, {"who": "agent", "text": "a"}]'
 def test_bad_scripts_are_named(tmp_path, line):
     (tmp_path / "a.jsonl").write_text(line + "\n")
     with pytest.raises(UserError, match="a.jsonl, line 1"):
-        mc.load_scripts(tmp_path)
+        dialogues.load_scripts(tmp_path)
 
 
 # ---------------------------------------------------------------------------------- timing
@@ -239,7 +239,7 @@ def test_back_channels_lie_inside_the_agents_turns(mixed):
 
 
 def test_some_calls_hold_no_speech():
-    exchanges = mc.choose_exchanges(mc.load_scripts(SCRIPTS / "english.jsonl"), "english", "train")
+    exchanges = mc.choose_exchanges(mc.scripts(SCRIPTS / "english.jsonl"), "english", "train")
     users, agent = [fake_voice("user")], fake_voice("agent")
     draws = [np.random.default_rng(i) for i in range(500)]
     plans = [mc.plan_conversation(exchanges, users, agent, rng) for rng in draws]
@@ -367,7 +367,7 @@ def command(folder: Path, codec: Path, *more: str) -> list[str]:
 
 
 def rows_of(folder: Path) -> list[dict]:
-    return list(mc.load_code_dataset(folder)[0])
+    return list(dialogues.load_code_dataset(folder)[0])
 
 
 def assert_same(a: list[dict], b: list[dict]) -> None:
@@ -385,7 +385,7 @@ def made(tmp_path, codec_path, quick) -> Path:
 
 def test_dataset_holds_codes_of_its_audio(made, codec_path):
     codec = Codec.from_checkpoint(codec_path)
-    dataset, info = mc.load_code_dataset(made, codec.fingerprint)
+    dataset, info = dialogues.load_code_dataset(made, codec.fingerprint)
     assert len(dataset) == 4 and set(dataset.column_names) == {
         "id", "language", "source", "split", "agent_codes", "user_codes", "turns",
     }  # fmt: skip
@@ -518,7 +518,7 @@ def test_held_out_wordings_and_voices_stay_apart(split, made, codec_path, tmp_pa
         turns = [t for row in rows_of(folder) for t in row["turns"]]
         return [t for t in turns if t["who"] == "user" and t["exchange"]]
 
-    scripts = mc.load_scripts(SCRIPTS / "english.jsonl")
+    scripts = dialogues.load_scripts(SCRIPTS / "english.jsonl")
     held_out = {t for e in scripts if e.held_out for t in user_texts(e)}
     mc.main(command(tmp_path / "held", codec_path, "--split", split))
     train, held = user_turns(made), user_turns(tmp_path / "held")
@@ -550,7 +550,7 @@ def test_a_killed_run_goes_on(codec_path, tmp_path, quick):
     assert not (killed / "state.json").exists()
     stamp = first.stat().st_mtime_ns
     with pytest.raises(UserError, match="no complete"):
-        mc.load_code_dataset(killed)
+        dialogues.load_code_dataset(killed)
     mc.main(command(killed, codec_path))
     mc.main(command(whole, codec_path))
     assert first.stat().st_mtime_ns == stamp
@@ -575,17 +575,17 @@ def test_datasets_are_checked(tmp_path):
     rows = [{**row, "agent_codes": codes, "user_codes": codes + 1, "turns": [turn]}]
     info = {"codec_fingerprint": "f" * 64, "frame_rate": 50.0, "codebook_sizes": [1024] * 8}
     dialogues.save_code_dataset(tmp_path / "d", rows, info)
-    dataset, read = mc.load_code_dataset(tmp_path / "d", "f" * 64)
+    dataset, read = dialogues.load_code_dataset(tmp_path / "d", "f" * 64)
     assert read == info and np.array_equal(dataset[0]["user_codes"], codes + 1)
     assert dataset[0]["turns"][0]["phones"] == [["a", 0.0, 0.5]]
     assert dataset[0]["turns"][0]["words"] is None
     with pytest.raises(UserError, match="ffffffff.*eeeeeeee"):
-        mc.load_code_dataset(tmp_path / "d", "e" * 64)
+        dialogues.load_code_dataset(tmp_path / "d", "e" * 64)
     with pytest.raises(UserError, match="no complete code dataset"):
-        mc.load_code_dataset(tmp_path / "nothing")
+        dialogues.load_code_dataset(tmp_path / "nothing")
     (tmp_path / "d" / "data-00000.arrow").write_bytes(b"damaged")
     with pytest.raises(UserError, match="damaged"):
-        mc.load_code_dataset(tmp_path / "d")
+        dialogues.load_code_dataset(tmp_path / "d")
 
 
 # ---------------------------------------------------------------------------------- recordings
