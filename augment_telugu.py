@@ -62,9 +62,7 @@ SYNTHETIC = "synthetic"  # so folders of synthetic speech begin
 TEXTS = ".texts"  # in the folder of synthetic speech: its sentences
 RECORDS = ".parts"  # in an output folder: a manifest of what each finished part made
 FORMATS = {"ogg": 0.0233, "flac": 0.076}  # GB an hour of 16 kHz speech
-TELUGU_TEXT = re.compile(
-    r"[\u0c00-\u0c65\s.,!?;:'\"()\u2013\u2014\u2018-\u201d\u0964\u200c\u200d-]+"
-)
+TELUGU_TEXT = re.compile(r"[\u0c00-\u0c65\s.,!?;:'\"()–—\u2018-\u201d।\u200c\u200d-]+")
 # A phone of read Telugu lasts 0.06 to 0.1 s; outside of these, words are missing or it babbles.
 PHONE_SECONDS = (0.03, 0.22)
 
@@ -101,7 +99,7 @@ class CopyPlan(NamedTuple):
 
 
 def hashed(*parts: object) -> int:
-    """64 bits that depend on the parts alone, the same on every machine."""
+    """64 bits, the same on every machine."""
     text = "\0".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
@@ -129,11 +127,10 @@ def plan_copies(clips: Sequence[Clip], root: Path, seed: int) -> list[CopyPlan]:
     stems = Counter(os.path.splitext(source)[0] for source in sources)
     plans = []
     for clip, source in zip(clips, sources, strict=True):
-        # Two files that differ in their suffix alone must not become one.
         stem = os.path.splitext(source)[0]
-        stem = stem if stems[stem] == 1 else source.replace(".", "_")
-        # What the change and the format add must still be a name.
-        stem = "/".join(map(command.file_name, stem.split("/")))
+        if stems[stem] > 1:  # two files that differ in their suffix alone must not become one
+            stem = source.replace(".", "_")
+        stem = "/".join(map(command.file_name, stem.split("/")))  # room for what is added
         cut = pieces(clip.duration)
         for (i, (start, seconds)), (change, amount) in itertools.product(enumerate(cut), CHANGES):
             name = f"{stem}_{i:04d}" if len(cut) > 1 else stem
@@ -143,10 +140,8 @@ def plan_copies(clips: Sequence[Clip], root: Path, seed: int) -> list[CopyPlan]:
 
 
 def choose_plans(plans: Sequence[CopyPlan], made: dict[str, float], hours: float) -> list[CopyPlan]:
-    """The first of the plans that make `hours` of copies, less those `made` (seconds by name).
-
-    Counted in whole milliseconds, so that no rounding moves the border.
-    """
+    """The first plans that make `hours` of copies, less those `made` (seconds by name); counted in
+    milliseconds, so that no rounding moves the border."""
     planned = {plan.name: round(1000 * plan.copy_seconds) for plan in plans}
     total = sum(planned.get(name, round(1000 * seconds)) for name, seconds in made.items())
     chosen = []
@@ -166,8 +161,7 @@ def make_copies(
     folder: Path, args: argparse.Namespace, plans: Sequence[CopyPlan]
 ) -> tuple[list[Clip], list[str]]:
     """Make the copies of a part, then its record: (copies, why others were left out)."""
-    copies: list[Clip] = []
-    dropped: dict[str, None] = {}  # in order; a file's fault is the same for all of its copies
+    copies, dropped = [], {}  # in order; a file's fault is the same for all of its copies
     for plan in plans:
         rate = min(plan.clip.sample_rate, SAMPLE_RATE)  # the codec has no more
         try:
@@ -213,10 +207,9 @@ def _changed(plan: CopyPlan, rate: int, seed: int) -> tuple[np.ndarray, float]:
 def _copied_clip(
     plan: CopyPlan, path: Path, seconds: float, rate: int, amount: float, seed: int
 ) -> CopiedClip:
-    """The copy's line. The text and the phones of a piece of a recording are not known."""
     fields = vars(plan.clip) | {"path": path, "duration": seconds, "sample_rate": rate}
     fields |= {"augmented": True, "split": "train"}
-    if not plan.all_of_it:
+    if not plan.all_of_it:  # what is said in a piece is not known
         fields |= {"text": None, "phones": None}
     elif plan.change == "speed" and plan.clip.phones:
         factor = 1 / amount
@@ -267,11 +260,8 @@ def augment(args: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def output_folder(path: str | Path, flag: str) -> Iterator[tuple[Path, Path]]:
-    """(where to work, the folder's name in the end), for this run alone.
-
-    Until it has its manifest the folder is hidden: a trainer would take its files for recordings
-    of their own, validation split included. It goes again where nothing came into it.
-    """
+    """(where to work, the folder's name in the end), for this run alone. Hidden until it has its
+    manifest: a trainer would take its files for recordings. It goes again where it is empty."""
     final = Path(path).resolve()
     with contextlib.suppress(OSError):
         final.rmdir()  # an empty one
@@ -288,10 +278,8 @@ def output_folder(path: str | Path, flag: str) -> Iterator[tuple[Path, Path]]:
 
 
 def made_rows(folder: Path) -> list[dict]:
-    """Manifest rows of what finished parts recorded and is still there; half-written files go.
-
-    The disk is asked once a folder: on a network volume each question about a file takes time.
-    """
+    """Manifest rows of what finished parts recorded and is still there; half-written files go. A
+    question a folder, not a file: a network volume takes its time for each."""
     sizes: dict[str, int] = {}
     for parent, _, _ in os.walk(folder):
         with os.scandir(parent) as entries:
@@ -304,8 +292,7 @@ def made_rows(folder: Path) -> list[dict]:
         for at, row in json_lines(record):
             command.check_fields(row, fields, f"{record}, line {at}")
             path = os.path.normpath(os.path.join(RECORDS, row["path"]))
-            # A pod that was lost may leave names without their data.
-            if sizes.get(os.path.join(folder, path)):
+            if sizes.get(os.path.join(folder, path)):  # a lost pod may leave names without data
                 rows[path] = row | {"path": path}
     return [row for _, row in sorted(rows.items())]
 
@@ -314,9 +301,8 @@ def make_parts(
     work: Callable, parts: Sequence, total: int, num_workers: int, folder: Path, final: Path
 ) -> list[dict]:
     """Make what is missing in `folder`, then its manifest; it gets its name `final`. The rows."""
-    started = os.times()
+    started = os.times()  # processor time of all processes in four parts, then the clock's
     results = list(command.run_parts(work, parts, num_workers, total))
-    # The clock's seconds last; before, processor time of all processes.
     took = [max(now - then, 1e-3) for now, then in zip(os.times(), started, strict=True)]
     if dropped := [reason for _, reasons in results for reason in reasons]:
         log = final.parent / "augment_dropped.txt"
@@ -324,10 +310,9 @@ def make_parts(
         print(f"{len(dropped)} left out, see {log}; first: {dropped[0]}")
     clips = [clip for made, _ in results for clip in made]
     seconds = sum(clip.duration for clip in clips)
-    print(
-        f"{final}: {len(clips)} clips, {seconds / 3600:,.2f} h in {took[4]:,.0f} s "
-        f"({seconds / took[4]:,.0f}x real time, {seconds / sum(took[:4]):,.0f}x a core)"
-    )
+    speed, a_core = (f"{seconds / spent:,.0f}x" for spent in (took[4], sum(took[:4])))
+    print(f"{final}: {len(clips)} clips, {seconds / 3600:,.2f} h in {took[4]:,.0f} s "
+          f"({speed} real time, {a_core} a core)")  # fmt: skip
     rows = made_rows(folder)
     if not rows:
         shutil.rmtree(folder, ignore_errors=True)
@@ -378,9 +363,7 @@ def own_voices(name: str) -> list[speech.Voice]:
     return [speech.Voice(f"{name}/{own}", name, "telugu", own, own, role="agent") for own in names]
 
 
-@functools.lru_cache(maxsize=1)
-def _texts(path: Path) -> list[str]:
-    return text_lines(path)
+_texts = functools.lru_cache(maxsize=1)(text_lines)
 
 
 def choose_texts(clips: Iterable[Clip], text_file: str | None) -> tuple[list[str], int]:
@@ -397,7 +380,6 @@ def choose_texts(clips: Iterable[Clip], text_file: str | None) -> tuple[list[str
 def draw_request(
     texts: Sequence[str], voices: Sequence[speech.Voice], rng: np.random.Generator
 ) -> speech.Request:
-    """Sentence, voice, rate and pitch, each drawn evenly."""
     text, voice = texts[int(rng.integers(len(texts)))], voices[int(rng.integers(len(voices)))]
     rate = round(float(rng.uniform(*RATE_RANGE)), 3)
     semitones = round(float(rng.uniform(*SEMITONE_RANGE)), 2)
@@ -414,19 +396,16 @@ def make_speech(
     within = folder / f"{index:05d}"
     shutil.rmtree(within, ignore_errors=True)
     within.mkdir()
-    clips: list[SyntheticClip] = []
-    dropped: list[str] = []
-    seconds, in_a_row = 0.0, 0
+    clips, dropped, seconds, in_a_row = [], [], 0.0, 0
     while seconds < part_seconds:
         requests = [draw_request(texts, voices, rng) for _ in range(BATCH)]
         for request, said in zip(requests, speak(requests), strict=True):
             failed = isinstance(said, UserError)
             fault = str(said) if failed else length_fault(said.audio, request.text)
+            in_a_row = in_a_row + 1 if fault else 0
             if fault:
                 dropped.append(f"{request.voice.id}: {fault}: {request.text}")
-                in_a_row += 1
                 continue
-            in_a_row = 0
             path = within / f"{index:05d}-{len(clips):03d}.{args.format}"
             write_audio(path, said.audio, SAMPLE_RATE)
             clips.append(_synthetic_clip(path, request, said))
@@ -440,28 +419,22 @@ def make_speech(
 
 def length_fault(audio: np.ndarray, text: str) -> str | None:
     """Why a clip `[T]` at 24 kHz is to be dropped: silence, or a length that does not fit the
-    sentence (cut off, babble). Another sentence of the right length passes."""
+    sentence (cut off, babble)."""
     if not np.abs(audio).max(initial=0.0) > 1e-3:  # NaN too
         return "no audio"
     count = len(phonemize(text, "telugu"))
     if not count:
         return "no phones in the text"
-    seconds = len(audio) / SAMPLE_RATE / count
-    low, high = PHONE_SECONDS
+    (low, high), seconds = PHONE_SECONDS, len(audio) / SAMPLE_RATE / count
     return None if low <= seconds <= high else f"{seconds:.3f} s a phone"
 
 
 def _synthetic_clip(path: Path, request: speech.Request, said: speech.Utterance) -> SyntheticClip:
-    """The clip's line."""
     engine, voice = speech.find_engine(request.voice.engine), request.voice
     return SyntheticClip(
         path, len(said.audio) / SAMPLE_RATE, SAMPLE_RATE, "telugu", voice.id, request.text,
-        license=engine.license,
-        commercial_ok=engine.commercial_ok,
-        phones=_rounded(said.phones),
-        engine=engine.name,
-        rate=request.speed,
-        semitones=round(12 * math.log2(voice.pitch), 2),
+        license=engine.license, commercial_ok=engine.commercial_ok, phones=_rounded(said.phones),
+        engine=engine.name, rate=request.speed, semitones=round(12 * math.log2(voice.pitch), 2),
         seed=request.seed,
     )  # fmt: skip
 
@@ -504,7 +477,7 @@ def missing_parts(folder: Path, count: int) -> list[int]:
 
 
 def print_engines() -> None:
-    """The table of engines, 80 columns wide; a command goes on behind a backslash, to be pasted."""
+    """80 columns wide; a command goes on behind a backslash, to be pasted."""
     for name, row in speech.all_engines().items():
         use = "commercial use" if row.commercial_ok else "no commercial use"
         lines = textwrap.wrap(row.install, 67, break_long_words=False, break_on_hyphens=False)
@@ -513,19 +486,17 @@ def print_engines() -> None:
         print(textwrap.indent(" \\\n".join(lines), " " * 10))
 
 
-def _hours_flag(value: str) -> str | float:
-    return value if value in ("gap", "all") else number(above=0, high=1e6)(value)
-
-
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    def hours(value: str) -> str | float:
+        return value if value in ("gap", "all") else number(above=0, high=1e6)(value)
+
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--input_dir", default="data/telugu", help="corpora to copy, sub-folders included")
     add("--output_dir", default="data/telugu/augmented", help="of the copies")
-    add("--hours", type=_hours_flag, default="gap", metavar="H",
+    add("--hours", type=hours, default="gap", metavar="H",
         help="of copies: a number, all, or gap: what --goal_hours lacks")  # fmt: skip
-    add("--synthesize_hours", type=number(above=0, high=1e6),
-        help="make so much synthetic speech instead")  # fmt: skip
+    add("--synthesize_hours", type=number(above=0, high=1e6), help="of synthetic speech instead")
     add("--engine", choices=speech.all_engines(), default="indictts", help="see --list_engines")
     add("--text_file", help="sentences to say, one a line, in place of the transcripts")
     add("--list_engines", action="store_true", help="show the table of engines and stop")

@@ -54,12 +54,9 @@ class IndicTts:
             local = Path(temporary) / "config.json"
             local.write_text(json.dumps(_local_paths(Path(config))), encoding="utf-8")
             self._model = Synthesizer(
-                tts_checkpoint=acoustic,
-                tts_config_path=str(local),
-                vocoder_checkpoint=vocoder,
-                vocoder_config=vocoder_config,
-                use_cuda=device == "cuda",
-            )
+                tts_checkpoint=acoustic, tts_config_path=str(local), vocoder_checkpoint=vocoder,
+                vocoder_config=vocoder_config, use_cuda=device == "cuda",
+            )  # fmt: skip
 
     @staticmethod
     def _files(model: str) -> list[Path]:
@@ -99,13 +96,12 @@ class Parler:
         from parler_tts import ParlerTTSForConditionalGeneration
         from transformers import AutoTokenizer
 
-        self._model = ParlerTTSForConditionalGeneration.from_pretrained(model)
+        kind = torch.bfloat16 if device == "cuda" else torch.float32
+        loaded = ParlerTTSForConditionalGeneration.from_pretrained(model)
+        self._model, self._device = loaded.to(device, dtype=kind).eval(), device
         self._prompts = AutoTokenizer.from_pretrained(model, padding_side="left")
         described = self._model.config.text_encoder._name_or_path
         self._styles = AutoTokenizer.from_pretrained(described)
-        kind = torch.bfloat16 if device == "cuda" else torch.float32
-        self._model = self._model.to(device, dtype=kind).eval()
-        self._device = device
 
     @staticmethod
     def names(language: str, model: str) -> Sequence[str]:
@@ -117,13 +113,10 @@ class Parler:
         torch.manual_seed(orders[0].seed)
         with torch.inference_mode():
             made = self._model.generate(
-                input_ids=styles.input_ids,
-                attention_mask=styles.attention_mask,
-                prompt_input_ids=prompts.input_ids,
-                prompt_attention_mask=prompts.attention_mask,
-                do_sample=True,
-                return_dict_in_generate=True,
-            )
+                input_ids=styles.input_ids, attention_mask=styles.attention_mask,
+                prompt_input_ids=prompts.input_ids, prompt_attention_mask=prompts.attention_mask,
+                do_sample=True, return_dict_in_generate=True,
+            )  # fmt: skip
         rate = int(self._model.config.sampling_rate)
         for audio, length in zip(made.sequences, made.audios_length, strict=True):
             yield audio[: int(length)].float().cpu().numpy(), rate
@@ -133,7 +126,7 @@ class Parler:
 
 
 def parler_style(order: Order) -> str:
-    """The description of voice, pitch and pace that Parler is given."""
+    """Voice, pitch and pace in words."""
     semitones = 12 * math.log2(order.pitch)
     pitch = "low" if semitones < -0.7 else "high" if semitones > 0.7 else "moderate"
     pace = "slow" if order.rate < 0.96 else "fast" if order.rate > 1.06 else "moderate"
