@@ -20,17 +20,13 @@ from audio import SAMPLE_RATE
 from command import UserError
 
 LEVEL_SECONDS = 0.005
-
-# Where a reply begins, and what counts as one.
-ONSET_DB = -40.0  # relative to the reply's peak
+ONSET_DB = -40.0  # where a reply begins, relative to its peak
 QUIET_DBFS = -45.0  # a reply that never rises above this is silence with codec noise
 MERGE_SECONDS = 0.2  # shorter silences are pauses inside one utterance
 MIN_SPEECH_SECONDS = 0.06  # shorter sounds are clicks
 TAKEOVER_SECONDS = -0.2
 UNANSWERED_SECONDS = 2.0
-
-VAD_RATE = 16000
-VAD_SAMPLES = 512
+VAD_RATE, VAD_SAMPLES = 16000, 512
 VAD_ON, VAD_OFF = 0.5, 0.35  # Silero's own defaults for entering and leaving speech
 VAD_TURN_SILENCE = 0.5
 
@@ -70,9 +66,8 @@ class StreamResampler:
         self.delay_seconds, self._stream = 0.0, None
         if in_rate == out_rate:
             return
-        probe, self._stream = (
-            soxr.ResampleStream(in_rate, out_rate, 1, dtype="float32", vr=True) for _ in range(2)
-        )
+        kind = {"num_channels": 1, "dtype": "float32", "vr": True}
+        probe, self._stream = (soxr.ResampleStream(in_rate, out_rate, **kind) for _ in range(2))
         chunk = np.zeros(in_rate // 100, np.float32)
         given = np.cumsum([len(probe.resample_chunk(chunk)) for _ in range(20)]) / out_rate
         self.delay_seconds = max(np.arange(1, 21) * len(chunk) / in_rate - given)
@@ -105,12 +100,11 @@ class VoiceDetector:
     def __init__(self, probability: Callable[[np.ndarray], float] | None = None):
         self._probability = probability or _silero()
         self._resample = StreamResampler(SAMPLE_RATE, VAD_RATE)
-        self._rest = np.zeros(0, np.float32)
+        self._rest, self._speaking = np.zeros(0, np.float32), False
         self._decided = 0  # samples at 16 kHz
-        self._turn: list[np.ndarray] = []  # the samples of the turn under way, and where it begins
+        self._turn: list[np.ndarray] = []  # windows of the turn under way, its beginning,
         self._start, self._voiced = 0.0, 0  # and how many of them are up to the last voice
         self._turns: list[UserTurn] = []
-        self._speaking = False
 
     def push(self, audio: np.ndarray) -> bool:
         audio = np.nan_to_num(np.asarray(audio, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
@@ -216,10 +210,9 @@ def barge_in_latencies(
 
 @dataclass
 class CallRecord:
-    """Loudness and delay of every output patch of one call, half a kilobyte a second."""
+    """Loudness and delay of every output patch of slot 0, half a kilobyte a second."""
 
     patch_seconds: float
-    slot: int = 0
     levels: list[np.ndarray] = field(default_factory=list)
     delays: list[float] = field(default_factory=list)  # measured tick, queue, device, resampler
     index: list[int] = field(default_factory=list)  # the input patch that each answers
@@ -227,9 +220,9 @@ class CallRecord:
 
     def add(self, result: Any, extra_seconds: float = 0.0) -> None:
         """Note a `duplex.TickResult`; `extra_seconds`: device, buffers and resamplers."""
-        self.levels.append(frame_levels(result.audio[self.slot]))
-        self.delays.append(result.waited[self.slot] + result.times.total + extra_seconds)
-        self.index.append(int(result.index[self.slot]))
+        self.levels.append(frame_levels(result.audio[0]))
+        self.delays.append(result.waited[0] + result.times.total + extra_seconds)
+        self.index.append(int(result.index[0]))
 
     def times(self) -> np.ndarray:
         """When each 5 ms of the reply reaches the ear, on the input's clock:
@@ -241,13 +234,10 @@ class CallRecord:
 
 # ---------------------------------------------------------------------------------------- ledger
 
-
 # Seconds one tick took, stage by stage; `total` ends when the samples are on the host.
 StageTimes = namedtuple("StageTimes", "encode temporal depth decode total")  # noqa: PYI024
-_COUNTED = (
-    "dropped_patches", "not_finite_samples", "late_ticks",
-    "output_underruns", "output_overflows", "input_overflows",
-)  # fmt: skip
+_COUNTED = ("dropped_patches", "not_finite_samples", "late_ticks", "output_underruns",
+            "output_overflows", "input_overflows")  # fmt: skip
 
 
 @dataclass
@@ -288,26 +278,20 @@ class LatencyLedger:
         """All of it as plain numbers (ms), None where nothing was measured."""
         kinds = [kind_of(latency) for latency in self.latencies]
         answered = [latency for latency in self.latencies if kind_of(latency) == "answered"]
+        stages = StageTimes._fields
+        ticks = {name: percentiles([getattr(t, name) for t in self.times]) for name in stages}
         return {
             "patch_ms": _ms(self.patch_seconds),
             "algorithmic_ms": _ms(self.patch_seconds + self.acoustic_seconds),
-            "tick_ms": {
-                stage: percentiles([times[i] for times in self.times])
-                for i, stage in enumerate(StageTimes._fields)
-            },
-            "response_ms": percentiles(answered),
-            "turns": len(kinds),
-            "answered": len(answered),
-            "takeovers": kinds.count("takeover"),
-            "unanswered": kinds.count("unanswered"),
+            "tick_ms": ticks, "response_ms": percentiles(answered),
+            "turns": len(kinds), "answered": len(answered),
+            "takeovers": kinds.count("takeover"), "unanswered": kinds.count("unanswered"),
             "answered_share": round(len(answered) / len(kinds), 4) if kinds else None,
             "turn_end_source": "+".join(sorted(self.turn_end_sources)) or None,
-            "barge_in_ms": percentiles(self.barge_ins),
-            "device_ms": _ms(self.device_seconds),
+            "barge_in_ms": percentiles(self.barge_ins), "device_ms": _ms(self.device_seconds),
             "resampler_ms": _ms(self.resampler_seconds),
-            **self.counts,
-            "warmup_ticks": self.warmup_ticks,
-        }
+            **self.counts, "warmup_ticks": self.warmup_ticks,
+        }  # fmt: skip
 
     def json_line(self) -> str:
         return json.dumps(self.summary(), allow_nan=False)
@@ -336,10 +320,8 @@ class LatencyLedger:
 
 def percentiles(seconds: Sequence[float]) -> dict | None:
     """{"p50", "p95", "p99"} in ms and "n"; None for an empty list."""
-    if not len(seconds):
-        return None
-    points = {f"p{q}": _ms(np.percentile(seconds, q)) for q in (50, 95, 99)}
-    return {**points, "n": len(seconds)}
+    points = {f"p{q}": _ms(np.percentile(seconds, q)) for q in (50, 95, 99) if len(seconds)}
+    return {**points, "n": len(seconds)} if points else None
 
 
 def _ms(seconds: float) -> float:
@@ -349,5 +331,4 @@ def _ms(seconds: float) -> float:
 def _row(name: str, values: dict | None) -> str:
     if values is None:
         return f"{name:<16}{'-':>8}{'-':>8}{'-':>8}{0:>7}"
-    figures = "".join(f"{values[key]:>8.1f}" for key in ("p50", "p95", "p99"))
-    return f"{name:<16}{figures}{values['n']:>7}"
+    return "{:<16}{p50:>8.1f}{p95:>8.1f}{p99:>8.1f}{n:>7}".format(name, **values)

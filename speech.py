@@ -30,10 +30,8 @@ ENGINE_MODULES = ("engines", "tools.toy_voices")
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker as one engine makes it; `speaker` names whose voice is underneath.
-
-    Factors are relative to the engine's own voice.
-    """
+    """A speaker as one engine makes it; `speaker` names whose voice is underneath. Factors are
+    relative to the engine's own voice."""
 
     id: str
     engine: str
@@ -65,10 +63,8 @@ Span = tuple[str, float, float]  # symbol or word, start and end in seconds
 
 @dataclass(frozen=True)
 class Utterance:
-    """`audio` float32 `[T]` at 24 kHz; `phones` tile it from 0 to its end, silences included.
-
-    `phones` and `words` are None where the engine does not know their times.
-    """
+    """`audio` float32 `[T]` at 24 kHz; `phones` tile it from 0 to its end, silences included. None
+    where the engine does not know their times."""
 
     audio: np.ndarray
     phones: list[Span] | None = None
@@ -118,11 +114,8 @@ class Order:
 
 @dataclass
 class Raw:
-    """An engine's own output, mono in [-1, 1] at `rate` Hz, with the times of phones and words
-    where it knows them.
-
-    `remaining` are the arguments of `praat.change_voice` for what was asked and is not yet done.
-    """
+    """An engine's own output, mono in [-1, 1] at `rate` Hz, and times where it knows them.
+    `remaining`: the arguments of `praat.change_voice` for what was asked and is not yet done."""
 
     audio: np.ndarray
     rate: int
@@ -141,17 +134,12 @@ class Engine(Protocol):
     note: str
 
     def voices(self, language: str) -> list[Voice]:
-        """Those that can speak here and now; UserError with what to do where none can.
-
-        At most one has the role agent. The users' speakers are disjoint between splits.
-        """
+        """Those that can speak here and now; UserError with what to do where none can. At most one
+        has the role agent. The users' speakers are disjoint between splits."""
 
     def say(self, orders: Sequence[Order]) -> list[Raw]:
-        """What is said, in order; all orders have one language.
-
-        The same orders give the same bytes. A text without words is a short silence. Raises
-        UserError where the engine fails.
-        """
+        """What is said, in order; all orders have one language. The same orders give the same
+        bytes, a text without words a short silence. UserError where the engine fails."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -201,21 +189,19 @@ def _order(item: Request) -> Order:
         rng = np.random.default_rng([item.seed & 0xFFFFFFFF, len(item.text)])
         jitter = np.exp(rng.normal(0.0, (0.05, 0.12, 0.08, 0.06)).clip(-0.25, 0.25))
     return Order(
-        text=clean_text(item.text),
-        language=item.language,
-        name=voice.name,
-        # Held-out speakers keep their own head; more heads than there are voices help to train.
+        clean_text(item.text), item.language, voice.name,
+        # Held-out speakers have their own head; more heads than there are voices help to train.
         formant=float(voice.formant * (jitter[3] if voice.split == "train" else 1.0)),
         pitch=float(voice.pitch * style.pitch * jitter[0]),
         pitch_range=float(voice.pitch_range * style.pitch_range * jitter[1]),
         rate=float(np.clip(voice.rate * style.rate * item.speed * jitter[2], 0.5, 2.0)),
-        gain_db=style.gain_db,
-        seed=item.seed,
-        emotion=item.emotion,
-    )
+        gain_db=style.gain_db, seed=item.seed, emotion=item.emotion,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------- after the engine
+
+
 def _finish(raw: Raw, order: Order) -> Utterance:
     """24 kHz, remaining voice changes, edges trimmed, pauses shortened, level set."""
     audio, phones, words = raw.audio.astype(np.float32), raw.phones, raw.words
@@ -267,8 +253,7 @@ def _loud_spans(audio: np.ndarray) -> list[Span]:
 
 def tile(phones: list[Span], duration: float) -> list[Span]:
     """Spans that follow each other without gaps over [0, duration], silences joined."""
-    tiled: list[Span] = []
-    edge = 0.0
+    tiled, edge = [], 0.0
     for phone, start, end in phones:
         start, end = max(edge, min(start, duration)), min(end, duration)
         if start - edge > 1e-4:
@@ -320,8 +305,7 @@ def _cut_silences(
     audio: np.ndarray, phones: list[Span], words: list[Span] | None
 ) -> tuple[np.ndarray, list[Span], list[Span] | None]:
     """Removes samples from silences that are longer than wanted; times follow."""
-    pieces, spans, cuts = [], [], []  # cuts: (time, seconds removed at that time)
-    clock = 0.0
+    pieces, spans, cuts, clock = [], [], [], 0.0  # cuts: (time, seconds removed at that time)
     for i, (phone, start, end) in enumerate(phones):
         piece = audio[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]
         at_start, at_end = i == 0, i == len(phones) - 1
@@ -356,6 +340,8 @@ def _set_level(audio: np.ndarray, phones: list[Span], gain_db: float) -> np.ndar
 
 
 # ---------------------------------------------------------------------------- voices
+
+
 def voices(
     language: str, role: str = "user", split: str = "train", engines: Sequence[str] | None = None
 ) -> list[Voice]:
@@ -366,8 +352,6 @@ def voices(
     where nobody can speak.
     """
     espeak_language(language)
-    if role not in ("agent", "user"):
-        raise UserError(f"no role {role!r}: roles are agent and user")
     found, missing = [], []
     for engine in [find_engine(name) for name in (all_engines() if engines is None else engines)]:
         try:

@@ -43,16 +43,14 @@ from training import setup_distributed
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 BLOCK_SECONDS = 0.01  # what the sound card hands over at once
-MAX_INPUT_BLOCKS = 100
-MAX_OUTPUT_BLOCKS = 20
+MAX_INPUT_BLOCKS, MAX_OUTPUT_BLOCKS = 100, 20
 SILENT_CARD_SECONDS = 5.0
 REPLY_OVERTIME_SECONDS = 10.0  # a reply under way at the end of the tail may take this long
 NEW_LINE_SECONDS = 1.0
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    text = "Talk to Samvad through microphone and speaker, or let it answer recordings."
-    parser = ArgumentParser(text)
+    parser = ArgumentParser(__doc__)
     add = parser.add_argument
     add("--wav", nargs="+", type=Path, help="spoken questions, instead of the microphone")
     add("--out", nargs="+", type=Path, help="reply files, one for each --wav [reply_NAME.wav]")
@@ -107,11 +105,11 @@ class Transcript:
         self._emotion = np.zeros(len(lm.config.emotions))
         self._language = np.zeros(len(lm.config.languages))
 
-    def add(self, result: TickResult, slot: int = 0) -> None:
-        speaking, token = result.user_speaking[slot], result.text[slot]
+    def add(self, result: TickResult) -> None:
+        speaking, token = result.user_speaking[0], result.text[0]
         if speaking > 0.5:
-            self._emotion += speaking * result.user_emotion[slot]
-            self._language += speaking * result.language[slot]
+            self._emotion += speaking * result.user_emotion[0]
+            self._language += speaking * result.language[0]
         new = self._reply.push(token)
         self._silent = 0.0 if token != PAD else self._silent + self._patch_seconds
         if new:
@@ -128,11 +126,9 @@ class Transcript:
         """The user's emotion and language, from the moments the model found them speaking."""
         if not self._emotion.any():
             return "you: the model recognised no speech"
-        emotion, language = (
-            f"{names[weights.argmax()]} ({weights.max() / weights.sum():.0%})"
-            for names, weights in ((self._lm.config.emotions, self._emotion),
-                                   (self._lm.config.languages, self._language))
-        )  # fmt: skip
+        config = self._lm.config
+        pairs = (config.emotions, self._emotion), (config.languages, self._language)
+        emotion, language = (f"{names[w.argmax()]} ({w.max() / w.sum():.0%})" for names, w in pairs)
         return f"you: sounded {emotion}, spoke {language}"
 
 
@@ -191,18 +187,15 @@ def answer_recording(
 def answer_recordings(
     engine: DuplexEngine, questions: Sequence, ledger: LatencyLedger, args: argparse.Namespace
 ) -> None:
-    """Answer every `--wav`, as `read_question` gave it, into its `--out`; one ledger for all.
-
-    Raises at the end what could not be written where it should, at once what stopped a call.
-    """
+    """Answer every `--wav`, as `read_question` gave it, into its `--out`. Raises at the end what
+    could not be written where it should, at once what stopped a call."""
     failures = []
     for path, out, (audio, turn) in zip(args.wav, args.out, questions, strict=True):
         transcript = Transcript(engine.lm, engine.patch_seconds)
         end = f"speech ends at {turn.end:.2f} s, by {turn.source}" if turn else "no speech found"
         print(f"{path}: {len(audio) / SAMPLE_RATE:.2f} s, {end}")
-        reply, record = answer_recording(
-            engine, audio, ledger, transcript, args.tail_seconds, not args.fast
-        )
+        how = args.tail_seconds, not args.fast
+        reply, record = answer_recording(engine, audio, ledger, transcript, *how)
         failure = save_reply(out, reply)
         failures += [failure] if failure else []
         for latency in ledger.call(record, [turn] if turn else []):
@@ -241,11 +234,8 @@ def read_question(path: Path) -> tuple[np.ndarray, UserTurn | None]:
 
 
 class SoundBridge:
-    """Between the sound card's thread and ours: bounded queues of bytes, nothing else.
-
-    An output queue that runs dry once a reply plays is an underrun, played as silence. It is
-    counted, as is input that nobody takes for a second.
-    """
+    """Bounded queues of bytes between the sound card's thread and ours. One of output that runs dry
+    once a reply plays is an underrun: counted, as is input that nobody takes for a second."""
 
     def __init__(self, block_bytes: int):
         self.block_bytes = block_bytes
@@ -273,7 +263,6 @@ class SoundBridge:
 
 
 def import_sounddevice() -> ModuleType:
-    """The sounddevice module, or a `UserError` that names what to install."""
     try:
         import sounddevice
     except ImportError as error:
@@ -336,9 +325,8 @@ class MicrophoneCall:
             if isinstance(error.__context__, UserError):
                 raise error.__context__ from None
             if not isinstance(error.__context__, KeyboardInterrupt):
-                raise UserError(
-                    f"the sound card refused: {error}; plug it in, close what else uses it"
-                ) from error
+                why = f"the sound card refused: {error}; plug it in, close what else uses it"
+                raise UserError(why) from error
         finally:
             self.transcript.end_line()
             ledger.counts["output_underruns"] = bridge.underruns
@@ -353,9 +341,8 @@ class MicrophoneCall:
                 if not self.engine.queues[0]:
                     self._take(*inputs.get(timeout=SILENT_CARD_SECONDS))
             except queue.Empty:
-                raise UserError(
-                    f"the microphone sent nothing for {SILENT_CARD_SECONDS:.0f} s; is it unplugged?"
-                ) from None
+                silent = f"the microphone sent nothing for {SILENT_CARD_SECONDS:.0f} s"
+                raise UserError(f"{silent}; is it unplugged?") from None
             while inputs.qsize():
                 self._take(*inputs.get())
             if (result := self.engine.run_once()) is not None:

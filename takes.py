@@ -19,16 +19,14 @@ ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "espeak": 0.2}
 MAX_PITCH_RANGE = {"agent": 1.4, "user": 1.1}
 
 
-def user_voices(
-    language: str, split: str, engines: Sequence[str] | None = None
-) -> list[speech.Voice]:
+def user_voices(language: str, split: str, engines: Sequence[str] | None = None) -> list:
     """The user voices of a split. Validation falls back on training voices, test never does."""
-    if split == "validation":
-        try:
-            return speech.voices(language, "user", "validation", engines)
-        except UserError:
-            split = "train"
-    return speech.voices(language, "user", split, engines)
+    try:
+        return speech.voices(language, "user", split, engines)
+    except UserError:
+        if split != "validation":
+            raise
+        return speech.voices(language, "user", "train", engines)
 
 
 def draw_voice(voices: Sequence[speech.Voice], rng: np.random.Generator) -> speech.Voice:
@@ -93,11 +91,10 @@ MARGIN_BEFORE, MARGIN_AFTER, FADE = 0.03, 0.06, 0.005
 def cut_take(utterance: speech.Utterance) -> Take | None:
     """The utterance without its silent edges; None where all of it is silent.
 
-    Edges are by energy (10 ms frames above −40 dB of the loudest), as in the latency ledger, not
-    by the engines' labels, which disagree on where a stop or a breath begins.
+    Edges are by energy (10 ms frames above −40 dB of the loudest), as in the latency ledger: the
+    engines' labels disagree on where a stop or a breath begins.
     """
-    audio = utterance.audio
-    step = SAMPLE_RATE // 100
+    audio, step = utterance.audio, SAMPLE_RATE // 100
     frames = audio[: len(audio) // step * step].reshape(-1, step)
     power = (frames.astype(np.float64) ** 2).mean(axis=1)
     if not len(power) or power.max() < 1e-8:
@@ -106,12 +103,10 @@ def cut_take(utterance: speech.Utterance) -> Take | None:
     onset, offset = loud[0] * 0.01, (loud[-1] + 1) * 0.01
     first = max(0, round((onset - MARGIN_BEFORE) * SAMPLE_RATE))
     last = min(len(audio), round((offset + MARGIN_AFTER) * SAMPLE_RATE))
-    cut = faded(audio[first:last])
-    shift, seconds = first / SAMPLE_RATE, len(cut) / SAMPLE_RATE
-    phones, words = (
-        shift_spans(spans, -shift, 0.0, seconds) for spans in (utterance.phones, utterance.words)
-    )
-    return Take(cut, onset - shift, offset - shift, phones, words)
+    cut, shift = faded(audio[first:last]), first / SAMPLE_RATE
+    timed = (utterance.phones, utterance.words)
+    spans = (shift_spans(one, -shift, 0.0, len(cut) / SAMPLE_RATE) for one in timed)
+    return Take(cut, onset - shift, offset - shift, *spans)
 
 
 def faded(audio: np.ndarray, tail: float = FADE) -> np.ndarray:

@@ -79,8 +79,7 @@ class WavLMTeacher(Teacher):
     kind = "wavlm"
 
     def prepare(self, audio: Tensor) -> Tensor:
-        # Those with layer norm in their convolutions (large) were trained on normalised audio.
-        if self.model.config.feat_extract_norm == "layer":
+        if self.model.config.feat_extract_norm == "layer":  # large: trained on normalised audio
             deviation = (audio.var(-1, correction=0, keepdim=True) + 1e-7).sqrt()
             audio = (audio - audio.mean(-1, keepdim=True)) / deviation
         return F.pad(audio, (OVERHANG, OVERHANG))
@@ -92,9 +91,8 @@ class WavLMTeacher(Teacher):
 class WhisperTeacher(Teacher):
     """The encoder of Whisper (Radford et al. 2023); the target is its last layer.
 
-    Whisper was trained on windows filled up to 30 s with silence, which all frames attend to. Here
-    its positions are cut to the window: features are those of the full pass with the silence masked
-    out.
+    It was trained on windows filled up to 30 s with silence, which all frames attend to. Here its
+    positions are cut to the window: features are those of the full pass, the silence masked out.
     """
 
     kind = "whisper"
@@ -139,21 +137,16 @@ class WhisperTeacher(Teacher):
 
 
 def load_teacher(name: str, device: torch.device) -> Teacher | None:
-    """`none`, `wavlm`, `whisper`, or the folder or Hugging Face id of one of these two.
-
-    Raises UserError for what cannot be had, or is neither.
-    """
-    import transformers
+    """`none`, `wavlm`, `whisper`, or the folder or Hugging Face id of one of these two. UserError
+    for what cannot be had, or is neither."""
+    import transformers as hub
 
     if name == "none":
         return None
     source = KNOWN.get(name, name)
-    kinds = {
-        "wavlm": (transformers.WavLMModel, WavLMTeacher),
-        "whisper": (transformers.WhisperModel, WhisperTeacher),
-    }
+    kinds = {"wavlm": (hub.WavLMModel, WavLMTeacher), "whisper": (hub.WhisperModel, WhisperTeacher)}
     try:
-        kind = transformers.AutoConfig.from_pretrained(source).model_type
+        kind = hub.AutoConfig.from_pretrained(source).model_type
         if kind not in kinds:
             raise UserError(f"--teacher {source}: a {kind} model; WavLM or Whisper is needed")
         model, found = kinds[kind][0].from_pretrained(source, output_loading_info=True)
@@ -168,7 +161,6 @@ def load_teacher(name: str, device: torch.device) -> Teacher | None:
 
 
 def _why_not(source: str, error: Exception) -> str:
-    """One line: what failed, and what to do."""
     reason = " ".join(str(error).split())[:150]
     if Path(source).is_dir():
         return f"--teacher {source}: not a WavLM or Whisper folder ({reason})"
@@ -231,15 +223,15 @@ class FeatureCache:
     def __call__(self, batch: dict, audio: Tensor) -> tuple[Tensor, Tensor]:
         """Targets `[B, F, width]` of a WindowDataset's batch (`path`, `start` in s and `speed` of
         each window) of audio `[B, 1, T]`, and which are known, `[B, F]` bool."""
-        rows = []
+        rows, frames = [], math.ceil(audio.shape[-1] / HOP)
         for i, path in enumerate(batch["path"]):
             features = self.clip_features(path)
             if features is None:
                 target = self.teacher.target(self.teacher(audio[i : i + 1]))[0]
-                rows.append((target, torch.ones(len(target), dtype=torch.bool)))
+                rows.append((target, torch.ones(frames, dtype=torch.bool)))
             else:
-                place = float(batch["start"][i]), float(batch["speed"][i])
-                rows.append(window_of(features, *place, math.ceil(audio.shape[-1] / HOP)))
+                start, speed = float(batch["start"][i]), float(batch["speed"][i])
+                rows.append(window_of(features, start, speed, frames))
         targets, known = zip(*rows, strict=True)
         return tuple(torch.stack([x.to(audio.device) for x in part]) for part in (targets, known))
 
@@ -264,8 +256,7 @@ class FeatureCache:
     def _encoded(self, audio: np.ndarray) -> np.ndarray:
         """Targets `[F, width]` of a clip `[T]`."""
         device = self.teacher.resample.kernel.device
-        frames = math.ceil(len(audio) / HOP)
-        parts = []
+        frames, parts = math.ceil(len(audio) / HOP), []
         for first in range(0, frames, self.piece):
             begin, last = max(0, first - self.context), min(frames, first + self.piece)
             piece = torch.from_numpy(audio[begin * HOP : (last + self.context) * HOP])
@@ -274,9 +265,7 @@ class FeatureCache:
         return np.concatenate(parts)
 
 
-def window_of(
-    features: np.ndarray, start: float, speed: float, frames: int
-) -> tuple[Tensor, Tensor]:
+def window_of(features: np.ndarray, start: float, speed: float, frames: int) -> tuple:
     """Features at the middles of a window's frames, `[frames, width]`, and which are in the clip,
     whose own are `[F, width]`; the window begins at `start` s and plays `speed` times as fast."""
     at = start / FRAME_SECONDS + (np.arange(frames) + 0.5) * speed - 0.5
