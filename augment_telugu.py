@@ -69,8 +69,6 @@ PHONE_SECONDS = (0.03, 0.22)
 
 @dataclass(frozen=True)
 class CopiedClip(Clip):
-    """A manifest line with where it came from."""
-
     source: str = ""  # the original's path below the input folder
     start: float = 0.0  # in seconds, of a piece of a long recording
     change: str = ""
@@ -346,8 +344,6 @@ def print_hours(when: str, real: float, copies: float, goal: float) -> None:
 
 @dataclass(frozen=True)
 class SyntheticClip(Clip):
-    """A manifest line with how it was made."""
-
     engine: str = ""
     rate: float = 1.0
     semitones: float = 0.0

@@ -86,11 +86,9 @@ def _local_paths(config: Path) -> dict:
 
 
 class Parler:
-    """Indic Parler-TTS, 44.1 kHz: voice, pitch and pace are described in words (`parler_style`).
-
-    parler-tts pins an old transformers, so this engine runs in an environment of its own. A batch
-    is generated at once, so its noise depends on all of its sentences.
-    """
+    """Indic Parler-TTS, 44.1 kHz: voice, pitch and pace are described in words (`parler_style`). It
+    runs in an environment of its own, as parler-tts pins an old transformers. A batch is generated
+    at once, so its noise depends on all of its sentences."""
 
     def __init__(self, language: str, model: str, device: str) -> None:
         from parler_tts import ParlerTTSForConditionalGeneration
@@ -164,10 +162,8 @@ class Mms:
 
 
 class Piper:
-    """Piper's voices (VITS by onnxruntime), a folder of .onnx files.
-
-    Its noise cannot be seeded: the same command says the same, in other samples.
-    """
+    """Piper's voices (VITS by onnxruntime), a folder of .onnx files. Their noise has no seed: the
+    same command says the same, in other samples."""
 
     def __init__(self, language: str, model: str, device: str) -> None:
         from piper import PiperVoice, SynthesisConfig

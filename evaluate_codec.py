@@ -55,8 +55,7 @@ MEASURES = {  # name: (column, decimals, width)
     "pesq": ("PESQ", 2, 6), "stoi": ("STOI", 3, 6), "mos": ("MOS", 2, 6),
 }  # fmt: skip
 RATES = (2, 4, 8, 16, 32, 64)  # codebooks: 1, 2, 4, 8, 16, 32 kbit/s
-LM_CODEBOOKS = 8
-STEP_MS = (40, 80)
+LM_CODEBOOKS, STEP_MS = 8, (40, 80)
 TIMED_ROUNDS = 7  # and one before them to warm up
 TIMED_SECONDS = 1.6  # of audio a round: whole steps of 40 and of 80 ms
 SILENT_PEAK = 1e-4  # -80 dBFS
@@ -94,13 +93,8 @@ def mos_judge() -> AudioJudge:
 
     # It prints where its weights lie; the last line of stdout is JSON for programs.
     with contextlib.redirect_stdout(sys.stderr):
-        model = ConvTransformerSQAModel().eval()
-
-    @torch.no_grad()
-    def score(audio, reference):
-        return model(torch.from_numpy(audio)[None])
-
-    return score
+        model = ConvTransformerSQAModel().eval().requires_grad_(False)
+    return lambda audio, reference: model(torch.from_numpy(audio)[None])
 
 
 JUDGES = {  # name: (maker, how to get it)
@@ -217,12 +211,10 @@ def kbps_of(config: CodecConfig, codebooks: int) -> float:
 def code_samvad(
     codec: Codec, audio: np.ndarray, counts: Sequence[int]
 ) -> tuple[dict[Point, Coded], np.ndarray]:
-    """Audio `[T]` at each number of codebooks, and the codes of all codebooks `[K, F]`.
-
-    Encoded once: the first codes of a residual quantizer do not depend on how many follow.
-    Raises UserError where a checkpoint's output is not finite.
-    """
+    """Audio `[T]` at each number of codebooks, and the codes of all codebooks `[K, F]`. UserError
+    where a checkpoint's output is not finite."""
     config, device = codec.config, next(codec.parameters()).device
+    # Once: the first codes of a residual quantizer do not depend on how many follow.
     codes = codec.encode(torch.from_numpy(audio).to(device)[None, None], config.num_codebooks)
     coded = {}
     for count in counts:
@@ -230,8 +222,7 @@ def code_samvad(
         if not np.isfinite(decoded).all():
             raise UserError("the codec's output is not finite: a damaged or diverged checkpoint")
         bits = math.ceil(codes.shape[-1] * sum(map(math.log2, config.codebook_sizes[:count])))
-        # Clipped as every player does.
-        coded["samvad", kbps_of(config, count)] = Coded(decoded.clip(-1, 1), bits)
+        coded["samvad", kbps_of(config, count)] = Coded(decoded.clip(-1, 1), bits)  # as players do
     return coded, codes[0].cpu().numpy()
 
 
@@ -243,10 +234,8 @@ def speech_frames(audio: np.ndarray, hop: int) -> np.ndarray:
 
 
 def codebook_use(counts: Sequence[np.ndarray]) -> dict:
-    """Frames counted; per codebook perplexity exp(-Σ p ln p), its share, and codes used.
-
-    `counts`: how often each code occurs in speech, `[size]` a codebook.
-    """
+    """Frames counted; per codebook perplexity exp(-Σ p ln p), its share, and codes used. `counts`:
+    how often each code occurs in speech, `[size]` a codebook."""
     rows = []
     for count in counts:
         shares = count[count > 0] / max(1, count.sum())
@@ -262,11 +251,8 @@ def codebook_use(counts: Sequence[np.ndarray]) -> dict:
 
 
 def stepper(codec: Codec, frames: int, codebooks: int, graph: bool = False) -> Callable:
-    """A function that encodes and decodes `[1, 1, T]` in steps of `frames`; its state goes on.
-
-    With `graph` each step is one captured CUDA graph, so that the GPU need not wait for Python;
-    for a CUDA stream that is not the default one.
-    """
+    """A function that encodes and decodes `[1, 1, T]` in steps of `frames`; its state goes on. With
+    `graph` each step is one captured CUDA graph, for a CUDA stream that is not the default one."""
     encoder, decoder = codec.init_encoder_state(1), codec.init_decoder_state(1)
 
     def step(mode: None, audio: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -525,11 +511,9 @@ def evaluate(
     peers: dict[Point, Callable[[np.ndarray], Coded]] | None = None,
     timed: dict[str, Callable] | None = None,
 ) -> tuple[dict, list[Row]]:  # fmt: skip
-    """What goes into the JSON, and a row for every recording and point.
-
-    `peers` are other codecs' points, each from audio `[T]`; they raise Skipped for a clip that
-    they cannot code. `timed` as in `real_time_factors`. Raises UserError where no clip is left.
-    """
+    """What goes into the JSON, and a row for every recording and point. UserError where no clip is
+    left. `peers` are other codecs' points, each from audio `[T]`, or Skipped for a clip that one
+    cannot code; `timed` as in `real_time_factors`."""
     config, peers = codec.config, peers or {}
     least = max(config.hop, round(args.min_seconds * SAMPLE_RATE))
     found = load_clips(args.data_dirs, args.split, args.commercial_only)

@@ -52,8 +52,7 @@ from takes import Take, draw_voice, make_takes, speak, user_voices
 from training import setup_distributed
 
 HERE = Path(__file__).resolve().parent
-LEAD_IN_SECONDS = 0.5
-TAIL_SECONDS = 4.0
+LEAD_IN_SECONDS, TAIL_SECONDS = 0.5, 4.0
 AFTER_REPLY_SECONDS = 2.0  # from the end of a reply to the next question, or to the call's end
 SPEED = (0.95, 1.05)
 HEAD_SECONDS = 0.3  # of the end of a turn over which the heads' outputs are averaged
@@ -61,9 +60,8 @@ MAX_TEXT_ERROR = 0.3
 MAX_AUDIO_ERROR = 0.6  # of a right reply, of the judge's phones
 TRUSTED = 0.8  # a judge's least accuracy
 JUDGE_REPLIES = 40  # a language at most on which a judge is examined
-JUDGE_SPEED = 0.93
+JUDGE_SPEED, JUDGE_RATE = 0.93, 16000
 TARGETS = {"english": 0.7, "hindi": 0.5, "telugu": 0.5}
-JUDGE_RATE = 16000
 
 
 # ---------------------------------------------------------------------------------- comparisons
@@ -162,7 +160,7 @@ def ask(
 
 
 def _questions(exchange: Exchange, first: int, voice, emotions: str, rng) -> list[speech.Request]:
-    """The user's lines of an exchange, the first in the wording of that number."""
+    """The user's lines of an exchange, the first one in wording `first`."""
     speed, requests = float(rng.uniform(*SPEED)), []
     for line in exchange.lines[::2]:
         text = line.texts[int(rng.integers(len(line.texts))) if requests else first]
@@ -201,12 +199,9 @@ def training_replies(exchanges: Sequence[Exchange], language: str, args) -> dict
 def hold_calls(
     codec: Codec, lm: S2S, calls: Sequence[Call], args: argparse.Namespace
 ) -> list[dict[str, np.ndarray]]:
-    """Plays every call to a slot of one engine, as fast as the machine goes; in order of `calls`.
-
-    Of each the slot's rows of `TickResult`, one a patch of the input: audio `[P, T]`, text `[P]`,
-    user_emotion `[P, 8]`, language `[P, 3]`. Calls of like length share a round, so that few slots
-    wait for the longest.
-    """
+    """Plays every call to a slot of one engine, as fast as the machine goes; those of like length
+    share a round. Of each, in order of `calls`, the slot's rows of `TickResult`, one a patch of the
+    input: audio `[P, T]`, text `[P]`, user_emotion `[P, 8]`, language `[P, 3]`."""
     drawn = args.temperature, Sampling.top_k, args.text_temperature
     sampling = Sampling(*drawn, eagerness=args.eagerness)
     engine = DuplexEngine(codec, lm, min(args.slots, len(calls)), sampling, args.seed)
@@ -295,8 +290,7 @@ def examine(
     """The judge, with what it makes of replies (text → emotion) in the agent's voice. Those that
     no engine can say are counted on stderr."""
     known = _in_the_agents_voice(replies, language, 1.0)
-    if len(known) < len(replies):
-        left_out = len(replies) - len(known)
+    if left_out := len(replies) - len(known):
         print(f"{language}: {left_out} replies could not be spoken for the judge", file=sys.stderr)
     order, texts = np.random.default_rng(seed).permutation(len(known)), list(known)
     chosen = {texts[i]: replies[texts[i]] for i in np.sort(order[:JUDGE_REPLIES])}

@@ -242,10 +242,8 @@ _COUNTED = ("dropped_patches", "not_finite_samples", "late_ticks", "output_under
 
 @dataclass
 class LatencyLedger:
-    """p50/p95/p99 of everything that delays a reply, in milliseconds; the warm-up is not in it.
-
-    `tick` and `call` collect, `table` is for the terminal, `json_line` for the last line of stdout.
-    """
+    """p50/p95/p99 of everything that delays a reply, in milliseconds, but the warm-up. `tick` and
+    `call` collect, `table` is for the terminal, `json_line` for the last line of stdout."""
 
     patch_seconds: float
     acoustic_seconds: float = 0.0  # the LM's acoustic delay

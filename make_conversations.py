@@ -75,22 +75,15 @@ BACKCHANNEL = "backchannel"  # the intent of such a turn: it asks for no answer
 
 @dataclass(frozen=True)
 class PlannedTurn:
-    """What is said, and when: `gap` seconds after the turn before it has ended.
-
-    `barge_in` (user) is the share of the agent's reply after which the user speaks instead, and
-    `stops_after` how long the agent then takes to fall silent; `pause` is (place, seconds);
-    `inside` marks a back-channel, `place` the share of the agent's turn at which it begins.
-    """
-
     who: str
     request: speech.Request
     intent: str
     exchange: str | None
-    gap: float = 0.0
-    barge_in: float | None = None
-    stops_after: float = 0.15
-    pause: tuple[float, float] | None = None
-    inside: float | None = None
+    gap: float = 0.0  # seconds after the turn before it has ended
+    barge_in: float | None = None  # the share of the agent's reply after which the user speaks,
+    stops_after: float = 0.15  # and the seconds that the agent then takes to fall silent
+    pause: tuple[float, float] | None = None  # place, seconds
+    inside: float | None = None  # a back-channel: at this share of the agent's turn
 
 
 @dataclass(frozen=True)
@@ -290,8 +283,7 @@ def mix(name: str, language: str, plan: Plan, takes: Sequence[Take], babble: Seq
 
 
 def _add(channel: np.ndarray, audio: np.ndarray, first: int) -> None:
-    if first < 0:
-        audio, first = audio[-first:], 0
+    audio, first = audio[max(0, -first) :], max(0, first)
     n = min(len(audio), len(channel) - first)
     if n > 0:
         channel[first : first + n] += audio[:n]
@@ -375,9 +367,8 @@ scripts = functools.lru_cache(maxsize=1)(dialogues.load_scripts)
 def encode_channels(
     codec: Codec, channels: Sequence[np.ndarray], batch: int = 16, device: str = "cpu"
 ) -> list[np.ndarray]:
-    """Codes uint16 `[F, 8]` of each channel `[T]`, `F = ceil(T / 480)`. Those of like length go in
-    one batch, as the codec is causal: padding changes no code. Streamed in chunks that stay in the
-    cache: a third faster than in one piece."""
+    """Codes uint16 `[F, 8]` of each channel `[T]`, `F = ceil(T / 480)`. Padding changes no code of
+    a causal codec. Chunks that stay in the cache are a third faster than one piece."""
     codes: list[np.ndarray] = [np.empty(0)] * len(channels)
     order = sorted(range(len(channels)), key=lambda i: len(channels[i]))
     for first in range(0, len(order), batch):
@@ -523,11 +514,9 @@ def _version(part: ScriptedPart | Recording) -> str:
 
 
 class DatasetFiles:
-    """The Arrow files of a dataset, and the list of the parts that each holds (`parts.json`).
-
-    A part is known by what it is made of, not by its place: parts may be added, taken away and
-    changed between two runs. A recording whose audio was removed stays as it was encoded.
-    """
+    """The Arrow files of a dataset, and the list of the parts that each holds (`parts.json`). Known
+    by what they are made of, parts may be added, removed and changed between two runs. A recording
+    whose audio was removed stays as it was encoded."""
 
     def __init__(self, args: argparse.Namespace, parts: Sequence) -> None:
         self._folder, self._args = Path(args.output_dir), args

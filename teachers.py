@@ -118,11 +118,8 @@ class WhisperTeacher(Teacher):
         return self.log_mel(audio)
 
     def log_mel(self, audio: Tensor) -> Tensor:
-        """`[B, F * 320]` → `[B, mels, 2 F]`, Whisper's own but for the place of the frames.
-
-        Whisper centres mel frame `m` on sample 160 m, and so feature `t` on the left edge of the
-        codec's frame. Here mel frame `m` is centred on 160 (m + 1).
-        """
+        """`[B, F * 320]` → `[B, mels, 2 F]`, Whisper's own, but mel frame `m` is centred on sample
+        160 (m + 1), not 160 m, and so feature `t` on the middle of the codec's frame."""
         padded, taper = F.pad(audio, (OVERHANG, 200)), self.taper
         spectrum = torch.stft(padded, 400, 160, window=taper, center=False, return_complex=True)
         power = spectrum.real.square() + spectrum.imag.square()  # [B, bins, 2 F]
