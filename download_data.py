@@ -99,16 +99,14 @@ CORPORA: tuple[Corpus, ...] = (
             Archive("train-clean-100.tar.gz", 100.6, 6.4, "md5:2a93770f6d5c6c964bc36631d331a522"),
             Archive("train-clean-360.tar.gz", 363.6, 23.0, "md5:c0e676e450a7ff2f54aeade5171606fa"),
             Archive("train-other-500.tar.gz", 496.7, 30.6, "md5:d1a0fd59409feb2c614ce4d30c387708"),
-        ),
-    ),
+        )),
     # Chapters without transcripts: training reads windows of them.
     Archives(
         "librilight-small", "english", 577.2, 35, "16", "public domain", transient_gb=35,
         default=True, layout="librilight",
         note="from its authors' archive: facebook/libri-light is no Hugging Face id",
         bases=("https://dl.fbaipublicfiles.com/librilight/data",),
-        archives=(Archive("small.tar", 577.2, 35.0, "md5:c49207eb86a8e8ac895561c37232041e"),),
-    ),
+        archives=(Archive("small.tar", 577.2, 35.0, "md5:c49207eb86a8e8ac895561c37232041e"),)),
     Archives(
         "libritts-r", "english", 555.2, 55, "24", "CC-BY-4.0", download_gb=84, transient_gb=88,
         default=True, layout="libritts", bases=_openslr(141),
@@ -118,13 +116,11 @@ CORPORA: tuple[Corpus, ...] = (
             Archive("train_clean_100.tar.gz", 53.8, 8.1, "md5:6df668d8f5f33e70876bfa33862ad02b"),
             Archive("train_clean_360.tar.gz", 191.3, 29.0, "md5:382eb3e64394b3da6a559f864339b22c"),
             Archive("train_other_500.tar.gz", 310.1, 47.0, "md5:a37a8e9f4fe79d20601639bf23d1add8"),
-        ),
-    ),
+        )),
     _common_voice("english", 2700, 90.0),
     _ai4bharat(
         "Shrutilipi", "hindi", 1620, 100.0, **_SHRUTILIPI,
-        note="news bulletins, in place of Gramvaani's 1,111 h of 8 kHz telephone speech",
-    ),
+        note="news bulletins, in place of Gramvaani's 1,111 h of 8 kHz telephone speech"),
     _ai4bharat("Kathbath", "hindi", 150, 9.5, **_KATHBATH),
     _ai4bharat("IndicVoices", "hindi", 535, 33.0, **_INDICVOICES),
     Archives(
@@ -132,8 +128,7 @@ CORPORA: tuple[Corpus, ...] = (
         **_DISPUTED, layout="transcription", bases=_openslr(103),
         archives=(
             Archive("Hindi_train.tar.gz", 95.05, 4.4), Archive("Hindi_test.tar.gz", 5.55, 0.3),
-        ),
-    ),
+        )),
     Archives(
         "gramvaani", "hindi", 1108, 32, "8", "academic", transient_gb=8, commercial_ok=False,
         exact=False, layout="kaldi", bases=_openslr(118),
@@ -144,8 +139,7 @@ CORPORA: tuple[Corpus, ...] = (
             Archive("GV_Dev_5h.tar.gz", 5, 0.15),
             Archive("GV_Eval_3h.tar.gz", 3, 0.1),
             *(Archive(f"Gramvaani_1000hrData_Part{n}.tar.gz", 200, 6.0) for n in range(1, 6)),
-        ),
-    ),
+        )),
     _common_voice("hindi", 27, 0.6),
     # Image descriptions by tens of thousands of people, one in twenty transcribed. Where a row
     # names no speaker, the split hangs on the district and postal code.
@@ -156,47 +150,40 @@ CORPORA: tuple[Corpus, ...] = (
         "1,200 h with real speech, mostly untranscribed; all districts that it has now are taken",
         repo="ARTPARK-IISc/Vaani", folders=("audio/AndhraPradesh", "audio/Telangana"),
         audio="audio", text="transcript", speakers=("speakerID", "speaker_id"),
-        keys=("district", "pincode"), keep=("language", "Telugu"), tagged=True,
-    ),
+        keys=("district", "pincode"), keep=("language", "Telugu"), tagged=True),
     _ai4bharat(
         "Shrutilipi", "telugu", 390, 24.0, **_SHRUTILIPI,
-        note="news bulletins, in place of SPRING-INX",
-    ),
+        note="news bulletins, in place of SPRING-INX"),
     _ai4bharat("Kathbath", "telugu", 155, 10.0, **_KATHBATH),
     _ai4bharat("IndicVoices", "telugu", 296, 33.0, **_INDICVOICES),
     # Both archives hold a line_index.tsv: they are unpacked apart.
     Archives(
         "openslr-66", "telugu", 10.0, 1.0, "48", "CC-BY-SA-4.0", download_gb=1.1, transient_gb=1.0,
         default=True, exact=False, layout="line_index", bases=_openslr(66),
-        archives=(Archive("te_in_female.zip", 5.0, 0.53), Archive("te_in_male.zip", 5.0, 0.55)),
-    ),
+        archives=(Archive("te_in_female.zip", 5.0, 0.53), Archive("te_in_male.zip", 5.0, 0.55))),
     Hub(
         "indictts-telugu", "telugu", 9.0, 1.8, "48", download_gb=3.0, split="train",
         **_DISPUTED, repo="SPRINGLab/IndicTTS_Telugu", folders=("data",),
-        audio="audio", speakers=("speaker_id", "gender"),
-    ),
+        audio="audio", speakers=("speaker_id", "gender")),
     # Its loading script no longer runs: the Hub's own parquet conversion. Several people read
     # each sentence and are not named: its own splits, which share no sentence.
     Hub(
         "fleurs-telugu", "telugu", 8.0, 1.0, "16", "CC-BY-4.0", download_gb=1.6, default=True,
         repo="google/fleurs", folders=("te_in",), revision="refs/convert/parquet", audio="audio",
-        text="transcription", speakers=(), official_splits=True,
-    ),
+        text="transcription", speakers=(), official_splits=True),
     _common_voice("telugu", 3, 0.1),
     # A copy with the authors' own file names; theirs are single files behind a quota.
     Hub(
         "crema-d", "english", 5.26, 0.4, "16", "ODbL-1.0", download_gb=0.6, group="emotion",
         exact=True, note="emotional speech for phase 4: --corpora emotion", layout="crema_d",
-        repo="AbstractTTS/CREMA-D", folders=("data",), audio="audio", file="file", speakers=(),
-    ),
+        repo="AbstractTTS/CREMA-D", folders=("data",), audio="audio", file="file", speakers=()),
     Archives(
         "ravdess", "english", 1.48, 0.3, "48", "CC-BY-NC-SA-4.0", download_gb=0.2,
         transient_gb=0.6, commercial_ok=False, group="emotion", layout="ravdess",
         note="emotional speech for phase 4: --corpora emotion --allow_noncommercial",
         bases=("https://zenodo.org/records/1188976/files",),
         archives=(Archive("Audio_Speech_Actors_01-24.zip", 1.48, 0.2,
-                          "md5:bc696df654c87fed845eb13823edef8a"),),
-    ),
+                          "md5:bc696df654c87fed845eb13823edef8a"),)),
     _ai4bharat("Rasa", "hindi", 40, 8.0, folders=("Hindi",), **_RASA),
     _ai4bharat("Rasa", "telugu", 40, 8.0, folders=("Telugu",), **_RASA),
     HubTars(
@@ -204,13 +191,11 @@ CORPORA: tuple[Corpus, ...] = (
         group="conversations", repo="yhytoto12/behavior-sd",
         folders=("train", "validation", "test"),
         note="two-channel dialogues for phase 3, made by TTS: --corpora behavior-sd "
-        "[--max_hours 100]",
-    ),
+        "[--max_hours 100]"),
     Fisher(
         "fisher", "english", 984, 40, "8", "LDC", exact=False, commercial_ok=False,
         group="conversations",
-        note="sold by the LDC (LDC2004S13 + LDC2004T19): give your copy with --fisher_dir",
-    ),
+        note="sold by the LDC (LDC2004S13 + LDC2004T19): give your copy with --fisher_dir"),
 )  # fmt: skip
 
 
