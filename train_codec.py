@@ -405,8 +405,7 @@ class Learner:
         they have by now; `target` and `known` are what a cache holds of the teacher, who otherwise
         runs here. Nothing waits for the device, but for the start of the codebooks."""
         args, settings, model, teacher = self.args, self.settings, self.model, self.teacher
-        phones_learn = semantic_learns(args)
-        row = {}
+        phones_learn, row = semantic_learns(args), {}
 
         # The codec's forward pass: reconstruction, and codebook 0 as phones and as the teacher's.
         with self.cast:
@@ -417,14 +416,13 @@ class Learner:
             phone_logits = self.head(info.semantic) if phones_learn else None
             taught = phones_learn and teacher is not None
             view = self.projection(info.semantic) if taught else None
-        reference = None
+        reference, losses = None, {}
         if teacher is not None and target is None:
             with torch.no_grad():
                 reference = teacher(audio)
                 target = teacher.target(reference)
 
         # Losses on the waveform, which are balanced.
-        losses = {}
         if not mode.semantic_only:
             estimate, losses = training_losses(self.spectra, estimate, audio, counts)
             if reference is not None and args.ssl_loss_weight:
@@ -493,8 +491,8 @@ def load_teacher(args: argparse.Namespace, run: training.Run):
         return teacher, None
     if teacher is None:
         raise UserError("--teacher_cache needs a --teacher")
-    cache_gib = run.settings.teacher_cache_gib
-    return teacher, teachers.FeatureCache(args.teacher_cache, teacher, cache_gib)
+    most = run.settings.teacher_cache_gib
+    return teacher, teachers.FeatureCache(args.teacher_cache, teacher, most)
 
 
 def train(args: argparse.Namespace, run: training.Run) -> None:

@@ -468,10 +468,9 @@ class Balancer:
         losses which join late. A gradient that is not finite is passed on, and leaves the means
         alone. Returns each loss' share of the output gradient's norm. Nothing waits for the device.
         """
-        gradients = {  # of a graph that losses may share (one discriminator pass)
-            name: torch.autograd.grad(loss, output, retain_graph=True)[0].float()
-            for name, loss in losses.items()
-        }
+        gradients = {}
+        for name, loss in losses.items():  # which may share a graph (one discriminator pass)
+            gradients[name] = torch.autograd.grad(loss, output, retain_graph=True)[0].float()
         norms = torch.stack([g.flatten(1).norm(dim=1).mean() for g in gradients.values()])
         self._update(losses, all_reduce_mean(norms))
         weights = {name: self.weights[name] * (ramps or {}).get(name, 1.0) for name in losses}
