@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from ledger import LEVEL_SECONDS, QUIET_DBFS, StageTimes, frame_levels
 from s2s import PAD, S2S, Sampling
 
 MAX_QUEUED_PATCHES = 3
+QUIET_TICKS = 12  # without sound of the agent: its turn is over
 
 
 # ----------------------------------------------------------------------------------- the models
@@ -140,6 +141,45 @@ class BargeInFlush:
         self.audible[active] = (loud & ~muted)[active]
 
 
+class EmotionEstimate:
+    """The users' emotions as posteriors [B, 8] in `posterior`, a causal mean of a turn's speech.
+
+    Log-probabilities of the ticks with speech are averaged, those of `MEMORY_SECONDS` ago at 1/e; a
+    turn after a pause of `PAUSE_SECONDS` begins anew.
+    """
+
+    MEMORY_SECONDS, PAUSE_SECONDS = 2.0, 0.6
+    SURE_SECONDS, SURE = 0.4, 0.5  # of speech and of posterior, before a name is said
+
+    def __init__(self, slots: int, names: Sequence[str], tick_seconds: float):
+        self.names, self._tick = names, tick_seconds
+        self._scores = np.zeros((slots, len(names)))
+        self._speech, self._pause = np.zeros((2, slots))
+        self.posterior = np.full((slots, len(names)), 1 / len(names))
+
+    def reset(self, slots: np.ndarray) -> None:
+        self._scores[slots], self._speech[slots], self._pause[slots] = 0, 0, 0
+        self.posterior[slots] = 1 / len(self.names)
+
+    def update(self, probabilities: np.ndarray, speaking: np.ndarray, active: np.ndarray) -> None:
+        """A tick of the slots `active` [B]: probabilities [B, 8], of the user speaking [B]."""
+        speaks = speaking > 0.5
+        self.reset(active & speaks & (self._pause >= self.PAUSE_SECONDS))
+        self._pause[active] = np.where(speaks, 0, self._pause + self._tick)[active]
+        heard = np.flatnonzero(active & speaks)
+        keep = np.exp(-self._tick / self.MEMORY_SECONDS)
+        logs = np.log(probabilities[heard] + 1e-6)
+        self._scores[heard] = keep * self._scores[heard] + self._tick * logs
+        self._speech[heard] = keep * self._speech[heard] + self._tick
+        mean = np.exp(self._scores[heard] / self._speech[heard, None])
+        self.posterior[heard] = mean / mean.sum(1, keepdims=True)
+
+    def name(self, slot: int) -> str | None:
+        """The user's emotion in this turn, None while not sure yet."""
+        sure = self._speech[slot] >= self.SURE_SECONDS and self.posterior[slot].max() >= self.SURE
+        return self.names[int(self.posterior[slot].argmax())] if sure else None
+
+
 @dataclass
 class TickResult:
     """What one tick gave, a row a slot; rows of slots that were not `active` are zero."""
@@ -164,12 +204,14 @@ class DuplexEngine:
 
     `feed` queues a slot's input, `run_once` runs a tick over the slots that have a patch waiting.
     `tick` is the step itself, for callers with queues of their own. sampling: None for the LM's
-    default. clock: seconds, monotonic. Raises `UserError` where LM and codec are no pair.
+    default. clock: seconds, monotonic. emotion_strength: of what `set_voice` sets; all but 1 cost a
+    second row of the LM a slot. Raises `UserError` where LM and codec are no pair.
     """
 
     def __init__(
         self, codec: Codec, lm: S2S, slots: int = 1, sampling: Sampling | None = None,
         seed: int = 0, vad_flush: bool = False, clock: Callable[[], float] = time.perf_counter,
+        emotion_strength: float = 1.0,
     ):  # fmt: skip
         check_codec_matches(codec, lm)
         self.codec, self.lm = codec, lm
@@ -182,8 +224,15 @@ class DuplexEngine:
         self.device = next(lm.parameters()).device
         self._encoder = codec.init_encoder_state(slots)
         self._decoder = codec.init_decoder_state(slots)
-        self._lm_state = lm.init_state(slots, seed=seed)
+        self._strength = None
+        if emotion_strength != 1.0:
+            self._strength = torch.full((slots,), emotion_strength, device=self.device)
+        self._lm_rows = slots if self._strength is None else 2 * slots
+        self._lm_state = lm.init_state(self._lm_rows, seed=seed)
         self._emotion, self._language = torch.zeros((2, slots), dtype=int, device=self.device)
+        self._asked_emotion = self._emotion.clone()
+        self._quiet_ticks = np.full(slots, QUIET_TICKS)
+        self.user_emotion = EmotionEstimate(slots, lm.config.emotions, self.patch_seconds)
         self.queues = [PatchQueue(self.patch_samples) for _ in range(slots)]
         self._flush = BargeInFlush(slots)
         self._silence = self._silence_codes() if vad_flush else None
@@ -198,8 +247,12 @@ class DuplexEngine:
     def reset(self, slot: int | None = None) -> None:
         """Forget one slot's call; or all, and draw from the seed again. Voice settings stay."""
         chosen = np.arange(self.slots) == slot if slot is not None else np.ones(self.slots, bool)
-        for state in (self._encoder, self._decoder, self._lm_state):
-            state.reset(torch.from_numpy(chosen).to(self.device))
+        mask = torch.from_numpy(chosen).to(self.device)
+        for state in (self._encoder, self._decoder):
+            state.reset(mask)
+        self._lm_state.reset(mask.repeat(self._lm_rows // self.slots))
+        self._quiet_ticks[chosen] = QUIET_TICKS
+        self.user_emotion.reset(chosen)
         if slot is None:
             self._lm_state.generator.manual_seed(self.seed)
         self._flush.reset(chosen)
@@ -207,12 +260,13 @@ class DuplexEngine:
             self.queues[one] = PatchQueue(self.patch_samples)
 
     def set_voice(self, slot: int, emotion: str | None = None, language: str | None = None) -> None:
-        """The agent's emotion and language in one slot, None = its own choice; also mid-call.
+        """The agent's emotion and language in one slot, None = its own choice; also mid-call, when
+        the emotion waits for the agent's next turn.
 
         Raises `UserError` for one that the model does not know.
         """
         for what, name, known, ids in (
-            ("emotion", emotion, self.lm.config.emotions, self._emotion),
+            ("emotion", emotion, self.lm.config.emotions, self._asked_emotion),
             ("language", language, self.lm.config.languages, self._language),
         ):
             if name is not None and name not in known:
@@ -265,6 +319,8 @@ class DuplexEngine:
         user_codes = self.codec.encode_step(
             audio, self._encoder, num_codebooks=self.num_codebooks, active=mask
         )  # [B, K, p]
+        quiet = torch.from_numpy(self._quiet_ticks >= QUIET_TICKS).to(self.device)
+        self._emotion = torch.where(quiet, self._asked_emotion, self._emotion)
         forced = None
         if muted.any():  # silence in the streams of muted agents, so that they know
             silent = torch.full_like(self._emotion, PAD)
@@ -272,7 +328,8 @@ class DuplexEngine:
         marks.append(self._now())
         step = self.lm.step(
             user_codes, self._lm_state, active=mask, emotion=self._emotion, language=self._language,
-            sampling=self.sampling, forced=forced, timer=lambda: marks.append(self._now()),
+            sampling=self.sampling, forced=forced, strength=self._strength,
+            timer=lambda: marks.append(self._now()),
         )  # fmt: skip
         marks.append(self._now())
         reply = self.codec.decode_step(step.agent_codes, self._decoder, active=mask)[:, 0]
@@ -283,10 +340,14 @@ class DuplexEngine:
         reply = reply * row
         if self.vad_flush:
             self._flush.mute(reply, muted, active)
+        loud = np.abs(reply).max(1) > 10 ** (QUIET_DBFS / 20)
+        self._quiet_ticks[active] = np.where(loud, 0, self._quiet_ticks + 1)[active]
+        speaking = _host(step.user_speaking) * active
+        self.user_emotion.update(_host(step.user_emotion), speaking, active)
         return TickResult(
             audio=reply,
             text=np.where(active, _host(step.text), PAD),
-            user_speaking=_host(step.user_speaking) * active,
+            user_speaking=speaking,
             user_emotion=_host(step.user_emotion) * row,
             language=_host(step.language) * row,
             user_phones=_host(step.user_phones.argmax(-1)) * active[:, None],

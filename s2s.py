@@ -59,6 +59,8 @@ class S2SConfig:
     phones: tuple[str, ...] = ()  # classes of the phone head; phones[0] is silence
     listen_delay: int = 2  # patches by which the heads for phones and words follow the user
     languages: tuple[str, ...] = ("english", "hindi", "telugu")
+    emotion_dim: int = 0  # width of the emotion branch; 0: none, emotions by a linear head
+    codebook_dim: int = 64  # of the codec's own vectors, which the emotion branch reads
     emotions: tuple[str, ...] = (
         "neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm",
     )  # fmt: skip
@@ -134,7 +136,8 @@ class Batch:
 
     Inputs: `user_codes`, `agent_codes` `[B, P, p, K]` int64, `agent_past` (the agent's codes as
     its past, corrupted), `text` `[B, P]` (`PAD` or a token), `agent_emotion` `[B, P]`, `language`
-    `[B]` (0: not given), `depth_patches` `[B, n]` (places of the patches whose codes are learnt).
+    `[B]` (0: not given), `depth_patches` `[B, n]` (places of the patches whose codes are learnt),
+    `emotion_codes` (the user's, not corrupted, for an LM with an emotion branch).
     Labels: `user_speaking`, `turn_end`, `user_emotion`, `language_label` `[B, P]`, `user_words`
     `[B, P]` (`PAD` or a token of a word that has ended), `user_phones` `[B, P, p]`.
 
@@ -162,6 +165,7 @@ class Batch:
     untimed_labels: Tensor
     untimed_patches: Tensor
     untimed_lengths: tuple[tuple[int, ...], tuple[int, ...]]
+    emotion_codes: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """On `device`; without waiting for it where this is pinned."""
@@ -212,6 +216,7 @@ class S2SState:
         self.text = torch.empty(batch_size, dtype=torch.long, device=device)
         self.age = torch.empty_like(self.text)
         self.delayed = self.text.new_empty(batch_size, c.acoustic_delay)
+        self.emotion = model.emotion.init_state(batch_size) if model.emotion else ()
         self.reset()
         self.generator = torch.Generator(device).manual_seed(seed)
 
@@ -222,8 +227,17 @@ class S2SState:
         if mask is None:
             mask = torch.ones_like(self.text, dtype=torch.bool)
         starts = ((self.agent, IGNORE), (self.text, PAD), (self.age, MAX_AGE))
-        for tensor, value in (*starts, (self.delayed, IGNORE)):
+        starts += ((self.delayed, IGNORE), *((tensor, 0.0) for tensor in self.emotion))
+        for tensor, value in starts:
             tensor.masked_fill_(_of_slots(mask, tensor), value)
+
+
+def _store(old: Sequence[Tensor], new: Sequence[Tensor], active: Tensor | None) -> None:
+    """Changes tensors of a state in place, for the slots `active` `[B]` bool (all if None)."""
+    for tensor, value in zip(old, new, strict=True):
+        if active is not None:
+            value = torch.where(_of_slots(active, tensor), value, tensor)
+        tensor.copy_(value)
 
 
 def _of_slots(mask: Tensor, tensor: Tensor) -> Tensor:
@@ -280,6 +294,61 @@ class DepthHeads(nn.Module):
         return [self.tables[k](part) for (_, k), part in zip(places, parts, strict=True)]
 
 
+class EmotionBranch(nn.Module):
+    """The user's emotion by how they speak: codes → logits of the emotions, patch by patch.
+
+    It reads the vectors that the codec itself decodes, semantic and the sum of the acoustic ones,
+    in which loudness and pitch are plain; and, so that a high voice is not taken for a happy one,
+    their difference from the mean of what was said by this caller so far. A GRU (Cho et al. 2014)
+    carries both on. State: the GRU's `[B, d]`; of the speech so far sum `[B, d]` and patches `[B]`.
+    """
+
+    def __init__(self, config: S2SConfig) -> None:
+        super().__init__()
+        c, d = config, config.emotion_dim
+        # The last row of each stands for "no code".
+        shape = len(c.codebook_sizes), max(c.codebook_sizes) + 1, c.codebook_dim
+        self.register_buffer("codebooks", torch.zeros(shape))
+        self.project = nn.Linear(2 * c.frames_per_step * c.codebook_dim, d)
+        self.voice = nn.Linear(d, 1)
+        self.memory = nn.GRU(2 * d, d, batch_first=True)
+        self.head = nn.Linear(d, len(c.emotions))
+        self.dropout = nn.Dropout(0.3)
+
+    @torch.no_grad()
+    def start_from(self, codebooks: Sequence[Tensor]) -> None:
+        """Takes the codec's vectors `[n, width]` of each level, at most `codebook_dim` wide."""
+        for table, vectors in zip(self.codebooks, codebooks, strict=True):
+            table[: len(vectors), : vectors.shape[1]] = vectors / codebooks[0].std()
+
+    def init_state(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        d = self.head.in_features
+        return tuple(self.codebooks.new_zeros(batch_size, *size) for size in ((d,), (d,), ()))
+
+    def forward(
+        self, codes: Tensor, state: tuple[Tensor, Tensor, Tensor] | None = None, active=None
+    ) -> tuple[Tensor, Tensor]:
+        """(emotion `[B, P, n]`, voice `[B, P]`) logits of codes `[B, P, p, K]`.
+
+        With a `state`, which is changed in place for the slots `active` `[B]` bool, P is 1.
+        """
+        with torch.autocast(codes.device.type, enabled=False):
+            rows = torch.where(codes < 0, self.codebooks.shape[1] - 1, codes)
+            vectors = self.codebooks[torch.arange(codes.shape[-1], device=codes.device), rows]
+            both = torch.cat((vectors[..., 0, :], vectors[..., 1:, :].sum(-2)), dim=-1)
+            spoken = F.gelu(self.project(self.dropout(both.flatten(-2))))
+            voice = self.voice(spoken)[..., 0]
+            weight = voice.sigmoid()
+            memory, total, patches = state or self.init_state(len(codes))
+            total = total[:, None] + (weight[..., None] * spoken).cumsum(1)
+            patches = patches[:, None] + weight.cumsum(1)
+            mean = total / patches.clamp(min=1.0)[..., None]
+            out, memory = self.memory(torch.cat((spoken, spoken - mean), dim=-1), memory[None])
+            if state is not None:
+                _store(state, (memory[0], total[:, -1], patches[:, -1]), active)
+            return self.head(self.dropout(out)), voice
+
+
 class S2S(nn.Module):
     """The dialogue LM. `tokenizer` is its own; id 0 is PAD."""
 
@@ -306,6 +375,12 @@ class S2S(nn.Module):
         heads |= {"user_phones": c.frames_per_step * max(1, len(c.phones))}
         self.heads = nn.ModuleDict({name: nn.Linear(c.dim, size) for name, size in heads.items()})
         self.words_projection = nn.Linear(c.dim, c.dim)  # the user's words, by the text head
+        self.emotion, self.emotion_projection = None, None
+        if c.emotion_dim:
+            self.emotion = EmotionBranch(c)
+            self.emotion_projection = nn.Linear(len(c.emotions), c.dim, bias=False)
+            # At zero an LM that was taught without it goes on as it was.
+            nn.init.zeros_(self.emotion_projection.weight)
         self.schedule = c.depth_schedule()
         self.depth_text = nn.Embedding(c.vocab_size, c.depth_dim)
         self.depth_context = nn.ModuleList(nn.Linear(c.dim, c.depth_dim) for _ in self.schedule)
@@ -338,21 +413,34 @@ class S2S(nn.Module):
             stream_weights(model)
         return model.to(device).eval().requires_grad_(False)
 
-    def _temporal_input(self, text, age, agent, user, emotion, language) -> Tensor:
+    def _temporal_input(self, text, age, agent, user, emotion, language, recognised) -> Tensor:
         """Sum of embeddings: last token that is not `PAD` and its age `[B, P]`, last agent patch
-        and this user patch `[B, P, p, K]`, emotion `[B, P]`, language `[B]` → `[B, P, D]`."""
+        and this user patch `[B, P, p, K]`, emotion `[B, P]`, language `[B]`, logits of the user's
+        emotion `[B, P, n]` or None → `[B, P, D]`."""
         x = self.user_projection(self.code_tables(user).flatten(-3))
         if self.agent_projection is not None:
             x = x + self.agent_projection(self.code_tables(agent).flatten(-3))
         x = x + self.text_embedding(text) + self.age_embedding(age)
+        if recognised is not None:
+            x = x + self.emotion_projection(recognised.detach().softmax(-1))
         return x + self.emotion_embedding(emotion) + self.language_embedding(language)[:, None]
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t."""
+    def hidden(self, batch: Batch, recognised: Tensor | None = None) -> Tensor:
+        """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t, and
+        what the emotion branch makes of the user."""
         agent = F.pad(batch.agent_past[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
         text, age = last_tokens(F.pad(batch.text[:, :-1], (1, 0), value=PAD))
         inputs = text, age, agent, batch.user_codes, batch.agent_emotion, batch.language
-        return self.temporal(self._temporal_input(*inputs))
+        return self.temporal(self._temporal_input(*inputs, recognised))
+
+    def emotion_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """The emotion branch alone: its logits `[B, P, n]`, its losses and accuracy."""
+        logits, voice = self.emotion(batch.emotion_codes)
+        losses = {
+            "user_emotion": cross_entropy(logits, batch.user_emotion),
+            "user_voice": binary_loss(voice[..., None], batch.user_speaking),
+        }
+        return logits, losses, {"user_emotion_accuracy": accuracy(logits, batch.user_emotion)}
 
     def head_logits(self, hidden: Tensor) -> dict[str, Tensor]:
         """Logits of the heads on the user, `[B, P, n]`; `user_phones` `[B, P, p, n]`."""
@@ -388,9 +476,14 @@ class S2S(nn.Module):
         `batch.depth_patches` are learnt too. `split`, a patch: metrics also hold the losses of the
         text and of the user's phones before it (`_within`) and from it on (`_past`).
         """
-        hidden = self.hidden(batch)
+        recognised, branch, metrics = None, {}, {}
+        if self.emotion is not None:
+            recognised, branch, _ = self.emotion_losses(batch)
+        hidden = self.hidden(batch, recognised)
         logits = {**self.head_logits(hidden), "text": self.text_head(hidden)}
-        losses, metrics = {}, {}
+        if recognised is not None:
+            logits["user_emotion"] = recognised
+        losses = {}
         for name in ("user_speaking", "turn_end"):
             losses[name] = binary_loss(logits[name], getattr(batch, name))
         classes = {"user_emotion": batch.user_emotion, "language": batch.language_label}
@@ -403,6 +496,7 @@ class S2S(nn.Module):
             tokens = torch.where(labels > PAD, labels, IGNORE)
             metrics[f"{name}_accuracy"] = accuracy(logits[name], tokens)
         losses["user_text"] = untimed_words_loss(logits["user_words"], batch)
+        losses |= branch
         if split is not None:
             for name, part in (("within", slice(split)), ("past", slice(split, None))):
                 text = logits["text"][:, part], batch.text[:, part]
@@ -432,6 +526,7 @@ class S2S(nn.Module):
         language: Tensor | None = None,
         sampling: Sampling | None = None,
         forced: tuple[Tensor, Tensor, Tensor] | None = None,
+        strength: Tensor | None = None,
         timer: Callable[[], None] = lambda: None,
     ) -> StepOutput:
         """Reads a patch of the user and writes the agent's patch of the same tick.
@@ -440,27 +535,45 @@ class S2S(nn.Module):
             user_codes: `[B, K, p]` int64. active: `[B]` bool, slots that take part.
             emotion, language: `[B]`, 0 not given, else 1 + index into the config's names.
             forced: `[B]` bool, slots whose agent patch `[B, K, p]` and text `[B]` are these.
+            strength: `[B]`, of the emotion, by classifier-free guidance (Ho and Salimans 2022): the
+                state has 2 B rows, of which the latter B run without emotion, and logits are
+                without + strength · (with − without). None: the state has B rows, as for 1.
             timer: called when the temporal stage is done.
         """
         sampling, c = sampling or Sampling(), self.config
-        none = torch.zeros_like(state.text)
-        emotion, language = (none if given is None else given for given in (emotion, language))
+        none, recognised = torch.zeros_like(state.text), None
+        emotion, language = (
+            none[: len(user_codes)] if given is None else given for given in (emotion, language)
+        )
+        if strength is not None:
+            user_codes, language = user_codes.repeat(2, 1, 1), language.repeat(2)
+            emotion = F.pad(emotion, (0, len(emotion)))
+            active = active if active is None else active.repeat(2)
         last = (state.text[:, None], state.age[:, None], state.agent[:, None])
         user = user_codes.transpose(1, 2)[:, None]
-        x = self._temporal_input(*last, user, emotion[:, None], language)
+        if self.emotion is not None:
+            recognised, _ = self.emotion(user, state.emotion, active)
+        x = self._temporal_input(*last, user, emotion[:, None], language, recognised)
         hidden = self.temporal.step(x, state.temporal, active)[:, 0]
         heads = {name: logits[:, 0] for name, logits in self.head_logits(hidden[:, None]).items()}
-        logits = self.text_head(hidden)
+        if recognised is not None:
+            heads["user_emotion"] = recognised[:, 0]
+        logits = guided(self.text_head(hidden), strength)
         text = draw_text(logits, sampling, state.generator, c.text_weight, c.eagerness)
         if forced is not None:
             slots, forced_codes, forced_text = forced
             text = torch.where(slots, forced_text, text)
         timer()
-        codes = self._draw_codes(hidden, text, state, sampling)
+        codes = self._draw_codes(hidden, text, state, sampling, strength)
         if forced is not None:
             codes = torch.where(slots[:, None, None], forced_codes.transpose(1, 2), codes)
+        if strength is not None:
+            codes, said = torch.cat((codes, codes)), torch.cat((text, text))
+            heads = {name: logits.chunk(2)[0] for name, logits in heads.items()}
+        else:
+            said = text
         return StepOutput(
-            agent_codes=self._advance(state, codes, text, active).transpose(1, 2),
+            agent_codes=self._advance(state, codes, said, active)[: len(text)].transpose(1, 2),
             text=text,
             user_speaking=heads["user_speaking"][:, 0].sigmoid(),
             turn_end=heads["turn_end"][:, 0].sigmoid(),
@@ -470,15 +583,18 @@ class S2S(nn.Module):
             user_phones=heads["user_phones"],
         )
 
-    def _draw_codes(self, hidden, text, state: S2SState, sampling: Sampling) -> Tensor:
+    def _draw_codes(self, hidden, text, state: S2SState, sampling: Sampling, strength) -> Tensor:
         """The depth transformer's steps: codes `[B, p, K]`, each drawn given those before."""
-        codes, said = torch.zeros_like(state.agent), self.depth_text(text)
+        rows = len(hidden) // len(text)
+        codes, said = torch.zeros_like(state.agent), self.depth_text(text.repeat(rows))
         for step, places in enumerate(self.schedule):
             x = self._depth_input(hidden, said, codes, step)[:, None]
             out = self.depth.step_by(x, state.depth, state.depth_plans[step])[:, 0]
             for (f, k), logits in zip(places, self.depth_heads(out, step), strict=True):
-                codes[:, f, k] = draw(logits, sampling.temperature, sampling.top_k, state.generator)
-        return codes
+                logits = guided(logits, strength)
+                drawn = draw(logits, sampling.temperature, sampling.top_k, state.generator)
+                codes[:, f, k] = drawn.repeat(rows)
+        return codes[: len(text)]
 
     def _advance(self, state: S2SState, codes: Tensor, text: Tensor, active) -> Tensor:
         """Stores the patch for the next step; returns it with semantic and acoustic aligned."""
@@ -488,12 +604,16 @@ class S2S(nn.Module):
         new = {"agent": codes, "delayed": semantic[:, codes.shape[1] :]}
         new["age"] = torch.where(text != PAD, 0, (state.age + 1).clamp(max=MAX_AGE))
         new["text"] = torch.where(text != PAD, text, state.text)
-        for name, value in new.items():
-            old = getattr(state, name)
-            if active is not None:
-                value = torch.where(_of_slots(active, old), value, old)
-            old.copy_(value)
+        _store([getattr(state, name) for name in new], list(new.values()), active)
         return aligned
+
+
+def guided(logits: Tensor, strength: Tensor | None) -> Tensor:
+    """`[2 B, n]`, with emotion and without, as `[B, n]`; what comes where `strength` is None."""
+    if strength is None:
+        return logits
+    given, free = logits.chunk(2)
+    return free + strength[:, None] * (given - free)
 
 
 def draw_text(

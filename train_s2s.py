@@ -19,6 +19,7 @@ import string
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,7 +41,8 @@ from training import one_of, setting
 WEIGHTS = {
     "text": 1.0, "semantic": 1.0, "acoustic": 1.0,
     "user_phones": 1.0, "user_words": 1.0, "user_text": 1.0,
-    "user_speaking": 0.2, "turn_end": 0.2, "user_emotion": 0.1, "language": 0.1,
+    "user_speaking": 0.2, "turn_end": 0.2, "user_emotion": 0.1, "user_voice": 0.1,
+    "language": 0.1,
 }  # fmt: skip
 # Metrics on the terminal's lines, and their names there.
 SHOWN = {"loss": "loss", "text": "text", "text_accuracy": "hit",
@@ -136,6 +138,8 @@ class Conversations(Dataset):
         window = self.window(rng)
         window |= {"agent_past": window["agent_codes"], "depth_patches": torch.arange(self.patches)}
         speaking = window.pop("agent_speaking")
+        if self.config.emotion_dim:
+            window["emotion_codes"] = window["user_codes"]
         if self.near is not None:
             self.disturb(window, speaking, rng)
         if rng.random() < self.args.emotion_drop:
@@ -160,16 +164,12 @@ class Conversations(Dataset):
 
     def window(self, rng: np.random.Generator) -> dict[str, Tensor]:
         """`self.patches` patches of a call, from a place in its first conversation on."""
-        place = int(rng.integers(self.ends[-1]))
-        first = int(np.searchsorted(self.ends, place, side="right"))
-        begins = place - int(self.ends[first - 1] if first else 0)
-        if rng.random() < FROM_THE_START:
-            begins = 0
+        first, begins = self.first(rng)
         row, begins = trimmed(self.rows[first], begins, self.patches, self.config)
         rows, end = [row], begins + self.patches
-        room, alike = end - self.length(row), self.alike[row["language"]]
+        room = end - self.length(row)
         while room > 0:
-            rows.append(self.rows[int(alike[rng.integers(len(alike))])])
+            rows.append(self.rows[self.following(rng, row)])
             room -= self.length(rows[-1])
         emotions = rng.integers(len(self.config.emotions) + 1, size=2).tolist()
         drawn = list(zip((0, int(rng.integers(end))), emotions, strict=True))
@@ -177,6 +177,18 @@ class Conversations(Dataset):
         call = self.labelled(row, drawn)
         window = {name: v[begins:end].clone() if v.dim() else v for name, v in call.items()}
         return window | self.untimed(row, begins)
+
+    def first(self, rng: np.random.Generator) -> tuple[int, int]:
+        """The row that a window begins in, and the patch of it."""
+        place = int(rng.integers(self.ends[-1]))
+        row = int(np.searchsorted(self.ends, place, side="right"))
+        begins = place - int(self.ends[row - 1] if row else 0)
+        return row, 0 if rng.random() < FROM_THE_START else begins
+
+    def following(self, rng: np.random.Generator, row: dict) -> int:
+        """A row to lay behind `row` in one call."""
+        alike = self.alike[row["language"]]
+        return int(alike[rng.integers(len(alike))])
 
     def length(self, row: dict) -> int:
         """In whole patches."""
@@ -422,12 +434,12 @@ def row_frames(part) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *counts])
 
 
-def load_rows(args, fingerprint: str):
-    """(training rows, validation rows, hours of training) of all `--data_dirs`: rows with their
+def load_rows(folders: Sequence[str], fingerprint: str):
+    """(training rows, validation rows, hours of training) of all `folders`: rows with their
     frames; those shorter than a patch are left out, and counted."""
     from datasets import concatenate_datasets
 
-    parts = [load_code_dataset(folder, fingerprint)[0] for folder in args.data_dirs]
+    parts = [load_code_dataset(folder, fingerprint)[0] for folder in folders]
     frames = np.concatenate([row_frames(part) for part in parts])
     # Concatenating drops the transform that decodes rows; it is the same for every part.
     rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
@@ -444,8 +456,8 @@ def load_rows(args, fingerprint: str):
               "frames")  # fmt: skip
     train = places["train"]
     if not train:
-        folders = ", ".join(args.data_dirs)
-        raise UserError(f"{folders}: no conversations of split train; run make_conversations.py")
+        where = ", ".join(map(str, folders))
+        raise UserError(f"{where}: no conversations of split train; run make_conversations.py")
     chosen = train, places["validation"] or train[:8]
     return *((rows.select(part), frames[part]) for part in chosen), frames[train].sum() / 50 / 3600
 
@@ -559,19 +571,23 @@ def export(args) -> None:
     print(f"wrote {folder}: dialogue LM of step {checkpoint.step}")
 
 
+def check_codec(config: S2SConfig, codec: Codec, path: str | Path) -> None:
+    """Raises UserError where the LM at `path` was trained on another codec's codes."""
+    if config.codec_fingerprint != codec.fingerprint:
+        raise UserError(
+            f"{path}: trained on codes of codec {config.codec_fingerprint[:16]}, --codec is "
+            f"{codec.fingerprint[:16]}; give the codec it was trained with"
+        )
+
+
 def config_and_tokenizer(args, settings: Settings, checkpoint, codec: Codec, rows):
-    """Those of the run that goes on, or new ones; and whether the tokenizer is `--init_from`'s.
-    Raises UserError where the run was trained on another codec's codes."""
+    """Those of the run that goes on, or new ones; and whether the tokenizer is `--init_from`'s."""
     if checkpoint is None:
         texts = all_texts(rows)
         tokenizer, inherited = starting_tokenizer(texts, args.vocab_size, args.init_from)
         return new_config(args, settings, codec, tokenizer), tokenizer, inherited
     config = dataclasses.replace(s2s_config(checkpoint), eagerness=args.eagerness)
-    if config.codec_fingerprint != codec.fingerprint:
-        raise UserError(
-            f"{checkpoint.path}: trained on codes of codec {config.codec_fingerprint[:16]}, "
-            f"--codec is {codec.fingerprint[:16]}; give the codec it was trained with"
-        )
+    check_codec(config, codec, checkpoint.path)
     return config, Tokenizer.from_str(checkpoint.tokenizer), False
 
 
@@ -581,7 +597,7 @@ def train(args, run: training.Run) -> None:
 
     # Data: windows of calls, encoded with the codec that names the codes.
     codec = Codec.from_checkpoint(args.codec)
-    (rows, frames), held_out, hours = load_rows(args, codec.fingerprint)
+    (rows, frames), held_out, hours = load_rows(args.data_dirs, codec.fingerprint)
     config, tokenizer, same_tokens = config_and_tokenizer(args, settings, checkpoint, codec, rows)
     args.window_seconds = fitting_window(args, config)
     codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]

@@ -19,6 +19,8 @@ INTENTS = (
     "counting", "repeat", "small_talk", "comfort", "good_news", "not_understood", "thanks",
     "goodbye",
 )  # fmt: skip
+EMPATHY = "empathy"  # sad readings are 101…, glad readings of the same words 201…
+MIN_PAIRS = 40
 EMOTIONS = ("neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm")
 
 MIN_EXCHANGES = 150
@@ -98,7 +100,7 @@ def test_schema(language):
         where = item["id"]
         assert set(item) <= {"id", "language", "intent", "turns", "held_out"}, where
         assert item["language"] == language, where
-        assert item["intent"] in INTENTS, where
+        assert item["intent"] in (*INTENTS, EMPATHY), where
         assert item.get("held_out", True) is True, where
         tail = "-h" if item.get("held_out") else ""
         assert re.fullmatch(rf"{CODES[language]}-{item['intent']}-\d{{3}}{tail}", where), where
@@ -157,13 +159,26 @@ def test_replies_are_short(language):
 
 
 def test_a_wording_gets_one_reply_only(language):
-    """The same question must not be taught two different replies."""
+    """The same question, said alike, must not be taught two different replies."""
     owners = defaultdict(set)
     for item in _read(language):
-        for wording in _opening(item):
+        tone = item["turns"][0]["emotion"] if item["intent"] == EMPATHY else None
+        for wording in ((wording, tone) for wording in _opening(item)):
             # A longer exchange may open as a short one does, if it gets the same first reply.
             owners[wording].add(item["turns"][1]["text"])
     assert {wording: texts for wording, texts in owners.items() if len(texts) > 1} == {}
+
+
+def test_sad_and_glad_readings_of_the_same_words_get_different_replies(language):
+    items = {item["id"]: item for item in _read(language) if item["intent"] == EMPATHY}
+    pairs = [name for name in items if re.search(r"-1\d\d(-h)?$", name)]
+    assert len([name for name in pairs if not name.endswith("-h")]) >= MIN_PAIRS
+    assert len(items) == 2 * len(pairs)
+    for name in pairs:
+        sad, glad = (items[name.replace("-1", f"-{digit}")] for digit in "12")
+        assert sad["turns"][0]["texts"] == glad["turns"][0]["texts"], name
+        assert [item["turns"][0]["emotion"] for item in (sad, glad)] == ["sad", "happy"], name
+        assert sad["turns"][1]["text"] != glad["turns"][1]["text"], name
 
 
 def test_held_out_wordings_are_never_trained_on(language):

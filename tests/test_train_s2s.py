@@ -321,7 +321,7 @@ def untrained(world) -> tuple[S2S, train_s2s.Conversations, argparse.Namespace]:
     """A tiny LM, the calls that it would be taught, and the flags of `SMALL`."""
     args = train_s2s.parse_args(flags(world, "unused"))
     codec = Codec.from_checkpoint(world / "mine" / "codec")
-    (rows, frames), _, _ = train_s2s.load_rows(args, codec.fingerprint)
+    (rows, frames), _, _ = train_s2s.load_rows(args.data_dirs, codec.fingerprint)
     tokenizer = train_s2s.train_tokenizer(train_s2s.all_texts(rows), 200)
     with small_models():
         config = train_s2s.new_config(args, SETTINGS, codec, tokenizer)

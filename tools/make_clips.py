@@ -1,6 +1,7 @@
 """Single sentences for the codec, in the toy's voices: scripts + speech engines → clips.
 
     python tools/make_clips.py --data_dir data --hours 1.8
+    python tools/make_clips.py --data_dir data/emotion --hours 0.8 --any_emotion
 
 Makes data/<language>/synthetic, a manifest and FLAC files, of every language. The same command
 makes the same bytes, in any number of processes, and goes on where it was stopped.
@@ -63,11 +64,12 @@ def make_part(args: argparse.Namespace, part: mc.ScriptedPart) -> tuple[float, i
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     rng, clips, seconds = mc.part_rng(args, part, 1), [], 0.0
-    draw = _clip_drawer(args.scripts, part.language)
+    draw = _clip_drawer(args.scripts, part.language, args.any_emotion)
     spoken = {"agent": 0.0, "user": 0.0}
     while seconds < part.seconds:
         # Whoever is behind its share speaks next, a few sentences at a time.
-        agent = spoken["agent"] < AGENT_SHARE * (sum(spoken.values()) + 1e-9)
+        share = 0.0 if args.any_emotion else AGENT_SHARE
+        agent = spoken["agent"] < share * (sum(spoken.values()) + 1e-9)
         requests = [draw(agent, rng) for _ in range(6 if agent else 12)]
         for request, said in zip(requests, speak(requests), strict=True):
             if isinstance(said, UserError):
@@ -113,8 +115,9 @@ def _clip(path: Path, seconds: float, request: speech.Request, said: speech.Utte
     )
 
 
-def _clip_drawer(scripts: str, language: str) -> Callable:
-    """A function that draws a request: the agent's replies and wordings, or a user's wordings."""
+def _clip_drawer(scripts: str, language: str, any_emotion: bool) -> Callable:
+    """A function that draws a request: the agent's replies and wordings, or a user's wordings, in
+    the emotion that the script gives them or in any."""
     exchanges = choose_exchanges(mc.scripts(scripts), language, "train")
     everything = [line for exchange in exchanges for line in exchange.lines]
     lines = {who: [n for n in everything if n.who == who] for who in ("user", "agent")}
@@ -135,7 +138,8 @@ def _clip_drawer(scripts: str, language: str) -> Callable:
             return speech.Request(text, language, agent, 1.0, emotion, seed)
         voice = draw_voice(others if others and held_out else users, rng)
         speed = float(rng.uniform(*mc.SPEED))
-        return speech.Request(text, language, voice, speed, line.emotion, seed)
+        emotion = str(rng.choice(EMOTIONS)) if any_emotion else line.emotion
+        return speech.Request(text, language, voice, speed, emotion, seed)
 
     return draw
 
@@ -145,7 +149,10 @@ def make_clips(args: argparse.Namespace) -> None:
     size = min(PART_SECONDS, args.hours * 3600)
     for language in args.languages:
         folder = root / language / "synthetic"
-        mc.claim(folder, "settings.json", {"seed": args.seed, "part_seconds": size})
+        settings = {"seed": args.seed, "part_seconds": size}
+        if args.any_emotion:
+            settings["any_emotion"] = True
+        mc.claim(folder, "settings.json", settings)
         for index in range(math.ceil(args.hours * 3600 / size - 1e-9)):
             parts.append(mc.ScriptedPart(language, index, seconds=size))
             if not (folder / f"{index:05d}").is_dir():
@@ -177,6 +184,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--hours", type=number(above=0, high=1e5), default=1.0, help="of clips, for each language")
     add("--languages", nargs="+", choices=SPOKEN, default=list(SPOKEN))
     add("--scripts", default=str(Path(mc.__file__).resolve().parent / "conversations"))
+    add("--any_emotion", action="store_true", help="users alone, in an emotion drawn at random")
     add("--seed", type=whole(0, 2**63 - 1), default=0)
     add("--num_workers", type=whole(0, 512), default=default_workers(), help="processes; 0: none")
     args = parser.parse_args(arguments)

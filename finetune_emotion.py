@@ -1,0 +1,350 @@
+#!/usr/bin/env python3
+"""Phase 4: teach a dialogue LM to tell the user's emotion, to answer it, and to show one itself.
+
+    python finetune_emotion.py --data_dirs data/emotion --codec models/codec \
+        --conversations data/conversations/scripted --init_from checkpoints_s2s \
+        --checkpoint_dir checkpoints_emotion
+
+The first `--detection_share` of the steps trains the emotion branch alone on emotional speech as
+the user's side of a call, the LM frozen. Then all of it learns from conversations whose turns carry
+emotions, `--replay` of them others, so that it forgets nothing; the branch goes on with speech. The
+same command goes on from the last complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import checkpoints
+import command
+import emotions
+import train_s2s
+import training
+from codec import Codec
+from command import UserError, number, share, whole
+from data import EMOTIONS, Clip, training_batches
+from s2s import IGNORE, S2S, Batch, S2SConfig
+from train_s2s import Conversations, batch_losses, collate, near_codes
+from training import setting
+
+# Metrics on the terminal's lines, and their names there.
+SHOWN = {
+    "loss": "loss",
+    "speech": "emotion",
+    "speech_accuracy": "hit",
+    "text": "text",
+    "text_accuracy": "words",
+}
+CHANGEABLE = ("lr", "branch_lr", "codec", "replay", "conversations")
+WITHOUT_EMOTION = ("neutral", "calm", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(training.Settings):
+    """What seldom changes; `--set` changes it."""
+
+    emotion_dim: int = setting(0, whole(0), "width of the emotion branch, 0: half of the LM's")
+    speech_weight: float = setting(1.0, number(0), "of emotional speech beside conversations")
+    code_noise: float = setting(0.1, share, "share of user codes replaced by near ones")
+    frame_drop: float = setting(0.05, share, "share of user frames masked")
+    agent_drop: float = setting(0.3, share, "share of the agent's past levels and frames masked")
+    language_drop: float = setting(0.5, share, "share of windows without the language's label")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser, plan, more = training.run_parser(
+        "Phase 4: emotion recognised, answered and shown.", Settings, data_dirs=["data/emotion"],
+        num_epochs=20, checkpoint_dir="checkpoints_emotion", warmup_steps=100,
+    )  # fmt: skip
+    add = plan.add_argument
+    add("--conversations", nargs="+", default=["data/conversations/scripted"],
+        help="code datasets whose turns carry emotions")  # fmt: skip
+    add("--codec", default="checkpoints/tiny/codec", help="that encoded the conversations")
+    add("--lr", type=number(0), default=1e-4, help="of the LM")
+    add("--replay", type=share, default=0.3, help="of conversations without emotion")
+    add = more.add_argument
+    add("--branch_lr", type=number(0), default=2e-3, help="of the emotion branch")
+    add("--detection_share", type=share, default=0.4, help="of the steps, the LM frozen")
+    add("--commercial_only", action="store_true", help="leave out speech that may not be sold")
+    add("--window_seconds", type=number(0.1, 6000), help="by default 1.5 times the context")
+    add("--emotion_drop", type=share, default=0.1, help="windows without the emotion's label")
+    add("--acoustic_drop", type=share, default=0.6, help="windows that lose user codebooks")
+    add("--agent_window_drop", type=share, default=0.5,
+        help="windows without the agent's own past codes; 1: none ever")  # fmt: skip
+    add("--depth_fraction", type=share, default=0.15, help="of a window's patches spoken")
+    args = parser.parse_args(argv)
+    args.given = parser.given(argv)
+    return args
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+class EmotionalSpeech(Conversations):
+    """Windows of a user's emotional speech: each emotion as likely, one speaker a window."""
+
+    def __init__(self, rows, *how, **more) -> None:
+        frames = np.array([len(row["user_codes"]) for row in rows])
+        super().__init__(rows, frames, *how, **more)
+        plain = rows.with_format(None)
+        self.places: dict[str, dict[str, list[int]]] = {}
+        labels = [turns[0]["emotion"] for turns in plain["turns"]]
+        for i, (speaker, label) in enumerate(zip(plain["source"], labels, strict=True)):
+            self.places.setdefault(speaker, {}).setdefault(label, []).append(i)
+
+    def first(self, rng: np.random.Generator) -> tuple[int, int]:
+        """Any emotion, any speaker who shows it, any clip of it."""
+        emotion = _any(rng, sorted({label for own in self.places.values() for label in own}))
+        speaker = _any(rng, [name for name, own in self.places.items() if emotion in own])
+        return _any(rng, self.places[speaker][emotion]), 0
+
+    def following(self, rng: np.random.Generator, row: dict) -> int:
+        """The same speaker's, any emotion of theirs."""
+        own = self.places[row["source"]]
+        return _any(rng, own[_any(rng, list(own))])
+
+
+class EmotionalConversations(Conversations):
+    """Windows of which a share of `1 - replay` begins with a conversation whose user shows an
+    emotion, each as likely; the others anywhere in those without."""
+
+    def __init__(self, rows, frames: np.ndarray, *how, **more) -> None:
+        super().__init__(rows, frames, *how, **more)
+        self.shown, self.plain = emotional_rows(rows)
+
+    def first(self, rng: np.random.Generator) -> tuple[int, int]:
+        replays = rng.random() < self.args.replay
+        if replays and len(self.plain):
+            return _any(rng, self.plain), 0
+        if replays or not self.shown:
+            return super().first(rng)
+        return _any(rng, self.shown[_any(rng, sorted(self.shown))]), 0
+
+
+def emotional_rows(rows) -> tuple[dict[str, list[int]], list[int]]:
+    """Places of the conversations in which the user shows an emotion, by emotion, and of the
+    others."""
+    shown, plain = {}, []
+    for i, turns in enumerate(rows.with_format(None)["turns"]):
+        found = {turn["emotion"] for turn in turns if turn["who"] == "user"}
+        for emotion in found.difference(WITHOUT_EMOTION):
+            shown.setdefault(emotion, []).append(i)
+        if found <= set(WITHOUT_EMOTION):
+            plain.append(i)
+    return shown, plain
+
+
+def _any(rng: np.random.Generator, choices: Sequence):
+    return choices[int(rng.integers(len(choices)))]
+
+
+class Pairs(Dataset):
+    """Items of two datasets, side by side."""
+
+    def __init__(self, speech: EmotionalSpeech, talk: EmotionalConversations) -> None:
+        self.speech, self.talk = speech, talk
+
+    def __len__(self) -> int:
+        return len(self.talk)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[dict, dict]:
+        return self.speech[key], self.talk[key]
+
+
+def collate_pairs(items: list[tuple[dict, dict]]) -> tuple[Batch, Batch]:
+    speech, talk = zip(*items, strict=True)
+    return collate(list(speech))[0], collate(list(talk))[0]
+
+
+def encoded(clips: Sequence[Clip], split: str, codec: Codec, run: training.Run):
+    """The code dataset of clips, made once in the run's folder, on the main rank."""
+    name = hashlib.sha256(repr([(str(c.path), c.emotion) for c in clips]).encode()).hexdigest()[:12]
+    folder = Path(run.args.checkpoint_dir) / f"codes_{split}_{name}"
+    if run.is_main:
+        emotions.encode_clips(clips, codec, folder)
+    training.from_main_rank(0)  # all wait for it
+    return emotions.encode_clips(clips, codec, folder)
+
+
+# ------------------------------------------------------------------------------------ the LM
+
+
+def inherited_config(args, settings: Settings, codec: Codec) -> tuple[S2SConfig, Tokenizer]:
+    """Config and tokenizer of `--init_from`, with an emotion branch. Raises UserError where it is
+    missing, or was trained on another codec's codes."""
+    if not args.init_from:
+        raise UserError("--init_from: give the dialogue LM to fine-tune, as checkpoints_s2s")
+    theirs = checkpoints.load_checkpoint(args.init_from, with_trainer=False)
+    config = train_s2s.s2s_config(theirs)
+    width = max(book.embedding.shape[1] for book in codec.quantizer.codebooks[:8])
+    dim = config.emotion_dim or settings.emotion_dim or config.dim // 2
+    config = dataclasses.replace(config, emotion_dim=dim, codebook_dim=width)
+    return config, Tokenizer.from_str(theirs.tokenizer)
+
+
+def speech_losses(model: S2S, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """(loss, metrics) of the emotion branch on emotional speech."""
+    _, losses, metrics = model.emotion_losses(batch)
+    row = {"speech": losses["user_emotion"], "speech_accuracy": metrics["user_emotion_accuracy"]}
+    return losses["user_emotion"] + 0.2 * losses["user_voice"], row
+
+
+@torch.no_grad()
+def validate_speech(model: S2S, batches: Sequence[Batch], device) -> dict[str, float]:
+    """Cross-entropy, and unweighted accuracy of utterances, of held-out speakers: an utterance is
+    what the mean of its patches' log-probabilities says."""
+    model.eval()
+    hits = np.zeros((len(EMOTIONS), 2))
+    losses = []
+    for batch in batches:
+        batch = batch.to(device)
+        logits, found, _ = model.emotion_losses(batch)
+        losses.append(float(found["user_emotion"]))
+        scores = logits.log_softmax(-1).cpu()
+        for row, labels in zip(scores, batch.user_emotion.cpu(), strict=True):
+            changes = torch.cat((torch.tensor([True]), labels[1:] != labels[:-1])).cumsum(0)
+            for part in changes.unique():
+                place = changes == part
+                label = int(labels[place][0])
+                if label != IGNORE:
+                    right = int(row[place].mean(0).argmax()) == label
+                    hits[label] += (right, 1)
+    model.train()
+    seen = hits[:, 1] > 0
+    accuracy = float((hits[seen, 0] / hits[seen, 1]).mean())
+    return {"validation_speech": float(np.mean(losses)), "validation_speech_ua": accuracy}
+
+
+def train(args, run: training.Run) -> None:
+    """The training itself, within its run."""
+    process, device, settings, checkpoint = run.process, run.device, run.settings, run.checkpoint
+
+    # Data: emotional speech as codes, and conversations that the same codec encoded.
+    codec = Codec.from_checkpoint(args.codec, device=device)
+    if checkpoint is None:
+        config, tokenizer = inherited_config(args, settings, codec)
+    else:
+        config = train_s2s.s2s_config(checkpoint)
+        tokenizer = Tokenizer.from_str(checkpoint.tokenizer)
+    train_s2s.check_codec(config, codec, args.init_from)
+    (rows, frames), held_out, hours = train_s2s.load_rows(args.conversations, codec.fingerprint)
+    log = Path(args.checkpoint_dir) / "unreadable.txt"
+    clips = emotions.load_emotional(args.data_dirs, args.commercial_only, log)
+    parts = zip(("train", "validation"), emotions.hold_out_speakers(clips), strict=True)
+    speech = [encoded(part, split, codec, run) for split, part in parts]
+    args.window_seconds = train_s2s.fitting_window(args, config)
+    # First the emotion branch alone, then all of it.
+    begins = {"detection": 0}
+    items = run.plan(hours, lambda total: {**begins, "dialogue": int(args.detection_share * total)})
+    codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
+    reading = config, tokenizer, args, settings
+    near = near_codes(codebooks).cpu()
+    dataset = Pairs(
+        EmotionalSpeech(speech[0], *reading, items, near),
+        EmotionalConversations(rows, frames, *reading, items, near),
+    )
+    validation = train_s2s.validation_batches(*held_out, *reading)
+    held_out_speech = EmotionalSpeech(speech[1], *reading, 64)
+    spoken = [collate([held_out_speech[(0, 16 * i + j)] for j in range(16)])[0] for i in range(4)]
+
+    # Model and optimizers: the LM's and its emotion branch's, inherited or the run's own.
+    model = S2S(config).to(device).train()
+    if checkpoint is None:
+        model.emotion.start_from(codebooks)
+        checkpoints.inherit_weights(model, args.init_from)
+    else:
+        checkpoints.fill(model, checkpoint.tensors, checkpoint.path)
+    branch = [model.emotion]
+    rest = [module for name, module in model.named_children() if name != "emotion"]
+    optimizers = {}
+    for name, modules, rate in (("branch", branch, args.branch_lr), ("lm", rest, args.lr)):
+        groups = training.parameter_groups(modules, weight_decay=0.05)
+        optimizers[name] = torch.optim.AdamW(groups, rate, (0.9, 0.95), fused=True)
+    guard = training.StepGuard()
+    run.parts |= {**optimizers, "guard": guard}
+    del checkpoint
+    run.restore()
+    training.start_equal([model])
+
+    def step(batch: tuple[Batch, Batch], phase: str) -> dict[str, Tensor]:
+        """Forward, losses, backward, step; gives what there is to log."""
+        speech, talk = (part.to(device) for part in batch)
+        generator = training.keyed_generator(args.seed, run.step, process.rank)
+        torch.manual_seed(generator.initial_seed())  # dropout: a resumed run draws the same
+        loss, row = speech_losses(model, speech)
+        if phase == "dialogue":
+            whole_loss, losses, metrics = batch_losses(model, talk, speak=True)
+            loss = settings.speech_weight * loss + whole_loss
+            row |= {**losses, **metrics}
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        training.average_gradients(model.parameters())
+        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
+        bad = guard.watch(loss, norm)
+        for name in ("branch", "lm") if phase == "dialogue" else ("branch",):
+            optimizers[name].found_inf = bad  # 1: the fused optimizer stands still
+            optimizers[name].step()
+        return {name: v.detach() for name, v in {**row, "loss": loss, "grad_norm": norm}.items()}
+
+    run.stored = lambda: {
+        "config": checkpoints.stored_config("s2s", config),
+        "tensors": model.state_dict(),
+        "tokenizer": tokenizer.to_str(),
+    }
+    run.validate = lambda: {
+        **validate_speech(model, spoken, device),
+        **train_s2s.validate(model, validation, device),
+    }
+    run.best_by, run.shown = "validation_speech", SHOWN
+    first = collate_pairs([dataset[(0, i)] for i in range(args.batch_size // process.world_size)])
+    run.estimate(lambda phase: step(first, phase), [model])
+    run.begin(description(run, model, clips, rows, hours))
+
+    place = (sys.maxsize, run.epoch, run.consumed)
+    loader = dataset, args.batch_size, run.workers, process, *place, collate_pairs
+    for batch in run.steps(training_batches(*loader)):
+        rate = run.schedule.rate(run.step, final_ratio=0.05)
+        training.set_learning_rate(optimizers["branch"], args.branch_lr * rate)
+        training.set_learning_rate(optimizers["lm"], args.lr * rate)
+        row = step(batch, run.phase)
+        run.step_done(lambda: {**row, "lr": args.lr * rate})  # noqa: B023
+
+
+def description(run: training.Run, model: S2S, clips: Sequence[Clip], rows, hours: float) -> str:
+    """What the user reads before step 1, beside the settings and the forecast."""
+    c, args = model.config, run.args
+    counts = {name: sum(clip.emotion == name for clip in clips) for name in EMOTIONS}
+    shown = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+    speakers = len({clip.speaker for clip in clips})
+    total = sum(clip.duration for clip in clips) / 3600
+    return (
+        f"inherited from {args.init_from}: {c.num_layers} layers of {c.dim}, vocabulary "
+        f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, codec {c.codec_fingerprint[:16]}, "
+        f"device {run.device}\n"
+        f"speech: {len(clips)} clips, {total:.1f} h, {speakers} speakers; {shown}\n"
+        f"conversations: {len(rows)}, {hours:.1f} h, {args.replay:.0%} of them without emotion"
+    )
+
+
+def main() -> None:
+    args = parse_args()
+    if args.export:
+        return train_s2s.export(args)
+    with training.open_training("s2s", args, Settings, CHANGEABLE) as run:
+        run.meter.stage = "emotion"
+        train(args, run)
+
+
+if __name__ == "__main__":
+    command.run(main)
