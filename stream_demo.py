@@ -27,7 +27,7 @@ import torch
 from audio import SAMPLE_RATE, WRITABLE, AudioError, read_audio, write_audio
 from command import ArgumentParser, UserError, number, run, whole, writable_file
 from data import EMOTIONS, LANGUAGES
-from duplex import DuplexEngine, ReplyText, TickResult, load_models
+from duplex import DuplexEngine, EmotionEstimate, ReplyText, TickResult, load_models
 from ledger import (
     QUIET_DBFS,
     CallRecord,
@@ -57,6 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--codec", type=Path, default=TINY / "codec", help="checkpoint folder")
     add("--lm", type=Path, default=TINY / "s2s", help="checkpoint folder")
     add("--emotion", choices=EMOTIONS, help="how the agent speaks [as it sees fit]")
+    add("--emotion_strength", type=number(0, 10), default=1.0, help="of --emotion; 1 costs nothing")
     add("--language", choices=LANGUAGES[:3], help="of the call [recognised by the model]")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling")
     more = parser.add_argument_group("advanced").add_argument
@@ -95,10 +96,15 @@ def check_outputs(wavs: Sequence[Path], outs: Sequence[Path]) -> None:
 
 
 class Transcript:
-    """Prints the reply's text as it comes, and averages what the model recognised of the user."""
+    """Prints the reply's text as it comes, and the user's emotion once an LM with an emotion branch
+    is sure of it; averages what the model recognised of the user."""
 
-    def __init__(self, lm: S2S, patch_seconds: float, write: Callable[[str], Any] | None = None):
-        self._lm, self._patch_seconds = lm, patch_seconds
+    def __init__(
+        self, lm: S2S, patch_seconds: float, write: Callable[[str], Any] | None = None,
+        estimate: EmotionEstimate | None = None,
+    ):  # fmt: skip
+        self._lm, self._patch_seconds, self._shown = lm, patch_seconds, None
+        self._estimate = estimate if lm.config.emotion_dim else None
         self._reply = ReplyText(lm.tokenizer)
         self._write = write or (lambda text: print(text, end="", flush=True))
         self._silent = 0.0
@@ -110,6 +116,10 @@ class Transcript:
         if speaking > 0.5:
             self._emotion += speaking * result.user_emotion[0]
             self._language += speaking * result.language[0]
+        name = self._estimate.name(0) if self._estimate else None
+        if name != self._shown and not self._reply.text:
+            self._write(f"(you sound {name})\n" if name else "")
+            self._shown = name
         new = self._reply.push(token)
         self._silent = 0.0 if token != PAD else self._silent + self._patch_seconds
         if new:
@@ -191,7 +201,7 @@ def answer_recordings(
     could not be written where it should, at once what stopped a call."""
     failures = []
     for path, out, (audio, turn) in zip(args.wav, args.out, questions, strict=True):
-        transcript = Transcript(engine.lm, engine.patch_seconds)
+        transcript = Transcript(engine.lm, engine.patch_seconds, estimate=engine.user_emotion)
         end = f"speech ends at {turn.end:.2f} s, by {turn.source}" if turn else "no speech found"
         print(f"{path}: {len(audio) / SAMPLE_RATE:.2f} s, {end}")
         how = args.tail_seconds, not args.fast
@@ -389,7 +399,10 @@ def main(argv: list[str] | None = None) -> None:
         device_rate(sounddevice)
     codec, lm = load_models(args.codec, args.lm, str(device))
     print(f"codec {args.codec}, dialogue model {args.lm}, on {device}, seed {args.seed}")
-    engine = DuplexEngine(codec, lm, 1, lm_sampling(args), args.seed, args.vad_flush)
+    engine = DuplexEngine(
+        codec, lm, 1, lm_sampling(args), args.seed, args.vad_flush,
+        emotion_strength=args.emotion_strength,
+    )  # fmt: skip
     engine.set_voice(0, args.emotion, args.language)
     delay = lm.config.acoustic_delay / lm.config.frame_rate
     ledger = LatencyLedger(engine.patch_seconds, delay, engine.warm_up())
@@ -397,7 +410,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.wav:
             answer_recordings(engine, questions, ledger, args)
         else:
-            transcript = Transcript(engine.lm, engine.patch_seconds)
+            transcript = Transcript(engine.lm, engine.patch_seconds, estimate=engine.user_emotion)
             print("Speak when you like; Ctrl-C ends the call. Wear headphones, or it hears itself.")
             MicrophoneCall(engine, sounddevice, ledger, transcript, VoiceDetector()).run()
             print(f"\n{transcript.user_line()}\n")

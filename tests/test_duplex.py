@@ -101,7 +101,7 @@ class FakeLM(torch.nn.Module):
             frame_rate=50.0,
             frames_per_step=2,
             acoustic_delay=0,
-            emotions=EMOTIONS,
+            emotions=EMOTIONS, emotion_dim=0,
             languages=LANGUAGES[:3],
         )
         self.tokenizer = SimpleNamespace(decode=lambda ids: " ".join(f"w{i}" for i in ids))

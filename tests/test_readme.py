@@ -145,6 +145,8 @@ SMALL = {
     "--num_workers 0",
     "train_s2s.py": "--preset tiny --batch_size 2 --num_epochs 1 --num_workers 0 "
     "--epoch_hours 0.01 --context_seconds 2 --window_seconds 3 --max_steps 3 --threads 1",
+    "finetune_emotion.py": "--preset tiny --batch_size 2 --num_epochs 1 --num_workers 0 "
+    "--epoch_hours 0.01 --max_steps 3 --threads 1 --set emotion_dim=16",
     "evaluate_s2s.py": "--languages english --intents greeting --questions_per_exchange 1 "
     "--judge none",
     "stream_demo.py": "--fast --tail_seconds 0.5 --wav samples/question_english.wav "
@@ -177,6 +179,10 @@ def sources(server, tmp_path) -> str:
         (tmp_path / f"own/speaker{n}").mkdir(parents=True)
         body = coded(".wav", seconds=2, rate=24000, hertz=150 + 10 * n)
         (tmp_path / f"own/speaker{n}/a.wav").write_bytes(body)
+    for n in range(8):  # CREMA-D as its owners ship it
+        path = tmp_path / f"AudioWAV/100{n}_DFA_{('SAD', 'HAP')[n % 2]}_XX.wav"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(coded(".wav", seconds=2, rate=16000, hertz=150 + 10 * n))
     (tmp_path / "client").mkdir()
     (tmp_path / "client/datacollective.py").write_text(CLIENT)
     mirrors = " ".join(f"{name}={tmp_path / 'kathbath'}" for name in corpora)
@@ -195,6 +201,8 @@ def small(line: str, root: Path, sources: str) -> str:
     script = re.match(r"python (\w+\.py)", line)
     if not script or "--export" in line:
         return line
+    if script[1] == "finetune_emotion.py":
+        line = f"mkdir -p data/emotion && cp -r {root / 'AudioWAV'} data/emotion/ && {line}"
     if script[1] == "augment_telugu.py":
         line = f"mkdir -p data/english && cp -r {root / 'own'} data/english/ && {line}"
     return f"{line} {sources if script[1] == 'download_data.py' else SMALL[script[1]]}"
