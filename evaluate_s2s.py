@@ -45,8 +45,9 @@ from codec import Codec
 from command import ArgumentParser, UserError, number, run, whole, writable_file, write_text
 from data import SPLITS
 from dialogues import SPOKEN, Exchange, choose_exchanges, load_scripts
-from duplex import DuplexEngine, load_models
+from duplex import DuplexEngine, EmotionEstimate, load_models
 from phones import JOINERS, phonemize
+from prosody import ProsodyJudge
 from s2s import PAD, S2S, Sampling
 from takes import Take, draw_voice, make_takes, speak, user_voices
 from training import setup_distributed
@@ -61,6 +62,7 @@ MAX_AUDIO_ERROR = 0.6  # of a right reply, of the judge's phones
 TRUSTED = 0.8  # a judge's least accuracy
 JUDGE_REPLIES = 40  # a language at most on which a judge is examined
 JUDGE_SPEED, JUDGE_RATE = 0.93, 16000
+STYLES_ASKED = ("neutral", "happy", "sad", "angry", "calm")  # of users and of the agent
 TARGETS = {"english": 0.7, "hindi": 0.5, "telugu": 0.5}
 
 
@@ -129,6 +131,7 @@ class Call:
     language: str
     audio: np.ndarray
     turns: tuple[AskedTurn, ...]
+    agent_emotion: str | None = None
 
 
 def ask(
@@ -201,7 +204,7 @@ def hold_calls(
 ) -> list[dict[str, np.ndarray]]:
     """Plays every call to a slot of one engine, as fast as the machine goes; those of like length
     share a round. Of each, in order of `calls`, the slot's rows of `TickResult`, one a patch of the
-    input: audio `[P, T]`, text `[P]`, user_emotion `[P, 8]`, language `[P, 3]`."""
+    input: audio `[P, T]`, text, user_speaking `[P]`, user_emotion `[P, 8]`, language `[P, 3]`."""
     drawn = args.temperature, Sampling.top_k, args.text_temperature
     sampling = Sampling(*drawn, eagerness=args.eagerness)
     engine = DuplexEngine(codec, lm, min(args.slots, len(calls)), sampling, args.seed)
@@ -217,7 +220,8 @@ def hold_calls(
         frames = np.zeros((engine.slots, counts.max(), length), np.float32)
         for slot, i in enumerate(batch):
             frames[slot].reshape(-1)[: len(calls[i].audio)] = calls[i].audio
-            engine.set_voice(slot, language=calls[i].language if args.tell_language else None)
+            language = calls[i].language if args.tell_language else None
+            engine.set_voice(slot, calls[i].agent_emotion, language)
         ticks = [
             engine.tick(frames[:, tick], active=tick < counts)
             for tick in tqdm(range(counts.max()), "calls", unit="tick", disable=None)
@@ -225,7 +229,7 @@ def hold_calls(
         for slot, i in enumerate(batch):
             replies[i] = {
                 name: np.stack([getattr(tick, name)[slot] for tick in ticks[: patches[i]]])
-                for name in ("audio", "text", "user_emotion", "language")
+                for name in ("audio", "text", "user_speaking", "user_emotion", "language")
             }
     return [replies[i] for i in range(len(calls))]
 
@@ -406,6 +410,166 @@ def goals(language: str, summary: dict) -> dict[str, bool | None]:
     }
 
 
+# ---------------------------------------------------------------------------------- emotion
+
+
+def styled_calls(exchanges, language: str, args, rng: np.random.Generator) -> list[Call]:
+    """`--styled` calls a style of one utterance each: wordings and voices of the split."""
+    voices, calls = user_voices(language, args.split), []
+    chosen = choose_exchanges(exchanges, language, args.split, args.intents)
+    texts = sorted({text for e in chosen for line in e.lines[::2] for text in line.texts})
+    requests = []
+    for i in range(args.styled * len(STYLES_ASKED)):
+        text, voice = texts[int(rng.integers(len(texts)))], draw_voice(voices, rng)
+        style, seed = STYLES_ASKED[i % len(STYLES_ASKED)], int(rng.integers(2**31))
+        speed = float(rng.uniform(*SPEED))
+        requests.append(speech.Request(text, language, voice, speed, style, seed))
+    for i, (request, take) in enumerate(zip(requests, make_takes(requests), strict=True)):
+        if not isinstance(take, UserError):
+            calls.append(_one_turn(f"{language}-{i}", request, take, ""))
+    return calls
+
+
+def _one_turn(name: str, request: speech.Request, take: Take, reply: str, tail: float = 0.5):
+    """A call of one utterance; `tail` seconds of silence behind it."""
+    edges = (round(s * SAMPLE_RATE) for s in (LEAD_IN_SECONDS, tail))
+    start, end = LEAD_IN_SECONDS + take.onset, LEAD_IN_SECONDS + take.offset
+    turn = AskedTurn(start, end, request.text, request.emotion, reply)
+    return Call(name, request.language, np.pad(take.audio, tuple(edges)), (turn,))
+
+
+def recognised(agent: dict, lm: S2S) -> tuple[np.ndarray, list[str | None]]:
+    """Posterior `[P, 8]` and name of the user's emotion after each patch, as a call shows them."""
+    estimate = EmotionEstimate(1, lm.config.emotions, 1 / lm.config.patch_rate)
+    posteriors, names = [], []
+    for emotion, speaking in zip(agent["user_emotion"], agent["user_speaking"], strict=True):
+        estimate.update(emotion[None], speaking[None], np.ones(1, bool))
+        posteriors.append(estimate.posterior[0].copy())
+        names.append(estimate.name(0))
+    return np.stack(posteriors), names
+
+
+def detection(calls: Sequence[Call], agents: Sequence[dict], lm: S2S) -> dict:
+    """How well emotions are told at the end of an utterance: confusion (asked → told), unweighted
+    and weighted accuracy, seconds of speech to the last change of the name, and the expected
+    calibration error of the posterior in ten bins (Guo et al. 2017)."""
+    confusion = {style: Counter() for style in STYLES_ASKED}
+    hits, sure, seconds, rate = [], [], [], lm.config.patch_rate
+    for call, agent in zip(calls, agents, strict=True):
+        posteriors, names = recognised(agent, lm)
+        [turn] = call.turns
+        first, last = (int(s * rate) for s in (turn.start, turn.end))
+        told = lm.config.emotions[int(posteriors[last].argmax())]
+        confusion[turn.emotion][told] += 1
+        hits.append(told == turn.emotion)
+        sure.append(float(posteriors[last].max()))
+        if names[last] is not None:
+            changes = [t for t in range(first, last) if names[t] != names[t + 1]]
+            seconds.append((max(changes, default=first) + 1 - first) / rate)
+    hits, sure = np.array(hits), np.array(sure)
+    bins = np.minimum((sure * 10).astype(int), 9)
+    errors = [abs(hits[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean()
+              for b in set(bins.tolist())]  # fmt: skip
+    own = [row[style] / max(1, row.total()) for style, row in confusion.items()]
+    return {
+        "utterances": len(calls), "unweighted_accuracy": round(float(np.mean(own)), 4),
+        "weighted_accuracy": _share(hits), "sure": round(len(seconds) / len(calls), 4),
+        "stable_p50_s": round(float(np.median(seconds)), 2) if seconds else None,
+        "stable_p95_s": round(float(np.percentile(seconds, 95)), 2) if seconds else None,
+        "calibration_error": round(float(sum(errors)), 4),
+        "confusion": {style: dict(row) for style, row in confusion.items()},
+    }  # fmt: skip
+
+
+def by_prosody(calls: Sequence[Call], exchanges, language: str, args, rng) -> float:
+    """Unweighted accuracy of the prosody judge on the same utterances, after as many of the
+    training split: what the styles give away without any model."""
+    train = argparse.Namespace(**{**vars(args), "split": "train"})
+    known = styled_calls(exchanges, language, train, rng)
+    judge = ProsodyJudge([c.audio for c in known], [c.turns[0].emotion for c in known], args.seed)
+    told = judge.judge([call.audio for call in calls])
+    asked = [call.turns[0].emotion for call in calls]
+    shares = [np.mean([t == a for t, a in zip(told, asked, strict=True) if a == style])
+              for style in set(asked)]  # fmt: skip
+    return round(float(np.mean(shares)), 4)
+
+
+def empathy(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict | None:
+    """The sad and the glad reading of the same words by the same voice: shares of pairs answered
+    twice, of those with different replies, and of readings that get the reply written for them."""
+    mine = [e for e in exchanges if e.language == language and e.intent == "empathy"]
+    mine = [e for e in mine if e.held_out == (args.split != "train")]
+    voices, requests, wanted = user_voices(language, args.split), [], []
+    twins = {}
+    for exchange in mine:
+        twins.setdefault(exchange.lines[0].texts, []).append(exchange)
+    for texts, pair in twins.items():
+        voice, seed = draw_voice(voices, rng), int(rng.integers(2**31))
+        for exchange in pair:
+            line = exchange.lines[0]
+            requests.append(speech.Request(texts[0], language, voice, 1.0, line.emotion, seed))
+            wanted.append(exchange.lines[1].texts[0])
+    takes = make_takes(requests)
+    if not requests or any(isinstance(take, UserError) for take in takes):
+        return None
+    parts = zip(requests, takes, wanted, strict=True)
+    calls = [_one_turn(f"pair-{i}", *part, TAIL_SECONDS) for i, part in enumerate(parts)]
+    replies = sorted(set(wanted))
+    turns = [judge_call(*pair, lm, replies, None)[0]
+             for pair in zip(calls, hold_calls(codec, lm, calls, args), strict=True)]  # fmt: skip
+    texts = {normalise(reply): normalise(reply) for reply in replies}
+    near = [nearest(normalise(turn["said"]), texts)[0] for turn in turns]
+    both = [(a, b) for a, b in zip(near[::2], near[1::2], strict=True) if a and b]
+    return {
+        "pairs": len(turns) // 2, "both_answered": round(2 * len(both) / len(turns), 4),
+        "different": _share([a != b for a, b in both]),
+        "fitting": _share([turn["text"] for turn in turns]),
+    }  # fmt: skip
+
+
+def control(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict:
+    """Whether replies sound as they were told to, by the prosody judge, who has seen the agent's
+    own voice in each style, through the codec; and how often it is right on that voice itself."""
+    replies = list(training_replies(exchanges, language, args))
+    agent = speech.voices(language, "agent")[0]
+    made = {"train": ([], []), "test": ([], [])}
+    for part, (audios, styles) in made.items():
+        speed, texts = (1.0, replies[::2]) if part == "train" else (JUDGE_SPEED, replies[1::2])
+        pairs = itertools.product(texts, STYLES_ASKED)
+        requests = [speech.Request(text, language, agent, speed, style) for text, style in pairs]
+        for request, said in zip(requests, speak(requests), strict=True):
+            if not isinstance(said, UserError):
+                audios.append(_through(codec, said.audio))
+                styles.append(request.emotion)
+    judge = ProsodyJudge(*made["train"], args.seed)
+    own = np.mean([a == b for a, b in zip(judge.judge(made["test"][0]), made["test"][1],
+                                          strict=True)])  # fmt: skip
+    neutral = argparse.Namespace(**{**vars(args), "emotions": "neutral"})
+    asked, _ = ask(exchanges, language, neutral)
+    calls = [replace(call, agent_emotion=style) for call in asked for style in STYLES_ASKED]
+    told = []
+    for call, side in zip(calls, hold_calls(codec, lm, calls, args), strict=True):
+        audio = side["audio"].reshape(-1)[int(call.turns[0].end * SAMPLE_RATE) :]
+        if ledger.frame_levels(audio).max() > ledger.QUIET_DBFS:
+            told.append((call.agent_emotion, judge.judge([audio])[0]))
+    shares = [np.mean([b == a for a, b in told if a == style]) for style in STYLES_ASKED
+              if any(a == style for a, _ in told)]  # fmt: skip
+    return {"replies": len(told), "accuracy": round(float(np.mean(shares)), 4) if told else None,
+            "judge_on_the_agents_voice": round(float(own), 4)}  # fmt: skip
+
+
+def evaluate_emotion(codec: Codec, lm: S2S, exchanges, language: str, args) -> dict:
+    """`--emotion`: detection, control and empathy of one language."""
+    rng = np.random.default_rng([args.seed, SPOKEN.index(language), 7])
+    calls = styled_calls(exchanges, language, args, rng)
+    found = {"detection": detection(calls, hold_calls(codec, lm, calls, args), lm)}
+    found["detection"]["prosody_judge"] = by_prosody(calls, exchanges, language, args, rng)
+    found["empathy"] = empathy(codec, lm, exchanges, language, args, rng)
+    found["control"] = control(codec, lm, exchanges, language, args, rng)
+    print(f"{language}: emotion {json.dumps(found)}", flush=True)
+    return found
+
+
 # ---------------------------------------------------------------------------------- running
 
 
@@ -438,6 +602,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--judge", choices=("auto", "none", "hama"), default="auto", help="of the replies' audio")
     add("--output", type=Path, help="file for the summary and every turn, as JSON")
     add = parser.add_argument_group("advanced").add_argument
+    add("--emotion", action="store_true", help="detection, control and empathy in its place")
+    add("--styled", type=whole(1), default=24, help="with --emotion: utterances a style")
     add("--scripts", type=Path, default=HERE / "conversations")
     add("--emotions", choices=("neutral", "scripted"), default="neutral", help="of the user")
     add("--tell_language", action="store_true", help="tell the model the call's language")
@@ -470,6 +636,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if args.judge != "none":
             speech.voices(language, "agent")
     codec, lm = load_models(args.codec, args.lm, str(device))
+    if args.emotion:
+        found = {x: evaluate_emotion(codec, lm, exchanges, x, args) for x in args.languages}
+        text = json.dumps({"lm": str(args.lm), "seed": args.seed, "emotion": found})
+        if args.output:
+            write_text(args.output, text)
+        return print(text)
     judge = load_judge(args.judge)
     summaries, turns, failed = {}, {}, []
     for language in args.languages:
