@@ -37,6 +37,7 @@ from codec import Codec
 from command import ArgumentParser, UserError, number, run, whole
 from data import LANGUAGES, SPLITS
 from dialogues import CODEBOOKS, SPOKEN, Exchange, Recording, choose_exchanges, digest
+from dialogues import load_code_dataset as load_code_dataset  # what reads the datasets made here
 from takes import Take, draw_voice, faded, insert_pause, make_takes, shift_spans, user_voices
 from training import setup_distributed
 

@@ -291,6 +291,7 @@ def test_clips_are_a_list_in_columns(tmp_path):
     assert list(clips) == listed and clips == listed and clips[3] == listed[3]
     assert clips[-1] == listed[-1] and clips[1:6:2] == listed[1:6:2]
     assert data.Clips(clips[:2].table, clips[2:4].table, clips[4:].table) == listed
+    assert clips[:3] + listed[3:] == listed
     with pytest.raises(IndexError):
         clips[7]
     assert pickle.loads(pickle.dumps(clips)) == listed and data.Clips.of(clips) is clips
