@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 import checkpoints
@@ -265,12 +265,13 @@ def train(args, run: training.Run) -> None:
         checkpoints.inherit_weights(model, args.init_from)
     else:
         checkpoints.fill(model, checkpoint.tensors, checkpoint.path)
-    branch = [model.emotion]
     rest = [module for name, module in model.named_children() if name != "emotion"]
-    optimizers = {}
-    for name, modules, rate in (("branch", branch, args.branch_lr), ("lm", rest, args.lr)):
+    learning = {"detection": ("branch",), "dialogue": ("branch", "lm")}
+    optimizers, weights = {}, {}
+    for name, modules, rate in (("branch", [model.emotion], args.branch_lr), ("lm", rest, args.lr)):
         groups = training.parameter_groups(modules, weight_decay=0.05)
         optimizers[name] = torch.optim.AdamW(groups, rate, (0.9, 0.95), fused=True)
+        weights[name] = [weight for module in modules for weight in module.parameters()]
     guard = training.StepGuard()
     run.parts |= {**optimizers, "guard": guard}
     del checkpoint
@@ -289,13 +290,12 @@ def train(args, run: training.Run) -> None:
             row |= {**losses, **metrics}
         model.zero_grad(set_to_none=True)
         loss.backward()
-        training.average_gradients(model.parameters())
-        norm = nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
-        bad = guard.watch(loss, norm)
-        for name in ("branch", "lm") if phase == "dialogue" else ("branch",):
-            optimizers[name].found_inf = bad  # 1: the fused optimizer stands still
-            optimizers[name].step()
-        return {name: v.detach() for name, v in {**row, "loss": loss, "grad_norm": norm}.items()}
+        row |= {"loss": loss}
+        # Clipped apart: the LM's gradient is the larger by far.
+        for name in learning[phase]:
+            own = optimizers[name], weights[name]
+            row[f"grad_norm_{name}"] = guard.step(*own, loss, settings.grad_clip)
+        return {name: value.detach() for name, value in row.items()}
 
     run.stored = lambda: {
         "config": checkpoints.stored_config("s2s", config),

@@ -380,8 +380,8 @@ def test_validation_shows_what_breaks_past_the_context(world, monkeypatch):
     right = train_s2s.validate(model, batches, torch.device("cpu"))
     plain = S2S.hidden
 
-    def broken(self, batch):
-        hidden = plain(self, batch)
+    def broken(self, batch, recognised):
+        hidden = plain(self, batch, recognised)
         return torch.cat((hidden[:, :20], hidden[:, 20:].flip(-1)), dim=1)
 
     monkeypatch.setattr(S2S, "hidden", broken)
