@@ -470,7 +470,7 @@ def detection(calls: Sequence[Call], agents: Sequence[dict], lm: S2S) -> dict:
     bins = np.minimum((sure * 10).astype(int), 9)
     errors = [abs(hits[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean()
               for b in set(bins.tolist())]  # fmt: skip
-    own = [row[style] / max(1, row.total()) for style, row in confusion.items()]
+    own = [row[style] / row.total() for style, row in confusion.items() if row]
     return {
         "utterances": len(calls), "unweighted_accuracy": round(float(np.mean(own)), 4),
         "weighted_accuracy": _share(hits), "sure": round(len(seconds) / len(calls), 4),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+import evaluate_s2s
 from audio import read_audio
+from data import EMOTIONS
 from duplex import QUIET_TICKS, DuplexEngine, EmotionEstimate, load_models
+from prosody import ProsodyJudge, prosody
 from s2s import guided
 
 NAMES = ("neutral", "happy", "sad")
@@ -97,3 +102,49 @@ def test_an_emotion_set_in_mid_reply_waits_for_its_end(pair):
 def test_unknown_emotion_is_named(pair):
     with pytest.raises(Exception, match="gleeful"):
         DuplexEngine(*pair).set_voice(0, "gleeful")
+
+
+def call(emotion: str, seconds: float = 1.0) -> evaluate_s2s.Call:
+    turn = evaluate_s2s.AskedTurn(0.4, 0.4 + seconds, "words", emotion, "")
+    audio = np.zeros(round((0.8 + seconds) * 24_000), np.float32)
+    return evaluate_s2s.Call("id", "english", audio, (turn,))
+
+
+def side(*told: tuple[int, int], patches: int = 45) -> dict:
+    """What an LM makes of a call: from patch to patch, another emotion."""
+    user_emotion = np.full((patches, 8), 0.01)
+    for first, emotion in told:
+        user_emotion[first:] = 0.01
+        user_emotion[first:, emotion] = 0.93
+    speaking = np.zeros(patches)
+    speaking[10:35] = 1.0
+    return {"user_emotion": user_emotion, "user_speaking": speaking}
+
+
+def test_detection_counts_what_is_told_at_the_end_and_when_it_settles():
+    lm = SimpleNamespace(config=SimpleNamespace(emotions=EMOTIONS, patch_rate=25.0))
+    happy, sad = EMOTIONS.index("happy"), EMOTIONS.index("sad")
+    calls = [call("happy"), call("happy"), call("sad")]
+    agents = [side((0, happy)), side((0, sad)), side((0, sad))]
+    found = evaluate_s2s.detection(calls, agents, lm)
+    assert found["confusion"]["happy"] == {"happy": 1, "sad": 1}
+    assert found["weighted_accuracy"] == pytest.approx(2 / 3, abs=1e-3)
+    assert found["unweighted_accuracy"] == pytest.approx((0.5 + 1) / 2, abs=1e-3)
+    assert found["sure"] == 1.0 and found["stable_p50_s"] == pytest.approx(0.44, abs=0.05)
+    assert found["calibration_error"] > 0.2
+
+
+def test_the_prosody_judge_tells_high_and_loud_from_low_and_soft():
+    pytest.importorskip("sklearn")
+    rng, time = np.random.default_rng(0), np.arange(24_000) / 24_000
+
+    def voice(hertz: float, level: float) -> np.ndarray:
+        pulses = sum(np.sin(2 * np.pi * hertz * rng.uniform(0.97, 1.03) * k * time) / k
+                     for k in range(1, 12))  # fmt: skip
+        return (level * pulses * (0.6 + 0.4 * np.sin(2 * np.pi * 4 * time))).astype(np.float32)
+
+    made = {"happy": (260, 0.2), "sad": (120, 0.04)}
+    examples = [(voice(*how), name) for name, how in made.items() for _ in range(8)]
+    judge = ProsodyJudge(*map(list, zip(*examples, strict=True)))
+    assert judge.judge([voice(250, 0.18), voice(125, 0.05)]) == ["happy", "sad"]
+    assert not prosody(np.zeros(24_000, np.float32)).any()
