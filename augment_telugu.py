@@ -241,7 +241,7 @@ def augment(args: argparse.Namespace) -> None:
             plans = choose_plans(plan_copies(sources, root, args.seed), names, wanted)
         if plans:
             hours = sum(plan.copy_seconds for plan in plans) / 3600
-            check_disk(final.parent, args.format, hours)
+            check_room(final.parent, args.format, hours)
         else:
             print("nothing to make: the hours asked for are there (--hours all makes every copy)")
             if not made:
@@ -325,7 +325,7 @@ def hours_of(rows: Iterable[dict]) -> float:
     return sum(row["duration"] for row in rows) / 3600
 
 
-def check_disk(folder: Path, suffix: str, hours: float) -> None:
+def check_room(folder: Path, suffix: str, hours: float) -> None:
     """Say what is about to be made; UserError where the disk is too small."""
     needed, free = hours * FORMATS[suffix], shutil.disk_usage(folder).free / 1e9
     said = f"{hours:,.2f} h of {suffix}, about {needed:,.2f} GB; {free:,.2f} GB are free"
@@ -435,7 +435,7 @@ def _synthetic_clip(path: Path, request: speech.Request, said: speech.Utterance)
     )  # fmt: skip
 
 
-def synthesize(args: argparse.Namespace) -> None:
+def speak_texts(args: argparse.Namespace) -> None:
     """Job 2: --synthesize_hours of Telugu speech into synthetic_ENGINE below --input_dir."""
     root = command.existing_folder(args.input_dir, "--input_dir")
     with output_folder(root / f"{SYNTHETIC}_{args.engine}", "--input_dir") as (folder, final):
@@ -456,7 +456,7 @@ def synthesize(args: argparse.Namespace) -> None:
         size = min(SYNTHETIC_PART_SECONDS, args.synthesize_hours * 3600)
         count = math.ceil(args.synthesize_hours * 3600 / size - 1e-9)
         missing = missing_parts(folder, count)
-        check_disk(final.parent, args.format, len(missing) * size / 3600)
+        check_room(final.parent, args.format, len(missing) * size / 3600)
         command.write_text(folder / TEXTS, "\n".join(texts))
         work = functools.partial(make_speech, folder, args, size)
         # A GPU is fed by one process.
@@ -509,7 +509,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.list_engines:
         print_engines()
     elif args.synthesize_hours is not None:
-        synthesize(args)
+        speak_texts(args)
     else:
         augment(args)
 

@@ -527,7 +527,7 @@ def _take_rows(job: Job, shard: Shard, path: Path) -> None:
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         for rows in fetching.parquet_rows(path, needed, more):
             job.bar.advance(0, f"unpacking row {rows[0][0]}")
-            found = pool.map(lambda row: _clip_of_row(job, shard, folder, *row), rows)
+            found = pool.map(lambda row: _clip_of_shard_row(job, shard, folder, *row), rows)
             for one in filter(None, found):
                 job.take(one)
             if job.stops_here():
@@ -535,7 +535,7 @@ def _take_rows(job: Job, shard: Shard, path: Path) -> None:
     job.bar.advance(0, "")
 
 
-def _clip_of_row(
+def _clip_of_shard_row(
     job: Job, shard: Shard, folder: Path, number: int, row: dict
 ) -> data.Clip | str | None:
     """The row as a clip, its audio written; why it is none; None where it is of no interest."""

@@ -166,13 +166,13 @@ class EmotionEstimate:
         speaks = speaking > 0.5
         self.reset(active & speaks & (self._pause >= self.PAUSE_SECONDS))
         self._pause[active] = np.where(speaks, 0, self._pause + self._tick)[active]
-        heard = np.flatnonzero(active & speaks)
+        voiced = np.flatnonzero(active & speaks)
         keep = np.exp(-self._tick / self.MEMORY_SECONDS)
-        logs = np.log(probabilities[heard] + 1e-6)
-        self._scores[heard] = keep * self._scores[heard] + self._tick * logs
-        self._speech[heard] = keep * self._speech[heard] + self._tick
-        mean = np.exp(self._scores[heard] / self._speech[heard, None])
-        self.posterior[heard] = mean / mean.sum(1, keepdims=True)
+        logs = np.log(probabilities[voiced] + 1e-6)
+        self._scores[voiced] = keep * self._scores[voiced] + self._tick * logs
+        self._speech[voiced] = keep * self._speech[voiced] + self._tick
+        mean = np.exp(self._scores[voiced] / self._speech[voiced, None])
+        self.posterior[voiced] = mean / mean.sum(1, keepdims=True)
 
     def name(self, slot: int) -> str | None:
         """The user's emotion in this turn, None while not sure yet."""

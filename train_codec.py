@@ -475,7 +475,7 @@ class Learner:
         return {name: value.detach() for name, value in row.items()} | {"codes": info.codes}
 
 
-def load_teacher(args: argparse.Namespace, run: training.Run):
+def run_teacher(args: argparse.Namespace, run: training.Run):
     """The teacher and the cache of its targets, where the run has them; UserError for flags that do
     not go together."""
     if args.cuda_graph and (run.device.type != "cuda" or run.process.world_size > 1):
@@ -497,7 +497,7 @@ def load_teacher(args: argparse.Namespace, run: training.Run):
 
 def train(args: argparse.Namespace, run: training.Run) -> None:
     process, device, settings = run.process, run.device, run.settings
-    teacher, cache = load_teacher(args, run)
+    teacher, cache = run_teacher(args, run)
     training.seed_everything(args.seed)  # whichever teacher there is, the same weights
     if args.cuda_graph:  # what it holds must live on a stream of its own from the start
         torch.cuda.set_stream(torch.cuda.Stream(device))

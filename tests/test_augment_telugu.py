@@ -402,12 +402,12 @@ def test_a_really_full_disk(corpus, tmp_path):
     try:
         output = ["--output_dir", str(small / "out" / "augmented"), "--format", "flac"]
         arguments = ["--input_dir", str(corpus), "--hours", "all", "--num_workers", "0"]
-        at.check_disk, check = lambda *more: None, at.check_disk
+        at.check_room, check = lambda *more: None, at.check_room
         try:
             with pytest.raises((command.UserError, OSError)) as caught:
                 at.main([*arguments, *output])
         finally:
-            at.check_disk = check
+            at.check_room = check
         assert "disk" in str(caught.value) or "space" in str(caught.value)
         leftovers = [p for p in small.rglob("*.flac") if soundfile.info(p).frames < 8000]
         assert not leftovers
