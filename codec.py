@@ -469,3 +469,10 @@ def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:
     names = [name for name in tensors if name.startswith(("encoder.", "quantizer."))]
     parts = {name: tensors[name] for name in names if not name.endswith(STATISTICS)}
     return checkpoints.fingerprint(fields, parts)
+
+
+@torch.inference_mode()
+def silence_codes(codec: Codec, device: torch.device, num_codebooks: int = 8) -> Tensor:
+    """The codes `[1, K, F]` of a second of digital silence; the last are what it settles on."""
+    second = torch.zeros(1, 1, codec.config.sample_rate, device=device)
+    return codec.encode(second, num_codebooks=num_codebooks)

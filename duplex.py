@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from audio import SAMPLE_RATE
-from codec import Codec
+from codec import Codec, silence_codes
 from command import UserError
 from ledger import LEVEL_SECONDS, QUIET_DBFS, StageTimes, frame_levels
 from s2s import PAD, S2S, Sampling
@@ -235,14 +235,10 @@ class DuplexEngine:
         self.user_emotion = EmotionEstimate(slots, lm.config.emotions, self.patch_seconds)
         self.queues = [PatchQueue(self.patch_samples) for _ in range(slots)]
         self._flush = BargeInFlush(slots)
-        self._silence = self._silence_codes() if vad_flush else None
-
-    @torch.inference_mode()
-    def _silence_codes(self) -> torch.Tensor:
-        """The codes [B, K, p] that the codec settles on after a second of digital silence."""
-        second = torch.zeros(1, 1, self.codec.config.sample_rate, device=self.device)
-        codes = self.codec.encode(second, num_codebooks=self.num_codebooks)
-        return codes[..., -self.frames_per_step :].repeat(self.slots, 1, 1)
+        self._silence = None  # codes [B, K, p]
+        if vad_flush:
+            silent = silence_codes(codec, self.device, self.num_codebooks)
+            self._silence = silent[..., -self.frames_per_step :].repeat(slots, 1, 1)
 
     def reset(self, slot: int | None = None) -> None:
         """Forget one slot's call; or all, and draw from the seed again. Voice settings stay."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import audio
 import data
-from codec import Codec
+from codec import Codec, silence_codes
 from command import UserError
 from data import Clip, split_for
 from dialogues import load_code_dataset, save_code_dataset
@@ -120,13 +120,15 @@ def hold_out_speakers(clips: Sequence[Clip]) -> tuple[list[Clip], list[Clip]]:
     """(training, validation) clips without a speaker in both; test clips in neither.
 
     Where no clip is of split validation, one speaker in six is held out, at least one; a clip
-    without a speaker is a speaker of its own.
+    without a speaker is a speaker of its own. Raises UserError where one of the two has none.
     """
     train = [clip for clip in clips if clip.split == "train"]
     validation = [clip for clip in clips if clip.split == "validation"]
-    if validation or len({_speaker(clip) for clip in train}) < 2:
-        return train, validation
     speakers = sorted({_speaker(clip) for clip in train})
+    if len(speakers) + bool(validation) < 2 or not train:
+        raise UserError("emotional speech of two speakers is needed, one of them to validate")
+    if validation:
+        return train, validation
     chosen = set(random.Random(0).sample(speakers, max(1, len(speakers) // 6)))
     return (
         [clip for clip in train if _speaker(clip) not in chosen],
@@ -139,14 +141,6 @@ def _speaker(clip: Clip) -> str:
 
 
 # ------------------------------------------------------------------------------------ as codes
-
-
-def silence_codes(codec: Codec, num_codebooks: int = 8) -> np.ndarray:
-    """The codes `[K]` that the codec settles on after a second of digital silence."""
-    rate, device = codec.config.sample_rate, next(codec.parameters()).device
-    with torch.inference_mode():
-        codes = codec.encode(torch.zeros(1, 1, rate, device=device), num_codebooks)
-    return codes[0, :, -1].cpu().numpy().astype(np.uint16)
 
 
 def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch: int = 16):
@@ -168,8 +162,8 @@ def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch:
 
 
 def _rows(clips: Sequence[Clip], codec: Codec, batch: int) -> Iterator[dict]:
-    silent, failed = silence_codes(codec), 0
     device, hop = next(codec.parameters()).device, codec.config.hop
+    silent, failed = silence_codes(codec, device)[0, :, -1].cpu().numpy().astype(np.uint16), 0
     ordered = sorted(clips, key=lambda clip: clip.duration)  # little padding
     for first in tqdm(range(0, len(ordered), batch), desc="encoding", disable=None):
         read = []

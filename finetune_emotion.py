@@ -51,15 +51,11 @@ WITHOUT_EMOTION = ("neutral", "calm", None)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(training.Settings):
+class Settings(train_s2s.WindowSettings):
     """What seldom changes; `--set` changes it."""
 
     emotion_dim: int = setting(0, whole(0), "width of the emotion branch, 0: half of the LM's")
     speech_weight: float = setting(1.0, number(0), "of emotional speech beside conversations")
-    code_noise: float = setting(0.1, share, "share of user codes replaced by near ones")
-    frame_drop: float = setting(0.05, share, "share of user frames masked")
-    agent_drop: float = setting(0.3, share, "share of the agent's past levels and frames masked")
-    language_drop: float = setting(0.5, share, "share of windows without the language's label")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -59,17 +59,23 @@ MAX_TURN_TOKENS = 128  # of one of them; longer ones are not learnt from
 
 
 @dataclass(frozen=True)
-class Settings(training.Settings):
+class WindowSettings(training.Settings):
+    """What is done to windows of calls."""
+
+    code_noise: float = setting(0.1, share, "share of user codes replaced by near ones")
+    frame_drop: float = setting(0.05, share, "share of user frames masked")
+    agent_drop: float = setting(0.3, share, "share of the agent's past levels and frames masked")
+    language_drop: float = setting(0.5, share, "share of windows without the language's label")
+
+
+@dataclass(frozen=True)
+class Settings(WindowSettings):
     """What `--set` changes of the LM's training."""
 
     frames_per_step: int = setting(2, one_of(1, 2, 4), "codec frames in a patch")
     depth_order: str = setting("level", one_of("level", "frame"), "in which codes are written")
     acoustic_delay: int = setting(0, whole(0, 100), "frames")
     text_weight: float = setting(10.0, number(above=0), "of a token against PAD, in the loss")
-    code_noise: float = setting(0.1, share, "share of user codes replaced by near ones")
-    frame_drop: float = setting(0.05, share, "share of user frames masked")
-    agent_drop: float = setting(0.3, share, "share of the agent's past levels and frames masked")
-    language_drop: float = setting(0.5, share, "share of windows without the language's label")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
