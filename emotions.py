@@ -39,6 +39,8 @@ LABELS = {
 }  # fmt: skip
 MAX_SECONDS = 15.0  # of a clip; what is longer is cut there
 EDGE_SECONDS = 0.2  # of silence on both sides of a clip
+GAIN_DB = (-9.0, 3.0)  # of microphones, of which each speaker has
+MICROPHONES = 4
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,9 @@ def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch:
     """The code dataset of clips as the user's side of calls, made in `folder` unless it is there.
 
     A row is a clip between two short silences, its agent silent, its one turn of the user with the
-    emotion; `source` is the speaker. Clips are encoded `batch` at once, on the codec's device;
-    those that cannot be read are counted and left out. Returns the dataset.
+    emotion; `source` is the speaker at one of MICROPHONES, whose gain is drawn: that somebody is
+    loud says little by itself. Clips are encoded `batch` at once, on the codec's device; those that
+    cannot be read are counted and left out. Returns the dataset.
     """
     folder = Path(folder)
     if not (folder / "state.json").exists():
@@ -169,25 +172,29 @@ def _rows(clips: Sequence[Clip], codec: Codec, batch: int) -> Iterator[dict]:
         read = []
         for clip in ordered[first : first + batch]:
             try:
-                read.append((clip, audio.read_audio(clip.path, duration=MAX_SECONDS)))
+                samples = audio.read_audio(clip.path, duration=MAX_SECONDS)
             except audio.AudioError:
                 failed += 1
+                continue
+            source = f"{_speaker(clip)} at {random.Random(str(clip.path)).randrange(MICROPHONES)}"
+            gain = 10 ** (random.Random(source).uniform(*GAIN_DB) / 20)
+            read.append((clip, source, (samples * gain).clip(-1.0, 1.0)))
         if not read:
             continue
         edge = round(EDGE_SECONDS * audio.SAMPLE_RATE)
-        longest = max(len(samples) for _, samples in read) + 2 * edge
+        longest = max(len(samples) for *_, samples in read) + 2 * edge
         sound = torch.zeros(len(read), 1, longest)
-        for row, (_, samples) in zip(sound, read, strict=True):
+        for row, (*_, samples) in zip(sound, read, strict=True):
             row[0, edge : edge + len(samples)] = torch.from_numpy(samples)
         with torch.inference_mode():
             codes = codec.encode(sound.to(device), 8).cpu().numpy().astype(np.uint16)
-        for row, (clip, samples) in zip(codes, read, strict=True):
+        for row, (clip, source, samples) in zip(codes, read, strict=True):
             frames = -(-(len(samples) + 2 * edge) // hop)
             end = EDGE_SECONDS + len(samples) / audio.SAMPLE_RATE
             turn = {"who": "user", "start": EDGE_SECONDS, "end": end, "text": "",
                     "emotion": clip.emotion}  # fmt: skip
             yield {
-                "id": str(clip.path), "language": clip.language, "source": _speaker(clip),
+                "id": str(clip.path), "language": clip.language, "source": source,
                 "split": clip.split, "user_codes": row.T[:frames],
                 "agent_codes": np.tile(silent, (frames, 1)), "turns": [turn],
             }  # fmt: skip

@@ -35,7 +35,7 @@ import speech
 from audio import HOP, SAMPLE_RATE, read_channels, write_audio
 from codec import Codec
 from command import ArgumentParser, UserError, number, run, whole
-from data import LANGUAGES, SPLITS
+from data import EMOTIONS, LANGUAGES, SPLITS
 from dialogues import CODEBOOKS, SPOKEN, Exchange, Recording, choose_exchanges, digest
 from dialogues import load_code_dataset as load_code_dataset  # what reads the datasets made here
 from takes import Take, draw_voice, faded, insert_pause, make_takes, shift_spans, user_voices
@@ -126,9 +126,10 @@ def draw_microphone(rng: np.random.Generator) -> Microphone:
 
 def plan_conversation(
     exchanges: Sequence[Exchange], users: Sequence[speech.Voice], agent: speech.Voice,
-    rng: np.random.Generator,
+    rng: np.random.Generator, any_emotion: bool = False,
 ) -> Plan:  # fmt: skip
-    """Two to four exchanges in one user voice, or (IDLE_CHANCE) a call in which nobody speaks."""
+    """Two to four exchanges in one user voice, or (IDLE_CHANCE) a call in which nobody speaks.
+    `any_emotion`: each turn in one drawn at random, in place of the script's."""
     voice, speed, microphone = draw_voice(users, rng), rng.uniform(*SPEED), draw_microphone(rng)
     if rng.random() < IDLE_CHANCE:
         return Plan((), rng.uniform(*IDLE_SECONDS), microphone)
@@ -137,13 +138,14 @@ def plan_conversation(
     turns: list[PlannedTurn] = []
     for line, *what in [(line, e.intent, e.id) for e in chosen for line in e.lines]:
         text = line.texts[int(rng.integers(len(line.texts)))]
+        emotion = str(rng.choice(EMOTIONS)) if any_emotion else line.emotion
         if line.who == "agent":
-            request = speech.Request(text, agent.language, agent, 1.0, line.emotion)
+            request = speech.Request(text, agent.language, agent, 1.0, emotion)
             turns.append(PlannedTurn("agent", request, *what, rng.uniform(*ANSWER_GAP)))
             turns += _backchannel(voice, speed, rng)
         else:
             seed = int(rng.integers(2**31))
-            request = speech.Request(text, voice.language, voice, speed, line.emotion, seed)
+            request = speech.Request(text, voice.language, voice, speed, emotion, seed)
             turns.append(PlannedTurn("user", request, *what, **_timing(rng, first=not turns)))
     return Plan(tuple(turns), rng.uniform(*TAIL), microphone)
 
@@ -429,7 +431,8 @@ def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[di
         if part.seconds < math.inf:  # about 20 s each: do not make many too many
             size = min(size, max(1, round((part.seconds - seconds) / 18)))
         numbers = range(first, first + size)
-        plans = [plan_conversation(*cast, part_rng(args, part, n)) for n in numbers]
+        rngs = [part_rng(args, part, n) for n in numbers]
+        plans = [plan_conversation(*cast, rng, args.any_emotion) for rng in rngs]
         turns = [turn for plan in plans for turn in plan.turns]
         takes = make_takes([turn.request for turn in turns])
         spoken = list(zip(turns, takes, strict=True))
@@ -622,6 +625,7 @@ def make_dataset(args: argparse.Namespace) -> None:
         make, parts = make_scripted, _scripted_parts(args)
         named = ("split", "intents", "exchanges", "engines")
         source = {"source": "scripts", **{name: getattr(args, name) for name in named}}
+        source["any_emotion"] = args.any_emotion or None
     info = {
         "codec_fingerprint": codec.fingerprint, "frame_rate": config.frame_rate,
         "codebook_sizes": list(config.codebook_sizes[:CODEBOOKS]), "languages": args.languages,
@@ -684,6 +688,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--intents", default="", help="only these, comma-separated")
     add("--exchanges", choices=("archetypes", "all"), default="all", help="archetypes: *-001")
     add("--engines", nargs="+", metavar="NAME", help="of speech, the agent's first; default: all")
+    add("--any_emotion", action="store_true", help="turns in any, in place of the scripts' own")
     add("--split", choices=SPLITS, default="train")
     add("--save_audio", type=whole(0), default=0, help="write this many a language as WAV as well, "
         "of its first part (a dozen)")  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 
+import data
 import emotions
 from codec import Codec
 from command import UserError
@@ -104,7 +105,8 @@ def test_speakers_are_held_out_whole(shipped):
         emotions.hold_out_speakers(clips[:1])
 
 
-def test_clips_become_the_users_side_of_calls(shipped, tmp_path, capsys):
+def test_clips_become_the_users_side_of_calls(shipped, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(emotions, "GAIN_DB", (0.0, 0.0))
     codec = Codec.from_checkpoint("checkpoints/tiny/codec")
     clips = emotions.load_emotional([shipped])
     lost = emotions.replace(clips[0], path=shipped / "gone.wav")
@@ -120,3 +122,21 @@ def test_clips_become_the_users_side_of_calls(shipped, tmp_path, capsys):
     # Made once: the files may be gone then.
     again = emotions.encode_clips(clips, codec, tmp_path / "codes")
     assert len(again) == len(clips)
+
+
+def test_a_speaker_has_several_microphones_each_of_one_gain(tmp_path):
+    codec = Codec.from_checkpoint("checkpoints/tiny/codec")
+    for i in range(24):
+        sound(tmp_path / f"CREMA-D/AudioWAV/1001_DFA_ANG_X{i}.wav".replace("_X", "_H"))
+    clips = [
+        data.Clip(path, 0.5, 16000, "english", "ann", emotion="sad")
+        for path in sorted(tmp_path.rglob("*.wav"))
+    ]
+    rows = emotions.encode_clips(clips, codec, tmp_path / "codes")
+    levels = {}
+    for row in rows:
+        codes = emotions.torch.from_numpy(row["user_codes"].astype(np.int64)).T[None]
+        heard = codec.decode(codes)[0, 0, 4800:16800]
+        levels.setdefault(row["source"], []).append(20 * np.log10(float(heard.std())))
+    assert len(levels) == emotions.MICROPHONES
+    assert max(np.ptp(one) for one in levels.values()) < 1.5 < np.ptp(sum(levels.values(), []))

@@ -338,6 +338,18 @@ def espeak_role(language, role="user", split="train", engines=None):
 ALL_VOICES = speech.voices
 
 
+def test_turns_in_any_emotion_say_and_do_the_same_otherwise():
+    exchanges = mc.choose_exchanges(mc.scripts(SCRIPTS / "english.jsonl"), "english", "train")
+    cast = exchanges, [fake_voice("user")], fake_voice("agent", name="agent")
+    plans = [mc.plan_conversation(*cast, np.random.default_rng(i), True) for i in range(40)]
+    turns = [t for plan in plans for t in plan.turns if t.inside is None]
+    for who in ("user", "agent"):
+        assert {t.request.emotion for t in turns if t.who == who} == set(speech.STYLES)
+    lines = {line.texts: line for e in exchanges for line in e.lines}
+    assert any(t.request.emotion != line.emotion for t in turns
+               for texts, line in lines.items() if t.request.text in texts)  # fmt: skip
+
+
 @pytest.fixture
 def quick(monkeypatch):
     pytest.importorskip("espeakng_loader", reason="speech for this test: espeakng-loader")

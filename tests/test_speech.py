@@ -255,6 +255,15 @@ def test_speed_and_emotion_change_the_speech(engine):
     assert np.sqrt(np.mean(sad.audio**2)) < np.sqrt(np.mean(plain.audio**2))
 
 
+def test_a_tilt_is_so_many_decibels_an_octave():
+    noise = np.random.default_rng(0).standard_normal(SAMPLE_RATE).astype(np.float32)
+    power = [np.abs(np.fft.rfft(x)) ** 2 for x in (noise, speech._tilted(noise, -2.0))]
+    for low, high, octaves in ((100, 400, 0), (980, 1020, 1), (3900, 4100, 3), (9000, 11000, 4)):
+        before, after = (10 * np.log10(p[low:high].sum()) for p in power)
+        assert after - before == pytest.approx(-2.0 * octaves, abs=0.05)
+    assert speech._tilted(noise, 0.0) is noise
+
+
 @pytest.mark.parametrize("name", toy_voices._FOREIGN)
 def test_every_phone_can_be_said_by_foreign_voices(name):
     for language in TEXTS:
