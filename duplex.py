@@ -84,13 +84,13 @@ class QueuedPatch(NamedTuple):
 class PatchQueue(deque[QueuedPatch]):
     """One caller's input, cut into patches.
 
-    Beyond `MAX_QUEUED_PATCHES` the oldest are dropped. One silent patch stands for all that were
+    Beyond `most` the oldest are dropped. One silent patch stands for all that were
     dropped in a row, so that speech from before and after the gap is not spliced into new words.
     """
 
-    def __init__(self, patch_samples: int):
+    def __init__(self, patch_samples: int, most: int = MAX_QUEUED_PATCHES):
         super().__init__()
-        self.patch_samples = patch_samples
+        self.patch_samples, self.most = patch_samples, most
         self._rest = np.zeros(0, np.float32)
         self._next_index = 0
 
@@ -102,7 +102,7 @@ class PatchQueue(deque[QueuedPatch]):
         for patch in audio[:whole].reshape(-1, self.patch_samples):
             self.append(QueuedPatch(patch, arrived, self._next_index))
             self._next_index += 1
-            if bounded and len(self) > MAX_QUEUED_PATCHES:
+            if bounded and len(self) > self.most:
                 oldest, last = self.popleft(), self.popleft()
                 lost = max(oldest.lost, 1) + 1
                 self.appendleft(last._replace(audio=np.zeros_like(patch), lost=lost))
@@ -189,7 +189,8 @@ class TickResult:
     user_speaking: np.ndarray  # [B] probabilities, as the next two
     user_emotion: np.ndarray  # [B, 8]
     language: np.ndarray  # [B, 3]
-    user_phones: np.ndarray  # [B, p] ids, of `listen_delay` patches ago
+    user_words: np.ndarray  # [B] token ids or `PAD`, of `listen_delay` patches ago, as the next
+    user_phones: np.ndarray  # [B, p] ids
     active: np.ndarray  # [B]
     not_finite: np.ndarray  # [B] samples in or out that were not numbers and became silence
     times: StageTimes
@@ -346,6 +347,7 @@ class DuplexEngine:
             user_speaking=speaking,
             user_emotion=_host(step.user_emotion) * row,
             language=_host(step.language) * row,
+            user_words=np.where(active, _host(step.user_words), PAD),
             user_phones=_host(step.user_phones.argmax(-1)) * active[:, None],
             active=active,
             not_finite=(lost + lost_reply) * active,

@@ -126,6 +126,7 @@ class FakeLM(torch.nn.Module):
             user_speaking=torch.full((slots,), 0.9),
             user_emotion=torch.eye(8)[torch.ones(slots, dtype=torch.long)],
             language=torch.eye(3)[torch.zeros(slots, dtype=torch.long)],
+            user_words=state.frames + 100,
             user_phones=torch.zeros(slots, 2, 1),
         )
 
@@ -196,6 +197,9 @@ def test_queue_never_holds_more_than_three_and_one_silence_stands_for_the_gap():
 
 
 def test_unbounded_queue_never_drops():
+    queue = PatchQueue(2, most=7)
+    queue.push(np.arange(20), arrived=0.0)
+    assert len(queue) == 7 and queue[0].lost == 4
     queue = PatchQueue(2)
     queue.push(np.arange(20), arrived=0.0, bounded=False)
     assert len(queue) == 10 and not any(p.lost for p in queue)
@@ -210,7 +214,7 @@ def test_tick_passes_audio_through_the_chain_and_times_each_stage():
     result = engine.run_once()
     np.testing.assert_allclose(result.audio[0, :480], 0.25, atol=1e-6)
     np.testing.assert_allclose(result.audio[0, 480:], -0.5, atol=1e-6)
-    assert result.text.tolist() == [1]
+    assert result.text.tolist() == [1] and result.user_words.tolist() == [101]
     times = result.times
     got = (times.encode, times.temporal, times.depth, times.decode, times.total)
     np.testing.assert_allclose(got, (0.002, 0.003, 0.004, 0.001, 0.010), atol=1e-9)
