@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
@@ -240,7 +241,9 @@ def _write_folder(job: Job) -> None:
     _write_unreadable(job)
     if job.unreadable:
         left_out = f"{len(job.unreadable)} files left out, see {UNREADABLE} in its folder"
-        tqdm.write(f"{corpus.name}: {left_out}", file=sys.stderr)
+        reasons = Counter(line.rpartition(": ")[2] for line in job.unreadable).most_common(8)
+        often = "".join(f"; {count}: {reason}" for reason, count in reasons if count > 1)
+        tqdm.write(f"{corpus.name}: {left_out}{often}", file=sys.stderr)
     record = {
         "source": corpus.origin, "license": corpus.license, "hours": job.hours,
         "whole": job.complete, "max_hours": job.options.max_hours,
@@ -345,8 +348,8 @@ class Layout:
     """How a corpus names its files, and where it says more of them.
 
     `named`: a pattern for the end of a path without its suffix. Its groups: `speaker`, called so
-    after `prefix`; `key`, what the split hangs on where nobody is named; `sentence` and
-    `emotion`, keys of these tables. `lists`: reads what is listed in a folder. `beside`: the
+    after `prefix`; `key`, what the split hangs on where nobody is named; `sentence`, a key of
+    `sentences`; `emotion`, one of LABELS. `lists`: reads what is listed in a folder. `beside`: the
     suffix of a file with the text of one. `strict`: what is not named or listed so is no clip.
     """
 
@@ -355,11 +358,10 @@ class Layout:
     lists: Callable[[Path], Listed] | None = None
     beside: str = ""
     sentences: dict[str, str] = field(default_factory=dict)
-    emotions: dict[str, str] = field(default_factory=dict)
     strict: bool = False
 
     def said_by(self, path: str) -> dict[str, str | None]:
-        """{speaker, key, text, emotion} by a path without its suffix; empty if named otherwise."""
+        """{speaker, key, text, label} by a path without its suffix; empty if named otherwise."""
         match = re.search(f"(?:^|/)(?:{self.named})$", path)
         if not match:
             return {}
@@ -367,9 +369,14 @@ class Layout:
         speaker = found("speaker")
         return {
             "speaker": speaker and self.prefix + speaker.replace("_", "-"), "key": found("key"),
-            "text": self.sentences.get(found("sentence")),
-            "emotion": self.emotions.get(found("emotion")),
+            "text": self.sentences.get(found("sentence")), "label": found("emotion"),
         }  # fmt: skip
+
+
+def no_emotion(label: str | None) -> str:
+    """Why a clip of that label is left out; empty where it has none, or one of LABELS."""
+    known = label is None or label.lower() in LABELS
+    return "" if known else f"no emotion of ours is called {label.lower()!r}"
 
 
 def _take_clips(job: Job) -> None:
@@ -398,6 +405,9 @@ def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.
     said = layout.said_by(below.with_suffix("").as_posix())
     if layout.strict and not said and path.stem not in listed:
         return None
+    label = said.get("label")
+    if reason := no_emotion(label):
+        return f"{path}: {reason}"
     text, speaker = listed.get(path.stem, (said.get("text"), None))
     speaker = said.get("speaker") or speaker
     if layout.beside:
@@ -410,7 +420,7 @@ def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.
     key = speaker or said.get("key") or path.relative_to(job.audio).as_posix()
     return clip_of(
         job.corpus, path, duration, sample_rate, data.split_for(key), speaker=speaker,
-        text=text or None, emotion=said.get("emotion"),
+        text=text or None, emotion=label and LABELS[label.lower()],
     )  # fmt: skip
 
 
@@ -441,8 +451,16 @@ def _validated(root: Path) -> Listed:  # Common Voice's validated.tsv
     return listed
 
 
-CREMA_D_EMOTIONS = {
-    "ANG": "angry", "DIS": "disgust", "FEA": "fear", "HAP": "happy", "NEU": "neutral", "SAD": "sad",
+# What corpora call an emotion, in lower case (RAVDESS: by number), and ours. Readings by Rasa are
+# neutral; its commands, conversations, news and books are no emotion.
+LABELS = {
+    **{name: name for name in data.EMOTIONS},
+    **dict.fromkeys(("neu", "wiki", "indic", "proper noun", "01"), "neutral"),
+    **dict.fromkeys(("hap", "happiness", "amused", "joy", "03"), "happy"),
+    **dict.fromkeys(("sadness", "04"), "sad"), **dict.fromkeys(("ang", "anger", "05"), "angry"),
+    **dict.fromkeys(("fea", "fearful", "06"), "fear"), "02": "calm",
+    **dict.fromkeys(("dis", "disgusted", "07"), "disgust"),
+    **dict.fromkeys(("surprised", "08"), "surprise"),
 }  # fmt: skip
 CREMA_D_SENTENCES = {
     "IEO": "It's eleven o'clock.", "TIE": "That is exactly what happened.",
@@ -452,7 +470,6 @@ CREMA_D_SENTENCES = {
     "DFA": "Don't forget a jacket.", "ITS": "I think I've seen this before.",
     "TSI": "The surface is slick.", "WSI": "We'll stop in a couple of minutes.",
 }  # fmt: skip
-RAVDESS_EMOTIONS = ("neutral", "calm", "happy", "sad", "angry", "fear", "disgust", "surprise")
 RAVDESS_SENTENCES = {"1": "Kids are talking by the door.", "2": "Dogs are sitting by the door."}
 LAYOUTS = {
     # Readers are numbered alike in all three LibriVox corpora: one name keeps each in one split.
@@ -472,21 +489,22 @@ LAYOUTS = {
     # Split by bulletin: who reads it is not said.
     "shrutilipi": Layout(r"(?P<key>[^/]*?)[_-]+sent[^/]*"),
     "crema_d": Layout(
-        r"(?P<speaker>[^/_]+)_(?P<sentence>[A-Z]+)_(?P<emotion>ANG|DIS|FEA|HAP|NEU|SAD)_[^/_]*",
-        "crema-d-", sentences=CREMA_D_SENTENCES, emotions=CREMA_D_EMOTIONS, strict=True,
+        r"(?P<speaker>\d{4})_(?P<sentence>[A-Z]{3})_(?P<emotion>[A-Z]{3})_[^/_]*",
+        "crema-d-", sentences=CREMA_D_SENTENCES, strict=True,
     ),
     "ravdess": Layout(
-        r"03-0[12]-0(?P<emotion>[1-8])-0[12]-0(?P<sentence>[12])-0[12]-(?P<speaker>\d\d)",
-        "ravdess-", sentences=RAVDESS_SENTENCES,
-        emotions={str(n): emotion for n, emotion in enumerate(RAVDESS_EMOTIONS, start=1)},
-        strict=True,
+        r"03-0[12]-(?P<emotion>\d\d)-0[12]-0(?P<sentence>[12])-0[12]-(?P<speaker>\d\d)",
+        "ravdess-", sentences=RAVDESS_SENTENCES, strict=True,
+    ),
+    # bea_Amused/<any>, bea/Amused/<any> or bea/amused_1-15_0001.
+    "emov_db": Layout(
+        r"(?P<speaker>bea|jenie|josh|sam)[_/](?P<emotion>[A-Za-z]+)(?:/[^/]+|_\d+-\d+_\d+[^/]*)",
+        "emov-db-",
+    ),
+    "esd": Layout(
+        r"(?P<speaker>\d{4})/(?P<emotion>[A-Za-z]+)/(?:[a-z]+/)?\d{4}_\d{6}", "esd-"
     ),
 }  # fmt: skip
-
-# Rasa's other styles (commands, conversation, news, books) are no emotion: they stay unlabelled.
-RASA_EMOTIONS = {name: name for name in ("happy", "sad", "angry", "fear", "disgust", "surprise")}
-RASA_EMOTIONS |= {"happiness": "happy", "sadness": "sad", "anger": "angry"}
-RASA_EMOTIONS |= {name: "neutral" for name in ("neutral", "wiki", "indic")}
 
 
 def shards_of(corpus: OnHub, mirror: str | None) -> list[Shard]:
@@ -522,8 +540,8 @@ def _take_rows(job: Job, shard: Shard, path: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run, or --max_hours, left of it
     folder.mkdir(parents=True)
     corpus = job.corpus
-    needed = [corpus.audio, *(corpus.keep or ())[:1]]
-    more = (corpus.text, corpus.style, corpus.file, *corpus.speakers, *corpus.keys)
+    needed = [corpus.audio, *(corpus.keep or ())[:1], *filter(None, [corpus.style])]
+    more = (corpus.text, corpus.file, *corpus.speakers, *corpus.keys)
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         for rows in fetching.parquet_rows(path, needed, more):
             job.bar.advance(0, f"unpacking row {rows[0][0]}")
@@ -552,6 +570,10 @@ def _clip_of_shard_row(
     said = layout.said_by(stem)
     if layout.strict and not said:
         return f"{where}: '{stem}' is named otherwise than the corpus names its clips"
+    label = str(row[corpus.style]) if corpus.style else said.get("label")
+    speaker, key = _speaker_and_key(corpus, row, said)
+    if reason := no_emotion(label) or (corpus.style and not speaker and "nobody is named"):
+        return f"{where}: {reason}"
     as_flac, known = fetching.packed(io.BytesIO(coded), job.options.keep_wav)
     coded, suffix = as_flac or coded, known or suffix.lower()
     target = folder / f"{number:06d}{suffix if suffix in AUDIO_SUFFIXES else '.m4a'}"
@@ -560,14 +582,13 @@ def _clip_of_shard_row(
     except AudioError as error:
         return f"{where}: {error}"
     target.write_bytes(coded)
-    speaker, key = _speaker_and_key(corpus, row, said)
     # Rows of one shard lie side by side in the corpus, and so may share a voice.
     split = data.split_for(key or shard.path)
     return clip_of(
         corpus, target, duration, sample_rate,
         _official_split(shard.path) if corpus.official_splits else split, speaker=speaker,
         text=_clean(row.get(corpus.text), corpus.tagged) or said.get("text"),
-        emotion=RASA_EMOTIONS.get(str(row.get(corpus.style)).lower()) or said.get("emotion"),
+        emotion=label and LABELS[label.lower()],
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ _KATHBATH = {"license": "CC0-1.0", "layout": "kathbath"}
 _INDICVOICES = {"note": "still growing: ~ is what a model's card says it used of it"}
 _SHRUTILIPI = {"speakers": (), "layout": "shrutilipi"}
 _RASA = {
-    "download_gb": 14.0, "kilohertz": "48", "default": False, "group": "emotion", "audio": "audio",
+    "kilohertz": "48", "default": False, "group": "emotion", "audio": "audio",
     "style": "style", "speakers": ("speaker_id", "gender"), "split": "train",
     "note": "emotional speech for phase 4: --corpora emotion",
 }  # fmt: skip
@@ -184,8 +184,9 @@ CORPORA: tuple[Corpus, ...] = (
         bases=("https://zenodo.org/records/1188976/files",),
         archives=(Archive("Audio_Speech_Actors_01-24.zip", 1.48, 0.2,
                           "md5:bc696df654c87fed845eb13823edef8a"),)),
-    _ai4bharat("Rasa", "hindi", 40, 8.0, folders=("Hindi",), **_RASA),
-    _ai4bharat("Rasa", "telugu", 40, 8.0, folders=("Telugu",), **_RASA),
+    # Two thirds of it: six emotions and neutral readings; in Hindi of one man alone.
+    _ai4bharat("Rasa", "hindi", 17, 3.2, folders=("Hindi",), download_gb=9.0, **_RASA),
+    _ai4bharat("Rasa", "telugu", 34, 6.4, folders=("Telugu",), download_gb=18.0, **_RASA),
     HubTars(
         "behavior-sd", "english", 2164, 188, "22", "CC-BY-4.0", transient_gb=1.5, exact=True,
         group="conversations", repo="yhytoto12/behavior-sd",

@@ -1,4 +1,4 @@
-"""Emotional speech: one table of labels, the folders of four corpora, and their clips as codes.
+"""Emotional speech: the folders of four corpora, speakers held out, and clips as codes.
 
 Folders as their owners ship them: CREMA-D (Cao et al. 2014), RAVDESS (Livingstone and Russo 2018),
 EmoV-DB (Adigwe et al. 2018) and ESD (Zhou et al. 2021); and every folder with a speech manifest
@@ -7,11 +7,11 @@ whose lines have an `emotion`, as `download_data.py --corpora emotion` makes the
 
 from __future__ import annotations
 
+import itertools
 import random
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,61 +19,22 @@ import torch
 from tqdm import tqdm
 
 import audio
+import corpora
 import data
 from codec import Codec, silence_codes
 from command import UserError
 from data import Clip, split_for
 from dialogues import load_code_dataset, save_code_dataset
 
-# What corpora call an emotion, in lower case, and ours. A label that is not here is no clip's.
-LABELS = {
-    **{name: name for name in data.EMOTIONS},
-    "neu": "neutral", "wiki": "neutral", "indic": "neutral", "01": "neutral",
-    "02": "calm",
-    "hap": "happy", "happiness": "happy", "amused": "happy", "joy": "happy", "03": "happy",
-    "sadness": "sad", "04": "sad",
-    "ang": "angry", "anger": "angry", "05": "angry",
-    "fea": "fear", "fearful": "fear", "06": "fear",
-    "dis": "disgust", "disgusted": "disgust", "07": "disgust",
-    "surprised": "surprise", "08": "surprise",
+# Corpora as their owners ship them, by their layout: the licence, and whether it lets one sell.
+SHIPPED = {
+    "crema_d": ("ODbL-1.0", True), "ravdess": ("CC-BY-NC-SA-4.0", False),
+    "emov_db": ("EmoV-DB licence (research)", False), "esd": ("ESD research licence", False),
 }  # fmt: skip
 MAX_SECONDS = 15.0  # of a clip; what is longer is cut there
 EDGE_SECONDS = 0.2  # of silence on both sides of a clip
 GAIN_DB = (-9.0, 3.0)  # of microphones, of which each speaker has
 MICROPHONES = 4
-
-
-@dataclass(frozen=True)
-class Naming:
-    """How a corpus names its files: a pattern for the end of a path without its suffix, with the
-    groups `speaker` and `emotion`; and what its licence is."""
-
-    corpus: str
-    pattern: str
-    license: str
-    commercial_ok: bool = False
-
-    def language(self, speaker: str) -> str:
-        """ESD's first ten speakers are Chinese; all else is English."""
-        return "other" if self.corpus == "esd" and int(speaker) <= 10 else "english"
-
-
-NAMINGS = (
-    Naming(
-        "crema-d", r"(?P<speaker>\d{4})_[A-Z]{3}_(?P<emotion>[A-Z]{3})_[A-Z]{1,2}", "ODbL-1.0", True
-    ),
-    Naming(
-        "ravdess", r"03-0[12]-(?P<emotion>\d\d)-\d\d-\d\d-\d\d-(?P<speaker>\d\d)", "CC BY-NC-SA 4.0"
-    ),
-    Naming(
-        "emov-db", r"(?P<speaker>bea|jenie|josh|sam)_(?P<emotion>[A-Za-z]+)/[^/]+",
-        "EmoV-DB licence (research)",
-    ),
-    Naming(
-        "esd", r"(?P<speaker>\d{4})/(?P<emotion>[A-Za-z]+)/(?:[a-z]+/)?\d{4}_\d{6}",
-        "ESD research licence",
-    ),
-)  # fmt: skip
 
 
 def load_emotional(
@@ -84,58 +45,73 @@ def load_emotional(
     Splits are disjoint in speakers. What is left out is counted on stdout, unreadable files on
     stderr and in `log`. Raises UserError on a missing folder, and where nothing is left.
     """
-    found, left_out = [], Counter()
-    for part in data.load_splits(folders, data.SPLITS, commercial_only=False, unreadable_log=log):
-        for clip in part:
-            named = clip if clip.emotion else _by_name(clip)
-            if named.emotion in LABELS:
-                found.append(replace(named, emotion=LABELS[named.emotion]))
-            else:
-                label = named.emotion and f"no emotion of ours is called {named.emotion!r}"
-                left_out[label or "neither manifest nor name tells an emotion"] += 1
+    found: dict[object, Clip] = {}
+    left_out: Counter[str] = Counter()
+    there = data.load_splits(folders, data.SPLITS, unreadable_log=log)
+    # WAV first: CREMA-D ships each clip as MP3 too.
+    wav_first = sorted(itertools.chain(*there), key=lambda clip: clip.path.suffix.lower() != ".wav")
+    for clip in wav_first:
+        named, label, same = (clip, clip.emotion, clip.path) if clip.emotion else _by_name(clip)
+        reason = corpora.no_emotion(label)
+        if label is None:
+            reason = "neither manifest nor name tells an emotion"
+        elif not reason and same in found:
+            reason = "there already, by speaker and name"
+        if reason:
+            left_out[reason] += 1
+        else:
+            found[same] = replace(named, emotion=corpora.LABELS[label.lower()])
     for reason, count in left_out.most_common():
         print(f"{count} clips left out: {reason}")
-    if commercial_only:
-        found = [clip for clip in found if clip.commercial_ok]
-    if not found:
+    clips = [clip for clip in found.values() if clip.commercial_ok or not commercial_only]
+    if not clips:
         where = ", ".join(map(str, folders))
         raise UserError(f"{where}: no clip with an emotion; run download_data.py --corpora emotion")
-    return found
+    return clips
 
 
-def _by_name(clip: Clip) -> Clip:
-    """The clip with what its file's name tells of it, in one of the `NAMINGS`."""
+def _by_name(clip: Clip) -> tuple[Clip, str | None, tuple]:
+    """(the clip with what its file's name tells in one of the SHIPPED layouts, its label, what it
+    has in common with copies of itself)."""
     path = clip.path.with_suffix("").as_posix()
-    for naming in NAMINGS:
-        match = re.search(f"(?:^|/){naming.pattern}$", path)
-        if match:
-            speaker = f"{naming.corpus}-{match['speaker']}"
-            return replace(
-                clip, speaker=speaker, emotion=match["emotion"].lower(), split=split_for(speaker),
-                language=naming.language(match["speaker"]), license=naming.license,
-                commercial_ok=naming.commercial_ok,
+    for layout, (licence, commercial_ok) in SHIPPED.items():
+        said = corpora.LAYOUTS[layout].said_by(path)
+        if said:
+            speaker = said["speaker"]
+            # ESD's first ten speakers are Chinese; all else is English.
+            chinese = layout == "esd" and int(speaker[-4:]) <= 10
+            clip = replace(
+                clip, speaker=speaker, text=said["text"], split=split_for(speaker), license=licence,
+                language="other" if chinese else "english", commercial_ok=commercial_ok,
             )  # fmt: skip
-    return clip
+            return clip, said["label"], (speaker, said["label"], clip.path.stem)
+    return clip, None, ()
 
 
 def hold_out_speakers(clips: Sequence[Clip]) -> tuple[list[Clip], list[Clip]]:
     """(training, validation) clips without a speaker in both; test clips in neither.
 
-    Where no clip is of split validation, one speaker in six is held out, at least one; a clip
-    without a speaker is a speaker of its own. Raises UserError where one of the two has none.
+    In a language without clips of split validation one speaker in six is held out, at least one;
+    its only one is trained on. A clip without a speaker is a speaker of its own. Raises UserError
+    where nobody is left to train or to validate on.
     """
     train = [clip for clip in clips if clip.split == "train"]
     validation = [clip for clip in clips if clip.split == "validation"]
-    speakers = sorted({_speaker(clip) for clip in train})
-    if len(speakers) + bool(validation) < 2 or not train:
+    held_out = {clip.language for clip in validation}
+    speakers: dict[str, set[str]] = {}
+    for clip in train:
+        speakers.setdefault(clip.language, set()).add(_speaker(clip))
+    everyone = set().union(*speakers.values())
+    if len(everyone) + bool(validation) < 2 or not train:
         raise UserError("emotional speech of two speakers is needed, one of them to validate")
-    if validation:
-        return train, validation
-    chosen = set(random.Random(0).sample(speakers, max(1, len(speakers) // 6)))
-    return (
-        [clip for clip in train if _speaker(clip) not in chosen],
-        [clip for clip in train if _speaker(clip) in chosen],
-    )
+    groups = [own for name, own in speakers.items() if name not in held_out and len(own) > 1]
+    if not groups and not validation:
+        groups = [everyone]
+    chosen = set()
+    for own in groups:
+        chosen.update(random.Random(0).sample(sorted(own), max(1, len(own) // 6)))
+    validation += [clip for clip in train if _speaker(clip) in chosen]
+    return [clip for clip in train if _speaker(clip) not in chosen], validation
 
 
 def _speaker(clip: Clip) -> str:

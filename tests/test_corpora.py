@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import types
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -427,7 +428,7 @@ def test_every_corpus_of_the_hub(server, tmp_path, row):
     assert corpora.fetch(row, tmp_path, FetchOptions(mirrors={row.name: server.url}))
     found = manifest(tmp_path, row)
     vaani = row.keep is not None
-    assert len(found) == len(files) * (5 if vaani else 6)
+    assert len(found) == len(files) * (5 if vaani or row.style else 6)  # one row is no emotion
     assert disjoint(found.values())
     for name, clip in found.items():
         shard, number = re.sub(r"/\d+\.flac$", ".parquet", name), int(clip.path.stem)
@@ -442,8 +443,9 @@ def test_every_corpus_of_the_hub(server, tmp_path, row):
         assert len({clip.split for clip in found.values() if int(clip.path.stem) >= 3}) == 1
     elif row.name.startswith("rasa"):
         assert {c.emotion for c in found.values()} == {
-            "happy", "angry", "surprise", "neutral", "sad", None,
+            "happy", "angry", "surprise", "neutral", "sad",
         }
+        assert speakers == {f"{row.name}-female"}
         assert {clip.split for clip in found.values()} == {"train"}
     elif row.name == "crema-d":
         assert {(c.speaker, c.emotion, c.text) for c in found.values()} == {
@@ -458,6 +460,82 @@ def test_every_corpus_of_the_hub(server, tmp_path, row):
         }
     elif row.speakers == ("speaker_id",):
         assert speakers == {f"{row.name}-s{n}" for n in range(3)}
+
+
+STYLES = {"HAPPY": "happy", "SAD": "sad", "ANGER": "angry", "FEAR": "fear", "DISGUST": "disgust",
+          "SURPRISE": "surprise", "WIKI": "neutral", "INDIC": "neutral",
+          "PROPER NOUN": "neutral"}  # fmt: skip
+
+
+def rasa_rows(sexes="FM", styles=STYLES, language="TEL"):
+    """Rows as Rasa has them: a voice a sex, named by it."""
+    rows = []
+    for n, (sex, style) in enumerate((sex, style) for sex in sexes for style in styles):
+        body = coded(".wav", rate=48000, hertz=200 + 10 * n)
+        rows.append({
+            "filename": f"{language}_{sex}_{style}_{n:05d}", "text": f"text {n}", "language": "te",
+            "gender": {"F": "Female", "M": "Male"}[sex], "style": style, "duration": "0.30",
+            "audio": {"bytes": body, "path": f"{language}_{sex}_{style}_{n:05d}.wav"},
+        })  # fmt: skip
+    return rows
+
+
+def test_rasa_as_its_owners_ship_it(server, tmp_path, capsys):
+    row = ROWS["rasa-telugu"]
+    odd = rasa_rows("F", [*("ALEXA", "NEWS", "CONV") * 2, "BOOK", "HAPPY", "SAD", "FEAR", "ANGER"])
+    odd += rasa_rows("M", ["SAD", "FEAR", "DISGUST", "HAPPY"])
+    cut = coded(".flac")[:1000]
+    stereo = io.BytesIO()
+    soundfile.write(stereo, np.full((4800, 2), 0.1), 16000, format="WAV")
+    odd[7]["audio"]["bytes"], odd[8]["audio"]["bytes"] = None, b"RIFF no sound"
+    odd[9]["text"], odd[10]["audio"]["bytes"] = "", stereo.getvalue()
+    odd[11]["gender"], odd[12]["style"], odd[13]["audio"]["bytes"] = "", None, cut
+    server.add_dataset(row.repo, {
+        "Telugu/train-00000-of-00001.parquet": parquet(rasa_rows()),
+        "Telugu/test-00000-of-00001.parquet": parquet(odd),
+        "Hindi/train-00000-of-00001.parquet": parquet(rasa_rows("M", language="HIN")),
+    })  # fmt: skip
+    corpora.fetch(row, tmp_path, FetchOptions(mirrors={row.name: server.url}))
+    told = capsys.readouterr().err
+    for label in ("alexa", "conv", "news"):
+        assert f"2: no emotion of ours is called '{label}'" in told
+    listed = (tmp_path / "emotion/rasa-telugu/unreadable.txt").read_text()
+    for row_number, reason in enumerate(
+        ["no audio", "", None, None, "nobody is named", "called 'none'", "", None], start=7
+    ):
+        assert (reason is not None) == (f"row {row_number}: " in listed)
+        assert reason is None or re.search(f"row {row_number}: .*{reason}", listed)
+    found = manifest(tmp_path, row)
+    counts = Counter((clip.speaker, clip.emotion) for clip in found.values())
+    for sex in ("female", "male"):
+        for emotion in set(STYLES.values()):
+            counts[f"rasa-telugu-{sex}", emotion] -= list(STYLES.values()).count(emotion)
+    assert {key: n for key, n in counts.items() if n} == {
+        ("rasa-telugu-female", "fear"): 1, ("rasa-telugu-female", "angry"): 1,
+        ("rasa-telugu-male", "happy"): 1,
+    }  # fmt: skip
+    extra = [clip for name, clip in found.items() if "/test-" in name]
+    said = {(clip.text, clip.sample_rate) for clip in extra}
+    assert said == {(None, 48000), ("text 10", 16000), ("text 3", 48000)}
+    # A shard without the column of styles is another layout, and no shard of neutral speech.
+    rows = [{k: v for k, v in one.items() if k != "style"} for one in rasa_rows("F")]
+    server.add_dataset(row.repo, {"Telugu/0.parquet": parquet(rows)})
+    with pytest.raises(UserError, match="no column style; now has"):
+        corpora.fetch(row, tmp_path / "b", FetchOptions(mirrors={row.name: server.url}))
+
+
+def test_rasa_that_is_not_opened_to_one_is_a_line(server, tmp_path):
+    row = ROWS["rasa-telugu"]
+    server.add_dataset(row.repo, {"Telugu/train-00000-of-00001.parquet": parquet(rasa_rows("F"))})
+    server.gated = {row.repo}
+    for fetch in (
+        lambda: download_data.check_access([row], {row.name: server.url}),
+        lambda: corpora.fetch(row, tmp_path, FetchOptions(mirrors={row.name: server.url})),
+    ):
+        with pytest.raises(UserError, match="licence at https://.*ai4bharat/Rasa") as caught:
+            fetch()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "emotion/rasa-telugu").exists()
 
 
 def test_a_local_folder_laid_out_like_the_dataset(tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
+import corpora
 import data
 import emotions
 from codec import Codec
@@ -22,6 +24,8 @@ SHIPPED = {
     "RAVDESS/Actor_24/03-02-08-02-02-01-24.wav": ("surprise", "ravdess-24", False),
     "EmoV-DB/bea_Amused/amused_1-15_0001.wav": ("happy", "emov-db-bea", False),
     "EmoV-DB/josh_Neutral/neutral_1-28_0007.wav": ("neutral", "emov-db-josh", False),
+    "EmoV-DB/sam/anger_1-28_0001.wav": ("angry", "emov-db-sam", False),
+    "EmoV-DB/jenie/Disgusted/disgust_1-28_0001.wav": ("disgust", "emov-db-jenie", False),
     "ESD/0011/Angry/0011_000351.wav": ("angry", "esd-0011", False),
     "ESD/0012/Surprise/train/0012_001401.wav": ("surprise", "esd-0012", False),
     "ESD/0003/Happy/0003_000701.wav": ("happy", "esd-0003", False),
@@ -43,7 +47,7 @@ def shipped(tmp_path):
 
 
 def test_every_label_is_one_of_the_eight():
-    assert set(emotions.LABELS.values()) == set(EMOTIONS)
+    assert set(corpora.LABELS.values()) == set(EMOTIONS)
 
 
 def test_folders_as_their_owners_ship_them(shipped):
@@ -56,15 +60,33 @@ def test_folders_as_their_owners_ship_them(shipped):
 
 def test_what_has_no_emotion_is_counted(shipped, capsys):
     sound(shipped / "EmoV-DB/sam_Sleepy/sleepiness_1-28_0001.wav")
+    sound(shipped / "EmoV-DB/sam/sleepiness_1-28_0001.wav")
     sound(shipped / "CREMA-D/AudioWAV/1003_DFA_XXX_XX.wav")
+    sound(shipped / "RAVDESS/Actor_01/03-01-09-01-01-01-01.wav")
+    # What lies beside: the same clips as MP3, films, texts, and files that were cut or are gone.
+    sound(shipped / "CREMA-D/AudioMP3/1001_DFA_ANG_XX.mp3")
+    sound(shipped / "CREMA-D/AudioMP3/1004_DFA_FEA_XX.mp3")
+    for name in ("CREMA-D/VideoFlash/1001_DFA_ANG_XX.flv", "ESD/0011/0011.txt",
+                 "RAVDESS/Actor_01/01-01-02-01-01-01-01.mp4"):  # fmt: skip
+        (shipped / name).parent.mkdir(exist_ok=True)
+        (shipped / name).write_bytes(b"no sound")
+    whole = (shipped / "ESD/0011/Angry/0011_000351.wav").read_bytes()
+    (shipped / "ESD/0011/Angry/0011_000353.wav").write_bytes(whole[:30])
+    (shipped / "ESD/0011/Angry/0011_000354.wav").symlink_to("gone.wav")
+    (shipped / "ESD/0011/Angry/0011_000355.wav").touch()
     sound(shipped / "notes/thunder.wav")
     (shipped / "ESD/0011/Angry/0011_000352.wav").write_bytes(b"RIFF no sound")
-    assert len(emotions.load_emotional([shipped])) == len(SHIPPED)
+    clips = emotions.load_emotional([shipped])
+    assert len(clips) == len(SHIPPED) + 1
+    crema = {(c.path.name, c.text) for c in clips if c.speaker in ("crema-d-1001", "crema-d-1004")}
+    forgets = "Don't forget a jacket."
+    assert crema == {("1001_DFA_ANG_XX.wav", forgets), ("1004_DFA_FEA_XX.mp3", forgets)}
     told = capsys.readouterr()
-    for label in ("'sleepy'", "'xxx'"):
+    for label in ("'sleepy'", "'sleepiness'", "'xxx'", "'09'"):
         assert f"1 clips left out: no emotion of ours is called {label}" in told.out
     assert "1 clips left out: neither manifest nor name tells an emotion" in told.out
-    assert "1 unreadable audio files" in told.err
+    assert "1 clips left out: there already, by speaker and name" in told.out
+    assert "5 unreadable audio files" in told.err and "1 files of .flv passed over" in told.err
 
 
 def test_a_manifest_says_more_than_a_name(tmp_path):
@@ -103,6 +125,23 @@ def test_speakers_are_held_out_whole(shipped):
     assert not {c.speaker for c in train} & {c.speaker for c in validation}
     with pytest.raises(UserError, match="two speakers"):
         emotions.hold_out_speakers(clips[:1])
+
+
+def test_speakers_are_held_out_in_each_language_that_can_spare_one():
+    def clips(language, speakers, split="train"):
+        return [
+            data.Clip(Path(f"{name}{n}"), 1.0, 48000, language, name, emotion="sad", split=split)
+            for name in speakers
+            for n in range(3)
+        ]
+
+    alone, two = clips("hindi", ["raj"]), clips("telugu", ["lata", "ravi"])
+    english = clips("english", ["ann", "bob"]) + clips("english", ["eve"], "validation")
+    train, validation = emotions.hold_out_speakers([*alone, *two, *english])
+    assert {c.speaker for c in train} >= {"raj", "ann", "bob"} and len(train) == 12
+    assert {c.language for c in validation} == {"telugu", "english"} and len(validation) == 6
+    train, validation = emotions.hold_out_speakers([*alone, *clips("telugu", ["lata"])])
+    assert len(train) == len(validation) == 3
 
 
 def test_clips_become_the_users_side_of_calls(shipped, tmp_path, capsys, monkeypatch):
