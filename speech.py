@@ -86,14 +86,15 @@ class Style(NamedTuple):
 # 2003, table 7), sizes such that the speech stays natural.
 STYLES = {
     "neutral": Style(),
-    "happy": Style(1.12, 1.4, 1.06, 2.0, 0.8),
-    "sad": Style(0.92, 0.6, 0.86, -3.0, -1.8),
-    "angry": Style(1.08, 1.3, 1.1, 4.0, 2.0),
-    "fear": Style(1.16, 1.15, 1.13, -1.0, 0.4),
-    "disgust": Style(0.94, 0.85, 0.92, 0.0, -0.7),
-    "surprise": Style(1.22, 1.55, 1.0, 2.0, 0.4),
-    "calm": Style(0.97, 0.9, 0.9, -2.0, -1.0),
+    "happy": Style(1.2, 1.45, 1.08, 2.0, 0.8),
+    "sad": Style(0.88, 0.5, 0.8, -4.0, -2.0),
+    "angry": Style(1.08, 1.25, 1.15, 5.0, 2.2),
+    "fear": Style(1.32, 0.8, 1.2, -1.0, 0.3),
+    "disgust": Style(0.84, 1.1, 0.86, 1.0, 0.0),
+    "surprise": Style(1.4, 1.6, 0.95, 2.0, 0.3),
+    "calm": Style(0.97, 0.85, 0.87, -3.0, -1.0),
 }
+STRENGTH = (0.7, 1.2)  # of the style in what users say, as a power of it
 TILT_HZ = (500.0, 8000.0)  # between which a tilt works; above, its gain stays
 TILT_SPREAD = 0.3  # dB an octave, of users: of speakers and of their microphones
 SPEECH_RMS = 0.07  # of what is said, silences apart, before the style's gain
@@ -190,20 +191,22 @@ def _order(item: Request) -> Order:
     if item.emotion not in STYLES:
         raise UserError(f"no emotion {item.emotion!r}: emotions are {', '.join(STYLES)}")
     espeak_language(item.language)
-    voice, style = item.voice, STYLES[item.emotion]
-    jitter, tilt = np.ones(4), 0.0
+    voice, jitter, tilt, strength = item.voice, np.ones(4), 0.0, 1.0
     if voice.role == "user":
         rng = np.random.default_rng([item.seed & 0xFFFFFFFF, len(item.text)])
         jitter = np.exp(rng.normal(0.0, (0.05, 0.12, 0.08, 0.06)).clip(-0.25, 0.25))
-        tilt = TILT_SPREAD * rng.normal()
+        tilt, strength = TILT_SPREAD * rng.normal(), rng.uniform(*STRENGTH)
+    style = STYLES[item.emotion]
+    pitch, pitch_range, rate = (factor**strength for factor in style[:3])
     return Order(
         clean_text(item.text), item.language, voice.name,
         # Held-out speakers have their own head; more heads than there are voices help to train.
         formant=float(voice.formant * (jitter[3] if voice.split == "train" else 1.0)),
-        pitch=float(voice.pitch * style.pitch * jitter[0]),
-        pitch_range=float(voice.pitch_range * style.pitch_range * jitter[1]),
-        rate=float(np.clip(voice.rate * style.rate * item.speed * jitter[2], 0.5, 2.0)),
-        gain_db=style.gain_db, tilt_db=style.tilt_db + tilt, seed=item.seed, emotion=item.emotion,
+        pitch=float(voice.pitch * pitch * jitter[0]),
+        pitch_range=float(voice.pitch_range * pitch_range * jitter[1]),
+        rate=float(np.clip(voice.rate * rate * item.speed * jitter[2], 0.5, 2.0)),
+        gain_db=style.gain_db * strength, tilt_db=style.tilt_db * strength + tilt,
+        seed=item.seed, emotion=item.emotion,
     )  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from phones import SILENCE
 
 # How often each engine is drawn: by how natural it sounds and how unlike the others.
 ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "espeak": 0.2}
-# How far a voice's pitch is spread at most; further sounds sung. espeak spreads its pitch itself.
-MAX_PITCH_RANGE = {"agent": 1.4, "user": 1.1}
+# How far a voice's pitch is spread at most, and with an emotion's; further sounds sung. espeak
+# spreads its pitch itself.
+MAX_PITCH_RANGE, MAX_WITH_EMOTION = {"agent": 1.4, "user": 1.1}, 1.6
 
 
 def user_voices(language: str, split: str, engines: Sequence[str] | None = None) -> list:
@@ -50,7 +51,8 @@ def speak(requests: Sequence[speech.Request]) -> list[speech.Utterance | UserErr
 
 def _limit_pitch_range(request: speech.Request) -> speech.Request:
     voice = request.voice
-    limit = MAX_PITCH_RANGE[voice.role] / speech.STYLES[request.emotion].pitch_range
+    wider = max(1.0, speech.STYLES[request.emotion].pitch_range)
+    limit = min(MAX_PITCH_RANGE[voice.role], MAX_WITH_EMOTION / wider)
     if voice.engine == "espeak" or voice.pitch_range <= limit:
         return request
     return replace(request, voice=replace(voice, pitch_range=limit))
