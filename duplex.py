@@ -11,7 +11,7 @@ Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -371,3 +371,73 @@ def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _host(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
+
+
+class Story:
+    """Ticks of one call → the events of protocols.py: who speaks, the words of both, the user's
+    emotion, latency."""
+
+    EMOTION_SECONDS, LATENCY_SECONDS = 0.2, 1.0
+
+    def __init__(self, engine: DuplexEngine):
+        self._lm, self._seconds = engine.lm, engine.patch_seconds
+        self._feelings = engine.user_emotion
+        self._words = {who: ReplyText(engine.lm.tokenizer) for who in ("agent", "user")}
+        self._turn, self._quiet = Counter(agent=1, user=1), Counter()
+        self.speaking = {"agent": False, "user": False}
+        self.counts = Counter(received=0, answered=0, dropped=0, late=0)
+        self._ticks: list[tuple] = []  # (waited, *times) since the last latency event
+
+    def tell(self, slot: int, result: TickResult, lost: int) -> list[dict]:
+        """The events of a tick just run, in the order in which a client needs them; `lost`: for how
+        many dropped patches it stands."""
+        self.counts.update(received=max(lost, 1), answered=1, dropped=lost)
+        self.counts["late"] += result.times.total > self._seconds
+        events = [{"type": "dropped", "patches": lost - 1}] if lost else []
+        loud = float(np.abs(result.audio[slot]).max()) > 10 ** (QUIET_DBFS / 20)
+        events += self._speech("agent", loud, int(result.text[slot]))
+        sounds = float(result.user_speaking[slot]) > 0.5
+        events += self._speech("user", sounds, int(result.user_words[slot]))
+        events += self._feeling(slot, result)
+        self._ticks.append((result.waited[slot], *result.times))
+        if len(self._ticks) * self._seconds >= self.LATENCY_SECONDS:
+            events.append(self._latency())
+        return events
+
+    def _speech(self, who: str, sounds: bool, token: int) -> list[dict]:
+        self._quiet[who] = 0 if sounds else self._quiet[who] + 1
+        now = sounds or (self.speaking[who] and self._quiet[who] < QUIET_TICKS)
+        events = []
+        if now and not self.speaking[who]:
+            events.append({"type": "speech", "who": who, "speaking": True})
+        text = self._words[who].push(token)
+        if text:
+            events.append({"type": "text", "who": who, "text": text, "turn": self._turn[who]})
+        if self.speaking[who] and not now:
+            events.append({"type": "speech", "who": who, "speaking": False})
+            self._words[who] = ReplyText(self._lm.tokenizer)
+            self._turn[who] += 1
+        self.speaking[who] = now
+        return events
+
+    def _feeling(self, slot: int, result: TickResult) -> list[dict]:
+        due = self.counts["answered"] % max(1, round(self.EMOTION_SECONDS / self._seconds)) == 0
+        if not (due and self.speaking["user"]):
+            return []
+        config, shares = self._lm.config, self._feelings.posterior[slot].round(3).tolist()
+        return [{
+            "type": "emotion", "name": self._feelings.name(slot) if config.emotion_dim else None,
+            "posterior": dict(zip(config.emotions, shares, strict=True)),
+            "language": config.languages[int(result.language[slot].argmax())],
+        }]  # fmt: skip
+
+    def _latency(self) -> dict:
+        waited, *stages, total = 1000 * np.array(self._ticks).T
+        self._ticks = []
+        names = ("encode", "temporal", "depth", "decode")
+        return {
+            "type": "latency", "tick_ms": round(total.mean(), 2),
+            "tick_max_ms": round(total.max(), 2), "waited_ms": round(waited.mean(), 2),
+            "waited_max_ms": round(waited.max(), 2), **self.counts,
+            "stages": {n: round(s.mean(), 2) for n, s in zip(names, stages, strict=True)},
+        }  # fmt: skip

@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 import traceback
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,16 +32,7 @@ import torch
 
 from audio import SAMPLE_RATE
 from command import ArgumentParser, UserError, number, run, whole
-from duplex import (
-    QUIET_TICKS,
-    DuplexEngine,
-    PatchQueue,
-    QueuedPatch,
-    ReplyText,
-    TickResult,
-    load_models,
-)
-from ledger import QUIET_DBFS
+from duplex import DuplexEngine, PatchQueue, Story, TickResult, load_models
 from protocols import PROTOCOLS, Message, Protocol, ProtocolError
 from s2s import Sampling
 from training import setup_distributed
@@ -124,78 +115,8 @@ class Call:
 class Share(NamedTuple):
     """What one tick gave one call."""
 
-    patch: QueuedPatch
+    lost: int  # dropped patches that it stands for
     result: TickResult
-    emotion: str | None
-    posterior: np.ndarray  # [8]
-
-
-class Story:
-    """Replies of one call → events: who speaks, the words of both, the user's emotion, latency."""
-
-    EMOTION_SECONDS, LATENCY_SECONDS = 0.2, 1.0
-
-    def __init__(self, engine: DuplexEngine):
-        self._lm, self._seconds = engine.lm, engine.patch_seconds
-        self._words = {who: ReplyText(engine.lm.tokenizer) for who in ("agent", "user")}
-        self._turn, self._quiet = Counter(agent=1, user=1), Counter()
-        self.speaking = {"agent": False, "user": False}
-        self.counts = Counter(received=0, answered=0, dropped=0, late=0)
-        self._shown: tuple = (None, None)  # emotion and language
-        self._ticks: list[tuple] = []  # (waited, *times) since the last latency event
-
-    def tell(self, slot: int, share: Share) -> list[dict]:
-        """The events of a tick, in the order in which a client needs them."""
-        result, lost = share.result, share.patch.lost
-        self.counts.update(received=max(lost, 1), answered=1, dropped=lost)
-        self.counts["late"] += result.times.total > self._seconds
-        events = [{"type": "dropped", "patches": lost - 1}] if lost else []
-        loud = float(np.abs(result.audio[slot]).max()) > 10 ** (QUIET_DBFS / 20)
-        events += self._speech("agent", loud, int(result.text[slot]), slot)
-        sounds = float(result.user_speaking[slot]) > 0.5
-        events += self._speech("user", sounds, int(result.user_words[slot]), slot)
-        events += self._feeling(slot, share)
-        self._ticks.append((result.waited[slot], *result.times))
-        if len(self._ticks) * self._seconds >= self.LATENCY_SECONDS:
-            events.append(self._latency())
-        return events
-
-    def _speech(self, who: str, sounds: bool, token: int, slot: int) -> list[dict]:
-        self._quiet[who] = 0 if sounds else self._quiet[who] + 1
-        now = sounds or (self.speaking[who] and self._quiet[who] < QUIET_TICKS)
-        events = []
-        if now and not self.speaking[who]:
-            events.append({"type": "speech", "who": who, "speaking": True})
-        text = self._words[who].push(token)
-        if text:
-            events.append({"type": "text", "who": who, "text": text, "turn": self._turn[who]})
-        if self.speaking[who] and not now:
-            events.append({"type": "speech", "who": who, "speaking": False})
-            self._words[who] = ReplyText(self._lm.tokenizer)
-            self._turn[who] += 1
-        self.speaking[who] = now
-        return events
-
-    def _feeling(self, slot: int, share: Share) -> list[dict]:
-        due = self.counts["answered"] % max(1, round(self.EMOTION_SECONDS / self._seconds)) == 0
-        config = self._lm.config
-        if not (due and self.speaking["user"] and config.emotion_dim):
-            return []
-        posterior = dict(zip(config.emotions, share.posterior.round(3).tolist(), strict=True))
-        language = config.languages[int(share.result.language[slot].argmax())]
-        event = {"type": "emotion", "name": share.emotion, "posterior": posterior}
-        return [{**event, "language": language}]
-
-    def _latency(self) -> dict:
-        waited, *stages, total = 1000 * np.array(self._ticks).T
-        self._ticks = []
-        names = ("encode", "temporal", "depth", "decode")
-        return {
-            "type": "latency", "tick_ms": round(total.mean(), 2),
-            "tick_max_ms": round(total.max(), 2), "waited_ms": round(waited.mean(), 2),
-            "waited_max_ms": round(waited.max(), 2), **self.counts,
-            "stages": {n: round(s.mean(), 2) for n, s in zip(names, stages, strict=True)},
-        }  # fmt: skip
 
 
 class Scheduler(threading.Thread):
@@ -315,12 +236,7 @@ class Scheduler(threading.Thread):
         for call, _, patch in taken:
             self.engine.feed(call.slot, patch.audio, patch.arrived, bounded=False)
         result = self.engine.run_once()
-        feelings = self.engine.user_emotion
-        self._deliver([
-            (call, to, Share(patch, result, feelings.name(call.slot),
-                             feelings.posterior[call.slot].copy()))
-            for call, to, patch in taken
-        ])  # fmt: skip
+        self._deliver([(call, to, Share(patch.lost, result)) for call, to, patch in taken])
         # A patch that came late does not shift the cadence; an idle time or a catch-up does.
         on_time = self._due <= started < self._due + self.engine.patch_seconds
         self._due = (self._due if on_time else started) + self.engine.patch_seconds
@@ -586,9 +502,9 @@ class Server:
     # ---- the engine answers
     def _deliver(self, shares: list[tuple[Call, Connection, Share]]) -> None:
         for call, connection, share in shares:
-            events = call.story.tell(call.slot, share)
+            events = call.story.tell(call.slot, share.result, share.lost)
             self.metrics.waited.observe(share.result.waited[call.slot])
-            self.metrics.dropped.inc(share.patch.lost)
+            self.metrics.dropped.inc(share.lost)
             if connection is not None and connection.call is call:
                 audio = share.result.audio[call.slot]
                 self.metrics.unsent.inc(connection.put(audio, events))
