@@ -11,20 +11,21 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import audio
+import command
 import corpora
 import data
 from codec import Codec, silence_codes
 from command import UserError
 from data import Clip, split_for
-from dialogues import load_code_dataset, save_code_dataset
+from dialogues import finish_dataset, load_code_dataset, write_arrow
 
 # Corpora as their owners ship them, by their layout: the licence, and whether it lets one sell.
 SHIPPED = {
@@ -32,6 +33,7 @@ SHIPPED = {
     "emov_db": ("EmoV-DB licence (research)", False), "esd": ("ESD research licence", False),
 }  # fmt: skip
 MAX_SECONDS = 15.0  # of a clip; what is longer is cut there
+PART_CLIPS = 500  # in a file of codes
 EDGE_SECONDS = 0.2  # of silence on both sides of a clip
 GAIN_DB = (-9.0, 3.0)  # of microphones, of which each speaker has
 MICROPHONES = 4
@@ -127,52 +129,70 @@ def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch:
     A row is a clip between two short silences, its agent silent, its one turn of the user with the
     emotion; `source` is the speaker at one of MICROPHONES, whose gain is drawn: that somebody is
     loud says little by itself. Clips are encoded `batch` at once, on the codec's device; those that
-    cannot be read are counted and left out. Returns the dataset.
+    cannot be read are counted and left out. Files of PART_CLIPS each: a killed run goes on with the
+    next. Returns the dataset. Raises UserError where no clip can be read.
     """
     folder = Path(folder)
-    if not (folder / "state.json").exists():
+    made = (folder / "state.json").exists()
+    if not made:
         info = {
             "codec_fingerprint": codec.fingerprint,
             "frame_rate": codec.config.frame_rate,
             "codebook_sizes": list(codec.config.codebook_sizes[:8]),
         }
-        save_code_dataset(folder, _rows(clips, codec, batch), info)
-    return load_code_dataset(folder, codec.fingerprint)[0]
+        folder.mkdir(parents=True, exist_ok=True)
+        ordered = sorted(clips, key=lambda clip: clip.duration)  # little padding
+        firsts = range(0, len(ordered), PART_CLIPS)
+        files = {folder / f"data-{first // PART_CLIPS:05d}.arrow": first for first in firsts}
+
+        def encode(file: Path) -> None:
+            part = ordered[files[file] : files[file] + PART_CLIPS]
+            write_arrow(file, _rows(part, codec, batch))
+
+        missing = [file for file in files if not file.exists()]
+        for _ in command.run_parts(encode, missing, 0, len(files)):
+            pass
+        finish_dataset(folder, [file.name for file in files], info)
+    dataset = load_code_dataset(folder, codec.fingerprint)[0]
+    if not len(dataset):
+        raise UserError(f"{folder}: no clip of it can be read; remove it when the clips are there")
+    if not made and len(dataset) < len(clips):
+        print(f"{len(clips) - len(dataset)} clips left out: unreadable")
+    return dataset
 
 
 def _rows(clips: Sequence[Clip], codec: Codec, batch: int) -> Iterator[dict]:
     device, hop = next(codec.parameters()).device, codec.config.hop
-    silent, failed = silence_codes(codec, device)[0, :, -1].cpu().numpy().astype(np.uint16), 0
-    ordered = sorted(clips, key=lambda clip: clip.duration)  # little padding
-    for first in tqdm(range(0, len(ordered), batch), desc="encoding", disable=None):
-        read = []
-        for clip in ordered[first : first + batch]:
-            try:
-                samples = audio.read_audio(clip.path, duration=MAX_SECONDS)
-            except audio.AudioError:
-                failed += 1
-                continue
-            source = f"{_speaker(clip)} at {random.Random(str(clip.path)).randrange(MICROPHONES)}"
-            gain = 10 ** (random.Random(source).uniform(*GAIN_DB) / 20)
-            read.append((clip, source, (samples * gain).clip(-1.0, 1.0)))
-        if not read:
-            continue
-        edge = round(EDGE_SECONDS * audio.SAMPLE_RATE)
-        longest = max(len(samples) for *_, samples in read) + 2 * edge
-        sound = torch.zeros(len(read), 1, longest)
-        for row, (*_, samples) in zip(sound, read, strict=True):
-            row[0, edge : edge + len(samples)] = torch.from_numpy(samples)
-        with torch.inference_mode():
-            codes = codec.encode(sound.to(device), 8).cpu().numpy().astype(np.uint16)
-        for row, (clip, source, samples) in zip(codes, read, strict=True):
-            frames = -(-(len(samples) + 2 * edge) // hop)
-            end = EDGE_SECONDS + len(samples) / audio.SAMPLE_RATE
-            turn = {"who": "user", "start": EDGE_SECONDS, "end": end, "text": "",
-                    "emotion": clip.emotion}  # fmt: skip
-            yield {
-                "id": str(clip.path), "language": clip.language, "source": source,
-                "split": clip.split, "user_codes": row.T[:frames],
-                "agent_codes": np.tile(silent, (frames, 1)), "turns": [turn],
-            }  # fmt: skip
-    if failed:
-        print(f"{failed} clips left out: unreadable")
+    silent = silence_codes(codec, device)[0, :, -1].cpu().numpy().astype(np.uint16)
+    edge = round(EDGE_SECONDS * audio.SAMPLE_RATE)
+    with ThreadPoolExecutor(command.default_workers()) as pool:
+        for first in range(0, len(clips), batch):
+            read = list(filter(None, pool.map(_heard, clips[first : first + batch])))
+            longest = max((len(samples) for *_, samples in read), default=0) + 2 * edge
+            sound = torch.zeros(len(read), 1, longest)
+            for row, (*_, samples) in zip(sound, read, strict=True):
+                row[0, edge : edge + len(samples)] = torch.from_numpy(samples)
+            with torch.inference_mode():
+                codes = codec.encode(sound.to(device), 8) if read else sound
+            codes = codes.cpu().numpy().astype(np.uint16)
+            for row, (clip, source, samples) in zip(codes, read, strict=True):
+                frames = -(-(len(samples) + 2 * edge) // hop)
+                end = EDGE_SECONDS + len(samples) / audio.SAMPLE_RATE
+                turn = {"who": "user", "start": EDGE_SECONDS, "end": end, "text": "",
+                        "emotion": clip.emotion}  # fmt: skip
+                yield {
+                    "id": str(clip.path), "language": clip.language, "source": source,
+                    "split": clip.split, "user_codes": row.T[:frames],
+                    "agent_codes": np.tile(silent, (frames, 1)), "turns": [turn],
+                }  # fmt: skip
+
+
+def _heard(clip: Clip) -> tuple[Clip, str, np.ndarray] | None:
+    """(clip, speaker at a microphone, samples `[T]` through it); None where it cannot be read."""
+    try:
+        samples = audio.read_audio(clip.path, duration=MAX_SECONDS)
+    except audio.AudioError:
+        return None
+    source = f"{_speaker(clip)} at {random.Random(str(clip.path)).randrange(MICROPHONES)}"
+    gain = 10 ** (random.Random(source).uniform(*GAIN_DB) / 20)
+    return clip, source, (samples * gain).clip(-1.0, 1.0)

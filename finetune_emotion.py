@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,7 +37,7 @@ from codec import Codec
 from command import UserError, number, share, whole
 from data import EMOTIONS, Clip, training_batches
 from s2s import IGNORE, S2S, Batch, S2SConfig
-from train_s2s import Conversations, batch_losses, collate, near_codes
+from train_s2s import Conversations, batch_losses, collate, near_codes, turn_fields
 from training import setting
 
 # Metrics on the terminal's lines, and their names there.
@@ -73,12 +75,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--branch_lr", type=number(0), default=2e-3, help="of the emotion branch")
     add("--detection_share", type=share, default=0.4, help="of the steps, the LM frozen")
     add("--commercial_only", action="store_true", help="leave out speech that may not be sold")
-    add("--window_seconds", type=number(0.1, 6000), help="by default 1.5 times the context")
-    add("--emotion_drop", type=share, default=0.1, help="windows without the emotion's label")
-    add("--acoustic_drop", type=share, default=0.6, help="windows that lose user codebooks")
-    add("--agent_window_drop", type=share, default=0.5,
-        help="windows without the agent's own past codes; 1: none ever")  # fmt: skip
-    add("--depth_fraction", type=share, default=0.15, help="of a window's patches spoken")
+    train_s2s.window_flags(add)
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args
@@ -91,19 +88,21 @@ class EmotionalSpeech(Conversations):
     """Windows of a user's emotional speech: each emotion as likely, one speaker a window."""
 
     def __init__(self, rows, *how, **more) -> None:
-        frames = np.array([len(row["user_codes"]) for row in rows])
-        super().__init__(rows, frames, *how, **more)
-        plain = rows.with_format(None)
-        self.places: dict[str, dict[str, list[int]]] = {}
-        labels = [turns[0]["emotion"] for turns in plain["turns"]]
-        for i, (speaker, label) in enumerate(zip(plain["source"], labels, strict=True)):
+        super().__init__(rows, train_s2s.row_frames(rows), *how, **more)
+        self.places: dict[str, dict[str, list[int]]] = {}  # by speaker and emotion
+        labels = itertools.chain.from_iterable(found for _, found in turn_fields(rows, "emotion"))
+        speakers = rows.with_format(None)["source"]
+        for i, (speaker, label) in enumerate(zip(speakers, labels, strict=True)):
             self.places.setdefault(speaker, {}).setdefault(label, []).append(i)
+        shown = sorted({label for own in self.places.values() for label in own})
+        self.speakers = {
+            label: [name for name, own in self.places.items() if label in own] for label in shown
+        }
 
     def first(self, rng: np.random.Generator) -> tuple[int, int]:
         """Any emotion, any speaker who shows it, any clip of it."""
-        emotion = _any(rng, sorted({label for own in self.places.values() for label in own}))
-        speaker = _any(rng, [name for name, own in self.places.items() if emotion in own])
-        return _any(rng, self.places[speaker][emotion]), 0
+        emotion = _any(rng, list(self.speakers))
+        return _any(rng, self.places[_any(rng, self.speakers[emotion])][emotion]), 0
 
     def following(self, rng: np.random.Generator, row: dict) -> int:
         """The same speaker's, any emotion of theirs."""
@@ -122,23 +121,23 @@ class EmotionalConversations(Conversations):
     def first(self, rng: np.random.Generator) -> tuple[int, int]:
         replays = rng.random() < self.args.replay
         if replays and len(self.plain):
-            return _any(rng, self.plain), 0
+            return int(_any(rng, self.plain)), 0
         if replays or not self.shown:
             return super().first(rng)
-        return _any(rng, self.shown[_any(rng, sorted(self.shown))]), 0
+        return int(_any(rng, self.shown[_any(rng, sorted(self.shown))])), 0
 
 
-def emotional_rows(rows) -> tuple[dict[str, list[int]], list[int]]:
+def emotional_rows(rows) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Places of the conversations in which the user shows an emotion, by emotion, and of the
     others."""
-    shown, plain = {}, []
-    for i, turns in enumerate(rows.with_format(None)["turns"]):
-        found = {turn["emotion"] for turn in turns if turn["who"] == "user"}
-        for emotion in found.difference(WITHOUT_EMOTION):
-            shown.setdefault(emotion, []).append(i)
-        if found <= set(WITHOUT_EMOTION):
-            plain.append(i)
-    return shown, plain
+    shown: dict[str, list[np.ndarray]] = {}
+    plain = np.ones(len(rows), bool)
+    for at, who, emotion in turn_fields(rows, "who", "emotion"):
+        for name in set(emotion[who == "user"]).difference(WITHOUT_EMOTION):
+            places = np.unique(at[(who == "user") & (emotion == name)])
+            shown.setdefault(name, []).append(places)
+            plain[places] = False
+    return {name: np.concatenate(found) for name, found in shown.items()}, np.flatnonzero(plain)
 
 
 def _any(rng: np.random.Generator, choices: Sequence):
@@ -146,29 +145,35 @@ def _any(rng: np.random.Generator, choices: Sequence):
 
 
 class Pairs(Dataset):
-    """Items of two datasets, side by side."""
+    """Items of two datasets, side by side, and their key. None in place of the second's before
+    sample `talk_from`, counted from the first epoch on: a shared number, which may change."""
 
     def __init__(self, speech: EmotionalSpeech, talk: EmotionalConversations) -> None:
         self.speech, self.talk = speech, talk
+        self.talk_from = torch.zeros(1, dtype=torch.long).share_memory_()
 
     def __len__(self) -> int:
         return len(self.talk)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[dict, dict]:
-        return self.speech[key], self.talk[key]
+    def __getitem__(self, key: tuple[int, int]) -> tuple[dict, dict | None, tuple[int, int]]:
+        needed = key[0] * len(self) + key[1] >= int(self.talk_from)
+        return self.speech[key], self.talk[key] if needed else None, key
 
 
-def collate_pairs(items: list[tuple[dict, dict]]) -> tuple[Batch, Batch]:
-    speech, talk = zip(*items, strict=True)
-    return collate(list(speech))[0], collate(list(talk))[0]
+def collate_pairs(items: list[tuple]) -> tuple[Batch, Batch | tuple]:
+    """(speech, conversations, or their keys where one was not made)."""
+    speech, talk, keys = zip(*items, strict=True)
+    made = all(item is not None for item in talk)
+    return collate(list(speech))[0], collate(list(talk))[0] if made else keys
 
 
 def encoded(clips: Sequence[Clip], split: str, codec: Codec, run: training.Run):
     """The code dataset of clips, made once in the run's folder, on the main rank."""
     name = hashlib.sha256(repr([(str(c.path), c.emotion) for c in clips]).encode()).hexdigest()[:12]
     folder = Path(run.args.checkpoint_dir) / f"codes_{split}_{name}"
+    batch = 64 if run.device.type == "cuda" else 16
     if run.is_main:
-        emotions.encode_clips(clips, codec, folder)
+        emotions.encode_clips(clips, codec, folder, batch)
     training.from_main_rank(0)  # all wait for it
     return emotions.encode_clips(clips, codec, folder)
 
@@ -237,8 +242,9 @@ def train(args, run: training.Run) -> None:
     (rows, frames), held_out, hours = train_s2s.load_rows(args.conversations, codec.fingerprint)
     log = Path(args.checkpoint_dir) / "unreadable.txt"
     clips = emotions.load_emotional(args.data_dirs, args.commercial_only, log)
-    parts = zip(("train", "validation"), emotions.hold_out_speakers(clips), strict=True)
-    speech = [encoded(part, split, codec, run) for split, part in parts]
+    parts = emotions.hold_out_speakers(clips)
+    named = zip(("train", "validation"), parts, strict=True)
+    speech = [encoded(part, split, codec, run) for split, part in named]
     args.window_seconds = train_s2s.fitting_window(args, config)
     # First the emotion branch alone, then all of it.
     begins = {"detection": 0}
@@ -276,12 +282,15 @@ def train(args, run: training.Run) -> None:
 
     def step(batch: tuple[Batch, Batch], phase: str) -> dict[str, Tensor]:
         """Forward, losses, backward, step; gives what there is to log."""
-        speech, talk = (part.to(device) for part in batch)
+        speech, talk = batch
+        speech = speech.to(device)
         generator = training.keyed_generator(args.seed, run.step, process.rank)
         torch.manual_seed(generator.initial_seed())  # dropout: a resumed run draws the same
         loss, row = speech_losses(model, speech)
         if phase == "dialogue":
-            whole_loss, losses, metrics = batch_losses(model, talk, speak=True)
+            if not isinstance(talk, Batch):  # made before the phase was moved
+                talk = collate([dataset.talk[key] for key in talk])[0]
+            whole_loss, losses, metrics = batch_losses(model, talk.to(device), speak=True)
             loss = settings.speech_weight * loss + whole_loss
             row |= {**losses, **metrics}
         model.zero_grad(set_to_none=True)
@@ -304,9 +313,16 @@ def train(args, run: training.Run) -> None:
     }
     run.best_by, run.shown = "validation_speech", SHOWN
     first = collate_pairs([dataset[(0, i)] for i in range(args.batch_size // process.world_size)])
-    run.estimate(lambda phase: step(first, phase), [model])
-    run.begin(description(run, model, clips, rows, hours))
 
+    def spare_windows() -> None:  # of conversations that no step will use
+        ahead = args.batch_size * (run.schedule.starts["dialogue"] - run.step)
+        dataset.talk_from.fill_(items * run.epoch + run.consumed + ahead)
+
+    run.estimate(lambda phase: step(first, phase), [model])
+    lacking = train_s2s.unspelled(tokenizer, train_s2s.all_texts(rows))
+    run.begin(description(run, model, parts, rows, hours, lacking))
+
+    spare_windows()
     place = (sys.maxsize, run.epoch, run.consumed)
     loader = dataset, args.batch_size, run.workers, process, *place, collate_pairs
     for batch in run.steps(training_batches(*loader)):
@@ -315,22 +331,34 @@ def train(args, run: training.Run) -> None:
         training.set_learning_rate(optimizers["lm"], args.lr * rate)
         row = step(batch, run.phase)
         run.step_done(lambda: {**row, "lr": args.lr * rate})  # noqa: B023
+        spare_windows()
 
 
-def description(run: training.Run, model: S2S, clips: Sequence[Clip], rows, hours: float) -> str:
-    """What the user reads before step 1, beside the settings and the forecast."""
-    c, args = model.config, run.args
-    counts = {name: sum(clip.emotion == name for clip in clips) for name in EMOTIONS}
-    shown = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-    speakers = len({clip.speaker for clip in clips})
-    total = sum(clip.duration for clip in clips) / 3600
-    return (
+def description(run: training.Run, model: S2S, parts, rows, hours: float, lacking) -> str:
+    """What the user reads before step 1, beside the settings and the forecast. `parts`: clips to
+    train on, and held out; `lacking`: texts that the tokenizer cannot spell."""
+    c, args, clips = model.config, run.args, [clip for part in parts for clip in part]
+    counts = Counter(clip.emotion for clip in clips)
+    shown = ", ".join(f"{name} {counts[name]}" for name in EMOTIONS if counts[name])
+    lines = [
         f"inherited from {args.init_from}: {c.num_layers} layers of {c.dim}, vocabulary "
         f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, codec {c.codec_fingerprint[:16]}, "
-        f"device {run.device}\n"
-        f"speech: {len(clips)} clips, {total:.1f} h, {speakers} speakers; {shown}\n"
-        f"conversations: {len(rows)}, {hours:.1f} h, {args.replay:.0%} of them without emotion"
-    )
+        f"device {run.device}",
+        f"speech: {len(clips)} clips, {sum(clip.duration for clip in clips) / 3600:.1f} h, "
+        f"{len({clip.speaker for clip in clips})} speakers; {shown}",
+    ]
+    for language in sorted({clip.language for clip in clips}):
+        learnt, held = (
+            len({clip.speaker for clip in part if clip.language == language}) for part in parts
+        )
+        unknown = "" if held else ": how well it hears them there, no figure says"
+        lines.append(f"  {language}: {learnt} speakers to learn from, {held} held out{unknown}")
+    lines.append(f"conversations: {len(rows)}, {hours:.1f} h, {args.replay:.0%} of them without "
+                 "emotion")  # fmt: skip
+    if lacking:
+        lines.append(f"{len(lacking)} different turns hold what the inherited tokenizer cannot "
+                     f"spell, learnt as <unk>; first: {lacking[0]!r}")  # fmt: skip
+    return "\n".join(lines)
 
 
 def main() -> None:

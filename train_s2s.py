@@ -17,7 +17,7 @@ import itertools
 import statistics
 import string
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,19 +86,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--codec", default="checkpoints/tiny/codec", help="that encoded the data")
     plan.add_argument("--lr", type=number(0), default=3e-4)
     add = more.add_argument
+    window_flags(add)
     add("--vocab_size", type=whole(3), default=2048, help="of a new tokenizer")
-    add("--window_seconds", type=number(0.1, 6000), help="by default 1.5 times the context")
     add("--context_seconds", type=number(0.1, 4000), help="attended to; by default the preset's")
     add("--asr_share", type=share, default=0.3, help="of the steps, without codes")
-    add("--depth_fraction", type=share, default=0.15, help="of a window's patches spoken")
     add("--eagerness", type=number(-100, 100), default=10.0, help="dB on its odds of speaking")
+    args = parser.parse_args(argv)
+    args.given = parser.given(argv)
+    return args
+
+
+def window_flags(add: Callable) -> None:
+    """The flags of windows of calls, beside WindowSettings."""
+    add("--window_seconds", type=number(0.1, 6000), help="by default 1.5 times the context")
+    add("--depth_fraction", type=share, default=0.15, help="of a window's patches spoken")
     add("--acoustic_drop", type=share, default=0.6, help="windows that lose user codebooks")
     add("--agent_window_drop", type=share, default=0.5,
         help="windows without the agent's own past codes; 1: none ever")  # fmt: skip
     add("--emotion_drop", type=share, default=0.1, help="windows without the emotion's label")
-    args = parser.parse_args(argv)
-    args.given = parser.given(argv)
-    return args
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
@@ -470,8 +475,20 @@ def load_rows(folders: Sequence[str], fingerprint: str):
 
 def all_texts(rows) -> list[str]:
     """The words of up to 20,000 conversations, for the tokenizer."""
-    turns = rows.with_format(None)["turns"][:20_000]
-    return sorted({turn["text"] for conversation in turns for turn in conversation if turn["text"]})
+    first = rows.select(range(min(len(rows), 20_000)))
+    return sorted({text for _, texts in turn_fields(first, "text") for text in texts if text})
+
+
+def turn_fields(rows, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
+    """(row of each turn, a field of each turn…) of a thousand rows at a time, read as columns: the
+    phones of a large dataset do not fit into memory as Python's objects."""
+    batches = rows.select_columns("turns").with_format("arrow").iter(batch_size=1000)
+    for batch, table in enumerate(batches):
+        turns = table["turns"].combine_chunks()
+        counts = turns.value_lengths().to_numpy()
+        fields = turns.flatten()
+        found = (fields.field(name).to_numpy(zero_copy_only=False) for name in names)
+        yield np.repeat(1000 * batch + np.arange(len(counts)), counts), *found
 
 
 def batch_losses(model: S2S, batch: Batch, speak: bool, split: int | None = None):
@@ -523,12 +540,17 @@ def starting_tokenizer(texts: list[str], size: int, init_from: str | None):
     theirs = init_from and checkpoints.load_checkpoint(init_from, with_trainer=False).tokenizer
     if theirs:
         tokenizer = Tokenizer.from_str(theirs)
-        unknown = tokenizer.token_to_id("<unk>")
-        lacking = [text for text in texts if unknown in tokenizer.encode(f" {text}").ids]
+        lacking = unspelled(tokenizer, texts)
         if not lacking:
             return tokenizer, True
         print(f"init_from {init_from}: its tokenizer cannot spell {lacking[0]!r}: a new one")
     return train_tokenizer(texts, size), False
+
+
+def unspelled(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """The texts that hold what the tokenizer cannot spell: it would be learnt as <unk>."""
+    unknown = tokenizer.token_to_id("<unk>")
+    return [text for text in texts if unknown in tokenizer.encode(f" {text}").ids]
 
 
 def description(run: training.Run, model: S2S, rows, hours: float) -> str:

@@ -17,7 +17,7 @@ import uuid
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TypeVar
 
@@ -60,7 +60,9 @@ def setup_distributed(device: str = "auto") -> Distributed:
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True  # windows have one length
     if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # One rank may prepare data for hours while the others wait.
+        more = {"timeout": timedelta(days=2)}
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **more)
         atexit.register(dist.destroy_process_group)
     return Distributed(rank, world_size, local_rank, chosen)
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from test_train_s2s import SMALL, make_codec, make_dataset
+from test_fetching import dies_at, killed
+from test_train_s2s import ROOT, SMALL, environment, last, make_codec, make_dataset, small_models
 
+import checkpoints
+import emotions
 import finetune_emotion
 import train_s2s
 from command import UserError
@@ -41,15 +46,25 @@ def world(tmp_path_factory):
             })  # fmt: skip
     (speech / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     flags = SMALL | {"data_dirs": root / "conversations", "codec": root / "codec"}
-    run(train_s2s, root / "lm", **flags, max_steps=2)
+    with small_models():
+        run(train_s2s, root / "lm", **flags, max_steps=2)
     return root
 
 
-def run(script, folder, *switches, **flags) -> None:
-    words = [script.__name__, "--checkpoint_dir", str(folder), *switches]
-    for name, value in flags.items():
-        words += [f"--{name}", str(value)]
-    before, sys.argv = sys.argv, words
+@pytest.fixture(scope="module")
+def once(world):
+    """The folder of an uninterrupted run."""
+    run(finetune_emotion, world / "once", **flags(world))
+    return world / "once"
+
+
+def words_of(folder, **flags) -> list[str]:
+    pairs = [[f"--{name}", str(value)] for name, value in flags.items()]
+    return ["--checkpoint_dir", str(folder), *sum(pairs, [])]
+
+
+def run(script, folder, **flags) -> None:
+    before, sys.argv = sys.argv, [script.__name__, *words_of(folder, **flags)]
     try:
         script.main()
     finally:
@@ -120,14 +135,13 @@ def test_a_new_branch_changes_nothing_that_the_model_says():
         assert (one.agent_codes == two.agent_codes).all() and (one.text == two.text).all()
 
 
-def test_resumed_equals_uninterrupted(world, tmp_path, capsys):
-    run(finetune_emotion, tmp_path / "once", **flags(world))
+def test_resumed_equals_uninterrupted(world, once, tmp_path, capsys):
     run(finetune_emotion, tmp_path / "twice", **flags(world, max_steps=3))
     run(finetune_emotion, tmp_path / "twice", **flags(world))
-    once, twice = rows(tmp_path / "once"), rows(tmp_path / "twice")
-    assert len(once) == 8 and once == twice
+    rows_once, twice = rows(once), rows(tmp_path / "twice")
+    assert len(twice) == 8 and rows_once == twice
     # First the branch alone; then all.
-    assert "text" not in once[2] and "text" in once[3]
+    assert "text" not in twice[2] and "text" in twice[3]
     told = capsys.readouterr().out
     assert "neutral 8, happy 8, sad 8" in told and "4 speakers" in told
     assert "resuming" in told
@@ -171,3 +185,71 @@ def test_refusals_are_one_line_and_leave_nothing(world, tmp_path, changes, said)
         run(finetune_emotion, tmp_path / "run", **taken)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def killed_runs(world: Path, folder: Path) -> None:
+    """The same line again and again: killed in the middle of encoding speech, in both phases and in
+    mid-save, then run to its end. In a process that has not used torch: it forks."""
+    emotions.PART_CLIPS = 4
+    codes = lambda: sorted(file.name for file in folder.glob("codes_train_*/*"))  # noqa: E731
+
+    def killed_at(module, name: str, call: int) -> None:
+        def action() -> None:
+            dies_at(module, name, call)
+            run(finetune_emotion, folder, **flags(world))
+
+        killed(action)
+
+    killed_at(emotions.audio, "read_audio", 15)
+    parts = [name for name in codes() if name.endswith(".arrow")]
+    assert 0 < len(parts) < 4 and "state.json" not in codes()
+    kept = {file: file.stat().st_mtime_ns for file in folder.glob("codes_train_*/data-*.arrow")}
+    # Twice for each phase ahead before the first step.
+    killed_at(finetune_emotion, "speech_losses", 4 + 2)
+    assert "state.json" in codes() and not list(folder.glob("step_*"))
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+    killed_at(finetune_emotion, "speech_losses", 4 + 6)
+    assert [step.name for step in folder.glob("step_*")] == ["step_00000004"]
+    killed_at(checkpoints, "_publish", 1)
+    assert [step.name for step in folder.glob("step_*")] == ["step_00000004"]
+    run(finetune_emotion, folder, **flags(world))
+
+
+def test_killed_at_any_moment_the_same_line_goes_on(world, once, tmp_path):
+    words = ["-m", "test_finetune_emotion", "killed", str(world), str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment(), timeout=300,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert rows(tmp_path / "run") == rows(once)
+
+
+def test_two_ranks_learn_what_one_process_does(world, tmp_path):
+    """torchrun on two gloo ranks, each half of the batch, in both phases, against the joint one.
+    Without dropout, which each rank draws for itself."""
+    same = {"num_epochs": 1, "warmup_steps": 0, "lr": 1e-3}
+    words = ["ranks", *words_of(tmp_path / "two", **flags(world, **same))]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command = [sys.executable, "-m", *launcher, "test_finetune_emotion", *words]
+    two = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "dropout", lambda x, *_: x)
+        run(finetune_emotion, tmp_path / "one", **flags(world, **same))
+    told = two.communicate(timeout=300)[1]
+    assert two.returncode == 0, told[-2000:]
+    one, both, start = last(tmp_path / "one"), last(tmp_path / "two"), last(world / "lm")
+    for names, before in (
+        ([name for name in start.tensors if "emotion" not in name], start.tensors),
+        (["emotion.head.weight"], {"emotion.head.weight": torch.zeros(1)}),
+    ):
+        moved = sum(float((one.tensors[n] - before[n]).float().norm()) for n in names)
+        apart = sum(float((one.tensors[n] - both.tensors[n]).float().norm()) for n in names)
+        assert moved > 0 and apart < 0.02 * moved, (apart, moved)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "killed":
+        killed_runs(*map(Path, sys.argv[2:]))
+    else:
+        torch.nn.functional.dropout = lambda x, *_: x
+        sys.argv[1:] = sys.argv[2:]
+        finetune_emotion.main()
