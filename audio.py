@@ -8,16 +8,21 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import wave
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import soundfile
-import soxr
 
 from command import UserError, atomic_write, first_line
+
+try:
+    import soundfile
+    import soxr
+except (ImportError, OSError):  # as on a laptop that only talks to a server: plain WAV then
+    soundfile = None
 
 SAMPLE_RATE = 24000
 HOP = 480
@@ -51,6 +56,8 @@ def read_audio(
 ) -> np.ndarray:  # fmt: skip
     """Read `duration` seconds from `start`, at most to the end, as mono float32 `[T]` at
     `sample_rate`, played `speed` times as fast. A window costs itself alone. AudioError."""
+    if soundfile is None:
+        return _read_plain(path, sample_rate)
     with _opened(path) as file:
         rate, total = file.samplerate, file.frames
         first = min(max(round(start * rate), 0), total)
@@ -101,6 +108,9 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
     kind, subtype = WRITABLE[suffix]
     samples = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)
     channels = 1 if samples.ndim == 1 else samples.shape[1]
+    if soundfile is None:
+        _write_plain(path, samples, sample_rate)
+        return
     try:
         with atomic_write(path, sync=False) as part, soundfile.SoundFile(
             os.fsencode(part), "w", sample_rate, channels, subtype, format=kind
@@ -109,6 +119,35 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
             for first in range(0, len(samples), 65536):
                 file.write(samples[first : first + 65536])
     except _READ_ERRORS as error:
+        raise AudioError(f"{path}: cannot be written ({error}); is the disk full?") from error
+
+
+def _read_plain(path: str | Path, sample_rate: int) -> np.ndarray:
+    """A whole 16-bit WAV as `read_audio` gives it, by the standard library and numpy alone."""
+    try:
+        with wave.open(os.fspath(path)) as file:
+            channels, width, rate, frames, *_ = file.getparams()
+            pcm = file.readframes(frames)
+        if width != 2 or not pcm:
+            raise wave.Error(f"{8 * width} bits, {frames} samples")
+    except (wave.Error, EOFError, OSError) as error:
+        said = f"cannot be read without soundfile ({first_line(error)}); pip install soundfile soxr"
+        raise AudioError(f"{path}: {said}") from error
+    mono = _mono(np.frombuffer(pcm, "<i2").reshape(-1, channels).astype(np.float32) / 32768.0)
+    length = round(len(mono) * sample_rate / rate)
+    spectrum = np.fft.rfft(mono)[: length // 2 + 1] * (length / len(mono))
+    return np.fft.irfft(spectrum, length).astype(np.float32).clip(-1.0, 1.0)
+
+
+def _write_plain(path: str | Path, samples: np.ndarray, sample_rate: int) -> None:
+    if Path(path).suffix.lower() != ".wav":
+        raise AudioError(f"{path}: needs soundfile (pip install soundfile); or name it .wav")
+    try:
+        with atomic_write(path, sync=False) as part, wave.open(os.fspath(part), "wb") as file:
+            channels = 1 if samples.ndim == 1 else samples.shape[1]
+            file.setparams((channels, 2, sample_rate, 0, "NONE", ""))
+            file.writeframes((samples * 32767.0).astype("<i2").tobytes())
+    except OSError as error:
         raise AudioError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import itertools
@@ -28,6 +27,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TextIO
 
+LANGUAGES = ("english", "hindi", "telugu", "other")
+EMOTIONS = ("neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -232,7 +233,7 @@ def writable_file(path: str | Path, flag: str) -> Path:
     writable_folder(file.parent, flag)
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
+            os.close(os.open(file, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)))
     except OSError as error:
         raise UserError(f"{flag} {file}: cannot be written ({why(error)})") from None
     return file
@@ -292,6 +293,8 @@ def file_name(name: str, most: int = 200) -> str:
 def only_one(folder: str | Path) -> Iterator[None]:
     """Holds `folder/.lock`, so that a second process there is refused (UserError). The lock goes
     with the process, however it ends."""
+    import fcntl  # Windows has none: the demo runs there, training does not
+
     with open(Path(folder) / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

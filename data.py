@@ -30,8 +30,7 @@ from command import UserError, as_json_line, atomic_write, check_fields, default
 from phones import SILENCE
 from training import Distributed, item_rng
 
-LANGUAGES = ("english", "hindi", "telugu", "other")
-EMOTIONS = ("neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm")
+LANGUAGES, EMOTIONS = command.LANGUAGES, command.EMOTIONS
 SPLITS = ("train", "validation", "test")
 # Audio that a scan counts and names, and leaves where it is.
 _PASSED_OVER = (

@@ -10,11 +10,9 @@ import json
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import soxr
-import torch
 
 from audio import SAMPLE_RATE
 from command import UserError
@@ -41,12 +39,14 @@ def frame_levels(audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> np.ndarra
     return 10.0 * np.log10(np.mean(frames**2, axis=1) + 1e-12)
 
 
-def utterances(levels: np.ndarray, threshold_db: float) -> list[tuple[int, int]]:
+def utterances(
+    levels: np.ndarray, threshold_db: float, pause: float = MERGE_SECONDS
+) -> list[tuple[int, int]]:
     """(first, last) indices of loudness above the threshold, short pauses and clicks left out."""
     above = np.flatnonzero(levels > threshold_db)
     if not len(above):
         return []
-    breaks = np.flatnonzero(np.diff(above) * LEVEL_SECONDS > MERGE_SECONDS + LEVEL_SECONDS)
+    breaks = np.flatnonzero(np.diff(above) * LEVEL_SECONDS > pause + LEVEL_SECONDS)
     firsts, lasts = above[np.r_[0, breaks + 1]], above[np.r_[breaks, len(above) - 1]]
     long = (lasts + 1 - firsts) * LEVEL_SECONDS >= MIN_SPEECH_SECONDS
     return list(zip(firsts[long], lasts[long], strict=True))
@@ -66,6 +66,11 @@ class StreamResampler:
         self.delay_seconds, self._stream = 0.0, None
         if in_rate == out_rate:
             return
+        try:
+            import soxr
+        except ImportError as error:  # as on a laptop whose sound card takes 24 kHz
+            rates = f"{in_rate} to {out_rate} Hz"
+            raise UserError(f"from {rates} it takes soxr: pip install soxr") from error
         kind = {"num_channels": 1, "dtype": "float32", "vr": True}
         probe, self._stream = (soxr.ResampleStream(in_rate, out_rate, **kind) for _ in range(2))
         chunk = np.zeros(in_rate // 100, np.float32)
@@ -139,8 +144,10 @@ class VoiceDetector:
 
 
 def _silero() -> Callable[[np.ndarray], float]:
-    threads = torch.get_num_threads()
     try:
+        import torch  # not at the top: a call to a server needs none
+
+        threads = torch.get_num_threads()
         import silero_vad
     except ImportError as error:
         raise UserError("voice detection needs Silero VAD: pip install silero-vad") from error
@@ -160,10 +167,23 @@ def find_speech(audio: np.ndarray) -> UserTurn | None:
     found = utterances(levels, levels.max() + ONSET_DB)
     if found and np.percentile(levels, 5) < levels.max() + ONSET_DB:
         return UserTurn(found[0][0] * LEVEL_SECONDS, (found[-1][1] + 1) * LEVEL_SECONDS, "energy")
-    detector = VoiceDetector()
-    detector.push(np.concatenate([audio, np.zeros(SAMPLE_RATE, np.float32)]))
-    turns = detector.turns()
-    return UserTurn(turns[0].start, turns[-1].end, "silero") if turns else None
+    try:
+        detector = VoiceDetector()
+        detector.push(np.concatenate([audio, np.zeros(SAMPLE_RATE, np.float32)]))
+        turns = detector.turns()
+    except UserError:  # without Silero
+        turns = energy_turns(levels)
+    return UserTurn(turns[0].start, turns[-1].end, turns[0].source) if turns else None
+
+
+def energy_turns(levels: np.ndarray) -> list[UserTurn]:
+    """A user's turns in a whole call by loudness alone, for want of Silero: what stands 15 dB above
+    the background (the quietest tenth) and within 40 dB of the peak."""
+    if not len(levels) or levels.max() < QUIET_DBFS:
+        return []
+    threshold = max(np.percentile(levels, 10) + 15.0, levels.max() + ONSET_DB)
+    found = utterances(levels, threshold, VAD_TURN_SILENCE)
+    return [UserTurn(a * LEVEL_SECONDS, (b + 1) * LEVEL_SECONDS, "loudness") for a, b in found]
 
 
 # ------------------------------------------------------------------------------ response latency
@@ -208,26 +228,42 @@ def barge_in_latencies(
     return [float(end - t.start) for t in turns for begin, end in spoken if begin < t.start < end]
 
 
+class Delay(NamedTuple):
+    """Seconds that a patch of the reply came late, beside its own length."""
+
+    gpu: float = 0.0  # the queue before the model and the tick
+    network: float = 0.0
+    buffers: float = 0.0  # sound devices, resamplers, what waits to be played
+
+
+class Reply(NamedTuple):
+    """The agent's audio [T] in answer to input patch `index`."""
+
+    audio: np.ndarray
+    index: int
+    delay: Delay = Delay()
+
+
 @dataclass
 class CallRecord:
-    """Loudness and delay of every output patch of slot 0, half a kilobyte a second."""
+    """Loudness and delay of every output patch of a call, half a kilobyte a second."""
 
     patch_seconds: float
     levels: list[np.ndarray] = field(default_factory=list)
-    delays: list[float] = field(default_factory=list)  # measured tick, queue, device, resampler
+    delays: list[Delay] = field(default_factory=list)
     index: list[int] = field(default_factory=list)  # the input patch that each answers
     stopped: BaseException | None = None  # what ended the call early
 
-    def add(self, result: Any, extra_seconds: float = 0.0) -> None:
-        """Note a `duplex.TickResult`; `extra_seconds`: device, buffers and resamplers."""
-        self.levels.append(frame_levels(result.audio[0]))
-        self.delays.append(result.waited[0] + result.times.total + extra_seconds)
-        self.index.append(int(result.index[0]))
+    def add(self, reply: Reply, buffers: float = 0.0) -> None:
+        self.levels.append(frame_levels(reply.audio))
+        self.delays.append(reply.delay._replace(buffers=buffers))
+        self.index.append(reply.index)
 
     def times(self) -> np.ndarray:
         """When each 5 ms of the reply reaches the ear, on the input's clock:
         (patch + 1) x patch length + that patch's delay + offset in the patch."""
-        begins = (np.array(self.index) + 1) * self.patch_seconds + np.array(self.delays)
+        late = np.array(self.delays).reshape(-1, len(Delay._fields)).sum(1)
+        begins = (np.array(self.index) + 1) * self.patch_seconds + late
         offsets = np.arange(0.0, self.patch_seconds - 1e-6, LEVEL_SECONDS)
         return (begins[:, None] + offsets).ravel()
 
@@ -237,7 +273,7 @@ class CallRecord:
 # Seconds one tick took, stage by stage; `total` ends when the samples are on the host.
 StageTimes = namedtuple("StageTimes", "encode temporal depth decode total")  # noqa: PYI024
 _COUNTED = ("dropped_patches", "not_finite_samples", "late_ticks", "output_underruns",
-            "output_overflows", "input_overflows")  # fmt: skip
+            "inserted_samples", "removed_samples", "input_overflows", "rejoins")  # fmt: skip
 
 
 @dataclass
@@ -252,6 +288,9 @@ class LatencyLedger:
     resampler_seconds: float = 0.0
     times: list[StageTimes] = field(default_factory=list)
     latencies: list[float | None] = field(default_factory=list)  # a user turn each
+    onsets: list[Delay] = field(default_factory=list)  # an answered turn each: at its onset
+    loopback_seconds: float | None = None  # from speaker to microphone, measured
+    mouth_to_ear: list[float] = field(default_factory=list)  # a patch each, after a loopback
     barge_ins: list[float] = field(default_factory=list)
     turn_end_sources: set[str] = field(default_factory=set)
     counts: Counter = field(default_factory=lambda: Counter(dict.fromkeys(_COUNTED, 0)))
@@ -268,6 +307,13 @@ class LatencyLedger:
         levels, times = np.concatenate([np.zeros(0), *record.levels]), record.times()
         latencies = response_latencies(levels, turns, times)
         self.latencies += latencies
+        for latency, turn in zip(latencies, turns, strict=True):
+            if kind_of(latency) == "answered":
+                onset = np.abs(times - turn.end - latency).argmin()
+                self.onsets.append(record.delays[onset // len(record.levels[0])])
+        if self.loopback_seconds is not None:
+            fixed = self.patch_seconds + self.acoustic_seconds
+            self.mouth_to_ear += [fixed + sum(delay) for delay in record.delays]
         self.barge_ins += barge_in_latencies(levels, turns, times)
         self.turn_end_sources |= {turn.source for turn in turns}
         return latencies
@@ -282,12 +328,18 @@ class LatencyLedger:
             "patch_ms": _ms(self.patch_seconds),
             "algorithmic_ms": _ms(self.patch_seconds + self.acoustic_seconds),
             "tick_ms": ticks, "response_ms": percentiles(answered),
+            "response_parts_ms": {
+                name: percentiles([getattr(delay, name) for delay in self.onsets])
+                for name in Delay._fields
+            },
             "turns": len(kinds), "answered": len(answered),
             "takeovers": kinds.count("takeover"), "unanswered": kinds.count("unanswered"),
             "answered_share": round(len(answered) / len(kinds), 4) if kinds else None,
             "turn_end_source": "+".join(sorted(self.turn_end_sources)) or None,
             "barge_in_ms": percentiles(self.barge_ins), "device_ms": _ms(self.device_seconds),
             "resampler_ms": _ms(self.resampler_seconds),
+            "loopback_ms": None if self.loopback_seconds is None else _ms(self.loopback_seconds),
+            "mouth_to_ear_ms": percentiles(self.mouth_to_ear),
             **self.counts, "warmup_ticks": self.warmup_ticks,
         }  # fmt: skip
 
@@ -305,12 +357,20 @@ class LatencyLedger:
             *ticks[:-1],
             f"{ticks[-1]}   of {s['patch_ms']:.0f}",
             _row("response", s["response_ms"]) + share,
+            *(_row(f"  {name}", values) for name, values in s["response_parts_ms"].items()),
             _row("barge-in", s["barge_in_ms"]),
+            _row("mouth-to-ear", s["mouth_to_ear_ms"])
+            + ("   give --loopback to measure it" if self.loopback_seconds is None else ""),
             f"dropped patches {s['dropped_patches']}, late ticks {s['late_ticks']}, underruns"
             f" {s['output_underruns']}, takeovers {s['takeovers']}, unanswered {s['unanswered']}",
             f"device {s['device_ms']:.1f}, resamplers {s['resampler_ms']:.1f}; end of turn by"
             f" {s['turn_end_source'] or 'nothing'}; {s['warmup_ticks']} warm-up ticks left out",
         ]
+        if s["inserted_samples"] or s["removed_samples"] or s["rejoins"]:
+            rows.append(
+                f"samples inserted {s['inserted_samples']}, removed {s['removed_samples']} to keep"
+                f" the speaker in time; {s['rejoins']} times cut off and back in the same call"
+            )
         if s["not_finite_samples"]:
             rows.append(f"{s['not_finite_samples']} samples were not numbers and became silence")
         return "\n".join(rows)

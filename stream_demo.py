@@ -2,51 +2,62 @@
 
     python stream_demo.py                                      # microphone and speaker
     python stream_demo.py --wav question.wav --out reply.wav   # no sound card needed
+    python stream_demo.py --server wss://HOST --token SECRET   # the model is at serve.py's
 
-Audio is 24 kHz mono. The reply file is on the question's clock: it begins when the question
-does, so playing both together gives the conversation as it happened. The last line of stdout is
-the latency ledger as JSON.
+With --server it needs numpy, websockets and, for a microphone, sounddevice alone. Audio is 24 kHz
+mono. The reply file is on the question's clock: it begins when the question does, so playing both
+together gives the conversation as it happened. The last line of stdout is the latency ledger as
+JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import queue
+import shutil
+import sys
 import tempfile
+import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+import wave
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import numpy as np
-import torch
 
+import command
 from audio import SAMPLE_RATE, WRITABLE, AudioError, read_audio, write_audio
 from command import ArgumentParser, UserError, number, run, whole, writable_file
-from data import EMOTIONS, LANGUAGES
-from duplex import DuplexEngine, EmotionEstimate, ReplyText, TickResult, load_models
 from ledger import (
     QUIET_DBFS,
     CallRecord,
+    Delay,
     LatencyLedger,
+    Reply,
+    StageTimes,
     StreamResampler,
     UserTurn,
     VoiceDetector,
+    energy_turns,
     find_speech,
     frame_levels,
 )
-from s2s import PAD, S2S, Sampling
-from training import setup_distributed
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 BLOCK_SECONDS = 0.01  # what the sound card hands over at once
-MAX_INPUT_BLOCKS, MAX_OUTPUT_BLOCKS = 100, 20
-SILENT_CARD_SECONDS = 5.0
+POLL_SECONDS = 0.002
+MAX_INPUT_BLOCKS = 100
+_FOR_MODELS_HERE = ("codec", "lm", "seed", "fast", "temperature", "top_k", "eagerness",
+                    "vad_flush", "device", "threads")  # fmt: skip
+SILENT_SECONDS = 5.0  # without a sample of the microphone, or a word of the server: it is gone
 REPLY_OVERTIME_SECONDS = 10.0  # a reply under way at the end of the tail may take this long
-NEW_LINE_SECONDS = 1.0
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -56,10 +67,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", nargs="+", type=Path, help="reply files, one for each --wav [reply_NAME.wav]")
     add("--codec", type=Path, default=TINY / "codec", help="checkpoint folder")
     add("--lm", type=Path, default=TINY / "s2s", help="checkpoint folder")
-    add("--emotion", choices=EMOTIONS, help="how the agent speaks [as it sees fit]")
+    add("--server", help="wss://HOST or ws://HOST:PORT of a serve.py, instead of models here")
+    add("--token", default=os.environ.get("SAMVAD_TOKEN"), help="of the server [$SAMVAD_TOKEN]")
+    add("--emotion", choices=command.EMOTIONS, help="how the agent speaks [as it sees fit]")
     add("--emotion_strength", type=number(0, 10), default=1.0, help="of --emotion; 1 costs nothing")
-    add("--language", choices=LANGUAGES[:3], help="of the call [recognised by the model]")
+    add("--language", choices=command.LANGUAGES[:3], help="of the call [recognised by the model]")
     add("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling")
+    add("--record", type=Path, metavar="WAV", help="the whole call: you left, the agent right")
+    add("--list_devices", action="store_true", help="name microphones and speakers, and end")
+    add("--input_device", help="microphone, by number or a part of its name [the system's]")
+    add("--output_device", help="speaker, likewise [the system's]")
+    add("--echo_cancel", action="store_true", help="for loudspeakers (pip install livekit)")
+    add("--loopback", action="store_true", help="first time the way from speaker to microphone")
     more = parser.add_argument_group("advanced").add_argument
     more("--fast", action="store_true", help="with --wav: do not pace, never drop")
     more("--temperature", type=number(0, 100), help="of the sampling [the model's own]")
@@ -75,14 +94,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"{'--out' if outs else '--fast'} needs --wav, a recording to answer")
     if outs and len(wavs) != len(outs):
         raise UserError(f"{len(wavs)} --wav files but {len(outs)} --out files; give one for each")
+    for name in _FOR_MODELS_HERE if args.server else ():
+        if getattr(args, name) != parser.get_default(name):
+            raise UserError(f"--{name} is for models here, not for a --server; leave one out")
     args.out = outs or [Path(f"reply_{path.stem}.wav") for path in wavs]
     return args
 
 
-def check_outputs(wavs: Sequence[Path], outs: Sequence[Path]) -> None:
+def check_outputs(args: argparse.Namespace) -> None:
     """A reply must not be lost at the end of a call for want of a place to put it."""
-    questions, places = [wav.resolve() for wav in wavs], [out.resolve() for out in outs]
-    for out, place in zip(outs, places, strict=True):
+    questions, places = ([path.resolve() for path in paths or ()] for paths in (args.wav, args.out))
+    for out, place in zip(args.out, places, strict=True):
         if places.count(place) > 1:
             raise UserError(f"{out}: two replies would be written there; name them with --out")
         if place in questions:
@@ -90,130 +112,462 @@ def check_outputs(wavs: Sequence[Path], outs: Sequence[Path]) -> None:
         writable_file(out, "--out")
         if out.suffix.lower() not in WRITABLE:
             raise UserError(f"--out {out}: cannot write '{out.suffix}' audio; end the name in .wav")
+    if args.record:
+        if args.record.suffix.lower() != ".wav" or args.record.resolve() in questions + places:
+            raise UserError(f"--record {args.record}: give a name of its own that ends in .wav")
+        writable_file(args.record, "--record")
 
 
-# ------------------------------------------------------------------------------------ transcript
+# ------------------------------------------------------------------------- what is seen and kept
 
 
-class Transcript:
-    """Prints the reply's text as it comes, and the user's emotion once an LM with an emotion branch
-    is sure of it; averages what the model recognised of the user."""
+class Screen:
+    """Shows the events of protocols.py: the words of both sides as they come, each line one's turn,
+    and the user's emotion once the model is sure of it. On a terminal also a `panel`, its last two
+    rows, renewed in place."""
 
-    def __init__(
-        self, lm: S2S, patch_seconds: float, write: Callable[[str], Any] | None = None,
-        estimate: EmotionEstimate | None = None,
-    ):  # fmt: skip
-        self._lm, self._patch_seconds, self._shown = lm, patch_seconds, None
-        self._estimate = estimate if lm.config.emotion_dim else None
-        self._reply = ReplyText(lm.tokenizer)
+    PANEL_SECONDS = 0.2
+
+    def __init__(self, write: Callable[[str], Any] | None = None, panel: bool = False):
         self._write = write or (lambda text: print(text, end="", flush=True))
-        self._silent = 0.0
-        self._emotion = np.zeros(len(lm.config.emotions))
-        self._language = np.zeros(len(lm.config.languages))
+        self._panel, self._lines, self._renewed = panel, 0, 0.0
+        self._line: tuple = ()  # who is speaking and the number of their turn
+        self._speaking, self._held = Counter(), []  # words over those of the one on the line
+        self._feeling, self._emotions, self._languages = "", Counter(), Counter()
+        self._levels = {"you": -99.0, "samvad": -99.0}
 
-    def add(self, result: TickResult) -> None:
-        speaking, token = result.user_speaking[0], result.text[0]
-        if speaking > 0.5:
-            self._emotion += speaking * result.user_emotion[0]
-            self._language += speaking * result.language[0]
-        name = self._estimate.name(0) if self._estimate else None
-        if name != self._shown and not self._reply.text:
-            self._write(f"(you sound {name})\n" if name else "")
-            self._shown = name
-        new = self._reply.push(token)
-        self._silent = 0.0 if token != PAD else self._silent + self._patch_seconds
-        if new:
-            self._write(f"samvad: {new.lstrip()}" if self._reply.text == new else new)
-        elif self._silent > NEW_LINE_SECONDS:
+    def event(self, event: dict) -> None:
+        if event["type"] == "speech":
+            self._speaking[event["who"]] = event["speaking"]
+        elif event["type"] == "text":
+            self._held.append(event)
+        elif event["type"] == "emotion":
+            self._emotions.update(event["posterior"])
+            self._languages.update(filter(None, [event["language"]]))
+            if event["name"] not in (None, self._feeling):
+                self.end_line()
+                self._write(f"(you sound {event['name']})\n")
+            self._feeling = event["name"] or ""
+        elif event["type"] == "error":
             self.end_line()
+            self._write(f"({event['message']})\n")
+        self._show_words()
+
+    def _show_words(self) -> None:
+        held, self._held = self._held, []
+        for event in held:
+            line, words = (event["who"], event["turn"]), event["text"]
+            if self._line and line[0] != self._line[0] and self._speaking[self._line[0]]:
+                self._held.append(event)
+                continue
+            if line != self._line:
+                self.end_line()
+                self._line = line
+                words = f"{'samvad' if line[0] == 'agent' else 'you'}: {words.lstrip()}"
+            self._write(words)
 
     def end_line(self) -> None:
-        if self._reply.text:
+        if self._line:
             self._write("\n")
-            self._reply = ReplyText(self._lm.tokenizer)
+        self._line = ()
 
     def user_line(self) -> str:
         """The user's emotion and language, from the moments the model found them speaking."""
-        if not self._emotion.any():
+        if not (self._emotions and self._languages):
             return "you: the model recognised no speech"
-        config = self._lm.config
-        pairs = (config.emotions, self._emotion), (config.languages, self._language)
-        emotion, language = (f"{names[w.argmax()]} ({w.max() / w.sum():.0%})" for names, w in pairs)
-        return f"you: sounded {emotion}, spoke {language}"
+        shares = (
+            f"{max(counts, key=counts.get)} ({max(counts.values()) / sum(counts.values()):.0%})"
+            for counts in (self._emotions, self._languages)
+        )
+        return "you: sounded {}, spoke {}".format(*shares)
+
+    def level(self, who: str, audio: np.ndarray) -> None:
+        """Note how loud one is in audio [T]: a meter that falls by 2 dB at each."""
+        self._levels[who] = frame_levels(audio).max(initial=self._levels[who] - 2.0)
+
+    def renew(self, delay: Delay, counts: Counter, now: float) -> None:
+        """Draw the panel again, on the rows below what scrolls."""
+        if not self._panel or now - self._renewed < self.PANEL_SECONDS:
+            return
+        self._renewed, (columns, lines) = now, shutil.get_terminal_size()
+        if lines != self._lines:  # at first, and where the window changed
+            self._write(f"\n\n\x1b[2A\x1b7\x1b[1;{lines - 2}r\x1b8")
+            self._lines = lines
+        levels = self._levels.items()
+        meters = [
+            f"{who} {'#' * int(max(0, db + 60) / 5):12}{max(db, -99):4.0f} dB" for who, db in levels
+        ]
+        late = "  ".join(f"{name} {1000 * s:.0f}" for name, s in delay._asdict().items())
+        above = "   ".join([*meters, self._feeling and f"you sound {self._feeling}"])
+        below = f"late by, ms: {late}   dropped {counts['dropped_patches']}"
+        rows = (
+            f"\x1b[{lines - 1 + n};1H\x1b[2K{row[:columns]}" for n, row in enumerate((above, below))
+        )
+        self._write(f"\x1b7{''.join(rows)}\x1b8")
+
+    def close(self) -> None:
+        self._speaking.clear()
+        self._show_words()
+        self.end_line()
+        if self._lines:
+            self._write("\x1b7\x1b[r\x1b8\x1b[J")
+        self._lines = 0
 
 
-# ------------------------------------------------------------------------------------ recordings
+class Recorder:
+    """`--record`: both sides in one WAV, user left, agent right, as the call goes on; what is
+    written stands, however the call ends. The agent begins where the user's side then was."""
+
+    GAP_SECONDS = 0.2  # a reply further behind than that waited for, or was lost
+
+    def __init__(self, path: Path):
+        self._file = wave.open(os.fspath(path), "wb")  # noqa: SIM115
+        self._file.setparams((2, 2, SAMPLE_RATE, 0, "NONE", ""))
+        self._sides = [np.zeros(0, np.float32)] * 2  # not written yet
+        self._gap = 0.0
+
+    def add(self, side: int, audio: np.ndarray) -> None:
+        """Samples [T] of side 0, the user, or 1, the agent."""
+        behind = len(self._sides[0]) - len(self._sides[1])
+        if side == 1 and behind > self._gap * SAMPLE_RATE:
+            audio = np.concatenate([np.zeros(behind, np.float32), audio])
+        self._gap = self.GAP_SECONDS if side == 1 else self._gap
+        self._sides[side] = np.concatenate([self._sides[side], audio])
+        self._flush(min(map(len, self._sides)))
+
+    def close(self) -> None:
+        most = max(map(len, self._sides))
+        self._sides = [np.pad(side, (0, most - len(side))) for side in self._sides]
+        self._flush(most)
+        self._file.close()
+
+    def _flush(self, count: int) -> None:
+        both = np.stack([side[:count] for side in self._sides], 1).clip(-1.0, 1.0)
+        self._sides = [side[count:] for side in self._sides]
+        self._file.writeframes((both * 32767.0).astype("<i2").tobytes())
 
 
-def answer_recording(
-    engine: DuplexEngine, audio: np.ndarray, ledger: LatencyLedger, transcript: Transcript,
-    tail_seconds: float = 4.0, paced: bool = True, sleep: Callable[[float], None] = time.sleep,
-) -> tuple[np.ndarray, CallRecord]:  # fmt: skip
-    """Play `audio` [T] to slot 0, then silence; returns the reply [T'] and the call's record.
+# ---------------------------------------------------------------------------- the agent's end
+# A line carries one call: `start`, then `send` samples of the user and `receive` what the agent
+# says, until it has nothing more yet: replies, and events as of protocols.py.
 
-    `paced`: a patch is fed when its last sample is due, on the engine's clock. The tail lasts
-    until a reply under way has ended. Dropped patches leave silence in the reply, so that it stays
-    on the question's clock. What ends the call early, be it Ctrl-C, is the record's `stopped`.
+
+class LocalLine:
+    """The models in this process. What needs torch is imported here: a call to a server does not.
+
+    detector: of the user's turns in a live call, and of barge-in.
     """
-    engine.reset()
-    seconds = engine.patch_seconds
-    spoken = -(-len(audio) // engine.patch_samples)
-    end = spoken + int(np.ceil(tail_seconds / seconds))
-    most = end + int(np.ceil(REPLY_OVERTIME_SECONDS / seconds))
-    patches = np.zeros((most, engine.patch_samples), np.float32)
-    patches.reshape(-1)[: len(audio)] = audio
-    reply, record = np.zeros_like(patches), CallRecord(seconds)
-    detector = VoiceDetector() if engine.vad_flush else None
-    start = engine.clock()
 
-    fed = done = 0
-    try:
-        while done < most:
-            until = fed if engine.queues[0] else fed + 1  # patches that have arrived, at least one
-            if paced:
-                sleep(max(0.0, start + until * seconds - engine.clock()))
-                until = max(until, int((engine.clock() - start) / seconds + 1e-6))
-            for patch in patches[fed:until]:
-                fed += 1
-                arrived = start + fed * seconds if paced else None
-                engine.feed(0, patch, arrived, bounded=paced)
-                if detector is not None:
-                    engine.set_user_voice(0, detector.push(patch))
-            result = engine.run_once()
-            done = int(result.index[0]) + 1
-            reply[done - 1] = result.audio[0]
-            record.add(result)
-            ledger.tick(result)
-            transcript.add(result)
-            last = reply[max(0, done - int(0.5 / seconds)) : done]
-            if done >= end and frame_levels(last.reshape(-1)).max() < QUIET_DBFS:
+    def __init__(self, args: argparse.Namespace):
+        import torch
+
+        from duplex import DuplexEngine, Story, load_models
+        from s2s import Sampling
+        from training import setup_distributed
+
+        device = setup_distributed(args.device).device
+        if device.type == "cpu":
+            torch.set_num_threads(args.threads)
+        given = {name: getattr(args, name) for name in ("temperature", "top_k", "eagerness")}
+        sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
+        codec, lm = load_models(args.codec, args.lm, str(device))
+        self.engine = engine = DuplexEngine(
+            codec, lm, 1, sampling, args.seed, args.vad_flush,
+            emotion_strength=args.emotion_strength,
+        )  # fmt: skip
+        engine.set_voice(0, args.emotion, args.language)
+        self._new_story = lambda: Story(engine)
+        self._live = not args.wav
+        self.clock, self.patch_seconds = engine.clock, engine.patch_seconds
+        delay = lm.config.acoustic_delay / lm.config.frame_rate
+        self.ledger = LatencyLedger(engine.patch_seconds, delay, engine.warm_up())
+        self.name = f"codec {args.codec}, dialogue model {args.lm}, on {device}, seed {args.seed}"
+
+    def start(self) -> None:
+        self.engine.reset()
+        self._story, self._said = self._new_story(), deque()
+        self._detector = VoiceDetector() if self._live or self.engine.vad_flush else None
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._said or self.engine.queues[0])
+
+    def send(self, audio: np.ndarray, arrived: float | None) -> None:
+        """Samples [T], the last of which came in at `arrived`; without that none are dropped."""
+        self.engine.feed(0, audio, arrived, bounded=arrived is not None)
+        if self._detector is not None:
+            self.engine.set_user_voice(0, self._detector.push(audio))
+
+    def receive(self) -> Reply | dict | None:
+        if not self._said and (result := self.engine.run_once()) is not None:
+            self.ledger.tick(result)
+            self._said += self._story.tell(0, result, int(result.dropped[0]))
+            late = Delay(gpu=result.waited[0] + result.times.total)
+            self._said.append(Reply(result.audio[0], int(result.index[0]), late))
+        return self._said.popleft() if self._said else None
+
+    def turns(self, heard: np.ndarray) -> list[UserTurn]:
+        return self._detector.turns()
+
+    def close(self) -> None:
+        pass
+
+
+def address(server: str, path: str = "/api/pcm", **query: Any) -> str:
+    """The WebSocket URL of a server, with what is not None in its query; `UserError` for none."""
+    scheme, host, given, asked, _ = urlsplit(server if "//" in server else f"ws://{server}")
+    scheme = {"http": "ws", "https": "wss"}.get(scheme, scheme)
+    if scheme not in ("ws", "wss") or not host:
+        raise UserError(f"--server {server}: give an address like wss://HOST or ws://HOST:8000")
+    wanted = {name: value for name, value in query.items() if value is not None}
+    return urlunsplit((
+        scheme, host, given if given.strip("/") else path,
+        urlencode(dict(parse_qsl(asked)) | wanted), "",
+    ))  # fmt: skip
+
+
+class _Link:
+    """One connection of a call: patch `first` of the call is the first that went over it."""
+
+    def __init__(self, socket: Any, ready: dict, first: int = 0):
+        self.socket, self.ready, self.first = socket, ready, first
+        self.sent, self.answered = 0, 0  # samples, patches
+        self.arrived: list[float] = []  # when a patch's last sample came from the microphone
+
+
+class RemoteLine:
+    """A call to `serve.py` over `/api/pcm`. A thread takes what it says as it comes and, where the
+    connection is cut off, goes back into the same call while the server keeps it."""
+
+    ANSWER_SECONDS = 10.0
+    FINAL_CODES = (1000, 1003, 1007, 1008, 1009, 1013, 4000)  # of a close: not to be tried again
+
+    def __init__(self, args: argparse.Namespace):
+        try:
+            import websockets.sync.client
+        except ImportError as error:
+            raise UserError("--server needs websockets: pip install websockets") from error
+        self._websockets, self._server, self._token = websockets, args.server, args.token
+        strength = None if args.emotion_strength == 1.0 else args.emotion_strength
+        self._wishes = {
+            "emotion": args.emotion, "language": args.language, "strength": strength,
+        }  # fmt: skip
+        self.clock, self._away = time.perf_counter, False
+        self._link, self._inbox = self._connect(), queue.SimpleQueue()
+        self.patch_seconds = self._link.ready["patch_ms"] / 1000
+        algorithmic = self._link.ready.get("algorithmic_ms", 1000 * self.patch_seconds) / 1000
+        self.ledger = LatencyLedger(self.patch_seconds, algorithmic - self.patch_seconds)
+        self.name = f"the server at {urlsplit(address(args.server)).netloc}"
+
+    def _connect(self, call: str | None = None, first: int = 0) -> _Link:
+        url = address(self._server, call=call, **self._wishes)
+        bearer = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        connect = self._websockets.sync.client.connect
+        try:
+            # Entered, as new versions want it; left by `close`.
+            socket = connect(url, additional_headers=bearer, compression=None).__enter__()
+            ready = json.loads(socket.recv(timeout=self.ANSWER_SECONDS))
+        except self._websockets.exceptions.InvalidStatus as error:
+            status = error.response.status_code
+            hint = "; is --token right?" if status in (401, 403) else ""
+            raise UserError(f"{self._server}: refused, HTTP {status}{hint}") from error
+        except (OSError, ValueError, self._websockets.exceptions.WebSocketException) as error:
+            raise UserError(f"{self._server}: no answer ({error}); does serve.py run?") from error
+        if ready.get("type") != "ready":
+            raise UserError(f"{self._server}: {ready.get('message', 'is no Samvad server')}")
+        return _Link(socket, ready, first)
+
+    def start(self) -> None:
+        if self._link.sent:  # another recording: a call of its own
+            self.close()
+            self._link, self._inbox = self._connect(), queue.SimpleQueue()
+        self._heard_at, self._gpu, self._seen = self.clock(), 0.0, Counter()
+        threading.Thread(target=self._read, args=(self._link, self._inbox), daemon=True).start()
+
+    def _read(self, link: _Link, inbox: queue.SimpleQueue) -> None:
+        while True:
+            try:
+                while True:
+                    message = link.socket.recv()
+                    inbox.put((self.clock(), link, message))
+            except self._websockets.exceptions.ConnectionClosed as error:
+                code = error.rcvd.code if error.rcvd else 1006
+            if link is not self._link or code in self.FINAL_CODES:
                 break
+            self._away = True
+            if (back := self._rejoin(link)) is None:
+                break
+            self._link, self._away, link = back, False, back
+        reason = "" if code == 1000 else f"{self._server}: the call was ended, code {code}"
+        inbox.put((self.clock(), link, json.dumps({"type": "bye", "reason": reason})))
+
+    def _rejoin(self, link: _Link) -> _Link | None:
+        until = self.clock() + link.ready.get("rejoin_seconds", 0.0)
+        while self.clock() < until and link is self._link:
+            with contextlib.suppress(UserError):
+                back = self._connect(link.ready["call"], 0)
+                back.first = link.first + len(link.arrived) + 1
+                self.ledger.counts["rejoins"] += 1
+                return back
+            time.sleep(0.5)
+        return None
+
+    @property
+    def busy(self) -> bool:
+        return not self._inbox.empty()
+
+    def send(self, audio: np.ndarray, arrived: float) -> None:
+        """Samples [T], the last of which came in at `arrived`. While cut off, they are lost."""
+        link, patch = self._link, round(self.patch_seconds * SAMPLE_RATE)
+        link.sent += len(audio)
+        link.arrived += [arrived] * (link.sent // patch - len(link.arrived))
+        pcm = (audio.clip(-1.0, 1.0) * 32767.0).astype("<i2").tobytes()
+        with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):
+            link.socket.send(pcm)
+
+    def receive(self) -> Reply | dict | None:
+        if not self.busy:
+            if not self._away and self.clock() - self._heard_at > self.ANSWER_SECONDS:
+                raise UserError(f"{self._server}: sent nothing for {self.ANSWER_SECONDS:.0f} s")
+            return None
+        self._heard_at, link, message = self._inbox.get()
+        if isinstance(message, bytes):
+            index, link.answered = link.answered, link.answered + 1
+            late = self._heard_at - link.arrived[index] if index < len(link.arrived) else 0.0
+            gpu = min(self._gpu, late)
+            audio = np.frombuffer(message, "<i2").astype(np.float32) / 32768.0
+            return Reply(audio, link.first + index, Delay(gpu, late - gpu))
+        event = json.loads(message)
+        if event["type"] == "dropped":
+            link.answered += event["patches"]
+        elif event["type"] == "latency":
+            self._count(event)
+        elif event["type"] == "bye" and event.get("reason", "stop") not in ("stop", ""):
+            raise UserError(event["reason"])
+        return event
+
+    def _count(self, event: dict) -> None:
+        """A second's means in the ledger, as one tick."""
+        self._gpu = (event["tick_ms"] + event["waited_ms"]) / 1000
+        stages = {name: ms / 1000 for name, ms in event["stages"].items()}
+        self.ledger.times.append(StageTimes(**stages, total=event["tick_ms"] / 1000))
+        for name, key in (("dropped_patches", "dropped"), ("late_ticks", "late")):
+            self.ledger.counts[name] += event[key] - self._seen[key]
+            self._seen[key] = event[key]
+
+    def turns(self, heard: np.ndarray) -> list[UserTurn]:
+        return energy_turns(heard)
+
+    def close(self) -> None:
+        with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):
+            link, self._link = self._link, _Link(None, {})
+            link.socket.send('{"type": "stop"}')
+            link.socket.close()
+
+
+Line = LocalLine | RemoteLine
+
+
+# ------------------------------------------------------------------------- the user's end: sound
+# `heard` gives what the user said, as (samples [T], when the last of them came in), and waits for
+# at most so long; `play` takes a reply and returns how long it will wait; `over` ends the call.
+
+
+def converse(
+    line: Line, sound: Recording | SoundCard, screen: Screen, recorder: Recorder | None = None
+) -> tuple[CallRecord, np.ndarray]:
+    """One call. Returns its record, whose `stopped` is what ended it early, be it Ctrl-C, and how
+    loud the user was (`frame_levels`)."""
+    record, levels = CallRecord(line.patch_seconds), [np.zeros(0)]
+    sides = recorder.add if recorder else lambda side, audio: None
+    try:
+        line.start()
+        with sound:
+            while not sound.over(record):
+                for audio, arrived in sound.heard(0.0 if line.busy else POLL_SECONDS):
+                    line.send(audio, arrived)
+                    sides(0, audio)
+                    screen.level("you", audio)
+                    levels.append(frame_levels(audio))
+                while isinstance(said := line.receive(), dict):
+                    screen.event(said)
+                if said is None:
+                    continue
+                record.add(said, buffers=sound.play(said))
+                sides(1, said.audio)
+                screen.level("samvad", said.audio)
+                screen.renew(record.delays[-1], line.ledger.counts, line.clock())
     except (Exception, KeyboardInterrupt) as error:
         record.stopped = error
-    transcript.end_line()
-    return reply[:done].reshape(-1), record
+    screen.close()
+    return record, np.concatenate(levels)
+
+
+class Recording:
+    """A recorded question [T], then silence: as the user's end of a call. `paced`: a patch is said
+    when its last sample is due, on the line's clock. The tail lasts until a reply under way has
+    ended. Dropped patches leave silence in the reply, so that it stays on the question's clock."""
+
+    def __init__(
+        self, audio: np.ndarray, line: Line, tail_seconds: float = 4.0, paced: bool = True,
+        sleep: Callable[[float], None] = time.sleep,
+    ):  # fmt: skip
+        self._line, self._paced, self._sleep = line, paced, sleep
+        self._seconds = seconds = line.patch_seconds
+        samples = round(seconds * SAMPLE_RATE)
+        self._end = -(-len(audio) // samples) + int(np.ceil(tail_seconds / seconds))
+        self._most = self._end + int(np.ceil(REPLY_OVERTIME_SECONDS / seconds))
+        self._patches = np.zeros((self._most, samples), np.float32)
+        self._patches.reshape(-1)[: len(audio)] = audio
+        self.reply, self._fed, self._done = np.zeros_like(self._patches), 0, 0
+
+    def __enter__(self) -> None:
+        self._start = self._line.clock()
+
+    def __exit__(self, *_: object) -> None:
+        self.reply = self.reply[: self._done].reshape(-1)  # [T]
+
+    def heard(self, wait: float) -> Iterator[tuple[np.ndarray, float | None]]:
+        until = self._fed + 1
+        if self._paced:
+            early = self._start + until * self._seconds - self._line.clock()
+            self._sleep(max(0.0, min(wait, early)))
+            until = int((self._line.clock() - self._start) / self._seconds + 1e-6)
+        for patch in self._patches[self._fed : until]:
+            self._fed += 1
+            yield patch, self._start + self._fed * self._seconds if self._paced else None
+
+    def play(self, reply: Reply) -> float:
+        if reply.index < self._most:
+            self.reply[reply.index] = reply.audio
+            self._done = reply.index + 1
+        return self._line.ledger.device_seconds + self._line.ledger.resampler_seconds
+
+    def over(self, record: CallRecord) -> bool:
+        last = record.levels[-max(1, int(0.5 / self._seconds)) :]
+        quiet = self._done >= self._end and np.max(last, initial=-np.inf) < QUIET_DBFS
+        return quiet or self._done >= self._most
 
 
 def answer_recordings(
-    engine: DuplexEngine, questions: Sequence, ledger: LatencyLedger, args: argparse.Namespace
+    line: Line, questions: Sequence, recorder: Recorder | None, args: argparse.Namespace
 ) -> None:
     """Answer every `--wav`, as `read_question` gave it, into its `--out`. Raises at the end what
     could not be written where it should, at once what stopped a call."""
     failures = []
     for path, out, (audio, turn) in zip(args.wav, args.out, questions, strict=True):
-        transcript = Transcript(engine.lm, engine.patch_seconds, estimate=engine.user_emotion)
         end = f"speech ends at {turn.end:.2f} s, by {turn.source}" if turn else "no speech found"
         print(f"{path}: {len(audio) / SAMPLE_RATE:.2f} s, {end}")
-        how = args.tail_seconds, not args.fast
-        reply, record = answer_recording(engine, audio, ledger, transcript, *how)
-        failure = save_reply(out, reply)
+        screen, sound = Screen(), Recording(audio, line, args.tail_seconds, not args.fast)
+        record, _ = converse(line, sound, screen, recorder)
+        failure = save_reply(out, sound.reply)
         failures += [failure] if failure else []
-        for latency in ledger.call(record, [turn] if turn else []):
+        for latency in line.ledger.call(record, [turn] if turn else []):
             late = "no answer within 2 s"
             if latency is not None:
                 late = f"answered {latency * 1000:.0f} ms after the end of the question"
             print(late)
-        print(f"{transcript.user_line()}\nreply: {failure or out}\n")
+        print(f"{screen.user_line()}\nreply: {failure or out}\n")
         if record.stopped:
             raise record.stopped
     if failures:
@@ -240,36 +594,73 @@ def read_question(path: Path) -> tuple[np.ndarray, UserTurn | None]:
     return audio, find_speech(audio)
 
 
-# ------------------------------------------------------------------------------------ microphone
+class Playout:
+    """What waits to be played, between our thread and the sound card's.
 
+    The speaker has a clock of its own: where the least that waited in a while is too little or too
+    much, patches are stretched or shortened by 0.2 %, which nobody hears, so that over hours
+    neither gaps nor waiting grow. `inserted` counts samples that this added and the silence where
+    it ran dry, which `underruns` counts too; `removed` those it took and those beyond `MOST`.
+    """
 
-class SoundBridge:
-    """Bounded queues of bytes between the sound card's thread and ours. One of output that runs dry
-    once a reply plays is an underrun: counted, as is input that nobody takes for a second."""
+    LOW, HIGH, MOST, WINDOW = 0.01, 0.03, 0.2, 5.0  # seconds
 
-    def __init__(self, block_bytes: int):
-        self.block_bytes = block_bytes
-        self.inputs: queue.Queue[tuple[float, bytes]] = queue.Queue(MAX_INPUT_BLOCKS)
-        self.outputs: deque[bytes] = deque(maxlen=MAX_OUTPUT_BLOCKS)
-        self.underruns = self.overflows = self.skipped = 0
-        self._playing = False
+    def __init__(self, rate: int):
+        self.rate, self.inserted, self.removed, self.underruns = rate, 0, 0, 0
+        self._waiting, self._lock = np.zeros(0, np.float32), threading.Lock()
+        self._least, self._pulled, self._stretch, self._playing = np.inf, 0, 0, False
 
-    def callback(self, indata: Any, outdata: Any, frames: int, when: Any, status: Any) -> None:
-        try:
-            self.inputs.put_nowait((time.perf_counter(), bytes(indata)))
-        except queue.Full:
-            self.overflows += 1
-        try:
-            outdata[:] = self.outputs.popleft()
+    def push(self, audio: np.ndarray) -> float:
+        """Queue samples [T]; returns for how many seconds the first of them will wait."""
+        with self._lock:
+            waits, more = len(self._waiting) / self.rate, self._stretch * (len(audio) // 500)
+            if more:
+                places = np.linspace(0, len(audio) - 1, len(audio) + more)
+                audio = np.interp(places, np.arange(len(audio)), audio)
+            most = int(self.MOST * self.rate)
+            beyond = max(0, len(self._waiting) + len(audio) - most)
+            self.inserted += max(0, more)
+            self.removed += max(0, -more) + beyond
+            self._waiting = np.concatenate([self._waiting, audio])[beyond:]
             self._playing = True
-        except IndexError:
-            outdata[:] = bytes(self.block_bytes)
-            self.underruns += self._playing
+            return min(waits, self.MOST)
 
-    def play(self, block: bytes) -> None:
-        """Queue a block; what the card is too late to play is given up, oldest first."""
-        self.skipped += len(self.outputs) == MAX_OUTPUT_BLOCKS
-        self.outputs.append(block)
+    def pull(self, count: int) -> np.ndarray:
+        """The next samples for the card, silence where there are too few."""
+        with self._lock:
+            taken, self._waiting = self._waiting[:count], self._waiting[count:]
+            missing = count - len(taken)
+            if self._playing:
+                self.inserted += missing
+                self.underruns += missing > 0
+                self._least = min(self._least, len(self._waiting) / self.rate)
+                self._pulled += count
+            if self._pulled >= self.WINDOW * self.rate:
+                self._stretch = int(self._least < self.LOW) - int(self._least > self.HIGH)
+                self._least, self._pulled = np.inf, 0
+            return np.concatenate([taken, np.zeros(missing, np.float32)])
+
+
+class EchoCanceller:
+    """WebRTC's, from LiveKit's SDK, in blocks of 10 ms of 16-bit samples."""
+
+    def __init__(self) -> None:
+        try:
+            from livekit import rtc
+        except ImportError as error:
+            raise UserError("--echo_cancel needs LiveKit's SDK: pip install livekit") from error
+        self._frame = rtc.AudioFrame
+        self._processor = rtc.AudioProcessingModule(echo_cancellation=True)
+
+    def played(self, pcm: bytes, rate: int) -> None:
+        self._processor.process_reverse_stream(self._frame(pcm, rate, 1, len(pcm) // 2))
+
+    def clean(self, pcm: bytes, rate: int, delay_seconds: float) -> bytes:
+        """What the microphone heard, less what the speaker played."""
+        frame = self._frame(bytearray(pcm), rate, 1, len(pcm) // 2)
+        self._processor.set_stream_delay_ms(round(1000 * delay_seconds))
+        self._processor.process_stream(frame)
+        return bytes(frame.data)
 
 
 def import_sounddevice() -> ModuleType:
@@ -283,140 +674,164 @@ def import_sounddevice() -> ModuleType:
     return sounddevice
 
 
-def device_rate(sounddevice: Any) -> int:
-    """24000 where microphone and speaker take it, else the microphone's own rate."""
+def device_rate(sounddevice: Any, kind: str, device: int | str | None = None) -> int:
+    """24000 where the "input" or "output" device takes it, else its own rate."""
     try:
-        microphone = sounddevice.query_devices(kind="input")
-        sounddevice.query_devices(kind="output")
+        found = sounddevice.query_devices(device, kind)
     except (sounddevice.PortAudioError, ValueError) as error:
-        missing = "no microphone and speaker found; plug them in"
-        raise UserError(f"{missing}, or answer a recording: --wav question.wav") from error
+        missing = f"no {kind} device {'found' if device is None else device}"
+        remedy = "--list_devices names what there is; or answer a recording: --wav question.wav"
+        raise UserError(f"{missing}; plug it in; {remedy}") from error
     try:
-        for check in (sounddevice.check_input_settings, sounddevice.check_output_settings):
-            check(samplerate=SAMPLE_RATE, channels=1, dtype="int16")
+        check = getattr(sounddevice, f"check_{kind}_settings")
+        check(device=device, samplerate=SAMPLE_RATE, channels=1, dtype="int16")
         return SAMPLE_RATE
     except (sounddevice.PortAudioError, ValueError):
-        return int(microphone["default_samplerate"])
+        return int(found["default_samplerate"])
 
 
-class MicrophoneCall:
-    """One live call on slot 0: sound card -> resampler -> engine -> resampler -> sound card."""
+class SoundCard:
+    """Microphone and speaker, as the user's end of a call: two devices with a clock each."""
 
-    def __init__(
-        self, engine: DuplexEngine, sounddevice: Any, ledger: LatencyLedger,
-        transcript: Transcript, detector: VoiceDetector,
-    ):  # fmt: skip
-        self.engine, self.ledger = engine, ledger
-        self.transcript, self.detector = transcript, detector
-        self.record = CallRecord(engine.patch_seconds)
-        self._sounddevice = sounddevice
-        self._rate = device_rate(sounddevice)
-        self._block = int(self._rate * BLOCK_SECONDS)
-        self.bridge = SoundBridge(self._block * 2)
-        self._to_engine = StreamResampler(self._rate, SAMPLE_RATE)
-        self._to_card = StreamResampler(SAMPLE_RATE, self._rate)
-        self._unplayed = np.zeros(0, np.float32)
+    def __init__(self, sounddevice: Any, args: argparse.Namespace):
+        self._sounddevice, self.ledger = sounddevice, LatencyLedger(0.0)
+        names = args.input_device, args.output_device
+        self._devices = [int(d) if d and d.isdigit() else d for d in names]
+        kinds = zip(("input", "output"), self._devices, strict=True)
+        self._rates = [device_rate(sounddevice, kind, device) for kind, device in kinds]
+        self._to_engine = StreamResampler(self._rates[0], SAMPLE_RATE)
+        self._to_card = StreamResampler(SAMPLE_RATE, self._rates[1])
+        self.playout = Playout(self._rates[1])
+        self._canceller = EchoCanceller() if args.echo_cancel else None
+        self._inputs: queue.Queue[tuple[float, bytes]] = queue.Queue(MAX_INPUT_BLOCKS)
 
-    def run(self, stop: Callable[[], bool] = lambda: False) -> None:
-        """Talk until Ctrl-C or `stop()`; the ledger then holds the call, also after an error."""
-        self.engine.reset()
-        ledger, bridge = self.ledger, self.bridge
+    def __enter__(self) -> None:
+        ledger, self._open = self.ledger, contextlib.ExitStack()
         ledger.resampler_seconds = self._to_engine.delay_seconds + self._to_card.delay_seconds
-        settings = {"samplerate": self._rate, "blocksize": self._block, "channels": 1}
-        settings |= {"dtype": "int16", "latency": "low", "callback": bridge.callback}
+        makers = self._sounddevice.RawInputStream, self._sounddevice.RawOutputStream
+        callbacks = self._heard, self._played
+        latency = 0.0
         try:
-            with self._sounddevice.RawStream(**settings) as stream:
-                ledger.device_seconds = float(sum(stream.latency))
-                self._loop(stop)
-        except KeyboardInterrupt:
-            pass
+            for make, device, rate, callback in zip(
+                makers, self._devices, self._rates, callbacks, strict=True
+            ):
+                settings = {"samplerate": rate, "blocksize": int(rate * BLOCK_SECONDS)}
+                settings |= {"device": device, "channels": 1, "dtype": "int16", "latency": "low"}
+                stream = self._open.enter_context(make(callback=callback, **settings))
+                latency += float(stream.latency)
         except self._sounddevice.PortAudioError as error:
-            # A card that is gone cannot even be closed: what ended the call came before.
-            if isinstance(error.__context__, UserError):
-                raise error.__context__ from None
-            if not isinstance(error.__context__, KeyboardInterrupt):
-                why = f"the sound card refused: {error}; plug it in, close what else uses it"
-                raise UserError(why) from error
-        finally:
-            self.transcript.end_line()
-            ledger.counts["output_underruns"] = bridge.underruns
-            ledger.counts["input_overflows"] = bridge.overflows
-            ledger.counts["output_overflows"] = bridge.skipped
-            ledger.call(self.record, self.detector.turns())
+            self.__exit__()
+            why = f"the sound card refused: {error}; plug it in, close what else uses it"
+            raise UserError(why) from error
+        if ledger.loopback_seconds is None:
+            ledger.device_seconds = latency
+        self._heard_at = time.perf_counter()
 
-    def _loop(self, stop: Callable[[], bool]) -> None:
-        inputs = self.bridge.inputs
-        while not stop():
-            try:
-                if not self.engine.queues[0]:
-                    self._take(*inputs.get(timeout=SILENT_CARD_SECONDS))
-            except queue.Empty:
-                silent = f"the microphone sent nothing for {SILENT_CARD_SECONDS:.0f} s"
-                raise UserError(f"{silent}; is it unplugged?") from None
-            while inputs.qsize():
-                self._take(*inputs.get())
-            if (result := self.engine.run_once()) is not None:
-                self._give(result)
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(self._sounddevice.PortAudioError):  # of a card that is gone
+            self._open.close()
+        counts, playout = self.ledger.counts, self.playout
+        counts["output_underruns"] = playout.underruns
+        counts["inserted_samples"], counts["removed_samples"] = playout.inserted, playout.removed
 
-    def _take(self, arrived: float, pcm: bytes) -> None:
-        audio = self._to_engine(np.frombuffer(pcm, np.int16).astype(np.float32) / 32768.0)
-        self.engine.feed(0, audio, arrived)
-        self.engine.set_user_voice(0, self.detector.push(audio))
+    def _heard(self, indata: Any, frames: int, when: Any, status: Any) -> None:
+        try:
+            self._inputs.put_nowait((time.perf_counter(), bytes(indata)))
+        except queue.Full:
+            self.ledger.counts["input_overflows"] += 1
 
-    def _give(self, result: TickResult) -> None:
-        backlog = len(self.bridge.outputs) * BLOCK_SECONDS
-        samples = np.concatenate([self._unplayed, self._to_card(result.audio[0])])
-        whole = len(samples) // self._block * self._block
-        self._unplayed = samples[whole:]
-        pcm = (np.clip(samples[:whole], -1.0, 1.0) * 32767.0).astype(np.int16)
-        for start in range(0, whole, self._block):
-            self.bridge.play(pcm[start : start + self._block].tobytes())
-        delay = self.ledger.device_seconds + self.ledger.resampler_seconds + backlog
-        self.record.add(result, extra_seconds=delay)
-        self.ledger.tick(result)
-        self.transcript.add(result)
+    def _played(self, outdata: Any, frames: int, when: Any, status: Any) -> None:
+        pcm = (self.playout.pull(frames).clip(-1.0, 1.0) * 32767.0).astype("<i2").tobytes()
+        outdata[:] = pcm
+        if self._canceller is not None:
+            self._canceller.played(pcm, self._rates[1])
+
+    def heard(self, wait: float) -> Iterator[tuple[np.ndarray, float]]:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                arrived, pcm = self._inputs.get(timeout=wait) if wait else self._inputs.get_nowait()
+                wait, self._heard_at = 0.0, time.perf_counter()
+                if self._canceller is not None:
+                    delay = self.ledger.device_seconds
+                    pcm = self._canceller.clean(pcm, self._rates[0], delay)
+                samples = np.frombuffer(pcm, "<i2").astype(np.float32) / 32768.0
+                yield self._to_engine(samples), arrived
+        if time.perf_counter() - self._heard_at > SILENT_SECONDS:
+            silent = f"the microphone sent nothing for {SILENT_SECONDS:.0f} s"
+            raise UserError(f"{silent}; is it unplugged?")
+
+    def play(self, reply: Reply) -> float:
+        waits = self.playout.push(self._to_card(reply.audio))
+        return self.ledger.device_seconds + self.ledger.resampler_seconds + waits
+
+    def over(self, record: CallRecord) -> bool:
+        return False
+
+
+def measure_loopback(card: SoundCard) -> float:
+    """Seconds from the speaker to the microphone, by chirps; where headphones lie on the
+    microphone, or a cable joins them. Raises `UserError` where it hears none of them."""
+    t = np.arange(int(0.08 * SAMPLE_RATE)) / SAMPLE_RATE
+    chirp = 0.5 * np.hanning(len(t)) * np.sin(2 * np.pi * (500 + 2.5e4 * t) * t)
+    said = np.zeros(5 * SAMPLE_RATE, np.float32)  # the last 2.5 s are for the slowest devices
+    for at in (0.3, 0.7, 1.2, 1.8, 2.3):  # unevenly: no shift but the right one fits
+        said[int(at * SAMPLE_RATE) :][: len(t)] = chirp
+    heard, waits, fixed = np.zeros(0, np.float32), [], 0.0
+    with card:
+        fixed = card.ledger.device_seconds + card.ledger.resampler_seconds
+        while len(heard) < len(said):
+            for audio, _ in card.heard(POLL_SECONDS):
+                now = said[len(heard) :][: len(audio)]
+                waits.append(card.play(Reply(now, 0)) - fixed)
+                heard = np.concatenate([heard, audio])
+    size = 2 * len(said)
+    spectrum = np.fft.rfft(heard[: len(said)], size) * np.fft.rfft(said, size).conj()
+    fit = np.abs(np.fft.irfft(spectrum, size)[: len(said) // 2])
+    if fit.max() < 10 * np.median(fit) or np.abs(heard).max() < 1e-3:
+        raise UserError("--loopback: no chirp came back; lay the headphones on the microphone")
+    card.ledger.loopback_seconds = fit.argmax() / SAMPLE_RATE - float(np.mean(waits))
+    card.ledger.device_seconds = card.ledger.loopback_seconds - card.ledger.resampler_seconds
+    return card.ledger.loopback_seconds
 
 
 # -------------------------------------------------------------------------------------- main
 
 
-def lm_sampling(args: argparse.Namespace) -> Sampling:
-    """The model's own sampling, changed where the command line says so."""
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "eagerness")}
-    return Sampling(**{name: value for name, value in given.items() if value is not None})
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = setup_distributed(args.device).device
-    if device.type == "cpu":
-        torch.set_num_threads(args.threads)
+    if args.list_devices:
+        print(import_sounddevice().query_devices())
+        return
     questions = [read_question(path) for path in args.wav or ()]
-    if args.wav:
-        check_outputs(args.wav, args.out)
-    else:
-        sounddevice = import_sounddevice()
-        device_rate(sounddevice)
-    codec, lm = load_models(args.codec, args.lm, str(device))
-    print(f"codec {args.codec}, dialogue model {args.lm}, on {device}, seed {args.seed}")
-    engine = DuplexEngine(
-        codec, lm, 1, lm_sampling(args), args.seed, args.vad_flush,
-        emotion_strength=args.emotion_strength,
-    )  # fmt: skip
-    engine.set_voice(0, args.emotion, args.language)
-    delay = lm.config.acoustic_delay / lm.config.frame_rate
-    ledger = LatencyLedger(engine.patch_seconds, delay, engine.warm_up())
+    check_outputs(args)
+    card = None
+    if args.loopback or not args.wav:
+        card = SoundCard(import_sounddevice(), args)
+    line = RemoteLine(args) if args.server else LocalLine(args)
+    recorder = Recorder(args.record) if args.record else None
+    print(line.name)
     try:
+        if card:
+            card.ledger = line.ledger
+        if args.loopback:
+            print(f"from speaker to microphone: {1000 * measure_loopback(card):.0f} ms")
         if args.wav:
-            answer_recordings(engine, questions, ledger, args)
+            answer_recordings(line, questions, recorder, args)
         else:
-            transcript = Transcript(engine.lm, engine.patch_seconds, estimate=engine.user_emotion)
-            print("Speak when you like; Ctrl-C ends the call. Wear headphones, or it hears itself.")
-            MicrophoneCall(engine, sounddevice, ledger, transcript, VoiceDetector()).run()
-            print(f"\n{transcript.user_line()}\n")
+            how = "an echo canceller listens" if args.echo_cancel else "or it hears itself"
+            print(f"Speak when you like; Ctrl-C ends the call. Wear headphones, {how}.")
+            screen = Screen(panel=sys.stdout.isatty() and os.environ.get("TERM") != "dumb")
+            record, levels = converse(line, card, screen, recorder)
+            line.ledger.call(record, line.turns(levels))
+            print(f"\n{screen.user_line()}\n")
+            if record.stopped and not isinstance(record.stopped, KeyboardInterrupt):
+                raise record.stopped
     finally:  # whatever ended the call, what was measured is printed
-        print(ledger.table())
-        print(ledger.json_line())
+        line.close()
+        if recorder:
+            recorder.close()
+        print(line.ledger.table())
+        print(line.ledger.json_line())
 
 
 if __name__ == "__main__":

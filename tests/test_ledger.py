@@ -13,7 +13,9 @@ from ledger import (
     LEVEL_SECONDS,
     QUIET_DBFS,
     CallRecord,
+    Delay,
     LatencyLedger,
+    Reply,
     StreamResampler,
     UserTurn,
     VoiceDetector,
@@ -41,9 +43,9 @@ def test_response_is_the_ledger_s_formula():
     """(onset patch + 1) x patch + that patch's delay + offset inside the patch - turn end."""
     onset = 1.31  # patch 32, 30 ms into it
     reply = np.concatenate([silence(onset), tone(0.6), silence(0.5)])
-    delays = np.zeros(60)
-    delays[32] = 0.0125
-    record = CallRecord(PATCH, delays=list(delays), index=list(range(60)))
+    delays = [Delay()] * 60
+    delays[32] = Delay(0.0025, 0.004, 0.006)
+    record = CallRecord(PATCH, delays=delays, index=list(range(60)))
     (got,) = responses(reply[: 60 * 960], UserTurn(0.1, 1.2), times=record.times())
     assert kind_of(got) == "answered"
     assert got == pytest.approx((32 + 1) * PATCH + 0.0125 + 0.03 - 1.2, abs=1e-6)
@@ -88,7 +90,7 @@ def test_each_turn_has_its_own_reply_and_old_speech_is_no_onset():
 
 
 def test_lost_patches_move_the_reply_on_the_clock():
-    record = CallRecord(PATCH, delays=[0.0] * 55, index=[*range(25), *range(30, 60)])
+    record = CallRecord(PATCH, delays=[Delay()] * 55, index=[*range(25), *range(30, 60)])
     reply = np.concatenate([silence(1.2), tone(0.5), silence(0.5)])
     (got,) = responses(reply, UserTurn(0, 1.0), times=record.times())
     assert got == pytest.approx(1.2 + PATCH + 5 * PATCH - 1.0)
@@ -189,7 +191,8 @@ def test_ledger_gives_percentiles_of_what_was_measured():
     engine.feed(0, question, bounded=False)
     for result in run_all(engine):
         ledger.tick(result)
-        record.add(result, extra_seconds=0.1)
+        late = Delay(result.waited[0] + result.times.total)
+        record.add(Reply(result.audio[0], int(result.index[0]), late), buffers=0.1)
     ledger.call(record, [UserTurn(0.2, 1.0)])
     summary = json.loads(ledger.json_line())
     assert summary["tick_ms"]["total"] == {"p50": 10.0, "p95": 10.0, "p99": 10.0, "n": 42}
@@ -197,6 +200,8 @@ def test_ledger_gives_percentiles_of_what_was_measured():
     waited = 0.01 * 30  # everything was fed at once: the 31st patch waited for 30 ticks
     expected = (1.24 + waited + 0.01 + 0.1 - 1.0) * 1000
     assert summary["response_ms"]["p50"] == pytest.approx(expected, abs=0.1)
+    parts = {name: row["p50"] for name, row in summary["response_parts_ms"].items()}
+    assert parts == {"gpu": pytest.approx(1000 * waited + 10), "network": 0.0, "buffers": 100.0}
     assert (summary["turns"], summary["answered_share"]) == (1, 1.0)
     assert summary["barge_in_ms"] is None and summary["warmup_ticks"] == 8
     assert summary["turn_end_source"] == "manifest"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -19,7 +20,6 @@ from test_duplex import (
     FakeClock,
     FakeCodec,
     FakeLM,
-    fake_engine,
     patch,
     save_pair,
     silence,
@@ -27,86 +27,91 @@ from test_duplex import (
     tone,
 )
 
+import duplex
 import stream_demo
 from audio import AudioError
 from command import UserError
-from duplex import DuplexEngine
-from ledger import LatencyLedger, VoiceDetector
+from ledger import CallRecord, VoiceDetector
 from stream_demo import (
-    MicrophoneCall,
-    SoundBridge,
-    Transcript,
-    answer_recording,
+    LocalLine,
+    Playout,
+    Recorder,
+    Recording,
+    Screen,
+    SoundCard,
+    converse,
     device_rate,
     import_sounddevice,
     main,
+    measure_loopback,
     parse_args,
 )
 
 RATE = 24000
+SAMPLE = str(Path(stream_demo.__file__).parent / "samples" / "question_english.wav")
 SHORT = np.concatenate([silence(0.2), tone(0.2)])  # its speech is found by energy
 
 
-def transcript(engine, said: list[str]) -> Transcript:
-    return Transcript(engine.lm, engine.patch_seconds, said.append)
+def local_line(monkeypatch, *flags: str, lm=None) -> LocalLine:
+    """A call to the fake models, on their clock."""
+    clock = FakeClock()
+    models = FakeCodec(clock), lm or FakeLM(clock)
+    models[1].clock = clock
+    make = functools.partial(duplex.DuplexEngine, clock=clock)
+    monkeypatch.setattr(duplex, "load_models", lambda *_: models)
+    monkeypatch.setattr(duplex, "DuplexEngine", make)
+    return LocalLine(parse_args(list(flags)))
 
 
-def answer(engine, audio, said=None, **options):
-    ledger = LatencyLedger(engine.patch_seconds)
-    words = transcript(engine, [] if said is None else said)
-    reply, record = answer_recording(engine, audio, ledger, words, **options)
-    return reply, record, ledger, words
+def answer(line, audio, said=None, **options):
+    line._live = False
+    screen = Screen([].append if said is None else said.append)
+
+    def sleep(seconds):
+        line.clock.now += seconds
+
+    sound = Recording(audio, line, sleep=sleep, **options)
+    record, _ = converse(line, sound, screen)
+    if record.stopped:
+        raise record.stopped
+    return sound.reply, record, line.ledger, screen
 
 
 # -------------------------------------------------------------------------------- recordings
 
 
-def test_a_fast_answer_takes_all_input_and_a_tail():
-    engine = fake_engine()
+def test_a_fast_answer_takes_all_input_and_a_tail(monkeypatch):
     audio = np.concatenate([silence(0.4), patch(0.5), patch(0.5)[:300]])
-    reply, record, ledger, _ = answer(engine, audio, tail_seconds=1.0, paced=False)
+    line = local_line(monkeypatch)
+    reply, record, ledger, _ = answer(line, audio, tail_seconds=1.0, paced=False)
     assert len(reply) == (12 + 25) * 960
     np.testing.assert_allclose(reply[10 * 960 : 11 * 960], 0.5, atol=1e-6)
     assert ledger.summary()["dropped_patches"] == 0
     assert record.index == list(range(37))
 
 
-def test_paced_answer_waits_for_the_clock_and_keeps_up():
-    engine = fake_engine()
-    clock = engine.clock
-
-    def sleep(seconds):
-        clock.now += seconds
-
-    started = clock.now
-    reply, record, ledger, _ = answer(
-        engine, silence(1.0), tail_seconds=0.5, paced=True, sleep=sleep
-    )
-    assert clock.now - started == pytest.approx(38 * 0.04 + 0.01, abs=1e-6)
+def test_paced_answer_waits_for_the_clock_and_keeps_up(monkeypatch):
+    line = local_line(monkeypatch)
+    started = line.clock.now
+    reply, record, ledger, _ = answer(line, silence(1.0), tail_seconds=0.5)
+    assert line.clock.now - started == pytest.approx(38 * 0.04 + 0.01, abs=1e-5)
     assert ledger.summary()["dropped_patches"] == 0
-    assert max(record.delays) == pytest.approx(0.01, abs=1e-6)
+    assert max(delay.gpu for delay in record.delays) == pytest.approx(0.01, abs=1e-5)
     assert len(reply) == 38 * 960
 
 
-def test_a_machine_too_slow_drops_counts_and_stays_on_the_clock():
-    engine = fake_engine()
-    engine.lm.costs = (0.05, 0.03)  # 83 ms a tick: half of real time
-    clock = engine.clock
-
-    def sleep(seconds):
-        clock.now += seconds
-
-    reply, record, ledger, _ = answer(
-        engine, silence(4.0), tail_seconds=0.0, paced=True, sleep=sleep
-    )
+def test_a_machine_too_slow_drops_counts_and_stays_on_the_clock(monkeypatch):
+    line = local_line(monkeypatch)
+    line.engine.lm.costs = (0.05, 0.03)  # 83 ms a tick: half of real time
+    reply, record, ledger, _ = answer(line, silence(4.0), tail_seconds=0.0)
     summary = ledger.summary()
     assert len(reply) == 100 * 960
     assert summary["dropped_patches"] > 30 and summary["late_ticks"] > 30
-    assert max(record.delays) < 5 * 0.083  # latency never grows beyond the queue
+    assert max(map(sum, record.delays)) < 5 * 0.083  # latency never grows beyond the queue
     assert record.index == sorted(set(record.index))
 
 
-def test_a_reply_under_way_is_not_cut_off():
+def test_a_reply_under_way_is_not_cut_off(monkeypatch):
     class Talker(FakeLM):
         """Talks for three seconds whatever it hears."""
 
@@ -115,28 +120,28 @@ def test_a_reply_under_way_is_not_cut_off():
             out.agent_codes[:] = 562 if int(state.frames[0]) <= 75 else 512
             return out
 
-    clock = FakeClock()
-    engine = DuplexEngine(FakeCodec(clock), Talker(clock), clock=clock)
-    reply, *_ = answer(engine, silence(0.4), tail_seconds=0.4, paced=False)
+    line = local_line(monkeypatch, lm=Talker(None))
+    reply, *_ = answer(line, silence(0.4), tail_seconds=0.4, paced=False)
     assert 3.0 < len(reply) / RATE < 3.7
     assert np.abs(reply[: 3 * RATE]).min() > 0.4
 
 
-def test_reply_text_is_printed_as_it_comes_and_the_user_described():
-    engine = fake_engine()
+def test_words_are_printed_as_they_come_and_the_user_described(monkeypatch):
     said: list[str] = []
-    _, _, _, words = answer(engine, silence(0.12), said, tail_seconds=0.0, paced=False)
-    assert said[:3] == ["samvad: w1", " w2", " w3"] and said[-1] == "\n"
-    assert words.user_line() == "you: sounded happy (100%), spoke english (100%)"
+    line = local_line(monkeypatch)
+    *_, screen = answer(line, np.full(RATE, 0.5, "f"), said, tail_seconds=0.0, paced=False)
+    assert said[0].startswith("samvad: w1") and "samvad: w1 w2 w3" in "".join(said)
+    assert said[-1] == "\n"
+    assert screen.user_line() == "you: sounded happy (100%), spoke english (100%)"
 
 
 def test_vad_flush_silences_the_agent_in_a_recording(monkeypatch):
-    engine = fake_engine(vad_flush=True)
     windows = iter([0.0] * 20 + [1.0] * 1000)
     audio = np.full(2 * RATE, 0.5, np.float32)
     detector = VoiceDetector(probability=lambda samples: next(windows))
     monkeypatch.setattr(stream_demo, "VoiceDetector", lambda: detector)
-    reply, *_ = answer(engine, audio, tail_seconds=0.0, paced=False)
+    line = local_line(monkeypatch, "--vad_flush")
+    reply, *_ = answer(line, audio, tail_seconds=0.0, paced=False)
     assert np.abs(reply[: RATE // 2]).min() > 0.4 and not reply[RATE : 2 * RATE].any()
 
 
@@ -148,12 +153,13 @@ class FakePortAudioError(Exception):
 
 
 class FakeStream:
-    """Calls back from a thread of its own, as PortAudio does, ten times as fast."""
+    """Calls back from a thread of its own, as PortAudio does, three times as fast."""
 
-    def __init__(self, card, samplerate, blocksize, callback, **options):
-        self.card, self.blocksize, self.callback = card, blocksize, callback
-        self.latency = (0.01, 0.02)
-        card.opened = {"samplerate": samplerate, "blocksize": blocksize, **options}
+    latency = 0.015
+
+    def __init__(self, card, kind, samplerate, blocksize, callback, **options):
+        self.card, self.kind, self.blocksize, self.callback = card, kind, blocksize, callback
+        card.opened[kind] = {"samplerate": samplerate, "blocksize": blocksize, **options}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -170,10 +176,15 @@ class FakeStream:
         for start in range(0, len(pcm) - self.blocksize + 1, self.blocksize):
             if self._stop.is_set():
                 return
-            out = bytearray(self.blocksize * 2)
-            block = pcm[start : start + self.blocksize].tobytes()
-            self.callback(block, memoryview(out), self.blocksize, None, None)
-            self.card.speaker.append(bytes(out))
+            if self.kind == "idle":
+                return
+            if self.kind == "input":
+                block = pcm[start : start + self.blocksize].tobytes()
+                self.callback(self.card.heard(block), self.blocksize, None, None)
+            else:
+                out = bytearray(self.blocksize * 2)
+                self.callback(memoryview(out), self.blocksize, None, None)
+                self.card.speaker.append(bytes(out))
             time.sleep(0.003)
 
 
@@ -188,7 +199,10 @@ class FakeCard:
         self.speaker: list[bytes] = []
         self.opened: dict = {}
 
-    def query_devices(self, kind):
+    def heard(self, block):
+        return block
+
+    def query_devices(self, device=None, kind=None):
         if not self.devices:
             raise FakePortAudioError("Error querying device -1")
         return {"default_samplerate": self.default}
@@ -199,64 +213,65 @@ class FakeCard:
 
     check_output_settings = check_input_settings
 
-    def RawStream(self, **options):  # noqa: N802
-        return FakeStream(self, **options)
+    def RawInputStream(self, **options):  # noqa: N802
+        return FakeStream(self, "input", **options)
+
+    def RawOutputStream(self, **options):  # noqa: N802
+        return FakeStream(self, "output", **options)
 
     def played(self) -> np.ndarray:
         return np.frombuffer(b"".join(self.speaker), np.int16) / 32767.0
 
 
-def microphone_call(card, engine=None, probability=lambda samples: 0.0, seconds=1.0):
-    engine = engine or fake_engine()
-    engine.clock = time.perf_counter
-    ledger = LatencyLedger(engine.patch_seconds)
-    call = MicrophoneCall(
-        engine, card, ledger, transcript(engine, []), VoiceDetector(probability=probability)
-    )
-    call.run(stop=lambda: len(call.record.index) * engine.patch_seconds >= seconds)
-    return call, ledger
+def microphone_call(monkeypatch, card, *flags, probability=lambda samples: 0.0, seconds=1.0):
+    detector = VoiceDetector(probability=probability)
+    monkeypatch.setattr(stream_demo, "VoiceDetector", lambda: detector)
+    line = local_line(monkeypatch)
+    line.clock = line.engine.clock = time.perf_counter
+    sound = SoundCard(card, parse_args(list(flags)))
+    sound.ledger = line.ledger
+    sound.over = lambda record: len(record.index) * line.patch_seconds >= seconds
+    record, levels = converse(line, sound, Screen([].append))
+    line.ledger.call(record, line.turns(levels))
+    return record, line.ledger
 
 
-def test_microphone_reaches_the_speaker():
+def test_microphone_reaches_the_speaker(monkeypatch):
     audio = np.concatenate([silence(0.2), np.full(RATE, 0.5, np.float32), silence(0.4)])
     card = FakeCard(audio)
-    call, ledger = microphone_call(card, seconds=1.4)
+    record, ledger = microphone_call(
+        monkeypatch, card, "--input_device", "3", "--output_device", "head", seconds=1.4
+    )
+    same = {"samplerate": 24000, "blocksize": 240, "channels": 1, "dtype": "int16"}
     assert card.opened == {
-        "samplerate": 24000,
-        "blocksize": 240,
-        "channels": 1,
-        "dtype": "int16",
-        "latency": "low",
+        "input": {**same, "latency": "low", "device": 3},
+        "output": {**same, "latency": "low", "device": "head"},
     }
     assert (np.abs(card.played() - 0.5) < 0.01).sum() > 0.5 * RATE
     summary = ledger.summary()
     assert summary["device_ms"] == 30.0 and summary["resampler_ms"] == 0.0
-    assert summary["tick_ms"]["total"]["n"] == len(call.record.index) >= 35
+    assert summary["tick_ms"]["total"]["n"] == len(record.index) >= 35
+    assert min(delay.buffers for delay in record.delays) >= 0.03
 
 
-def test_a_48_khz_card_is_resampled_and_its_delay_is_in_the_ledger():
+def test_a_48_khz_card_is_resampled_and_its_delay_is_in_the_ledger(monkeypatch):
     t = np.arange(2 * 48000) / 48000
     card = FakeCard(0.5 * np.sign(np.sin(2 * np.pi * 2 * t)), rates=(48000,))
-    _, ledger = microphone_call(card, seconds=1.2)
-    assert card.opened["samplerate"] == 48000 and card.opened["blocksize"] == 480
+    _, ledger = microphone_call(monkeypatch, card, seconds=1.2)
+    assert card.opened["input"]["samplerate"] == 48000
+    assert card.opened["output"]["blocksize"] == 480
     assert ledger.summary()["resampler_ms"] == pytest.approx(15.0, abs=0.1)
     assert (np.abs(np.abs(card.played()) - 0.5) < 0.05).sum() > 0.3 * 48000
 
 
-def test_live_turns_come_from_the_detector():
+def test_live_turns_come_from_the_detector(monkeypatch):
     windows = iter([1.0] * 20 + [0.0] * 1000)
     _, ledger = microphone_call(
-        FakeCard(silence(3.0)), probability=lambda samples: next(windows), seconds=2.0
+        monkeypatch, FakeCard(silence(3.0)), probability=lambda samples: next(windows), seconds=2.0
     )
     summary = ledger.summary()
     assert (summary["turns"], summary["unanswered"]) == (1, 1)
     assert summary["turn_end_source"] == "silero"
-
-
-def test_a_microphone_that_falls_silent_is_reported(monkeypatch):
-    monkeypatch.setattr(stream_demo, "SILENT_CARD_SECONDS", 0.05)
-    with pytest.raises(UserError, match="unplugged"):
-        microphone_call(FakeCard(silence(0.1)), seconds=5.0)
 
 
 @pytest.mark.parametrize("lost", ["while open", "when closed"])
@@ -266,12 +281,12 @@ def test_a_card_unplugged_in_mid_call_is_one_line_after_the_ledger(monkeypatch, 
             super().__exit__()
             raise FakePortAudioError("Device unavailable")
 
-    monkeypatch.setattr(stream_demo, "SILENT_CARD_SECONDS", 0.05)
+    monkeypatch.setattr(stream_demo, "SILENT_SECONDS", 0.05)
     card, clock = FakeCard(silence(0.5)), FakeClock()
     if lost == "when closed":
-        monkeypatch.setattr(card, "RawStream", lambda **o: Unplugged(card, **o))
+        monkeypatch.setattr(card, "RawInputStream", lambda **o: Unplugged(card, "input", **o))
     monkeypatch.setattr(stream_demo, "import_sounddevice", lambda: card)
-    monkeypatch.setattr(stream_demo, "load_models", lambda *_: (FakeCodec(clock), FakeLM(clock)))
+    monkeypatch.setattr(duplex, "load_models", lambda *_: (FakeCodec(clock), FakeLM(clock)))
     monkeypatch.setattr(stream_demo, "VoiceDetector", lambda: VoiceDetector(lambda samples: 1.0))
     with pytest.raises(UserError, match="is it unplugged") as caught:
         main([])
@@ -280,53 +295,130 @@ def test_a_card_unplugged_in_mid_call_is_one_line_after_the_ledger(monkeypatch, 
     assert ledger["turns"] == 1 and ledger["tick_ms"]["total"]["n"] >= 10
 
 
-def test_ctrl_c_ends_the_call_with_its_ledger():
-    engine = fake_engine()
-    ledger = LatencyLedger(engine.patch_seconds)
-    call = MicrophoneCall(
-        engine, FakeCard(silence(1.0)), ledger, transcript(engine, []), VoiceDetector(lambda s: 0)
-    )
+def test_a_card_that_refuses_is_one_line(monkeypatch):
+    card = FakeCard(silence(1.0))
 
-    def interrupt():
+    def refuse(**options):
+        raise FakePortAudioError("Device busy")
+
+    monkeypatch.setattr(card, "RawOutputStream", refuse)
+    line = local_line(monkeypatch)
+    record, _ = converse(line, SoundCard(card, parse_args([])), Screen([].append))
+    assert isinstance(record.stopped, UserError) and "Device busy" in str(record.stopped)
+
+
+def test_ctrl_c_ends_the_call_with_its_ledger(monkeypatch, capsys):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    call.run(stop=interrupt)
-    assert json.loads(ledger.json_line())["turns"] == 0
+    clock = FakeClock()
+    monkeypatch.setattr(stream_demo, "import_sounddevice", lambda: FakeCard(silence(1.0)))
+    monkeypatch.setattr(duplex, "load_models", lambda *_: (FakeCodec(clock), FakeLM(clock)))
+    monkeypatch.setattr(stream_demo, "VoiceDetector", lambda: VoiceDetector(lambda samples: 0.0))
+    monkeypatch.setattr(SoundCard, "over", interrupt)
+    main([])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["turns"] == 0
 
 
-def test_bridge_counts_underruns_only_once_it_plays():
-    bridge = SoundBridge(4)
-    out = bytearray(4)
-    bridge.callback(b"aaaa", memoryview(out), 2, None, None)
-    assert bridge.underruns == 0 and bytes(out) == bytes(4)
-    bridge.play(b"abcd")
-    bridge.callback(b"aaaa", memoryview(out), 2, None, None)
-    assert bytes(out) == b"abcd"
-    bridge.callback(b"aaaa", memoryview(out), 2, None, None)
-    assert bridge.underruns == 1 and bytes(out) == bytes(4)
+def test_underruns_count_only_once_it_plays():
+    playout = Playout(RATE)
+    assert not playout.pull(240).any() and playout.underruns == playout.inserted == 0
+    playout.push(np.ones(240, np.float32))
+    assert playout.pull(240).all() and playout.underruns == 0
+    assert not playout.pull(240).any() and (playout.underruns, playout.inserted) == (1, 240)
 
 
-def test_bridge_queues_are_bounded_both_ways():
-    bridge = SoundBridge(2)
-    out = bytearray(2)
-    for _ in range(stream_demo.MAX_INPUT_BLOCKS + 3):
-        bridge.callback(b"aa", memoryview(out), 1, None, None)
-    assert bridge.overflows == 3
-    for number in range(stream_demo.MAX_OUTPUT_BLOCKS + 2):
-        bridge.play(bytes([number, 0]))
-    assert bridge.skipped == 2
-    bridge.callback(b"aa", memoryview(out), 1, None, None)
-    assert out[0] == 2  # the oldest were given up
+def test_what_waits_to_be_played_is_bounded_and_the_oldest_given_up():
+    playout = Playout(RATE)
+    for number in range(8):
+        waits = playout.push(np.full(960, number, np.float32))
+    assert playout.removed == 3 * 960 and waits == pytest.approx(0.2)
+    assert playout.pull(960)[0] == 3
+
+
+@pytest.mark.parametrize("parts_per_million", [-150, 150])
+def test_an_hour_of_two_clocks_that_disagree(parts_per_million):
+    """The speaker's clock is off: waiting stays bounded, without gaps, and every sample counts."""
+    playout, pulled, due, waits, tail = Playout(RATE), 0, 0.0, [], np.zeros(960, np.float32)
+    for _ in range(90_000):
+        waits.append(playout.push(tail))
+        due += 960 * (1 + parts_per_million / 1e6)
+        while pulled + 240 <= due:
+            playout.pull(240)
+            pulled += 240
+    drift = 90_000 * 960 * parts_per_million / 1e6
+    assert max(waits) < 0.06
+    assert playout.underruns * 0.01 < 0.2  # all of them before it had settled
+    assert playout.inserted - playout.removed == pytest.approx(drift, abs=0.06 * RATE)
+
+
+def test_a_loud_tone_is_not_torn_when_it_is_stretched():
+    playout, t = Playout(RATE), np.arange(10 * RATE) / RATE
+    tone_in = np.sin(2 * np.pi * 200 * t).astype("f")
+    played = []
+    for start in range(0, len(t), 960):
+        playout.push(tone_in[start : start + 960])
+        played += [playout.pull(240) for _ in range(4)]
+    played = np.concatenate(played)[RATE:]
+    assert playout.inserted > 0 and np.abs(np.diff(played)).max() < 0.06
 
 
 def test_no_sound_card_says_what_to_do():
     with pytest.raises(UserError, match="--wav question.wav"):
-        device_rate(FakeCard(devices=False))
+        device_rate(FakeCard(devices=False), "input")
 
 
 def test_a_card_without_24_khz_keeps_its_own_rate():
-    assert device_rate(FakeCard(rates=(24000,))) == 24000
-    assert device_rate(FakeCard(rates=(44100,), default=44100.0)) == 44100
+    assert device_rate(FakeCard(rates=(24000,)), "input") == 24000
+    assert device_rate(FakeCard(rates=(44100,), default=44100.0), "output") == 44100
+
+
+def test_a_loopback_is_measured_and_in_the_ledger():
+    class Cable(FakeCard):
+        """Speaker and microphone in step; what is played comes back 37 blocks later."""
+
+        def play(self, out, *_):
+            """Before the speaker is open."""
+
+        def RawOutputStream(self, callback, **options):  # noqa: N802
+            self.play = callback
+            return FakeStream(self, "idle", callback=None, **options)
+
+        def heard(self, block):
+            out = bytearray(480)
+            self.play(memoryview(out), 240, None, None)
+            self.speaker.append(bytes(out))
+            return self.speaker[-38] if len(self.speaker) >= 38 else block
+
+    card = SoundCard(Cable(silence(8.0)), parse_args([]))
+    found = measure_loopback(card)
+    assert found == pytest.approx(0.37, abs=0.02)
+    late = stream_demo.Delay(0.01, 0.02, found)
+    card.ledger.call(CallRecord(0.04, [np.zeros(8)], [late], [0]), [])
+    row = card.ledger.summary()["mouth_to_ear_ms"]
+    assert row["p50"] == pytest.approx(1000 * found + 30, abs=1)
+
+
+def test_a_loopback_without_a_way_back_is_one_line():
+    with pytest.raises(UserError, match="no chirp came back"):
+        measure_loopback(SoundCard(FakeCard(silence(8.0)), parse_args([])))
+
+
+def test_a_recording_of_a_call_has_both_sides_in_time(tmp_path):
+    recorder = Recorder(tmp_path / "call.wav")
+    for number in range(50):
+        recorder.add(0, np.full(960, 0.25, np.float32))
+        if not 20 <= number < 30:  # ten patches of the agent are lost
+            recorder.add(1, np.full(960, number / 100, np.float32))
+        if number == 40:  # what is written stands, whatever happens
+            assert len(soundfile.read(tmp_path / "call.wav")[0]) >= 40 * 960
+    recorder.close()
+    audio, rate = soundfile.read(tmp_path / "call.wav")
+    assert rate == RATE and audio.shape[1] == 2
+    np.testing.assert_allclose(audio[: 50 * 960, 0], 0.25, atol=1e-3)
+    np.testing.assert_allclose(audio[10 * 960 : 11 * 960, 1], 0.09, atol=1e-3)
+    assert not audio[22 * 960 : 30 * 960, 1].any()
+    np.testing.assert_allclose(audio[45 * 960 : 46 * 960, 1], 0.44, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -360,7 +452,7 @@ def fake_models(monkeypatch):
         clock = FakeClock()
         return FakeCodec(clock), FakeLM(clock)
 
-    monkeypatch.setattr(stream_demo, "load_models", load)
+    monkeypatch.setattr(duplex, "load_models", load)
 
 
 def test_several_recordings_share_one_ledger(fake_models, tmp_path, capsys):
@@ -451,7 +543,7 @@ def reply_of(stopped_by, tmp_path, monkeypatch, capsys):
             return super().step(codes, state, **options)
 
     clock = FakeClock()
-    monkeypatch.setattr(stream_demo, "load_models", lambda *_: (FakeCodec(clock), Ending(clock)))
+    monkeypatch.setattr(duplex, "load_models", lambda *_: (FakeCodec(clock), Ending(clock)))
     wavs = [str(question(tmp_path / name, SHORT)) for name in ("a.wav", "b.wav")]
     with pytest.raises(type(stopped_by)):
         main(["--fast", "--wav", *wavs, "--out", *(str(tmp_path / f"r{i}.wav") for i in (1, 2))])
@@ -497,9 +589,9 @@ def test_missing_checkpoint_is_one_line(tmp_path):
         main(["--wav", str(wav), "--codec", str(tmp_path / "nowhere")])
 
 
-def test_sampling_flags_reach_the_model():
-    sampling = stream_demo.lm_sampling(parse_args(["--temperature", "0.5", "--top_k", "7"]))
-    assert (sampling.temperature, sampling.top_k) == (0.5, 7)
+def test_sampling_flags_reach_the_model(monkeypatch):
+    line = local_line(monkeypatch, "--temperature", "0.5", "--top_k", "7")
+    assert (line.engine.sampling.temperature, line.engine.sampling.top_k) == (0.5, 7)
 
 
 def test_a_recording_without_speech_is_answered_without_a_turn(fake_models, tmp_path, capsys):
@@ -509,8 +601,6 @@ def test_a_recording_without_speech_is_answered_without_a_turn(fake_models, tmp_
     printed = capsys.readouterr().out
     assert "no speech found" in printed
     assert json.loads(printed.splitlines()[-1])["answered_share"] is None
-
-
 
 
 # --------------------------------------------------------------------------------- real models
@@ -544,3 +634,126 @@ def test_another_codec_is_refused_by_the_script(tmp_path):
     argv += ["--codec", str(tmp_path / "codec"), "--lm", str(tmp_path / "s2s")]
     with pytest.raises(UserError, match=f"f00.*{codec.fingerprint}"):
         main(argv)
+
+
+# ------------------------------------------------------------------------------------ a server
+
+WITHOUT = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "soundfile", "soxr", "silero_vad", "tokenizers"):
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocked())
+sys.path.insert(0, sys.argv[1])
+del sys.argv[1]
+import stream_demo
+from command import run
+run(stream_demo.main)
+"""
+
+
+def without_torch(*argv) -> subprocess.CompletedProcess:
+    """The script where numpy, sounddevice and websockets alone are installed."""
+    root = str(Path(stream_demo.__file__).parent)
+    command = [sys.executable, "-c", WITHOUT, root, *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_help_needs_no_torch():
+    done = without_torch("--help")
+    assert done.returncode == 0 and "--server" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def server():
+    """serve.py over the fake models, whose agents repeat what they hear."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("websockets")
+    pytest.importorskip("prometheus_client")
+    import test_serve
+
+    with test_serve.serving("--rejoin_seconds", "5", "--token", "s e") as running:
+        yield running
+
+
+def test_a_server_answers_a_recording_on_a_machine_without_torch(server, tmp_path):
+    wav = question(tmp_path / "q.wav", np.concatenate([silence(0.4), np.full(RATE // 2, 0.5)]))
+    out, call = tmp_path / "r.wav", tmp_path / "call.wav"
+    done = without_torch(
+        "--server", f"http://{server.address}", "--token", "s e", "--wav", wav, "--out", out,
+        "--tail_seconds", "0.5", "--record", call,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ledger = json.loads(done.stdout.splitlines()[-1])
+    assert ledger["turns"] == 1 and ledger["dropped_patches"] == 0 and ledger["takeovers"] == 1
+    assert "samvad: w" in done.stdout and "you: w" in done.stdout
+    reply, _ = soundfile.read(out)
+    np.testing.assert_allclose(reply[11 * 960 : 22 * 960], 0.5, atol=1e-2)
+    assert len(reply) >= 35 * 960
+    sides, _ = soundfile.read(call)
+    begins = [int(np.flatnonzero(side > 0.4)[0]) for side in sides.T]
+    assert begins[0] == pytest.approx(0.4 * RATE, abs=1)
+    assert 960 <= begins[1] - begins[0] < RATE // 2  # a patch later, and what the network takes
+
+
+def test_a_server_s_delay_is_told_apart_and_its_words_shown(server, monkeypatch):
+    flags = ["--server", f"ws://{server.address}", "--token", "s e", "--emotion", "sad"]
+    line = stream_demo.RemoteLine(parse_args(flags))
+    said: list[str] = []
+    audio = np.concatenate([np.full(RATE, 0.5, "f"), silence(0.6)])
+    for _ in range(2):  # a call each
+        sound = Recording(audio, line, tail_seconds=0.0)
+        record, heard = converse(line, sound, Screen(said.append))
+        assert record.stopped is None and record.index[-1] == 39
+    (turn,) = line.turns(heard)
+    assert (turn.source, turn.end) == ("loudness", pytest.approx(1.0, abs=0.01))
+    line.close()
+    assert all(delay.network >= 0 and delay.gpu >= 0 and sum(delay) for delay in record.delays)
+    assert record.delays[0].network > 0 == record.delays[0].gpu  # before the server's first word
+    assert line.ledger.summary()["tick_ms"]["total"]["n"] == 2
+    assert "".join(said).count("samvad: w1 ") == 2
+
+
+def test_a_call_cut_off_goes_on_where_it_was(server):
+    line = stream_demo.RemoteLine(parse_args(["--server", server.address, "--token", "s e"]))
+    sound, said = Recording(np.full(2 * RATE, 0.5, "f"), line, tail_seconds=0.4), []
+    threading.Timer(0.8, lambda: line._link.socket.socket.shutdown(2)).start()
+    record, _ = converse(line, sound, Screen(said.append))
+    line.close()
+    assert record.stopped is None and line.ledger.counts["rejoins"] == 1
+    assert record.index == sorted(record.index) and 50 <= record.index[-1] <= 62
+    assert max(map(sum, record.delays)) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--server", "ws://127.0.0.1:9"], "does serve.py run"),
+        (["--server", "ftp://x"], "give an address like"),
+        (["--server", "ws://x", "--codec", "c"], "--codec is for models here"),
+        (["--server", "ws://x", "--fast", "--wav", "a.wav"], "--fast is for models here"),
+        (["--record", "call.mp3"], "ends in .wav"),
+    ],
+)
+def test_what_a_server_cannot_do_is_one_line(flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        main(
+            flags
+            if "--record" in flags
+            else [*flags, *(["--wav", SAMPLE] if "--fast" not in flags else [])]
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_token_and_a_full_server_say_so(server):
+    with pytest.raises(UserError, match="token"):
+        stream_demo.RemoteLine(parse_args(["--server", server.address]))
+    lines = [stream_demo.RemoteLine(parse_args(["--server", server.address, "--token", "s e"]))
+             for _ in range(2)]  # fmt: skip
+    with pytest.raises(UserError, match="busy"):
+        stream_demo.RemoteLine(parse_args(["--server", server.address, "--token", "s e"]))
+    for line in lines:
+        line.close()
