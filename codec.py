@@ -99,9 +99,10 @@ class ConvState:
         """The chunk `x` `[B, S, C]` behind what came before it, `[B, n + S, C]`."""
         extended = torch.cat((self.buffer, x), dim=1)
         tail = extended[:, extended.shape[1] - self.buffer.shape[1] :]
-        if active is not None:
-            tail = torch.where(active[:, None, None], tail, self.buffer)
-        self.buffer.copy_(tail)
+        if active is None:
+            self.buffer.copy_(tail)
+        else:
+            torch.where(active[:, None, None], tail, self.buffer, out=self.buffer)
         return extended
 
     def reset(self, mask: Tensor | None = None) -> None:

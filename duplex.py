@@ -2,7 +2,8 @@
 
 One tick is one patch of the dialogue LM (`frames_per_step` codec frames, 40 ms by default):
 input samples -> `codec.encode_step` -> `lm.step` (temporal, text, depth) -> `codec.decode_step`
--> output samples, for `slots` callers at once, each reset on its own.
+-> output samples, for `slots` callers at once, each reset on its own. On a GPU all of it is CUDA
+graphs, one a stage, which work in buffers that stay where they are.
 
 Letters in shapes: `B` slots, `T` samples, `K` codebooks, `p` codec frames in a patch.
 Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 in [-1, 1].
@@ -10,6 +11,7 @@ Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -24,7 +26,8 @@ from audio import SAMPLE_RATE
 from codec import Codec, silence_codes
 from command import UserError
 from ledger import LEVEL_SECONDS, QUIET_DBFS, StageTimes, frame_levels
-from s2s import PAD, S2S, Sampling
+from s2s import PAD, S2S, Sampling, SlotSampling
+from training import StepGraph
 
 MAX_QUEUED_PATCHES = 3
 QUIET_TICKS = 12  # without sound of the agent: its turn is over
@@ -50,24 +53,41 @@ def load_models(codec_path: Path, lm_path: Path, device: str = "cpu") -> tuple[C
     codec = Codec.from_checkpoint(codec_path, device=device)
     lm = S2S.from_checkpoint(lm_path, device=device)
     check_codec_matches(codec, lm)
+    if torch.device(device).type == "cuda":
+        halve(lm)
     return codec, lm
 
 
+def halve(lm: S2S) -> None:
+    """The LM's weights, and so its caches, in bf16, but for the emotion branch, whose sums run on
+    for a whole call. The codec, a tenth of the work, stays in fp32: its codes are what the LM was
+    taught."""
+    for child in lm.children():
+        if child is not lm.emotion:
+            child.bfloat16()
+
+
 class ReplyText:
-    """Token ids in, readable text out as soon as its bytes are complete. PAD adds nothing."""
+    """Token ids in, readable text out as soon as its bytes are complete. PAD adds nothing.
+
+    A token is decoded behind what came out last, on which its leading space may hang."""
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer, self._ids, self.text = tokenizer, [], ""
+        self._tokenizer, self._before, self._ids, self.text = tokenizer, [], [], ""
+        self._shown = ""  # what `_before` is alone
 
     def push(self, token: int) -> str:
         """The text this token adds, "" while a character's bytes are incomplete."""
         if token == PAD:
             return ""
         self._ids.append(int(token))
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith("\ufffd"):
+        text = self._tokenizer.decode(self._before + self._ids)
+        new = text[len(self._shown) :]
+        if not new or text.endswith("\ufffd"):
             return ""
-        new, self.text = text[len(self.text) :], text
+        self._before, self._ids = self._ids, []
+        self._shown = self._tokenizer.decode(self._before)
+        self.text += new
         return new
 
 
@@ -191,6 +211,7 @@ class TickResult:
     language: np.ndarray  # [B, 3]
     user_words: np.ndarray  # [B] token ids or `PAD`, of `listen_delay` patches ago, as the next
     user_phones: np.ndarray  # [B, p] ids
+    codes: np.ndarray  # [B, K, p], the agent's
     active: np.ndarray  # [B]
     not_finite: np.ndarray  # [B] samples in or out that were not numbers and became silence
     times: StageTimes
@@ -203,21 +224,26 @@ class TickResult:
 class DuplexEngine:
     """Codec and dialogue LM in lock-step, for `slots` callers on one device.
 
-    `feed` queues a slot's input, `run_once` runs a tick over the slots that have a patch waiting.
-    `tick` is the step itself, for callers with queues of their own. sampling: None for the LM's
-    default. clock: seconds, monotonic. emotion_strength: of what `set_voice` sets; all but 1 cost a
-    second row of the LM a slot. Raises `UserError` where LM and codec are no pair.
+    `feed` queues a slot's input, `run_once` runs a tick over the slots that have a patch waiting:
+    all keep one cadence, and a caller whose patch is late misses that tick, which waits for none.
+    `tick` is the step itself, for callers with queues of their own. What a slot says depends on its
+    input, its settings and its seed alone, not on who else is there.
+
+    sampling: what slots begin with (None: the LM's default) and their widest `top_k`. clock:
+    seconds, monotonic. emotion_strength: of what `set_voice` sets; all but 1 cost a second row of
+    the LM a slot. graphs: on a GPU, whether to capture. Raises `UserError` where LM and codec are
+    no pair.
     """
 
     def __init__(
         self, codec: Codec, lm: S2S, slots: int = 1, sampling: Sampling | None = None,
         seed: int = 0, vad_flush: bool = False, clock: Callable[[], float] = time.perf_counter,
-        emotion_strength: float = 1.0,
+        emotion_strength: float = 1.0, graphs: bool = True,
     ):  # fmt: skip
         check_codec_matches(codec, lm)
         self.codec, self.lm = codec, lm
-        self.slots, self.sampling, self.seed = slots, sampling, seed
-        self.vad_flush, self.clock = vad_flush, clock
+        self.slots, self.sampling, self.seed = slots, sampling or Sampling(), seed
+        self.vad_flush, self.clock, self.emotion_strength = vad_flush, clock, emotion_strength
         self.frames_per_step = lm.config.frames_per_step
         self.num_codebooks = len(lm.config.codebook_sizes)
         self.patch_samples = self.frames_per_step * codec.config.hop
@@ -225,14 +251,12 @@ class DuplexEngine:
         self.device = next(lm.parameters()).device
         self._encoder = codec.init_encoder_state(slots)
         self._decoder = codec.init_decoder_state(slots)
-        self._strength = None
-        if emotion_strength != 1.0:
-            self._strength = torch.full((slots,), emotion_strength, device=self.device)
-        self._lm_rows = slots if self._strength is None else 2 * slots
+        self._lm_rows = slots if emotion_strength == 1.0 else 2 * slots
         self._lm_state = lm.init_state(self._lm_rows, seed=seed)
-        self._emotion, self._language = torch.zeros((2, slots), dtype=int, device=self.device)
-        self._asked_emotion = self._emotion.clone()
+        self._make_buffers()
+        self._asked_emotion = np.zeros(slots)
         self._quiet_ticks = np.full(slots, QUIET_TICKS)
+        self._suspended = np.zeros(slots, bool)
         self.user_emotion = EmotionEstimate(slots, lm.config.emotions, self.patch_seconds)
         self.queues = [PatchQueue(self.patch_samples) for _ in range(slots)]
         self._flush = BargeInFlush(slots)
@@ -240,35 +264,91 @@ class DuplexEngine:
         if vad_flush:
             silent = silence_codes(codec, self.device, self.num_codebooks)
             self._silence = silent[..., -self.frames_per_step :].repeat(slots, 1, 1)
+        cuda = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if cuda else None
+        if cuda:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._step = StepGraph(self._stages, 3 if cuda and graphs else math.inf, self._mark)
+        self._marks: list = []
 
-    def reset(self, slot: int | None = None) -> None:
-        """Forget one slot's call; or all, and draw from the seed again. Voice settings stay."""
+    def _make_buffers(self) -> None:
+        """What comes in, a row a slot: samples, then whether active, whether muted, the agent's
+        emotion and language, strength of the emotion, sampling. Filled on the host; one copy."""
+        cuda, controls = self.device.type == "cuda", 5 + len(self.sampling.row(0.0))
+        shape = self.slots, self.patch_samples + controls
+        self._given = torch.zeros(shape, pin_memory=cuda)
+        self._inputs = self._given.to(self.device)
+        self._frames, rest = np.split(self._given.numpy(), [self.patch_samples], axis=1)
+        self._active, self._muted, self._emotion, self._language, self._strength = rest.T[:5]
+        self._sampling_rows, self._got = rest[:, 5:], None
+        self._strength[:] = self.emotion_strength
+        rows, places = self._inputs[:, -6:], self.frames_per_step * self.num_codebooks
+        self._drawn = SlotSampling(rows, self.sampling, places)
+        for slot in range(self.slots):
+            self.set_sampling(slot)
+
+    def reset(self, slot: int | None = None, seed: int | None = None) -> None:
+        """Forget one slot's call, or all, and draw from `seed` (the engine's by default); a
+        suspended slot is back. Voice and sampling stay."""
         chosen = np.arange(self.slots) == slot if slot is not None else np.ones(self.slots, bool)
-        mask = torch.from_numpy(chosen).to(self.device)
-        for state in (self._encoder, self._decoder):
-            state.reset(mask)
-        self._lm_state.reset(mask.repeat(self._lm_rows // self.slots))
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            mask = torch.from_numpy(chosen).to(self.device)
+            for state in (self._encoder, self._decoder):
+                state.reset(mask)
+            mask = mask.repeat(self._lm_rows // self.slots)
+            self._lm_state.reset(mask, self.seed if seed is None else seed)
         self._quiet_ticks[chosen] = QUIET_TICKS
+        self._suspended[chosen] = False
         self.user_emotion.reset(chosen)
-        if slot is None:
-            self._lm_state.generator.manual_seed(self.seed)
         self._flush.reset(chosen)
         for one in np.flatnonzero(chosen):
             self.queues[one] = PatchQueue(self.patch_samples)
 
-    def set_voice(self, slot: int, emotion: str | None = None, language: str | None = None) -> None:
-        """The agent's emotion and language in one slot, None = its own choice; also mid-call, when
-        the emotion waits for the agent's next turn.
+    def suspend(self, slot: int) -> None:
+        """Stop a slot's clock: it is not ticked, what it is fed is dropped, and all that it holds,
+        up to three patches in its queue too, waits for `resume`."""
+        self._suspended[slot] = True
 
-        Raises `UserError` for one that the model does not know.
+    def resume(self, slot: int) -> None:
+        """Go on where `suspend` stopped, as if no time had passed."""
+        queue, now = self.queues[slot], self.clock()
+        if self._suspended[slot]:
+            for i, patch in enumerate(queue):
+                queue[i] = patch._replace(arrived=now)
+        self._suspended[slot] = False
+
+    def set_sampling(self, slot: int, sampling: Sampling | None = None) -> None:
+        """How one slot draws from its next tick on, None: as the engine's own. Raises `UserError`
+        for a `top_k` wider than the engine was made for."""
+        sampling = sampling or self.sampling
+        for name in ("top_k", "text_top_k"):
+            asked, most = getattr(sampling, name), getattr(self.sampling, name)
+            if asked > most:
+                raise UserError(f"{name} {asked}: this engine draws from at most {most}")
+        self._sampling_rows[slot] = sampling.row(self.lm.config.eagerness)
+
+    def set_voice(
+        self, slot: int, emotion: str | None = None, language: str | None = None,
+        strength: float | None = None,
+    ) -> None:  # fmt: skip
+        """The agent's emotion and language in one slot, None = its own choice; also mid-call, when
+        the emotion waits for the agent's next turn. strength: of the emotion, None = the engine's.
+
+        Raises `UserError` for one that the model does not know, and for a strength in an engine
+        that was made without.
         """
+        c = self.lm.config
         for what, name, known, ids in (
-            ("emotion", emotion, self.lm.config.emotions, self._asked_emotion),
-            ("language", language, self.lm.config.languages, self._language),
+            ("emotion", emotion, c.emotions, self._asked_emotion),
+            ("language", language, c.languages, self._language),
         ):
             if name is not None and name not in known:
                 raise UserError(f"{what} {name}: the dialogue model knows {', '.join(known)}")
             ids[slot] = 0 if name is None else known.index(name) + 1
+        strength = self.emotion_strength if strength is None else strength
+        if strength != self.emotion_strength and self._lm_rows == self.slots:
+            raise UserError("the strength of emotions is fixed at 1 in this engine")
+        self._strength[slot] = strength
 
     def set_user_voice(self, slot: int, speaking: bool) -> None:
         """For `vad_flush`: whether a detector finds voice in the user's audio now."""
@@ -279,12 +359,14 @@ class DuplexEngine:
     ) -> None:
         """Queue a slot's input samples [T]; `arrived` (the clock's now by default) is when the
         last of them came in, and the start of what `waited` measures."""
+        if self._suspended[slot]:
+            return
         now = self.clock() if arrived is None else arrived
         self.queues[slot].push(audio, now, bounded)
 
     def run_once(self) -> TickResult | None:
         """One tick over the slots with a patch waiting; None when there is none."""
-        active = np.array([len(queue) > 0 for queue in self.queues])
+        active = np.array([len(queue) > 0 for queue in self.queues]) & ~self._suspended
         if not active.any():
             return None
         started = self.clock()
@@ -298,7 +380,8 @@ class DuplexEngine:
         return result
 
     def warm_up(self, ticks: int = 8) -> int:
-        """Run silent ticks, then forget them: lazy initialisation is not a caller's latency."""
+        """Run silent ticks, then forget them: lazy initialisation and the capture of graphs, in
+        the fourth, are no caller's latency."""
         for _ in range(ticks):
             self.tick(np.zeros((self.slots, self.patch_samples), np.float32))
         self.reset()
@@ -306,58 +389,96 @@ class DuplexEngine:
 
     @torch.inference_mode()
     def tick(self, frames: np.ndarray, active: np.ndarray | None = None) -> TickResult:
-        """One patch for every slot. frames [B, T]; active [B] bool, all by default."""
+        """One patch for every slot. frames [B, T]; active [B] bool, all by default, of which those
+        take part that are not suspended."""
         active = np.ones(self.slots, bool) if active is None else np.asarray(active, bool)
+        active = active & ~self._suspended
         muted = self._flush.update(active) if self.vad_flush else np.zeros(self.slots, bool)
         frames, lost = _finite(np.asarray(frames, np.float32))
-        marks = [self._now()]
-        audio = torch.from_numpy(frames.clip(-1.0, 1.0)).to(self.device)[:, None]  # [B, 1, T]
-        mask = None if active.all() else torch.from_numpy(active).to(self.device)
-        user_codes = self.codec.encode_step(
-            audio, self._encoder, num_codebooks=self.num_codebooks, active=mask
-        )  # [B, K, p]
-        quiet = torch.from_numpy(self._quiet_ticks >= QUIET_TICKS).to(self.device)
-        self._emotion = torch.where(quiet, self._asked_emotion, self._emotion)
-        forced = None
-        if muted.any():  # silence in the streams of muted agents, so that they know
-            silent = torch.full_like(self._emotion, PAD)
-            forced = torch.from_numpy(muted).to(self.device), self._silence, silent
-        marks.append(self._now())
-        step = self.lm.step(
-            user_codes, self._lm_state, active=mask, emotion=self._emotion, language=self._language,
-            sampling=self.sampling, forced=forced, strength=self._strength,
-            timer=lambda: marks.append(self._now()),
-        )  # fmt: skip
-        marks.append(self._now())
-        reply = self.codec.decode_step(step.agent_codes, self._decoder, active=mask)[:, 0]
-        reply = reply.float().cpu().numpy()  # [B, T]
-        marks.append(self._now())
-        reply, lost_reply = _finite(reply)
+        start = self.clock()
+        self._frames[:], self._active[:], self._muted[:] = frames.clip(-1.0, 1.0), active, muted
+        quiet = self._quiet_ticks >= QUIET_TICKS
+        self._emotion[quiet] = self._asked_emotion[quiet]
+        parts, times = self._run_stages(start)
+        reply, lost_reply = _finite(parts[0])
         row = active[:, None].astype(np.float32)
         reply = reply * row
         if self.vad_flush:
             self._flush.mute(reply, muted, active)
         loud = np.abs(reply).max(1) > 10 ** (QUIET_DBFS / 20)
         self._quiet_ticks[active] = np.where(loud, 0, self._quiet_ticks + 1)[active]
-        speaking = _host(step.user_speaking) * active
-        self.user_emotion.update(_host(step.user_emotion), speaking, active)
+        parts = [part * row for part in parts[1:]]
+        codes, phones, text, words, speaking, emotion, language = parts
+        self.user_emotion.update(emotion, speaking[:, 0], active)
         return TickResult(
             audio=reply,
-            text=np.where(active, _host(step.text), PAD),
-            user_speaking=speaking,
-            user_emotion=_host(step.user_emotion) * row,
-            language=_host(step.language) * row,
-            user_words=np.where(active, _host(step.user_words), PAD),
-            user_phones=_host(step.user_phones.argmax(-1)) * active[:, None],
+            text=text[:, 0].astype(int),
+            user_speaking=speaking[:, 0],
+            user_emotion=emotion,
+            language=language,
+            user_words=words[:, 0].astype(int),
+            user_phones=phones.astype(int),
+            codes=codes.astype(int).reshape(self.slots, -1, self.frames_per_step),
             active=active,
             not_finite=(lost + lost_reply) * active,
-            times=StageTimes(*np.diff(marks), total=marks[-1] - marks[0]),
+            times=times,
         )
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return self.clock()
+    def _stages(self, mode: None) -> dict[str, torch.Tensor]:
+        """All that a device does in a tick, from `_inputs` alone to one row a slot, `result`."""
+        audio, controls = self._inputs.split((self.patch_samples, 11), dim=1)
+        active, muted = (controls[:, :2] > 0).unbind(1)
+        emotion, language = controls[:, 2:4].long().unbind(1)
+        guided = self._lm_rows > self.slots
+        user_codes = self.codec.encode_step(
+            audio[:, None], self._encoder, num_codebooks=self.num_codebooks, active=active
+        )  # [B, K, p]
+        self._step.split()
+        forced = None
+        if self._silence is not None:  # in the streams of muted agents, so that they know
+            forced = muted, self._silence, torch.full_like(emotion, PAD)
+        step = self.lm.step(
+            user_codes, self._lm_state, active=active, emotion=emotion, language=language,
+            sampling=self._drawn, forced=forced, strength=controls[:, 4] if guided else None,
+            timer=self._step.split,
+        )  # fmt: skip
+        self._step.split()
+        reply = self.codec.decode_step(step.agent_codes, self._decoder, active=active)[:, 0]
+        parts = [
+            reply, step.agent_codes.flatten(1), step.user_phones.argmax(-1), step.text[:, None],
+            step.user_words[:, None], step.user_speaking[:, None], step.user_emotion, step.language,
+        ]  # fmt: skip
+        self._widths = [part.shape[1] for part in parts]
+        return {"result": torch.cat([part.float() for part in parts], dim=1)}
+
+    def _run_stages(self, start: float) -> tuple[list[np.ndarray], StageTimes]:
+        """The parts of what `_stages` gives, on the host, and what its stages took."""
+        cuda, self._marks = self._stream is not None, []
+        with torch.cuda.stream(self._stream):
+            if cuda:
+                self._inputs.copy_(self._given, non_blocking=True)
+            self._mark()
+            result = self._step()["result"]
+            self._mark()
+            if cuda:
+                if self._got is None:
+                    self._got = torch.empty(result.shape, pin_memory=True)
+                self._got.copy_(result, non_blocking=True)
+                self._stream.synchronize()
+                result = self._got
+        pairs = list(zip(self._marks, self._marks[1:], strict=False))
+        stages = [one.elapsed_time(two) / 1000 if cuda else two - one for one, two in pairs]
+        parts = np.split(result.numpy(), np.cumsum(self._widths)[:-1], axis=1)
+        return parts, StageTimes(*stages, total=self.clock() - start)
+
+    def _mark(self) -> None:
+        """A stage begins or ends here."""
+        if self._stream is None:
+            self._marks.append(self.clock())
+        else:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
 
 
 def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -367,10 +488,6 @@ def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     numbers = np.isfinite(audio)
     return np.where(numbers, audio, np.float32(0)), (~numbers).sum(1)
-
-
-def _host(tensor: torch.Tensor) -> np.ndarray:
-    return (tensor.float() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 
 class Story:

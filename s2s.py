@@ -31,6 +31,8 @@ PAD = 0  # text id of "no token in this patch"
 IGNORE = -100  # a label that is not known, a code that is not there
 MAX_TURN_PATCHES = 500  # longer turns without word times are not learnt from
 MAX_AGE = 31  # patches since the last token; more are counted as this many
+DRAW_STRIDE = 1 << 20  # between the numbers of draws: more than any has candidates
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as int64
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,55 @@ class Sampling:
         if not math.isfinite(self.eagerness or 0.0):
             raise UserError("eagerness must be a finite number of decibels")
 
+    def row(self, eagerness: float) -> tuple[float, ...]:
+        """Its numbers, `eagerness` where it gives none."""
+        given = eagerness if self.eagerness is None else self.eagerness
+        return (*dataclasses.astuple(self)[:-1], given)
+
+
+class SlotSampling:
+    """A `Sampling` a slot: `rows` `[B, 6]` float32, as `Sampling.row`, may change between steps; no
+    `top_k` in it is more than those of `widest`. `places` is the config's number of codes a patch.
+    """
+
+    def __init__(self, rows: Tensor, widest: Sampling, places: int) -> None:
+        self.rows = rows
+        self.shapes = (1, 2), (1, widest.text_top_k), (places, widest.top_k)  # draws, candidates
+        self._ranks = [torch.arange(most, device=rows.device) for _, most in self.shapes]
+        # Noise goes by a draw's number and a candidate's rank, however many of them there are.
+        draws = torch.arange(2 + places, device=rows.device)[:, None].split((1, 1, places))
+        numbers = zip(draws, self._ranks, strict=True)
+        self._numbers = torch.cat([(n * DRAW_STRIDE + rank).flatten() for n, rank in numbers])
+
+    def noise(self, key: Tensor, tick: Tensor) -> list[Tensor]:
+        """For whether to speak, what to say and codes `[B, draws, candidates]`: what `draw` adds to
+        logits, noise times temperature, and -inf for candidates that are not to be drawn."""
+        temperature, top_k, text_temperature, text_top_k, speak_temperature, _ = self.rows.unbind(1)
+        noise = gumbel_noise(key, tick, self._numbers)
+        parts = noise.split([count * most for count, most in self.shapes], dim=1)
+        heats = speak_temperature, text_temperature, temperature
+        scaled = [
+            part.unflatten(1, shape) * heat[:, None, None]
+            for part, shape, heat in zip(parts, self.shapes, heats, strict=True)
+        ]
+        for part, rank, most in zip(scaled[1:], self._ranks[1:], (text_top_k, top_k), strict=True):
+            part.masked_fill_((rank >= most[:, None])[:, None], -math.inf)
+        return scaled
+
+
+def gumbel_noise(key: Tensor, tick: Tensor, numbers: Tensor) -> Tensor:
+    """Standard Gumbel noise `[B, n]` that depends on key `[B]`, tick `[B]` and number `[n]` (int64)
+    alone, on every device: the mixing function of SplitMix64 (Steele et al. 2014), whose shifts
+    keep the sign here, so that of the result's 64 bits the first is 0."""
+    bits = _mixed(_mixed(key + _GOLDEN * tick)[:, None] + _GOLDEN * numbers)
+    return -((((bits >> 40) + 0.5) * 2.0**-23).log().neg().log())
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        bits = (bits ^ (bits >> shift)) * factor
+    return bits ^ (bits >> 31)
+
 
 @dataclass
 class Batch:
@@ -203,7 +254,7 @@ class S2SState:
 
     `agent` `[B, p, K]` the agent's last patch, `text` `[B]` its last token that is not `PAD`, `age`
     `[B]` the patches since then, `delayed` `[B, acoustic_delay]` semantic codes before their
-    acoustic ones.
+    acoustic ones, `key` `[B]` of the seed: draws depend on it and the temporal position alone.
     """
 
     def __init__(self, model: S2S, batch_size: int, seed: int) -> None:
@@ -217,11 +268,12 @@ class S2SState:
         self.age = torch.empty_like(self.text)
         self.delayed = self.text.new_empty(batch_size, c.acoustic_delay)
         self.emotion = model.emotion.init_state(batch_size) if model.emotion else ()
-        self.reset()
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.key = torch.empty_like(self.text)
+        self.reset(seed=seed)
 
-    def reset(self, mask: Tensor | None = None) -> None:
-        """Starts the slots where `mask` `[B]` bool is true anew (all of them if None)."""
+    def reset(self, mask: Tensor | None = None, seed: int | None = None) -> None:
+        """Starts the slots where `mask` `[B]` bool is true anew (all of them if None), drawing with
+        `seed`, by default the one they had."""
         self.temporal.reset(mask)
         self.depth.reset(mask)
         if mask is None:
@@ -230,14 +282,18 @@ class S2SState:
         starts += ((self.delayed, IGNORE), *((tensor, 0.0) for tensor in self.emotion))
         for tensor, value in starts:
             tensor.masked_fill_(_of_slots(mask, tensor), value)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            self.key.masked_fill_(mask, int(torch.empty(1).long().random_(generator=generator)))
 
 
 def _store(old: Sequence[Tensor], new: Sequence[Tensor], active: Tensor | None) -> None:
     """Changes tensors of a state in place, for the slots `active` `[B]` bool (all if None)."""
     for tensor, value in zip(old, new, strict=True):
-        if active is not None:
-            value = torch.where(_of_slots(active, tensor), value, tensor)
-        tensor.copy_(value)
+        if active is None:
+            tensor.copy_(value)
+        else:
+            torch.where(_of_slots(active, tensor), value, tensor, out=tensor)
 
 
 def _of_slots(mask: Tensor, tensor: Tensor) -> Tensor:
@@ -253,14 +309,12 @@ class CodeTables(nn.Module):
         super().__init__()
         self.sizes = config.codebook_sizes
         self.tables = nn.ModuleList(nn.Embedding(n + 1, config.code_dim) for n in self.sizes)
-
-    def level(self, codes: Tensor, level: int) -> Tensor:
-        """Codes `[...]` of one level → `[..., d]`."""
-        return self.tables[level](torch.where(codes < 0, self.sizes[level], codes))
+        self.register_buffer("missing", torch.tensor(self.sizes), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        levels = range(len(self.sizes))
-        return torch.stack([self.level(codes[..., k], k) for k in levels], dim=-2)
+        levels = torch.where(codes < 0, self.missing, codes).unbind(-1)
+        pairs = zip(self.tables, levels, strict=True)
+        return torch.stack([table(level) for table, level in pairs], dim=-2)
 
     @torch.no_grad()
     def start_from(self, codebooks: Sequence[Tensor]) -> None:
@@ -287,11 +341,11 @@ class DepthHeads(nn.Module):
         )
         self.tables = nn.ModuleList(nn.Linear(width, size) for size in config.codebook_sizes)
 
-    def forward(self, hidden: Tensor, step: int) -> list[Tensor]:
-        """`[N, depth_dim]` → logits `[N, size]` for each place of the step."""
+    def forward(self, hidden: Tensor, step: int) -> Tensor:
+        """`[N, depth_dim]` → logits `[N, places, size]` of the step, whose places share a level."""
         places = self.schedule[step]
-        parts = self.project[step](hidden).chunk(len(places), dim=-1)
-        return [self.tables[k](part) for (_, k), part in zip(places, parts, strict=True)]
+        parts = self.project[step](hidden).unflatten(-1, (len(places), -1))
+        return self.tables[places[0][1]](parts)
 
 
 class EmotionBranch(nn.Module):
@@ -456,7 +510,7 @@ class S2S(nn.Module):
         steps = range(len(self.schedule))
         inputs = [self._depth_input(hidden, said, codes, step) for step in steps]
         out = self.depth(torch.stack(inputs, dim=1))  # [N, steps, depth_dim]
-        return [self.depth_heads(out[:, step], step) for step in steps]
+        return [list(self.depth_heads(out[:, step], step).unbind(1)) for step in steps]
 
     def _depth_input(self, hidden: Tensor, said: Tensor, codes: Tensor, step: int) -> Tensor:
         """`[N, depth_dim]`: the temporal state `[N, D]`, the embedded text `[N, depth_dim]` and
@@ -464,9 +518,9 @@ class S2S(nn.Module):
         x = self.depth_context[step](hidden) + said
         if step == 0:
             return x
-        places = self.schedule[step - 1]
-        parts = [self.code_tables.level(codes[:, f, k], k) for f, k in places]
-        return x + self.depth_input[step - 1](torch.cat(parts, dim=-1))
+        frames, level = place_of(self.schedule[step - 1])
+        written = self.code_tables.tables[level](codes[:, frames, level])
+        return x + self.depth_input[step - 1](written.flatten(1))
 
     def losses(
         self, batch: Batch, speak: bool = True, split: int | None = None
@@ -524,7 +578,7 @@ class S2S(nn.Module):
         active: Tensor | None = None,
         emotion: Tensor | None = None,
         language: Tensor | None = None,
-        sampling: Sampling | None = None,
+        sampling: Sampling | SlotSampling | None = None,
         forced: tuple[Tensor, Tensor, Tensor] | None = None,
         strength: Tensor | None = None,
         timer: Callable[[], None] = lambda: None,
@@ -540,8 +594,11 @@ class S2S(nn.Module):
                 without + strength · (with − without). None: the state has B rows, as for 1.
             timer: called when the temporal stage is done.
         """
-        sampling, c = sampling or Sampling(), self.config
         none, recognised = torch.zeros_like(state.text), None
+        if not isinstance(sampling, SlotSampling):
+            sampling = self.slot_sampling(len(user_codes), sampling or Sampling())
+        keys, ticks = state.key[: len(user_codes)], state.temporal.position[: len(user_codes)]
+        speak, say, noise = sampling.noise(keys, ticks)  # before the position moves on
         emotion, language = (
             none[: len(user_codes)] if given is None else given for given in (emotion, language)
         )
@@ -559,12 +616,13 @@ class S2S(nn.Module):
         if recognised is not None:
             heads["user_emotion"] = recognised[:, 0]
         logits = guided(self.text_head(hidden), strength)
-        text = draw_text(logits, sampling, state.generator, c.text_weight, c.eagerness)
+        eagerness = sampling.rows[:, -1]
+        text = draw_text(logits, speak, say, eagerness, self.config.text_weight)
         if forced is not None:
             slots, forced_codes, forced_text = forced
             text = torch.where(slots, forced_text, text)
         timer()
-        codes = self._draw_codes(hidden, text, state, sampling, strength)
+        codes = self._draw_codes(hidden, text, state, noise, strength)
         if forced is not None:
             codes = torch.where(slots[:, None, None], forced_codes.transpose(1, 2), codes)
         if strength is not None:
@@ -583,17 +641,23 @@ class S2S(nn.Module):
             user_phones=heads["user_phones"],
         )
 
-    def _draw_codes(self, hidden, text, state: S2SState, sampling: Sampling, strength) -> Tensor:
+    def slot_sampling(self, slots: int, sampling: Sampling) -> SlotSampling:
+        """The same `sampling` for every slot."""
+        row = torch.tensor(sampling.row(self.config.eagerness), device=self.text_head.weight.device)
+        return SlotSampling(row.repeat(slots, 1), sampling, sum(map(len, self.schedule)))
+
+    def _draw_codes(self, hidden, text, state: S2SState, noise: Tensor, strength) -> Tensor:
         """The depth transformer's steps: codes `[B, p, K]`, each drawn given those before."""
         rows = len(hidden) // len(text)
-        codes, said = torch.zeros_like(state.agent), self.depth_text(text.repeat(rows))
+        codes, said = torch.zeros_like(state.agent), self.depth_text(text)
+        said = said.repeat(rows, 1) if rows > 1 else said
+        noises = noise.split([len(places) for places in self.schedule], dim=1)
         for step, places in enumerate(self.schedule):
             x = self._depth_input(hidden, said, codes, step)[:, None]
             out = self.depth.step_by(x, state.depth, state.depth_plans[step])[:, 0]
-            for (f, k), logits in zip(places, self.depth_heads(out, step), strict=True):
-                logits = guided(logits, strength)
-                drawn = draw(logits, sampling.temperature, sampling.top_k, state.generator)
-                codes[:, f, k] = drawn.repeat(rows)
+            drawn = draw(guided(self.depth_heads(out, step), strength), noises[step])
+            frames, level = place_of(places)
+            codes[:, frames, level] = drawn.repeat(rows, 1) if rows > 1 else drawn
         return codes[: len(text)]
 
     def _advance(self, state: S2SState, codes: Tensor, text: Tensor, active) -> Tensor:
@@ -609,40 +673,42 @@ class S2S(nn.Module):
 
 
 def guided(logits: Tensor, strength: Tensor | None) -> Tensor:
-    """`[2 B, n]`, with emotion and without, as `[B, n]`; what comes where `strength` is None."""
+    """`[2 B, ...]`, with emotion and without, as `[B, ...]`; what comes where `strength` is None.
+    """
     if strength is None:
         return logits
     given, free = logits.chunk(2)
-    return free + strength[:, None] * (given - free)
+    return torch.lerp(free, given, _of_slots(strength, free).to(free.dtype))  # 1: as given
 
 
 def draw_text(
-    logits: Tensor, sampling: Sampling, generator, text_weight: float = 1.0, eagerness: float = 0.0
+    logits: Tensor, speak: Tensor, say: Tensor, eagerness: Tensor | float, text_weight: float
 ) -> Tensor:
     """PAD or a token for each row of `[B, V]`: first whether to speak, then what to say.
 
     In one draw a low temperature would favour PAD, likelier than each of several possible replies,
-    not than all. `text_weight`, that of the loss, is taken off the odds again; `eagerness` (dB)
-    counts where `sampling` gives none.
+    not than all. `text_weight`, that of the loss, is taken off the odds again; `eagerness` `[B]`,
+    in dB, is added to them. speak, say: from `SlotSampling.noise`.
     """
-    eagerness = eagerness if sampling.eagerness is None else sampling.eagerness
+    logits = logits.float()
     tokens = logits[:, PAD + 1 :]  # PAD comes first
     odds = tokens.logsumexp(1) - math.log(text_weight) + eagerness * math.log(10) / 10
-    pad_or_token = torch.stack((logits[:, PAD], odds), dim=1)
-    speaks = draw(pad_or_token, sampling.speak_temperature, 2, generator)
-    token = draw(tokens, sampling.text_temperature, sampling.text_top_k, generator)
-    return torch.where(speaks == 1, token + PAD + 1, PAD)
+    speaks = odds + speak[:, 0, 1] > logits[:, PAD] + speak[:, 0, 0]
+    return (draw(tokens[:, None], say)[:, 0] + (PAD + 1)).masked_fill(~speaks, PAD)
 
 
-def draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> Tensor:
-    """One index a row of `[B, n]`, from the `top_k` likeliest at `temperature` (0: the likeliest);
-    by the Gumbel-max trick, which waits for no device."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    values, indices = logits.float().topk(min(top_k, logits.shape[-1]), dim=-1)
-    noise = torch.empty_like(values).exponential_(generator=generator).log()
-    chosen = (values / temperature - noise).argmax(-1, keepdim=True)
-    return indices.gather(-1, chosen)[:, 0]
+def draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """One index of each `[..., n]`, from as many of the likeliest as `noise` `[..., k]` is for, the
+    likeliest where that is 0; by the Gumbel-max trick, which waits for no device."""
+    values, indices = logits.topk(min(noise.shape[-1], logits.shape[-1]), dim=-1)
+    chosen = (values + noise[..., : values.shape[-1]]).argmax(-1, keepdim=True)
+    return indices.gather(-1, chosen)[..., 0]
+
+
+def place_of(places: Sequence[tuple[int, int]]) -> tuple[slice, int]:
+    """The frames and the level of a depth step's places."""
+    (first, level), (last, _) = places[0], places[-1]
+    return slice(first, last + 1), level
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:

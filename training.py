@@ -410,41 +410,76 @@ def make_capturable(optimizer: torch.optim.Optimizer, capturable: bool, device) 
 
 
 class StepGraph:
-    """Replays a training step as one CUDA graph: Python is met once, not at every kernel.
+    """Replays a step as one CUDA graph: Python is met once, not at every kernel.
 
     `function(mode, **inputs)` takes tensors of fixed shapes and gives a dict of tensors, which the
-    next call overwrites. It must use the same memory at every call, draw nothing at random and
-    never wait for the device. Each mode is called `warmup` times as it is, for optimizers make
-    their state and libraries choose kernels. All of it, the making of models included, belongs on
-    one stream that is not the default one."""
+    next call overwrites. It must use the same memory at every call, draw from no generator and
+    never wait for the device. Each mode is called `warmup` times as it is (always where that is
+    infinite, as on a CPU), for optimizers make their state and libraries choose kernels. All of it
+    belongs on one stream that is not the default one; with gradients, the making of models too.
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]], warmup: int = 5) -> None:
-        self.function, self.warmup = function, warmup
-        self._mode, self._calls, self._graph = None, 0, None
+    The function may call `split` where a stage ends: each is then a graph of its own, and `between`
+    is called after each but the last, in replays as in plain calls."""
+
+    def __init__(
+        self, function: Callable[..., dict[str, Tensor]], warmup: float = 5,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.function, self.warmup, self.between = function, warmup, between
+        self._mode, self._calls, self._graphs, self._recording = None, 0, [], None
 
     @property
     def warming(self) -> bool:
         """Whether the last call was of those that say nothing of the pace: eager, or captured."""
         return self._calls <= self.warmup + 1
 
-    def __call__(self, mode: object, **inputs: Tensor) -> dict[str, Tensor]:
+    def __call__(self, mode: object = None, **inputs: Tensor) -> dict[str, Tensor]:
         if mode != self._mode:
-            self._mode, self._calls, self._graph, self._results = mode, 0, None, {}
+            self._mode, self._calls, self._graphs, self._results = mode, 0, [], {}
         self._calls += 1
         if self._calls <= self.warmup:
             return self.function(mode, **inputs)
-        if self._graph is None:
+        if not self._graphs:
             self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-            torch.cuda.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            # Thread-local: the loader's thread goes on pinning memory meanwhile.
-            stream = torch.cuda.current_stream()
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._record()
+            try:
                 self._results = self.function(mode, **self._inputs)
+            finally:
+                self._stop()
         for name, tensor in inputs.items():
             self._inputs[name].copy_(tensor, non_blocking=True)
-        self._graph.replay()
+        for graph in self._graphs[:-1]:
+            graph.replay()
+            self.between()
+        self._graphs[-1].replay()
         return self._results
+
+    def split(self) -> None:
+        """Ends a stage of the function that calls it."""
+        if self._recording is None:
+            self.between()
+        else:
+            self._stop()
+            self._record()
+
+    def capture(self) -> tuple[object, contextlib.AbstractContextManager]:
+        """A graph with `replay`, and the block that records it."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        pool = self._graphs[0].pool() if self._graphs else None  # they are replayed in this order
+        # Thread-local: the loader's thread goes on pinning memory meanwhile.
+        return graph, torch.cuda.graph(
+            graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"
+        )
+
+    def _record(self) -> None:
+        graph, self._recording = self.capture()
+        self._recording.__enter__()
+        self._graphs.append(graph)
+
+    def _stop(self) -> None:
+        recording, self._recording = self._recording, None
+        recording.__exit__(None, None, None)
 
 
 class Balancer:

@@ -54,14 +54,19 @@ class TransformerConfig:
         return self.ffn_dim or -(-8 * self.dim // 3 // 32) * 32
 
 
-def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_frequencies(head_dim: int, theta: float, device) -> Tensor:
+    """Radians a position, `[head_dim]` float64; negative in the first half, as `apply_rotary` wants
+    the sines."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
+    frequencies = theta ** (-exponents / head_dim)
+    return torch.cat((-frequencies, frequencies))
+
+
+def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of RoPE, `[..., head_dim]` float32, for integer positions `[...]`.
-    The sines of the first half are negated, as `apply_rotary` wants them. Angles are taken in
-    float64: after hours at 50 Hz a float32 angle would be off by 0.1 rad."""
-    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64)
-    angles = positions.to(torch.float64)[..., None] * theta ** (-exponents / head_dim)
-    cos, sin = angles.cos().float(), angles.sin().float()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    Angles are in float64: after hours at 50 Hz a float32 angle would be off by 0.1 rad."""
+    angles = positions[..., None] * frequencies
+    return angles.cos().float(), angles.sin().float()
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,11 +124,14 @@ class TransformerState:
 
     `keys` and `values` are `[layers, B, capacity, H_kv, D]`; `position` `[B]` counts the positions
     that each slot has consumed, and alone says which entries are valid. A reset writes zeros all
-    the same, since an attention weight of 0 does not hide what is not a number."""
+    the same, since an attention weight of 0 does not hide what is not a number. `places` are views
+    of each layer's keys and values, as they are written `[B * capacity, H_kv, D]` and as they are
+    read `[B, H_kv, capacity, D]`."""
 
     def __init__(self, config, batch_size: int, max_chunk: int, device, dtype) -> None:
-        # The first query of a chunk still needs `context` keys when the last one is written.
-        capacity = config.context + max_chunk - 1
+        # The first query of a chunk still needs `context` keys when the last one is written. In
+        # multiples of 8, or a GPU's attention would pad the mask anew in every layer.
+        capacity = -(-(config.context + max_chunk - 1) // 8) * 8
         shape = (config.num_layers, batch_size, capacity, config.kv_heads, config.head_dim)
         self.max_chunk = max_chunk
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -131,6 +139,9 @@ class TransformerState:
         self.position = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.ring = torch.arange(capacity, device=device)
         self.rows = capacity * torch.arange(batch_size, device=device)[:, None]
+        self.frequencies = rotary_frequencies(config.head_dim, config.rope_theta, device)
+        pairs = zip(self.keys, self.values, strict=True)
+        self.places = [[(x.flatten(0, 1), x.transpose(1, 2)) for x in pair] for pair in pairs]
 
     def reset(self, mask: Tensor | None = None) -> None:
         """Forgets everything in the slots where `mask` `[B]` bool is true (all of them if None)."""
@@ -149,7 +160,6 @@ class StepPlan:
     sin: Tensor
     index: Tensor  # [B * S] places of the new keys, among those of all slots
     mask: Tensor  # [B, 1, S, capacity]: 0, or -inf for keys that a query does not attend to
-    active: Tensor | None  # [B * S, 1, 1]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -180,14 +190,11 @@ class Attention(nn.Module):
         q, k, v = self.project(x, cos, sin)
         return self.out(windowed_attention(q, k, v, self.config.context).flatten(2))
 
-    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: StepPlan) -> Tensor:
-        q, k, v = self.project(x, plan.cos, plan.sin)
-        for cache, new in ((keys, k), (values, v)):
-            places, new = cache.flatten(0, 1), _as(new.flatten(0, 1), cache.dtype)
-            if plan.active is not None:  # a slot that is not active keeps what it had
-                new = torch.where(plan.active, new, places[plan.index])
-            places.index_copy_(0, plan.index, new)
-        k, v = (_as(cache.transpose(1, 2), q.dtype) for cache in (keys, values))
+    def step(self, x: Tensor, places: list, plan: StepPlan) -> Tensor:
+        q, *new = self.project(x, plan.cos, plan.sin)
+        for (written, _), rows in zip(places, new, strict=True):
+            written.index_copy_(0, plan.index, _as(rows.flatten(0, 1), written.dtype))
+        k, v = (_as(read, q.dtype) for _, read in places)
         grouped = self.config.kv_heads != self.config.num_heads
         q = q.transpose(1, 2)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, enable_gqa=grouped)
@@ -220,8 +227,8 @@ class Block(nn.Module):
         x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
         return x + self.dropout(self.ffn(self.ffn_norm(x)))
 
-    def step(self, x: Tensor, keys: Tensor, values: Tensor, plan: StepPlan) -> Tensor:
-        x = x + self.attention.step(self.attention_norm(x), keys, values, plan)
+    def step(self, x: Tensor, places: list, plan: StepPlan) -> Tensor:
+        x = x + self.attention.step(self.attention_norm(x), places, plan)
         return x + self.ffn(self.ffn_norm(x))
 
 
@@ -245,7 +252,8 @@ class StreamingTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], device=x.device)[None, :, None]
-        cos, sin = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, x.device)
+        cos, sin = rotary_tables(positions, frequencies)
         for block in self.blocks:
             x = block(x, cos, sin)
         return self.norm(x)
@@ -260,7 +268,7 @@ class StreamingTransformer(nn.Module):
         state.reset()
         plans = []
         for _ in range(steps):
-            plans.append(self._plan(1, self.norm.weight.dtype, state, None))
+            plans.append(self._plan(1, self.norm.weight.dtype, state))
             state.position.add_(1)
         state.reset()
         return plans
@@ -269,33 +277,34 @@ class StreamingTransformer(nn.Module):
         """The positions `[B, S, D]` → `[B, S, D]` that `plan` is for, after those before it. For
         short sequences over and over, where making plans would take as long as the steps; `state`
         need not be reset: a plan sees what its own sequence has written."""
-        for block, keys, values in zip(self.blocks, state.keys, state.values, strict=True):
-            x = block.step(x, keys, values, plan)
+        for block, places in zip(self.blocks, state.places, strict=True):
+            x = block.step(x, places, plan)
         return self.norm(x)
 
     def step(self, x: Tensor, state: TransformerState, active: Tensor | None = None) -> Tensor:
         """Continues each slot by the chunk `x` `[B, S, D]` → `[B, S, D]`; `state` moves on. Where
-        `active` `[B]` bool is false the slot does not advance and its output is meaningless."""
+        `active` `[B]` bool is false the slot does not advance and its output is meaningless: what
+        it writes lies behind every window, where its next chunk goes."""
         if x.shape[1] > state.max_chunk:
             chunks = x.split(state.max_chunk, dim=1)
             return torch.cat([self.step(chunk, state, active) for chunk in chunks], dim=1)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        y = self.step_by(x, state, self._plan(x.shape[1], dtype, state, active))
-        state.position.add_(x.shape[1] if active is None else active.long() * x.shape[1])
+        y = self.step_by(x, state, self._plan(x.shape[1], dtype, state))
+        state.position.add_(1 if active is None else active, alpha=x.shape[1])
         return y
 
-    def _plan(self, length: int, dtype, state: TransformerState, active) -> StepPlan:
+    def _plan(self, length: int, dtype, state: TransformerState) -> StepPlan:
         capacity = state.ring.shape[0]
-        positions = state.position[:, None] + torch.arange(length, device=state.ring.device)
+        chunk = state.ring[:length]
+        positions = state.position[:, None] + chunk  # [B, S]
         last = positions[:, -1:]
-        # The position that each ring place holds once this chunk is written; negative: nothing yet.
-        held = last - (last - state.ring) % capacity  # [B, capacity]
-        distance = positions[:, :, None] - held[:, None, :]
-        hidden = (distance < 0) | (distance >= self.config.context) | (held < 0)[:, None, :]
+        # How long ago each ring place was written, once this chunk is; over `last`: never.
+        age = ((last - state.ring) % capacity)[:, None]  # [B, 1, capacity]
+        newest = (length - 1 - chunk)[:, None]  # that each query sees, [S, 1]
+        oldest = torch.minimum(newest + (self.config.context - 1), last[..., None])  # [B, S, 1]
+        hidden = (age < newest) | (age > oldest)
         # Made a float here: a bool mask would be made one again in every layer.
         mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None]
-        if active is not None:
-            active = active[:, None].expand(-1, length).reshape(-1, 1, 1)
-        tables = rotary_tables(positions[..., None], self.config.head_dim, self.config.rope_theta)
-        return StepPlan(*tables, (state.rows + positions % capacity).flatten(), mask, active)
+        tables = rotary_tables(positions[..., None], state.frequencies)
+        return StepPlan(*tables, (state.rows + positions % capacity).flatten(), mask)

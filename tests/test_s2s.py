@@ -19,8 +19,10 @@ from s2s import (
     Batch,
     S2SConfig,
     Sampling,
+    SlotSampling,
     draw,
     draw_text,
+    gumbel_noise,
     token_loss,
     untimed_words_loss,
 )
@@ -313,10 +315,30 @@ def test_the_timer_is_called_between_the_stages():
 # -- sampling ------------------------------------------------------------------------------------
 
 
+def slot_sampling(*sampling: Sampling) -> SlotSampling:
+    """One a slot, of a model with one code a patch; the first is the widest."""
+    return SlotSampling(torch.tensor([each.row(0.0) for each in sampling]), sampling[0], 1)
+
+
+def noises(sampling: Sampling, count: int, seed: int = 4) -> list[torch.Tensor]:
+    """The noise of `count` slots, each with a key of its own."""
+    keys = torch.randint(2**62, (count,), generator=generator(seed))
+    return slot_sampling(*[sampling] * count).noise(keys, torch.zeros_like(keys))
+
+
+def noise_of(sampling: Sampling, count: int) -> torch.Tensor:
+    return noises(sampling, count)[2][:, 0]
+
+
+def text_of(logits: torch.Tensor, sampling: Sampling, weight: float = 1.0) -> torch.Tensor:
+    speak, say, _ = noises(sampling, len(logits))
+    return draw_text(logits, speak, say, sampling.row(0.0)[-1], weight)
+
+
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.randn(50, 30, generator=generator())
-    assert torch.equal(draw(logits, 0.0, 1, generator()), logits.argmax(-1))
-    assert torch.equal(draw(logits, 1.0, 1, generator()), logits.argmax(-1))
+    assert torch.equal(draw(logits, noise_of(Sampling(0.0, 20), 50)), logits.argmax(-1))
+    assert torch.equal(draw(logits, noise_of(Sampling(1.0, 1), 50)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature, top_k", [(1.0, 8), (0.7, 3), (1.5, 50)])
@@ -324,7 +346,7 @@ def test_draws_follow_the_softmax(temperature, top_k):
     """Counts of 40,000 draws against softmax over the top k: chi-square within its 99.9 %."""
     logits = 1.5 * torch.randn(8, generator=generator(3))
     count = 40_000
-    drawn = draw(logits.expand(count, -1), temperature, top_k, generator(4))
+    drawn = draw(logits.expand(count, -1), noise_of(Sampling(temperature, top_k), count))
     expected = logits / temperature
     expected[logits.argsort(descending=True)[top_k:]] = -math.inf
     expected = expected.softmax(-1) * count
@@ -338,11 +360,11 @@ def test_draws_follow_the_softmax(temperature, top_k):
 def test_text_is_drawn_as_whether_to_speak_then_what_to_say():
     """At temperature 1 the softmax itself; colder, many unlikely replies still outweigh silence."""
     logits, count = 1.5 * torch.randn(6, generator=generator(3)), 40_000
-    drawn = draw_text(logits.expand(count, -1), Sampling(0, 1, 1.0, 50, 1.0), generator(4))
+    drawn = text_of(logits.expand(count, -1), Sampling(0, 1, 1.0, 50, 1.0))
     observed = drawn.bincount(minlength=6).float() / count
     assert (observed - logits.softmax(-1)).abs().max() < 0.015
     unsure = torch.cat((torch.tensor([0.3]), torch.full((20,), 0.7 / 20))).log()
-    drawn = draw_text(unsure.expand(count, -1), Sampling(0, 1, 0.5, 50, 0.5), generator(4))
+    drawn = text_of(unsure.expand(count, -1), Sampling(0, 1, 0.5, 50, 0.5))
     speaks = 0.7**2 / (0.7**2 + 0.3**2)
     assert abs(float((drawn != PAD).float().mean()) - speaks) < 0.015
     assert len(drawn.unique()) == 21
@@ -365,7 +387,7 @@ def test_odds_of_speaking_are_the_true_ones():
     cases = (10.0, 0.0, odds), (10.0, 10.0, 10 * odds), (1.0, 0.0, 10 * odds)
     for weight, eagerness, expected in cases:
         sampling = Sampling(text_temperature=1.0, speak_temperature=1.0, eagerness=eagerness)
-        drawn = draw_text(many, sampling, generator(1), weight)
+        drawn = text_of(many, sampling, weight)
         spoken = float((drawn != PAD).float().mean())
         assert abs(spoken - expected / (1 + expected)) < 0.01
         assert abs(float((drawn == 1).sum() / (drawn != PAD).sum()) - 2 / 3) < 0.02
@@ -374,7 +396,7 @@ def test_odds_of_speaking_are_the_true_ones():
 def test_the_coldest_text_still_decides_first_whether_to_speak():
     """Two replies of .3 each against a silence of .4: one of them is said."""
     logits = torch.tensor([[0.4, 0.3, 0.3], [0.6, 0.3, 0.1]]).log()
-    drawn = draw_text(logits, Sampling(text_temperature=0.0), generator())
+    drawn = text_of(logits, Sampling(text_temperature=0.0))
     assert drawn[0] != PAD and drawn[1] == PAD
     model = build(text_weight=4.0)
     model.text_head.weight.zero_()
@@ -388,6 +410,39 @@ def test_the_coldest_text_still_decides_first_whether_to_speak():
     eager.load_state_dict(model.state_dict())
     for each, speaks in ((model, False), (eager, True)):
         assert bool(each.step(user, each.init_state(1)).text != PAD) == speaks
+
+
+def test_noise_is_gumbel_and_of_its_key_tick_and_number_alone():
+    keys, ticks, numbers = torch.arange(64) - 5, torch.arange(64) // 2, torch.arange(300) * 1000
+    noise = gumbel_noise(keys, ticks, numbers)
+    assert torch.equal(noise[7:9, 20:], gumbel_noise(keys[7:9], ticks[7:9], numbers[20:]))
+    many = gumbel_noise(torch.zeros(1).long(), torch.zeros(1).long(), torch.arange(200_000))
+    many = torch.cat((many, gumbel_noise(torch.arange(2000), torch.arange(2000), numbers[:100])
+                      .view(1, -1)), 1)[0].double()  # fmt: skip
+    uniform = (-(-many).exp()).exp()
+    counts = uniform.histc(50, 0, 1)
+    expected = len(many) / 50
+    assert float((counts - expected).square().sum() / expected) < 85.4  # 99.9 % at 49 degrees
+    # Neighbours in any of the three are strangers: correlations within five deviations.
+    block = gumbel_noise(torch.arange(400), torch.zeros(400).long(), torch.arange(400))
+    late = gumbel_noise(torch.arange(400), torch.ones(400).long(), torch.arange(400))
+    for one, two in ((block[1:], block[:-1]), (block[:, 1:], block[:, :-1]), (block, late)):
+        together = torch.corrcoef(torch.stack((one.flatten(), two.flatten())))[0, 1]
+        assert abs(float(together)) < 5 / one.numel() ** 0.5
+    assert noise.isfinite().all()
+
+
+def test_a_slot_draws_by_its_own_numbers():
+    """Beside wider, warmer slots, the same as alone."""
+    own, wide = Sampling(0.7, 3, 0.4, 2, 0.3), Sampling(2.0, 8, 2.0, 9, 2.0)
+    key, tick = torch.tensor([77]), torch.tensor([5])
+    alone = slot_sampling(own).noise(key, tick)
+    keys = torch.tensor([1, 77, 77])
+    beside = slot_sampling(wide, own, wide).noise(keys, torch.tensor([0, 5, 5]))
+    for one, three in zip(alone, beside, strict=True):
+        assert torch.equal(one[0], three[1, :, : one.shape[-1]])
+        assert (three[1, :, one.shape[-1] :] == -math.inf).all()
+        assert three[2].isfinite().all()
 
 
 def test_seeds_repeat_and_differ():
