@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 import audio
 import command
@@ -54,11 +55,10 @@ def load_emotional(
     wav_first = sorted(itertools.chain(*there), key=lambda clip: clip.path.suffix.lower() != ".wav")
     for clip in wav_first:
         named, label, same = (clip, clip.emotion, clip.path) if clip.emotion else _by_name(clip)
-        reason = corpora.no_emotion(label)
-        if label is None:
-            reason = "neither manifest nor name tells an emotion"
-        elif not reason and same in found:
-            reason = "there already, by speaker and name"
+        reason = "neither manifest nor name tells an emotion"
+        if label:
+            twice = same in found and "there already, by speaker and name"
+            reason = corpora.no_emotion(label) or twice
         if reason:
             left_out[reason] += 1
         else:
@@ -107,11 +107,11 @@ def hold_out_speakers(clips: Sequence[Clip]) -> tuple[list[Clip], list[Clip]]:
     if len(everyone) + bool(validation) < 2 or not train:
         raise UserError("emotional speech of two speakers is needed, one of them to validate")
     groups = [own for name, own in speakers.items() if name not in held_out and len(own) > 1]
-    if not groups and not validation:
-        groups = [everyone]
-    chosen = set()
-    for own in groups:
-        chosen.update(random.Random(0).sample(sorted(own), max(1, len(own) // 6)))
+    chosen = {
+        name
+        for own in groups or ([] if validation else [everyone])
+        for name in random.Random(0).sample(sorted(own), max(1, len(own) // 6))
+    }
     validation += [clip for clip in train if _speaker(clip) in chosen]
     return [clip for clip in train if _speaker(clip) not in chosen], validation
 
@@ -164,22 +164,18 @@ def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch:
 def _rows(clips: Sequence[Clip], codec: Codec, batch: int) -> Iterator[dict]:
     device, hop = next(codec.parameters()).device, codec.config.hop
     silent = silence_codes(codec, device)[0, :, -1].cpu().numpy().astype(np.uint16)
-    edge = round(EDGE_SECONDS * audio.SAMPLE_RATE)
     with ThreadPoolExecutor(command.default_workers()) as pool:
         for first in range(0, len(clips), batch):
             read = list(filter(None, pool.map(_heard, clips[first : first + batch])))
-            longest = max((len(samples) for *_, samples in read), default=0) + 2 * edge
-            sound = torch.zeros(len(read), 1, longest)
-            for row, (*_, samples) in zip(sound, read, strict=True):
-                row[0, edge : edge + len(samples)] = torch.from_numpy(samples)
+            if not read:
+                continue
+            sound = nn.utils.rnn.pad_sequence([samples for *_, samples in read], batch_first=True)
             with torch.inference_mode():
-                codes = codec.encode(sound.to(device), 8) if read else sound
-            codes = codes.cpu().numpy().astype(np.uint16)
+                codes = codec.encode(sound[:, None].to(device), 8).cpu().numpy().astype(np.uint16)
             for row, (clip, source, samples) in zip(codes, read, strict=True):
-                frames = -(-(len(samples) + 2 * edge) // hop)
-                end = EDGE_SECONDS + len(samples) / audio.SAMPLE_RATE
-                turn = {"who": "user", "start": EDGE_SECONDS, "end": end, "text": "",
-                        "emotion": clip.emotion}  # fmt: skip
+                frames = -(-len(samples) // hop)
+                turn = {"who": "user", "text": "", "emotion": clip.emotion, "start": EDGE_SECONDS,
+                        "end": len(samples) / audio.SAMPLE_RATE - EDGE_SECONDS}  # fmt: skip
                 yield {
                     "id": str(clip.path), "language": clip.language, "source": source,
                     "split": clip.split, "user_codes": row.T[:frames],
@@ -187,7 +183,7 @@ def _rows(clips: Sequence[Clip], codec: Codec, batch: int) -> Iterator[dict]:
                 }  # fmt: skip
 
 
-def _heard(clip: Clip) -> tuple[Clip, str, np.ndarray] | None:
+def _heard(clip: Clip) -> tuple[Clip, str, Tensor] | None:
     """(clip, speaker at a microphone, samples `[T]` through it); None where it cannot be read."""
     try:
         samples = audio.read_audio(clip.path, duration=MAX_SECONDS)
@@ -195,4 +191,5 @@ def _heard(clip: Clip) -> tuple[Clip, str, np.ndarray] | None:
         return None
     source = f"{_speaker(clip)} at {random.Random(str(clip.path)).randrange(MICROPHONES)}"
     gain = 10 ** (random.Random(source).uniform(*GAIN_DB) / 20)
-    return clip, source, (samples * gain).clip(-1.0, 1.0)
+    edge = round(EDGE_SECONDS * audio.SAMPLE_RATE)
+    return clip, source, torch.from_numpy(np.pad((samples * gain).clip(-1.0, 1.0), edge))

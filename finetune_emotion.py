@@ -337,13 +337,11 @@ def train(args, run: training.Run) -> None:
 def description(run: training.Run, model: S2S, parts, rows, hours: float, lacking) -> str:
     """What the user reads before step 1, beside the settings and the forecast. `parts`: clips to
     train on, and held out; `lacking`: texts that the tokenizer cannot spell."""
-    c, args, clips = model.config, run.args, [clip for part in parts for clip in part]
+    clips = [clip for part in parts for clip in part]
     counts = Counter(clip.emotion for clip in clips)
     shown = ", ".join(f"{name} {counts[name]}" for name in EMOTIONS if counts[name])
     lines = [
-        f"inherited from {args.init_from}: {c.num_layers} layers of {c.dim}, vocabulary "
-        f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, codec {c.codec_fingerprint[:16]}, "
-        f"device {run.device}",
+        f"{train_s2s.description(run, model, rows, hours)}, {run.args.replay:.0%} of them replay",
         f"speech: {len(clips)} clips, {sum(clip.duration for clip in clips) / 3600:.1f} h, "
         f"{len({clip.speaker for clip in clips})} speakers; {shown}",
     ]
@@ -351,10 +349,8 @@ def description(run: training.Run, model: S2S, parts, rows, hours: float, lackin
         learnt, held = (
             len({clip.speaker for clip in part if clip.language == language}) for part in parts
         )
-        unknown = "" if held else ": how well it hears them there, no figure says"
+        unknown = "" if held else ": no figure tells how it hears others"
         lines.append(f"  {language}: {learnt} speakers to learn from, {held} held out{unknown}")
-    lines.append(f"conversations: {len(rows)}, {hours:.1f} h, {args.replay:.0%} of them without "
-                 "emotion")  # fmt: skip
     if lacking:
         lines.append(f"{len(lacking)} different turns hold what the inherited tokenizer cannot "
                      f"spell, learnt as <unk>; first: {lacking[0]!r}")  # fmt: skip

@@ -557,10 +557,13 @@ def description(run: training.Run, model: S2S, rows, hours: float) -> str:
     """What the user reads before step 1, beside the settings and the forecast."""
     c = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    theirs = run.args.init_from
     return (
         f"preset {run.args.preset}: dialogue LM {parameters:.1f}M parameters, vocabulary "
         f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, "
-        f"device {run.device}\nbackbone: none (random weights); codec {c.codec_fingerprint[:16]}\n"
+        f"device {run.device}\n"
+        f"{f'inherited from {theirs}' if theirs else 'backbone: none (random weights)'}; "
+        f"codec {c.codec_fingerprint[:16]}\n"
         f"data: {len(rows)} conversations, {hours:.1f} h"
     )
 

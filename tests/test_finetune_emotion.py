@@ -11,10 +11,21 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from test_fetching import dies_at, killed
-from test_train_s2s import ROOT, SMALL, environment, last, make_codec, make_dataset, small_models
+from test_corpora import ROWS, hub_rows, parquet, rasa_rows
+from test_fetching import coded, dies_at, killed
+from test_train_s2s import (
+    ROOT,
+    SMALL,
+    conversation,
+    environment,
+    last,
+    make_codec,
+    make_dataset,
+    small_models,
+)
 
 import checkpoints
+import download_data
 import emotions
 import finetune_emotion
 import train_s2s
@@ -63,8 +74,8 @@ def words_of(folder, **flags) -> list[str]:
     return ["--checkpoint_dir", str(folder), *sum(pairs, [])]
 
 
-def run(script, folder, **flags) -> None:
-    before, sys.argv = sys.argv, [script.__name__, *words_of(folder, **flags)]
+def run(script, folder, *switches, **flags) -> None:
+    before, sys.argv = sys.argv, [script.__name__, *switches, *words_of(folder, **flags)]
     try:
         script.main()
     finally:
@@ -147,6 +158,77 @@ def test_resumed_equals_uninterrupted(world, once, tmp_path, capsys):
     assert "resuming" in told
     model = S2S.from_checkpoint(tmp_path / "twice")
     assert model.config.emotion_dim == 16 and model.emotion.codebooks.any()
+
+
+def test_no_conversation_is_read_that_no_step_uses_and_one_that_is_missing_is_made(
+    world, once, tmp_path, monkeypatch
+):
+    read = []
+    own = finetune_emotion.EmotionalConversations.__getitem__
+    item = lambda self, key: read.append(key) or own(self, key)  # noqa: E731
+    monkeypatch.setattr(finetune_emotion.EmotionalConversations, "__getitem__", item)
+    run(finetune_emotion, tmp_path / "run", **flags(world))
+    # Two to time a step with, then those of five of the eight steps.
+    assert read == [(0, 0), (0, 1), (0, 6), (0, 7), *((1, i) for i in range(8))]
+    monkeypatch.setattr(
+        finetune_emotion.Pairs, "__getitem__", lambda self, key: (self.speech[key], None, key)
+    )
+    run(finetune_emotion, tmp_path / "late", **flags(world))
+    assert rows(tmp_path / "late") == rows(tmp_path / "run") == rows(once)
+
+
+def test_what_the_inherited_tokenizer_cannot_spell_is_told(world, tmp_path, capsys):
+    strange = conversation(0, "english", "train")
+    strange["turns"][1]["text"] = "¿fine?"
+    made = [strange, strange | {"id": "b"}, conversation(1, "hindi", "train")]
+    make_dataset(tmp_path / "data", train_s2s.Codec.from_checkpoint(world / "codec"), made)
+    run(finetune_emotion, tmp_path / "run",
+        **flags(world, conversations=tmp_path / "data", max_steps=1))  # fmt: skip
+    told = "1 different turns hold what the inherited tokenizer cannot spell, learnt as <unk>"
+    assert f"{told}; first: '¿fine?'\n" in capsys.readouterr().out
+
+
+def test_columns_of_turns_are_what_their_rows_say(world):
+    part = train_s2s.load_code_dataset(world / "conversations")[0]
+    chosen = part.select([3, 0, 7])
+    found = [(int(i), who, text) for columns in train_s2s.turn_fields(chosen, "who", "text")
+             for i, who, text in zip(*columns, strict=True)]  # fmt: skip
+    assert found == [
+        (i, turn["who"], turn["text"]) for i in range(3) for turn in chosen[i]["turns"]
+    ]
+    shown, plain = finetune_emotion.emotional_rows(chosen)
+    assert {name: list(at) for name, at in shown.items()} == {"sad": [0, 1, 2]} and not len(plain)
+
+
+def test_from_the_download_to_the_first_step(world, tmp_path, monkeypatch, capsys):
+    """Rasa and CREMA-D as the Hub has them, and EmoV-DB as its owners ship it beside them."""
+    words = ["--data_dir", str(tmp_path / "data"), "--mirror"]
+    shards = {
+        "rasa-telugu": ("Telugu/train-00000-of-00001", rasa_rows()),
+        "rasa-hindi": ("Hindi/train-00000-of-00001", rasa_rows("M", language="HIN")),
+        "crema-d": ("data/train-00000-of-00001", hub_rows(ROWS["crema-d"])),
+    }
+    for name, (shard, found) in shards.items():
+        file = tmp_path / "hub" / f"{shard}.parquet"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(parquet(found))
+        words.append(f"{name}={tmp_path / 'hub'}")
+    monkeypatch.setattr(sys, "argv", ["download_data.py", "--corpora", *shards, *words])
+    assert download_data.main() == 1  # CREMA-D's hours are known, and these are not all of them
+    for speaker in ("bea", "sam"):
+        folder = tmp_path / f"data/emotion/EmoV-DB/{speaker}_Amused"
+        folder.mkdir(parents=True)
+        (folder / "amused_1-15_0001.wav").write_bytes(coded(".wav"))
+    capsys.readouterr()
+    speech = {"data_dirs": tmp_path / "data/emotion"}
+    run(finetune_emotion, tmp_path / "run", **flags(world, **speech, max_steps=1))
+    told = capsys.readouterr().out
+    assert "speech: 35 clips, 0.0 h, 8 speakers; neutral 11, happy 5, sad 4, angry 5" in told
+    assert "telugu: 1 speakers to learn from, 1 held out\n" in told
+    assert "hindi: 1 speakers to learn from, 0 held out: no figure tells how" in told
+    commercial = flags(world, **speech, max_steps=1)
+    run(finetune_emotion, tmp_path / "sold", "--commercial_only", **commercial)
+    assert "speech: 33 clips, 0.0 h, 6 speakers" in capsys.readouterr().out
 
 
 def test_the_language_model_is_frozen_first(world, tmp_path):
