@@ -250,9 +250,16 @@ class Metrics:
     """What `/metrics` tells, of one server."""
 
     def __init__(self, scheduler: Callable[[], Scheduler]):
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+        from prometheus_client import (
+            CollectorRegistry,
+            Counter,
+            Gauge,
+            Histogram,
+            ProcessCollector,
+        )
 
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # CPU and memory
         kinds = {"registry": self.registry, "namespace": "samvad"}
         seconds = [0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 0.4, 1.0]
         self.calls = Counter("calls", "callers taken", ["how"], **kinds)
@@ -262,6 +269,8 @@ class Metrics:
         self.ticks = Histogram("tick_seconds", "a step of all slots", buckets=seconds, **kinds)
         self.waited = Histogram("waited_seconds", "input until a tick", buckets=seconds, **kinds)
         Gauge("slots", "callers at most", **kinds).set_function(lambda: scheduler().engine.slots)
+        memory = Gauge("gpu_memory_bytes", "taken by this process", **kinds)
+        memory.set_function(torch.cuda.memory_reserved)  # 0 without a GPU
         live = Gauge("live_calls", "calls, those that rest among them", **kinds)
         live.set_function(lambda: len(scheduler().calls))
 

@@ -1,0 +1,286 @@
+"""Phase 5: paced callers against a server: response latency, ticks, drops, refusals, its load.
+
+    python load_test.py --server ws://127.0.0.1:8000 --callers 8
+    python load_test.py --server ws://127.0.0.1:8000 --callers 1 2 4 8 16   # a ramp, a row each
+    python load_test.py --server ws://127.0.0.1:8000 --find_capacity
+
+A caller asks its recordings in turn, in real time, and hears out the answer to each. Latency is
+what the caller hears, by the ledger's rules. The last line of stdout is all rows as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import importlib.util
+import io
+import json
+import os
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from audio import SAMPLE_RATE
+from command import ArgumentParser, UserError, number, run, whole
+from ledger import (
+    LEVEL_SECONDS,
+    StreamResampler,
+    UserTurn,
+    frame_levels,
+    kind_of,
+    percentiles,
+    response_latencies,
+)
+from protocols import from_pcm16, to_pcm16
+from stream_demo import address, read_question
+
+CHUNK_SECONDS = 0.04
+TARGET_MS = 400.0
+PATHS = {"pcm": "/api/pcm", "moshi": "/api/chat", "openai": "/v1/realtime", "twilio": "/telephone"}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = ArgumentParser(__doc__)
+    add = parser.add_argument
+    add("--server", default="ws://127.0.0.1:8000", help="ws://HOST:PORT or wss://HOST")
+    add("--callers", nargs="+", type=whole(1, 4096), default=[4], help="at once; several: a ramp")
+    add("--seconds", type=number(5, 86400), default=30.0, help="of each row, all callers on")
+    add("--find_capacity", action="store_true", help="the most callers with p95 < 400 ms, no drop")
+    add("--wav", nargs="+", type=Path, help="spoken questions [samples/*.wav]")
+    add("--token", default=os.environ.get("SAMVAD_TOKEN"), help="of the server [$SAMVAD_TOKEN]")
+    more = parser.add_argument_group("advanced").add_argument
+    more("--protocol", choices=PATHS, default="pcm", help="what the callers speak")
+    more("--ramp_seconds", type=number(0, 3600), default=2.0, help="until a row's last has come")
+    more("--answer_seconds", type=number(1, 60), default=4.0, help="of silence after a question")
+    more("--most_callers", type=whole(1, 4096), default=512, help="that --find_capacity tries")
+    return parser.parse_args(argv)
+
+
+# ----------------------------------------------------------------------------------- the callers
+
+
+class Voice:
+    """How a protocol carries audio: `say` [T] → messages, `hear` one → [T], event or None."""
+
+    def __init__(self, protocol: str):
+        self._protocol, self.greeting = protocol, []
+        if protocol == "moshi":
+            import sphn
+
+            self._writer = sphn.OpusStreamWriter(SAMPLE_RATE)
+            self._reader = sphn.OpusStreamReader(SAMPLE_RATE)
+        elif protocol == "twilio":
+            start = {"streamSid": "load", "mediaFormat": {"encoding": "audio/x-mulaw"}}
+            self.greeting = [json.dumps({"event": "start", "streamSid": "load", "start": start})]
+            self._down = StreamResampler(SAMPLE_RATE, 8000)
+            self._up = StreamResampler(8000, SAMPLE_RATE)
+
+    def say(self, audio: np.ndarray) -> list[bytes | str]:
+        if self._protocol == "moshi":
+            pages = self._writer.append_pcm(audio)
+            return [b"\1" + pages] if pages else []
+        pcm = to_pcm16(self._down(audio) if self._protocol == "twilio" else audio)
+        if self._protocol == "pcm":
+            return [pcm]
+        if self._protocol == "openai":
+            coded = base64.b64encode(pcm).decode()
+            return [json.dumps({"type": "input_audio_buffer.append", "audio": coded})]
+        file = io.BytesIO()
+        soundfile.write(file, np.frombuffer(pcm, "<i2"), 8000, "ULAW", format="RAW")
+        media = {"payload": base64.b64encode(file.getvalue()).decode()}
+        return [json.dumps({"event": "media", "streamSid": "load", "media": media})]
+
+    def hear(self, message: bytes | str) -> np.ndarray | dict | None:
+        if self._protocol == "moshi":
+            return self._reader.append_bytes(message[1:]) if message[0] == 1 else None
+        if isinstance(message, bytes):
+            return from_pcm16(message)
+        event = json.loads(message)
+        if event.get("type") == "response.output_audio.delta":
+            return from_pcm16(base64.b64decode(event["delta"]))
+        if event.get("event") != "media":
+            return event
+        coded = io.BytesIO(base64.b64decode(event["media"]["payload"]))
+        raw = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}
+        return self._up(soundfile.read(coded, dtype="float32", **raw)[0])
+
+
+class Caller:
+    """One call, from which come latencies (None: unanswered), ticks and counts."""
+
+    def __init__(self, args: argparse.Namespace, questions: Sequence, websockets: ModuleType):
+        self._args, self._questions, self._websockets = args, questions, websockets
+        self.counts, self.ticks, self.late = Counter(), [], 0.0
+        self._turns: list[UserTurn] = []
+        self._levels, self._times, self._ready = [np.zeros(0)], [np.zeros(0)], False
+
+    async def call(self, first: int, wait: float) -> None:
+        """From question `first` on, `wait` seconds from now, for as long as is asked."""
+        await asyncio.sleep(wait)
+        args, voice = self._args, Voice(self._args.protocol)
+        bearer = {"Authorization": f"Bearer {args.token}"} if args.token else {}
+        url = address(args.server, PATHS[args.protocol])
+        options = {"additional_headers": bearer, "compression": None, "open_timeout": 20}
+        try:
+            async with self._websockets.connect(url, **options) as socket:
+                self._start = time.perf_counter()
+                listening = asyncio.create_task(self._listen(socket, voice))
+                await self._speak(socket, voice, first)
+                await asyncio.sleep(0.5)  # for what is under way
+                listening.cancel()
+        except (OSError, self._websockets.exceptions.WebSocketException):
+            self.counts["cut_off" if self._ready else "refused"] += 1
+
+    async def _speak(self, socket: Any, voice: Voice, first: int) -> None:
+        for message in voice.greeting:
+            await socket.send(message)
+        chunk, sent = round(CHUNK_SECONDS * SAMPLE_RATE), 0
+        pause = np.zeros(round(self._args.answer_seconds * SAMPLE_RATE), np.float32)
+        while sent < self._args.seconds * SAMPLE_RATE:
+            audio, turn = self._questions[first % len(self._questions)]
+            first, began = first + 1, sent / SAMPLE_RATE
+            said = np.concatenate([audio, pause])
+            for at in range(0, len(said) // chunk * chunk, chunk):
+                sent += chunk
+                due = self._start + sent / SAMPLE_RATE - time.perf_counter()
+                await asyncio.sleep(max(0.0, due))
+                self.late = max(self.late, -due)
+                for message in voice.say(said[at : at + chunk]):
+                    await socket.send(message)
+            self._turns.append(UserTurn(began + turn.start, began + turn.end))
+
+    async def _listen(self, socket: Any, voice: Voice) -> None:
+        played = 0.0  # until when what came before is heard
+        async for message in socket:
+            heard = voice.hear(message)
+            now = time.perf_counter() - self._start
+            if isinstance(heard, np.ndarray):
+                self._ready, levels = True, frame_levels(heard)
+                played = max(played, now)
+                self._levels.append(levels)
+                self._times.append(played + LEVEL_SECONDS * np.arange(len(levels)))
+                played += len(heard) / SAMPLE_RATE
+            elif heard and heard.get("type") == "latency":
+                self.ticks.append(heard["tick_ms"] / 1000)  # a second's mean
+                self.counts["dropped_patches"] = heard["dropped"]
+
+    def latencies(self) -> list[float | None]:
+        levels, times = np.concatenate(self._levels), np.concatenate(self._times)
+        return response_latencies(levels, self._turns, times)
+
+
+# ------------------------------------------------------------------------------------ the server
+
+
+def server_metrics(args: argparse.Namespace) -> dict[str, float]:
+    """The server's `/metrics`, those without labels; {} where it does not tell."""
+    url = address(args.server, "/metrics").replace("ws", "http", 1)
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {args.token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        rows = [line.split() for line in lines if line and not {"#", "{"} & set(line)]
+        return {name: float(value) for name, value in rows}
+    except (OSError, ValueError):
+        return {}
+
+
+async def measure(args: argparse.Namespace, questions: Sequence, callers: int) -> dict:
+    """A row of the table: so many callers at once, for as long as is asked."""
+    import websockets
+
+    crowd = [Caller(args, questions, websockets) for _ in range(callers)]
+    before, began = await asyncio.to_thread(server_metrics, args), time.perf_counter()
+    calls = [caller.call(n, n * args.ramp_seconds / callers) for n, caller in enumerate(crowd)]
+    together, most = asyncio.ensure_future(asyncio.gather(*calls)), dict(before)
+    while not together.done():
+        await asyncio.wait([together], timeout=1.0)
+        now = await asyncio.to_thread(server_metrics, args)
+        most = {name: max(value, most.get(name, value)) for name, value in now.items()}
+    await together
+    seconds, counts = time.perf_counter() - began, sum((c.counts for c in crowd), Counter())
+    latencies = [latency for caller in crowd for latency in caller.latencies()]
+    answered = [one for one in latencies if kind_of(one) == "answered"]
+    cpu = most.get("process_cpu_seconds_total", 0) - before.get("process_cpu_seconds_total", 0)
+    memory, gpu = (most.get(f"{name}_memory_bytes") for name in ("process_resident", "samvad_gpu"))
+    return {
+        "callers": callers, "seconds": round(seconds, 1), "response_ms": percentiles(answered),
+        "turns": len(latencies), "answered": len(answered),
+        "tick_ms": percentiles([tick for caller in crowd for tick in caller.ticks]),
+        **{name: counts[name] for name in ("dropped_patches", "refused", "cut_off")},
+        "cpu_cores": round(cpu / seconds, 2) if cpu else None,
+        "memory_mb": memory and round(memory / 2**20), "gpu_memory_mb": gpu and round(gpu / 2**20),
+        "caller_late_ms": round(1000 * max(caller.late for caller in crowd), 1),
+    }  # fmt: skip
+
+
+def holds(row: dict) -> bool:
+    """Whether the server keeps so many: all answered in time at p95, none lost."""
+    lost = row["dropped_patches"] + row["refused"] + row["cut_off"]
+    return row["response_ms"] is not None and row["response_ms"]["p95"] < TARGET_MS and not lost
+
+
+def find_capacity(measured: Callable[[int], dict], most: int) -> int:
+    """The largest number of callers that the server holds: by doubling, then by halves."""
+    holding, failing = 0, most + 1
+    while failing - holding > 1:
+        middle = (holding + failing) // 2
+        callers = min(2 * holding or 1, most, middle) if failing > most else middle
+        if holds(measured(callers)):
+            holding = callers
+        else:
+            failing = callers
+    return holding
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    address(args.server)
+    if importlib.util.find_spec("websockets") is None:
+        raise UserError("load_test.py needs websockets: pip install websockets")
+    wavs = args.wav or sorted((Path(__file__).parent / "samples").glob("*.wav"))
+    questions = [read_question(path) for path in wavs]
+    if any(turn is None for _, turn in questions):
+        raise UserError("nobody speaks in one of the recordings; give --wav spoken questions")
+    rows: list[dict] = []
+
+    def measured(callers: int) -> dict:
+        row = asyncio.run(measure(args, questions, callers))
+        cells = {"callers": callers} | {
+            p: (row["response_ms"] or {}).get(p) for p in ("p50", "p95", "p99")
+        } | {"answered": f"{row['answered']}/{row['turns']}"} | {
+            "tick p95": (row["tick_ms"] or {}).get("p95"), "dropped": row["dropped_patches"],
+            "refused": row["refused"], "cut off": row["cut_off"], "cores": row["cpu_cores"],
+            "MB": row["memory_mb"], "GPU MB": row["gpu_memory_mb"],
+        }  # fmt: skip
+        for line in ([*cells], [*cells.values()])[bool(rows) :]:
+            print("".join(f"{'-' if cell is None else cell:>9}" for cell in line))
+        rows.append(row)
+        if row["refused"] == callers:
+            raise UserError(f"{args.server}: took no caller; is serve.py there, and --token right?")
+        if row["caller_late_ms"] > 1000 * CHUNK_SECONDS:
+            print(f"  callers ran {row['caller_late_ms']:.0f} ms late: this machine is too busy")
+        return row
+
+    result = {"server": args.server, "protocol": args.protocol, "rows": rows}
+    try:
+        if args.find_capacity:
+            result["capacity"] = find_capacity(measured, args.most_callers)
+            print(f"capacity: {result['capacity']} callers at p95 < {TARGET_MS:.0f} ms, none lost")
+        else:
+            for callers in args.callers:
+                measured(callers)
+    finally:
+        print(json.dumps(result, allow_nan=False))
+
+
+if __name__ == "__main__":
+    run(main, resumes=False)

@@ -1,0 +1,102 @@
+"""Paced callers against the server over fake models, and what they make of what comes back."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import load_test
+from command import UserError
+from load_test import find_capacity, holds, main
+
+pytest.importorskip("fastapi")
+pytest.importorskip("websockets")
+pytest.importorskip("prometheus_client")
+import test_serve  # noqa: E402
+
+RATE = 24000
+
+
+@pytest.fixture
+def wav(tmp_path) -> str:
+    path = tmp_path / "q.wav"  # the fake codec keeps a frame's mean alone
+    soundfile.write(path, np.pad(np.full(RATE // 2, 0.5), RATE // 5), RATE)
+    return str(path)
+
+
+def rows_of(capsys, *argv: str) -> tuple[dict, str]:
+    main(["--seconds", "5", "--ramp_seconds", "0.5", "--answer_seconds", "1", *argv])
+    printed = capsys.readouterr().out
+    return json.loads(printed.splitlines()[-1]), printed
+
+
+def test_a_ramp_of_callers_who_are_answered(wav, capsys, monkeypatch):
+    monkeypatch.setattr(load_test, "kind_of", lambda latency: "answered" if latency else "no")
+    with test_serve.serving("--token", "abc", engine=test_serve.echo_engine(3)) as running:
+        flags = ["--server", running.address, "--token", "abc", "--wav", wav]
+        result, printed = rows_of(capsys, *flags, "--callers", "1", "3")
+    one, three = result["rows"]
+    assert (one["callers"], three["callers"]) == (1, 3)
+    assert three["turns"] == 3 * one["turns"] >= 9 and three["answered"] == three["turns"]
+    # Who repeats what it hears begins a patch, and what the network takes, after the question did.
+    assert -500 < one["response_ms"]["p50"] < -300
+    assert one["refused"] == one["cut_off"] == one["dropped_patches"] == 0
+    assert one["tick_ms"]["n"] >= 4 and one["memory_mb"] > 0 and one["cpu_cores"] > 0
+    assert printed.count("answered") >= 1 and "3/3" not in printed.splitlines()[0]
+
+
+def test_who_is_refused_counts_and_a_server_that_takes_none_is_one_line(wav, capsys):
+    with test_serve.serving(engine=test_serve.echo_engine(1)) as running:
+        result, _ = rows_of(capsys, "--server", running.address, "--wav", wav, "--callers", "3")
+        assert result["rows"][0]["refused"] == 2 and not holds(result["rows"][0])
+    with pytest.raises(UserError, match="took no caller"):
+        rows_of(capsys, "--server", running.address, "--wav", wav, "--callers", "2")
+
+
+@pytest.mark.parametrize("protocol", ["moshi", "openai", "twilio"])
+def test_the_other_protocols_carry_a_question_and_its_answer(protocol, wav, capsys, monkeypatch):
+    import protocols
+
+    if load_test.PATHS[protocol] not in protocols.PROTOCOLS:
+        pytest.skip("the server does not speak it yet")
+    if protocol == "moshi":
+        pytest.importorskip("sphn")
+    monkeypatch.setattr(load_test, "kind_of", lambda latency: "answered" if latency else "no")
+    with test_serve.serving() as running:
+        flags = ["--server", running.address, "--wav", wav, "--callers", "1"]
+        result, _ = rows_of(capsys, *flags, "--protocol", protocol)
+    (row,) = result["rows"]
+    assert row["turns"] == row["answered"] >= 3 and row["refused"] == row["cut_off"] == 0
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 5, 8, 13, 100])
+@pytest.mark.parametrize("most", [1, 8, 13, 64])
+def test_capacity_is_found_to_the_caller(limit, most):
+    asked = []
+
+    def measured(callers: int) -> dict:
+        asked.append(callers)
+        p95 = 399.0 if callers <= limit else 401.0
+        return {"response_ms": {"p95": p95}, "dropped_patches": 0, "refused": 0, "cut_off": 0}
+
+    assert find_capacity(measured, most) == min(limit, most)
+    assert len(asked) == len(set(asked)) and len(asked) < 14
+
+
+def test_what_holds():
+    fine = {"response_ms": {"p95": 399.9}, "dropped_patches": 0, "refused": 0, "cut_off": 0}
+    assert holds(fine)
+    for worse in ({"response_ms": None}, {"response_ms": {"p95": 400.0}}, {"dropped_patches": 1},
+                  {"refused": 1}, {"cut_off": 1}):  # fmt: skip
+        assert not holds({**fine, **worse})
+
+
+def test_the_load_of_a_server_needs_no_torch():
+    code = "import sys; sys.modules['torch'] = None; import load_test"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(load_test.__file__).parent)
