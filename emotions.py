@@ -142,16 +142,11 @@ def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch:
         }
         folder.mkdir(parents=True, exist_ok=True)
         ordered = sorted(clips, key=lambda clip: clip.duration)  # little padding
-        firsts = range(0, len(ordered), PART_CLIPS)
-        files = {folder / f"data-{first // PART_CLIPS:05d}.arrow": first for first in firsts}
-
-        def encode(file: Path) -> None:
-            part = ordered[files[file] : files[file] + PART_CLIPS]
-            write_arrow(file, _rows(part, codec, batch))
-
+        cut = [ordered[i : i + PART_CLIPS] for i in range(0, len(ordered), PART_CLIPS)]
+        files = {folder / f"data-{i:05d}.arrow": part for i, part in enumerate(cut)}
         missing = [file for file in files if not file.exists()]
-        for _ in command.run_parts(encode, missing, 0, len(files)):
-            pass
+        work = lambda file: write_arrow(file, _rows(files[file], codec, batch))  # noqa: E731
+        list(command.run_parts(work, missing, 0, len(files)))
         finish_dataset(folder, [file.name for file in files], info)
     dataset = load_code_dataset(folder, codec.fingerprint)[0]
     if not len(dataset):

@@ -145,26 +145,23 @@ def _any(rng: np.random.Generator, choices: Sequence):
 
 
 class Pairs(Dataset):
-    """Items of two datasets, side by side, and their key. None in place of the second's before
-    sample `talk_from`, counted from the first epoch on: a shared number, which may change."""
+    """Items of two datasets, side by side. Before sample `talk_from`, counted from the first epoch
+    on, any item stands for the second's: no step uses it."""
 
     def __init__(self, speech: EmotionalSpeech, talk: EmotionalConversations) -> None:
-        self.speech, self.talk = speech, talk
-        self.talk_from = torch.zeros(1, dtype=torch.long).share_memory_()
+        self.speech, self.talk, self.spare, self.talk_from = speech, talk, talk[(0, 0)], 0
 
     def __len__(self) -> int:
         return len(self.talk)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[dict, dict | None, tuple[int, int]]:
-        needed = key[0] * len(self) + key[1] >= int(self.talk_from)
-        return self.speech[key], self.talk[key] if needed else None, key
+    def __getitem__(self, key: tuple[int, int]) -> tuple[dict, dict]:
+        needed = key[0] * len(self) + key[1] >= self.talk_from
+        return self.speech[key], self.talk[key] if needed else self.spare
 
 
-def collate_pairs(items: list[tuple]) -> tuple[Batch, Batch | tuple]:
-    """(speech, conversations, or their keys where one was not made)."""
-    speech, talk, keys = zip(*items, strict=True)
-    made = all(item is not None for item in talk)
-    return collate(list(speech))[0], collate(list(talk))[0] if made else keys
+def collate_pairs(items: list[tuple[dict, dict]]) -> tuple[Batch, Batch]:
+    speech, talk = zip(*items, strict=True)
+    return collate(list(speech))[0], collate(list(talk))[0]
 
 
 def encoded(clips: Sequence[Clip], split: str, codec: Codec, run: training.Run):
@@ -282,15 +279,12 @@ def train(args, run: training.Run) -> None:
 
     def step(batch: tuple[Batch, Batch], phase: str) -> dict[str, Tensor]:
         """Forward, losses, backward, step; gives what there is to log."""
-        speech, talk = batch
-        speech = speech.to(device)
+        speech, talk = (part.to(device) for part in batch)
         generator = training.keyed_generator(args.seed, run.step, process.rank)
         torch.manual_seed(generator.initial_seed())  # dropout: a resumed run draws the same
         loss, row = speech_losses(model, speech)
         if phase == "dialogue":
-            if not isinstance(talk, Batch):  # made before the phase was moved
-                talk = collate([dataset.talk[key] for key in talk])[0]
-            whole_loss, losses, metrics = batch_losses(model, talk.to(device), speak=True)
+            whole_loss, losses, metrics = batch_losses(model, talk, speak=True)
             loss = settings.speech_weight * loss + whole_loss
             row |= {**losses, **metrics}
         model.zero_grad(set_to_none=True)
@@ -313,16 +307,13 @@ def train(args, run: training.Run) -> None:
     }
     run.best_by, run.shown = "validation_speech", SHOWN
     first = collate_pairs([dataset[(0, i)] for i in range(args.batch_size // process.world_size)])
-
-    def spare_windows() -> None:  # of conversations that no step will use
-        ahead = args.batch_size * (run.schedule.starts["dialogue"] - run.step)
-        dataset.talk_from.fill_(items * run.epoch + run.consumed + ahead)
-
     run.estimate(lambda phase: step(first, phase), [model])
     lacking = train_s2s.unspelled(tokenizer, train_s2s.all_texts(rows))
     run.begin(description(run, model, parts, rows, hours, lacking))
 
-    spare_windows()
+    if args.budget_usd is None:  # which may move the phase while workers are ahead
+        ahead = args.batch_size * (run.schedule.starts["dialogue"] - run.step)
+        dataset.talk_from = items * run.epoch + run.consumed + ahead
     place = (sys.maxsize, run.epoch, run.consumed)
     loader = dataset, args.batch_size, run.workers, process, *place, collate_pairs
     for batch in run.steps(training_batches(*loader)):
@@ -331,7 +322,6 @@ def train(args, run: training.Run) -> None:
         training.set_learning_rate(optimizers["lm"], args.lr * rate)
         row = step(batch, run.phase)
         run.step_done(lambda: {**row, "lr": args.lr * rate})  # noqa: B023
-        spare_windows()
 
 
 def description(run: training.Run, model: S2S, parts, rows, hours: float, lacking) -> str:
