@@ -11,6 +11,7 @@ Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter, deque
@@ -264,26 +265,24 @@ class DuplexEngine:
         if vad_flush:
             silent = silence_codes(codec, self.device, self.num_codebooks)
             self._silence = silent[..., -self.frames_per_step :].repeat(slots, 1, 1)
-        cuda = self.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.device) if cuda else None
-        if cuda:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        self._step = StepGraph(self._stages, 3 if cuda and graphs else math.inf, self._mark)
-        self._marks: list = []
+        self._stream, self._got = None, None
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # all that is made here is there
+            self._stream = torch.cuda.Stream(self.device)
+        self._step = StepGraph(self._stages, 3 if self._stream and graphs else math.inf, self._mark)
 
     def _make_buffers(self) -> None:
-        """What comes in, a row a slot: samples, then whether active, whether muted, the agent's
-        emotion and language, strength of the emotion, sampling. Filled on the host; one copy."""
-        cuda, controls = self.device.type == "cuda", 5 + len(self.sampling.row(0.0))
-        shape = self.slots, self.patch_samples + controls
-        self._given = torch.zeros(shape, pin_memory=cuda)
-        self._inputs = self._given.to(self.device)
+        """What comes in, a row a slot, filled on the host: samples, then whether active, whether
+        muted, the agent's emotion and language, the emotion's strength, sampling (7 numbers)."""
+        self._given = torch.zeros(self.slots, self.patch_samples + 12)
+        if self.device.type == "cuda":
+            self._given = self._given.pin_memory()
+        self._inputs = self._given.to(self.device)  # on a CPU the same
         self._frames, rest = np.split(self._given.numpy(), [self.patch_samples], axis=1)
         self._active, self._muted, self._emotion, self._language, self._strength = rest.T[:5]
-        self._sampling_rows, self._got = rest[:, 5:], None
-        self._strength[:] = self.emotion_strength
-        rows, places = self._inputs[:, -6:], self.frames_per_step * self.num_codebooks
-        self._drawn = SlotSampling(rows, self.sampling, places)
+        self._sampling_rows, self._strength[:] = rest[:, 5:], self.emotion_strength
+        places = self.frames_per_step * self.num_codebooks
+        self._drawn = SlotSampling(self._inputs[:, -7:], self.sampling, places)
         for slot in range(self.slots):
             self.set_sampling(slot)
 
@@ -312,9 +311,8 @@ class DuplexEngine:
     def resume(self, slot: int) -> None:
         """Go on where `suspend` stopped, as if no time had passed."""
         queue, now = self.queues[slot], self.clock()
-        if self._suspended[slot]:
-            for i, patch in enumerate(queue):
-                queue[i] = patch._replace(arrived=now)
+        for i, patch in enumerate(queue if self._suspended[slot] else ()):
+            queue[i] = patch._replace(arrived=now)
         self._suspended[slot] = False
 
     def set_sampling(self, slot: int, sampling: Sampling | None = None) -> None:
@@ -399,16 +397,19 @@ class DuplexEngine:
         self._frames[:], self._active[:], self._muted[:] = frames.clip(-1.0, 1.0), active, muted
         quiet = self._quiet_ticks >= QUIET_TICKS
         self._emotion[quiet] = self._asked_emotion[quiet]
-        parts, times = self._run_stages(start)
-        reply, lost_reply = _finite(parts[0])
+        rows = self._run_stages()
+        spans = [two - one if self._stream is None else one.elapsed_time(two) / 1000
+                 for one, two in itertools.pairwise(self._marks)]  # fmt: skip
+        times = StageTimes(*spans, total=self.clock() - start)
+        reply, *parts = np.split(rows, self._ends[:-1], axis=1)
+        reply, lost_reply = _finite(reply)
         row = active[:, None].astype(np.float32)
         reply = reply * row
         if self.vad_flush:
             self._flush.mute(reply, muted, active)
         loud = np.abs(reply).max(1) > 10 ** (QUIET_DBFS / 20)
         self._quiet_ticks[active] = np.where(loud, 0, self._quiet_ticks + 1)[active]
-        parts = [part * row for part in parts[1:]]
-        codes, phones, text, words, speaking, emotion, language = parts
+        codes, phones, text, words, speaking, emotion, language = (part * row for part in parts)
         self.user_emotion.update(emotion, speaking[:, 0], active)
         return TickResult(
             audio=reply,
@@ -425,11 +426,10 @@ class DuplexEngine:
         )
 
     def _stages(self, mode: None) -> dict[str, torch.Tensor]:
-        """All that a device does in a tick, from `_inputs` alone to one row a slot, `result`."""
-        audio, controls = self._inputs.split((self.patch_samples, 11), dim=1)
+        """All that the device does in a tick, from `_inputs` alone; in `result` a row a slot."""
+        audio, controls = self._inputs.split((self.patch_samples, 12), dim=1)
         active, muted = (controls[:, :2] > 0).unbind(1)
         emotion, language = controls[:, 2:4].long().unbind(1)
-        guided = self._lm_rows > self.slots
         user_codes = self.codec.encode_step(
             audio[:, None], self._encoder, num_codebooks=self.num_codebooks, active=active
         )  # [B, K, p]
@@ -439,8 +439,8 @@ class DuplexEngine:
             forced = muted, self._silence, torch.full_like(emotion, PAD)
         step = self.lm.step(
             user_codes, self._lm_state, active=active, emotion=emotion, language=language,
-            sampling=self._drawn, forced=forced, strength=controls[:, 4] if guided else None,
-            timer=self._step.split,
+            sampling=self._drawn, forced=forced, timer=self._step.split,
+            strength=controls[:, 4] if self._lm_rows > self.slots else None,
         )  # fmt: skip
         self._step.split()
         reply = self.codec.decode_step(step.agent_codes, self._decoder, active=active)[:, 0]
@@ -448,37 +448,29 @@ class DuplexEngine:
             reply, step.agent_codes.flatten(1), step.user_phones.argmax(-1), step.text[:, None],
             step.user_words[:, None], step.user_speaking[:, None], step.user_emotion, step.language,
         ]  # fmt: skip
-        self._widths = [part.shape[1] for part in parts]
+        self._ends = np.cumsum([part.shape[1] for part in parts])
         return {"result": torch.cat([part.float() for part in parts], dim=1)}
 
-    def _run_stages(self, start: float) -> tuple[list[np.ndarray], StageTimes]:
-        """The parts of what `_stages` gives, on the host, and what its stages took."""
-        cuda, self._marks = self._stream is not None, []
+    def _run_stages(self) -> np.ndarray:
+        """What `_stages` gives, on the host; a mark in `_marks` at the ends of its stages."""
+        self._marks = []
         with torch.cuda.stream(self._stream):
-            if cuda:
-                self._inputs.copy_(self._given, non_blocking=True)
+            self._inputs.copy_(self._given, non_blocking=True)
             self._mark()
             result = self._step()["result"]
             self._mark()
-            if cuda:
-                if self._got is None:
-                    self._got = torch.empty(result.shape, pin_memory=True)
-                self._got.copy_(result, non_blocking=True)
-                self._stream.synchronize()
-                result = self._got
-        pairs = list(zip(self._marks, self._marks[1:], strict=False))
-        stages = [one.elapsed_time(two) / 1000 if cuda else two - one for one, two in pairs]
-        parts = np.split(result.numpy(), np.cumsum(self._widths)[:-1], axis=1)
-        return parts, StageTimes(*stages, total=self.clock() - start)
+            if self._stream is None:
+                return result.numpy()
+            if self._got is None:
+                self._got = torch.empty(result.shape, pin_memory=True)
+            self._got.copy_(result, non_blocking=True)
+            self._stream.synchronize()
+        return self._got.numpy()
 
     def _mark(self) -> None:
-        """A stage begins or ends here."""
-        if self._stream is None:
-            self._marks.append(self.clock())
-        else:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
+        self._marks.append(self.clock() if self._stream is None else torch.cuda.Event(True))
+        if self._stream is not None:
+            self._marks[-1].record()
 
 
 def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

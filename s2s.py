@@ -132,46 +132,37 @@ class Sampling:
             raise UserError("eagerness must be a finite number of decibels")
 
     def row(self, eagerness: float) -> tuple[float, ...]:
-        """Its numbers, `eagerness` where it gives none."""
-        given = eagerness if self.eagerness is None else self.eagerness
-        return (*dataclasses.astuple(self)[:-1], given)
+        """Temperature and candidates of whether to speak, what to say and codes; the eagerness, the
+        given one where it has none."""
+        text, codes = (self.text_temperature, self.text_top_k), (self.temperature, self.top_k)
+        own = eagerness if self.eagerness is None else self.eagerness
+        return self.speak_temperature, 2, *text, *codes, own
 
 
 class SlotSampling:
-    """A `Sampling` a slot: `rows` `[B, 6]` float32, as `Sampling.row`, may change between steps; no
-    `top_k` in it is more than those of `widest`. `places` is the config's number of codes a patch.
-    """
+    """A `Sampling` a slot: `rows` `[B, 7]` float32 are `Sampling.row` and may change between steps,
+    to no wider a `top_k` than one of `widest`. `places` is the number of codes a patch."""
 
     def __init__(self, rows: Tensor, widest: Sampling, places: int) -> None:
         self.rows = rows
-        self.shapes = (1, 2), (1, widest.text_top_k), (places, widest.top_k)  # draws, candidates
-        self._ranks = [torch.arange(most, device=rows.device) for _, most in self.shapes]
-        # Noise goes by a draw's number and a candidate's rank, however many of them there are.
-        draws = torch.arange(2 + places, device=rows.device)[:, None].split((1, 1, places))
-        numbers = zip(draws, self._ranks, strict=True)
-        self._numbers = torch.cat([(n * DRAW_STRIDE + rank).flatten() for n, rank in numbers])
+        self._kinds = torch.tensor([0, 1] + [2] * places, device=rows.device)
+        self._ranks = torch.arange(max(2, widest.top_k, widest.text_top_k), device=rows.device)
+        draws = torch.arange(len(self._kinds), device=rows.device)[:, None]
+        self._numbers = DRAW_STRIDE * draws + self._ranks
 
-    def noise(self, key: Tensor, tick: Tensor) -> list[Tensor]:
-        """For whether to speak, what to say and codes `[B, draws, candidates]`: what `draw` adds to
-        logits, noise times temperature, and -inf for candidates that are not to be drawn."""
-        temperature, top_k, text_temperature, text_top_k, speak_temperature, _ = self.rows.unbind(1)
-        noise = gumbel_noise(key, tick, self._numbers)
-        parts = noise.split([count * most for count, most in self.shapes], dim=1)
-        heats = speak_temperature, text_temperature, temperature
-        scaled = [
-            part.unflatten(1, shape) * heat[:, None, None]
-            for part, shape, heat in zip(parts, self.shapes, heats, strict=True)
-        ]
-        for part, rank, most in zip(scaled[1:], self._ranks[1:], (text_top_k, top_k), strict=True):
-            part.masked_fill_((rank >= most[:, None])[:, None], -math.inf)
-        return scaled
+    def noise(self, key: Tensor, tick: Tensor) -> Tensor:
+        """`[B, 2 + places, candidates]`, for whether to speak, what to say and codes: what `draw`
+        adds to logits, noise times temperature, and -inf for candidates not to be drawn."""
+        heat, most = self.rows[:, :6].unflatten(1, (3, 2))[:, self._kinds, :, None].unbind(2)
+        noise = heat * gumbel_noise(key, tick, self._numbers)
+        return noise.masked_fill_(self._ranks >= most, -math.inf)
 
 
 def gumbel_noise(key: Tensor, tick: Tensor, numbers: Tensor) -> Tensor:
-    """Standard Gumbel noise `[B, n]` that depends on key `[B]`, tick `[B]` and number `[n]` (int64)
-    alone, on every device: the mixing function of SplitMix64 (Steele et al. 2014), whose shifts
-    keep the sign here, so that of the result's 64 bits the first is 0."""
-    bits = _mixed(_mixed(key + _GOLDEN * tick)[:, None] + _GOLDEN * numbers)
+    """Standard Gumbel noise `[B, n, k]` that depends on key `[B]`, tick `[B]` and number `[n, k]`
+    (int64) alone, on every device: the mixing function of SplitMix64 (Steele et al. 2014), whose
+    shifts keep the sign here, so that of the result's 64 bits the first is 0."""
+    bits = _mixed(_mixed(key + _GOLDEN * tick)[:, None, None] + _GOLDEN * numbers)
     return -((((bits >> 40) + 0.5) * 2.0**-23).log().neg().log())
 
 
@@ -397,9 +388,13 @@ class EmotionBranch(nn.Module):
             total = total[:, None] + (weight[..., None] * spoken).cumsum(1)
             patches = patches[:, None] + weight.cumsum(1)
             mean = total / patches.clamp(min=1.0)[..., None]
-            out, memory = self.memory(torch.cat((spoken, spoken - mean), dim=-1), memory[None])
-            if state is not None:
-                _store(state, (memory[0], total[:, -1], patches[:, -1]), active)
+            both = torch.cat((spoken, spoken - mean), dim=-1)
+            if state is None:
+                out, _ = self.memory(both, memory[None])
+            else:  # the same; cuDNN's own is not for a graph
+                memory = torch.gru_cell(both[:, 0], memory, *self.memory.all_weights[0])
+                _store(state, (memory, total[:, -1], patches[:, -1]), active)
+                out = memory[:, None]
             return self.head(self.dropout(out)), voice
 
 
@@ -476,7 +471,7 @@ class S2S(nn.Module):
             x = x + self.agent_projection(self.code_tables(agent).flatten(-3))
         x = x + self.text_embedding(text) + self.age_embedding(age)
         if recognised is not None:
-            x = x + self.emotion_projection(recognised.detach().softmax(-1))
+            x = x + self.emotion_projection(recognised.detach().softmax(-1).to(x.dtype))
         return x + self.emotion_embedding(emotion) + self.language_embedding(language)[:, None]
 
     def hidden(self, batch: Batch, recognised: Tensor | None = None) -> Tensor:
@@ -598,7 +593,7 @@ class S2S(nn.Module):
         if not isinstance(sampling, SlotSampling):
             sampling = self.slot_sampling(len(user_codes), sampling or Sampling())
         keys, ticks = state.key[: len(user_codes)], state.temporal.position[: len(user_codes)]
-        speak, say, noise = sampling.noise(keys, ticks)  # before the position moves on
+        noise = sampling.noise(keys, ticks)  # before the position moves on
         emotion, language = (
             none[: len(user_codes)] if given is None else given for given in (emotion, language)
         )
@@ -616,13 +611,12 @@ class S2S(nn.Module):
         if recognised is not None:
             heads["user_emotion"] = recognised[:, 0]
         logits = guided(self.text_head(hidden), strength)
-        eagerness = sampling.rows[:, -1]
-        text = draw_text(logits, speak, say, eagerness, self.config.text_weight)
+        text = draw_text(logits, noise[:, :2], sampling.rows[:, -1], self.config.text_weight)
         if forced is not None:
             slots, forced_codes, forced_text = forced
             text = torch.where(slots, forced_text, text)
         timer()
-        codes = self._draw_codes(hidden, text, state, noise, strength)
+        codes = self._draw_codes(hidden, text, state, noise[:, 2:], strength)
         if forced is not None:
             codes = torch.where(slots[:, None, None], forced_codes.transpose(1, 2), codes)
         if strength is not None:
@@ -682,19 +676,19 @@ def guided(logits: Tensor, strength: Tensor | None) -> Tensor:
 
 
 def draw_text(
-    logits: Tensor, speak: Tensor, say: Tensor, eagerness: Tensor | float, text_weight: float
+    logits: Tensor, noise: Tensor, eagerness: Tensor | float, text_weight: float
 ) -> Tensor:
     """PAD or a token for each row of `[B, V]`: first whether to speak, then what to say.
 
     In one draw a low temperature would favour PAD, likelier than each of several possible replies,
     not than all. `text_weight`, that of the loss, is taken off the odds again; `eagerness` `[B]`,
-    in dB, is added to them. speak, say: from `SlotSampling.noise`.
+    in dB, is added to them. noise: the first two draws of `SlotSampling.noise`.
     """
     logits = logits.float()
     tokens = logits[:, PAD + 1 :]  # PAD comes first
     odds = tokens.logsumexp(1) - math.log(text_weight) + eagerness * math.log(10) / 10
-    speaks = odds + speak[:, 0, 1] > logits[:, PAD] + speak[:, 0, 0]
-    return (draw(tokens[:, None], say)[:, 0] + (PAD + 1)).masked_fill(~speaks, PAD)
+    speaks = odds + noise[:, 0, 1] > logits[:, PAD] + noise[:, 0, 0]
+    return torch.where(speaks, draw(tokens, noise[:, 1]) + PAD + 1, PAD)
 
 
 def draw(logits: Tensor, noise: Tensor) -> Tensor:

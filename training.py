@@ -441,11 +441,10 @@ class StepGraph:
             return self.function(mode, **inputs)
         if not self._graphs:
             self._inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-            self._record()
-            try:
+            with contextlib.ExitStack() as self._recording:
+                self.split()
                 self._results = self.function(mode, **self._inputs)
-            finally:
-                self._stop()
+            self._recording = None
         for name, tensor in inputs.items():
             self._inputs[name].copy_(tensor, non_blocking=True)
         for graph in self._graphs[:-1]:
@@ -458,28 +457,17 @@ class StepGraph:
         """Ends a stage of the function that calls it."""
         if self._recording is None:
             self.between()
-        else:
-            self._stop()
-            self._record()
+            return
+        self._recording.close()
+        self._recording.enter_context(self._capture())
 
-    def capture(self) -> tuple[object, contextlib.AbstractContextManager]:
-        """A graph with `replay`, and the block that records it."""
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        pool = self._graphs[0].pool() if self._graphs else None  # they are replayed in this order
+    def _capture(self) -> contextlib.AbstractContextManager:
+        """Adds a graph; what is done within the block becomes it."""
+        pool = self._graphs[0].pool() if self._graphs else None  # replays keep their order
+        self._graphs.append(torch.cuda.CUDAGraph())
         # Thread-local: the loader's thread goes on pinning memory meanwhile.
-        return graph, torch.cuda.graph(
-            graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"
-        )
-
-    def _record(self) -> None:
-        graph, self._recording = self.capture()
-        self._recording.__enter__()
-        self._graphs.append(graph)
-
-    def _stop(self) -> None:
-        recording, self._recording = self._recording, None
-        recording.__exit__(None, None, None)
+        mode, stream = {"capture_error_mode": "thread_local"}, torch.cuda.current_stream()
+        return torch.cuda.graph(self._graphs[-1], pool, stream, **mode)
 
 
 class Balancer:

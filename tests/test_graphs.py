@@ -56,9 +56,9 @@ class Recorded(TorchDispatchMode):
 class CpuGraph(training.StepGraph):
     undo: list = []  # noqa: RUF012
 
-    def capture(self):
-        graph = Recorded(self.undo)
-        return graph, graph
+    def _capture(self):
+        self._graphs.append(Recorded(self.undo))
+        return self._graphs[-1]
 
 
 def graphed(engine: DuplexEngine, warmup: int = 2) -> DuplexEngine:

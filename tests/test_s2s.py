@@ -320,19 +320,18 @@ def slot_sampling(*sampling: Sampling) -> SlotSampling:
     return SlotSampling(torch.tensor([each.row(0.0) for each in sampling]), sampling[0], 1)
 
 
-def noises(sampling: Sampling, count: int, seed: int = 4) -> list[torch.Tensor]:
+def noises(sampling: Sampling, count: int, seed: int = 4) -> torch.Tensor:
     """The noise of `count` slots, each with a key of its own."""
     keys = torch.randint(2**62, (count,), generator=generator(seed))
     return slot_sampling(*[sampling] * count).noise(keys, torch.zeros_like(keys))
 
 
 def noise_of(sampling: Sampling, count: int) -> torch.Tensor:
-    return noises(sampling, count)[2][:, 0]
+    return noises(sampling, count)[:, 2]
 
 
 def text_of(logits: torch.Tensor, sampling: Sampling, weight: float = 1.0) -> torch.Tensor:
-    speak, say, _ = noises(sampling, len(logits))
-    return draw_text(logits, speak, say, sampling.row(0.0)[-1], weight)
+    return draw_text(logits, noises(sampling, len(logits)), sampling.row(0.0)[-1], weight)
 
 
 def test_temperature_zero_takes_the_likeliest():
@@ -413,36 +412,36 @@ def test_the_coldest_text_still_decides_first_whether_to_speak():
 
 
 def test_noise_is_gumbel_and_of_its_key_tick_and_number_alone():
-    keys, ticks, numbers = torch.arange(64) - 5, torch.arange(64) // 2, torch.arange(300) * 1000
+    keys, ticks = torch.arange(64) - 5, torch.arange(64) // 2
+    numbers = 1000 * torch.arange(300).view(3, 100)
     noise = gumbel_noise(keys, ticks, numbers)
-    assert torch.equal(noise[7:9, 20:], gumbel_noise(keys[7:9], ticks[7:9], numbers[20:]))
-    many = gumbel_noise(torch.zeros(1).long(), torch.zeros(1).long(), torch.arange(200_000))
-    many = torch.cat((many, gumbel_noise(torch.arange(2000), torch.arange(2000), numbers[:100])
-                      .view(1, -1)), 1)[0].double()  # fmt: skip
-    uniform = (-(-many).exp()).exp()
-    counts = uniform.histc(50, 0, 1)
-    expected = len(many) / 50
-    assert float((counts - expected).square().sum() / expected) < 85.4  # 99.9 % at 49 degrees
+    assert torch.equal(noise[7:9, 1:], gumbel_noise(keys[7:9], ticks[7:9], numbers[1:]))
+    start, line = torch.zeros(1).long(), torch.arange(200_000)[None]
+    many = gumbel_noise(start, start, line), gumbel_noise(line[0, :2000], line[0, :2000], numbers)
+    for values in (each.flatten().double() for each in many):
+        assert values.isfinite().all()
+        counts = (-(-values).exp()).exp().histc(50, 0, 1)
+        expected = len(values) / 50
+        assert float((counts - expected).square().sum() / expected) < 85.4  # 99.9 %, 49 degrees
     # Neighbours in any of the three are strangers: correlations within five deviations.
-    block = gumbel_noise(torch.arange(400), torch.zeros(400).long(), torch.arange(400))
-    late = gumbel_noise(torch.arange(400), torch.ones(400).long(), torch.arange(400))
+    first = torch.arange(400)
+    ticks = torch.zeros_like(first), torch.ones_like(first)
+    block, late = (gumbel_noise(first, tick, first[None])[:, 0] for tick in ticks)
     for one, two in ((block[1:], block[:-1]), (block[:, 1:], block[:, :-1]), (block, late)):
         together = torch.corrcoef(torch.stack((one.flatten(), two.flatten())))[0, 1]
         assert abs(float(together)) < 5 / one.numel() ** 0.5
-    assert noise.isfinite().all()
 
 
 def test_a_slot_draws_by_its_own_numbers():
     """Beside wider, warmer slots, the same as alone."""
     own, wide = Sampling(0.7, 3, 0.4, 2, 0.3), Sampling(2.0, 8, 2.0, 9, 2.0)
-    key, tick = torch.tensor([77]), torch.tensor([5])
-    alone = slot_sampling(own).noise(key, tick)
-    keys = torch.tensor([1, 77, 77])
-    beside = slot_sampling(wide, own, wide).noise(keys, torch.tensor([0, 5, 5]))
-    for one, three in zip(alone, beside, strict=True):
-        assert torch.equal(one[0], three[1, :, : one.shape[-1]])
-        assert (three[1, :, one.shape[-1] :] == -math.inf).all()
-        assert three[2].isfinite().all()
+    alone = slot_sampling(own).noise(torch.tensor([77]), torch.tensor([5]))[0]
+    keys, ticks = torch.tensor([1, 77, 77]), torch.tensor([0, 5, 5])
+    beside = slot_sampling(wide, own, wide).noise(keys, ticks)
+    assert torch.equal(alone, beside[1, :, :3])
+    assert (alone > -math.inf).sum(1).tolist() == [2, 2, 3]
+    assert (beside[1, :, 3:] == -math.inf).all()
+    assert (beside[2] > -math.inf).sum(1).tolist() == [2, 9, 8]
 
 
 def test_seeds_repeat_and_differ():
