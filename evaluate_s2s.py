@@ -214,11 +214,11 @@ def hold_calls(
     replies: dict[int, dict[str, np.ndarray]] = {}
     for first in range(0, len(order), engine.slots):
         batch = order[first : first + engine.slots]
-        engine.reset()
         counts = np.zeros(engine.slots, np.int64)
         counts[: len(batch)] = patches[batch]
         frames = np.zeros((engine.slots, counts.max(), length), np.float32)
         for slot, i in enumerate(batch):
+            engine.reset(slot, 1000 * args.seed + int(i))
             frames[slot].reshape(-1)[: len(calls[i].audio)] = calls[i].audio
             language = calls[i].language if args.tell_language else None
             engine.set_voice(slot, calls[i].agent_emotion, language)

@@ -292,9 +292,10 @@ def part_train_s2s(place: Place) -> dict:
 
 
 def part_tick(place: Place) -> dict:
-    """The engine's tick by stage, p50 and p95 in ms, at several numbers of callers."""
+    """The engine's tick by stage, p50 and p95 in ms, at several numbers of callers, eager and as
+    graphs; and what share of the codes the two say differently in the same calls."""
     from codec import Codec, CodecConfig
-    from duplex import DuplexEngine
+    from duplex import DuplexEngine, halve
     from ledger import LatencyLedger
     from s2s import S2S, S2SConfig
 
@@ -307,18 +308,26 @@ def part_tick(place: Place) -> dict:
         codec_fingerprint=codec.fingerprint, codebook_sizes=codec.config.codebook_sizes[:8]
     )
     lm = S2S(config).to(device).eval().requires_grad_(False)
-    noise = np.random.default_rng(0)
+    if place.cuda:
+        halve(lm)
     found = {}
     for slots in (1, 2) if place.smoke else (1, 8, 32):
-        engine = DuplexEngine(codec, lm, slots)
-        ledger = LatencyLedger(engine.patch_seconds, warmup_ticks=engine.warm_up(4))
-        until = time.monotonic() + place.seconds(2 if place.smoke else 15)
-        for _ in range(100):
-            frames = noise.normal(0, 0.05, (slots, engine.patch_samples)).astype(np.float32)
-            ledger.tick(engine.tick(frames))
-            if time.monotonic() > until:
-                break
-        found[f"{slots} slots"] = ledger.summary()["tick_ms"]
+        codes = {}
+        for name, graphs in (("eager", False), ("graphs", True)):
+            engine = DuplexEngine(codec, lm, slots, graphs=graphs)
+            ledger = LatencyLedger(engine.patch_seconds, warmup_ticks=engine.warm_up())
+            until = time.monotonic() + place.seconds(2 if place.smoke else 12)
+            noise, said = np.random.default_rng(0), []
+            while len(said) < 200 and time.monotonic() < until:
+                frames = noise.normal(0, 0.05, (slots, engine.patch_samples)).astype(np.float32)
+                result = engine.tick(frames)
+                ledger.tick(result)
+                said.append(result.codes)
+            found[f"{slots} slots, {name}"] = ledger.summary()["tick_ms"]
+            codes[name] = said
+        pairs = zip(codes["eager"], codes["graphs"], strict=False)
+        apart = float(np.mean([one != two for one, two in pairs]))
+        found[f"{slots} slots, codes apart"] = round(apart, 6)
     return found
 
 
@@ -346,11 +355,8 @@ def _rows(part: str, found: dict) -> list[tuple[str, str]]:
     if part == "tests":
         return [("", found["result"] + (f" ({found['failed']})" if "failed" in found else ""))]
     if part == "tick":
-        ticks = {
-            slots: ", ".join(f"{s} {v['p50']:.1f}/{v['p95']:.1f}" for s, v in stages.items())
-            for slots, stages in found.items()
-        }
-        return [(slots, f"{stages} ms") for slots, stages in ticks.items()]
+        ticks = {name: value for name, value in found.items() if name != "seconds"}
+        return [(name, _tick_line(value)) for name, value in ticks.items()]
     rows = [(name, _run_line(run)) for name, run in found.items() if "rows" in run]
     # The first run has the plan's own flags, but for where it stops.
     rows.append(("plan, as estimated", found["listening"]["estimate"] or "-"))
@@ -363,6 +369,12 @@ def _rows(part: str, found: dict) -> list[tuple[str, str]]:
         said = ", ".join(f"{k} {v:.1e}" for k, v in apart.items()) or "no step in both"
         rows.append(("graph beside eager", said))
     return rows
+
+
+def _tick_line(value: dict | float) -> str:
+    if isinstance(value, float):
+        return f"{value:.2%}"
+    return ", ".join(f"{s} {v['p50']:.1f}/{v['p95']:.1f}" for s, v in value.items()) + " ms"
 
 
 def _run_line(run: dict) -> str:
