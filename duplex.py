@@ -412,18 +412,11 @@ class DuplexEngine:
         codes, phones, text, words, speaking, emotion, language = (part * row for part in parts)
         self.user_emotion.update(emotion, speaking[:, 0], active)
         return TickResult(
-            audio=reply,
-            text=text[:, 0].astype(int),
-            user_speaking=speaking[:, 0],
-            user_emotion=emotion,
-            language=language,
-            user_words=words[:, 0].astype(int),
-            user_phones=phones.astype(int),
-            codes=codes.astype(int).reshape(self.slots, -1, self.frames_per_step),
-            active=active,
-            not_finite=(lost + lost_reply) * active,
-            times=times,
-        )
+            reply, text[:, 0].astype(int), speaking[:, 0], emotion, language,
+            words[:, 0].astype(int), phones.astype(int),
+            codes.astype(int).reshape(self.slots, -1, self.frames_per_step),
+            active, (lost + lost_reply) * active, times,
+        )  # fmt: skip
 
     def _stages(self, mode: None) -> dict[str, torch.Tensor]:
         """All that the device does in a tick, from `_inputs` alone; in `result` a row a slot."""
@@ -468,9 +461,10 @@ class DuplexEngine:
         return self._got.numpy()
 
     def _mark(self) -> None:
-        self._marks.append(self.clock() if self._stream is None else torch.cuda.Event(True))
-        if self._stream is not None:
-            self._marks[-1].record()
+        if self._stream is None:
+            self._marks.append(self.clock())
+        else:
+            self._marks.append(self._stream.record_event(torch.cuda.Event(enable_timing=True)))
 
 
 def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

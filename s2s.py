@@ -378,7 +378,7 @@ class EmotionBranch(nn.Module):
         With a `state`, which is changed in place for the slots `active` `[B]` bool, P is 1.
         """
         with torch.autocast(codes.device.type, enabled=False):
-            rows = torch.where(codes < 0, self.codebooks.shape[1] - 1, codes)
+            rows = codes.masked_fill(codes < 0, self.codebooks.shape[1] - 1)
             vectors = self.codebooks[torch.arange(codes.shape[-1], device=codes.device), rows]
             both = torch.cat((vectors[..., 0, :], vectors[..., 1:, :].sum(-2)), dim=-1)
             spoken = F.gelu(self.project(self.dropout(both.flatten(-2))))
@@ -567,17 +567,11 @@ class S2S(nn.Module):
 
     @torch.no_grad()
     def step(
-        self,
-        user_codes: Tensor,
-        state: S2SState,
-        active: Tensor | None = None,
-        emotion: Tensor | None = None,
-        language: Tensor | None = None,
-        sampling: Sampling | SlotSampling | None = None,
-        forced: tuple[Tensor, Tensor, Tensor] | None = None,
-        strength: Tensor | None = None,
-        timer: Callable[[], None] = lambda: None,
-    ) -> StepOutput:
+        self, user_codes: Tensor, state: S2SState, active: Tensor | None = None,
+        emotion: Tensor | None = None, language: Tensor | None = None,
+        sampling: Sampling | SlotSampling | None = None, strength: Tensor | None = None,
+        forced: tuple[Tensor, Tensor, Tensor] | None = None, timer=lambda: None,
+    ) -> StepOutput:  # fmt: skip
         """Reads a patch of the user and writes the agent's patch of the same tick.
 
         Args:
@@ -587,7 +581,7 @@ class S2S(nn.Module):
             strength: `[B]`, of the emotion, by classifier-free guidance (Ho and Salimans 2022): the
                 state has 2 B rows, of which the latter B run without emotion, and logits are
                 without + strength · (with − without). None: the state has B rows, as for 1.
-            timer: called when the temporal stage is done.
+            timer: called, without arguments, when the temporal stage is done.
         """
         none, recognised = torch.zeros_like(state.text), None
         if not isinstance(sampling, SlotSampling):
@@ -625,15 +619,12 @@ class S2S(nn.Module):
         else:
             said = text
         return StepOutput(
-            agent_codes=self._advance(state, codes, said, active)[: len(text)].transpose(1, 2),
-            text=text,
+            self._advance(state, codes, said, active)[: len(text)].transpose(1, 2), text,
             user_speaking=heads["user_speaking"][:, 0].sigmoid(),
             turn_end=heads["turn_end"][:, 0].sigmoid(),
-            user_emotion=heads["user_emotion"].softmax(-1),
-            language=heads["language"].softmax(-1),
-            user_words=heads["user_words"].argmax(-1),
-            user_phones=heads["user_phones"],
-        )
+            user_emotion=heads["user_emotion"].softmax(-1), language=heads["language"].softmax(-1),
+            user_words=heads["user_words"].argmax(-1), user_phones=heads["user_phones"],
+        )  # fmt: skip
 
     def slot_sampling(self, slots: int, sampling: Sampling) -> SlotSampling:
         """The same `sampling` for every slot."""
@@ -660,15 +651,14 @@ class S2S(nn.Module):
         aligned = codes.clone()
         aligned[:, :, 0] = semantic[:, : codes.shape[1]].clamp(min=0)
         new = {"agent": codes, "delayed": semantic[:, codes.shape[1] :]}
-        new["age"] = torch.where(text != PAD, 0, (state.age + 1).clamp(max=MAX_AGE))
+        new["age"] = (state.age + 1).clamp(max=MAX_AGE).masked_fill(text != PAD, 0)
         new["text"] = torch.where(text != PAD, text, state.text)
         _store([getattr(state, name) for name in new], list(new.values()), active)
         return aligned
 
 
 def guided(logits: Tensor, strength: Tensor | None) -> Tensor:
-    """`[2 B, ...]`, with emotion and without, as `[B, ...]`; what comes where `strength` is None.
-    """
+    """`[2 B, ...]`, with emotion and without, as `[B, ...]`; where `strength` is None, as it is."""
     if strength is None:
         return logits
     given, free = logits.chunk(2)
@@ -687,8 +677,8 @@ def draw_text(
     logits = logits.float()
     tokens = logits[:, PAD + 1 :]  # PAD comes first
     odds = tokens.logsumexp(1) - math.log(text_weight) + eagerness * math.log(10) / 10
-    speaks = odds + noise[:, 0, 1] > logits[:, PAD] + noise[:, 0, 0]
-    return torch.where(speaks, draw(tokens, noise[:, 1]) + PAD + 1, PAD)
+    silent = odds + noise[:, 0, 1] <= logits[:, PAD] + noise[:, 0, 0]
+    return (draw(tokens, noise[:, 1]) + (PAD + 1)).masked_fill(silent, PAD)
 
 
 def draw(logits: Tensor, noise: Tensor) -> Tensor:

@@ -3,7 +3,9 @@ of its kernels, and callers who neither hear nor delay one another."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,6 +139,50 @@ def test_a_step_of_one_stage_is_one_graph():
     assert [s[0] for s in seen] == [0, 10, 30, 60, 100]
     assert not between and len(graph._graphs) == 1
     assert graph(2, x=torch.ones(2))["sum"][0] == 22 and not graph._graphs
+
+
+def test_stages_are_captured_one_by_one_into_one_pool(monkeypatch):
+    """The calls that CUDA would get, and no replay while a capture is open."""
+    told = []
+
+    class Graph:
+        def __init__(self):
+            self.name = sum(word[0] == "begin" for word in told)
+
+        def pool(self):
+            return "pool of the first" if self.name == 0 else "another"
+
+        def replay(self):
+            told.append(("replay", self.name))
+
+    @contextlib.contextmanager
+    def capturing(graph, pool=None, stream=None, *, capture_error_mode):
+        told.append(("begin", pool, capture_error_mode))
+        yield
+        told.append(("end", graph.name))
+
+    inspect.signature(torch.cuda.graph.__init__).bind(None, 1, 2, 3, capture_error_mode="")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "side")
+
+    def step(mode):
+        told.append("first")
+        graph.split()
+        told.append("second")
+        return {}
+
+    graph = training.StepGraph(step, 1, lambda: told.append("between"))
+    graph()
+    assert told == ["first", "between", "second"]
+    told.clear()
+    graph(), graph()
+    modes = "thread_local"
+    assert told == [
+        ("begin", None, modes), "first", ("end", 0),
+        ("begin", "pool of the first", modes), "second", ("end", 1),
+        *[("replay", 0), "between", ("replay", 1)] * 2,
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

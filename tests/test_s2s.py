@@ -359,11 +359,11 @@ def test_draws_follow_the_softmax(temperature, top_k):
 def test_text_is_drawn_as_whether_to_speak_then_what_to_say():
     """At temperature 1 the softmax itself; colder, many unlikely replies still outweigh silence."""
     logits, count = 1.5 * torch.randn(6, generator=generator(3)), 40_000
-    drawn = text_of(logits.expand(count, -1), Sampling(0, 1, 1.0, 50, 1.0))
+    drawn = text_of(logits.expand(count, -1), Sampling(0, 1, 1.0, 20, 1.0))
     observed = drawn.bincount(minlength=6).float() / count
     assert (observed - logits.softmax(-1)).abs().max() < 0.015
     unsure = torch.cat((torch.tensor([0.3]), torch.full((20,), 0.7 / 20))).log()
-    drawn = text_of(unsure.expand(count, -1), Sampling(0, 1, 0.5, 50, 0.5))
+    drawn = text_of(unsure.expand(count, -1), Sampling(0, 1, 0.5, 20, 0.5))
     speaks = 0.7**2 / (0.7**2 + 0.3**2)
     assert abs(float((drawn != PAD).float().mean()) - speaks) < 0.015
     assert len(drawn.unique()) == 21

@@ -113,6 +113,25 @@ def test_slots_are_independent_and_reset(model):
 
 
 @torch.no_grad()
+def test_a_resting_slot_is_untouched_by_chunks_of_any_length(model):
+    """What it writes meanwhile is behind every window, for long rests and shorter chunks too."""
+    generator = torch.Generator().manual_seed(3)
+    state = model.init_state(2, max_chunk=4)
+    seen, outputs = ([], []), ([], [])
+    for number in range(40):
+        length = int(torch.randint(1, 5, (1,), generator=generator))
+        x = torch.randn(2, length, 32, generator=generator)
+        active = torch.tensor([number % 7 < 3, number % 5 != 1])
+        out = model.step(x, state, active)
+        for slot in active.nonzero()[:, 0].tolist():
+            seen[slot].append(x[slot])
+            outputs[slot].append(out[slot])
+    for slot in range(2):
+        expected = model(torch.cat(seen[slot])[None])[0]
+        torch.testing.assert_close(torch.cat(outputs[slot]), expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_full_reset_forgets(model):
     x = torch.randn(1, 12, 32)
     state = model.init_state(1)
