@@ -108,10 +108,14 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
     kind, subtype = WRITABLE[suffix]
     samples = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)
     channels = 1 if samples.ndim == 1 else samples.shape[1]
-    if soundfile is None:
-        _write_plain(path, samples, sample_rate)
-        return
+    if soundfile is None and kind != "WAV":
+        raise AudioError(f"{path}: needs soundfile (pip install soundfile); or name it .wav")
     try:
+        if soundfile is None:
+            with atomic_write(path, sync=False) as part, wave.open(os.fspath(part), "wb") as plain:
+                plain.setparams((channels, 2, sample_rate, 0, "NONE", ""))
+                plain.writeframes((samples * 32767.0).astype("<i2").tobytes())
+            return
         with atomic_write(path, sync=False) as part, soundfile.SoundFile(
             os.fsencode(part), "w", sample_rate, channels, subtype, format=kind
         ) as file:
@@ -137,18 +141,6 @@ def _read_plain(path: str | Path, sample_rate: int) -> np.ndarray:
     length = round(len(mono) * sample_rate / rate)
     spectrum = np.fft.rfft(mono)[: length // 2 + 1] * (length / len(mono))
     return np.fft.irfft(spectrum, length).astype(np.float32).clip(-1.0, 1.0)
-
-
-def _write_plain(path: str | Path, samples: np.ndarray, sample_rate: int) -> None:
-    if Path(path).suffix.lower() != ".wav":
-        raise AudioError(f"{path}: needs soundfile (pip install soundfile); or name it .wav")
-    try:
-        with atomic_write(path, sync=False) as part, wave.open(os.fspath(part), "wb") as file:
-            channels = 1 if samples.ndim == 1 else samples.shape[1]
-            file.setparams((channels, 2, sample_rate, 0, "NONE", ""))
-            file.writeframes((samples * 32767.0).astype("<i2").tobytes())
-    except OSError as error:
-        raise AudioError(f"{path}: cannot be written ({error}); is the disk full?") from error
 
 
 def _read_samples(file: _File, path: str | Path, count: int) -> np.ndarray:

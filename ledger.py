@@ -273,7 +273,7 @@ class CallRecord:
 # Seconds one tick took, stage by stage; `total` ends when the samples are on the host.
 StageTimes = namedtuple("StageTimes", "encode temporal depth decode total")  # noqa: PYI024
 _COUNTED = ("dropped_patches", "not_finite_samples", "late_ticks", "output_underruns",
-            "inserted_samples", "removed_samples", "input_overflows", "rejoins")  # fmt: skip
+            "inserted_samples", "removed_samples", "input_overflows")  # fmt: skip
 
 
 @dataclass
@@ -366,11 +366,9 @@ class LatencyLedger:
             f"device {s['device_ms']:.1f}, resamplers {s['resampler_ms']:.1f}; end of turn by"
             f" {s['turn_end_source'] or 'nothing'}; {s['warmup_ticks']} warm-up ticks left out",
         ]
-        if s["inserted_samples"] or s["removed_samples"] or s["rejoins"]:
-            rows.append(
-                f"samples inserted {s['inserted_samples']}, removed {s['removed_samples']} to keep"
-                f" the speaker in time; {s['rejoins']} times cut off and back in the same call"
-            )
+        if s["inserted_samples"] or s["removed_samples"]:
+            moved = f"inserted {s['inserted_samples']}, removed {s['removed_samples']}"
+            rows.append(f"samples {moved} to keep in step with the speaker's clock")
         if s["not_finite_samples"]:
             rows.append(f"{s['not_finite_samples']} samples were not numbers and became silence")
         return "\n".join(rows)

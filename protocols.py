@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from audio import SAMPLE_RATE
 from command import UserError, check_fields
@@ -347,6 +346,8 @@ class Telephone(Protocol):
     def _decode(self, data: bytes) -> np.ndarray:
         if not self._ulaw or not data:
             return self._in(from_pcm16(data))
+        import soundfile  # not at the top: a client of raw PCM may lack it
+
         raw = {"samplerate": self._rate, "channels": 1, "format": "RAW", "subtype": "ULAW"}
         return self._in(soundfile.read(io.BytesIO(data), dtype="float32", **raw)[0])
 
@@ -354,6 +355,8 @@ class Telephone(Protocol):
         audio = np.clip(self._out(audio), -1.0, 1.0)
         if not self._ulaw:
             return to_pcm16(audio)
+        import soundfile
+
         file = io.BytesIO()
         soundfile.write(file, audio, self._rate, "ULAW", format="RAW")
         return file.getvalue()

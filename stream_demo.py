@@ -34,7 +34,7 @@ import numpy as np
 
 import command
 from audio import SAMPLE_RATE, WRITABLE, AudioError, read_audio, write_audio
-from command import ArgumentParser, UserError, number, run, whole, writable_file
+from command import ArgumentParser, UserError, first_line, number, run, whole, writable_file
 from ledger import (
     QUIET_DBFS,
     CallRecord,
@@ -49,6 +49,7 @@ from ledger import (
     find_speech,
     frame_levels,
 )
+from protocols import from_pcm16, to_pcm16
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 BLOCK_SECONDS = 0.01  # what the sound card hands over at once
@@ -122,15 +123,14 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 class Screen:
-    """Shows the events of protocols.py: the words of both sides as they come, each line one's turn,
-    and the user's emotion once the model is sure of it. On a terminal also a `panel`, its last two
-    rows, renewed in place."""
+    """Shows the events of `duplex.Story`: the words of both sides, a line a turn, and the user's
+    emotion once the model is sure. `panel`: the terminal's last two rows, renewed in place."""
 
     PANEL_SECONDS = 0.2
 
     def __init__(self, write: Callable[[str], Any] | None = None, panel: bool = False):
         self._write = write or (lambda text: print(text, end="", flush=True))
-        self._panel, self._lines, self._renewed = panel, 0, 0.0
+        self._panel, self._height, self._renewed = panel, 0, 0.0
         self._line: tuple = ()  # who is speaking and the number of their turn
         self._speaking, self._held = Counter(), []  # words over those of the one on the line
         self._feeling, self._emotions, self._languages = "", Counter(), Counter()
@@ -145,12 +145,10 @@ class Screen:
             self._emotions.update(event["posterior"])
             self._languages.update(filter(None, [event["language"]]))
             if event["name"] not in (None, self._feeling):
-                self.end_line()
-                self._write(f"(you sound {event['name']})\n")
+                self._say(f"(you sound {event['name']})\n")
             self._feeling = event["name"] or ""
         elif event["type"] == "error":
-            self.end_line()
-            self._write(f"({event['message']})\n")
+            self._say(f"({event['message']})\n")
         self._show_words()
 
     def _show_words(self) -> None:
@@ -159,104 +157,92 @@ class Screen:
             line, words = (event["who"], event["turn"]), event["text"]
             if self._line and line[0] != self._line[0] and self._speaking[self._line[0]]:
                 self._held.append(event)
-                continue
-            if line != self._line:
-                self.end_line()
-                self._line = line
-                words = f"{'samvad' if line[0] == 'agent' else 'you'}: {words.lstrip()}"
-            self._write(words)
+            elif line == self._line:
+                self._write(words)
+            else:
+                self._say(f"{'samvad' if line[0] == 'agent' else 'you'}: {words.lstrip()}", line)
 
-    def end_line(self) -> None:
-        if self._line:
-            self._write("\n")
-        self._line = ()
+    def _say(self, text: str, line: tuple = ()) -> None:
+        """On a line of its own."""
+        if text := "\n" * bool(self._line) + text:
+            self._write(text)
+        self._line = line
 
     def user_line(self) -> str:
         """The user's emotion and language, from the moments the model found them speaking."""
-        if not (self._emotions and self._languages):
+        counts = self._emotions, self._languages
+        if not all(counts):
             return "you: the model recognised no speech"
-        shares = (
-            f"{max(counts, key=counts.get)} ({max(counts.values()) / sum(counts.values()):.0%})"
-            for counts in (self._emotions, self._languages)
-        )
-        return "you: sounded {}, spoke {}".format(*shares)
+        best = [(max(c, key=c.get), max(c.values()) / sum(c.values())) for c in counts]
+        return "you: sounded {} ({:.0%}), spoke {} ({:.0%})".format(*best[0], *best[1])
 
     def level(self, who: str, audio: np.ndarray) -> None:
         """Note how loud one is in audio [T]: a meter that falls by 2 dB at each."""
         self._levels[who] = frame_levels(audio).max(initial=self._levels[who] - 2.0)
 
-    def renew(self, delay: Delay, counts: Counter, now: float) -> None:
-        """Draw the panel again, on the rows below what scrolls."""
+    def renew(self, delay: Delay, dropped: int, now: float) -> None:
+        """Draw the panel again, below what scrolls."""
         if not self._panel or now - self._renewed < self.PANEL_SECONDS:
             return
-        self._renewed, (columns, lines) = now, shutil.get_terminal_size()
-        if lines != self._lines:  # at first, and where the window changed
-            self._write(f"\n\n\x1b[2A\x1b7\x1b[1;{lines - 2}r\x1b8")
-            self._lines = lines
-        levels = self._levels.items()
-        meters = [
-            f"{who} {'#' * int(max(0, db + 60) / 5):12}{max(db, -99):4.0f} dB" for who, db in levels
-        ]
+        self._renewed, (columns, height) = now, shutil.get_terminal_size()
+        if height != self._height:  # at first, and where the window changed
+            self._write(f"\n\n\x1b[2A\x1b7\x1b[1;{height - 2}r\x1b8")
+            self._height = height
+        above = self._feeling and f"you sound {self._feeling}"
+        for who, db in reversed(self._levels.items()):
+            above = f"{who} {'#' * int(max(0, db + 60) / 5):12}{max(db, -99):4.0f} dB   {above}"
         late = "  ".join(f"{name} {1000 * s:.0f}" for name, s in delay._asdict().items())
-        above = "   ".join([*meters, self._feeling and f"you sound {self._feeling}"])
-        below = f"late by, ms: {late}   dropped {counts['dropped_patches']}"
-        rows = (
-            f"\x1b[{lines - 1 + n};1H\x1b[2K{row[:columns]}" for n, row in enumerate((above, below))
-        )
-        self._write(f"\x1b7{''.join(rows)}\x1b8")
+        rows = [above, f"late by, ms: {late}   dropped {dropped}"]
+        drawn = "".join(f"\x1b[{height - 1 + n};1H\x1b[2K{rows[n][:columns]}" for n in (0, 1))
+        self._write(f"\x1b7{drawn}\x1b8")
 
     def close(self) -> None:
         self._speaking.clear()
         self._show_words()
-        self.end_line()
-        if self._lines:
+        self._say("")
+        if self._height:
             self._write("\x1b7\x1b[r\x1b8\x1b[J")
-        self._lines = 0
+        self._height = 0
 
 
 class Recorder:
-    """`--record`: both sides in one WAV, user left, agent right, as the call goes on; what is
-    written stands, however the call ends. The agent begins where the user's side then was."""
+    """`--record`: both sides in one WAV, user left, agent right, valid at any moment. The agent
+    begins where the user's side then is; further behind than `GAP_SECONDS`, it was lost."""
 
-    GAP_SECONDS = 0.2  # a reply further behind than that waited for, or was lost
+    GAP_SECONDS = 0.2
 
     def __init__(self, path: Path):
         self._file = wave.open(os.fspath(path), "wb")  # noqa: SIM115
         self._file.setparams((2, 2, SAMPLE_RATE, 0, "NONE", ""))
-        self._sides = [np.zeros(0, np.float32)] * 2  # not written yet
-        self._gap = 0.0
+        self._sides, self._gap = [np.zeros(0, np.float32)] * 2, 0.0  # not written yet
 
     def add(self, side: int, audio: np.ndarray) -> None:
         """Samples [T] of side 0, the user, or 1, the agent."""
         behind = len(self._sides[0]) - len(self._sides[1])
         if side == 1 and behind > self._gap * SAMPLE_RATE:
-            audio = np.concatenate([np.zeros(behind, np.float32), audio])
-        self._gap = self.GAP_SECONDS if side == 1 else self._gap
+            audio = np.pad(audio, (behind, 0))
+        self._gap = max(self._gap, self.GAP_SECONDS * side)
         self._sides[side] = np.concatenate([self._sides[side], audio])
-        self._flush(min(map(len, self._sides)))
+        self._write(min(map(len, self._sides)))
 
     def close(self) -> None:
         most = max(map(len, self._sides))
         self._sides = [np.pad(side, (0, most - len(side))) for side in self._sides]
-        self._flush(most)
+        self._write(most)
         self._file.close()
 
-    def _flush(self, count: int) -> None:
-        both = np.stack([side[:count] for side in self._sides], 1).clip(-1.0, 1.0)
+    def _write(self, count: int) -> None:
+        self._file.writeframes(to_pcm16(np.stack([side[:count] for side in self._sides], 1)))
         self._sides = [side[count:] for side in self._sides]
-        self._file.writeframes((both * 32767.0).astype("<i2").tobytes())
 
 
 # ---------------------------------------------------------------------------- the agent's end
-# A line carries one call: `start`, then `send` samples of the user and `receive` what the agent
-# says, until it has nothing more yet: replies, and events as of protocols.py.
+# A line carries one call after another: `start`, `send` samples of the user and `receive` what the
+# agent says, replies and the events of `duplex.Story`, None while there is no more.
 
 
 class LocalLine:
-    """The models in this process. What needs torch is imported here: a call to a server does not.
-
-    detector: of the user's turns in a live call, and of barge-in.
-    """
+    """The models in this process. What needs torch is imported here: calls to a server do not."""
 
     def __init__(self, args: argparse.Namespace):
         import torch
@@ -276,8 +262,7 @@ class LocalLine:
             emotion_strength=args.emotion_strength,
         )  # fmt: skip
         engine.set_voice(0, args.emotion, args.language)
-        self._new_story = lambda: Story(engine)
-        self._live = not args.wav
+        self._new_story, self._listens = lambda: Story(engine), args.vad_flush or not args.wav
         self.clock, self.patch_seconds = engine.clock, engine.patch_seconds
         delay = lm.config.acoustic_delay / lm.config.frame_rate
         self.ledger = LatencyLedger(engine.patch_seconds, delay, engine.warm_up())
@@ -286,7 +271,7 @@ class LocalLine:
     def start(self) -> None:
         self.engine.reset()
         self._story, self._said = self._new_story(), deque()
-        self._detector = VoiceDetector() if self._live or self.engine.vad_flush else None
+        self._detector = VoiceDetector() if self._listens else None
 
     @property
     def busy(self) -> bool:
@@ -301,8 +286,8 @@ class LocalLine:
     def receive(self) -> Reply | dict | None:
         if not self._said and (result := self.engine.run_once()) is not None:
             self.ledger.tick(result)
-            self._said += self._story.tell(0, result, int(result.dropped[0]))
             late = Delay(gpu=result.waited[0] + result.times.total)
+            self._said += self._story.tell(0, result, int(result.dropped[0]))
             self._said.append(Reply(result.audio[0], int(result.index[0]), late))
         return self._said.popleft() if self._said else None
 
@@ -326,143 +311,102 @@ def address(server: str, path: str = "/api/pcm", **query: Any) -> str:
     ))  # fmt: skip
 
 
-class _Link:
-    """One connection of a call: patch `first` of the call is the first that went over it."""
-
-    def __init__(self, socket: Any, ready: dict, first: int = 0):
-        self.socket, self.ready, self.first = socket, ready, first
-        self.sent, self.answered = 0, 0  # samples, patches
-        self.arrived: list[float] = []  # when a patch's last sample came from the microphone
-
-
 class RemoteLine:
-    """A call to `serve.py` over `/api/pcm`. A thread takes what it says as it comes and, where the
-    connection is cut off, goes back into the same call while the server keeps it."""
+    """A call to `serve.py` over `/api/pcm`; a thread takes what it says as it comes."""
 
     ANSWER_SECONDS = 10.0
-    FINAL_CODES = (1000, 1003, 1007, 1008, 1009, 1013, 4000)  # of a close: not to be tried again
 
     def __init__(self, args: argparse.Namespace):
         try:
             import websockets.sync.client
         except ImportError as error:
             raise UserError("--server needs websockets: pip install websockets") from error
-        self._websockets, self._server, self._token = websockets, args.server, args.token
-        strength = None if args.emotion_strength == 1.0 else args.emotion_strength
-        self._wishes = {
-            "emotion": args.emotion, "language": args.language, "strength": strength,
-        }  # fmt: skip
-        self.clock, self._away = time.perf_counter, False
-        self._link, self._inbox = self._connect(), queue.SimpleQueue()
-        self.patch_seconds = self._link.ready["patch_ms"] / 1000
-        algorithmic = self._link.ready.get("algorithmic_ms", 1000 * self.patch_seconds) / 1000
-        self.ledger = LatencyLedger(self.patch_seconds, algorithmic - self.patch_seconds)
+        self._websockets, self._args, self.clock = websockets, args, time.perf_counter
+        ready = self._connect()
+        self.patch_seconds = ready["patch_ms"] / 1000
+        later = max(0.0, ready.get("algorithmic_ms", 0.0) / 1000 - self.patch_seconds)
+        self.ledger = LatencyLedger(self.patch_seconds, later)
         self.name = f"the server at {urlsplit(address(args.server)).netloc}"
 
-    def _connect(self, call: str | None = None, first: int = 0) -> _Link:
-        url = address(self._server, call=call, **self._wishes)
-        bearer = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+    def _connect(self) -> dict:
+        args, errors = self._args, self._websockets.exceptions
+        strength = None if args.emotion_strength == 1.0 else args.emotion_strength
+        wishes = {"emotion": args.emotion, "language": args.language, "strength": strength}
+        bearer = {"Authorization": f"Bearer {args.token}"} if args.token else {}
+        settings = {"additional_headers": bearer, "compression": None}
         connect = self._websockets.sync.client.connect
-        try:
-            # Entered, as new versions want it; left by `close`.
-            socket = connect(url, additional_headers=bearer, compression=None).__enter__()
-            ready = json.loads(socket.recv(timeout=self.ANSWER_SECONDS))
-        except self._websockets.exceptions.InvalidStatus as error:
-            status = error.response.status_code
-            hint = "; is --token right?" if status in (401, 403) else ""
-            raise UserError(f"{self._server}: refused, HTTP {status}{hint}") from error
-        except (OSError, ValueError, self._websockets.exceptions.WebSocketException) as error:
-            raise UserError(f"{self._server}: no answer ({error}); does serve.py run?") from error
+        try:  # entered, as new versions want it; left by `close`
+            self._socket = connect(address(args.server, **wishes), **settings).__enter__()
+            ready = json.loads(self._socket.recv(timeout=self.ANSWER_SECONDS))
+        except (OSError, ValueError, errors.WebSocketException) as error:
+            why = f"no answer ({first_line(error)}); does serve.py run there?"
+            raise UserError(f"{args.server}: {why}") from error
         if ready.get("type") != "ready":
-            raise UserError(f"{self._server}: {ready.get('message', 'is no Samvad server')}")
-        return _Link(socket, ready, first)
+            raise UserError(f"{args.server}: {ready.get('message', 'is no Samvad server')}")
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self._sent, self._answered, self._gpu, self._seen = 0, 0, 0.0, Counter()
+        self._arrived: list[float] = []  # a patch each: when its last sample came in
+        return ready
 
     def start(self) -> None:
-        if self._link.sent:  # another recording: a call of its own
+        if self._sent:  # another recording: a call of its own
             self.close()
-            self._link, self._inbox = self._connect(), queue.SimpleQueue()
-        self._heard_at, self._gpu, self._seen = self.clock(), 0.0, Counter()
-        threading.Thread(target=self._read, args=(self._link, self._inbox), daemon=True).start()
+            self._connect()
+        self._heard_at = self.clock()
+        threading.Thread(target=self._read, args=(self._socket, self._inbox), daemon=True).start()
 
-    def _read(self, link: _Link, inbox: queue.SimpleQueue) -> None:
-        while True:
-            try:
-                while True:
-                    message = link.socket.recv()
-                    inbox.put((self.clock(), link, message))
-            except self._websockets.exceptions.ConnectionClosed as error:
-                code = error.rcvd.code if error.rcvd else 1006
-            if link is not self._link or code in self.FINAL_CODES:
-                break
-            self._away = True
-            if (back := self._rejoin(link)) is None:
-                break
-            self._link, self._away, link = back, False, back
-        reason = "" if code == 1000 else f"{self._server}: the call was ended, code {code}"
-        inbox.put((self.clock(), link, json.dumps({"type": "bye", "reason": reason})))
-
-    def _rejoin(self, link: _Link) -> _Link | None:
-        until = self.clock() + link.ready.get("rejoin_seconds", 0.0)
-        while self.clock() < until and link is self._link:
-            with contextlib.suppress(UserError):
-                back = self._connect(link.ready["call"], 0)
-                back.first = link.first + len(link.arrived) + 1
-                self.ledger.counts["rejoins"] += 1
-                return back
-            time.sleep(0.5)
-        return None
+    def _read(self, socket: Any, inbox: queue.SimpleQueue) -> None:
+        try:
+            while True:
+                inbox.put((self.clock(), socket.recv()))
+        except self._websockets.exceptions.ConnectionClosed as error:
+            inbox.put((self.clock(), json.dumps({"type": "bye", "reason": first_line(error)})))
 
     @property
     def busy(self) -> bool:
         return not self._inbox.empty()
 
     def send(self, audio: np.ndarray, arrived: float) -> None:
-        """Samples [T], the last of which came in at `arrived`. While cut off, they are lost."""
-        link, patch = self._link, round(self.patch_seconds * SAMPLE_RATE)
-        link.sent += len(audio)
-        link.arrived += [arrived] * (link.sent // patch - len(link.arrived))
-        pcm = (audio.clip(-1.0, 1.0) * 32767.0).astype("<i2").tobytes()
-        with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):
-            link.socket.send(pcm)
+        """Samples [T], the last of which came in at `arrived`."""
+        self._sent += len(audio)
+        complete = int(self._sent / (self.patch_seconds * SAMPLE_RATE) + 1e-6)
+        self._arrived += [arrived] * (complete - len(self._arrived))
+        with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):  # `_read` tells
+            self._socket.send(to_pcm16(audio))
 
     def receive(self) -> Reply | dict | None:
         if not self.busy:
-            if not self._away and self.clock() - self._heard_at > self.ANSWER_SECONDS:
-                raise UserError(f"{self._server}: sent nothing for {self.ANSWER_SECONDS:.0f} s")
+            if self.clock() - self._heard_at > self.ANSWER_SECONDS:
+                said = f"said nothing for {self.ANSWER_SECONDS:.0f} s"
+                raise UserError(f"{self._args.server}: {said}; is the network lost?")
             return None
-        self._heard_at, link, message = self._inbox.get()
+        self._heard_at, message = self._inbox.get()
         if isinstance(message, bytes):
-            index, link.answered = link.answered, link.answered + 1
-            late = self._heard_at - link.arrived[index] if index < len(link.arrived) else 0.0
+            index, self._answered = self._answered, self._answered + 1
+            late = self._heard_at - self._arrived[index] if index < len(self._arrived) else 0.0
             gpu = min(self._gpu, late)
-            audio = np.frombuffer(message, "<i2").astype(np.float32) / 32768.0
-            return Reply(audio, link.first + index, Delay(gpu, late - gpu))
+            return Reply(from_pcm16(message), index, Delay(gpu, late - gpu))
         event = json.loads(message)
         if event["type"] == "dropped":
-            link.answered += event["patches"]
-        elif event["type"] == "latency":
-            self._count(event)
-        elif event["type"] == "bye" and event.get("reason", "stop") not in ("stop", ""):
-            raise UserError(event["reason"])
+            self._answered += event["patches"]
+        elif event["type"] == "latency":  # a second's means, in the ledger as one tick
+            self._gpu = (event["tick_ms"] + event["waited_ms"]) / 1000
+            stages = {name: ms / 1000 for name, ms in event["stages"].items()}
+            self.ledger.times.append(StageTimes(**stages, total=event["tick_ms"] / 1000))
+            counts = Counter(dropped_patches=event["dropped"], late_ticks=event["late"])
+            self.ledger.counts.update(counts - self._seen)
+            self._seen = counts
+        elif event["type"] == "bye":
+            raise UserError(f"{self._args.server}: the call was ended ({event['reason']})")
         return event
-
-    def _count(self, event: dict) -> None:
-        """A second's means in the ledger, as one tick."""
-        self._gpu = (event["tick_ms"] + event["waited_ms"]) / 1000
-        stages = {name: ms / 1000 for name, ms in event["stages"].items()}
-        self.ledger.times.append(StageTimes(**stages, total=event["tick_ms"] / 1000))
-        for name, key in (("dropped_patches", "dropped"), ("late_ticks", "late")):
-            self.ledger.counts[name] += event[key] - self._seen[key]
-            self._seen[key] = event[key]
 
     def turns(self, heard: np.ndarray) -> list[UserTurn]:
         return energy_turns(heard)
 
     def close(self) -> None:
         with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):
-            link, self._link = self._link, _Link(None, {})
-            link.socket.send('{"type": "stop"}')
-            link.socket.close()
+            self._socket.send('{"type": "stop"}')
+        self._socket.close()
 
 
 Line = LocalLine | RemoteLine
@@ -496,7 +440,8 @@ def converse(
                 record.add(said, buffers=sound.play(said))
                 sides(1, said.audio)
                 screen.level("samvad", said.audio)
-                screen.renew(record.delays[-1], line.ledger.counts, line.clock())
+                dropped = line.ledger.counts["dropped_patches"]
+                screen.renew(record.delays[-1], dropped, line.clock())
     except (Exception, KeyboardInterrupt) as error:
         record.stopped = error
     screen.close()
@@ -597,10 +542,10 @@ def read_question(path: Path) -> tuple[np.ndarray, UserTurn | None]:
 class Playout:
     """What waits to be played, between our thread and the sound card's.
 
-    The speaker has a clock of its own: where the least that waited in a while is too little or too
-    much, patches are stretched or shortened by 0.2 %, which nobody hears, so that over hours
-    neither gaps nor waiting grow. `inserted` counts samples that this added and the silence where
-    it ran dry, which `underruns` counts too; `removed` those it took and those beyond `MOST`.
+    The speaker has a clock of its own: where the least that waited in a `WINDOW` was under `LOW` or
+    over `HIGH`, patches are stretched or shortened by 0.2 %, which nobody hears, so that over hours
+    neither gaps nor waiting grow. `inserted` counts those samples and the silence where it ran dry,
+    as `underruns` does; `removed` those it took and those beyond `MOST`.
     """
 
     LOW, HIGH, MOST, WINDOW = 0.01, 0.03, 0.2, 5.0  # seconds
@@ -612,55 +557,31 @@ class Playout:
 
     def push(self, audio: np.ndarray) -> float:
         """Queue samples [T]; returns for how many seconds the first of them will wait."""
+        if more := self._stretch * (len(audio) // 500):
+            places = np.linspace(0, len(audio) - 1, len(audio) + more)
+            audio = np.interp(places, np.arange(len(audio)), audio)
         with self._lock:
-            waits, more = len(self._waiting) / self.rate, self._stretch * (len(audio) // 500)
-            if more:
-                places = np.linspace(0, len(audio) - 1, len(audio) + more)
-                audio = np.interp(places, np.arange(len(audio)), audio)
-            most = int(self.MOST * self.rate)
+            waits, most = len(self._waiting) / self.rate, int(self.MOST * self.rate)
             beyond = max(0, len(self._waiting) + len(audio) - most)
             self.inserted += max(0, more)
             self.removed += max(0, -more) + beyond
             self._waiting = np.concatenate([self._waiting, audio])[beyond:]
             self._playing = True
-            return min(waits, self.MOST)
+        return min(waits, self.MOST)
 
     def pull(self, count: int) -> np.ndarray:
         """The next samples for the card, silence where there are too few."""
         with self._lock:
             taken, self._waiting = self._waiting[:count], self._waiting[count:]
-            missing = count - len(taken)
-            if self._playing:
-                self.inserted += missing
-                self.underruns += missing > 0
-                self._least = min(self._least, len(self._waiting) / self.rate)
-                self._pulled += count
+            missing = (count - len(taken)) * self._playing
+            self.inserted += missing
+            self.underruns += missing > 0
+            self._least = min(self._least, len(self._waiting) / self.rate)
+            self._pulled += count * self._playing
             if self._pulled >= self.WINDOW * self.rate:
                 self._stretch = int(self._least < self.LOW) - int(self._least > self.HIGH)
                 self._least, self._pulled = np.inf, 0
-            return np.concatenate([taken, np.zeros(missing, np.float32)])
-
-
-class EchoCanceller:
-    """WebRTC's, from LiveKit's SDK, in blocks of 10 ms of 16-bit samples."""
-
-    def __init__(self) -> None:
-        try:
-            from livekit import rtc
-        except ImportError as error:
-            raise UserError("--echo_cancel needs LiveKit's SDK: pip install livekit") from error
-        self._frame = rtc.AudioFrame
-        self._processor = rtc.AudioProcessingModule(echo_cancellation=True)
-
-    def played(self, pcm: bytes, rate: int) -> None:
-        self._processor.process_reverse_stream(self._frame(pcm, rate, 1, len(pcm) // 2))
-
-    def clean(self, pcm: bytes, rate: int, delay_seconds: float) -> bytes:
-        """What the microphone heard, less what the speaker played."""
-        frame = self._frame(bytearray(pcm), rate, 1, len(pcm) // 2)
-        self._processor.set_stream_delay_ms(round(1000 * delay_seconds))
-        self._processor.process_stream(frame)
-        return bytes(frame.data)
+        return np.concatenate([taken, np.zeros(count - len(taken), np.float32)])
 
 
 def import_sounddevice() -> ModuleType:
@@ -672,6 +593,15 @@ def import_sounddevice() -> ModuleType:
         missing = "the microphone needs the PortAudio library: apt-get install libportaudio2"
         raise UserError(f"{missing}; or answer a recording: --wav question.wav") from error
     return sounddevice
+
+
+def import_livekit() -> ModuleType:
+    """LiveKit's SDK, for WebRTC's echo canceller."""
+    try:
+        from livekit import rtc
+    except ImportError as error:
+        raise UserError("--echo_cancel needs LiveKit's SDK: pip install livekit") from error
+    return rtc
 
 
 def device_rate(sounddevice: Any, kind: str, device: int | str | None = None) -> int:
@@ -702,24 +632,23 @@ class SoundCard:
         self._to_engine = StreamResampler(self._rates[0], SAMPLE_RATE)
         self._to_card = StreamResampler(SAMPLE_RATE, self._rates[1])
         self.playout = Playout(self._rates[1])
-        self._canceller = EchoCanceller() if args.echo_cancel else None
+        self._rtc = import_livekit() if args.echo_cancel else None
+        self._echo = self._rtc and self._rtc.AudioProcessingModule(echo_cancellation=True)
         self._inputs: queue.Queue[tuple[float, bytes]] = queue.Queue(MAX_INPUT_BLOCKS)
 
     def __enter__(self) -> None:
-        ledger, self._open = self.ledger, contextlib.ExitStack()
+        ledger, sounddevice, self._open = self.ledger, self._sounddevice, contextlib.ExitStack()
         ledger.resampler_seconds = self._to_engine.delay_seconds + self._to_card.delay_seconds
-        makers = self._sounddevice.RawInputStream, self._sounddevice.RawOutputStream
-        callbacks = self._heard, self._played
+        kinds = sounddevice.RawInputStream, sounddevice.RawOutputStream
         latency = 0.0
         try:
-            for make, device, rate, callback in zip(
-                makers, self._devices, self._rates, callbacks, strict=True
-            ):
+            for n, callback in enumerate((self._heard, self._played)):
+                rate = self._rates[n]
                 settings = {"samplerate": rate, "blocksize": int(rate * BLOCK_SECONDS)}
-                settings |= {"device": device, "channels": 1, "dtype": "int16", "latency": "low"}
-                stream = self._open.enter_context(make(callback=callback, **settings))
-                latency += float(stream.latency)
-        except self._sounddevice.PortAudioError as error:
+                settings |= {"device": self._devices[n], "channels": 1, "dtype": "int16"}
+                stream = kinds[n](callback=callback, latency="low", **settings)
+                latency += float(self._open.enter_context(stream).latency)
+        except sounddevice.PortAudioError as error:
             self.__exit__()
             why = f"the sound card refused: {error}; plug it in, close what else uses it"
             raise UserError(why) from error
@@ -741,21 +670,25 @@ class SoundCard:
             self.ledger.counts["input_overflows"] += 1
 
     def _played(self, outdata: Any, frames: int, when: Any, status: Any) -> None:
-        pcm = (self.playout.pull(frames).clip(-1.0, 1.0) * 32767.0).astype("<i2").tobytes()
+        pcm = to_pcm16(self.playout.pull(frames))
         outdata[:] = pcm
-        if self._canceller is not None:
-            self._canceller.played(pcm, self._rates[1])
+        if self._echo:
+            self._echo.process_reverse_stream(self._frame(pcm, self._rates[1]))
+
+    def _frame(self, pcm: bytes, rate: int) -> Any:
+        return self._rtc.AudioFrame(bytearray(pcm), rate, 1, len(pcm) // 2)
 
     def heard(self, wait: float) -> Iterator[tuple[np.ndarray, float]]:
         with contextlib.suppress(queue.Empty):
             while True:
                 arrived, pcm = self._inputs.get(timeout=wait) if wait else self._inputs.get_nowait()
                 wait, self._heard_at = 0.0, time.perf_counter()
-                if self._canceller is not None:
-                    delay = self.ledger.device_seconds
-                    pcm = self._canceller.clean(pcm, self._rates[0], delay)
-                samples = np.frombuffer(pcm, "<i2").astype(np.float32) / 32768.0
-                yield self._to_engine(samples), arrived
+                if self._echo:
+                    frame = self._frame(pcm, self._rates[0])
+                    self._echo.set_stream_delay_ms(round(1000 * self.ledger.device_seconds))
+                    self._echo.process_stream(frame)  # in place
+                    pcm = bytes(frame.data)
+                yield self._to_engine(from_pcm16(pcm)), arrived
         if time.perf_counter() - self._heard_at > SILENT_SECONDS:
             silent = f"the microphone sent nothing for {SILENT_SECONDS:.0f} s"
             raise UserError(f"{silent}; is it unplugged?")
@@ -769,29 +702,28 @@ class SoundCard:
 
 
 def measure_loopback(card: SoundCard) -> float:
-    """Seconds from the speaker to the microphone, by chirps; where headphones lie on the
-    microphone, or a cable joins them. Raises `UserError` where it hears none of them."""
+    """Seconds from the speaker to the microphone, by chirps: where headphones lie on it, or a cable
+    joins them. Raises `UserError` where none comes back."""
     t = np.arange(int(0.08 * SAMPLE_RATE)) / SAMPLE_RATE
-    chirp = 0.5 * np.hanning(len(t)) * np.sin(2 * np.pi * (500 + 2.5e4 * t) * t)
     said = np.zeros(5 * SAMPLE_RATE, np.float32)  # the last 2.5 s are for the slowest devices
     for at in (0.3, 0.7, 1.2, 1.8, 2.3):  # unevenly: no shift but the right one fits
+        chirp = 0.5 * np.hanning(len(t)) * np.sin(2 * np.pi * (500 + 2.5e4 * t) * t)
         said[int(at * SAMPLE_RATE) :][: len(t)] = chirp
-    heard, waits, fixed = np.zeros(0, np.float32), [], 0.0
+    heard, waits, ledger = np.zeros(0, np.float32), [], card.ledger
     with card:
-        fixed = card.ledger.device_seconds + card.ledger.resampler_seconds
         while len(heard) < len(said):
             for audio, _ in card.heard(POLL_SECONDS):
-                now = said[len(heard) :][: len(audio)]
-                waits.append(card.play(Reply(now, 0)) - fixed)
+                waits.append(card.play(Reply(said[len(heard) :][: len(audio)], 0)))
                 heard = np.concatenate([heard, audio])
-    size = 2 * len(said)
+        waited = float(np.mean(waits)) - ledger.device_seconds - ledger.resampler_seconds
+    size = 2 * len(said)  # correlation
     spectrum = np.fft.rfft(heard[: len(said)], size) * np.fft.rfft(said, size).conj()
     fit = np.abs(np.fft.irfft(spectrum, size)[: len(said) // 2])
     if fit.max() < 10 * np.median(fit) or np.abs(heard).max() < 1e-3:
         raise UserError("--loopback: no chirp came back; lay the headphones on the microphone")
-    card.ledger.loopback_seconds = fit.argmax() / SAMPLE_RATE - float(np.mean(waits))
-    card.ledger.device_seconds = card.ledger.loopback_seconds - card.ledger.resampler_seconds
-    return card.ledger.loopback_seconds
+    ledger.loopback_seconds = float(fit.argmax() / SAMPLE_RATE) - waited
+    ledger.device_seconds = ledger.loopback_seconds - ledger.resampler_seconds
+    return ledger.loopback_seconds
 
 
 # -------------------------------------------------------------------------------------- main

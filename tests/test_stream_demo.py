@@ -281,7 +281,7 @@ def test_a_card_unplugged_in_mid_call_is_one_line_after_the_ledger(monkeypatch, 
             super().__exit__()
             raise FakePortAudioError("Device unavailable")
 
-    monkeypatch.setattr(stream_demo, "SILENT_SECONDS", 0.05)
+    monkeypatch.setattr(stream_demo, "SILENT_SECONDS", 0.5)
     card, clock = FakeCard(silence(0.5)), FakeClock()
     if lost == "when closed":
         monkeypatch.setattr(card, "RawInputStream", lambda **o: Unplugged(card, "input", **o))
@@ -292,7 +292,7 @@ def test_a_card_unplugged_in_mid_call_is_one_line_after_the_ledger(monkeypatch, 
         main([])
     ledger = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert "\n" not in str(caught.value)
-    assert ledger["turns"] == 1 and ledger["tick_ms"]["total"]["n"] >= 10
+    assert ledger["turns"] == 1 and ledger["tick_ms"]["total"]["n"] >= 3
 
 
 def test_a_card_that_refuses_is_one_line(monkeypatch):
@@ -343,12 +343,12 @@ def test_an_hour_of_two_clocks_that_disagree(parts_per_million):
     for _ in range(90_000):
         waits.append(playout.push(tail))
         due += 960 * (1 + parts_per_million / 1e6)
-        while pulled + 240 <= due:
-            playout.pull(240)
-            pulled += 240
+        while pulled + 480 <= due:
+            playout.pull(480)
+            pulled += 480
     drift = 90_000 * 960 * parts_per_million / 1e6
     assert max(waits) < 0.06
-    assert playout.underruns * 0.01 < 0.2  # all of them before it had settled
+    assert playout.underruns * 0.02 < 0.2  # all of them before it had settled
     assert playout.inserted - playout.removed == pytest.approx(drift, abs=0.06 * RATE)
 
 
@@ -717,15 +717,15 @@ def test_a_server_s_delay_is_told_apart_and_its_words_shown(server, monkeypatch)
     assert "".join(said).count("samvad: w1 ") == 2
 
 
-def test_a_call_cut_off_goes_on_where_it_was(server):
+def test_a_lost_network_ends_in_one_line_with_what_was_said(server):
     line = stream_demo.RemoteLine(parse_args(["--server", server.address, "--token", "s e"]))
     sound, said = Recording(np.full(2 * RATE, 0.5, "f"), line, tail_seconds=0.4), []
-    threading.Timer(0.8, lambda: line._link.socket.socket.shutdown(2)).start()
+    threading.Timer(0.8, lambda: line._socket.socket.shutdown(2)).start()
     record, _ = converse(line, sound, Screen(said.append))
     line.close()
-    assert record.stopped is None and line.ledger.counts["rejoins"] == 1
-    assert record.index == sorted(record.index) and 50 <= record.index[-1] <= 62
-    assert max(map(sum, record.delays)) < 1.0
+    assert isinstance(record.stopped, UserError) and "\n" not in str(record.stopped)
+    assert "the call was ended" in str(record.stopped)
+    assert 5 < len(record.index) < 40 and len(sound.reply) >= 6 * 960 and said
 
 
 @pytest.mark.parametrize(
