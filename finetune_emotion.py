@@ -91,7 +91,7 @@ class EmotionalSpeech(Conversations):
         super().__init__(rows, train_s2s.row_frames(rows), *how, **more)
         self.places: dict[str, dict[str, list[int]]] = {}  # by speaker and emotion
         labels = itertools.chain.from_iterable(found for _, found in turn_fields(rows, "emotion"))
-        speakers = rows.with_format(None)["source"]
+        speakers = rows.with_format(None)["source"][:]
         for i, (speaker, label) in enumerate(zip(speakers, labels, strict=True)):
             self.places.setdefault(speaker, {}).setdefault(label, []).append(i)
         shown = sorted({label for own in self.places.values() for label in own})

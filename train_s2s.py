@@ -138,7 +138,7 @@ class Conversations(Dataset):
         self.depth_patches = max(1, round(args.depth_fraction * self.patches))
         self.phone_ids = {phone: i for i, phone in enumerate(config.phones)}
         self.ends = np.cumsum(np.asarray(frames, np.int64) // config.frames_per_step)
-        languages = np.array(rows.with_format(None)["language"])
+        languages = np.array(rows.with_format(None)["language"][:])
         self.alike = {name: np.flatnonzero(languages == name) for name in set(languages)}
 
     def __len__(self) -> int:
@@ -455,7 +455,7 @@ def load_rows(folders: Sequence[str], fingerprint: str):
     # Concatenating drops the transform that decodes rows; it is the same for every part.
     rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     rows = rows.with_transform(parts[0].format["format_kwargs"]["transform"])
-    plain = rows.with_format(None)
+    plain = rows.select_columns(["id", "split"]).with_format(None)[:]
     places = {"train": [], "validation": [], "test": []}
     for i, (name, named) in enumerate(zip(plain["id"], plain["split"], strict=True)):
         held_out = named == "train" and split_for(name, 0.02, 0.0) != "train"
