@@ -7,6 +7,8 @@ import contextlib
 import gc
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -611,6 +613,18 @@ def test_the_command_serves_until_it_is_told_to_stop():
         assert process.returncode == 0 and "every call has ended" in out and err == ""
     finally:
         process.kill()
+
+
+def test_the_image_holds_what_its_command_needs():
+    root = TINY.parent.parent
+    text = (root / "Dockerfile").read_text()
+    for names in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        assert all(list(root.glob(name)) for name in names.split())
+    command = re.search(r"^CMD exec python serve.py (.*)$", text, re.MULTILINE)[1]
+    values = dict(re.findall(r"(\w+)=(\S+)", re.search(r"^ENV (.*)$", text, re.MULTILINE)[1]))
+    args = serve.parse_args(shlex.split(re.sub(r"\$(\w+)", lambda m: values[m[1]], command)))
+    assert (args.host, args.port, args.slots) == ("0.0.0.0", 8000, 8)
+    assert (root / args.codec).is_dir() and (root / args.lm).is_dir()
 
 
 @pytest.mark.parametrize(
