@@ -247,8 +247,10 @@ class OpenAIRealtime(Protocol):
                 if event["who"] == "agent" and self._agent:
                     self._part("output_audio_transcript.delta", delta=event["text"])
             elif event["type"] == "speech":
-                turn = self._user_turn if event["who"] == "user" else self._agent_turn
-                turn(event["speaking"])
+                user = event["who"] == "user"
+                # Who rejoins in a turn has not seen its beginning, and shall not see its end.
+                if event["speaking"] or (self._user if user else self._agent):
+                    (self._user_turn if user else self._agent_turn)(event["speaking"])
         if audio is not None:
             self._seconds += len(audio) / SAMPLE_RATE
             if self._agent:

@@ -158,8 +158,7 @@ class Scheduler(threading.Thread):
                 event = {"type": "error", "message": str(error)}
                 self._deliver([(call, call.connection, None, [event])], None)
 
-        with self._wake:
-            self._add(job)
+        self._add(job)
 
     def feed(self, call: Call, audio: np.ndarray) -> None:
         with self._wake:
@@ -184,8 +183,9 @@ class Scheduler(threading.Thread):
             self._fail(error)
 
     def _add(self, job: Callable[[], Any]) -> None:
-        self._jobs.append(job)
-        self._wake.notify()
+        with self._wake:
+            self._jobs.append(job)
+            self._wake.notify()
 
     def _wait(self) -> bool:
         """Until a tick or a job is due; False once stopped."""
@@ -194,9 +194,8 @@ class Scheduler(threading.Thread):
                 waiting = [(len(c.inbox), c.pace.left) for c in self.calls.values() if c.inbox]
                 early = self._due - self.engine.clock()
                 behind = any(patches > 1 and left >= 1 for patches, left in waiting)
-                if self._jobs or (waiting and early <= 0):
-                    return True
-                if behind and early > self._tick_seconds:
+                spare = behind and early > self._tick_seconds
+                if self._jobs or spare or (waiting and early <= 0):
                     return True
                 self._idle = not waiting
                 self._wake.wait(early if waiting else None)
@@ -338,9 +337,7 @@ class Server:
 
     # ---- a client comes
     def allows(self, tokens: Iterable[str]) -> bool:
-        wanted = (self.args.token or "").encode("utf-8", "replace")
-        same = [hmac.compare_digest(t.encode("utf-8", "replace"), wanted) for t in tokens]
-        return not wanted or any(same)
+        return not self.args.token or any(same(token, self.args.token) for token in tokens)
 
     def allows_origin(self, headers: Any) -> bool:
         """Whether a page may connect: one of this host's own, or an allowed one. Only browsers
@@ -360,16 +357,11 @@ class Server:
         await websocket.accept(subprotocol="realtime" if "realtime" in offered else None)
         connection = Connection(websocket, make_protocol(websocket.query_params))
         self.connections.add(connection)
-        tasks = [
-            asyncio.create_task(connection.send()),
-            asyncio.create_task(self._read(connection)),
-        ]
+        tasks = [asyncio.create_task(t) for t in (connection.send(), self._read(connection))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if connection.closing is not None:
-                await asyncio.wait(tasks[:1], timeout=SEND_SECONDS)
-            else:
-                await asyncio.wait(tasks, timeout=WATCH_SECONDS)  # for the reason to be read
+            ends = connection.closing is not None  # else wait for the reason to be read
+            await asyncio.wait(tasks[: 2 - ends], timeout=SEND_SECONDS if ends else WATCH_SECONDS)
         finally:
             for task in tasks:
                 task.cancel()
@@ -399,8 +391,8 @@ class Server:
             raise ProtocolError(1008, "pages of this origin may not connect")
         until = time.monotonic() + START_SECONDS
         while not protocol.started:
+            left = until - time.monotonic()
             try:
-                left = until - time.monotonic()
                 received = await asyncio.wait_for(connection.receive(), left)
             except asyncio.TimeoutError:
                 raise ProtocolError(1008, "no start message came") from None
@@ -411,14 +403,12 @@ class Server:
             raise ProtocolError(1008, "a wrong token, or none")
         if self.draining is not None:
             raise ProtocolError(1013, "the server is shutting down; try again")
-        known = websocket.query_params.get("call", "").encode("utf-8", "replace")
-        calls = [
-            c for c in self.scheduler.calls.values() if hmac.compare_digest(c.id.encode(), known)
-        ]
+        known, calls = websocket.query_params.get("call", ""), self.scheduler.calls.values()
+        calls = [call for call in calls if same(call.id, known)]
         call = calls[0] if calls else self.scheduler.open()
         if call is None:
-            busy = f"all {self.engine.slots} lines are busy; try again in a minute"
-            raise ProtocolError(1013, busy)
+            lines = f"all {self.engine.slots} lines are busy"
+            raise ProtocolError(1013, f"{lines}; try again in a minute")
         if (other := call.connection) is not None:
             other.call = None
             other.end(TAKEN_OVER, "taken over")
@@ -524,6 +514,11 @@ class Server:
         self.scheduler.stop()
         if self.failure is not None:
             raise self.failure
+
+
+def same(one: str, other: str) -> bool:
+    """Compared in a time that does not tell how much of it is right."""
+    return hmac.compare_digest(*(text.encode("utf-8", "replace") for text in (one, other)))
 
 
 def tokens_of(request: Any) -> list[str]:

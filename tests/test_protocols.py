@@ -241,6 +241,12 @@ def test_realtime_answers_what_clients_ask():
     assert refused(protocol, b"binary") == 1003
 
 
+def test_realtime_in_a_call_rejoined_in_the_middle_of_a_turn():
+    protocol = OpenAIRealtime({})
+    assert said(protocol, tone(0.04), text(" x"), speech("agent", False)) == []
+    assert said(protocol, tone(0.04), speech("user", False)) == []
+
+
 def test_realtime_events_are_those_of_the_openai_package():
     """Each is built by the class that the package has for it, which names its fields."""
     types = pytest.importorskip("openai.types.realtime")

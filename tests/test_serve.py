@@ -93,7 +93,8 @@ def patch(level: float) -> bytes:
 
 
 async def connect(running: Running, path: str = "/api/pcm", **options):
-    options = {"max_queue": None, "max_size": None, **options}  # it reads whatever comes
+    # It reads whatever comes, and waits on a busy machine.
+    options = {"max_queue": None, "max_size": None, "open_timeout": 60, **options}
     return await websockets.connect(f"ws://{running.address}{path}", **options)
 
 
