@@ -132,7 +132,7 @@ class Screen:
         self._write = write or (lambda text: print(text, end="", flush=True))
         self._panel, self._height, self._renewed = panel, 0, 0.0
         self._line: tuple = ()  # who is speaking and the number of their turn
-        self._speaking, self._held = Counter(), []  # words over those of the one on the line
+        self._speaking, self._held = Counter(), []  # words of the user over the agent's
         self._feeling, self._emotions, self._languages = "", Counter(), Counter()
         self._levels = {"you": -99.0, "samvad": -99.0}
 
@@ -155,7 +155,7 @@ class Screen:
         held, self._held = self._held, []
         for event in held:
             line, words = (event["who"], event["turn"]), event["text"]
-            if self._line and line[0] != self._line[0] and self._speaking[self._line[0]]:
+            if (line[0], *self._line[:1]) == ("user", "agent") and self._speaking["agent"]:
                 self._held.append(event)
             elif line == self._line:
                 self._write(words)
@@ -186,7 +186,7 @@ class Screen:
             return
         self._renewed, (columns, height) = now, shutil.get_terminal_size()
         if height != self._height:  # at first, and where the window changed
-            self._write(f"\n\n\x1b[2A\x1b7\x1b[1;{height - 2}r\x1b8")
+            self._write(f"\x1bD\x1bD\x1b[2A\x1b7\x1b[1;{height - 2}r\x1b8")
             self._height = height
         above = self._feeling and f"you sound {self._feeling}"
         for who, db in reversed(self._levels.items()):

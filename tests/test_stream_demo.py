@@ -137,6 +137,42 @@ def test_words_are_printed_as_they_come_and_the_user_described(monkeypatch):
     assert screen.user_line() == "you: sounded happy (100%), spoke english (100%)"
 
 
+def test_each_turn_has_a_line_and_who_talks_over_the_agent_waits():
+    said: list[str] = []
+    screen = Screen(said.append)
+
+    def word(who, text, turn=1):
+        screen.event({"type": "text", "who": who, "text": text, "turn": turn})
+
+    word("user", " how")
+    word("user", " are")
+    screen.event({"type": "speech", "who": "agent", "speaking": True})
+    word("agent", " I")
+    word("user", " you")
+    word("agent", " am")
+    screen.event({"type": "speech", "who": "agent", "speaking": False})
+    screen.event({"type": "emotion", "name": "sad", "posterior": {"sad": 0.9}, "language": "hindi"})
+    word("agent", " Yes", 2)
+    screen.close()
+    lines = "you: how are", "samvad: I am", "you: you", "(you sound sad)", "samvad: Yes", ""
+    assert "".join(said) == "\n".join(lines)
+    assert screen.user_line() == "you: sounded sad (100%), spoke hindi (100%)"
+
+
+def test_the_panel_is_renewed_below_what_scrolls(monkeypatch):
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: (60, 20))
+    said: list[str] = []
+    screen = Screen(said.append, panel=True)
+    screen.level("you", np.full(960, 0.5))
+    for now in (1.0, 1.1, 1.3):  # the second is too soon
+        screen.renew(stream_demo.Delay(0.012, 0.031, 0.04), 2, now)
+    assert len(said) == 3 and "\x1b[1;18r" in said[0]  # the last two rows do not scroll
+    assert "gpu 12  network 31  buffers 40   dropped 2" in said[1] and "-6 dB" in said[1]
+    assert "\n" not in "".join(said)  # the line under way goes on where it is
+    screen.close()
+    assert "\x1b[r" in said[-1]
+
+
 def test_vad_flush_silences_the_agent_in_a_recording(monkeypatch):
     windows = iter([0.0] * 20 + [1.0] * 1000)
     audio = np.full(2 * RATE, 0.5, np.float32)
