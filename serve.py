@@ -13,8 +13,9 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import functools
 import hmac
-import importlib
+import importlib.util
 import os
 import secrets
 import socket
@@ -553,32 +554,22 @@ def build_app(server: Server) -> Any:
             return PlainTextResponse("a wrong token, or none\n", 401)
         return Response(generate_latest(server.metrics.registry), media_type="text/plain")
 
-    def websocket(path: str, protocol: type[Protocol]) -> WebSocketRoute:
-        async def endpoint(socket: Any) -> None:
-            await server.serve_client(socket, protocol)
-
-        return WebSocketRoute(path, endpoint)
-
-    pages = (("/", page), ("/ping", ping), ("/metrics", metrics))
-    routes = [*(Route(*place) for place in pages), *(websocket(*p) for p in PROTOCOLS.items())]
+    routes: list = [Route("/", page), Route("/ping", ping), Route("/metrics", metrics)]
+    for path, protocol in PROTOCOLS.items():
+        serve_client = functools.partial(server.serve_client, make_protocol=protocol)
+        routes.append(WebSocketRoute(path, serve_client))
     return FastAPI(routes=routes, openapi_url=None)
 
 
 # ------------------------------------------------------------------------------------------ main
 
 
-def check_packages() -> None:
-    try:
-        for name in ("fastapi", "uvicorn", "websockets", "prometheus_client", "sphn"):
-            importlib.import_module(name)
-    except ImportError as error:
-        pip = "pip install fastapi uvicorn websockets prometheus-client sphn"
-        raise UserError(f"the server needs {error.name}: {pip}") from error
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    check_packages()
+    for name in ("fastapi", "uvicorn", "websockets", "prometheus_client", "sphn"):
+        if importlib.util.find_spec(name) is None:
+            pip = "pip install fastapi uvicorn websockets prometheus-client sphn"
+            raise UserError(f"the server needs {name}: {pip}")
     host = args.host or ("0.0.0.0" if args.token else "127.0.0.1")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, args.port), family=family)
