@@ -327,9 +327,8 @@ class DepthHeads(nn.Module):
     def __init__(self, config: S2SConfig) -> None:
         super().__init__()
         self.schedule, width = config.depth_schedule(), config.code_dim
-        self.project = nn.ModuleList(
-            nn.Linear(config.depth_dim, len(places) * width) for places in self.schedule
-        )
+        sizes = [len(places) * width for places in self.schedule]
+        self.project = nn.ModuleList(nn.Linear(config.depth_dim, size) for size in sizes)
         self.tables = nn.ModuleList(nn.Linear(width, size) for size in config.codebook_sizes)
 
     def forward(self, hidden: Tensor, step: int) -> Tensor:
@@ -415,9 +414,8 @@ class S2S(nn.Module):
         self.user_projection = nn.Linear(patch_width, c.dim, bias=False)
         self.emotion_embedding = nn.Embedding(len(c.emotions) + 1, c.dim)  # 0: not given
         self.language_embedding = nn.Embedding(len(c.languages) + 1, c.dim)  # 0: not given
-        self.temporal = StreamingTransformer(
-            TransformerConfig(c.dim, c.num_layers, c.num_heads, c.context, dropout=c.dropout)
-        )
+        sizes = c.dim, c.num_layers, c.num_heads, c.context
+        self.temporal = StreamingTransformer(TransformerConfig(*sizes, dropout=c.dropout))
         self.text_head = nn.Linear(c.dim, c.vocab_size)
         heads = {"user_speaking": 1, "turn_end": 1, "user_emotion": len(c.emotions)}
         heads |= {"language": len(c.languages)}
@@ -433,13 +431,10 @@ class S2S(nn.Module):
         self.schedule = c.depth_schedule()
         self.depth_text = nn.Embedding(c.vocab_size, c.depth_dim)
         self.depth_context = nn.ModuleList(nn.Linear(c.dim, c.depth_dim) for _ in self.schedule)
-        self.depth_input = nn.ModuleList(
-            nn.Linear(len(places) * c.code_dim, c.depth_dim, bias=False)
-            for places in self.schedule[:-1]
-        )
-        self.depth = StreamingTransformer(
-            TransformerConfig(c.depth_dim, c.depth_layers, c.depth_heads, len(self.schedule))
-        )
+        widths = [len(places) * c.code_dim for places in self.schedule[:-1]]
+        self.depth_input = nn.ModuleList(nn.Linear(n, c.depth_dim, bias=False) for n in widths)
+        sizes = c.depth_dim, c.depth_layers, c.depth_heads, len(self.schedule)
+        self.depth = StreamingTransformer(TransformerConfig(*sizes))
         self.depth_heads = DepthHeads(c)
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
@@ -583,14 +578,13 @@ class S2S(nn.Module):
                 without + strength · (with − without). None: the state has B rows, as for 1.
             timer: called, without arguments, when the temporal stage is done.
         """
-        none, recognised = torch.zeros_like(state.text), None
+        slots, recognised = len(user_codes), None
         if not isinstance(sampling, SlotSampling):
-            sampling = self.slot_sampling(len(user_codes), sampling or Sampling())
-        keys, ticks = state.key[: len(user_codes)], state.temporal.position[: len(user_codes)]
-        noise = sampling.noise(keys, ticks)  # before the position moves on
-        emotion, language = (
-            none[: len(user_codes)] if given is None else given for given in (emotion, language)
-        )
+            sampling = self.slot_sampling(slots, sampling or Sampling())
+        # Before the position moves on.
+        noise = sampling.noise(state.key[:slots], state.temporal.position[:slots])
+        none = torch.zeros_like(state.text[:slots])
+        emotion, language = (none if given is None else given for given in (emotion, language))
         if strength is not None:
             user_codes, language = user_codes.repeat(2, 1, 1), language.repeat(2)
             emotion = F.pad(emotion, (0, len(emotion)))
@@ -607,12 +601,12 @@ class S2S(nn.Module):
         logits = guided(self.text_head(hidden), strength)
         text = draw_text(logits, noise[:, :2], sampling.rows[:, -1], self.config.text_weight)
         if forced is not None:
-            slots, forced_codes, forced_text = forced
-            text = torch.where(slots, forced_text, text)
+            muted, forced_codes, forced_text = forced
+            text = torch.where(muted, forced_text, text)
         timer()
         codes = self._draw_codes(hidden, text, state, noise[:, 2:], strength)
         if forced is not None:
-            codes = torch.where(slots[:, None, None], forced_codes.transpose(1, 2), codes)
+            codes = torch.where(muted[:, None, None], forced_codes.transpose(1, 2), codes)
         if strength is not None:
             codes, said = torch.cat((codes, codes)), torch.cat((text, text))
             heads = {name: logits.chunk(2)[0] for name, logits in heads.items()}
@@ -719,9 +713,8 @@ def token_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
     weights = torch.ones(logits.shape[-1], device=logits.device)
     weights[PAD] = 1.0 / weight
     counted = torch.where(labels == IGNORE, 0.0, weights[labels.clamp(min=0)])
-    raw = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none"
-    )
+    flat, options = logits.flatten(0, 1).float(), {"ignore_index": IGNORE, "reduction": "none"}
+    raw = F.cross_entropy(flat, labels.flatten(), **options)
     return (raw * counted.flatten()).sum() / over_ranks(counted.sum())
 
 
@@ -740,14 +733,11 @@ def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
     scores = logits.float()
     chosen = scores.flatten()[at[..., None] * vocabulary + classes[:, :, None]]
     chosen = chosen - scores.logsumexp(-1).flatten()[at][..., None]
+    steps_first = chosen.flatten(0, 1).transpose(0, 1)  # [T, B * M, 1 + S]
     raw = F.ctc_loss(
-        chosen.flatten(0, 1).transpose(0, 1),  # [T, B * M, 1 + S]
-        batch.untimed_labels.flatten(0, 1),
-        *batch.untimed_lengths,
-        blank=0,
-        reduction="none",
-        zero_infinity=True,
-    )
+        steps_first, batch.untimed_labels.flatten(0, 1), *batch.untimed_lengths, blank=0,
+        reduction="none", zero_infinity=True,
+    )  # fmt: skip
     # torch's gradient takes the classes for all there are, and adds their probabilities to it.
     inside = (span < batch.untimed_patches[..., None]) & (raw > 0).view(size, -1, 1)
     surplus = torch.where(inside[..., None], chosen.exp(), 0.0).sum((-1, -2)).flatten()
