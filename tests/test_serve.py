@@ -485,8 +485,16 @@ def test_requests_that_cannot_be_met_leave_the_call_going():
 
 
 def test_nothing_is_left_of_callers_who_are_gone():
+    count = int(os.environ.get("CONNECTS", "150"))  # 1000 takes a minute
+    memory = []
+
     async def calls(running):
-        for index in range(150):
+        for index in range(count):
+            if index % 50 == 0:
+                gc.collect()
+                memory.append(resident_bytes())
+            running.engine.codec.encoded.clear()
+            running.engine.lm.calls.clear()
             websocket = await connect(running)
             await until(websocket, "ready")
             await websocket.send(patch(0.1))
@@ -506,6 +514,12 @@ def test_nothing_is_left_of_callers_who_are_gone():
         left = [thing for thing in gc.get_objects() if type(thing) in kinds]
         assert len(left) <= 9  # what the last ticks hold, of this server and of other tests'
         assert not running.server.connections
+        assert memory[-1] - memory[1] < 2**21
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 # ---------------------------------------------------------------------------------- the end
