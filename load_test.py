@@ -44,6 +44,11 @@ from stream_demo import address, read_question
 
 CHUNK_SECONDS = 0.04
 TARGET_MS = 400.0
+COLUMNS = {
+    "callers": "callers", "response_ms": "p95, ms", "turns": "turns", "answered": "answered",
+    "tick_ms": "tick p95", "dropped_patches": "dropped", "refused": "refused", "cut_off": "cut off",
+    "cpu_cores": "cores", "memory_mb": "MB", "gpu_memory_mb": "GPU MB",
+}  # fmt: skip
 PATHS = {"pcm": "/api/pcm", "moshi": "/api/chat", "openai": "/v1/realtime", "twilio": "/telephone"}
 
 
@@ -52,7 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--server", default="ws://127.0.0.1:8000", help="ws://HOST:PORT or wss://HOST")
     add("--callers", nargs="+", type=whole(1, 4096), default=[4], help="at once; several: a ramp")
-    add("--seconds", type=number(5, 86400), default=30.0, help="of each row, all callers on")
+    add("--seconds", type=number(1, 86400), default=30.0, help="of each row, all callers on")
     add("--find_capacity", action="store_true", help="the most callers with p95 < 400 ms, no drop")
     add("--wav", nargs="+", type=Path, help="spoken questions [samples/*.wav]")
     add("--token", default=os.environ.get("SAMVAD_TOKEN"), help="of the server [$SAMVAD_TOKEN]")
@@ -70,16 +75,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 class Voice:
     """How a protocol carries audio: `say` [T] → messages, `hear` one → [T], event or None."""
 
+    ULAW = {"samplerate": 8000, "format": "RAW", "subtype": "ULAW"}
+    START = {"event": "start", "streamSid": "load", "start": {"streamSid": "load"}}
+
     def __init__(self, protocol: str):
-        self._protocol, self.greeting = protocol, []
+        self._protocol = protocol
         if protocol == "moshi":
             import sphn
 
             self._writer = sphn.OpusStreamWriter(SAMPLE_RATE)
             self._reader = sphn.OpusStreamReader(SAMPLE_RATE)
         elif protocol == "twilio":
-            start = {"streamSid": "load", "mediaFormat": {"encoding": "audio/x-mulaw"}}
-            self.greeting = [json.dumps({"event": "start", "streamSid": "load", "start": start})]
             self._down = StreamResampler(SAMPLE_RATE, 8000)
             self._up = StreamResampler(8000, SAMPLE_RATE)
 
@@ -87,14 +93,12 @@ class Voice:
         if self._protocol == "moshi":
             pages = self._writer.append_pcm(audio)
             return [b"\1" + pages] if pages else []
-        pcm = to_pcm16(self._down(audio) if self._protocol == "twilio" else audio)
         if self._protocol == "pcm":
-            return [pcm]
+            return [to_pcm16(audio)]
         if self._protocol == "openai":
-            coded = base64.b64encode(pcm).decode()
+            coded = base64.b64encode(to_pcm16(audio)).decode()
             return [json.dumps({"type": "input_audio_buffer.append", "audio": coded})]
-        file = io.BytesIO()
-        soundfile.write(file, np.frombuffer(pcm, "<i2"), 8000, "ULAW", format="RAW")
+        soundfile.write(file := io.BytesIO(), self._down(audio), **self.ULAW)
         media = {"payload": base64.b64encode(file.getvalue()).decode()}
         return [json.dumps({"event": "media", "streamSid": "load", "media": media})]
 
@@ -109,8 +113,7 @@ class Voice:
         if event.get("event") != "media":
             return event
         coded = io.BytesIO(base64.b64decode(event["media"]["payload"]))
-        raw = {"samplerate": 8000, "channels": 1, "format": "RAW", "subtype": "ULAW"}
-        return self._up(soundfile.read(coded, dtype="float32", **raw)[0])
+        return self._up(soundfile.read(coded, dtype="float32", channels=1, **self.ULAW)[0])
 
 
 class Caller:
@@ -140,8 +143,8 @@ class Caller:
             self.counts["cut_off" if self._ready else "refused"] += 1
 
     async def _speak(self, socket: Any, voice: Voice, first: int) -> None:
-        for message in voice.greeting:
-            await socket.send(message)
+        if self._args.protocol == "twilio":
+            await socket.send(json.dumps(voice.START))
         chunk, sent = round(CHUNK_SECONDS * SAMPLE_RATE), 0
         pause = np.zeros(round(self._args.answer_seconds * SAMPLE_RATE), np.float32)
         while sent < self._args.seconds * SAMPLE_RATE:
@@ -254,16 +257,11 @@ def main(argv: list[str] | None = None) -> None:
 
     def measured(callers: int) -> dict:
         row = asyncio.run(measure(args, questions, callers))
-        cells = {"callers": callers} | {
-            p: (row["response_ms"] or {}).get(p) for p in ("p50", "p95", "p99")
-        } | {"answered": f"{row['answered']}/{row['turns']}"} | {
-            "tick p95": (row["tick_ms"] or {}).get("p95"), "dropped": row["dropped_patches"],
-            "refused": row["refused"], "cut off": row["cut_off"], "cores": row["cpu_cores"],
-            "MB": row["memory_mb"], "GPU MB": row["gpu_memory_mb"],
-        }  # fmt: skip
-        for line in ([*cells], [*cells.values()])[bool(rows) :]:
-            print("".join(f"{'-' if cell is None else cell:>9}" for cell in line))
         rows.append(row)
+        cells = [row[name] for name in COLUMNS]
+        for line in (COLUMNS.values(), cells)[len(rows) > 1 :]:
+            shown = ((cell["p95"] if isinstance(cell, dict) else cell) for cell in line)
+            print("".join(f"{'-' if cell is None else cell:>10}" for cell in shown))
         if row["refused"] == callers:
             raise UserError(f"{args.server}: took no caller; is serve.py there, and --token right?")
         if row["caller_late_ms"] > 1000 * CHUNK_SECONDS:

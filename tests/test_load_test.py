@@ -25,13 +25,14 @@ RATE = 24000
 
 @pytest.fixture
 def wav(tmp_path) -> str:
-    path = tmp_path / "q.wav"  # the fake codec keeps a frame's mean alone
-    soundfile.write(path, np.pad(np.full(RATE // 2, 0.5), RATE // 5), RATE)
+    path = tmp_path / "q.wav"  # so low that a frame's mean, all that the fake codec keeps, has it
+    tone = 0.5 * np.sin(2 * np.pi * 12 * np.arange(RATE // 2) / RATE)
+    soundfile.write(path, np.pad(tone, RATE // 5), RATE)
     return str(path)
 
 
 def rows_of(capsys, *argv: str) -> tuple[dict, str]:
-    main(["--seconds", "5", "--ramp_seconds", "0.5", "--answer_seconds", "1", *argv])
+    main(["--seconds", "2", "--ramp_seconds", "0.5", "--answer_seconds", "1", *argv])
     printed = capsys.readouterr().out
     return json.loads(printed.splitlines()[-1]), printed
 
@@ -43,11 +44,11 @@ def test_a_ramp_of_callers_who_are_answered(wav, capsys, monkeypatch):
         result, printed = rows_of(capsys, *flags, "--callers", "1", "3")
     one, three = result["rows"]
     assert (one["callers"], three["callers"]) == (1, 3)
-    assert three["turns"] == 3 * one["turns"] >= 9 and three["answered"] == three["turns"]
+    assert three["turns"] == 3 * one["turns"] >= 6 and three["answered"] == three["turns"]
     # Who repeats what it hears begins a patch, and what the network takes, after the question did.
     assert -470 < one["response_ms"]["p50"] < 300
     assert one["refused"] == one["cut_off"] == one["dropped_patches"] == 0
-    assert one["tick_ms"]["n"] >= 4 and one["memory_mb"] > 0 and one["cpu_cores"] > 0
+    assert one["tick_ms"]["n"] >= 2 and one["memory_mb"] > 0 and one["cpu_cores"] > 0
     assert printed.count("answered") >= 1 and "3/3" not in printed.splitlines()[0]
 
 
@@ -72,7 +73,7 @@ def test_the_other_protocols_carry_a_question_and_its_answer(protocol, wav, caps
         flags = ["--server", running.address, "--wav", wav, "--callers", "1"]
         result, _ = rows_of(capsys, *flags, "--protocol", protocol)
     (row,) = result["rows"]
-    assert row["turns"] == row["answered"] >= 3 and row["refused"] == row["cut_off"] == 0
+    assert row["turns"] == row["answered"] >= 2 and row["refused"] == row["cut_off"] == 0
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 5, 8, 13, 100])
