@@ -18,15 +18,29 @@ trusted, and the text's figure stands alone. The goals: 95 % answered, 95 % of r
 400 ms, and right 70 % in English, 50 % in Hindi and Telugu.
 
 The last line of stdout is the summary as JSON; `--output` also holds every turn.
+
+`--emotion` measures instead, with `--output x.json` a picture x.png of the confusions:
+
+    detection  the emotion told at the end of utterances in STYLES_ASKED; beside it what a judge of
+               prosody tells, and of neutral utterances by voices an octave apart the shares told
+               neutral, and told happy or surprised (excited)
+    empathy    sad and glad readings of the same words: pairs; both answered in words; different:
+               the nearest written replies are two; fitting: a reading's nearest reply is one
+               written for its emotion, within an error rate of 0.3; exact: the pair's very reply
+    words      fitting and exact, of words that are sad or glad by themselves in a neutral voice
+    control    replies sound as they were told to, says a judge of prosody; its own accuracy
+    effect     with `--before LM`: answered, right and response p95 of both on the same calls
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import re
 import sys
+import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,7 +52,9 @@ import soxr
 import torch
 from tqdm import tqdm
 
+import emotion_figures
 import ledger
+import praat
 import speech
 from audio import SAMPLE_RATE
 from codec import Codec
@@ -46,6 +62,7 @@ from command import ArgumentParser, UserError, number, run, whole, writable_file
 from data import SPLITS
 from dialogues import SPOKEN, Exchange, choose_exchanges, load_scripts
 from duplex import DuplexEngine, EmotionEstimate, load_models
+from emotion_figures import Told, accuracies, share
 from phones import JOINERS, phonemize
 from prosody import ProsodyJudge
 from s2s import PAD, S2S, Sampling
@@ -62,6 +79,8 @@ MAX_AUDIO_ERROR = 0.6  # of a right reply, of the judge's phones
 TRUSTED = 0.8  # a judge's least accuracy
 JUDGE_REPLIES = 40  # a language at most on which a judge is examined
 JUDGE_SPEED, JUDGE_RATE = 0.93, 16000
+OCTAVE = {"low": (110.0, 1.0), "high": (220.0, 1.15)}  # median pitch (Hz) and size of the head
+WORDS_ALONE = ("comfort", "good_news")  # intents whose words say what is felt
 STYLES_ASKED = ("neutral", "happy", "sad", "angry", "calm")  # of users and of the agent
 TARGETS = {"english": 0.7, "hindi": 0.5, "telugu": 0.5}
 
@@ -132,6 +151,7 @@ class Call:
     audio: np.ndarray
     turns: tuple[AskedTurn, ...]
     agent_emotion: str | None = None
+    speaker: str = ""
 
 
 def ask(
@@ -302,7 +322,7 @@ def examine(
     judge = replace(judge, expected={t: judge.transcribe(audio) for t, audio in known.items()})
     found = [judge.right(audio, text) for text, audio in clean.items()]
     coded = [judge.right(_through(codec, audio), text) for text, audio in clean.items()]
-    return replace(judge, clean=_share(found) or 0.0, coded=_share(coded) or 0.0)
+    return replace(judge, clean=share(found) or 0.0, coded=share(coded) or 0.0)
 
 
 def _in_the_agents_voice(replies: dict[str, str], language: str, speed: float) -> dict:
@@ -351,10 +371,6 @@ def judge_call(
     return judged
 
 
-def _share(values: Sequence[bool]) -> float | None:
-    return round(float(np.mean(values)), 4) if len(values) else None
-
-
 def summarise(turns: Sequence[dict], judge: Judge | None = None, not_spoken: int = 0) -> dict:
     """The figures of one language: shares in [0, 1], times in ms, None where unknown."""
     kinds, trusted = Counter(turn["kind"] for turn in turns), bool(judge and judge.trusted)
@@ -365,44 +381,57 @@ def summarise(turns: Sequence[dict], judge: Judge | None = None, not_spoken: int
     commonest = Counter(normalise(t["wanted"]) for t in turns).most_common(1)
     return {
         "turns": len(turns), "calls_not_spoken": not_spoken,
-        "answered": _share([t["kind"] == "answered" for t in turns]),
+        "answered": share([t["kind"] == "answered" for t in turns]),
         "takeovers": kinds["takeover"], "unanswered": kinds["unanswered"],
         "response_p50_ms": times.get("p50"), "response_p95_ms": times.get("p95"),
-        "right_text": _share([t["text"] for t in turns]),
-        "right_audio": _share(by_audio) if trusted else None,
-        "right_both": _share(right) if trusted else None, "right_and_in_time": _share(in_time),
+        "right_text": share([t["text"] for t in turns]),
+        "right_audio": share(by_audio) if trusted else None,
+        "right_both": share(right) if trusted else None, "right_and_in_time": share(in_time),
         "majority_answer": round(commonest[0][1] / len(turns), 4) if turns else None,
         "judge_clean": judge and judge.clean, "judge_coded": judge and judge.coded,
         "judge_trusted": trusted,
-        "user_emotion": _share([t["emotion"][0] == t["emotion"][1] for t in turns]),
-        "user_language": _share([t["language"][0] == t["language"][1] for t in turns]),
+        "user_emotion": share([t["emotion"][0] == t["emotion"][1] for t in turns]),
+        "user_language": share([t["language"][0] == t["language"][1] for t in turns]),
     }  # fmt: skip
 
 
-def table(summaries: dict[str, dict]) -> str:
-    """Languages side by side, at most 80 columns wide."""
-    lines = [f"{'':<20}" + "".join(f"{name:>12}" for name in summaries)]
+def table(summaries: dict[str, dict], met: dict[str, dict]) -> str:
+    """Languages side by side, at most 80 columns wide, and the goals that are `met`."""
+    flat = {language: _flat(summary) for language, summary in summaries.items()}
+    keys = list(dict.fromkeys(key for figures in flat.values() for key in figures))
+    width = max(20, *map(len, keys))
+    lines = [f"{'':<{width}}" + "".join(f"{name:>12}" for name in summaries)]
     words = {True: "met", False: "not met", None: "not measured"}
-    for key in next(iter(summaries.values())):
-        lines.append(f"{key:<20}" + "".join(_cell(key, s[key]) for s in summaries.values()))
+    for key in keys:
+        cells = (_cell(key, figures.get(key)) for figures in flat.values())
+        lines.append(f"{key:<{width}}" + "".join(cells))
     for language, summary in summaries.items():
-        if not summary["judge_trusted"]:
+        if not summary.get("judge_trusted", True):
             lines.append(f"{language}: no trusted judge of the audio, the text stands alone")
-        met = (f"{name} {words[value]}" for name, value in goals(language, summary).items())
-        lines.append(f"{language}: {', '.join(met)}")
+        told = ", ".join(f"{name} {words[value]}" for name, value in met[language].items())
+        lines.append(textwrap.fill(f"{language}: {told}", 80))
     return "\n".join(lines)
+
+
+def _flat(figures: dict, outer: str = "") -> dict:
+    """Figures within figures as `outer inner`; confusions are for the picture."""
+    found = {}
+    for key, value in figures.items():
+        inside = isinstance(value, dict) and key != "confusion"
+        found |= _flat(value, f"{outer}{key} ") if inside else {f"{outer}{key}": value}
+    return {key: value for key, value in found.items() if not key.endswith("confusion")}
 
 
 def _cell(key: str, value: float | None) -> str:
     if value is None or isinstance(value, int):
         return f"{'-' if value is None else str(value):>12}"
-    return f"{value:>12.0f}" if key.endswith("_ms") else f"{value:>12.1%}"
+    form = ".0f" if key.endswith("_ms") else ".2f" if key.endswith("_s") else ".1%"
+    return f"{value:>12{form}}"
 
 
 def goals(language: str, summary: dict) -> dict[str, bool | None]:
     """The project's three criteria of a reply, met or not; None where nothing was measured."""
-    answered, p95 = summary["answered"], summary["response_p95_ms"]
-    right = summary["right_both"] if summary["judge_trusted"] else summary["right_text"]
+    answered, right, p95 = _criteria(summary).values()
     return {
         "answered": answered is not None and answered >= 0.95,
         "response": None if p95 is None else p95 < 400,
@@ -410,23 +439,37 @@ def goals(language: str, summary: dict) -> dict[str, bool | None]:
     }
 
 
+def _criteria(summary: dict) -> dict:
+    right = summary["right_both"] if summary["judge_trusted"] else summary["right_text"]
+    p95 = summary["response_p95_ms"]
+    return {"answered": summary["answered"], "right": right, "response_p95_ms": p95}
+
+
 # ---------------------------------------------------------------------------------- emotion
 
 
-def styled_calls(exchanges, language: str, args, rng: np.random.Generator) -> list[Call]:
+def _changed(args: argparse.Namespace, **changes) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(args), **changes})
+
+
+def styled_calls(
+    exchanges, language: str, args, rng: np.random.Generator, styles: Sequence[str] = STYLES_ASKED
+) -> list[Call]:
     """`--styled` calls a style of one utterance each: wordings and voices of the split."""
     voices, calls = user_voices(language, args.split), []
     chosen = choose_exchanges(exchanges, language, args.split, args.intents)
     texts = sorted({text for e in chosen for line in e.lines[::2] for text in line.texts})
     requests = []
-    for i in range(args.styled * len(STYLES_ASKED)):
+    for i in range(args.styled * len(styles)):
         text, voice = texts[int(rng.integers(len(texts)))], draw_voice(voices, rng)
-        style, seed = STYLES_ASKED[i % len(STYLES_ASKED)], int(rng.integers(2**31))
+        style, seed = styles[i % len(styles)], int(rng.integers(2**31))
         speed = float(rng.uniform(*SPEED))
         requests.append(speech.Request(text, language, voice, speed, style, seed))
     for i, (request, take) in enumerate(zip(requests, make_takes(requests), strict=True)):
         if not isinstance(take, UserError):
             calls.append(_one_turn(f"{language}-{i}", request, take, ""))
+    if not calls:
+        raise UserError(f"no {language} utterance could be spoken in the {args.split} voices")
     return calls
 
 
@@ -435,138 +478,151 @@ def _one_turn(name: str, request: speech.Request, take: Take, reply: str, tail: 
     edges = (round(s * SAMPLE_RATE) for s in (LEAD_IN_SECONDS, tail))
     start, end = LEAD_IN_SECONDS + take.onset, LEAD_IN_SECONDS + take.offset
     turn = AskedTurn(start, end, request.text, request.emotion, reply)
-    return Call(name, request.language, np.pad(take.audio, tuple(edges)), (turn,))
+    audio, speaker = np.pad(take.audio, tuple(edges)), request.voice.speaker
+    return Call(name, request.language, audio, (turn,), speaker=speaker)
 
 
-def recognised(agent: dict, lm: S2S) -> tuple[np.ndarray, list[str | None]]:
-    """Posterior `[P, 8]` and name of the user's emotion after each patch, as a call shows them."""
-    estimate = EmotionEstimate(1, lm.config.emotions, 1 / lm.config.patch_rate)
-    posteriors, names = [], []
-    for emotion, speaking in zip(agent["user_emotion"], agent["user_speaking"], strict=True):
-        estimate.update(emotion[None], speaking[None], np.ones(1, bool))
-        posteriors.append(estimate.posterior[0].copy())
+def told_emotions(codec: Codec, lm: S2S, calls: Sequence[Call], args) -> list[Told]:
+    """The user's emotion at the end of calls of one turn, as `EmotionEstimate` tells it."""
+    sides = zip(calls, hold_calls(codec, lm, calls, args), strict=True)
+    return [told_emotion(*pair, lm.config) for pair in sides]
+
+
+def told_emotion(call: Call, agent: dict, config) -> Told:
+    """The same of one call, of what the LM of `config` made of it."""
+    rate, names, [turn] = config.patch_rate, [], call.turns
+    first, last = (int(s * rate) for s in (turn.start, turn.end))
+    estimate = EmotionEstimate(1, config.emotions, 1 / rate)
+    for tick in range(last + 1):
+        heard = (agent[head][tick, None] for head in ("user_emotion", "user_speaking"))
+        estimate.update(*heard, np.ones(1, bool))
         names.append(estimate.name(0))
-    return np.stack(posteriors), names
+    changes = [t for t in range(first + 1, last + 1) if names[t] != names[t - 1]]
+    seconds = (max(changes, default=first) + 1) / rate - turn.start if names[last] else None
+    [posterior] = estimate.posterior
+    told = config.emotions[int(posterior.argmax())]
+    return Told(turn.emotion, told, call.speaker, float(posterior.max()), seconds)
 
 
-def detection(calls: Sequence[Call], agents: Sequence[dict], lm: S2S) -> dict:
-    """How well emotions are told at the end of an utterance: confusion (asked → told), unweighted
-    and weighted accuracy, seconds of speech to the last change of the name, and the expected
-    calibration error of the posterior in ten bins (Guo et al. 2017)."""
-    confusion = {style: Counter() for style in STYLES_ASKED}
-    hits, sure, seconds, rate = [], [], [], lm.config.patch_rate
-    for call, agent in zip(calls, agents, strict=True):
-        posteriors, names = recognised(agent, lm)
-        [turn] = call.turns
-        first, last = (int(s * rate) for s in (turn.start, turn.end))
-        told = lm.config.emotions[int(posteriors[last].argmax())]
-        confusion[turn.emotion][told] += 1
-        hits.append(told == turn.emotion)
-        sure.append(float(posteriors[last].max()))
-        if names[last] is not None:
-            changes = [t for t in range(first, last) if names[t] != names[t + 1]]
-            seconds.append((max(changes, default=first) + 1 - first) / rate)
-    hits, sure = np.array(hits), np.array(sure)
-    bins = np.minimum((sure * 10).astype(int), 9)
-    errors = [abs(hits[bins == b].mean() - sure[bins == b].mean()) * (bins == b).mean()
-              for b in set(bins.tolist())]  # fmt: skip
-    own = [row[style] / row.total() for style, row in confusion.items() if row]
-    return {
-        "utterances": len(calls), "unweighted_accuracy": round(float(np.mean(own)), 4),
-        "weighted_accuracy": _share(hits), "sure": round(len(seconds) / len(calls), 4),
-        "stable_p50_s": round(float(np.median(seconds)), 2) if seconds else None,
-        "stable_p95_s": round(float(np.percentile(seconds, 95)), 2) if seconds else None,
-        "calibration_error": round(float(sum(errors)), 4),
-        "confusion": {style: dict(row) for style, row in confusion.items()},
-    }  # fmt: skip
-
-
-def by_prosody(calls: Sequence[Call], exchanges, language: str, args, rng) -> float:
-    """Unweighted accuracy of the prosody judge on the same utterances, after as many of the
-    training split: what the styles give away without any model."""
-    train = argparse.Namespace(**{**vars(args), "split": "train"})
+def by_prosody(calls: Sequence[Call], exchanges, language: str, args, rng) -> dict:
+    """Accuracies of the prosody judge on the same utterances, after `--judge_examples` a style of
+    the training split: what the styles give away without any model."""
+    train = _changed(args, split="train", styled=args.judge_examples)
     known = styled_calls(exchanges, language, train, rng)
-    judge = ProsodyJudge([c.audio for c in known], [c.turns[0].emotion for c in known], args.seed)
-    told = judge.judge([call.audio for call in calls])
-    asked = [call.turns[0].emotion for call in calls]
-    shares = [np.mean([t == a for t, a in zip(told, asked, strict=True) if a == style])
-              for style in set(asked)]  # fmt: skip
-    return round(float(np.mean(shares)), 4)
+    judge = ProsodyJudge([c.audio for c in known], [c.turns[0].emotion for c in known])
+    return accuracies([c.turns[0].emotion for c in calls], judge.judge([c.audio for c in calls]))
+
+
+def octave(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict:
+    """Shares of neutral utterances told neutral, and told happy or surprised, by each of OCTAVE."""
+    calls, found = styled_calls(exchanges, language, args, rng, ("neutral",)), {}
+    for name, (hertz, formant) in OCTAVE.items():
+        moved = [praat.change_voice(c.audio, SAMPLE_RATE, formant, hertz) for c in calls]
+        moved = [replace(c, audio=audio) for c, audio in zip(calls, moved, strict=True)]
+        told = [one.told for one in told_emotions(codec, lm, moved, args)]
+        found[f"{name}_neutral"] = share([emotion == "neutral" for emotion in told])
+        found[f"{name}_excited"] = share([emotion in ("happy", "surprise") for emotion in told])
+    return found
+
+
+def fitting(
+    codec: Codec, lm: S2S, calls: Sequence[Call], exchanges, args
+) -> tuple[dict, list[str | None]]:
+    """Shares of calls of one turn whose written reply is nearest to one for the same emotion of the
+    user as the one wanted, and is the wanted one; and the nearest of all training scripts' replies
+    to each, None where nothing was said."""
+    taught = choose_exchanges(exchanges, calls[0].language, "train")
+    lines = [pair for e in taught for pair in zip(e.lines[::2], e.lines[1::2], strict=True)]
+    written = {normalise(answer.texts[0]): line.emotion for line, answer in lines}
+    near, fits, exact = [], [], []
+    for call, side in zip(calls, hold_calls(codec, lm, calls, args), strict=True):
+        [turn] = judge_call(call, side, lm, list(written), None)
+        reply, error = nearest(normalise(turn["said"]), {text: text for text in written})
+        near.append(reply)
+        wanted = written.get(normalise(turn["wanted"]), "")
+        fits.append(error <= MAX_TEXT_ERROR and written[reply] == wanted)
+        exact.append(turn["text"])
+    return {"fitting": share(fits), "exact": share(exact)}, near
 
 
 def empathy(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict | None:
-    """The sad and the glad reading of the same words by the same voice: shares of pairs answered
-    twice, of those with different replies, and of readings that get the reply written for them."""
-    mine = [e for e in exchanges if e.language == language and e.intent == "empathy"]
-    mine = [e for e in mine if e.held_out == (args.split != "train")]
-    voices, requests, wanted = user_voices(language, args.split), [], []
-    twins = {}
-    for exchange in mine:
-        twins.setdefault(exchange.lines[0].texts, []).append(exchange)
-    for texts, pair in twins.items():
+    """The sad and the glad reading of the same words by the same voice: shares of all pairs that
+    are answered twice and that get different replies, and of all readings (`fitting`)."""
+    voices, calls, twins = user_voices(language, args.split), [], {}
+    mine = (language, "empathy", args.split != "train")
+    for one in exchanges:
+        if (one.language, one.intent, one.held_out) == mine:
+            twins.setdefault(one.lines[0].texts[0], []).append(one)
+    for text, pair in twins.items():
         voice, seed = draw_voice(voices, rng), int(rng.integers(2**31))
-        for exchange in pair:
-            line = exchange.lines[0]
-            requests.append(speech.Request(texts[0], language, voice, 1.0, line.emotion, seed))
-            wanted.append(exchange.lines[1].texts[0])
-    takes = make_takes(requests)
-    if not requests or any(isinstance(take, UserError) for take in takes):
+        asked = [speech.Request(text, language, voice, 1.0, one.lines[0].emotion, seed)
+                 for one in pair]  # fmt: skip
+        takes = make_takes(asked)
+        if len(pair) == 2 and not any(isinstance(take, UserError) for take in takes):
+            calls += [_one_turn(one.id, *said, one.lines[1].texts[0], TAIL_SECONDS)
+                      for one, *said in zip(pair, asked, takes, strict=True)]  # fmt: skip
+    if not calls:
         return None
-    parts = zip(requests, takes, wanted, strict=True)
-    calls = [_one_turn(f"pair-{i}", *part, TAIL_SECONDS) for i, part in enumerate(parts)]
-    replies = sorted(set(wanted))
-    turns = [judge_call(*pair, lm, replies, None)[0]
-             for pair in zip(calls, hold_calls(codec, lm, calls, args), strict=True)]  # fmt: skip
-    texts = {normalise(reply): normalise(reply) for reply in replies}
-    near = [nearest(normalise(turn["said"]), texts)[0] for turn in turns]
-    both = [(a, b) for a, b in zip(near[::2], near[1::2], strict=True) if a and b]
+    shares, near = fitting(codec, lm, calls, exchanges, args)
+    pairs = list(zip(near[::2], near[1::2], strict=True))
     return {
-        "pairs": len(turns) // 2, "both_answered": round(2 * len(both) / len(turns), 4),
-        "different": _share([a != b for a, b in both]),
-        "fitting": _share([turn["text"] for turn in turns]),
+        "pairs": len(pairs), "both_answered": share([None not in pair for pair in pairs]),
+        "different": share([None not in pair and len(set(pair)) == 2 for pair in pairs]), **shares,
     }  # fmt: skip
 
 
+def words_alone(codec: Codec, lm: S2S, exchanges, language: str, args) -> dict | None:
+    """`fitting` of the replies to words that are sad or glad, in a neutral voice."""
+    mine = [replace(e, lines=e.lines[:2]) for e in exchanges
+            if (e.language, e.held_out) == (language, args.split != "train")
+            and e.intent in WORDS_ALONE and e.lines[0].emotion in ("sad", "happy")]  # fmt: skip
+    if not mine:
+        return None
+    plain = _changed(args, emotions="neutral", intents=(), archetypes=False)
+    calls, _ = ask(mine, language, plain)
+    return {"sentences": len(calls), **fitting(codec, lm, calls, exchanges, args)[0]}
+
+
 def control(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict:
-    """Whether replies sound as they were told to, by the prosody judge, who has seen the agent's
-    own voice in each style, through the codec; and how often it is right on that voice itself."""
-    replies = list(training_replies(exchanges, language, args))
-    agent = speech.voices(language, "agent")[0]
-    made = {"train": ([], []), "test": ([], [])}
-    for part, (audios, styles) in made.items():
-        speed, texts = (1.0, replies[::2]) if part == "train" else (JUDGE_SPEED, replies[1::2])
-        pairs = itertools.product(texts, STYLES_ASKED)
-        requests = [speech.Request(text, language, agent, speed, style) for text, style in pairs]
-        for request, said in zip(requests, speak(requests), strict=True):
-            if not isinstance(said, UserError):
-                audios.append(_through(codec, said.audio))
-                styles.append(request.emotion)
-    judge = ProsodyJudge(*made["train"], args.seed)
-    own = np.mean([a == b for a, b in zip(judge.judge(made["test"][0]), made["test"][1],
-                                          strict=True)])  # fmt: skip
-    neutral = argparse.Namespace(**{**vars(args), "emotions": "neutral"})
-    asked, _ = ask(exchanges, language, neutral)
-    calls = [replace(call, agent_emotion=style) for call in asked for style in STYLES_ASKED]
-    told = []
+    """Whether replies sound as they were told to, by a prosody judge who learnt from the agent's
+    own voice, through the codec, at two speeds, in other words where the scripts have some; and how
+    often it is right on that voice, in a fifth of these words, kept for that."""
+    asked, _ = ask(exchanges, language, _changed(args, emotions="neutral"))
+    wanted = {turn.reply for call in asked for turn in call.turns}
+    taught = list(training_replies(exchanges, language, _changed(args, intents=(), archetypes=0)))
+    others = [reply for reply in taught if reply not in wanted] or taught
+    chosen = rng.permutation(len(others))[: -(-args.judge_examples * 5 // 8)]
+    texts, learnt, kept = [others[i] for i in chosen], [], []
+    for speed, style in itertools.product((1.0, JUDGE_SPEED), STYLES_ASKED):
+        said = _in_the_agents_voice(dict.fromkeys(texts, style), language, speed)
+        for text, audio in said.items():
+            (kept if text in texts[::5] else learnt).append((_through(codec, audio), style))
+    if not kept or not learnt:
+        raise UserError(f"{language}: the agent can speak too few replies to judge control by")
+    judge = ProsodyJudge(*zip(*learnt, strict=True))
+    audios, styles = zip(*kept, strict=True)
+    own = accuracies(styles, judge.judge(audios))["unweighted_accuracy"]
+    calls, told = [replace(c, agent_emotion=style) for c in asked for style in STYLES_ASKED], []
     for call, side in zip(calls, hold_calls(codec, lm, calls, args), strict=True):
-        audio = side["audio"].reshape(-1)[int(call.turns[0].end * SAMPLE_RATE) :]
+        ends = [call.turns[0].end, *(turn.start for turn in call.turns[1:2])]
+        audio = side["audio"].reshape(-1)[slice(*(int(s * SAMPLE_RATE) for s in ends), None)]
         if ledger.frame_levels(audio).max() > ledger.QUIET_DBFS:
             told.append((call.agent_emotion, judge.judge([audio])[0]))
-    shares = [np.mean([b == a for a, b in told if a == style]) for style in STYLES_ASKED
-              if any(a == style for a, _ in told)]  # fmt: skip
-    return {"replies": len(told), "accuracy": round(float(np.mean(shares)), 4) if told else None,
-            "judge_on_the_agents_voice": round(float(own), 4)}  # fmt: skip
+    accuracy = accuracies(*zip(*told, strict=True))["unweighted_accuracy"] if told else None
+    return {"replies": len(told), "accuracy": accuracy, "judge_on_the_agents_voice": own}
 
 
 def evaluate_emotion(codec: Codec, lm: S2S, exchanges, language: str, args) -> dict:
-    """`--emotion`: detection, control and empathy of one language."""
-    rng = np.random.default_rng([args.seed, SPOKEN.index(language), 7])
+    """`--emotion`: the figures of one language."""
+    rng, found = np.random.default_rng([args.seed, SPOKEN.index(language), 7]), {}
     calls = styled_calls(exchanges, language, args, rng)
-    found = {"detection": detection(calls, hold_calls(codec, lm, calls, args), lm)}
-    found["detection"]["prosody_judge"] = by_prosody(calls, exchanges, language, args, rng)
+    found["detection"] = emotion_figures.detection(told_emotions(codec, lm, calls, args))
+    found["detection"]["prosody"] = by_prosody(calls, exchanges, language, args, rng)
+    found["detection"]["octave"] = octave(codec, lm, exchanges, language, args, rng)
+    print(f"{language}: {json.dumps(found)}", flush=True)
     found["empathy"] = empathy(codec, lm, exchanges, language, args, rng)
+    found["words"] = words_alone(codec, lm, exchanges, language, args)
     found["control"] = control(codec, lm, exchanges, language, args, rng)
-    print(f"{language}: emotion {json.dumps(found)}", flush=True)
     return found
 
 
@@ -574,19 +630,21 @@ def evaluate_emotion(codec: Codec, lm: S2S, exchanges, language: str, args) -> d
 
 
 def evaluate_language(
-    codec: Codec, lm: S2S, exchanges, language: str, replies: dict, judge: Judge | None, args
-) -> tuple[dict, list[dict]]:
-    """Asks, holds the calls and judges them; the figures, and every turn."""
+    codec: Codec, lms: Sequence[S2S], exchanges, language: str, replies, judge: Judge | None, args
+) -> list[tuple[dict, list[dict]]]:
+    """Asks once, holds the calls with each LM and judges them: its figures, and every turn."""
     calls, left_out = ask(exchanges, language, args)
     seconds = sum(len(call.audio) for call in calls) / SAMPLE_RATE
     known = f"{len(replies)} replies in training"
     print(f"{language}: {len(calls)} calls, {seconds:.0f} s, {known}", flush=True)
     judge = judge and examine(judge, replies, language, codec, args.seed)
-    agents = hold_calls(codec, lm, calls, args)
-    trusted = judge if judge and judge.trusted else None
-    pairs = tqdm(zip(calls, agents, strict=True), "judging", len(calls), disable=None)
-    turns = [t for pair in pairs for t in judge_call(*pair, lm, list(replies), trusted)]
-    return summarise(turns, judge, len(left_out)), turns
+    trusted, found = judge if judge and judge.trusted else None, []
+    for lm in lms:
+        pairs = zip(calls, hold_calls(codec, lm, calls, args), strict=True)
+        pairs = tqdm(pairs, "judging", len(calls), disable=None)
+        turns = [t for pair in pairs for t in judge_call(*pair, lm, list(replies), trusted)]
+        found.append((summarise(turns, judge, len(left_out)), turns))
+    return found
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -602,8 +660,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--judge", choices=("auto", "none", "hama"), default="auto", help="of the replies' audio")
     add("--output", type=Path, help="file for the summary and every turn, as JSON")
     add = parser.add_argument_group("advanced").add_argument
-    add("--emotion", action="store_true", help="detection, control and empathy in its place")
+    add("--emotion", action="store_true", help="detection, empathy and control in its place")
+    add("--before", type=Path, help="with --emotion: the LM before it, to compare the replies of")
     add("--styled", type=whole(1), default=24, help="with --emotion: utterances a style")
+    add("--judge_examples", type=whole(8), default=80, help="with --emotion: utterances a style "
+        "from which each judge of prosody learns: minutes a language")  # fmt: skip
     add("--scripts", type=Path, default=HERE / "conversations")
     add("--emotions", choices=("neutral", "scripted"), default="neutral", help="of the user")
     add("--tell_language", action="store_true", help="tell the model the call's language")
@@ -618,8 +679,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     args.languages = list(dict.fromkeys(args.languages))
     args.intents = tuple(sorted(filter(None, args.intents.split(","))))
     args.archetypes = args.exchanges == "archetypes"
+    if args.before and not args.emotion:
+        raise UserError("--before goes with --emotion")
     if args.output:
         writable_file(args.output, "--output")
+    if args.emotion:  # before an hour of work
+        args.picture = args.output and args.output.with_suffix(".png")
+        if args.output and args.picture == args.output:
+            raise UserError(f"--output {args.output}: the picture's name; end it in .json")
+        packages = ("sklearn", "scikit-learn"), ("parselmouth", "praat-parselmouth"), *(
+            [("matplotlib", "matplotlib")] if args.output else [])  # fmt: skip
+        if missing := [name for module, name in packages if not importlib.util.find_spec(module)]:
+            raise UserError(f"--emotion needs packages: pip install {' '.join(missing)}")
     return args
 
 
@@ -633,37 +704,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         replies[language] = training_replies(exchanges, language, args)
         choose_exchanges(exchanges, language, args.split, args.intents, args.archetypes)
         user_voices(language, args.split)
-        if args.judge != "none":
+        if args.judge != "none" or args.emotion:
             speech.voices(language, "agent")
     codec, lm = load_models(args.codec, args.lm, str(device))
+    lms = [lm]  # whose replies are evaluated
     if args.emotion:
-        found = {x: evaluate_emotion(codec, lm, exchanges, x, args) for x in args.languages}
-        text = json.dumps({"lm": str(args.lm), "seed": args.seed, "emotion": found})
-        if args.output:
-            write_text(args.output, text)
-        return print(text)
-    judge = load_judge(args.judge)
+        lms = [load_models(args.codec, args.before, str(device))[1], lm] if args.before else []
+    judge = load_judge(args.judge) if lms else None
     summaries, turns, failed = {}, {}, []
     for language in args.languages:
         try:
             asked = exchanges, language, replies[language]
-            summaries[language], turns[language] = evaluate_language(codec, lm, *asked, judge, args)
+            held = evaluate_language(codec, lms, *asked, judge, args) if lms else []
+            if args.emotion:
+                found = evaluate_emotion(codec, lm, exchanges, language, args)
+                effect = emotion_figures.compare(*(_criteria(s) for s, _ in held)) if held else {}
+                summaries[language] = found | {"effect": effect}
+            else:
+                [(summaries[language], turns[language])] = held
         except UserError as error:  # the others' figures are worth an hour
             failed.append(f"{language}: {error}")
     if not summaries:
         raise UserError("; ".join(failed))
+    met = {language: emotion_figures.goals(s) if args.emotion else goals(language, s)
+           for language, s in summaries.items()}  # fmt: skip
     print(f"\n{args.split} wordings and voices, {args.exchanges}, {args.emotions} users, "
-          f"seed {args.seed}\n{table(summaries)}")  # fmt: skip
+          f"seed {args.seed}\n{table(summaries, met)}")  # fmt: skip
     result = {
         "codec": str(args.codec), "lm": str(args.lm), "split": args.split, "seed": args.seed,
         "exchanges": args.exchanges, "intents": list(args.intents), "emotions": args.emotions,
-        "eagerness_db": args.eagerness, "languages": summaries, "failed": failed,
-        "goals": {language: goals(language, s) for language, s in summaries.items()},
+        "eagerness_db": args.eagerness, "failed": failed, "goals": met,
+        "emotion" if args.emotion else "languages": summaries,
     }  # fmt: skip
+    if args.emotion:
+        print(f"\n{emotion_figures.NOTE}")
+        before = args.before and str(args.before)
+        result |= {"before": before, "styled": args.styled, "note": emotion_figures.NOTE}
     try:
         if args.output:
             text = json.dumps({**result, "turns": turns}, ensure_ascii=False, indent=1)
             write_text(args.output, text)
+        if args.output and args.emotion:
+            told = {language: found["detection"] for language, found in summaries.items()}
+            emotion_figures.draw(args.picture, told, lm.config.emotions)
     finally:  # a full disk must not cost the figures
         print(json.dumps(result, ensure_ascii=False))
     if failed:

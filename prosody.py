@@ -1,8 +1,8 @@
 """An emotion by its prosody alone: Praat's measurements and scikit-learn, nothing of our models.
 
 What judges a reply's emotion must not share code with what made it. Measured are pitch, loudness,
-tempo and voice quality, much as in the eGeMAPS set (Eyben et al. 2016); a random forest (Breiman
-2001) tells the styles apart.
+tempo and voice quality, much as in the eGeMAPS set (Eyben et al. 2016); linear discriminant
+analysis (Fisher 1936), its covariance shrunk (Ledoit and Wolf 2004), tells the styles apart.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from audio import SAMPLE_RATE
-from command import UserError
 
 FEATURES = (
     "pitch_median", "pitch_range", "pitch_deviation", "pitch_slope", "level_mean",
@@ -63,18 +62,14 @@ def _tilts(audio: np.ndarray) -> tuple[float, float]:
 
 
 class ProsodyJudge:
-    """Tells styles apart after seeing examples. Raises UserError where scikit-learn is missing."""
+    """Tells styles apart after seeing examples (audio `[T]` at 24 kHz)."""
 
-    def __init__(self, examples: Sequence[np.ndarray], styles: Sequence[str], seed: int = 0):
-        try:
-            from sklearn.ensemble import RandomForestClassifier
-        except ImportError:
-            raise UserError(
-                "the judge of emotions needs a package: pip install scikit-learn"
-            ) from None
-        self._forest = RandomForestClassifier(400, min_samples_leaf=2, random_state=seed)
-        self._forest.fit(np.stack([prosody(audio) for audio in examples]), list(styles))
+    def __init__(self, examples: Sequence[np.ndarray], styles: Sequence[str]):
+        from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+        self._classifier = LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto")
+        self._classifier.fit(np.stack([prosody(audio) for audio in examples]), list(styles))
 
     def judge(self, audios: Sequence[np.ndarray]) -> list[str]:
         """The style of each utterance `[T]` at 24 kHz."""
-        return list(self._forest.predict(np.stack([prosody(audio) for audio in audios])))
+        return [str(x) for x in self._classifier.predict(np.stack([prosody(a) for a in audios]))]
