@@ -37,7 +37,14 @@ from codec import Codec
 from command import UserError, number, share, whole
 from data import EMOTIONS, Clip, training_batches
 from s2s import IGNORE, S2S, Batch, S2SConfig
-from train_s2s import Conversations, batch_losses, collate, near_codes, turn_fields
+from train_s2s import (
+    Conversations,
+    batch_losses,
+    collate,
+    near_codes,
+    replace_codes,
+    turn_fields,
+)
 from training import setting
 
 # Metrics on the terminal's lines, and their names there.
@@ -56,7 +63,8 @@ WITHOUT_EMOTION = ("neutral", "calm", None)
 class Settings(train_s2s.WindowSettings):
     """What seldom changes; `--set` changes it."""
 
-    emotion_dim: int = setting(0, whole(0), "width of the emotion branch, 0: half of the LM's")
+    emotion_dim: int = setting(0, whole(0), "of the emotion branch, 0: as inherited or half the LM")
+    emotion_noise: float = setting(0.25, share, "share of codes replaced that the branch reads")
     speech_weight: float = setting(1.0, number(0), "of emotional speech beside conversations")
 
 
@@ -75,7 +83,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--branch_lr", type=number(0), default=2e-3, help="of the emotion branch")
     add("--detection_share", type=share, default=0.4, help="of the steps, the LM frozen")
     add("--commercial_only", action="store_true", help="leave out speech that may not be sold")
+    # More without a label than in phase 3: as a rule the model is to choose by itself.
     train_s2s.window_flags(add)
+    parser.set_defaults(emotion_drop=0.4)
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args
@@ -98,6 +108,15 @@ class EmotionalSpeech(Conversations):
         self.speakers = {
             label: [name for name, own in self.places.items() if label in own] for label in shown
         }
+
+    def disturb(self, window: dict, speaking: Tensor, rng: np.random.Generator) -> None:
+        """The branch's codes too: it learns a speaker's very codes by heart otherwise."""
+        super().disturb(window, speaking, rng)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        noise = self.settings.emotion_noise
+        window["emotion_codes"] = replace_codes(
+            window["emotion_codes"], self.near, noise, generator
+        )
 
     def first(self, rng: np.random.Generator) -> tuple[int, int]:
         """Any emotion, any speaker who shows it, any clip of it."""
@@ -166,7 +185,8 @@ def collate_pairs(items: list[tuple[dict, dict]]) -> tuple[Batch, Batch]:
 
 def encoded(clips: Sequence[Clip], split: str, codec: Codec, run: training.Run):
     """The code dataset of clips, made once in the run's folder, on the main rank."""
-    name = hashlib.sha256(repr([(str(c.path), c.emotion) for c in clips]).encode()).hexdigest()[:12]
+    what = [emotions.GAIN_DB, emotions.MICROPHONES, *((str(c.path), c.emotion) for c in clips)]
+    name = hashlib.sha256(repr(what).encode()).hexdigest()[:12]
     folder = Path(run.args.checkpoint_dir) / f"codes_{split}_{name}"
     batch = 64 if run.device.type == "cuda" else 16
     if run.is_main:
@@ -186,7 +206,7 @@ def inherited_config(args, settings: Settings, codec: Codec) -> tuple[S2SConfig,
     theirs = checkpoints.load_checkpoint(args.init_from, with_trainer=False)
     config = train_s2s.s2s_config(theirs)
     width = max(book.embedding.shape[1] for book in codec.quantizer.codebooks[:8])
-    dim = config.emotion_dim or settings.emotion_dim or config.dim // 2
+    dim = settings.emotion_dim or config.emotion_dim or config.dim // 2
     config = dataclasses.replace(config, emotion_dim=dim, codebook_dim=width)
     return config, Tokenizer.from_str(theirs.tokenizer)
 

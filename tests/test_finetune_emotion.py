@@ -240,9 +240,10 @@ def test_the_language_model_is_frozen_first(world, tmp_path):
 def test_exported_and_inherited_again(world, tmp_path):
     run(finetune_emotion, tmp_path / "run", **flags(world, max_steps=4))
     run(finetune_emotion, tmp_path / "run", export=tmp_path / "shipped")
-    again = flags(world, init_from=tmp_path / "shipped", max_steps=1, set="emotion_dim=32")
-    run(finetune_emotion, tmp_path / "more", **again)
-    assert S2S.from_checkpoint(tmp_path / "more").config.emotion_dim == 16  # theirs stays
+    for name, asked, dim in (("more", "speech_weight=1", 16), ("wider", "emotion_dim=32", 32)):
+        again = flags(world, init_from=tmp_path / "shipped", max_steps=1, set=asked)
+        run(finetune_emotion, tmp_path / name, **again)
+        assert S2S.from_checkpoint(tmp_path / name).config.emotion_dim == dim
 
 
 @pytest.mark.parametrize(
