@@ -152,9 +152,6 @@ def choose_plans(plans: Sequence[CopyPlan], made: dict[str, float], hours: float
     return chosen
 
 
-# ------------------------------------------------------------------------------- making copies
-
-
 def make_copies(
     folder: Path, args: argparse.Namespace, plans: Sequence[CopyPlan]
 ) -> tuple[list[Clip], list[str]]:
@@ -253,9 +250,6 @@ def augment(args: argparse.Namespace) -> None:
         print_hours("after", hours_real, hours_of(rows), args.goal_hours)
 
 
-# ------------------------------------------------------------------- output folder, hours, disk
-
-
 @contextlib.contextmanager
 def output_folder(path: str | Path, flag: str) -> Iterator[tuple[Path, Path]]:
     """(where to work, the folder's name in the end), for this run alone. Hidden until it has its
@@ -339,9 +333,6 @@ def print_hours(when: str, real: float, copies: float, goal: float) -> None:
     print(f"training split {when}: {real:,.2f} h and {copies:,.2f} h of copies{share}", flush=True)
 
 
-# ------------------------------------------------------------------------------------ synthesis
-
-
 @dataclass(frozen=True)
 class SyntheticClip(Clip):
     engine: str = ""
@@ -365,8 +356,7 @@ _texts = functools.lru_cache(maxsize=1)(text_lines)
 def choose_texts(clips: Iterable[Clip], text_file: str | None) -> tuple[list[str], int]:
     """(sentences, how many were left out): in Telugu script alone, of 8 to 250 letters, each once.
 
-    No engine here is sure to read digits and Latin letters as a Telugu speaker would.
-    """
+    No engine here is sure to read digits and Latin letters as a Telugu speaker would."""
     said = (clip.text for clip in clips if clip.text and clip.language == "telugu")
     texts = {" ".join(text.split()) for text in (text_lines(text_file) if text_file else said)}
     fit = sorted(t for t in texts if 8 <= len(t) <= 250 and TELUGU_TEXT.fullmatch(t))

@@ -59,8 +59,7 @@ _RATES_HZ = (1000, 768000)
 class Clip:
     """One line of a speech manifest. `path` is absolute once loaded; times are in seconds.
 
-    `phones`, where an engine or an aligner gave them, is a list of `[phone, start, end]`.
-    """
+    `phones`, where an engine or an aligner gave them, is a list of `[phone, start, end]`."""
 
     path: Path
     duration: float
@@ -319,8 +318,7 @@ def load_splits(
 
     A file counts once: as a manifest lists it, rather than as a scan finds it. What cannot be read
     is counted on stderr and listed in `unreadable_log`. Raises UserError on a missing folder, an
-    empty manifest, folders without audio and an empty train split; other splits may be empty.
-    """
+    empty manifest, folders without audio and an empty train split; other splits may be empty."""
     scan = _Scan()
     clips = _load_all(data_dirs, scan)
     scan.report(unreadable_log)
@@ -526,8 +524,7 @@ class WindowDataset(torch.utils.data.Dataset):
     An unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another window
     is drawn, so too where one lies behind the end of a file that is shorter than its manifest
     says. After 50 such draws in a row clips are drawn evenly, for a wrong duration may outweigh all
-    others; UserError after 100.
-    """
+    others; UserError after 100."""
 
     def __init__(
         self,

@@ -145,8 +145,7 @@ def read_recordings(
     Samvad: {id, path, agent_channel, user_channel, language, source, turns}. moshi-finetune:
     {path, duration}, with `<path>.json` {"alignments": [[word, [start, end], speaker], …]}; the
     left channel is the agent, SPEAKER_MAIN. `language`: where a line has none. A recording that is
-    listed twice is taken once, and `dropped` says so. UserError names what is malformed.
-    """
+    listed twice is taken once, and `dropped` says so. UserError names what is malformed."""
     folder = Path(folder)
     command.existing_folder(folder, "--conversations")
     found: dict[tuple, Recording] = {}
@@ -292,8 +291,7 @@ def save_code_dataset(path: str | Path, rows: Iterable[dict], info: dict) -> Non
 
     A row is {id, language, source, split, agent_codes `[F, 8]`, user_codes `[F, 8]`, turns}; a
     turn {who, start, end, text, emotion?, intent?, exchange?, voice?, phones?, words?}. `info`
-    needs codec_fingerprint, frame_rate and codebook_sizes.
-    """
+    needs codec_fingerprint, frame_rate and codebook_sizes."""
     Path(path).mkdir(parents=True, exist_ok=True)
     write_arrow(Path(path) / "data-00000.arrow", rows)
     finish_dataset(Path(path), ["data-00000.arrow"], info)
@@ -304,8 +302,7 @@ def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
 
     Codes come as uint16 `[F, 8]` arrays, phones and words as `[[symbol, start, end], …]` or None.
     The Arrow files stay on disk (memory-mapped). UserError where the folder is not a complete one,
-    and where its codes were made by another codec than `codec_fingerprint`.
-    """
+    and where its codes were made by another codec than `codec_fingerprint`."""
     from datasets import load_from_disk
 
     folder = Path(path)

@@ -274,8 +274,7 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
 
     Expected are the table's hours where they are exact, else those that were fetched. The state
     is "ok", "ok, small" (less than nine tenths of an estimate), or what is missing. Duplicates are
-    those alike in size and at both ends: as good as a hash of all for coded speech, and faster.
-    """
+    those alike in size and at both ends: as good as a hash of all for coded speech, and faster."""
     folder = corpus.folder(data_dir)
     record = corpora.read_record(folder)
     exact = "hours" not in record or (corpus.exact and record["whole"])

@@ -46,8 +46,7 @@ def load_emotional(
     """The clips with an emotion below the folders, by their manifests or by their files' names.
 
     Splits are disjoint in speakers. What is left out is counted on stdout, unreadable files on
-    stderr and in `log`. Raises UserError on a missing folder, and where nothing is left.
-    """
+    stderr and in `log`. Raises UserError on a missing folder, and where nothing is left."""
     found: dict[object, Clip] = {}
     left_out: Counter[str] = Counter()
     there = data.load_splits(folders, data.SPLITS, unreadable_log=log)
@@ -95,8 +94,7 @@ def hold_out_speakers(clips: Sequence[Clip]) -> tuple[list[Clip], list[Clip]]:
 
     In a language without clips of split validation one speaker in six is held out, at least one;
     its only one is trained on. A clip without a speaker is a speaker of its own. Raises UserError
-    where nobody is left to train or to validate on.
-    """
+    where nobody is left to train or to validate on."""
     train = [clip for clip in clips if clip.split == "train"]
     validation = [clip for clip in clips if clip.split == "validation"]
     held_out = {clip.language for clip in validation}
@@ -120,9 +118,6 @@ def _speaker(clip: Clip) -> str:
     return clip.speaker or str(clip.path)
 
 
-# ------------------------------------------------------------------------------------ as codes
-
-
 def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch: int = 16):
     """The code dataset of clips as the user's side of calls, made in `folder` unless it is there.
 
@@ -130,8 +125,7 @@ def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch:
     emotion; `source` is the speaker at one of MICROPHONES, whose gain is drawn: that somebody is
     loud says little by itself. Clips are encoded `batch` at once, on the codec's device; those that
     cannot be read are counted and left out. Files of PART_CLIPS each: a killed run goes on with the
-    next. Returns the dataset. Raises UserError where no clip can be read.
-    """
+    next. Returns the dataset. Raises UserError where no clip can be read."""
     folder = Path(folder)
     made = (folder / "state.json").exists()
     if not made:

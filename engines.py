@@ -43,8 +43,7 @@ class IndicTts:
     """FastPitch and HiFi-GAN (Kumar et al. 2023), 22,050 Hz, a woman and a man, run by coqui-tts.
 
     Its folder is what te.zip (hi.zip, en.zip) unpacks to: fastpitch/ and hifigan/, each with
-    config.json and best_model.pth. The rate is FastPitch's own length scale.
-    """
+    config.json and best_model.pth. The rate is FastPitch's own length scale."""
 
     def __init__(self, language: str, model: str, device: str) -> None:
         from TTS.utils.synthesizer import Synthesizer

@@ -104,8 +104,7 @@ def side_by_side(
     """Run named tasks on `jobs` threads; each one's result, or the exception that ended it.
 
     Passing faults are waited out, and the task called again. Ctrl-C sets `stopped`, waits for the
-    workers to end at their next byte, and goes on as KeyboardInterrupt.
-    """
+    workers to end at their next byte, and goes on as KeyboardInterrupt."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(_patiently, name, tasks[name], stopped): name for name in tasks}
         try:
@@ -291,8 +290,7 @@ def packed(source: BinaryIO, keep_wav: bool) -> tuple[bytes | None, str]:
     """(a recording as FLAC, its suffix); (None, suffix) where it stays as it is, byte for byte.
 
     16 and 24 bit WAV (unless `keep_wav`) and AIFF are packed, to about half the size. The suffix is
-    empty where libsndfile does not know the format.
-    """
+    empty where libsndfile does not know the format."""
     suffix, made = "", io.BytesIO()
     try:
         with soundfile.SoundFile(source) as file:

@@ -71,9 +71,6 @@ BACKCHANNELS = {
 BACKCHANNEL = "backchannel"  # the intent of such a turn: it asks for no answer
 
 
-# ---------------------------------------------------------------------------------- plans
-
-
 @dataclass(frozen=True)
 class PlannedTurn:
     who: str
@@ -174,9 +171,6 @@ def _backchannel(voice: speech.Voice, speed: float, rng: np.random.Generator) ->
     text = texts[int(which * len(texts))]
     request = speech.Request(text, voice.language, voice, speed, "neutral", seed)
     return [PlannedTurn("user", request, BACKCHANNEL, None, inside=float(place))]
-
-
-# ---------------------------------------------------------------------------------- mixing
 
 
 @dataclass
@@ -505,9 +499,6 @@ def make_recording(args, recording: Recording) -> tuple[list[dict], list[str]]:
     turns.sort(key=lambda turn: turn["start"])
     row = {name: getattr(recording, name) for name in ("id", "language", "source", "split")}
     return [{**row, "agent": agent, "user": user, "turns": turns}], []
-
-
-# ---------------------------------------------------------------------------------- dataset
 
 
 def _version(part: ScriptedPart | Recording) -> str:

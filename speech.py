@@ -174,8 +174,7 @@ def synthesize(items: Sequence[Request]) -> list[Utterance]:
     """Utterances in the order of `items`, made in one batch an engine and language; the same
     requests give the same bytes.
 
-    UserError for an unknown engine, language or emotion, and where an engine fails.
-    """
+    UserError for an unknown engine, language or emotion, and where an engine fails."""
     orders = [_order(item) for item in items]
     batches: dict[tuple[str, str], list[int]] = {}
     for i, item in enumerate(items):
@@ -208,9 +207,6 @@ def _order(item: Request) -> Order:
         gain_db=style.gain_db * strength, tilt_db=style.tilt_db * strength + tilt,
         seed=item.seed, emotion=item.emotion,
     )  # fmt: skip
-
-
-# ---------------------------------------------------------------------------- after the engine
 
 
 def _finish(raw: Raw, order: Order) -> Utterance:
@@ -361,9 +357,6 @@ def _set_level(audio: np.ndarray, phones: list[Span], gain_db: float) -> np.ndar
     return (audio * gain).astype(np.float32)
 
 
-# ---------------------------------------------------------------------------- voices
-
-
 def voices(
     language: str, role: str = "user", split: str = "train", engines: Sequence[str] | None = None
 ) -> list[Voice]:
@@ -371,8 +364,7 @@ def voices(
 
     `engines` are those asked for, best first; None: every one installed. Users are split by
     speaker: those held out sound in no training voice of any language, however changed. UserError
-    where nobody can speak.
-    """
+    where nobody can speak."""
     espeak_language(language)
     found, missing = [], []
     for engine in [find_engine(name) for name in (all_engines() if engines is None else engines)]:
@@ -399,8 +391,7 @@ def own_and_changed(engine: str, language: str, names: Sequence[str]) -> list[Vo
     """The agent, who is the first of an engine's own voices, and users: all of them, changed.
 
     Of three voices and more the last two are held out, for validation and test. With fewer the
-    last two changes are: then a held-out voice is another only as far as Praat makes it one.
-    """
+    last two changes are: then a held-out voice is another only as far as Praat makes it one."""
     by_name = len(names) > 2
     last = len(names if by_name else CHANGES) - 1
     splits = {last: "test", last - 1: "validation"}
