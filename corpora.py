@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,7 +33,6 @@ from fetching import FILE_THREADS, GIGABYTE, Bar, Damaged, Shard
 
 RECORD = "corpus.json"
 UNREADABLE = "unreadable.txt"
-RECORD_FIELDS = {"hours": "number", "whole": "true or false", "max_hours": "number"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ class Corpus:
     note: str = ""
 
     def folder(self, data_dir: Path) -> Path:
-        """Where it lies in the end."""
         return data_dir / self.place / self.name
 
     @property
@@ -77,7 +76,8 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar or zip: name, hours inside, size in GB, checksum where its authors publish one."""
+    """A tar or zip: name, hours inside, size in GB, checksum where its authors publish one; it is
+    unpacked into a folder `stem`."""
 
     name: str
     hours: float
@@ -86,7 +86,6 @@ class Archive:
 
     @property
     def stem(self) -> str:
-        """The folder it is unpacked into."""
         return re.sub(r"\.(tar\.gz|tgz|tar|zip)$", "", self.name)
 
 
@@ -229,7 +228,8 @@ def read_record(folder: Path) -> dict:
     """What `corpus.json` says of how the folder was fetched; empty where there is none."""
     with contextlib.suppress(OSError, UserError):
         record = command.read_json(folder / RECORD)
-        check_fields(record, RECORD_FIELDS, RECORD)
+        kinds = {"hours": "number", "whole": "true or false", "max_hours": "number"}
+        check_fields(record, kinds, RECORD)
         return record
     return {}
 
@@ -242,10 +242,8 @@ def _write_folder(job: Job) -> None:
         reasons = Counter(line.rpartition(": ")[2] for line in job.unreadable).most_common(8)
         often = "".join(f"; {count}: {reason}" for reason, count in reasons if count > 1)
         tqdm.write(f"{corpus.name}: {left_out}{often}", file=sys.stderr)
-    record = {
-        "source": corpus.origin, "license": corpus.license, "hours": job.hours,
-        "whole": job.complete, "max_hours": job.options.max_hours,
-    }  # fmt: skip
+    record = {"source": corpus.origin, "license": corpus.license, "hours": job.hours,
+              "whole": job.complete, "max_hours": job.options.max_hours}  # fmt: skip
     write_text(part / RECORD, json.dumps(record, indent=2) + "\n")
     if isinstance(job.lines[0], dict):
         write_text(part / data.MANIFEST, "".join(map(command.as_json_line, job.lines)))
@@ -290,8 +288,7 @@ def _download_from_any(job: Job, archive: Archive, file: Path) -> None:
             return fetching.download(url, file, job.bar, archive.checksum)
         except UserError as error:
             errors.append(error)
-    # One that may pass, if there is one; else the first.
-    raise max(errors, key=lambda error: isinstance(error, fetching.Busy))
+    raise max(errors, key=lambda error: isinstance(error, fetching.Busy))  # one that may pass
 
 
 @contextlib.contextmanager
@@ -421,19 +418,15 @@ def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.
     )  # fmt: skip
 
 
-def _texts(name: str, between: str, in_capitals: bool = False) -> Callable[[Path], Listed]:
-    """Reads the `stem text` lines of every file of that name (a glob), but what is no UTF-8."""
-
-    def listed_below(root: Path) -> Listed:
-        listed = {}
-        for path in sorted(root.rglob(name)):
-            for line in text_lines(path, "replace"):
-                stem, _, text = map(str.strip, line.strip().partition(between))
-                if "\ufffd" not in text:
-                    listed[stem] = (text.lower() if in_capitals else text, None)
-        return listed
-
-    return listed_below
+def _texts(name: str, between: str, root: Path, in_capitals: bool = False) -> Listed:
+    """Of the `stem text` lines of every file of that name (a glob), but what is no UTF-8."""
+    listed = {}
+    for path in sorted(root.rglob(name)):
+        for line in text_lines(path, "replace"):
+            stem, _, text = map(str.strip, line.strip().partition(between))
+            if "\ufffd" not in text:
+                listed[stem] = (text.lower() if in_capitals else text, None)
+    return listed
 
 
 def _validated(root: Path) -> Listed:  # Common Voice's validated.tsv
@@ -470,37 +463,31 @@ CREMA_D_SENTENCES = {
 RAVDESS_SENTENCES = {"1": "Kids are talking by the door.", "2": "Dogs are sitting by the door."}
 LAYOUTS = {
     # Readers are numbered alike in all three LibriVox corpora: one name keeps each in one split.
-    "librispeech": Layout(
-        r"(?P<speaker>\d+)-\d+-\d+", "librivox-", _texts("*.trans.txt", " ", in_capitals=True)
-    ),
+    "librispeech": Layout(r"(?P<speaker>\d+)-\d+-\d+", "librivox-",
+                          partial(_texts, "*.trans.txt", " ", in_capitals=True)),
     "libritts": Layout(r"(?P<speaker>\d+)_\d+_\d+_\d+", "librivox-", beside=".normalized.txt"),
     "librilight": Layout(r"(?P<speaker>\d+)/[^/]+/[^/]+", "librivox-"),
-    "line_index": Layout(r"(?P<speaker>te[fm]_\d+)_\d+", lists=_texts("line_index.tsv", "\t")),
+    "line_index": Layout(r"(?P<speaker>te[fm]_\d+)_\d+",
+                         lists=partial(_texts, "line_index.tsv", "\t")),
     "transcription": Layout(
-        r"(?P<speaker>\d+)_\d+", "openslr-103-", _texts("transcription.txt", " ")
-    ),
+        r"(?P<speaker>\d+)_\d+", "openslr-103-", partial(_texts, "transcription.txt", " ")),
     # Callers are not named: the parts of a call, <call>-<part>, stay together.
-    "kaldi": Layout(r"(?P<key>[^/]+)-[^/-]*", lists=_texts("text", " ")),
+    "kaldi": Layout(r"(?P<key>[^/]+)-[^/-]*", lists=partial(_texts, "text", " ")),
     "common_voice": Layout(lists=_validated, strict=True),
     "kathbath": Layout(r"[^/]*-(?P<key>\d+)-[mf]"),
     # Split by bulletin: who reads it is not said.
     "shrutilipi": Layout(r"(?P<key>[^/]*?)[_-]+sent[^/]*"),
     "crema_d": Layout(
         r"(?P<speaker>\d{4})_(?P<sentence>[A-Z]{3})_(?P<emotion>[A-Z]{3})_[^/_]*",
-        "crema-d-", sentences=CREMA_D_SENTENCES, strict=True,
-    ),
+        "crema-d-", sentences=CREMA_D_SENTENCES, strict=True),
     "ravdess": Layout(
         r"03-0[12]-(?P<emotion>\d\d)-0[12]-0(?P<sentence>[12])-0[12]-(?P<speaker>\d\d)",
-        "ravdess-", sentences=RAVDESS_SENTENCES, strict=True,
-    ),
+        "ravdess-", sentences=RAVDESS_SENTENCES, strict=True),
     # bea_Amused/<any>, bea/Amused/<any> or bea/amused_1-15_0001.
     "emov_db": Layout(
         r"(?P<speaker>bea|jenie|josh|sam)[_/](?P<emotion>[A-Za-z]+)(?:/[^/]+|_\d+-\d+_\d+[^/]*)",
-        "emov-db-",
-    ),
-    "esd": Layout(
-        r"(?P<speaker>\d{4})/(?P<emotion>[A-Za-z]+)/(?:[a-z]+/)?\d{4}_\d{6}", "esd-"
-    ),
+        "emov-db-"),
+    "esd": Layout(r"(?P<speaker>\d{4})/(?P<emotion>[A-Za-z]+)/(?:[a-z]+/)?\d{4}_\d{6}", "esd-"),
 }  # fmt: skip
 
 

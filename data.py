@@ -50,16 +50,14 @@ _FIELDS = {
 }  # fmt: skip
 _BLOCK_ROWS = 10000  # of a manifest, until they are columns
 
-# A clip that says it is longer than this, or a rate beyond these, is measured before it is used.
-LONGEST = 4 * 3600.0
-_RATES_HZ = (1000, 768000)
+# A clip that says it is longer (s), or of a rate beyond these, is measured before it is used.
+LONGEST, _RATES_HZ = 4 * 3600.0, (1000, 768000)
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One line of a speech manifest. `path` is absolute once loaded; times are in seconds.
-
-    `phones`, where an engine or an aligner gave them, is a list of `[phone, start, end]`."""
+    """One line of a speech manifest. `path` is absolute once loaded; times are in seconds; `phones`,
+    where an engine or an aligner gave them, a list of `[phone, start, end]`."""
 
     path: Path
     duration: float
@@ -204,9 +202,8 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
 def split_for(key: str, validation: float = 0.05, test: float = 0.05) -> str:
     """The split of a speaker or recording, by a hash of its name: stable as a corpus grows."""
     point = _point(key)
-    if point < validation:
-        return "validation"
-    return "test" if point < validation + test else "train"
+    held_out = "validation" if point < validation else "test"
+    return held_out if point < validation + test else "train"
 
 
 def _point(key: str) -> float:  # in [0, 1)
@@ -226,17 +223,17 @@ class _Scan:
             self.notes[f"files of {suffix} passed over: convert them to be trained on"] += 1
         return [folder / name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
 
-    def _probe(self, file: Path) -> tuple[float, int] | None:
-        try:
-            return probe(file)
-        except AudioError as error:
-            self.bad[file] = str(error)
-            return None
-
     def probe_all(self, files: Iterable[Path]) -> list[tuple[float, int] | None]:
         """`probe` of each; None for the bad."""
+
+        def probed(file: Path) -> tuple[float, int] | None:
+            try:
+                return probe(file)
+            except AudioError as error:
+                self.bad[file] = str(error)
+
         with ThreadPoolExecutor(4 * default_workers(8)) as pool:
-            return list(pool.map(self._probe, files))
+            return list(pool.map(probed, files))
 
     def report(self, log: str | Path | None) -> None:
         """Warnings on stderr; the unreadable files are listed in `log`."""
