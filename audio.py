@@ -28,16 +28,13 @@ SAMPLE_RATE = 24000
 HOP = 480
 FRAME_SECONDS = HOP / SAMPLE_RATE
 # What `write_audio` makes: libsndfile's format and subtype.
-WRITABLE = {
-    ".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", None),
-    ".opus": ("OGG", "OPUS"), ".mp3": ("MP3", None),
-}  # fmt: skip
+WRITABLE = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", None),
+            ".opus": ("OGG", "OPUS"), ".mp3": ("MP3", None)}  # fmt: skip
 # What a scan takes: libsndfile reads the first line, PyAV the others.
-AUDIO_SUFFIXES = (
-    *WRITABLE, ".oga", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".wave",
-    ".m4a", ".m4b", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".mov", ".wma", ".amr", ".3gp", ".ac3",
-    ".wv", ".ape", ".tta", ".gsm", ".mp2", ".mpga", ".spx",
-)  # fmt: skip
+AUDIO_SUFFIXES = (*WRITABLE, ".oga", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64",
+                  ".rf64", ".wave", ".m4a", ".m4b", ".mp4", ".aac", ".webm", ".mka", ".mkv", ".mov",
+                  ".wma", ".amr", ".3gp", ".ac3", ".wv", ".ape", ".tta", ".gsm", ".mp2", ".mpga",
+                  ".spx")  # fmt: skip
 
 _MARGIN = 0.05  # s read on either side of a window, so that the resampler has settled inside it
 _SLACK = 0.12  # s that an MP3 or Ogg header may promise and the stream lack, without damage
@@ -50,10 +47,8 @@ class AudioError(UserError):
     """An audio file that is missing, empty, damaged or of an unknown format."""
 
 
-def read_audio(
-    path: str | Path, start: float = 0.0, duration: float | None = None,
-    sample_rate: int = SAMPLE_RATE, speed: float = 1.0,
-) -> np.ndarray:  # fmt: skip
+def read_audio(path: str | Path, start: float = 0.0, duration: float | None = None,
+               sample_rate: int = SAMPLE_RATE, speed: float = 1.0) -> np.ndarray:  # fmt: skip
     """Read `duration` seconds from `start`, at most to the end, as mono float32 `[T]` at
     `sample_rate`, played `speed` times as fast. A window costs itself alone. AudioError."""
     if soundfile is None:

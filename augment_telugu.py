@@ -152,9 +152,8 @@ def choose_plans(plans: Sequence[CopyPlan], made: dict[str, float], hours: float
     return chosen
 
 
-def make_copies(
-    folder: Path, args: argparse.Namespace, plans: Sequence[CopyPlan]
-) -> tuple[list[Clip], list[str]]:
+def make_copies(folder: Path, args: argparse.Namespace,
+                plans: Sequence[CopyPlan]) -> tuple[list[Clip], list[str]]:  # fmt: skip
     """Make the copies of a part, then its record: (copies, why others were left out)."""
     copies, dropped = [], {}  # in order; a file's fault is the same for all of its copies
     for plan in plans:
@@ -199,9 +198,8 @@ def _changed(plan: CopyPlan, rate: int, seed: int) -> tuple[np.ndarray, float]:
     return unclipped(audio), amount
 
 
-def _copied_clip(
-    plan: CopyPlan, path: Path, seconds: float, rate: int, amount: float, seed: int
-) -> CopiedClip:
+def _copied_clip(plan: CopyPlan, path: Path, seconds: float, rate: int, amount: float,
+                 seed: int) -> CopiedClip:  # fmt: skip
     fields = vars(plan.clip) | {"path": path, "duration": seconds, "sample_rate": rate}
     fields |= {"augmented": True, "split": "train"}
     if not plan.all_of_it:  # what is said in a piece is not known
@@ -289,9 +287,8 @@ def made_rows(folder: Path) -> list[dict]:
     return [row for _, row in sorted(rows.items())]
 
 
-def make_parts(
-    work: Callable, parts: Sequence, total: int, num_workers: int, folder: Path, final: Path
-) -> list[dict]:
+def make_parts(work: Callable, parts: Sequence, total: int, num_workers: int, folder: Path,
+               final: Path) -> list[dict]:  # fmt: skip
     """Make what is missing in `folder`, then its manifest; it gets its name `final`. The rows."""
     started = os.times()  # processor time of all processes in four parts, then the clock's
     results = list(command.run_parts(work, parts, num_workers, total))
@@ -363,9 +360,8 @@ def choose_texts(clips: Iterable[Clip], text_file: str | None) -> tuple[list[str
     return fit, len(texts - {""}) - len(fit)
 
 
-def draw_request(
-    texts: Sequence[str], voices: Sequence[speech.Voice], rng: np.random.Generator
-) -> speech.Request:
+def draw_request(texts: Sequence[str], voices: Sequence[speech.Voice],
+                 rng: np.random.Generator) -> speech.Request:  # fmt: skip
     text, voice = texts[int(rng.integers(len(texts)))], voices[int(rng.integers(len(voices)))]
     rate = round(float(rng.uniform(*RATE_RANGE)), 3)
     semitones = round(float(rng.uniform(*SEMITONE_RANGE)), 2)
@@ -373,9 +369,8 @@ def draw_request(
     return speech.Request(text, "telugu", voice, rate, seed=int(rng.integers(2**31)))
 
 
-def make_speech(
-    folder: Path, args: argparse.Namespace, part_seconds: float, index: int
-) -> tuple[list[Clip], list[str]]:
+def make_speech(folder: Path, args: argparse.Namespace, part_seconds: float,
+                index: int) -> tuple[list[Clip], list[str]]:  # fmt: skip
     """Make a folder of at least `part_seconds` of speech, then its record: (clips, drops)."""
     voices, texts = own_voices(args.engine), _texts(folder / TEXTS)
     rng = np.random.default_rng([args.seed, index])
@@ -417,12 +412,11 @@ def length_fault(audio: np.ndarray, text: str) -> str | None:
 
 def _synthetic_clip(path: Path, request: speech.Request, said: speech.Utterance) -> SyntheticClip:
     engine, voice = speech.find_engine(request.voice.engine), request.voice
-    return SyntheticClip(
-        path, len(said.audio) / SAMPLE_RATE, SAMPLE_RATE, "telugu", voice.id, request.text,
-        license=engine.license, commercial_ok=engine.commercial_ok, phones=_rounded(said.phones),
-        engine=engine.name, rate=request.speed, semitones=round(12 * math.log2(voice.pitch), 2),
-        seed=request.seed,
-    )  # fmt: skip
+    return SyntheticClip(path, len(said.audio) / SAMPLE_RATE, SAMPLE_RATE, "telugu", voice.id,
+                         request.text, license=engine.license, commercial_ok=engine.commercial_ok,
+                         phones=_rounded(said.phones), engine=engine.name, rate=request.speed,
+                         semitones=round(12 * math.log2(voice.pitch), 2),
+                         seed=request.seed)  # fmt: skip
 
 
 def speak_texts(args: argparse.Namespace) -> None:

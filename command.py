@@ -119,9 +119,8 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}; --help lists the flags\n")
 
 
-def number(
-    low: float = -math.inf, high: float = math.inf, above: float = -math.inf, kind: type = float
-) -> Callable[[str], float]:
+def number(low: float = -math.inf, high: float = math.inf, above: float = -math.inf,
+           kind: type = float) -> Callable[[str], float]:  # fmt: skip
     """A flag's `type`: a finite number of at least `low`, at most `high`, more than `above`."""
     bounds = {"at least": low, "more than": above, "at most": high}
     named = [f"{name} {bound:g}" for name, bound in bounds.items() if abs(bound) < math.inf]

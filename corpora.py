@@ -184,10 +184,8 @@ class Job:
         return reached
 
 
-def fetch(
-    corpus: Corpus, data_dir: Path, options: FetchOptions = FetchOptions(),
-    stopped: threading.Event | None = None,
-) -> bool:  # fmt: skip
+def fetch(corpus: Corpus, data_dir: Path, options: FetchOptions = FetchOptions(),
+          stopped: threading.Event | None = None) -> bool:  # fmt: skip
     """Bring one corpus into place; False where it was there already. Raises UserError."""
     if not needs_fetching(corpus, data_dir, options):
         return False
@@ -257,9 +255,8 @@ def _write_unreadable(job: Job) -> None:
         write_text(job.part / UNREADABLE, command.printable("\n".join(job.unreadable) + "\n"))
 
 
-def clip_of(
-    corpus: Corpus, path: Path, duration: float, sample_rate: int, split: str, **more: str | None
-) -> data.Clip:
+def clip_of(corpus: Corpus, path: Path, duration: float, sample_rate: int, split: str,
+            **more: str | None) -> data.Clip:  # fmt: skip
     """A clip with what its corpus says of it; a corpus of one split has the last word on it."""
     common = {"license": corpus.license, "commercial_ok": corpus.commercial_ok}
     split = corpus.split or split
@@ -361,10 +358,9 @@ class Layout:
             return {}
         found = match.groupdict().get
         speaker = found("speaker")
-        return {
-            "speaker": speaker and self.prefix + speaker.replace("_", "-"), "key": found("key"),
-            "text": self.sentences.get(found("sentence")), "label": found("emotion"),
-        }  # fmt: skip
+        return {"speaker": speaker and self.prefix + speaker.replace("_", "-"), "key": found("key"),
+                "text": self.sentences.get(found("sentence")),
+                "label": found("emotion")}  # fmt: skip
 
 
 def no_emotion(label: str | None) -> str:
@@ -412,10 +408,8 @@ def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.
     except AudioError as error:
         return str(error)
     key = speaker or said.get("key") or path.relative_to(job.audio).as_posix()
-    return clip_of(
-        job.corpus, path, duration, sample_rate, data.split_for(key), speaker=speaker,
-        text=text or None, emotion=label and LABELS[label.lower()],
-    )  # fmt: skip
+    return clip_of(job.corpus, path, duration, sample_rate, data.split_for(key), speaker=speaker,
+                   text=text or None, emotion=label and LABELS[label.lower()])  # fmt: skip
 
 
 def _texts(name: str, between: str, root: Path, in_capitals: bool = False) -> Listed:
@@ -537,9 +531,8 @@ def _take_rows(job: Job, shard: Shard, path: Path) -> None:
     job.bar.advance(0, "")
 
 
-def _clip_of_shard_row(
-    job: Job, shard: Shard, folder: Path, number: int, row: dict
-) -> data.Clip | str | None:
+def _clip_of_shard_row(job: Job, shard: Shard, folder: Path, number: int,
+                       row: dict) -> data.Clip | str | None:  # fmt: skip
     """The row as a clip, its audio written; why it is none; None where it is of no interest."""
     corpus = job.corpus
     if corpus.keep and row[corpus.keep[0]] != corpus.keep[1]:
@@ -568,12 +561,11 @@ def _clip_of_shard_row(
     target.write_bytes(coded)
     # Rows of one shard lie side by side in the corpus, and so may share a voice.
     split = data.split_for(key or shard.path)
-    return clip_of(
-        corpus, target, duration, sample_rate,
-        _official_split(shard.path) if corpus.official_splits else split, speaker=speaker,
-        text=_clean(row.get(corpus.text), corpus.tagged) or said.get("text"),
-        emotion=label and LABELS[label.lower()],
-    )  # fmt: skip
+    return clip_of(corpus, target, duration, sample_rate,
+                   _official_split(shard.path) if corpus.official_splits else split,
+                   speaker=speaker,
+                   text=_clean(row.get(corpus.text), corpus.tagged) or said.get("text"),
+                   emotion=label and LABELS[label.lower()])  # fmt: skip
 
 
 def _speaker_and_key(corpus: Hub, row: dict, said: dict) -> tuple[str | None, str | None]:
@@ -647,13 +639,11 @@ def _conversation(job: Job, path: Path, turns: list[dict], split: str) -> dict:
     corpus, (duration, rate) = job.corpus, probe(path)
     # With its folder: archives of a corpus may count their files alike.
     below = path.relative_to(job.audio).with_suffix("").as_posix()
-    return {
-        "id": f"{corpus.name}/{below}", "path": path.relative_to(job.part).as_posix(),
-        "agent_channel": 0, "user_channel": 1, "language": corpus.language, "source": corpus.name,
-        "license": corpus.license, "commercial_ok": corpus.commercial_ok, "split": split,
-        "duration": round(duration, 4), "sample_rate": rate,
-        "turns": sorted(turns, key=lambda turn: turn["start"]),
-    }  # fmt: skip
+    return {"id": f"{corpus.name}/{below}", "path": path.relative_to(job.part).as_posix(),
+            "agent_channel": 0, "user_channel": 1, "language": corpus.language,
+            "source": corpus.name, "license": corpus.license, "commercial_ok": corpus.commercial_ok,
+            "split": split, "duration": round(duration, 4), "sample_rate": rate,
+            "turns": sorted(turns, key=lambda turn: turn["start"])}  # fmt: skip
 
 
 def fetch_fisher(job: Job) -> None:
@@ -690,7 +680,5 @@ def _fisher_turns(script: Path) -> list[dict]:  # of lines `start end A: words`
     return turns
 
 
-FETCHERS: dict[type[Corpus], Callable[[Job], None]] = {
-    Archives: fetch_archives, DataCollective: fetch_common_voice, Hub: fetch_hub,
-    HubTars: fetch_hub_tars, Fisher: fetch_fisher,
-}  # fmt: skip
+FETCHERS = {Archives: fetch_archives, DataCollective: fetch_common_voice, Hub: fetch_hub,
+            HubTars: fetch_hub_tars, Fisher: fetch_fisher}  # fmt: skip

@@ -33,21 +33,18 @@ from training import Distributed, item_rng
 LANGUAGES, EMOTIONS = command.LANGUAGES, command.EMOTIONS
 SPLITS = ("train", "validation", "test")
 # Audio that a scan counts and names, and leaves where it is.
-_PASSED_OVER = (
-    ".raw", ".pcm", ".sph", ".sw", ".shn", ".ra", ".rm", ".g722", ".g729", ".vox", ".dss", ".ds2",
-    ".mid", ".midi", ".mpc", ".aa", ".aax", ".dsf", ".alac", ".qcp", ".avi", ".wmv", ".flv", ".mpg",
-    ".mpeg", ".mpeg4", ".m4v", ".ts", ".part", ".zip", ".tar", ".gz", ".tgz",
-)  # fmt: skip
+_PASSED_OVER = (".raw", ".pcm", ".sph", ".sw", ".shn", ".ra", ".rm", ".g722", ".g729", ".vox",
+                ".dss", ".ds2", ".mid", ".midi", ".mpc", ".aa", ".aax", ".dsf", ".alac", ".qcp",
+                ".avi", ".wmv", ".flv", ".mpg", ".mpeg", ".mpeg4", ".m4v", ".ts", ".part", ".zip",
+                ".tar", ".gz", ".tgz")  # fmt: skip
 MANIFEST = "manifest.jsonl"
 UNKNOWN_PHONE = -100  # ignored by torch's cross entropy
 
 # What a line of a speech manifest may hold.
-_FIELDS = {
-    "path": "path", "duration": "number or NaN", "sample_rate": "number or NaN",
-    "language": LANGUAGES, "speaker": "text?", "text": "text?", "emotion": (*EMOTIONS, None),
-    "augmented": "true or false?", "license": "text?", "commercial_ok": "true or false?",
-    "split": (*SPLITS, None), "phones": "list of [text, start, end]?",
-}  # fmt: skip
+_FIELDS = {"path": "path", "duration": "number or NaN", "sample_rate": "number or NaN",
+           "language": LANGUAGES, "speaker": "text?", "text": "text?", "emotion": (*EMOTIONS, None),
+           "augmented": "true or false?", "license": "text?", "commercial_ok": "true or false?",
+           "split": (*SPLITS, None), "phones": "list of [text, start, end]?"}  # fmt: skip
 _BLOCK_ROWS = 10000  # of a manifest, until they are columns
 
 # A clip that says it is longer (s), or of a rate beyond these, is measured before it is used.
@@ -56,8 +53,8 @@ LONGEST, _RATES_HZ = 4 * 3600.0, (1000, 768000)
 
 @dataclass(frozen=True)
 class Clip:
-    """One line of a speech manifest. `path` is absolute once loaded; times are in seconds; `phones`,
-    where an engine or an aligner gave them, a list of `[phone, start, end]`."""
+    """One line of a speech manifest. `path` is absolute once loaded; times are in seconds. `phones`
+    is a list of `[phone, start, end]`, where an engine or an aligner gave them."""
 
     path: Path
     duration: float
@@ -307,10 +304,9 @@ def _speaker_from_name(path: Path) -> str | None:
     return match[1] if match and match[1] in above else None
 
 
-def load_splits(
-    data_dirs: Sequence[str | Path], splits: Sequence[str], commercial_only: bool = False,
-    unreadable_log: str | Path | None = None,
-) -> list[Clips]:  # fmt: skip
+def load_splits(data_dirs: Sequence[str | Path], splits: Sequence[str],
+                commercial_only: bool = False,
+                unreadable_log: str | Path | None = None) -> list[Clips]:  # fmt: skip
     """The clips of each split below `data_dirs`: from manifests, and by scanning what has none.
 
     A file counts once: as a manifest lists it, rather than as a scan finds it. What cannot be read
@@ -366,10 +362,9 @@ def _each_once(clips: Clips, scan: _Scan) -> Clips:
     same = np.array([numbers.setdefault(name, len(numbers)) for name in real], np.int32)
     split, splits = clips.codes("split")
     ranks = np.array([SPLITS.index(name) for name in splits], np.int8)
-    lines = {
-        "folder": same[at], "name": clips.table["name"], "line": np.arange(len(clips)),
-        "split": ranks[split], "free": clips.column("commercial_ok").astype(np.int8),
-    }  # fmt: skip
+    lines = {"folder": same[at], "name": clips.table["name"], "line": np.arange(len(clips)),
+             "split": ranks[split],
+             "free": clips.column("commercial_ok").astype(np.int8)}  # fmt: skip
     wanted = [("line", "min"), ("split", "min"), ("split", "max"), ("free", "min")]
     files = pyarrow.table(lines).group_by(["folder", "name"]).aggregate(wanted)
     if len(files) == len(clips):
@@ -487,10 +482,9 @@ def band_limit(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft(np.fft.rfft(audio) * response, len(audio))
 
 
-def frame_labels(
-    phones: list | None, phone_ids: dict[str, int] | None, frames: int,
-    start: float = 0.0, speed: float = 1.0, end: float | None = None,
-) -> np.ndarray:  # fmt: skip
+def frame_labels(phones: list | None, phone_ids: dict[str, int] | None, frames: int,
+                 start: float = 0.0, speed: float = 1.0,
+                 end: float | None = None) -> np.ndarray:  # fmt: skip
     """Phone ids `[F]` int64 of a window that begins at `start` s and plays `speed` times as fast,
     at each frame's middle: silence behind `end` (of the clip: padding); -100 where there is none,
     or one that `phone_ids` lacks."""
@@ -523,12 +517,10 @@ class WindowDataset(torch.utils.data.Dataset):
     says. After 50 such draws in a row clips are drawn evenly, for a wrong duration may outweigh all
     others; UserError after 100."""
 
-    def __init__(
-        self,
-        clips: Sequence[Clip], window_seconds: float, seed: int = 0, epoch_items: int = 1000,
-        language_temperature: float = 1.0, augment: float = 0.0,
-        phone_ids: dict[str, int] | None = None, unreadable_log: str | Path | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, clips: Sequence[Clip], window_seconds: float, seed: int = 0,
+                 epoch_items: int = 1000, language_temperature: float = 1.0, augment: float = 0.0,
+                 phone_ids: dict[str, int] | None = None,
+                 unreadable_log: str | Path | None = None) -> None:  # fmt: skip
         if not len(clips):
             raise UserError("no clips to draw windows from; check --data_dirs")
         self.clips = Clips.of(clips)
@@ -598,11 +590,9 @@ class WindowDataset(torch.utils.data.Dataset):
         labels = frame_labels(clip.phones, self.phone_ids, frames, start, speed, end)
         padded = np.zeros((1, self.samples), np.float32)
         padded[0, : len(audio)] = audio
-        return {
-            "audio": torch.from_numpy(padded), "phones": torch.from_numpy(labels),
-            "language": clip.language, "speaker": clip.speaker or "",
-            "path": str(clip.path), "start": start, "speed": speed,
-        }  # fmt: skip
+        return {"audio": torch.from_numpy(padded), "phones": torch.from_numpy(labels),
+                "language": clip.language, "speaker": clip.speaker or "", "path": str(clip.path),
+                "start": start, "speed": speed}  # fmt: skip
 
     def _log(self, which: int, text: str) -> None:
         if self.unreadable_log is not None and which not in self._logged:
@@ -627,10 +617,9 @@ def _language_groups(clips: Clips, temperature: float) -> tuple[np.ndarray, list
     return np.cumsum(weights) / np.sum(weights), groups
 
 
-def epochs_of_batches(
-    items: int, batch_size: int, num_epochs: int, epoch: int = 0, consumed: int = 0,
-    rank: int = 0, world_size: int = 1,
-) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
+def epochs_of_batches(items: int, batch_size: int, num_epochs: int, epoch: int = 0,
+                      consumed: int = 0, rank: int = 0,
+                      world_size: int = 1) -> Iterator[list[tuple[int, int]]]:  # fmt: skip
     """One rank's batches of (epoch, index), from `consumed` samples into `epoch` to the last epoch.
     `batch_size` and `consumed` count the samples of all ranks, which see together what one would.
     The last, incomplete batch of an epoch is dropped."""

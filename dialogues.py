@@ -44,10 +44,8 @@ class Exchange:
     held_out: bool = False
 
 
-_EXCHANGE_FIELDS = {
-    "id": "text", "language": SPOKEN, "intent": "text", "turns": "list of object",
-    "held_out": "true or false?",
-}  # fmt: skip
+_EXCHANGE_FIELDS = {"id": "text", "language": SPOKEN, "intent": "text", "turns": "list of object",
+                    "held_out": "true or false?"}  # fmt: skip
 _LINE_FIELDS = {"who": ("user", "agent"), "texts": "list of text?", "emotion": (*EMOTIONS, None)}
 
 
@@ -91,10 +89,9 @@ def _line(turn: dict, where: str) -> Line:
     return Line(turn["who"], tuple(texts), turn.get("emotion") or "neutral")
 
 
-def choose_exchanges(
-    exchanges: Iterable[Exchange], language: str, split: str,
-    intents: Sequence[str] = (), archetypes: bool = False,
-) -> list[Exchange]:  # fmt: skip
+def choose_exchanges(exchanges: Iterable[Exchange], language: str, split: str,
+                     intents: Sequence[str] = (),
+                     archetypes: bool = False) -> list[Exchange]:  # fmt: skip
     """Those of a split: training wordings for train, held-out ones otherwise. `archetypes`: only
     the first, simplest one of each intent."""
     mine = [e for e in exchanges if e.language == language]
@@ -123,23 +120,19 @@ class Recording:
     turns: tuple
 
 
-_RECORDING_FIELDS = {
-    "id": "text?", "path": "path", "agent_channel": "whole number?",
-    "user_channel": "whole number?", "language": (*LANGUAGES, None), "source": "text?",
-    "split": (*SPLITS, None), "turns": "list of object?",
-}  # fmt: skip
+_RECORDING_FIELDS = {"id": "text?", "path": "path", "agent_channel": "whole number?",
+                     "user_channel": "whole number?", "language": (*LANGUAGES, None),
+                     "source": "text?", "split": (*SPLITS, None),
+                     "turns": "list of object?"}  # fmt: skip
 _TURN_TEXTS = ("text", "emotion", "intent", "exchange", "voice")
-_TURN_FIELDS = {
-    **dict.fromkeys(_TURN_TEXTS, "text?"),
-    "who": ("user", "agent"), "start": "number", "end": "number", "emotion": (*EMOTIONS, None),
-    "interrupted": "true or false?", "phones": "list of [text, start, end]?",
-    "words": "list of [text, start, end]?",
-}  # fmt: skip
+_TURN_FIELDS = {**dict.fromkeys(_TURN_TEXTS, "text?"), "who": ("user", "agent"), "start": "number",
+                "end": "number", "emotion": (*EMOTIONS, None), "interrupted": "true or false?",
+                "phones": "list of [text, start, end]?",
+                "words": "list of [text, start, end]?"}  # fmt: skip
 
 
-def read_recordings(
-    folder: str | Path, language: str = "other", dropped: list[str] | None = None
-) -> list[Recording]:
+def read_recordings(folder: str | Path, language: str = "other",
+                    dropped: list[str] | None = None) -> list[Recording]:  # fmt: skip
     """Recordings of every `*.jsonl` below a folder: Samvad's lines or moshi-finetune's.
 
     Samvad: {id, path, agent_channel, user_channel, language, source, turns}. moshi-finetune:

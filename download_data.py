@@ -279,12 +279,11 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     record = corpora.read_record(folder)
     exact = "hours" not in record or (corpus.exact and record["whole"])
     expected = corpus.hours if exact else record["hours"]
-    found = {
-        "corpus": corpus.name, "language": corpus.language, "folder": corpus.place,
-        "license": corpus.license, "commercial_ok": corpus.commercial_ok, "files": 0, "hours": 0.0,
-        "expected_hours": round(expected, 4), "speakers": 0, "hours_by_sample_rate": {},
-        "unreadable": [], "duplicates": 0, "state": "not there",
-    }  # fmt: skip
+    found = {"corpus": corpus.name, "language": corpus.language, "folder": corpus.place,
+             "license": corpus.license, "commercial_ok": corpus.commercial_ok, "files": 0,
+             "hours": 0.0, "expected_hours": round(expected, 4), "speakers": 0,
+             "hours_by_sample_rate": {}, "unreadable": [], "duplicates": 0,
+             "state": "not there"}  # fmt: skip
     if not (folder / data.MANIFEST).exists():
         return found
     try:
@@ -368,9 +367,8 @@ def report(rows: list[Corpus], arguments: argparse.Namespace) -> int:
     return 0 if complete else 1
 
 
-def choose(
-    names: list[str] | None, languages: list[str] | None, options: FetchOptions | None = None
-) -> list[Corpus]:
+def choose(names: list[str] | None, languages: list[str] | None,
+           options: FetchOptions | None = None) -> list[Corpus]:  # fmt: skip
     """The rows asked for: those of --fisher_dir and --cv_dataset_id, and of --corpora; without any
     of these the default set. Raises UserError on an unknown name."""
     options = options or FetchOptions()
@@ -392,9 +390,8 @@ def choose(
     return chosen
 
 
-def without_forbidden(
-    rows: list[Corpus], allow_noncommercial: bool, fisher_dir: Path | None
-) -> list[Corpus]:
+def without_forbidden(rows: list[Corpus], allow_noncommercial: bool,
+                      fisher_dir: Path | None) -> list[Corpus]:  # fmt: skip
     """The rows that may and can be fetched, a line for each other; UserError if none is left."""
     left = []
     for row in rows:

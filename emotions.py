@@ -29,10 +29,9 @@ from data import Clip, split_for
 from dialogues import finish_dataset, load_code_dataset, write_arrow
 
 # Corpora as their owners ship them, by their layout: the licence, and whether it lets one sell.
-SHIPPED = {
-    "crema_d": ("ODbL-1.0", True), "ravdess": ("CC-BY-NC-SA-4.0", False),
-    "emov_db": ("EmoV-DB licence (research)", False), "esd": ("ESD research licence", False),
-}  # fmt: skip
+SHIPPED = {"crema_d": ("ODbL-1.0", True), "ravdess": ("CC-BY-NC-SA-4.0", False),
+           "emov_db": ("EmoV-DB licence (research)", False),
+           "esd": ("ESD research licence", False)}  # fmt: skip
 MAX_SECONDS = 15.0  # of a clip; what is longer is cut there
 PART_CLIPS = 500  # in a file of codes
 EDGE_SECONDS = 0.2  # of silence on both sides of a clip
@@ -40,9 +39,8 @@ GAIN_DB = (-9.0, 3.0)  # of microphones, of which each speaker has
 MICROPHONES = 4
 
 
-def load_emotional(
-    folders: Sequence[str | Path], commercial_only: bool = False, log: str | Path | None = None
-) -> list[Clip]:
+def load_emotional(folders: Sequence[str | Path], commercial_only: bool = False,
+                   log: str | Path | None = None) -> list[Clip]:  # fmt: skip
     """The clips with an emotion below the folders, by their manifests or by their files' names.
 
     Splits are disjoint in speakers. What is left out is counted on stdout, unreadable files on
@@ -81,10 +79,9 @@ def _by_name(clip: Clip) -> tuple[Clip, str | None, tuple]:
             speaker = said["speaker"]
             # ESD's first ten speakers are Chinese; all else is English.
             chinese = layout == "esd" and int(speaker[-4:]) <= 10
-            clip = replace(
-                clip, speaker=speaker, text=said["text"], split=split_for(speaker), license=licence,
-                language="other" if chinese else "english", commercial_ok=commercial_ok,
-            )  # fmt: skip
+            clip = replace(clip, speaker=speaker, text=said["text"], split=split_for(speaker),
+                           license=licence, language="other" if chinese else "english",
+                           commercial_ok=commercial_ok)  # fmt: skip
             return clip, said["label"], (speaker, said["label"], clip.path.stem)
     return clip, None, ()
 
@@ -129,11 +126,8 @@ def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch:
     folder = Path(folder)
     made = (folder / "state.json").exists()
     if not made:
-        info = {
-            "codec_fingerprint": codec.fingerprint,
-            "frame_rate": codec.config.frame_rate,
-            "codebook_sizes": list(codec.config.codebook_sizes[:8]),
-        }
+        info = {"codec_fingerprint": codec.fingerprint, "frame_rate": codec.config.frame_rate,
+                "codebook_sizes": list(codec.config.codebook_sizes[:8])}  # fmt: skip
         folder.mkdir(parents=True, exist_ok=True)
         ordered = sorted(clips, key=lambda clip: clip.duration)  # little padding
         cut = [ordered[i : i + PART_CLIPS] for i in range(0, len(ordered), PART_CLIPS)]
@@ -165,11 +159,9 @@ def _rows(clips: Sequence[Clip], codec: Codec, batch: int) -> Iterator[dict]:
                 frames = -(-len(samples) // hop)
                 turn = {"who": "user", "text": "", "emotion": clip.emotion, "start": EDGE_SECONDS,
                         "end": len(samples) / audio.SAMPLE_RATE - EDGE_SECONDS}  # fmt: skip
-                yield {
-                    "id": str(clip.path), "language": clip.language, "source": source,
-                    "split": clip.split, "user_codes": row.T[:frames],
-                    "agent_codes": np.tile(silent, (frames, 1)), "turns": [turn],
-                }  # fmt: skip
+                yield {"id": str(clip.path), "language": clip.language, "source": source,
+                       "split": clip.split, "user_codes": row.T[:frames],
+                       "agent_codes": np.tile(silent, (frames, 1)), "turns": [turn]}  # fmt: skip
 
 
 def _heard(clip: Clip) -> tuple[Clip, str, Tensor] | None:

@@ -25,11 +25,8 @@ from speech import Order, Raw, Voice, own_and_changed
 
 CODES = {"english": "eng", "hindi": "hin", "telugu": "tel"}
 INDICTTS_URL = "https://github.com/AI4Bharat/Indic-TTS/releases/download/v1-checkpoints-release"
-PARLER_VOICES = {
-    "english": ("Thoma", "Mary"),
-    "hindi": ("Rohit", "Divya", "Aman", "Rani"),
-    "telugu": ("Prakash", "Lalitha", "Kiran"),
-}
+PARLER_VOICES = {"english": ("Thoma", "Mary"), "hindi": ("Rohit", "Divya", "Aman", "Rani"),
+                 "telugu": ("Prakash", "Lalitha", "Kiran")}  # fmt: skip
 PIPER_VOICES = {
     "english": "en_US-lessac-medium en_US-ryan-medium en_GB-alan-medium",
     "hindi": "hi_IN-pratham-medium hi_IN-priyamvada-medium hi_IN-rohan-medium",
@@ -52,10 +49,9 @@ class IndicTts:
         with tempfile.TemporaryDirectory() as temporary:
             local = Path(temporary) / "config.json"
             local.write_text(json.dumps(_local_paths(Path(config))), encoding="utf-8")
-            self._model = Synthesizer(
-                tts_checkpoint=acoustic, tts_config_path=str(local), vocoder_checkpoint=vocoder,
-                vocoder_config=vocoder_config, use_cuda=device == "cuda",
-            )  # fmt: skip
+            self._model = Synthesizer(tts_checkpoint=acoustic, tts_config_path=str(local),
+                                      vocoder_checkpoint=vocoder, vocoder_config=vocoder_config,
+                                      use_cuda=device == "cuda")  # fmt: skip
 
     @staticmethod
     def _files(model: str) -> list[Path]:

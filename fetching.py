@@ -51,10 +51,8 @@ FILE_THREADS = 4  # per corpus, for packing and probing
 SUFFIXES = {"WAVEX": ".wav", "RF64": ".wav", "MPEG": ".mp3"}
 SUFFIXES |= {name: f".{name.lower()}" for name in ("WAV", "AIFF", "OGG", "FLAC", "MP3")}
 # What a network volume says for a while, beside refused and timed out connections.
-_PASSING = (
-    errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN,
-    errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-)  # fmt: skip
+_PASSING = (errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN,
+            errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)  # fmt: skip
 _BUSY = (408, 429, *range(500, 600))
 
 
@@ -77,10 +75,9 @@ class Bar:
         self.stopped = stopped or threading.Event()
         self.count = 0  # bytes so far
         self._name, self._total = name, total
-        self._shown = tqdm(
-            total=total or None, desc=f"{name:<20.20}", unit="B", unit_scale=True, leave=False,
-            dynamic_ncols=True, disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+        self._shown = tqdm(total=total or None, desc=f"{name:<20.20}", unit="B", unit_scale=True,
+                           leave=False, dynamic_ncols=True,
+                           disable=not sys.stderr.isatty())  # fmt: skip
         self.close = self._shown.close
         self._last_line = time.monotonic()
 
@@ -98,9 +95,8 @@ class Bar:
             print(f"{self._name}: {self.count / GIGABYTE:,.2f}{of} GB", flush=True)
 
 
-def side_by_side(
-    tasks: dict[str, Callable[[], Any]], jobs: int, stopped: threading.Event
-) -> dict[str, Any]:
+def side_by_side(tasks: dict[str, Callable[[], Any]], jobs: int,
+                 stopped: threading.Event) -> dict[str, Any]:  # fmt: skip
     """Run named tasks on `jobs` threads; each one's result, or the exception that ended it.
 
     Passing faults are waited out, and the task called again. Ctrl-C sets `stopped`, waits for the
@@ -145,10 +141,9 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.lstat().st_size for path in folder.rglob("*"))
 
 
-def download(
-    url: str, target: Path, bar: Bar, checksum: str = "", headers: dict[str, str] | None = None,
-    remedy: str = "try another --mirror",
-) -> None:  # fmt: skip
+def download(url: str, target: Path, bar: Bar, checksum: str = "",
+             headers: dict[str, str] | None = None,
+             remedy: str = "try another --mirror") -> None:  # fmt: skip
     """Fetch `url` into `target`, going on where an earlier run left `target.part`; `checksum`:
     "md5:…" or "sha256:…". Raises Busy where the server sends nothing now, UserError with the
     `remedy` where it refuses, and on a wrong checksum."""
@@ -371,9 +366,8 @@ def licence_page(repo: str, endpoint: str | None) -> str:
     return ""
 
 
-def hub_shards(
-    repo: str, revision: str, folders: tuple[str, ...], suffix: str, source: str | None
-) -> list[Shard]:
+def hub_shards(repo: str, revision: str, folders: tuple[str, ...], suffix: str,
+               source: str | None) -> list[Shard]:  # fmt: skip
     """The data files of some folders of a dataset as it is now, sub-folders included, in order.
     `source`: None for the Hub, another endpoint's address, or a local folder laid out like the
     dataset. Raises UserError where a folder is not there, or none of the files."""

@@ -63,11 +63,9 @@ BABBLE_SNR_DB = (15.0, 40.0)  # speech in the noise hides phones more than hiss 
 ROOM_CHANCE, BAND_LIMIT_CHANCE = 0.4, 0.2
 ECHO_DELAY, ECHO_DB, ECHO_CHANCE = (0.05, 0.25), (-45.0, -20.0), 1 / 3
 NOISES = ("white", "pink", "hum", "babble")
-BACKCHANNELS = {
-    "english": ("Mm-hmm.", "Okay.", "Right.", "I see.", "Yeah."),
-    "hindi": ("अच्छा।", "हाँ।", "ठीक है।", "हम्म।"),
-    "telugu": ("సరే.", "అలాగా.", "ఊఁ.", "అవునా."),
-}
+BACKCHANNELS = {"english": ("Mm-hmm.", "Okay.", "Right.", "I see.", "Yeah."),
+                "hindi": ("अच्छा।", "हाँ।", "ठीक है।", "हम्म।"),
+                "telugu": ("సరే.", "అలాగా.", "ఊఁ.", "అవునా.")}  # fmt: skip
 BACKCHANNEL = "backchannel"  # the intent of such a turn: it asks for no answer
 
 
@@ -121,10 +119,9 @@ def draw_microphone(rng: np.random.Generator) -> Microphone:
     )
 
 
-def plan_conversation(
-    exchanges: Sequence[Exchange], users: Sequence[speech.Voice], agent: speech.Voice,
-    rng: np.random.Generator, any_emotion: bool = False,
-) -> Plan:  # fmt: skip
+def plan_conversation(exchanges: Sequence[Exchange], users: Sequence[speech.Voice],
+                      agent: speech.Voice, rng: np.random.Generator,
+                      any_emotion: bool = False) -> Plan:  # fmt: skip
     """Two to four exchanges in one user voice, or (IDLE_CHANCE) a call in which nobody speaks.
     `any_emotion`: each turn in one drawn at random, in place of the script's."""
     voice, speed, microphone = draw_voice(users, rng), rng.uniform(*SPEED), draw_microphone(rng)
@@ -248,13 +245,11 @@ def _turn_fields(placed: _Placed) -> dict:
             words = [word for word in words if word[2] <= cut]
             said = tokens[: len(words)] if aligned else [word[0] for word in words]
         text = " ".join(said)
-    return {
-        "who": turn.who, "start": round(placed.start, 4), "end": round(placed.end, 4),
-        "text": text, "emotion": turn.request.emotion, "intent": turn.intent,
-        "exchange": turn.exchange, "voice": turn.request.voice.id,
-        "interrupted": cut is not None,
-        "phones": shift_spans(take.phones, shift, 0.0, high), "words": words,
-    }  # fmt: skip
+    return {"who": turn.who, "start": round(placed.start, 4), "end": round(placed.end, 4),
+            "text": text, "emotion": turn.request.emotion, "intent": turn.intent,
+            "exchange": turn.exchange, "voice": turn.request.voice.id,
+            "interrupted": cut is not None, "phones": shift_spans(take.phones, shift, 0.0, high),
+            "words": words}  # fmt: skip
 
 
 def mix(name: str, language: str, plan: Plan, takes: Sequence[Take], babble: Sequence) -> dict:
@@ -361,9 +356,8 @@ scripts = functools.lru_cache(maxsize=1)(dialogues.load_scripts)
 
 
 @torch.no_grad()
-def encode_channels(
-    codec: Codec, channels: Sequence[np.ndarray], batch: int = 16, device: str = "cpu"
-) -> list[np.ndarray]:
+def encode_channels(codec: Codec, channels: Sequence[np.ndarray], batch: int = 16,
+                    device: str = "cpu") -> list[np.ndarray]:  # fmt: skip
     """Codes uint16 `[F, 8]` of each channel `[T]`, `F = ceil(T / 480)`. Padding changes no code of
     a causal codec. Chunks that stay in the cache are a third faster than one piece."""
     codes: list[np.ndarray] = [np.empty(0)] * len(channels)
@@ -617,11 +611,9 @@ def make_dataset(args: argparse.Namespace) -> None:
         named = ("split", "intents", "exchanges", "engines")
         source = {"source": "scripts", **{name: getattr(args, name) for name in named}}
         source["any_emotion"] = args.any_emotion or None
-    info = {
-        "codec_fingerprint": codec.fingerprint, "frame_rate": config.frame_rate,
-        "codebook_sizes": list(config.codebook_sizes[:CODEBOOKS]), "languages": args.languages,
-        "seed": args.seed, **source,
-    }  # fmt: skip
+    info = {"codec_fingerprint": codec.fingerprint, "frame_rate": config.frame_rate,
+            "codebook_sizes": list(config.codebook_sizes[:CODEBOOKS]), "languages": args.languages,
+            "seed": args.seed, **source}  # fmt: skip
     claim(folder, dialogues.INFO_FILE, info)
     files = DatasetFiles(args, parts)
     (folder / "state.json").unlink(missing_ok=True)

@@ -85,15 +85,11 @@ class Style(NamedTuple):
 # Directions as actors' portrayals have them (Banse and Scherer 1996, table 5; Juslin and Laukka
 # 2003, table 7), sizes such that the speech stays natural.
 STYLES = {
-    "neutral": Style(),
-    "happy": Style(1.2, 1.45, 1.08, 2.0, 0.8),
-    "sad": Style(0.88, 0.5, 0.8, -4.0, -2.0),
-    "angry": Style(1.08, 1.25, 1.15, 5.0, 2.2),
-    "fear": Style(1.32, 0.8, 1.2, -1.0, 0.3),
-    "disgust": Style(0.84, 1.1, 0.86, 1.0, 0.0),
-    "surprise": Style(1.4, 1.6, 0.95, 2.0, 0.3),
-    "calm": Style(0.97, 0.85, 0.87, -3.0, -1.0),
-}
+    "neutral": Style(), "happy": Style(1.2, 1.45, 1.08, 2.0, 0.8),
+    "sad": Style(0.88, 0.5, 0.8, -4.0, -2.0), "angry": Style(1.08, 1.25, 1.15, 5.0, 2.2),
+    "fear": Style(1.32, 0.8, 1.2, -1.0, 0.3), "disgust": Style(0.84, 1.1, 0.86, 1.0, 0.0),
+    "surprise": Style(1.4, 1.6, 0.95, 2.0, 0.3), "calm": Style(0.97, 0.85, 0.87, -3.0, -1.0),
+}  # fmt: skip
 STRENGTH = (0.7, 1.2)  # of the style in what users say, as a power of it
 TILT_HZ = (500.0, 8000.0)  # between which a tilt works; above, its gain stays
 TILT_SPREAD = 0.3  # dB an octave, of users: of speakers and of their microphones
@@ -357,9 +353,8 @@ def _set_level(audio: np.ndarray, phones: list[Span], gain_db: float) -> np.ndar
     return (audio * gain).astype(np.float32)
 
 
-def voices(
-    language: str, role: str = "user", split: str = "train", engines: Sequence[str] | None = None
-) -> list[Voice]:
+def voices(language: str, role: str = "user", split: str = "train",
+           engines: Sequence[str] | None = None) -> list[Voice]:  # fmt: skip
     """Voices of the installed engines. `role` agent: the one voice of a language, for any split.
 
     `engines` are those asked for, best first; None: every one installed. Users are split by
@@ -381,10 +376,8 @@ def voices(
 
 
 # (formant, pitch, pitch range) by which a voice becomes others.
-CHANGES = (
-    (1.0, 1.0, 1.0), (1.0, 0.88, 1.2), (1.0, 1.14, 1.1), (1.09, 1.2, 1.2), (0.92, 0.86, 1.1),
-    (1.16, 1.55, 1.2), (0.87, 0.72, 1.2), (1.05, 0.95, 1.4),
-)  # fmt: skip
+CHANGES = ((1.0, 1.0, 1.0), (1.0, 0.88, 1.2), (1.0, 1.14, 1.1), (1.09, 1.2, 1.2), (0.92, 0.86, 1.1),
+           (1.16, 1.55, 1.2), (0.87, 0.72, 1.2), (1.05, 0.95, 1.4))  # fmt: skip
 
 
 def own_and_changed(engine: str, language: str, names: Sequence[str]) -> list[Voice]:
