@@ -352,7 +352,6 @@ _texts = functools.lru_cache(maxsize=1)(text_lines)
 
 def choose_texts(clips: Iterable[Clip], text_file: str | None) -> tuple[list[str], int]:
     """(sentences, how many were left out): in Telugu script alone, of 8 to 250 letters, each once.
-
     No engine here is sure to read digits and Latin letters as a Telugu speaker would."""
     said = (clip.text for clip in clips if clip.text and clip.language == "telugu")
     texts = {" ".join(text.split()) for text in (text_lines(text_file) if text_file else said)}

@@ -37,12 +37,11 @@ UNREADABLE = "unreadable.txt"
 
 @dataclass(frozen=True)
 class Corpus:
-    """One row of the table; each subclass is one way of getting it.
-
-    `hours` and `gigabytes` are on disk in the end, `download_gb` over the network where that
-    differs, `transient_gb` beside it for a while. `exact`: its authors counted `hours`; else
-    --verify trusts what was fetched. `split`: of all of it. `layout`: one of LAYOUTS. `note`: why
-    it is in the default set or not, and what it stands for."""
+    """One row of the table; each subclass is one way of getting it. `hours` and `gigabytes` are on
+    disk in the end, `download_gb` over the network where that differs, `transient_gb` beside it for
+    a while. `exact`: its authors counted `hours`; else --verify trusts what was fetched. `split`:
+    of all of it. `layout`: one of LAYOUTS. `note`: why it is in the default set or not, and what it
+    stands for."""
 
     name: str
     language: str
@@ -110,12 +109,11 @@ class OnHub(Corpus):
 
 @dataclass(frozen=True, kw_only=True)
 class Hub(OnHub):
-    """Parquet shards.
-
-    `audio` holds the coded bytes, alone or as {bytes, path}; `file` names them, else that path.
-    `speakers` and `keys` are columns: the first of `speakers` that a row fills names the speaker;
-    without one the split hangs on all of `keys`, or on what the file's name says. `keep`: (column,
-    value) of the rows to take. `tagged` text loses its <noise>, [marks] and {glosses}."""
+    """Parquet shards. `audio` holds the coded bytes, alone or as {bytes, path}; `file` names them,
+    else that path. `speakers` and `keys` are columns: the first of `speakers` that a row fills
+    names the speaker; without one the split hangs on all of `keys`, or on what the file's name
+    says. `keep`: (column, value) of the rows to take. `tagged` text loses its <noise>, [marks] and
+    {glosses}."""
 
     audio: str = "audio_filepath"
     file: str = ""
@@ -337,12 +335,11 @@ Listed = dict[str, tuple[str, str | None]]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a corpus names its files, and where it says more of them.
-
-    `named`: a pattern for the end of a path without its suffix. Its groups: `speaker`, called so
-    after `prefix`; `key`, what the split hangs on where nobody is named; `sentence`, a key of
-    `sentences`; `emotion`, one of LABELS. `lists`: reads what is listed in a folder. `beside`: the
-    suffix of a file with the text of one. `strict`: what is not named or listed so is no clip."""
+    """How a corpus names its files, and where it says more of them. `named`: a pattern for the end
+    of a path without its suffix. Its groups: `speaker`, called so after `prefix`; `key`, what the
+    split hangs on where nobody is named; `sentence`, a key of `sentences`; `emotion`, one of
+    LABELS. `lists`: reads what is listed in a folder. `beside`: the suffix of a file with the text
+    of one. `strict`: what is not named or listed so is no clip."""
 
     named: str = "(?!)"
     prefix: str = ""

@@ -307,11 +307,10 @@ def _speaker_from_name(path: Path) -> str | None:
 def load_splits(data_dirs: Sequence[str | Path], splits: Sequence[str],
                 commercial_only: bool = False,
                 unreadable_log: str | Path | None = None) -> list[Clips]:  # fmt: skip
-    """The clips of each split below `data_dirs`: from manifests, and by scanning what has none.
-
-    A file counts once: as a manifest lists it, rather than as a scan finds it. What cannot be read
-    is counted on stderr and listed in `unreadable_log`. Raises UserError on a missing folder, an
-    empty manifest, folders without audio and an empty train split; other splits may be empty."""
+    """The clips of each split below `data_dirs`: from manifests, and by scanning what has none. A
+    file counts once: as a manifest lists it, rather than as a scan finds it. What cannot be read is
+    counted on stderr and listed in `unreadable_log`. Raises UserError on a missing folder, an empty
+    manifest, folders without audio and an empty train split; other splits may be empty."""
     scan = _Scan()
     clips = _load_all(data_dirs, scan)
     scan.report(unreadable_log)
@@ -504,18 +503,15 @@ def frame_labels(phones: list | None, phone_ids: dict[str, int] | None, frames: 
 
 
 class WindowDataset(torch.utils.data.Dataset):
-    """Random windows, one an item, drawn by (seed, epoch, index) alone: `dataset[epoch, index]`.
-
-    A language is drawn with p ~ hours ** (1 / language_temperature), a clip by its length, a
-    place in it evenly. Clips shorter than the window are padded with zeros at the end. Items:
-    `audio` float32 `[1, T]`, `language`, `speaker` ("" where unknown), `phones` int64 `[F]`
-    (-100 where unknown), and where it lies: `path`, `start` in seconds, `speed`. `augment` is the
-    chance of a change of speed and of each change of `distort`.
-
-    An unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another window
-    is drawn, so too where one lies behind the end of a file that is shorter than its manifest
-    says. After 50 such draws in a row clips are drawn evenly, for a wrong duration may outweigh all
-    others; UserError after 100."""
+    """Random windows, one an item, drawn by (seed, epoch, index) alone: `dataset[epoch, index]`. A
+    language is drawn with p ~ hours ** (1 / language_temperature), a clip by its length, a place in
+    it evenly. Clips shorter than the window are padded with zeros at the end. Items: `audio`
+    float32 `[1, T]`, `language`, `speaker` ("" where unknown), `phones` int64 `[F]` (-100 where
+    unknown), and where it lies: `path`, `start` in seconds, `speed`. `augment` is the chance of a
+    change of speed and of each change of `distort`. An unreadable file is counted in `unreadable`,
+    listed in `unreadable_log`, and another window is drawn, so too where one lies behind the end of
+    a file that is shorter than its manifest says. After 50 such draws in a row clips are drawn
+    evenly, for a wrong duration may outweigh all others; UserError after 100."""
 
     def __init__(self, clips: Sequence[Clip], window_seconds: float, seed: int = 0,
                  epoch_items: int = 1000, language_temperature: float = 1.0, augment: float = 0.0,

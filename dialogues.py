@@ -133,11 +133,10 @@ _TURN_FIELDS = {**dict.fromkeys(_TURN_TEXTS, "text?"), "who": ("user", "agent"),
 
 def read_recordings(folder: str | Path, language: str = "other",
                     dropped: list[str] | None = None) -> list[Recording]:  # fmt: skip
-    """Recordings of every `*.jsonl` below a folder: Samvad's lines or moshi-finetune's.
-
-    Samvad: {id, path, agent_channel, user_channel, language, source, turns}. moshi-finetune:
-    {path, duration}, with `<path>.json` {"alignments": [[word, [start, end], speaker], …]}; the
-    left channel is the agent, SPEAKER_MAIN. `language`: where a line has none. A recording that is
+    """Recordings of every `*.jsonl` below a folder: Samvad's lines or moshi-finetune's. Samvad:
+    {id, path, agent_channel, user_channel, language, source, turns}. moshi-finetune: {path,
+    duration}, with `<path>.json` {"alignments": [[word, [start, end], speaker], …]}; the left
+    channel is the agent, SPEAKER_MAIN. `language`: where a line has none. A recording that is
     listed twice is taken once, and `dropped` says so. UserError names what is malformed."""
     folder = Path(folder)
     command.existing_folder(folder, "--conversations")
@@ -280,22 +279,20 @@ def finish_dataset(folder: Path, files: Sequence[str], info: dict) -> None:
 
 
 def save_code_dataset(path: str | Path, rows: Iterable[dict], info: dict) -> None:
-    """Write `rows` as a code dataset (one Arrow file).
-
-    A row is {id, language, source, split, agent_codes `[F, 8]`, user_codes `[F, 8]`, turns}; a
-    turn {who, start, end, text, emotion?, intent?, exchange?, voice?, phones?, words?}. `info`
-    needs codec_fingerprint, frame_rate and codebook_sizes."""
+    """Write `rows` as a code dataset (one Arrow file). A row is {id, language, source, split,
+    agent_codes `[F, 8]`, user_codes `[F, 8]`, turns}; a turn {who, start, end, text, emotion?,
+    intent?, exchange?, voice?, phones?, words?}. `info` needs codec_fingerprint, frame_rate and
+    codebook_sizes."""
     Path(path).mkdir(parents=True, exist_ok=True)
     write_arrow(Path(path) / "data-00000.arrow", rows)
     finish_dataset(Path(path), ["data-00000.arrow"], info)
 
 
 def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
-    """(Dataset, info) of a code dataset folder; a row is as `save_code_dataset` takes it.
-
-    Codes come as uint16 `[F, 8]` arrays, phones and words as `[[symbol, start, end], …]` or None.
-    The Arrow files stay on disk (memory-mapped). UserError where the folder is not a complete one,
-    and where its codes were made by another codec than `codec_fingerprint`."""
+    """(Dataset, info) of a code dataset folder; a row is as `save_code_dataset` takes it. Codes
+    come as uint16 `[F, 8]` arrays, phones and words as `[[symbol, start, end], …]` or None. The
+    Arrow files stay on disk (memory-mapped). UserError where the folder is not a complete one, and
+    where its codes were made by another codec than `codec_fingerprint`."""
     from datasets import load_from_disk
 
     folder = Path(path)

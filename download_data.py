@@ -271,9 +271,8 @@ VERIFY_FORM = "{:<26} {:>7} {:>7} {:>7} {:>6} {:>3} {:>4}  {}"
 
 def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     """What is on disk of a corpus, as `--json` has it; with `every_file`, each one is probed.
-
-    Expected are the table's hours where they are exact, else those that were fetched. The state
-    is "ok", "ok, small" (less than nine tenths of an estimate), or what is missing. Duplicates are
+    Expected are the table's hours where they are exact, else those that were fetched. The state is
+    "ok", "ok, small" (less than nine tenths of an estimate), or what is missing. Duplicates are
     those alike in size and at both ends: as good as a hash of all for coded speech, and faster."""
     folder = corpus.folder(data_dir)
     record = corpora.read_record(folder)

@@ -42,7 +42,6 @@ MICROPHONES = 4
 def load_emotional(folders: Sequence[str | Path], commercial_only: bool = False,
                    log: str | Path | None = None) -> list[Clip]:  # fmt: skip
     """The clips with an emotion below the folders, by their manifests or by their files' names.
-
     Splits are disjoint in speakers. What is left out is counted on stdout, unreadable files on
     stderr and in `log`. Raises UserError on a missing folder, and where nothing is left."""
     found: dict[object, Clip] = {}
@@ -87,11 +86,10 @@ def _by_name(clip: Clip) -> tuple[Clip, str | None, tuple]:
 
 
 def hold_out_speakers(clips: Sequence[Clip]) -> tuple[list[Clip], list[Clip]]:
-    """(training, validation) clips without a speaker in both; test clips in neither.
-
-    In a language without clips of split validation one speaker in six is held out, at least one;
-    its only one is trained on. A clip without a speaker is a speaker of its own. Raises UserError
-    where nobody is left to train or to validate on."""
+    """(training, validation) clips without a speaker in both; test clips in neither. In a language
+    without clips of split validation one speaker in six is held out, at least one; its only one is
+    trained on. A clip without a speaker is a speaker of its own. Raises UserError where nobody is
+    left to train or to validate on."""
     train = [clip for clip in clips if clip.split == "train"]
     validation = [clip for clip in clips if clip.split == "validation"]
     held_out = {clip.language for clip in validation}
@@ -116,9 +114,8 @@ def _speaker(clip: Clip) -> str:
 
 
 def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch: int = 16):
-    """The code dataset of clips as the user's side of calls, made in `folder` unless it is there.
-
-    A row is a clip between two short silences, its agent silent, its one turn of the user with the
+    """The code dataset of clips as the user's side of calls, made in `folder` unless it is there. A
+    row is a clip between two short silences, its agent silent, its one turn of the user with the
     emotion; `source` is the speaker at one of MICROPHONES, whose gain is drawn: that somebody is
     loud says little by itself. Clips are encoded `batch` at once, on the codec's device; those that
     cannot be read are counted and left out. Files of PART_CLIPS each: a killed run goes on with the

@@ -38,7 +38,6 @@ Sound = tuple[np.ndarray, int]
 
 class IndicTts:
     """FastPitch and HiFi-GAN (Kumar et al. 2023), 22,050 Hz, a woman and a man, run by coqui-tts.
-
     Its folder is what te.zip (hi.zip, en.zip) unpacks to: fastpitch/ and hifigan/, each with
     config.json and best_model.pth. The rate is FastPitch's own length scale."""
 

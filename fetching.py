@@ -97,10 +97,9 @@ class Bar:
 
 def side_by_side(tasks: dict[str, Callable[[], Any]], jobs: int,
                  stopped: threading.Event) -> dict[str, Any]:  # fmt: skip
-    """Run named tasks on `jobs` threads; each one's result, or the exception that ended it.
-
-    Passing faults are waited out, and the task called again. Ctrl-C sets `stopped`, waits for the
-    workers to end at their next byte, and goes on as KeyboardInterrupt."""
+    """Run named tasks on `jobs` threads; each one's result, or the exception that ended it. Passing
+    faults are waited out, and the task called again. Ctrl-C sets `stopped`, waits for the workers
+    to end at their next byte, and goes on as KeyboardInterrupt."""
     with ThreadPoolExecutor(jobs) as pool:
         futures = {pool.submit(_patiently, name, tasks[name], stopped): name for name in tasks}
         try:
@@ -282,9 +281,8 @@ def make_readable(path: Path, keep_wav: bool) -> tuple[Path, float, int]:
 
 
 def packed(source: BinaryIO, keep_wav: bool) -> tuple[bytes | None, str]:
-    """(a recording as FLAC, its suffix); (None, suffix) where it stays as it is, byte for byte.
-
-    16 and 24 bit WAV (unless `keep_wav`) and AIFF are packed, to about half the size. The suffix is
+    """(a recording as FLAC, its suffix); (None, suffix) where it stays as it is, byte for byte. 16
+    and 24 bit WAV (unless `keep_wav`) and AIFF are packed, to about half the size. The suffix is
     empty where libsndfile does not know the format."""
     suffix, made = "", io.BytesIO()
     try:

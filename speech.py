@@ -168,9 +168,8 @@ def find_engine(name: str) -> Engine:
 
 def synthesize(items: Sequence[Request]) -> list[Utterance]:
     """Utterances in the order of `items`, made in one batch an engine and language; the same
-    requests give the same bytes.
-
-    UserError for an unknown engine, language or emotion, and where an engine fails."""
+    requests give the same bytes. UserError for an unknown engine, language or emotion, and where an
+    engine fails."""
     orders = [_order(item) for item in items]
     batches: dict[tuple[str, str], list[int]] = {}
     for i, item in enumerate(items):
@@ -356,7 +355,6 @@ def _set_level(audio: np.ndarray, phones: list[Span], gain_db: float) -> np.ndar
 def voices(language: str, role: str = "user", split: str = "train",
            engines: Sequence[str] | None = None) -> list[Voice]:  # fmt: skip
     """Voices of the installed engines. `role` agent: the one voice of a language, for any split.
-
     `engines` are those asked for, best first; None: every one installed. Users are split by
     speaker: those held out sound in no training voice of any language, however changed. UserError
     where nobody can speak."""
@@ -381,10 +379,9 @@ CHANGES = ((1.0, 1.0, 1.0), (1.0, 0.88, 1.2), (1.0, 1.14, 1.1), (1.09, 1.2, 1.2)
 
 
 def own_and_changed(engine: str, language: str, names: Sequence[str]) -> list[Voice]:
-    """The agent, who is the first of an engine's own voices, and users: all of them, changed.
-
-    Of three voices and more the last two are held out, for validation and test. With fewer the
-    last two changes are: then a held-out voice is another only as far as Praat makes it one."""
+    """The agent, who is the first of an engine's own voices, and users: all of them, changed. Of
+    three voices and more the last two are held out, for validation and test. With fewer the last
+    two changes are: then a held-out voice is another only as far as Praat makes it one."""
     by_name = len(names) > 2
     last = len(names if by_name else CHANGES) - 1
     splits = {last: "test", last - 1: "validation"}
