@@ -154,10 +154,9 @@ def _table(rows: list[dict], folder: str | Path) -> pyarrow.Table:
     for name, value in _DEFAULTS.items():
         columns[name] = [value if found is None else found for found in columns[name]]
     paths = [os.path.split(path) for path in columns.pop("path")]
-    folders = {
-        head: os.fsencode(os.path.normpath(os.path.join(folder, head)) if folder else head)
-        for head in {head for head, _ in paths}
-    }
+    heads = list({head for head, _ in paths})
+    real = [os.path.normpath(os.path.join(folder, head)) if folder else head for head in heads]
+    folders = dict(zip(heads, map(os.fsencode, real), strict=True))
     columns["folder"] = [folders[head] for head, _ in paths]
     columns["name"] = [os.fsencode(name) for _, name in paths]
     columns["duration"] = [s if 0 <= s <= 1e9 else 0.0 for s in columns["duration"]]
@@ -372,9 +371,8 @@ def _each_once(clips: Clips, scan: _Scan) -> Clips:
     least, most = files["split_min"].to_numpy(), files["split_max"].to_numpy()
     said = "files are held out by one manifest and not by another: kept out of training"
     scan.notes[said] = int(((least == 0) & (most > 0)).sum())
-    return Clips(clips.table.take(files["line_min"])).with_columns(
-        split=[SPLITS[i] for i in most], commercial_ok=files["free_min"].to_numpy() == 1
-    )
+    free, chosen = files["free_min"].to_numpy() == 1, Clips(clips.table.take(files["line_min"]))
+    return chosen.with_columns(split=[SPLITS[i] for i in most], commercial_ok=free)
 
 
 def _measured(clips: Clips, scan: _Scan) -> Clips:
@@ -663,7 +661,7 @@ def _errors_in_one_line(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
         ended = str(error).startswith("DataLoader worker (pid")
         if not ended and "shared memory" not in str(error):
             raise
-        raise UserError(
-            f"a process that loads data {'ended' if ended else 'got no shared memory'}, as a rule "
-            "for want of memory: lower --num_workers, or give the machine more (/dev/shm too)"
-        ) from error
+        how = "ended" if ended else "got no shared memory"
+        mend = "lower --num_workers, or give the machine more (/dev/shm too)"
+        said = f"a process that loads data {how}, as a rule for want of memory: {mend}"
+        raise UserError(said) from error

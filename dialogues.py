@@ -244,7 +244,9 @@ def _decode_batch(batch: dict) -> dict:
 
 
 def write_arrow(path: Path, rows: Iterable[dict]) -> None:
-    """One Arrow file of rows as `save_code_dataset` takes them."""
+    """One Arrow file of rows: {id, language, source, split, agent_codes `[F, 8]`, user_codes
+    `[F, 8]`, turns}; a turn is {who, start, end, text, emotion?, intent?, exchange?, voice?,
+    interrupted?, phones?, words?}."""
     from datasets.arrow_writer import ArrowWriter
 
     with atomic_write(path) as part, ArrowWriter(path=str(part), features=_features()) as writer:
@@ -264,7 +266,8 @@ def filter_arrow(path: Path, new: Path, chosen: Sequence[bool]) -> None:
 
 
 def finish_dataset(folder: Path, files: Sequence[str], info: dict) -> None:
-    """Makes a folder of Arrow files a `datasets` folder; `state.json` is written last."""
+    """Makes a folder of Arrow files a code dataset; `state.json` is written last. `info` needs
+    codec_fingerprint, frame_rate and codebook_sizes."""
     from datasets import DatasetInfo
 
     DatasetInfo(features=_features()).write_to_directory(str(folder))
@@ -278,18 +281,8 @@ def finish_dataset(folder: Path, files: Sequence[str], info: dict) -> None:
     write_json(folder / "state.json", state)
 
 
-def save_code_dataset(path: str | Path, rows: Iterable[dict], info: dict) -> None:
-    """Write `rows` as a code dataset (one Arrow file). A row is {id, language, source, split,
-    agent_codes `[F, 8]`, user_codes `[F, 8]`, turns}; a turn {who, start, end, text, emotion?,
-    intent?, exchange?, voice?, phones?, words?}. `info` needs codec_fingerprint, frame_rate and
-    codebook_sizes."""
-    Path(path).mkdir(parents=True, exist_ok=True)
-    write_arrow(Path(path) / "data-00000.arrow", rows)
-    finish_dataset(Path(path), ["data-00000.arrow"], info)
-
-
 def load_code_dataset(path: str | Path, codec_fingerprint: str | None = None):
-    """(Dataset, info) of a code dataset folder; a row is as `save_code_dataset` takes it. Codes
+    """(Dataset, info) of a code dataset folder; a row is as `write_arrow` takes it. Codes
     come as uint16 `[F, 8]` arrays, phones and words as `[[symbol, start, end], …]` or None. The
     Arrow files stay on disk (memory-mapped). UserError where the folder is not a complete one, and
     where its codes were made by another codec than `codec_fingerprint`."""

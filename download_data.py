@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -127,19 +127,16 @@ CORPORA: tuple[Corpus, ...] = (
         "openslr-103", "hindi", 100.6, 4.0, "8", download_gb=4.7, transient_gb=6.5, exact=False,
         **_DISPUTED, layout="transcription", bases=_openslr(103),
         archives=(
-            Archive("Hindi_train.tar.gz", 95.05, 4.4), Archive("Hindi_test.tar.gz", 5.55, 0.3),
-        )),
+            Archive("Hindi_train.tar.gz", 95.05, 4.4), Archive("Hindi_test.tar.gz", 5.55, 0.3))),
     Archives(
         "gramvaani", "hindi", 1108, 32, "8", "academic", transient_gb=8, commercial_ok=False,
         exact=False, layout="kaldi", bases=_openslr(118),
         note="licensed for academic use only, and mostly 8 kHz MP3: "
         "--corpora gramvaani --allow_noncommercial. The plan's GV_* addresses are gone",
         archives=(
-            Archive("GV_Train_100h.tar.gz", 100, 3.0),
-            Archive("GV_Dev_5h.tar.gz", 5, 0.15),
+            Archive("GV_Train_100h.tar.gz", 100, 3.0), Archive("GV_Dev_5h.tar.gz", 5, 0.15),
             Archive("GV_Eval_3h.tar.gz", 3, 0.1),
-            *(Archive(f"Gramvaani_1000hrData_Part{n}.tar.gz", 200, 6.0) for n in range(1, 6)),
-        )),
+            *(Archive(f"Gramvaani_1000hrData_Part{n}.tar.gz", 200, 6.0) for n in range(1, 6)))),
     _common_voice("hindi", 27, 0.6),
     # Image descriptions by tens of thousands of people, one in twenty transcribed. Where a row
     # names no speaker, the split hangs on the district and postal code.
@@ -200,9 +197,8 @@ CORPORA: tuple[Corpus, ...] = (
 )  # fmt: skip
 
 
-def print_list(table: Iterable[Corpus]) -> None:
+def print_list(table: Sequence[Corpus]) -> None:
     """The table, 80 columns wide, with totals."""
-    table = list(table)
     form = "{:<27}{:<8} {:>6} {:>5} {:>3}  {:<16} {}"
     print(form.format("corpus", "language", "hours", "GB", "kHz", "licence", "marks"))
     for section, rows in itertools.groupby(table, lambda row: row.group or row.language):
@@ -254,17 +250,15 @@ def print_costs(rows: list[Corpus], free_gb: float, jobs: int) -> None:
     """Disk, time and money of a fetch, before anything moves."""
     hours, final = sum(r.hours for r in rows), sum(r.gigabytes for r in rows)
     network = sum(row.download_gb or row.gigabytes for row in rows)
-    print(
-        f"to fetch: {len(rows)} corpora, {_figure(hours)} h; network: {network:,.1f} GB\n"
-        f"disk: {final:,.1f} GB in the end, {peak_gigabytes(rows, jobs):,.1f} at the most, "
-        f"archives included; {free_gb:,.0f} free\n6,000 h in GB: {GIGABYTES_OF_6000_H}"
-    )
+    print(f"to fetch: {len(rows)} corpora, {_figure(hours)} h; network: {network:,.1f} GB\n"
+          f"disk: {final:,.1f} GB in the end, {peak_gigabytes(rows, jobs):,.1f} at the most, "
+          f"archives included; {free_gb:,.0f} free\n"
+          f"6,000 h in GB: {GIGABYTES_OF_6000_H}")  # fmt: skip
     for rate in (25, 100):
         took = network * 1e3 / rate / 3600
-        print(
-            f"at {rate} MB/s: {took:,.1f} h, about ${took * CPU_POD_USD:,.2f} on a CPU pod, "
-            f"${took * H200_USD:,.2f} on an idle H200"
-        )
+        print(f"at {rate} MB/s: {took:,.1f} h, about ${took * CPU_POD_USD:,.2f} on a CPU pod, "
+              f"${took * H200_USD:,.2f} on an idle H200")  # fmt: skip
+
 
 VERIFY_FORM = "{:<26} {:>7} {:>7} {:>7} {:>6} {:>3} {:>4}  {}"
 
@@ -379,11 +373,8 @@ def choose(names: list[str] | None, languages: list[str] | None,
     own = {f"common-voice-{language}" for language in options.cv_dataset_ids}
     own |= {"fisher"} if options.fisher_dir else set()
     wanted = own | set(names or ()) or {"default"}
-    chosen = [
-        row for row in CORPORA
-        if row.language in (languages or data.LANGUAGES)
-        and (row.name in wanted or row.group in wanted or (row.default and "default" in wanted))
-    ]  # fmt: skip
+    spoken = [row for row in CORPORA if row.language in (languages or data.LANGUAGES)]
+    chosen = [row for row in spoken if wanted & {row.name, row.group, row.default and "default"}]
     if not chosen:
         raise UserError("no corpus of that language in the table; see --list")
     return chosen
@@ -413,10 +404,8 @@ def check_access(rows: list[Corpus], mirrors: dict[str, str]) -> None:
     asked = [place for place in places if not fetching.is_local(place[1])]
     to_accept = sorted({fetching.licence_page(*place) for place in asked} - {""})
     if to_accept:
-        raise UserError(
-            f"accept the licence at {' and at '.join(to_accept)}, then `hf auth login` (or set "
-            "HF_TOKEN) and run again; or leave them out with --corpora"
-        )
+        accept = f"accept the licence at {' and at '.join(to_accept)}, then `hf auth login` (or "
+        raise UserError(f"{accept}set HF_TOKEN) and run again; or leave them out with --corpora")
 
 
 def check_disk(rows: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int) -> None:
@@ -424,16 +413,12 @@ def check_disk(rows: list[Corpus], data_dir: Path, options: FetchOptions, jobs: 
     free = fetching.free_bytes(data_dir) / GIGABYTE
     scaled = [_scaled(row, options.max_hours) for row in rows]
     print_costs(scaled, free, jobs)
-    begun = 0
-    for row in rows:
-        begun += fetching.folder_bytes(data_dir / row.place / f".{row.name}.part")
-        begun += fetching.folder_bytes(data_dir / ".archives" / row.name)
-    needed = peak_gigabytes(scaled, jobs) - begun / GIGABYTE
+    begun = [data_dir / row.place / f".{row.name}.part" for row in rows]
+    begun += [data_dir / ".archives" / row.name for row in rows]
+    needed = peak_gigabytes(scaled, jobs) - sum(map(fetching.folder_bytes, begun)) / GIGABYTE
     if needed > free:
-        raise UserError(
-            f"{data_dir}: {needed:,.0f} GB needed, {free:,.0f} GB free; free some, or take fewer "
-            "with --languages, --corpora or --max_hours"
-        )
+        said = f"{needed:,.0f} GB needed, {free:,.0f} GB free; free some, or take fewer"
+        raise UserError(f"{data_dir}: {said} with --languages, --corpora or --max_hours")
 
 
 def as_listed(row: Corpus, options: FetchOptions) -> Corpus:
@@ -559,12 +544,11 @@ def main() -> int:
     arguments = parse_args()
     folder = arguments.fisher_dir
     options = FetchOptions(
-        max_hours=arguments.max_hours,
+        max_hours=arguments.max_hours, keep_wav=arguments.keep_wav,
         mirrors=_pairs("--mirror", arguments.mirror, (row.name for row in CORPORA)),
-        keep_wav=arguments.keep_wav,
         cv_dataset_ids=_pairs("--cv_dataset_id", arguments.cv_dataset_id, data.LANGUAGES),
         fisher_dir=folder and command.existing_folder(folder, "--fisher_dir"),
-    )
+    )  # fmt: skip
     data_dir, names, languages = arguments.data_dir, arguments.corpora, arguments.languages
     chosen = choose(names, languages, options)
     if arguments.list:
@@ -573,11 +557,10 @@ def main() -> int:
     if arguments.json:
         command.writable_file(arguments.json, "--json")
     if arguments.verify:
-        there = []
         if not names:  # all else that is there, too
             mine = [row for row in CORPORA if row.language in (languages or data.LANGUAGES)]
-            there = [row for row in mine if (row.folder(data_dir) / data.MANIFEST).exists()]
-        return report([row for row in CORPORA if row in chosen or row in there], arguments)
+            chosen += [row for row in mine if (row.folder(data_dir) / data.MANIFEST).exists()]
+        return report([row for row in CORPORA if row in chosen], arguments)
     chosen = without_forbidden(chosen, arguments.allow_noncommercial, options.fisher_dir)
     with only_one(command.writable_folder(data_dir, "--data_dir")):
         return fetch_missing(chosen, arguments, options)

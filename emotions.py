@@ -100,11 +100,9 @@ def hold_out_speakers(clips: Sequence[Clip]) -> tuple[list[Clip], list[Clip]]:
     if len(everyone) + bool(validation) < 2 or not train:
         raise UserError("emotional speech of two speakers is needed, one of them to validate")
     groups = [own for name, own in speakers.items() if name not in held_out and len(own) > 1]
-    chosen = {
-        name
-        for own in groups or ([] if validation else [everyone])
-        for name in random.Random(0).sample(sorted(own), max(1, len(own) // 6))
-    }
+    chosen = set()
+    for own in groups or ([] if validation else [everyone]):
+        chosen.update(random.Random(0).sample(sorted(own), max(1, len(own) // 6)))
     validation += [clip for clip in train if _speaker(clip) in chosen]
     return [clip for clip in train if _speaker(clip) not in chosen], validation
 

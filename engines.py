@@ -122,10 +122,8 @@ def parler_style(order: Order) -> str:
     semitones = 12 * math.log2(order.pitch)
     pitch = "low" if semitones < -0.7 else "high" if semitones > 0.7 else "moderate"
     pace = "slow" if order.rate < 0.96 else "fast" if order.rate > 1.06 else "moderate"
-    return (
-        f"{order.name} speaks with a {pitch} pitch at a {pace} pace, in an expressive voice. "
-        "The recording is of very high quality, close up, with no background noise."
-    )
+    return (f"{order.name} speaks with a {pitch} pitch at a {pace} pace, in an expressive voice. "
+            "The recording is of very high quality, close up, with no background noise.")
 
 
 class Mms:

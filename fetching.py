@@ -372,10 +372,8 @@ def hub_shards(repo: str, revision: str, folders: tuple[str, ...], suffix: str,
     found = []
     for folder in folders:
         if is_local(source):
-            files = [
-                Shard(repo, path.relative_to(source).as_posix(), _size(path), str(path.resolve()))
-                for path in Path(source, folder).rglob("*.*")
-            ]
+            paths = [(p, p.relative_to(source)) for p in Path(source, folder).rglob("*.*")]
+            files = [Shard(repo, b.as_posix(), _size(p), str(p.resolve())) for p, b in paths]
         else:
             files = _hub_files(repo, revision, folder, source)
         files = [file for file in files if file.path.endswith(suffix)]

@@ -108,15 +108,13 @@ def draw_microphone(rng: np.random.Generator) -> Microphone:
     snr = rng.uniform(*(BABBLE_SNR_DB if noise == "babble" else SNR_DB))
     clean, room, band, echo = rng.random(4)
     return Microphone(
-        gain_db=rng.uniform(*GAIN_DB),
-        noise=None if clean < CLEAN_CHANCE else noise,
-        snr_db=snr,
+        gain_db=rng.uniform(*GAIN_DB), noise=None if clean < CLEAN_CHANCE else noise, snr_db=snr,
         room_seconds=rng.uniform(0.1, 0.45) if room < ROOM_CHANCE else None,
         room_db=rng.uniform(-18.0, -6.0),
         band_hz=int(rng.choice((8000, 12000, 16000))) if band < BAND_LIMIT_CHANCE else None,
         echo=(rng.uniform(*ECHO_DELAY), rng.uniform(*ECHO_DB)) if echo < ECHO_CHANCE else None,
         seed=int(rng.integers(2**31)),
-    )
+    )  # fmt: skip
 
 
 def plan_conversation(exchanges: Sequence[Exchange], users: Sequence[speech.Voice],
@@ -404,7 +402,7 @@ def part_rng(args: argparse.Namespace, part: ScriptedPart, *numbers: int) -> np.
 
 def _cast(args: argparse.Namespace, language: str) -> tuple[list[Exchange], list, speech.Voice]:
     """(exchanges, user voices, the agent's). UserError where there are none."""
-    chosen = (args.split, args.intents, args.archetypes)
+    chosen = (args.split, args.intents, args.exchanges == "archetypes")
     exchanges = choose_exchanges(scripts(args.scripts), language, *chosen)
     users = user_voices(language, args.split, args.engines)
     return exchanges, users, speech.voices(language, "agent", engines=args.engines)[0]
@@ -568,12 +566,8 @@ class DatasetFiles:
 
     def names(self) -> list[str]:
         """The Arrow files, in the order of their first parts."""
-        firsts = {
-            name: min(self._places[key] for key in parts)
-            for name, parts in self._files.items()
-            if any(entry["rows"] for entry in parts.values())
-        }
-        return sorted(firsts, key=firsts.get)
+        full = [n for n, parts in self._files.items() if any(p["rows"] for p in parts.values())]
+        return sorted(full, key=lambda name: min(map(self._places.get, self._files[name])))
 
 
 def claim(folder: Path, name: str, settings: dict) -> None:
@@ -680,7 +674,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--device", default="auto", help="that the codec encodes on")
     args = parser.parse_args(arguments)
     args.intents = tuple(sorted(filter(None, args.intents.split(","))))
-    args.archetypes = args.exchanges == "archetypes"
     args.languages = list(dict.fromkeys(args.languages))
     if not (args.conversations or args.hours or args.num_conversations):
         parser.error("say how much: --hours or --num_conversations")

@@ -586,7 +586,9 @@ def test_datasets_are_checked(tmp_path):
     codes = np.arange(24, dtype=np.uint16).reshape(3, 8)
     rows = [{**row, "agent_codes": codes, "user_codes": codes + 1, "turns": [turn]}]
     info = {"codec_fingerprint": "f" * 64, "frame_rate": 50.0, "codebook_sizes": [1024] * 8}
-    dialogues.save_code_dataset(tmp_path / "d", rows, info)
+    (tmp_path / "d").mkdir()
+    dialogues.write_arrow(tmp_path / "d" / "data-00000.arrow", rows)
+    dialogues.finish_dataset(tmp_path / "d", ["data-00000.arrow"], info)
     dataset, read = dialogues.load_code_dataset(tmp_path / "d", "f" * 64)
     assert read == info and np.array_equal(dataset[0]["user_codes"], codes + 1)
     assert dataset[0]["turns"][0]["phones"] == [["a", 0.0, 0.5]]

@@ -26,7 +26,7 @@ from s2s import IGNORE, PAD, S2S, S2SConfig
 
 pytest.importorskip("datasets", reason="code datasets: pip install datasets")
 
-from dialogues import save_code_dataset  # noqa: E402
+from dialogues import finish_dataset, write_arrow  # noqa: E402
 from tools.launches import counting  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,9 @@ def make_dataset(folder: Path, codec: Codec, rows=None) -> Path:
         "frame_rate": 50.0,
         "codebook_sizes": list(codec.config.codebook_sizes),
     }
-    save_code_dataset(folder, rows, info)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_arrow(folder / "data-00000.arrow", rows)
+    finish_dataset(folder, ["data-00000.arrow"], info)
     return folder
 
 

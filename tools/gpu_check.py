@@ -86,7 +86,7 @@ def make_speech(folder: Path, smoke: bool) -> Path:
 def make_codes(folder: Path, smoke: bool) -> Path:
     """A code dataset of random codes, a turn of each side every eight seconds."""
     from codec import Codec
-    from dialogues import load_scripts, save_code_dataset
+    from dialogues import finish_dataset, load_scripts, write_arrow
 
     codec = Codec.from_checkpoint(ROOT / "checkpoints" / "tiny" / "codec")
     exchanges = load_scripts(ROOT / "conversations")
@@ -118,7 +118,9 @@ def make_codes(folder: Path, smoke: bool) -> Path:
         })  # fmt: skip
     info = {"codec_fingerprint": codec.fingerprint, "frame_rate": float(FRAME_RATE),
             "codebook_sizes": list(codec.config.codebook_sizes)}  # fmt: skip
-    save_code_dataset(folder, rows, info)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_arrow(folder / "data-00000.arrow", rows)
+    finish_dataset(folder, ["data-00000.arrow"], info)
     return folder
 
 
