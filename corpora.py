@@ -254,11 +254,11 @@ def _write_unreadable(job: Job) -> None:
 
 
 def clip_of(corpus: Corpus, path: Path, duration: float, sample_rate: int, split: str,
-            **more: str | None) -> data.Clip:  # fmt: skip
+            label: str | None = None, **more: str | None) -> data.Clip:  # fmt: skip
     """A clip with what its corpus says of it; a corpus of one split has the last word on it."""
-    common = {"license": corpus.license, "commercial_ok": corpus.commercial_ok}
-    split = corpus.split or split
-    return data.Clip(path, duration, sample_rate, corpus.language, split=split, **common, **more)
+    more |= {"split": corpus.split or split, "emotion": label and LABELS[label.lower()]}
+    more |= {"license": corpus.license, "commercial_ok": corpus.commercial_ok}
+    return data.Clip(path, duration, sample_rate, corpus.language, **more)
 
 
 def fetch_archives(job: Job) -> None:
@@ -354,10 +354,9 @@ class Layout:
         if not match:
             return {}
         found = match.groupdict().get
-        speaker = found("speaker")
-        return {"speaker": speaker and self.prefix + speaker.replace("_", "-"), "key": found("key"),
-                "text": self.sentences.get(found("sentence")),
-                "label": found("emotion")}  # fmt: skip
+        speaker = found("speaker") and self.prefix + found("speaker").replace("_", "-")
+        return {"speaker": speaker, "key": found("key"), "label": found("emotion"),
+                "text": self.sentences.get(found("sentence"))}  # fmt: skip
 
 
 def no_emotion(label: str | None) -> str:
@@ -405,8 +404,8 @@ def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.
     except AudioError as error:
         return str(error)
     key = speaker or said.get("key") or path.relative_to(job.audio).as_posix()
-    return clip_of(job.corpus, path, duration, sample_rate, data.split_for(key), speaker=speaker,
-                   text=text or None, emotion=label and LABELS[label.lower()])  # fmt: skip
+    about = {"speaker": speaker, "text": text or None}
+    return clip_of(job.corpus, path, duration, sample_rate, data.split_for(key), label, **about)
 
 
 def _texts(name: str, between: str, root: Path, in_capitals: bool = False) -> Listed:
@@ -558,11 +557,9 @@ def _clip_of_shard_row(job: Job, shard: Shard, folder: Path, number: int,
     target.write_bytes(coded)
     # Rows of one shard lie side by side in the corpus, and so may share a voice.
     split = data.split_for(key or shard.path)
-    return clip_of(corpus, target, duration, sample_rate,
-                   _official_split(shard.path) if corpus.official_splits else split,
-                   speaker=speaker,
-                   text=_clean(row.get(corpus.text), corpus.tagged) or said.get("text"),
-                   emotion=label and LABELS[label.lower()])  # fmt: skip
+    split = _official_split(shard.path) if corpus.official_splits else split
+    text = _clean(row.get(corpus.text), corpus.tagged) or said.get("text")
+    return clip_of(corpus, target, duration, sample_rate, split, label, speaker=speaker, text=text)
 
 
 def _speaker_and_key(corpus: Hub, row: dict, said: dict) -> tuple[str | None, str | None]:

@@ -639,9 +639,8 @@ def training_batches(
     # One loader for all epochs: its workers, started anew, would leave a GPU waiting each time.
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=epochs_of_batches(len(dataset), batch_size, *place),
-        num_workers=num_workers, collate_fn=collate, pin_memory=process.device.type == "cuda",
-        prefetch_factor=4 if num_workers else None,
-    )  # fmt: skip
+        num_workers=num_workers, collate_fn=collate, prefetch_factor=4 if num_workers else None,
+        pin_memory=process.device.type == "cuda")  # fmt: skip
     for batch in _errors_in_one_line(loader):
         if consumed > len(dataset) - batch_size:  # at the epoch's end
             epoch, consumed = epoch + 1, 0

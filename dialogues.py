@@ -272,12 +272,10 @@ def finish_dataset(folder: Path, files: Sequence[str], info: dict) -> None:
 
     DatasetInfo(features=_features()).write_to_directory(str(folder))
     write_json(folder / INFO_FILE, info)
-    state = {
-        "_data_files": [{"filename": name} for name in files],
-        "_fingerprint": digest(info["codec_fingerprint"], *files),
-        "_format_kwargs": {}, "_output_all_columns": False,
-        **dict.fromkeys(("_format_columns", "_format_type", "_split")),
-    }  # fmt: skip
+    state = {"_data_files": [{"filename": name} for name in files], "_format_kwargs": {},
+             "_fingerprint": digest(info["codec_fingerprint"], *files),
+             "_output_all_columns": False,
+             **dict.fromkeys(("_format_columns", "_format_type", "_split"))}  # fmt: skip
     write_json(folder / "state.json", state)
 
 

@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import textwrap
 import threading
@@ -56,8 +57,7 @@ _OPENSLR = ("https://www.openslr.org", "https://us.openslr.org", "https://opensl
 _DISPUTED = {
     "commercial_ok": False, "license": "CC-BY-4.0 (?)",
     "note": "its licence differs from place to place, so it counts as not for commercial use: name "
-    "it in --corpora, with --allow_noncommercial, after reading them",
-}  # fmt: skip
+    "it in --corpora, with --allow_noncommercial, after reading them"}  # fmt: skip
 
 
 def _openslr(number: int) -> tuple[str, ...]:
@@ -77,8 +77,7 @@ _SHRUTILIPI = {"speakers": (), "layout": "shrutilipi"}
 _RASA = {
     "kilohertz": "48", "default": False, "group": "emotion", "audio": "audio",
     "style": "style", "speakers": ("speaker_id", "gender"), "split": "train",
-    "note": "emotional speech for phase 4: --corpora emotion",
-}  # fmt: skip
+    "note": "emotional speech for phase 4: --corpora emotion"}  # fmt: skip
 
 
 def _common_voice(language: str, hours: float, gigabytes: float) -> DataCollective:
@@ -86,8 +85,7 @@ def _common_voice(language: str, hours: float, gigabytes: float) -> DataCollecti
     return DataCollective(
         f"common-voice-{language}", language, hours, gigabytes, "48", "CC0-1.0", exact=False,
         transient_gb=gigabytes, layout="common_voice",
-        note=f"left Hugging Face in 2025: {account} and --cv_dataset_id {language}=ID",
-    )
+        note=f"left Hugging Face in 2025: {account} and --cv_dataset_id {language}=ID")
 
 
 # Name, language, hours, GB, kHz and licence, then the rest by name.
@@ -410,7 +408,7 @@ def check_access(rows: list[Corpus], mirrors: dict[str, str]) -> None:
 
 def check_disk(rows: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int) -> None:
     """Print what the fetch takes; UserError where the disk cannot hold it."""
-    free = fetching.free_bytes(data_dir) / GIGABYTE
+    free = shutil.disk_usage(data_dir).free / GIGABYTE
     scaled = [_scaled(row, options.max_hours) for row in rows]
     print_costs(scaled, free, jobs)
     begun = [data_dir / row.place / f".{row.name}.part" for row in rows]

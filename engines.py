@@ -27,11 +27,9 @@ CODES = {"english": "eng", "hindi": "hin", "telugu": "tel"}
 INDICTTS_URL = "https://github.com/AI4Bharat/Indic-TTS/releases/download/v1-checkpoints-release"
 PARLER_VOICES = {"english": ("Thoma", "Mary"), "hindi": ("Rohit", "Divya", "Aman", "Rani"),
                  "telugu": ("Prakash", "Lalitha", "Kiran")}  # fmt: skip
-PIPER_VOICES = {
-    "english": "en_US-lessac-medium en_US-ryan-medium en_GB-alan-medium",
-    "hindi": "hi_IN-pratham-medium hi_IN-priyamvada-medium hi_IN-rohan-medium",
-    "telugu": "te_IN-maya-medium te_IN-padmavathi-medium te_IN-venkatesh-medium",
-}
+PIPER_VOICES = {"english": "en_US-lessac-medium en_US-ryan-medium en_GB-alan-medium",
+                "hindi": "hi_IN-pratham-medium hi_IN-priyamvada-medium hi_IN-rohan-medium",
+                "telugu": "te_IN-maya-medium te_IN-padmavathi-medium te_IN-venkatesh-medium"}
 BATCH = 16  # orders: Parler has all of them in the GPU's memory at once
 Sound = tuple[np.ndarray, int]
 

@@ -129,12 +129,6 @@ def _patiently(name: str, task: Callable[[], Any], stopped: threading.Event) -> 
                 return Stopped()
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes free on the disk of `folder`, which need not exist yet."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free
-
-
 def folder_bytes(folder: Path) -> int:
     """Bytes of all that lies below `folder`; 0 where it does not exist."""
     return sum(path.lstat().st_size for path in folder.rglob("*"))

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from test_corpora import ROOT, ROWS, dataset, served
@@ -153,13 +155,13 @@ def test_hours_are_counted_from_the_shards_and_estimates_until_then(server, tmp_
 
 def test_disk_and_money_are_told_first_and_a_small_disk_refused(tmp_path, monkeypatch, capsys):
     rows = download_data.choose(None, None)
-    monkeypatch.setattr(fetching, "free_bytes", lambda folder: 100e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=100e9))
     with pytest.raises(UserError, match="GB needed, 100 GB free.*--max_hours"):
         download_data.check_disk(rows, tmp_path, FetchOptions(), 4)
     printed = capsys.readouterr().out
     assert "WAV 16 kHz 691" in printed and "idle H200" in printed
     assert max(len(line) for line in printed.splitlines()) <= 80
-    monkeypatch.setattr(fetching, "free_bytes", lambda folder: 150e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=150e9))
     download_data.check_disk(rows, tmp_path, FetchOptions(max_hours=10), 2)
     short = download_data._scaled(ROWS["librispeech"], 200)
     assert (short.hours, short.transient_gb) == (pytest.approx(464.2), pytest.approx(23.0))
