@@ -487,7 +487,7 @@ class Story:
         self._feelings = engine.user_emotion
         self._words = {who: ReplyText(engine.lm.tokenizer) for who in ("agent", "user")}
         self._turn, self._quiet = Counter(agent=1, user=1), Counter()
-        self.speaking = {"agent": False, "user": False}
+        self.speaking, self._heard = {"agent": False, "user": False}, PAD
         self.counts = Counter(received=0, answered=0, dropped=0, late=0)
         self._ticks: list[tuple] = []  # (waited, *times) since the last latency event
 
@@ -500,7 +500,9 @@ class Story:
         loud = float(np.abs(result.audio[slot]).max()) > 10 ** (QUIET_DBFS / 20)
         events += self._speech("agent", loud, int(result.text[slot]))
         sounds = float(result.user_speaking[slot]) > 0.5
-        events += self._speech("user", sounds, int(result.user_words[slot]))
+        heard, self._heard = self._heard, int(result.user_words[slot])
+        new = PAD if heard == self._heard else self._heard  # the head repeats tokens, as with CTC
+        events += self._speech("user", sounds, new)
         events += self._feeling(slot, result)
         self._ticks.append((result.waited[slot], *result.times))
         if len(self._ticks) * self._seconds >= self.LATENCY_SECONDS:

@@ -20,13 +20,15 @@ NOTE = (
 @dataclass(frozen=True)
 class Told:
     """The emotion of an utterance as asked for, and as told at its end with a posterior of `sure`.
-    `seconds` of speech until the name last changed, None where no name was said."""
+    `seconds` of speech until the name last changed, None where no name was said. `likely`: the
+    likeliest of the styles that are asked for."""
 
     asked: str
     told: str
     speaker: str
     sure: float
     seconds: float | None
+    likely: str
 
 
 def share(values: Sequence[bool]) -> float | None:
@@ -52,12 +54,15 @@ def detection(found: Sequence[Told]) -> dict:
     for one in found:
         confusion[one.asked][one.told] += 1
 
+    of_asked = accuracies([t.asked for t in found], [t.likely for t in found])
+
     def of(speaker: str | None = None) -> dict:
         mine = [(t.asked, t.told) for t in found if speaker in (None, t.speaker)]
         return {"utterances": len(mine), **accuracies(*zip(*mine, strict=True))}
 
     return {
-        **of(), "sure": round(len(seconds) / len(found), 4),
+        **of(), "unweighted_accuracy_of_asked": of_asked["unweighted_accuracy"],
+        "sure": round(len(seconds) / len(found), 4),
         "stable_p50_s": round(float(np.median(seconds)), 2) if seconds else None,
         "stable_p95_s": round(float(np.percentile(seconds, 95)), 2) if seconds else None,
         "calibration_error": round(float(sum(errors)), 4),
@@ -98,7 +103,7 @@ def goals(found: dict) -> dict[str, bool | None]:
     lose two points and 20 ms on the one before it; what it gains is no fault."""
     told, pairs, change = found["detection"], found["empathy"] or {}, found["effect"].get("change")
     at_least = {
-        "detection": (told["unweighted_accuracy"], 0.75),
+        "detection": (told["unweighted_accuracy_of_asked"], 0.75),
         "different": (pairs.get("different"), 0.7), "control": (found["control"]["accuracy"], 0.7),
     }  # fmt: skip
     at_most = {f"stable_{p}": (told[f"stable_{p}_s"], STABLE_SECONDS) for p in ("p50", "p95")}

@@ -21,9 +21,10 @@ The last line of stdout is the summary as JSON; `--output` also holds every turn
 
 `--emotion` measures instead, with `--output x.json` a picture x.png of the confusions:
 
-    detection  the emotion told at the end of utterances in STYLES_ASKED; beside it what a judge of
-               prosody tells, and of neutral utterances by voices an octave apart the shares told
-               neutral, and told happy or surprised (excited)
+    detection  the emotion told at the end of utterances in STYLES_ASKED, of all eight and of these
+               alone (of_asked); the same after_neutral, a neutral sentence of the caller; what a
+               judge of prosody tells; and of neutral utterances by voices an octave apart the
+               shares told neutral, and told happy or surprised (excited)
     empathy    sad and glad readings of the same words: pairs; both answered in words; different:
                the nearest written replies are two; fitting: a reading's nearest reply is one
                written for its emotion, within an error rate of 0.3; exact: the pair's very reply
@@ -82,6 +83,8 @@ JUDGE_SPEED, JUDGE_RATE = 0.93, 16000
 OCTAVE = {"low": (110.0, 1.0), "high": (220.0, 1.15)}  # median pitch (Hz) and size of the head
 WORDS_ALONE = ("comfort", "good_news")  # intents whose words say what is felt
 STYLES_ASKED = ("neutral", "happy", "sad", "angry", "calm")  # of users and of the agent
+GAIN_DB = (-9.0, 3.0)  # of microphones, as the emotion branch hears them in training
+ACCURACIES = ("unweighted_accuracy", "unweighted_accuracy_of_asked")
 TARGETS = {"english": 0.7, "hindi": 0.5, "telugu": 0.5}
 
 
@@ -400,7 +403,7 @@ def table(summaries: dict[str, dict], met: dict[str, dict]) -> str:
     flat = {language: _flat(summary) for language, summary in summaries.items()}
     keys = list(dict.fromkeys(key for figures in flat.values() for key in figures))
     width = max(20, *map(len, keys))
-    lines = [f"{'':<{width}}" + "".join(f"{name:>12}" for name in summaries)]
+    lines = [f"{'':<{width}}" + "".join(f"{name:>9}" for name in summaries)]
     words = {True: "met", False: "not met", None: "not measured"}
     for key in keys:
         cells = (_cell(key, figures.get(key)) for figures in flat.values())
@@ -424,9 +427,9 @@ def _flat(figures: dict, outer: str = "") -> dict:
 
 def _cell(key: str, value: float | None) -> str:
     if value is None or isinstance(value, int):
-        return f"{'-' if value is None else str(value):>12}"
+        return f"{'-' if value is None else str(value):>9}"
     form = ".0f" if key.endswith("_ms") else ".2f" if key.endswith("_s") else ".1%"
-    return f"{value:>12{form}}"
+    return f"{value:>9{form}}"
 
 
 def goals(language: str, summary: dict) -> dict[str, bool | None]:
@@ -453,9 +456,13 @@ def _changed(args: argparse.Namespace, **changes) -> argparse.Namespace:
 
 
 def styled_calls(
-    exchanges, language: str, args, rng: np.random.Generator, styles: Sequence[str] = STYLES_ASKED
-) -> list[Call]:
-    """`--styled` calls a style of one utterance each: wordings and voices of the split."""
+    exchanges, language: str, args, rng: np.random.Generator,
+    styles: Sequence[str] = STYLES_ASKED, after_neutral: bool = False,
+) -> list[Call]:  # fmt: skip
+    """`--styled` calls a style of one utterance each, in wordings and voices of the split, at the
+    microphone's gain with `--gains`. `after_neutral`: a second before it the caller says another
+    one neutrally."""
+    more = rng.spawn(1)[0]  # leaves the draws of `rng` as they are without
     voices, calls = user_voices(language, args.split), []
     chosen = choose_exchanges(exchanges, language, args.split, args.intents)
     texts = sorted({text for e in chosen for line in e.lines[::2] for text in line.texts})
@@ -465,12 +472,28 @@ def styled_calls(
         style, seed = styles[i % len(styles)], int(rng.integers(2**31))
         speed = float(rng.uniform(*SPEED))
         requests.append(speech.Request(text, language, voice, speed, style, seed))
-    for i, (request, take) in enumerate(zip(requests, make_takes(requests), strict=True)):
+    takes = make_takes(requests)
+    if after_neutral:
+        first = [replace(r, text=str(more.choice(texts)), emotion="neutral") for r in requests]
+        takes = [_joined(*pair) for pair in zip(make_takes(first), takes, strict=True)]
+    for i, (request, take) in enumerate(zip(requests, takes, strict=True)):
+        gain = 10 ** (more.uniform(*GAIN_DB) / 20) if args.gains else 1.0
         if not isinstance(take, UserError):
-            calls.append(_one_turn(f"{language}-{i}", request, take, ""))
+            call = _one_turn(f"{language}-{i}", request, take, "")
+            calls.append(replace(call, audio=call.audio * np.float32(gain)))
     if not calls:
         raise UserError(f"no {language} utterance could be spoken in the {args.split} voices")
     return calls
+
+
+def _joined(first: Take | UserError, then: Take | UserError) -> Take | UserError:
+    """Both takes, a second apart, whose sound counts from where the latter begins."""
+    for take in (first, then):
+        if isinstance(take, UserError):
+            return take
+    audio = np.concatenate([first.audio, np.zeros(SAMPLE_RATE, np.float32), then.audio])
+    by = len(first.audio) / SAMPLE_RATE + 1.0
+    return Take(audio, by + then.onset, by + then.offset, None, None)
 
 
 def _one_turn(name: str, request: speech.Request, take: Take, reply: str, tail: float = 0.5):
@@ -501,7 +524,8 @@ def told_emotion(call: Call, agent: dict, config) -> Told:
     seconds = (max(changes, default=first) + 1) / rate - turn.start if names[last] else None
     [posterior] = estimate.posterior
     told = config.emotions[int(posterior.argmax())]
-    return Told(turn.emotion, told, call.speaker, float(posterior.max()), seconds)
+    likely = max(STYLES_ASKED, key=lambda style: posterior[config.emotions.index(style)])
+    return Told(turn.emotion, told, call.speaker, float(posterior.max()), seconds, likely)
 
 
 def by_prosody(calls: Sequence[Call], exchanges, language: str, args, rng) -> dict:
@@ -617,6 +641,9 @@ def evaluate_emotion(codec: Codec, lm: S2S, exchanges, language: str, args) -> d
     rng, found = np.random.default_rng([args.seed, SPOKEN.index(language), 7]), {}
     calls = styled_calls(exchanges, language, args, rng)
     found["detection"] = emotion_figures.detection(told_emotions(codec, lm, calls, args))
+    again = styled_calls(exchanges, language, args, rng.spawn(1)[0], after_neutral=True)
+    later = emotion_figures.detection(told_emotions(codec, lm, again, args))
+    found["detection"]["after_neutral"] = {key: later[key] for key in ACCURACIES}
     found["detection"]["prosody"] = by_prosody(calls, exchanges, language, args, rng)
     found["detection"]["octave"] = octave(codec, lm, exchanges, language, args, rng)
     print(f"{language}: {json.dumps(found)}", flush=True)
@@ -663,6 +690,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--emotion", action="store_true", help="detection, empathy and control in its place")
     add("--before", type=Path, help="with --emotion: the LM before it, to compare the replies of")
     add("--styled", type=whole(1), default=24, help="with --emotion: utterances a style")
+    add("--gains", action="store_true", help="with --emotion: a microphone's gain drawn a call")
     add("--judge_examples", type=whole(8), default=80, help="with --emotion: utterances a style "
         "from which each judge of prosody learns: minutes a language")  # fmt: skip
     add("--scripts", type=Path, default=HERE / "conversations")

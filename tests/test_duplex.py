@@ -22,6 +22,7 @@ from duplex import (
     DuplexEngine,
     PatchQueue,
     ReplyText,
+    Story,
     check_codec_matches,
     load_models,
 )
@@ -389,6 +390,20 @@ def test_text_waits_for_whole_characters():
     pushed = [stream.push(byte) for byte in "aन".encode()]
     assert pushed == ["a", "", "", "न"]
     assert stream.push(0) == "" and stream.text == "aन"
+
+
+def test_a_word_that_the_head_repeats_over_patches_is_told_once_as_ctc_merges():
+    engine = fake_engine()
+    engine.lm.tokenizer.decode = lambda ids: "".join(map(chr, ids))
+    story, told = Story(engine), []
+    for token in (*b"oo", 0, 0, *b"oohh", 0):
+        engine.feed(0, patch(0.1))
+        result = engine.run_once()
+        result.user_words[0] = token
+        told += story.tell(0, result, 0)
+    words = {who: "".join(e["text"] for e in told if e["type"] == "text" and e["who"] == who)
+             for who in ("user", "agent")}  # fmt: skip
+    assert words == {"user": "ooh", "agent": "".join(map(chr, range(1, 10)))}
 
 
 # --------------------------------------------------------------------------------- real models

@@ -172,13 +172,40 @@ def test_an_utterance_is_told_at_its_end_and_stable_from_the_last_change_on():
     assert one.seconds == pytest.approx(0.48, abs=0.05)  # twelve ticks, the memory fades
     turned = evaluate_s2s.told_emotion(call("sad"), side((0, happy), (20, sad)), config)
     assert turned.told == "sad" and turned.seconds > 0.7
+    mixed = side((0, EMOTIONS.index("fear")))
+    mixed["user_emotion"][:, sad] = 0.05
+    told = evaluate_s2s.told_emotion(call("sad"), mixed, config)
+    assert (told.told, told.likely) == ("fear", "sad")  # fear is not asked for
     unsure = side((0, happy))
     unsure["user_emotion"][:] = 1 / 8
     assert evaluate_s2s.told_emotion(call("sad"), unsure, config).seconds is None
 
 
+@pytest.mark.parametrize("gains", [False, True])
+def test_after_a_neutral_sentence_the_styled_one_counts_at_a_drawn_gain(
+    gains, monkeypatch, fake_voices
+):
+    args = evaluate_s2s.parse_arguments(["--styled", "1", *["--gains"] * gains])
+    plain, later = (
+        evaluate_s2s.styled_calls(SCRIPTS, "english", args, np.random.default_rng(0), **after)
+        for after in ({}, {"after_neutral": True})
+    )
+    for one, two in zip(plain, later, strict=True):
+        [before], [after] = one.turns, two.turns
+        assert (before.text, before.emotion) == (after.text, after.emotion)
+        second = round((after.start - before.start) * 24_000)  # where the sentence is in the later
+        first = two.audio[: second + 12_000]
+        assert not two.audio[second - 12_000 : second + 12_000].any() and first.any()
+        peaks = [np.abs(part).max() for part in (one.audio, first, two.audio[second:])]
+        assert peaks[1] == pytest.approx(peaks[2], rel=0.01)  # one microphone
+        bounds = (10 ** (-9 / 20), 10 ** (3 / 20)) if gains else (0.999, 1.001)
+        assert bounds[0] <= peaks[0] / 0.3 <= bounds[1]
+    levels = {round(float(np.abs(one.audio).max()), 4) for one in (*plain, *later)}
+    assert (len(levels) > 5) == gains
+
+
 def told(asked: str, name: str, speaker="a", sure=0.8, seconds=1.0) -> Told:
-    return Told(asked, name, speaker, sure, seconds)
+    return Told(asked, name, speaker, sure, seconds, asked)
 
 
 def test_accuracies_confusion_and_calibration_by_hand():
@@ -187,6 +214,7 @@ def test_accuracies_confusion_and_calibration_by_hand():
         told("sad", "sad", sure=0.7, seconds=2.0), told("happy", "happy", "b", 0.7, None),
     ])  # fmt: skip
     assert found["unweighted_accuracy"] == pytest.approx((2 / 3 + 1) / 2, abs=1e-4)
+    assert found["unweighted_accuracy_of_asked"] == 1.0
     assert found["weighted_accuracy"] == 0.75 and found["sure"] == 0.75
     assert found["confusion"] == {"happy": {"happy": 2, "sad": 1}, "sad": {"sad": 1}}
     assert found["speakers"]["a"]["unweighted_accuracy"] == 1.0
@@ -209,7 +237,8 @@ def test_accuracies_are_scikit_learn_s():
 def figures(accuracy=0.8, p95=1.4, different=0.75, control=0.7, effect=None) -> dict:
     return {
         "detection": {
-            "unweighted_accuracy": accuracy, "stable_p50_s": 0.9, "stable_p95_s": p95,
+            "unweighted_accuracy": 0.5, "unweighted_accuracy_of_asked": accuracy,
+            "stable_p50_s": 0.9, "stable_p95_s": p95,
             "confusion": {"happy": {"happy": 3, "fear": 1}, "sad": {"sad": 2}},
         },
         "empathy": None if different is None else {"different": different},
@@ -461,6 +490,7 @@ def test_main_with_emotion_over_small_real_models(tmp_path, capsys, loud_styles,
     last = json.loads(told[-1])
     found = last["emotion"]["english"]
     assert found["detection"]["utterances"] == 5 and found["empathy"]["pairs"] == 1
+    assert set(found["detection"]["after_neutral"]) == set(evaluate_s2s.ACCURACIES)
     assert found["effect"]["change"]["answered"] == 0.0  # one and the same model
     assert last["goals"]["english"]["answered_kept"] is True
     assert found["words"]["sentences"] == 1 and "not people" in last["note"]
