@@ -64,8 +64,6 @@ FRAMES_A_CODE = 10  # fewer speech frames than this a code say little about a co
 Point = tuple[str, float]  # a codec and the rate that it is asked for, kbit/s
 
 
-# ---------------------------------------------------------------------------------- judges
-
 # Of the coded and the uncoded audio, float32 `[T]` at 16 kHz, a number. It raises, or gives what is
 # not finite, for a clip that it cannot measure.
 AudioJudge = Callable[[np.ndarray, "np.ndarray | None"], float]
@@ -144,9 +142,6 @@ def waveform_scores(audio: np.ndarray, reference: np.ndarray) -> dict[str, float
     snr = 10 * math.log10(max(signal, 1e-20) / max(noise, 1e-10 * signal, 1e-30))
     both = (torch.from_numpy(x)[None] for x in (audio, reference))
     return {"snr": snr, "si_sdr": float(si_sdr(*both))}
-
-
-# ------------------------------------------------------------------------- clips and codes
 
 
 class Skipped(Exception):
@@ -247,9 +242,6 @@ def codebook_use(counts: Sequence[np.ndarray]) -> dict:
     return {"speech_frames": frames, "too_few_frames": few, "codebooks": rows}
 
 
-# ---------------------------------------------------------------------------------- time
-
-
 def stepper(codec: Codec, frames: int, codebooks: int, graph: bool = False) -> Callable:
     """A function that encodes and decodes `[1, 1, T]` in steps of `frames`; its state goes on. With
     `graph` each step is one captured CUDA graph, for a CUDA stream that is not the default one."""
@@ -273,8 +265,7 @@ def real_time_factors(codec: Codec, others: dict[str, Callable] | None = None) -
     """Seconds of encoding and decoding a second of audio, on one CPU thread or the codec's GPU.
 
     Each round times every candidate in turn (`others`, from audio `[1, 1, T]`, too), so that what
-    else the machine does meets them alike. Medians, on a CPU of the process' own time.
-    """
+    else the machine does meets them alike. Medians, on a CPU of the process' own time."""
     device = next(codec.parameters()).device
     on_gpu = device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
@@ -299,9 +290,6 @@ def real_time_factors(codec: Codec, others: dict[str, Callable] | None = None) -
                 times[name].append(clock() - started)
     factors = {n: round(statistics.median(t[1:]) / TIMED_SECONDS, 5) for n, t in times.items()}
     return {"device": str(device), "num_codebooks": codebooks, "factors": factors}
-
-
-# ------------------------------------------------------------------------ summaries and tables
 
 
 def summarise(rows: Sequence[Row], points: Sequence[Point]) -> dict:
@@ -452,9 +440,6 @@ def plot(path: Path, groups: dict) -> None:
         axes.grid(alpha=0.3)
     figure.axes[-1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
-
-
-# ---------------------------------------------------------------------------------- running
 
 
 def parser_of(description: str) -> ArgumentParser:

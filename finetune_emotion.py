@@ -91,9 +91,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ------------------------------------------------------------------------------------------ data
-
-
 class EmotionalSpeech(Conversations):
     """Windows of a user's emotional speech: each emotion as likely, one speaker a window."""
 
@@ -193,9 +190,6 @@ def encoded(clips: Sequence[Clip], split: str, codec: Codec, run: training.Run):
         emotions.encode_clips(clips, codec, folder, batch)
     training.from_main_rank(0)  # all wait for it
     return emotions.encode_clips(clips, codec, folder)
-
-
-# ------------------------------------------------------------------------------------ the LM
 
 
 def inherited_config(args, settings: Settings, codec: Codec) -> tuple[S2SConfig, Tokenizer]:

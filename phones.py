@@ -95,8 +95,7 @@ _STOPS = re.escape(".,!?;:\"'()-")
 def clean_text(text: str) -> str:
     """Text without control characters, symbols no engine can say, and with simple quotes.
 
-    Joiners stay within words; other characters of no width go without leaving a space.
-    """
+    Joiners stay within words; other characters of no width go without leaving a space."""
     simple = str.maketrans("’‘“”–—…।॥\\", "''\"\"--... ")
     text = unicodedata.normalize("NFC", text).translate(simple)
     clean = []

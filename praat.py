@@ -131,8 +131,7 @@ def _ask(pid: int, *request) -> np.ndarray | str | None:
 def _serve() -> None:
     """Answers pickled calls on stdin, one at a time, until stdin ends.
 
-    The system ends a process whose processor time is used up, also within Praat's own code.
-    """
+    The system ends a process whose processor time is used up, also within Praat's own code."""
     functions = {f.__name__: f.__wrapped__ for f in (change_voice, shift_pitch)}
     stdin, stdout = os.fdopen(0, "rb", closefd=False), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer

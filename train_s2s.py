@@ -125,8 +125,7 @@ class Conversations(Dataset):
     axis, all of one shape.
 
     frames: of each row. near: `near_codes` of the user's; None: codes stay as they are, and those
-    of every patch are learnt.
-    """
+    of every patch are learnt."""
 
     def __init__(
         self, rows, frames, config: S2SConfig, tokenizer: Tokenizer, args, settings: Settings,
@@ -209,8 +208,7 @@ class Conversations(Dataset):
         """Codes, text and labels of all patches of a conversation, and `agent_speaking`. A patch is
         labelled by what holds at its end. `emotions` (0: none), each from a patch on in
         which the agent is silent until its next turn: drawn at random they say nothing about the
-        reply, and one that a caller sets in mid-call is nothing new.
-        """
+        reply, and one that a caller sets in mid-call is nothing new."""
         c, p, count = self.config, self.config.frames_per_step, self.length(row)
         window = turn_labels(row, count, c, self.phone_ids)
         window["user_words"] = self.user_words(row, count)
