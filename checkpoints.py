@@ -45,8 +45,7 @@ class Checkpoint:
 
 def save_checkpoint(
     run_dir: str | Path, step: int, config: dict, tensors: dict[str, Tensor],
-    trainer: dict | None = None, tokenizer: str | None = None, keep_last: int = 3,
-    best: bool = False,
+    trainer: dict | None = None, tokenizer: str | None = None, keep_last=3, best=False,
 ) -> Path:  # fmt: skip
     """Write `run_dir/step_00001000/` and drop all but the last `keep_last` and the best one.
 
@@ -67,8 +66,7 @@ def save_checkpoint(
 
 
 def save_export(folder, step: int, config: dict, tensors: dict, tokenizer=None) -> Path:
-    """Write a shipped folder: config, weights and tokenizer; other files there (a model card) stay.
-    Raises UserError on a full disk."""
+    """Write a shipped folder; other files there (a model card) stay. UserError on a full disk."""
     folder = Path(folder)
     with _temporary(folder, folder) as temporary:
         _write_files(temporary, step, config, tensors, None, tokenizer)
@@ -100,14 +98,15 @@ def _temporary(parent: Path, final: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_export(args: argparse.Namespace) -> None:
-    """Raises UserError where `--export` cannot write, or would into the run's own folder, whose
-    steps a shipped model would hide."""
+def to_export(args: argparse.Namespace) -> Checkpoint:
+    """The run's newest checkpoint. Raises UserError where `--export` cannot write, or would into
+    the run's own folder, whose steps a shipped model would hide."""
     export, run_dir = (Path(path).resolve() for path in (args.export, args.checkpoint_dir))
     if export == run_dir or run_dir in export.parents or any(export.glob("step_*")):
         raise UserError(f"--export {args.export}: is a run's folder; export into another one")
-    find_checkpoint(run_dir)
+    checkpoint = load_checkpoint(args.checkpoint_dir, with_trainer=False)
     writable_folder(export, "--export")
+    return checkpoint
 
 
 def config_of(kind: type[T], model: str, stored: dict, where: str | Path) -> T:
@@ -185,8 +184,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_checkpoint(path: str | Path, with_trainer: bool = True) -> Checkpoint:
-    """Load what `find_checkpoint(path)` finds, on the CPU, no pickled code executed. Raises
-    UserError for a missing or damaged checkpoint."""
+    """What `find_checkpoint` finds, on the CPU, no pickled code executed; UserError if damaged."""
     folder, trainer, tokenizer = find_checkpoint(path), None, None
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

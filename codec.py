@@ -113,8 +113,7 @@ class ConvState:
 
 
 class CausalLayer(nn.Module):
-    """A layer that sees `history` rows of `width` numbers before those it is given; `compute` makes
-    its output of both."""
+    """A layer whose `compute` sees `history` rows of `width` numbers before those it is given."""
 
     history: int
     width: int
@@ -227,10 +226,8 @@ class SumFork(Fork):
 
 
 class LogMel(CausalLayer):
-    """Causal log-mel spectra of front frames `[B, T / 120, 120]` → `[B, T / 240, mels]`, 100 Hz.
-
-    Each is of the last 20 ms (Hann window). Words are easier to learn from them than from samples.
-    """
+    """Causal log-mel spectra of front frames `[B, T / 120, 120]` → `[B, T / 240, mels]`, 100 Hz,
+    each of the last 20 ms. Words are easier to learn from them than from samples."""
 
     window, hop, floor = 480, 240, 1e-5
     history, width = 1, hop
@@ -313,9 +310,9 @@ def build_encoder(config: CodecConfig) -> Fork:
         FrameConv(c.front_stride, c.front_dim), *front,
         FrameConv(c.front_dim, c.encoder_dim, in_frames=c.hop // c.front_stride),
     ]  # fmt: skip
-    acoustic = [SumFork([CausalChain(waveform), CausalChain(mels(c.encoder_dim))])]
-    acoustic.append(StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers)))
-    return Fork([CausalChain(semantic), CausalChain(acoustic)])
+    both = SumFork([CausalChain(waveform), CausalChain(mels(c.encoder_dim))])
+    trunk = StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers))
+    return Fork([CausalChain(semantic), CausalChain([both, trunk])])
 
 
 def build_decoder(config: CodecConfig) -> CausalChain:
@@ -339,16 +336,14 @@ class Codec(nn.Module):
         self.encoder = build_encoder(config)
         widths = config.semantic_width, config.encoder_dim
         dims, out = (config.semantic_dim, config.acoustic_dim), config.decoder_dim
-        codebooks = config.codebook_sizes, config.codebook_decay
-        self.quantizer = SplitQuantizer(widths, dims, *codebooks)
+        self.quantizer = SplitQuantizer(widths, dims, config.codebook_sizes, config.codebook_decay)
         self.semantic_out, self.acoustic_out = (nn.Linear(dim, out) for dim in dims)
         self.decoder = build_decoder(config)
         self._stored_fingerprint: str | None = None
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> Codec:
-        """Loads a run folder, a step folder or a shipped folder, in float32, for inference. Raises
-        UserError where nothing complete is there, or not a codec."""
+        """A run's, a step's or a shipped folder in float32, for inference; UserError for others."""
         checkpoint = checkpoints.load_checkpoint(path, with_trainer=False)
         model = cls(checkpoints.config_of(CodecConfig, "codec", checkpoint.config, path))
         model.load_tensors(checkpoint.tensors, path)
@@ -367,8 +362,7 @@ class Codec(nn.Module):
         return {n: t.detach().to("cpu", dtype) for n, t in tensors if not n.endswith(STATISTICS)}
 
     @property
-    def fingerprint(self) -> str:
-        """SHA-256 over config and tensors of encoder and quantizer, as stored or as they are."""
+    def fingerprint(self) -> str:  # of the tensors as stored, or as they are
         return self._stored_fingerprint or codec_fingerprint(self.config, self.state_dict())
 
     def _frames(self, audio: Tensor) -> Tensor:
@@ -456,11 +450,6 @@ class AveragedCodec:
     def load_state_dict(self, state: dict) -> None:
         self.steps.fill_(state["steps"])
         self.decay = state["decay"]
-
-
-def stored_config(config: CodecConfig) -> dict:
-    """What goes into `config.json`."""
-    return checkpoints.stored_config("codec", config)
 
 
 def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:

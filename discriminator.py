@@ -180,9 +180,9 @@ def verdict(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> dic
     fake = torch.stack([logit.float().mean() for logit in fake_logits])
     pairs = zip(real_logits, fake_logits, strict=True)
     right = [0.5 * ((r > 0).float().mean() + (f <= 0).float().mean()) for r, f in pairs]
-    weakest, mean = torch.stack(right).min(), torch.stack(right).mean()
-    means = {"disc_real": real.mean(), "disc_fake": fake.mean(), "disc_accuracy": mean}
-    return {**means, "disc_accuracy_weakest": weakest}
+    means = {"disc_real": real.mean(), "disc_fake": fake.mean()}
+    right = torch.stack(right)
+    return {**means, "disc_accuracy": right.mean(), "disc_accuracy_weakest": right.min()}
 
 
 def generator_loss(fake_logits: Sequence[Tensor]) -> Tensor:

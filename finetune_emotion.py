@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import itertools
 import sys
@@ -48,13 +49,8 @@ from train_s2s import (
 from training import setting
 
 # Metrics on the terminal's lines, and their names there.
-SHOWN = {
-    "loss": "loss",
-    "speech": "emotion",
-    "speech_accuracy": "hit",
-    "text": "text",
-    "text_accuracy": "words",
-}
+SHOWN = {"loss": "loss", "speech": "emotion", "speech_accuracy": "hit", "text": "text",
+         "text_accuracy": "words"}  # fmt: skip
 CHANGEABLE = ("lr", "branch_lr", "codec", "replay", "conversations")
 WITHOUT_EMOTION = ("neutral", "calm", None)
 
@@ -102,9 +98,8 @@ class EmotionalSpeech(Conversations):
         for i, (speaker, label) in enumerate(zip(speakers, labels, strict=True)):
             self.places.setdefault(speaker, {}).setdefault(label, []).append(i)
         shown = sorted({label for own in self.places.values() for label in own})
-        self.speakers = {
-            label: [name for name, own in self.places.items() if label in own] for label in shown
-        }
+        places = self.places.items()
+        self.speakers = {label: [name for name, own in places if label in own] for label in shown}
 
     def disturb(self, window: dict, speaking: Tensor, rng: np.random.Generator) -> None:
         """The branch's codes too: it learns a speaker's very codes by heart otherwise."""
@@ -144,8 +139,7 @@ class EmotionalConversations(Conversations):
 
 
 def emotional_rows(rows) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Places of the conversations in which the user shows an emotion, by emotion, and of the
-    others."""
+    """Places of conversations whose user shows an emotion, by emotion, and those of the others."""
     shown: dict[str, list[np.ndarray]] = {}
     plain = np.ones(len(rows), bool)
     for at, who, emotion in turn_fields(rows, "who", "emotion"):
@@ -217,21 +211,17 @@ def validate_speech(model: S2S, batches: Sequence[Batch], device) -> dict[str, f
     """Cross-entropy, and unweighted accuracy of utterances, of held-out speakers: an utterance is
     what the mean of its patches' log-probabilities says."""
     model.eval()
-    hits = np.zeros((len(EMOTIONS), 2))
-    losses = []
+    hits, losses = np.zeros((len(EMOTIONS), 2)), []
     for batch in batches:
-        batch = batch.to(device)
-        logits, found, _ = model.emotion_losses(batch)
+        logits, found, _ = model.emotion_losses(batch.to(device))
         losses.append(float(found["user_emotion"]))
         scores = logits.log_softmax(-1).cpu()
-        for row, labels in zip(scores, batch.user_emotion.cpu(), strict=True):
-            changes = torch.cat((torch.tensor([True]), labels[1:] != labels[:-1])).cumsum(0)
-            for part in changes.unique():
-                place = changes == part
-                label = int(labels[place][0])
+        for row, labels in zip(scores, batch.user_emotion, strict=True):
+            values, lengths = labels.unique_consecutive(return_counts=True)
+            spans = row.split(lengths.tolist())
+            for label, span in zip(values.tolist(), spans, strict=True):
                 if label != IGNORE:
-                    right = int(row[place].mean(0).argmax()) == label
-                    hits[label] += (right, 1)
+                    hits[label] += (int(span.mean(0).argmax()) == label, 1)
     model.train()
     seen = hits[:, 1] > 0
     accuracy = float((hits[seen, 0] / hits[seen, 1]).mean())
@@ -262,11 +252,9 @@ def train(args, run: training.Run) -> None:
     items = run.plan(hours, lambda total: {**begins, "dialogue": int(args.detection_share * total)})
     codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
     reading = config, tokenizer, args, settings
-    near = near_codes(codebooks).cpu()
-    dataset = Pairs(
-        EmotionalSpeech(speech[0], *reading, items, near),
-        EmotionalConversations(rows, frames, *reading, items, near),
-    )
+    drawn = *reading, items, near_codes(codebooks).cpu()
+    talk = EmotionalConversations(rows, frames, *drawn)
+    dataset = Pairs(EmotionalSpeech(speech[0], *drawn), talk)
     validation = train_s2s.validation_batches(*held_out, *reading)
     held_out_speech = EmotionalSpeech(speech[1], *reading, 64)
     spoken = [collate([held_out_speech[(0, 16 * i + j)] for j in range(16)])[0] for i in range(4)]
@@ -282,8 +270,7 @@ def train(args, run: training.Run) -> None:
     learning = {"detection": ("branch",), "dialogue": ("branch", "lm")}
     optimizers, weights = {}, {}
     for name, modules, rate in (("branch", [model.emotion], args.branch_lr), ("lm", rest, args.lr)):
-        groups = training.parameter_groups(modules, weight_decay=0.05)
-        optimizers[name] = torch.optim.AdamW(groups, rate, (0.9, 0.95), fused=True)
+        optimizers[name] = training.adamw(modules, rate, (0.9, 0.95), weight_decay=0.05)
         weights[name] = [weight for module in modules for weight in module.parameters()]
     guard = training.StepGuard()
     run.parts |= {**optimizers, "guard": guard}
@@ -310,15 +297,10 @@ def train(args, run: training.Run) -> None:
             row[f"grad_norm_{name}"] = guard.step(*own, loss, settings.grad_clip)
         return {name: value.detach() for name, value in row.items()}
 
-    run.stored = lambda: {
-        "config": checkpoints.stored_config("s2s", config),
-        "tensors": model.state_dict(),
-        "tokenizer": tokenizer.to_str(),
-    }
-    run.validate = lambda: {
-        **validate_speech(model, spoken, device),
-        **train_s2s.validate(model, validation, device),
-    }
+    stored = {"config": checkpoints.stored_config("s2s", config), "tokenizer": tokenizer.to_str()}
+    run.stored = lambda: {**stored, "tensors": model.state_dict()}
+    on_talk = functools.partial(train_s2s.validate, model, validation, device)
+    run.validate = lambda: {**validate_speech(model, spoken, device), **on_talk()}
     run.best_by, run.shown = "validation_speech", SHOWN
     first = collate_pairs([dataset[(0, i)] for i in range(args.batch_size // process.world_size)])
     run.estimate(lambda phase: step(first, phase), [model])
@@ -350,9 +332,7 @@ def description(run: training.Run, model: S2S, parts, rows, hours: float, lackin
         f"{len({clip.speaker for clip in clips})} speakers; {shown}",
     ]
     for language in sorted({clip.language for clip in clips}):
-        learnt, held = (
-            len({clip.speaker for clip in part if clip.language == language}) for part in parts
-        )
+        learnt, held = (len({c.speaker for c in part if c.language == language}) for part in parts)
         unknown = "" if held else ": no figure tells how it hears others"
         lines.append(f"  {language}: {learnt} speakers to learn from, {held} held out{unknown}")
     if lacking:

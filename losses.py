@@ -9,9 +9,8 @@ from torchaudio.functional import melscale_fbanks
 
 
 class SpectralLoss(nn.Module):
-    """Multi-scale L1 distance of log magnitudes in fp32, bin by bin (Yamamoto et al. 2020, eq. 5).
-
-    From about 2 kHz on bands of mels are wider than the distance of two harmonics, and cannot tell
+    """Multi-scale L1 distance of log magnitudes in fp32, bin by bin (Yamamoto et al. 2020, eq. 5):
+    from about 2 kHz on bands of mels are wider than the distance of two harmonics, and cannot tell
     a voice from noise; single bins of long windows can."""
 
     WINDOWS, FLOOR = (2048, 1024, 512), 1e-4
@@ -74,9 +73,8 @@ def si_sdr(estimate: Tensor, target: Tensor) -> Tensor:
 
 
 class PhoneHead(nn.Module):
-    """Reads phones off quantized semantic features, in training: `[B, F, d]` → logits
-    `[B, F, num_phones]`. Convolutions see 7 frames to each side, for a causal code cannot know the
-    phone that begins with it."""
+    """Phones of quantized semantic features `[B, F, d]`, in training: logits `[B, F, num_phones]`.
+    Convolutions see 7 frames to each side, for a causal code cannot know a phone that begins."""
 
     def __init__(self, semantic_dim: int, num_phones: int, width: int = 192) -> None:
         super().__init__()

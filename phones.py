@@ -34,20 +34,18 @@ CONSONANTS = split_symbols(
 PHONES: tuple[str, ...] = (SILENCE, *VOWELS, *CONSONANTS)
 
 _ESPEAK_UNITS = {
-    # English
-    "iː": "i", "i": "i", "ɪ": "ɪ", "ᵻ": "ɪ", "ɨ": "ɪ", "e": "e", "eː": "e", "ɛ": "ɛ", "ɛː": "ɛ",
-    "æ": "æ", "æː": "æ", "a": "a", "aː": "aː", "ɑː": "ɑ", "ɑ": "ɑ", "ɒ": "ɑ", "ɔː": "ɔ", "ɔ": "ɔ",
-    "o": "o", "oː": "o", "ʊ": "ʊ", "uː": "u", "u": "u", "ʉ": "u", "ʉː": "u", "ʌ": "ʌ", "ʌː": "ʌ",
-    "ə": "ə", "ɐ": "ə", "əː": "ɚ", "ɚ": "ɚ", "ɜː": "ɚ", "ɜ": "ɚ", "ɝ": "ɚ", "ɞ": "ɚ", "ɵ": "ʊ",
-    "eɪ": "eɪ", "aɪ": "aɪ", "ɔɪ": "ɔɪ", "aʊ": "aʊ", "oʊ": "oʊ", "əʊ": "oʊ", "ɔʊ": "oʊ",
-    "ɐɪ": "aɪ", "ʌɪ": "aɪ", "ʌʊ": "aʊ", "ɛɪ": "eɪ", "oɪ": "ɔɪ", "aɔ": "aʊ", "əɪ": "aɪ",
-    "ɛɹ": "ɛ ɹ", "eəɹ": "ɛ ɹ", "eə": "ɛ ə", "ɪɹ": "ɪ ɹ", "iə": "i ə", "ɪə": "ɪ ə", "ʊɹ": "ʊ ɹ",
-    "ʊə": "ʊ ə", "ɔːɹ": "ɔ ɹ", "ɔɹ": "ɔ ɹ", "oːɹ": "ɔ ɹ", "oɹ": "ɔ ɹ", "oə": "ɔ ə",
-    "ɑːɹ": "ɑ ɹ", "ɑɹ": "ɑ ɹ", "aɪɚ": "aɪ ɚ", "aɪə": "aɪ ə", "aʊɚ": "aʊ ɚ", "aʊə": "aʊ ə",
-    "əl": "ə l", "l̩": "ə l", "ən": "ə n", "n̩": "ə n", "m̩": "ə m", "ɚː": "ɚ", "aɪʊ": "aɪ ʊ",
-    "iːɹ": "i ɹ", "uːɹ": "u ɹ", "ɜːɹ": "ɚ", "əɹ": "ɚ", "ɪː": "i", "ʊː": "u",
+    **{phone: phone for phone in (*VOWELS, *CONSONANTS)},
+    # vowels of English
+    "iː": "i", "ᵻ": "ɪ", "ɨ": "ɪ", "eː": "e", "ɛː": "ɛ", "æː": "æ", "ɑː": "ɑ", "ɒ": "ɑ", "ɔː": "ɔ",
+    "oː": "o", "uː": "u", "ʉ": "u", "ʉː": "u", "ʌː": "ʌ", "ɐ": "ə", "əː": "ɚ", "ɜː": "ɚ", "ɜ": "ɚ",
+    "ɝ": "ɚ", "ɞ": "ɚ", "ɵ": "ʊ", "əʊ": "oʊ", "ɔʊ": "oʊ", "ɐɪ": "aɪ", "ʌɪ": "aɪ", "ʌʊ": "aʊ",
+    "ɛɪ": "eɪ", "oɪ": "ɔɪ", "aɔ": "aʊ", "əɪ": "aɪ", "ɛɹ": "ɛ ɹ", "eəɹ": "ɛ ɹ", "eə": "ɛ ə",
+    "ɪɹ": "ɪ ɹ", "iə": "i ə", "ɪə": "ɪ ə", "ʊɹ": "ʊ ɹ", "ʊə": "ʊ ə", "ɔːɹ": "ɔ ɹ", "ɔɹ": "ɔ ɹ",
+    "oːɹ": "ɔ ɹ", "oɹ": "ɔ ɹ", "oə": "ɔ ə", "ɑːɹ": "ɑ ɹ", "ɑɹ": "ɑ ɹ", "aɪɚ": "aɪ ɚ", "aɪə": "aɪ ə",
+    "aʊɚ": "aʊ ɚ", "aʊə": "aʊ ə", "əl": "ə l", "l̩": "ə l", "ən": "ə n", "n̩": "ə n", "m̩": "ə m",
+    "ɚː": "ɚ", "aɪʊ": "aɪ ʊ", "iːɹ": "i ɹ", "uːɹ": "u ɹ", "ɜːɹ": "ɚ", "əɹ": "ɚ", "ɪː": "i",
+    "ʊː": "u",
     # consonants
-    **{c: c for c in CONSONANTS},
     "ɾ": "t", "ʔ": "t", "g": "ɡ", "ɫ": "l", "ɬ": "l", "ʍ": "w", "x": "kʰ", "q": "k", "ɣ": "ɡ",
     "ç": "h", "ɦ": "h", "t̪": "t", "d̪": "d", "t̪ʰ": "tʰ", "d̪ʰ": "dʰ", "c": "tʃ", "ɟ": "dʒ",
     "cʰ": "tʃʰ", "ɟʰ": "dʒʰ", "ʂ": "ʃ", "ɕ": "ʃ", "ʑ": "ʒ", "ʲ": "j", "tʲ": "t", "r.": "ɽ",
@@ -93,8 +91,7 @@ _STOPS = re.escape(".,!?;:\"'()-")
 
 
 def clean_text(text: str) -> str:
-    """Text without control characters, symbols no engine can say, and with simple quotes.
-
+    """Text without control characters and symbols no engine can say, and with simple quotes.
     Joiners stay within words; other characters of no width go without leaving a space."""
     simple = str.maketrans("’‘“”–—…।॥\\", "''\"\"--... ")
     text = unicodedata.normalize("NFC", text).translate(simple)
@@ -112,8 +109,7 @@ def clean_text(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
-def without_joiners(text: str) -> str:
-    """For engines, some of which take a joiner for the end of a word."""
+def without_joiners(text: str) -> str:  # some engines take one for the end of a word
     return text.translate(dict.fromkeys(map(ord, JOINERS)))
 
 

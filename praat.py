@@ -31,15 +31,13 @@ class TooShort(ValueError):
     """The audio is too short, or too odd, to have a pitch."""
 
 
-def check_installed() -> None:
-    """Raises UserError without parselmouth."""
+def check_installed() -> None:  # else UserError
     if importlib.util.find_spec("parselmouth") is None:
         raise UserError(f"praat is not installed: {INSTALL}")
 
 
 def elsewhere(function):
-    """The function, run in the other process. Raises TooShort; UserError without parselmouth, and
-    where Praat does not come to an end."""
+    """The function, run in the other process. Raises TooShort; UserError where it does not end."""
 
     @functools.wraps(function)
     def call(audio: np.ndarray, sample_rate: int, *values: float, **named: float) -> np.ndarray:
@@ -129,9 +127,8 @@ def _ask(pid: int, *request) -> np.ndarray | str | None:
 
 
 def _serve() -> None:
-    """Answers pickled calls on stdin, one at a time, until stdin ends.
-
-    The system ends a process whose processor time is used up, also within Praat's own code."""
+    """Answers pickled calls on stdin, one at a time, until stdin ends. The system ends a process
+    whose processor time is used up, also within Praat's own code."""
     functions = {f.__name__: f.__wrapped__ for f in (change_voice, shift_pitch)}
     stdin, stdout = os.fdopen(0, "rb", closefd=False), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer

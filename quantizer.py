@@ -22,8 +22,7 @@ MAX_CANDIDATES = 8192  # vectors that k-means starts from
 
 
 class Codebook(NamedTuple):
-    """One codebook, to read: codes `[n, d]`, and ‖e‖² / 2 `[n]`, which would cost a streaming step
-    more than the search itself."""
+    """One codebook, to read: codes `[n, d]`, and ‖e‖² / 2 `[n]`, dearer than a step's search."""
 
     embedding: Tensor
     half_norms: Tensor
@@ -38,8 +37,7 @@ class Codebook(NamedTuple):
         return F.embedding(codes, self.embedding)
 
 
-def half_norms(codes: Tensor) -> Tensor:
-    """‖e‖² / 2 of `[..., d]`."""
+def half_norms(codes: Tensor) -> Tensor:  # ‖e‖² / 2 of [..., d]
     return 0.5 * codes.float().pow(2).sum(-1)
 
 
@@ -162,8 +160,7 @@ def drawn_vectors(vectors: Tensor, used: Tensor, draws: Tensor) -> tuple[Tensor,
     """Those at `draws` `[K, n]` in [0, 1) among the vectors `[K, B, F, d]` of all ranks whose clip
     is `used` `[K, B]`; zeros where another rank has it, so that their sum is it. Returns
     `[K, n, d]`, and `[K, 1]`: 1.0 where any clip is used, else 0.0."""
-    group = dist.is_initialized()
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if group else (0, 1)
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     used = in_joint_order(used.to(torch.uint8).contiguous(), 1)  # [K, B * ranks]
     frames = vectors.shape[2]
     order = used.argsort(dim=1, descending=True, stable=True)
@@ -229,8 +226,7 @@ class SplitQuantizer(nn.Module):
                 if tensor.shape == buffers[name].shape:
                     buffers[name].copy_(tensor)
                 else:
-                    shapes = f"{list(tensor.shape)}, not {list(buffers[name].shape)}"
-                    errors.append(f"{name} is {shapes}")
+                    errors.append(f"{name} is {[*tensor.shape]}, not {[*buffers[name].shape]}")
             embedding, sizes, sums = buffers.values()
             if len(given) == 1:
                 sizes.fill_(1.0)
@@ -317,8 +313,7 @@ class SplitQuantizer(nn.Module):
         that codes start from. With `freeze_semantic` codebook 0 stays as it is; where the scalar
         `skip` is not 0, all of them. Returns, per stack of `info`, `[levels, size]` bool: the codes
         that began anew; None where it stood still."""
-        restarted = []
-        stacks = self.stacks[: len(info.residuals)]
+        restarted, stacks = [], self.stacks[: len(info.residuals)]
         # Here alone the device is waited for: once, or as often as the first steps are skipped.
         if skip is not None and not all(all(s.started) for s in stacks) and bool(skip):
             return restarted

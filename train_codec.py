@@ -37,7 +37,7 @@ import discriminator
 import teachers
 import training
 from audio import SAMPLE_RATE
-from codec import AveragedCodec, Codec, CodecConfig, stored_config
+from codec import AveragedCodec, Codec, CodecConfig
 from command import UserError, number, share, whole
 from data import Clips, WindowDataset
 from losses import MelLoss, PhoneHead, SpectralLoss, si_sdr, waveform_loss
@@ -308,11 +308,10 @@ def description(run: training.Run, model: Codec, teacher, clips: Clips) -> str:
 
 def export(args) -> None:
     """Writes the newest checkpoint in half precision, as the demo and the LM's data take it."""
-    checkpoints.check_export(args)
-    checkpoint = checkpoints.load_checkpoint(args.checkpoint_dir, with_trainer=False)
+    checkpoint = checkpoints.to_export(args)
     model = Codec(checkpoints.config_of(CodecConfig, "codec", checkpoint.config, checkpoint.path))
     model.load_tensors(checkpoint.tensors, args.checkpoint_dir)
-    made = checkpoint.step, stored_config(model.config), model.export_tensors()
+    made = checkpoint.step, checkpoint.config, model.export_tensors()
     folder = checkpoints.save_export(args.export, *made)
     prints = Codec.from_checkpoint(folder).fingerprint[:16]
     print(f"wrote {folder}: codec of step {checkpoint.step}, fingerprint {prints}")
@@ -353,10 +352,9 @@ class Learner:
             model.load_tensors(trained, checkpoint.path)
         modules = [model, self.head, self.projection]
         training.start_equal([*modules, self.disc])
-        groups = training.parameter_groups(modules, weight_decay=0.01)
-        self.optimizer = torch.optim.AdamW(groups, args.gen_lr, (0.8, 0.99), fused=True)
-        disc_groups = training.parameter_groups([self.disc], weight_decay=0.01)
-        self.disc_optimizer = torch.optim.AdamW(disc_groups, args.disc_lr, (0.8, 0.99), fused=True)
+        how = {"betas": (0.8, 0.99), "weight_decay": 0.01}
+        self.optimizer = training.adamw(modules, args.gen_lr, **how)
+        self.disc_optimizer = training.adamw([self.disc], args.disc_lr, **how)
         balance = {"mel": settings.mel_weight, "spectral": args.spectral_weight}
         self.balancer = training.Balancer({**BALANCE, **balance, "ssl": args.ssl_loss_weight})
         # One guard each: healthy steps of the one must not hide that the other stands still.
@@ -549,8 +547,8 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         trainer |= {"judges": dataclasses.asdict(learner.disc.config)}
         if learner.average:
             trainer["trained_weights"] = model.state_dict()
-        shown = learner.shown.state_dict()
-        return {"config": stored_config(config), "tensors": shown, "trainer": trainer}
+        fields = checkpoints.stored_config("codec", config)
+        return {"config": fields, "tensors": learner.shown.state_dict(), "trainer": trainer}
 
     def validated() -> dict[str, float]:
         if args.tensorboard:

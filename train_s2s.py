@@ -591,8 +591,7 @@ def s2s_config(checkpoint: checkpoints.Checkpoint) -> S2SConfig:
 
 def export(args) -> None:
     """Writes the newest checkpoint in half precision, as the demo takes it."""
-    checkpoints.check_export(args)
-    checkpoint = checkpoints.load_checkpoint(args.checkpoint_dir, with_trainer=False)
+    checkpoint = checkpoints.to_export(args)
     s2s_config(checkpoint)  # refuses another model's folder
     tensors = {name: tensor.half() for name, tensor in checkpoint.tensors.items()}
     made = checkpoint.step, checkpoint.config, tensors, checkpoint.tokenizer
@@ -646,8 +645,7 @@ def train(args, run: training.Run) -> None:
             checkpoints.inherit_weights(model, args.init_from, tied)
     else:
         checkpoints.fill(model, checkpoint.tensors, checkpoint.path)
-    groups = training.parameter_groups([model], weight_decay=0.05)
-    optimizer = torch.optim.AdamW(groups, args.lr, (0.9, 0.95), fused=True)
+    optimizer = training.adamw([model], args.lr, (0.9, 0.95), weight_decay=0.05)
     guard = training.StepGuard()
     run.parts |= {"optimizer": optimizer, "guard": guard}
     del checkpoint

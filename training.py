@@ -41,7 +41,6 @@ class Distributed:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -51,8 +50,7 @@ class Distributed:
 
 def setup_distributed(device: str = "auto") -> Distributed:
     """Read torchrun's environment, join the process group (gloo on CPU, nccl on CUDA). `device`:
-    auto (CUDA where there is one), cpu, cuda or cuda:N; UserError for others (mps has no float64)
-    and for one that this machine lacks."""
+    auto, cpu, cuda or cuda:N; UserError for others, and for one that this machine lacks."""
     names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
     rank, world_size, local_rank = (int(os.environ.get(*name)) for name in names)
     chosen = _resolve_device(device, local_rank, world_size)
@@ -64,7 +62,7 @@ def setup_distributed(device: str = "auto") -> Distributed:
         more = {"timeout": timedelta(days=2)}
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", **more)
         atexit.register(dist.destroy_process_group)
-    return Distributed(rank, world_size, local_rank, chosen)
+    return Distributed(rank, world_size, chosen)
 
 
 def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.device:
@@ -377,8 +375,8 @@ class StepGuard:
         self._seen = None
 
 
-def parameter_groups(modules: Iterable[nn.Module | None], weight_decay: float) -> list[dict]:
-    """What AdamW is to move: matrices with decay; norms, biases, scales and embeddings without."""
+def adamw(modules: Iterable[nn.Module | None], rate: float, betas: tuple, weight_decay: float):
+    """AdamW of what learns: matrices with decay; norms, biases, scales and embeddings without."""
     decayed, others = {}, {}
     for module in filter(None, modules):
         parts = [part for part in module.modules() if isinstance(part, nn.Embedding)]
@@ -388,7 +386,8 @@ def parameter_groups(modules: Iterable[nn.Module | None], weight_decay: float) -
             if parameter.requires_grad:
                 (others if plain else decayed)[id(parameter)] = parameter
     groups = ((decayed, weight_decay), (others, 0.0))
-    return [{"params": [*g.values()], "weight_decay": decay} for g, decay in groups if g]
+    groups = [{"params": [*g.values()], "weight_decay": decay} for g, decay in groups if g]
+    return torch.optim.AdamW(groups, rate, betas, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -421,16 +420,12 @@ class StepGraph:
     The function may call `split` where a stage ends: each is then a graph of its own, and `between`
     is called after each but the last, in replays as in plain calls."""
 
-    def __init__(
-        self, function: Callable[..., dict[str, Tensor]], warmup: float = 5,
-        between: Callable[[], None] = lambda: None,
-    ) -> None:  # fmt: skip
+    def __init__(self, function: Callable, warmup: float = 5, between=lambda: None) -> None:
         self.function, self.warmup, self.between = function, warmup, between
         self._mode, self._calls, self._graphs, self._recording = None, 0, [], None
 
     @property
-    def warming(self) -> bool:
-        """Whether the last call was of those that say nothing of the pace: eager, or captured."""
+    def warming(self) -> bool:  # the last call says nothing of the pace: eager, or captured
         return self._calls <= self.warmup + 1
 
     def __call__(self, mode: object = None, **inputs: Tensor) -> dict[str, Tensor]:
@@ -482,17 +477,13 @@ class Balancer:
         # By name [2]: a sum of norms, and a count, which removes the bias of starting at zero.
         self._means: dict[str, Tensor] = {}
 
-    def backward(
-        self, losses: dict[str, Tensor], output: Tensor, others: Tensor | float = 0.0,
-        ramps: dict[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
+    def backward(self, losses: dict[str, Tensor], output: Tensor, others=0.0, ramps=None) -> dict:
         """Send balanced gradients through the model in one backward pass.
 
         `losses`: scalars computed from `output` `[B, 1, T]`, some of those that `weights` names.
-        `others`: a scalar to add as it is. `ramps`: scalars above 0 that multiply the weights of
-        losses which join late. A gradient that is not finite is passed on, and leaves the means
-        alone. Returns each loss' share of the output gradient's norm. Nothing waits for the device.
-        """
+        `others`: a scalar to add as it is. `ramps`: by name, scalars above 0 that multiply weights
+        of losses which join late. A gradient that is not finite is passed on, and leaves the means
+        alone. Returns each loss' share of the output gradient's norm. Nothing waits."""
         gradients = {}
         for name, loss in losses.items():  # which may share a graph (one discriminator pass)
             gradients[name] = torch.autograd.grad(loss, output, retain_graph=True)[0].float()
@@ -546,8 +537,8 @@ class Metrics:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-            self._board = SummaryWriter(str(self.path.parent / "tensorboard"),
-                                        purge_step=resume_step + 1)  # fmt: skip
+            board = str(self.path.parent / "tensorboard")
+            self._board = SummaryWriter(board, purge_step=resume_step + 1)
 
     def log(self, step: int, **values: float | int | str | Tensor) -> dict:
         """Append a line, and return it as numbers; a value that is not finite is None."""
@@ -593,10 +584,8 @@ class CostMeter:
     flush_seconds = 60.0
     warmup_ticks = 3  # the first steps of a phase compile, fill caches and start workers
 
-    def __init__(
-        self, stage: str, usd_per_hour: float = 3.39, budget_usd: float | None = None,
-        enabled: bool = False, ledger: str | Path = "costs.jsonl", clock=time.monotonic,
-    ) -> None:  # fmt: skip
+    def __init__(self, stage: str, usd_per_hour: float = 3.39, budget_usd: float | None = None,
+                 enabled=False, ledger="costs.jsonl", clock=time.monotonic) -> None:  # fmt: skip
         self.stage, self.ledger, self.enabled = stage, Path(ledger), enabled
         self.usd_per_hour, self.budget_usd = usd_per_hour, budget_usd
         self.expected: dict[str, float] = {}  # phase → seconds a step
@@ -755,9 +744,8 @@ class Run:
         self.settings = kind(**{name: values[name] for name in settings})
 
     def plan(self, data_hours: float, starts: Callable[[int], dict[str, int]]) -> int:
-        """Fixes schedule and place; returns how many windows an epoch has: `--epoch_hours`, by
-        default all of the data, 60 h at most; a resumed run's as many, though the data have grown.
-        """
+        """Fixes schedule and place; returns how many windows an epoch has: of `--epoch_hours`, by
+        default all of the data, 60 h at most; as many on a resumed run, though there is more."""
         args = self.args
         args.epoch_hours = args.epoch_hours or min(60.0, data_hours)
         batch_hours = args.batch_size * args.window_seconds / 3600
@@ -824,9 +812,9 @@ class Run:
         args, schedule, hours = self.args, self.schedule, self.meter.projected_hours()
         dollars = f" = {format_dollars(hours * args.usd_per_hour)}"
         cost = format_hours(hours) + (dollars if self.device.type == "cuda" else "")
-        lines = [description, f"settings: {self.settings}"]
-        lines += [f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
-                  f"{schedule.planned} steps = {cost} (estimate)"]  # fmt: skip
+        lines = [description, f"settings: {self.settings}",
+                 f"an epoch is {args.epoch_hours:.1f} h of audio; {args.num_epochs} epochs = "
+                 f"{schedule.planned} steps = {cost} (estimate)"]  # fmt: skip
         if self.resumed:
             lines += [f"resuming {args.checkpoint_dir} at step {self.step} of {schedule.total}"]
         if self.is_main:
@@ -903,9 +891,9 @@ class Run:
         if total != self.schedule.total:
             self.schedule.resize(self.step, total)
             if self.is_main:
+                steps = f"{total} of {self.schedule.planned} steps"
                 budget = format_dollars(self.args.budget_usd)
-                tqdm.write(f"budget {budget}: {total} of {self.schedule.planned} steps, "
-                           "and the learning rate ends with them")  # fmt: skip
+                tqdm.write(f"budget {budget}: {steps}, and the learning rate ends with them")
 
     def _log(self, row: dict) -> None:
         now = time.perf_counter()

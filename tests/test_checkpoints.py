@@ -286,7 +286,7 @@ def test_an_export_into_a_run_is_refused(tmp_path):
     for export in ("run", "run/step_00000001", "run/new", "run/../run"):
         args = argparse.Namespace(export=tmp_path / export, checkpoint_dir=tmp_path / "run")
         with pytest.raises(UserError, match="is a run's folder"):
-            checkpoints.check_export(args)
+            checkpoints.to_export(args)
     assert names(tmp_path / "run") == ["step_00000001"]
     args.export = tmp_path / "out"
-    checkpoints.check_export(args)
+    checkpoints.to_export(args)

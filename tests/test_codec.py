@@ -20,7 +20,6 @@ from codec import (
     LogMel,
     SpectralHead,
     codec_fingerprint,
-    stored_config,
 )
 from command import UserError
 from losses import MelLoss, SpectralLoss, si_sdr, waveform_loss
@@ -743,7 +742,7 @@ def test_waveform_loss_is_the_relative_error():
 
 def test_an_export_comes_back(model, tmp_path):
     folder = checkpoints.save_export(
-        tmp_path / "codec", 7, stored_config(SMALL), model.export_tensors()
+        tmp_path / "codec", 7, checkpoints.stored_config("codec", SMALL), model.export_tensors()
     )
     loaded = Codec.from_checkpoint(folder)
     assert loaded.config == SMALL and not loaded.training
@@ -791,7 +790,7 @@ def test_wrong_checkpoints_are_refused_in_one_line(model, tmp_path):
         tensors = model.export_tensors() if tensors is None else tensors
         return checkpoints.save_export(tmp_path / name, 1, config, tensors)
 
-    stored = stored_config(SMALL)
+    stored = checkpoints.stored_config("codec", SMALL)
     with pytest.raises(UserError) as error:
         Codec.from_checkpoint(save("s2s", {**stored, "model": "s2s"}))
     assert "not a codec" in one_line(error)

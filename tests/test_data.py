@@ -626,7 +626,7 @@ def test_nothing_but_bad_files_ends_in_one_line(bad_folder):
     windows = data.WindowDataset([clip(bad_folder / "text.wav", 2.0)], 1.0)
     with pytest.raises(command.UserError, match="100 unreadable"):
         windows[0]
-    alone = training.Distributed(0, 1, 0, torch.device("cpu"))
+    alone = training.Distributed(0, 1, torch.device("cpu"))
     with pytest.raises(command.UserError) as caught:
         list(data.training_batches(windows, 8, 1, alone, 1))
     assert str(caught.value).startswith("100 unreadable") and "\n" not in str(caught.value)
@@ -686,7 +686,7 @@ def test_sampling_goes_on_after_what_was_consumed(consumed):
 def test_windows_are_loaded_on_from_any_place_by_workers(tmp_path):
     data.write_audio(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 5 * 24000))
     windows = data.WindowDataset([clip(tmp_path / "a.wav", 5.0)], 0.2, epoch_items=12)
-    alone = training.Distributed(0, 1, 0, torch.device("cpu"))
+    alone = training.Distributed(0, 1, torch.device("cpu"))
 
     def batches(workers, *place):
         found = data.training_batches(windows, 4, workers, alone, 2, *place)
@@ -699,7 +699,7 @@ def test_windows_are_loaded_on_from_any_place_by_workers(tmp_path):
 
 
 def test_a_batch_that_no_epoch_holds_or_ranks_cannot_share_is_refused():
-    three = training.Distributed(0, 3, 0, torch.device("cpu"))
+    three = training.Distributed(0, 3, torch.device("cpu"))
     for batch_size, word in ((12, "smaller than one batch"), (4, "divide by 3")):
         with pytest.raises(command.UserError, match=word):
             next(data.training_batches(Numbers(), batch_size, 0, three, 1))
@@ -720,7 +720,7 @@ def test_batches_go_on_over_epochs_from_any_place(workers):
     """One loader for all epochs: what a run that stopped anywhere has still to come."""
 
     def batches(*start):
-        alone = training.Distributed(0, 1, 0, torch.device("cpu"))
+        alone = training.Distributed(0, 1, torch.device("cpu"))
         found = data.training_batches(Numbers(), 4, workers, alone, 3, *start)
         return [(epoch, consumed, batch.tolist()) for epoch, consumed, batch in found]
 
@@ -749,7 +749,7 @@ class Failing(Numbers):
 
 @pytest.mark.parametrize("dies, word", [(True, "--num_workers"), (False, "folder/a.wav: no such")])
 def test_a_worker_that_ends_is_one_line(dies, word):
-    alone = training.Distributed(0, 1, 0, torch.device("cpu"))
+    alone = training.Distributed(0, 1, torch.device("cpu"))
     with pytest.raises(command.UserError, match=word) as caught:
         list(data.training_batches(Failing(dies), 4, 1, alone, 1))
     assert "\n" not in str(caught.value)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-import codec as codec_module
 from checkpoints import save_checkpoint, stored_config
 from codec import Codec, CodecConfig
 from command import UserError
@@ -521,7 +520,7 @@ def test_load_models_checks_the_pair(tmp_path):
 
 def save_pair(codec: Codec, lm: S2S, folder: Path, lm_config: S2SConfig | None = None) -> None:
     """Two checkpoint folders, as the trainers write them."""
-    config = codec_module.stored_config(codec.config)
+    config = stored_config("codec", codec.config)
     save_checkpoint(folder / "codec", 1, config, codec.state_dict())
     config = stored_config("s2s", lm_config or lm.config)
     tokenizer = lm.tokenizer.to_str()

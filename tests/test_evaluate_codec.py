@@ -16,7 +16,7 @@ import checkpoints
 import command
 import evaluate_codec as e
 from audio import SAMPLE_RATE, read_audio, write_audio
-from codec import Codec, CodecConfig, stored_config
+from codec import Codec, CodecConfig
 from command import UserError
 from data import Clip, write_manifest
 from evaluate_codec import Row
@@ -42,7 +42,8 @@ def codec() -> Codec:
 @pytest.fixture(scope="module")
 def checkpoint(codec, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("codec")
-    checkpoints.save_export(folder, 7, stored_config(codec.config), codec.export_tensors())
+    config = checkpoints.stored_config("codec", codec.config)
+    checkpoints.save_export(folder, 7, config, codec.export_tensors())
     return folder
 
 

@@ -21,8 +21,8 @@ import dialogues
 import make_conversations as mc
 import speech
 from audio import HOP, SAMPLE_RATE
-from checkpoints import save_checkpoint
-from codec import Codec, CodecConfig, stored_config
+from checkpoints import save_checkpoint, stored_config
+from codec import Codec, CodecConfig
 from command import UserError, only_one
 from phones import PHONES
 from takes import MARGIN_AFTER, MARGIN_BEFORE, agent_takes, cut_take, insert_pause
@@ -367,7 +367,7 @@ def codec_path(tmp_path_factory) -> Path:
         codebook_sizes=(64,) * 8,
     )  # fmt: skip
     codec, folder = Codec(config), tmp_path_factory.mktemp("codec")
-    save_checkpoint(folder, 1, stored_config(config), codec.export_tensors())
+    save_checkpoint(folder, 1, stored_config("codec", config), codec.export_tensors())
     return folder
 
 

@@ -23,7 +23,7 @@ import data
 import train_codec
 import training
 from audio import write_audio
-from codec import Codec, CodecConfig, stored_config
+from codec import Codec, CodecConfig
 from data import Clip, write_manifest
 from phones import PHONES
 from tools.launches import Launches, counting
@@ -417,7 +417,8 @@ def test_frozen_codes_are_of_one_codec(whole_run, corpus, tmp_path, capsys):
     """A decoder alone takes the sizes of its codec; a semantic branch of other sizes is refused."""
     small = CodecConfig(**{**TINY, "semantic_width": 48, "context": 12})
     model = Codec(small)
-    checkpoints.save_export(tmp_path / "small", 1, stored_config(small), model.export_tensors())
+    config = checkpoints.stored_config("codec", small)
+    checkpoints.save_export(tmp_path / "small", 1, config, model.export_tensors())
     train(corpus, tmp_path / "run", "--decoder_only", max_steps=1, init_from=tmp_path / "small")
     heir = Codec.from_checkpoint(tmp_path / "run")
     assert heir.config == small

@@ -17,7 +17,6 @@ import pytest
 import torch
 
 import checkpoints
-import codec as codec_module
 import command
 import train_s2s
 import training
@@ -68,7 +67,8 @@ def make_codec(folder: Path, seed: int) -> Codec:
         acoustic_dim=8, codebook_sizes=(16,) * 8,
     )  # fmt: skip
     model = Codec(config)
-    checkpoints.save_export(folder, 1, codec_module.stored_config(config), model.export_tensors())
+    stored = checkpoints.stored_config("codec", config)
+    checkpoints.save_export(folder, 1, stored, model.export_tensors())
     return Codec.from_checkpoint(folder)
 
 

@@ -198,7 +198,7 @@ def test_matrices_alone_decay():
         "embedding": torch.nn.Embedding(5, 4), "linear": torch.nn.Linear(4, 3),
         "norm": torch.nn.LayerNorm(3), "frozen": torch.nn.Linear(2, 2).requires_grad_(False),
     })  # fmt: skip
-    decayed, others = training.parameter_groups([model, None], 0.05)
+    decayed, others = training.adamw([model, None], 1e-3, (0.9, 0.95), 0.05).param_groups
     assert [p.shape for p in decayed["params"]] == [(3, 4)] and decayed["weight_decay"] == 0.05
     assert len(others["params"]) == 4 and others["weight_decay"] == 0
 
