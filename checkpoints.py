@@ -157,10 +157,8 @@ def inherit_weights(model: nn.Module, path: str | Path, skip: tuple[str, ...] = 
     with one of `skip`. Prints how many, returns their names."""
     tensors = load_checkpoint(path, with_trainer=False).tensors
     own = model.state_dict()
-    fitting = {
-        name: tensor for name, tensor in tensors.items()
-        if name in own and tensor.shape == own[name].shape and not name.startswith(skip)
-    }  # fmt: skip
+    shapes = {name: tensor.shape for name, tensor in own.items() if not name.startswith(skip)}
+    fitting = {name: t for name, t in tensors.items() if t.shape == shapes.get(name)}
     if not fitting:
         raise UserError(f"--init_from {path}: no tensor fits; give a checkpoint of the same model")
     model.load_state_dict(fitting, strict=False)

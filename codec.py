@@ -74,8 +74,7 @@ class CodecConfig:
             front_dim=384, encoder_front_blocks=2, encoder_dim=512, encoder_layers=6,
             semantic_width=512, semantic_layers=3, decoder_front_dim=512, decoder_front_blocks=4,
             decoder_dim=512, decoder_layers=8, num_heads=8, context=100, semantic_dim=256,
-            acoustic_dim=256, codebook_sizes=(1024,) * 64,
-        )  # fmt: skip
+            acoustic_dim=256, codebook_sizes=(1024,) * 64)  # fmt: skip
 
     @property
     def frame_rate(self) -> float:  # frames a second

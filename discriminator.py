@@ -139,10 +139,8 @@ def _complex_spectrum(audio: Tensor, window: Tensor) -> Tensor:
     """`[B, 1, T]` → complex64 `[B, bins, frames]`, hop a quarter of the window."""
     # In half precision quiet bins would drown. Zero padding: slices may be shorter than the window.
     with torch.autocast(audio.device.type, enabled=False):
-        return torch.stft(
-            audio.squeeze(1).float(), len(window), len(window) // 4, window=window.float(),
-            center=True, pad_mode="constant", return_complex=True,
-        )  # fmt: skip
+        how = {"window": window.float(), "pad_mode": "constant", "return_complex": True}
+        return torch.stft(audio.squeeze(1).float(), len(window), len(window) // 4, **how)
 
 
 class Discriminator(nn.Module):

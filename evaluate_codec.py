@@ -50,10 +50,9 @@ from losses import si_sdr
 HERE = Path(__file__).resolve().parent
 SPOKEN = tuple(language for language in LANGUAGES if language != "other")
 JUDGE_RATE = 16000
-MEASURES = {  # name: (column, decimals, width)
-    "snr": ("SNR", 2, 7), "si_sdr": ("SI-SDR", 2, 7),
-    "pesq": ("PESQ", 2, 6), "stoi": ("STOI", 3, 6), "mos": ("MOS", 2, 6),
-}  # fmt: skip
+# name: (column, decimals, width)
+MEASURES = {"snr": ("SNR", 2, 7), "si_sdr": ("SI-SDR", 2, 7), "pesq": ("PESQ", 2, 6),
+            "stoi": ("STOI", 3, 6), "mos": ("MOS", 2, 6)}  # fmt: skip
 RATES = (2, 4, 8, 16, 32, 64)  # codebooks: 1, 2, 4, 8, 16, 32 kbit/s
 LM_CODEBOOKS, STEP_MS = 8, (40, 80)
 TIMED_ROUNDS = 7  # and one before them to warm up
@@ -95,29 +94,25 @@ def mos_judge() -> AudioJudge:
     return lambda audio, reference: model(torch.from_numpy(audio)[None])
 
 
-JUDGES = {  # name: (maker, how to get it)
-    "pesq": (pesq_judge, "pip install pesq"),
-    "stoi": (stoi_judge, "pip install pystoi"),
-    "mos": (mos_judge, "pip install distillmos xls-r-sqa"),
-}
+# name: (maker, its packages)
+JUDGES = {"pesq": (pesq_judge, "pesq"), "stoi": (stoi_judge, "pystoi"),
+          "mos": (mos_judge, "distillmos xls-r-sqa")}  # fmt: skip
 
 
 def load_judges(names: Sequence[str]) -> dict[str, AudioJudge]:
     """Those of `names` that are installed; a line on stderr for each of the others."""
     judges = {}
     for name in names:
-        make, hint = JUDGES[name]
+        make, found = JUDGES[name]
         try:
             judges[name] = make()
         except ImportError as error:
-            print(f"warning: no column {name} ({error}): {hint}", file=sys.stderr)
+            print(f"warning: no column {name} ({error}): pip install {found}", file=sys.stderr)
     return judges
 
 
-def judge(
-    judges: dict[str, AudioJudge], audio: np.ndarray, reference: np.ndarray | None = None
-) -> dict[str, float | None]:
-    """By judge; None where it cannot measure it. Without a reference, MOS alone."""
+def judge(judges: dict[str, AudioJudge], audio: np.ndarray, reference=None) -> dict:
+    """Score by judge; None where it cannot measure it. Without a reference, MOS alone."""
     found = {}
     for name in judges if reference is not None else judges.keys() & {"mos"}:
         try:
@@ -203,9 +198,7 @@ def kbps_of(config: CodecConfig, codebooks: int) -> float:
     return sum(map(math.log2, config.codebook_sizes[:codebooks])) * config.frame_rate / 1000
 
 
-def code_samvad(
-    codec: Codec, audio: np.ndarray, counts: Sequence[int]
-) -> tuple[dict[Point, Coded], np.ndarray]:
+def code_samvad(codec: Codec, audio: np.ndarray, counts: Sequence[int]) -> tuple:
     """Audio `[T]` at each number of codebooks, and the codes of all codebooks `[K, F]`. UserError
     where a checkpoint's output is not finite."""
     config, device = codec.config, next(codec.parameters()).device
@@ -316,9 +309,7 @@ def _means(rows: Sequence[Row]) -> dict:
     return {"scores": means, "measured": {name: len(values) for name, values in known.items()}}
 
 
-def criterion(
-    name: str, value: float | None, sign: str, goal: float, unit: str = "", beside: str = ""
-) -> dict:
+def criterion(name: str, value: float | None, sign: str, goal: float, unit="", beside="") -> dict:
     """Whether `value` is on the right side of `goal`; `met` is None where it was not measured."""
     compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt}[sign]
     met, value = (None, None) if value is None else (compare(value, goal), round(value, 4))
@@ -336,11 +327,9 @@ def criteria(groups: dict, times: dict, config: CodecConfig, spent: float | None
     own = pooled["uncoded"]["scores"].get("mos")
     uncoded = "" if own is None else f"uncoded {own:.2f}"
     spoken, books = sum(name in groups for name in SPOKEN), pooled["codebooks"]["codebooks"]
-    rows = [
-        criterion("perplexity/size, least acoustic one",
-                  min(row["perplexity_share"] for row in books[1:]), ">", 0.35),
-        criterion("codes in use, least used level", min(row["used"] for row in books), ">=", 1),
-    ]  # fmt: skip
+    least, used = min(row["perplexity_share"] for row in books[1:]), min(b["used"] for b in books)
+    rows = [criterion("perplexity/size, least acoustic one", least, ">", 0.35),
+            criterion("codes in use, least used level", used, ">=", 1)]  # fmt: skip
     for row in rows:
         # More frames can only find more codes: too few prove success, never failure.
         if pooled["codebooks"]["too_few_frames"] and not row["met"]:
@@ -491,12 +480,9 @@ def load_codec(args: argparse.Namespace) -> tuple[Codec, list[int]]:
     return codec, counts
 
 
-def evaluate(
-    args: argparse.Namespace, codec: Codec, counts: Sequence[int],
-    peers: dict[Point, Callable[[np.ndarray], Coded]] | None = None,
-    timed: dict[str, Callable] | None = None,
-) -> tuple[dict, list[Row]]:  # fmt: skip
-    """What goes into the JSON, and a row for every recording and point. UserError where no clip is
+def evaluate(args: argparse.Namespace, codec: Codec, counts: Sequence[int],
+             peers: dict[Point, Callable] | None = None, timed=None) -> tuple:  # fmt: skip
+    """What goes into the JSON, and a Row for every recording and point. UserError where no clip is
     left. `peers` are other codecs' points, each from audio `[T]`, or Skipped for a clip that one
     cannot code; `timed` as in `real_time_factors`."""
     config, peers = codec.config, peers or {}
@@ -544,13 +530,12 @@ def evaluate(
         groups[name]["codebooks"] = codebook_use(used[name])
     meter = training.CostMeter("evaluation", enabled=False)
     spent = meter.spent_usd() if meter.ledger.exists() else None
-    result = {
+    return {
         "codec": str(args.codec), "fingerprint": codec.fingerprint, "split": args.split,
         "seed": args.seed, "num_codebooks": list(counts), "groups": groups,
         "skipped": dict(skipped), "real_time": times,
         "criteria": criteria(groups, times, config, spent),
-    }  # fmt: skip
-    return result, rows
+    }, rows  # fmt: skip
 
 
 def report(args: argparse.Namespace, result: dict, rows: Sequence[Row], more: str = "") -> None:

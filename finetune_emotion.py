@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -229,7 +228,6 @@ def validate_speech(model: S2S, batches: Sequence[Batch], device) -> dict[str, f
 
 
 def train(args, run: training.Run) -> None:
-    """The training itself, within its run."""
     process, device, settings, checkpoint = run.process, run.device, run.settings, run.checkpoint
 
     # Data: emotional speech as codes, and conversations that the same codec encoded.
@@ -310,9 +308,8 @@ def train(args, run: training.Run) -> None:
     if args.budget_usd is None:  # which may move the phase while workers are ahead
         ahead = args.batch_size * (run.schedule.starts["dialogue"] - run.step)
         dataset.talk_from = items * run.epoch + run.consumed + ahead
-    place = (sys.maxsize, run.epoch, run.consumed)
-    loader = dataset, args.batch_size, run.workers, process, *place, collate_pairs
-    for batch in run.steps(training_batches(*loader)):
+    batches = functools.partial(training_batches, dataset, collate=collate_pairs)
+    for batch in run.steps(batches):
         rate = run.schedule.rate(run.step, final_ratio=0.05)
         training.set_learning_rate(optimizers["branch"], args.branch_lr * rate)
         training.set_learning_rate(optimizers["lm"], args.lr * rate)

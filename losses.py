@@ -81,8 +81,7 @@ class PhoneHead(nn.Module):
         self.layers = nn.Sequential(
             nn.Conv1d(semantic_dim, width, 7, padding=3), nn.GELU(),
             nn.Conv1d(width, width, 5, padding=2), nn.GELU(),
-            nn.Conv1d(width, num_phones, 5, padding=2),
-        )  # fmt: skip
+            nn.Conv1d(width, num_phones, 5, padding=2))  # fmt: skip
 
     def forward(self, semantic: Tensor) -> Tensor:
         return self.layers(semantic.transpose(1, 2)).transpose(1, 2)

@@ -105,10 +105,9 @@ def _ask(pid: int, *request) -> np.ndarray | str | None:
     with _LOCK:
         if pid not in _RUNNING:
             # A session of its own: Ctrl-C is for the caller, whose end closes stdin.
-            _RUNNING[pid] = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            )  # fmt: skip
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            line = [sys.executable, os.path.abspath(__file__)]
+            _RUNNING[pid] = subprocess.Popen(line, start_new_session=True, **pipes)
         other = _RUNNING[pid]
         try:
             pickle.dump(request, other.stdin)

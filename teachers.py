@@ -96,9 +96,8 @@ class WhisperTeacher(Teacher):
 
     def __init__(self, model: nn.Module, source: str) -> None:
         super().__init__(model, source)
-        filters = torchaudio.functional.melscale_fbanks(
-            201, 0.0, 8000.0, model.config.num_mel_bins, TEACHER_RATE, "slaney", "slaney"
-        )
+        bins = 0.0, 8000.0, model.config.num_mel_bins, TEACHER_RATE, "slaney", "slaney"
+        filters = torchaudio.functional.melscale_fbanks(201, *bins)
         self.register_buffer("filters", filters)  # [bins, mels]
         self.register_buffer("taper", torch.hann_window(400))
         self.register_buffer("positions", model.embed_positions.weight.detach().clone())
@@ -128,8 +127,7 @@ class WhisperTeacher(Teacher):
 
 
 def load_teacher(name: str, device: torch.device) -> Teacher | None:
-    """`none`, `wavlm`, `whisper`, or the folder or Hugging Face id of one of these two. UserError
-    for what cannot be had, or is neither."""
+    """`none`, `wavlm`, `whisper`, or the folder or Hugging Face id of one; UserError for others."""
     import transformers as hub
 
     if name == "none":

@@ -20,7 +20,6 @@ import collections
 import dataclasses
 import functools
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -218,8 +217,7 @@ def validated_rates(config: CodecConfig) -> list[int]:  # the LM's number of cod
 
 @torch.no_grad()
 def log_audio(metrics: training.Metrics, step: int, model: Codec, batches: list[dict], device):
-    """Four held-out windows to TensorBoard: the recordings before step 1, then what became of them
-    at each rate."""
+    """Four held-out windows to TensorBoard: the recordings before step 1, then at each rate."""
     audio, config = batches[0]["audio"][:4].to(device), model.config
     sounds = {"reference": audio}
     if step > 0:
@@ -333,10 +331,9 @@ class Learner:
         self.projection = None  # codebook 0 to the teacher's features, in training only
         if teacher is not None:
             self.projection = nn.Linear(config.semantic_dim, teacher.width).to(device)
-        self.spectra = nn.ModuleDict({"mel": MelLoss(config.sample_rate)})
-        if args.spectral_weight:
-            self.spectra["spectral"] = SpectralLoss()
-        self.spectra.to(device)
+        spectra = {"mel": MelLoss(config.sample_rate), "spectral": SpectralLoss()}
+        used = spectra if args.spectral_weight else {"mel": spectra["mel"]}
+        self.spectra = nn.ModuleDict(used).to(device)
         self.cast = precision(device, args.precision)
         if args.init_from and checkpoint is None:
             self.inherit()
@@ -359,10 +356,9 @@ class Learner:
         self.balancer = training.Balancer({**BALANCE, **balance, "ssl": args.ssl_loss_weight})
         # One guard each: healthy steps of the one must not hide that the other stands still.
         self.guard, self.disc_guard = training.StepGuard(), training.StepGuard()
-        names = ("head", "disc", "optimizer", "disc_optimizer", "balancer", "guard", "disc_guard")
+        names = ["head", "disc", "optimizer", "disc_optimizer", "balancer", "guard", "disc_guard"]
+        names += ["projection"] if teacher is not None else []
         run.parts |= {name: getattr(self, name) for name in names}
-        if self.projection is not None:
-            run.parts["projection"] = self.projection
         run.restore()
         self.average, decay = None, average_decay(settings.ema_decay, run.schedule.total)
         if decay > 0:
@@ -377,8 +373,7 @@ class Learner:
                 part.compile()
 
     def inherit(self) -> None:
-        """The weights of `--init_from`. Raises UserError where codes that are to be frozen would
-        come from weights drawn at random."""
+        """The weights of `--init_from`; UserError where it lacks some that are to be frozen."""
         args = self.args
         frozen = ("encoder.0.", "quantizer.semantic_in.", "quantizer.codebooks.0.embedding")
         if args.decoder_only:
@@ -474,8 +469,7 @@ class Learner:
 
 
 def run_teacher(args: argparse.Namespace, run: training.Run):
-    """The teacher and the cache of its targets, where the run has them; UserError for flags that do
-    not go together."""
+    """The run's teacher and the cache of its targets; UserError for flags that do not fit."""
     if args.cuda_graph and (run.device.type != "cuda" or run.process.world_size > 1):
         raise UserError("--cuda_graph needs a CUDA GPU, and one alone")
     if not (semantic_learns(args) or run.resumed or args.init_from):
@@ -526,13 +520,12 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         rates = settings.lm_rate, settings.full_rate
         generator = training.keyed_generator(*key, 1 << 20)
         inputs = {
-            "audio": audio,
-            "labels": batch["phones"],
+            "audio": audio, "labels": batch["phones"],
             "counts": draw_num_codebooks(len(audio), books, *rates, (*key, process.rank)),
             "draws": torch.rand(books, max(config.codebook_sizes), generator=generator),
             "part": judged_part(audio.shape[-1], settings.disc_seconds, (*key, 1 << 21)),
             "ramp": torch.tensor(run.schedule.ramp(run.step, "adversarial")),
-        }
+        }  # fmt: skip
         if device.type == "cuda":  # of memory that is not pinned a copy would wait for the device
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
@@ -567,9 +560,7 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
     if run.metrics and args.tensorboard and validation and not run.resumed:
         log_audio(run.metrics, 0, model, validation, device)
 
-    place = (sys.maxsize, run.epoch, run.consumed)
-    batches = data.training_batches(dataset, args.batch_size, run.workers, process, *place)
-    for batch in run.steps(batches):
+    for batch in run.steps(functools.partial(data.training_batches, dataset)):
         rate = run.schedule.rate(run.step, None if run.phase == "semantic" else "codec")
         training.set_learning_rate(learner.optimizer, rate * args.gen_lr)
         disc_rate = run.schedule.rate(run.step, "adversarial") * args.disc_lr
@@ -578,11 +569,8 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         if replayed and replayed.warming:
             run.meter.measure_anew()
 
-        def logged(row: dict = row) -> dict:
-            used = codebook_metrics(row.pop("codes"))
-            return row | used | {"unreadable": dataset.unreadable}
-
-        run.step_done(logged)
+        row["unreadable"] = dataset.unreadable
+        run.step_done(lambda: codebook_metrics(row.pop("codes")) | row)  # noqa: B023
 
 
 def main() -> None:

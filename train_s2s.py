@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import statistics
 import string
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +38,9 @@ from phones import PHONES
 from s2s import IGNORE, MAX_TURN_PATCHES, PAD, S2S, Batch, S2SConfig
 from training import one_of, setting
 
-WEIGHTS = {
-    "text": 1.0, "semantic": 1.0, "acoustic": 1.0,
-    "user_phones": 1.0, "user_words": 1.0, "user_text": 1.0,
-    "user_speaking": 0.2, "turn_end": 0.2, "user_emotion": 0.1, "user_voice": 0.1,
-    "language": 0.1,
-}  # fmt: skip
+WEIGHTS = {"text": 1.0, "semantic": 1.0, "acoustic": 1.0,
+           "user_phones": 1.0, "user_words": 1.0, "user_text": 1.0, "user_speaking": 0.2,
+           "turn_end": 0.2, "user_emotion": 0.1, "user_voice": 0.1, "language": 0.1}  # fmt: skip
 # Metrics on the terminal's lines, and their names there.
 SHOWN = {"loss": "loss", "text": "text", "text_accuracy": "hit",
          "user_phones_accuracy": "phones", "user_words_accuracy": "words"}  # fmt: skip
@@ -127,10 +124,8 @@ class Conversations(Dataset):
     frames: of each row. near: `near_codes` of the user's; None: codes stay as they are, and those
     of every patch are learnt."""
 
-    def __init__(
-        self, rows, frames, config: S2SConfig, tokenizer: Tokenizer, args, settings: Settings,
-        items: int, near: Tensor | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, rows, frames, config: S2SConfig, tokenizer: Tokenizer, args,
+                 settings: Settings, items: int, near: Tensor | None = None) -> None:  # fmt: skip
         self.rows, self.config, self.tokenizer = rows, config, tokenizer
         self.args, self.settings, self.items, self.near = args, settings, items, near
         self.patches = round(args.window_seconds * config.patch_rate)
@@ -272,14 +267,12 @@ class Conversations(Dataset):
         return self.tokenizer.encode(f" {plain}").ids if plain else []
 
     def untimed(self, row: dict, begins: int) -> dict[str, Tensor]:
-        """The fields `untimed_*` of `s2s.Batch` for the window from patch `begins` on, always of
-        one shape. Turns that touch an edge of the window may be cut, and are left out, as are those
-        that are too long."""
+        """The fields `untimed_*` of `s2s.Batch` of the window from patch `begins` on, of one shape.
+        Left out are turns that touch an edge of the window, and may be cut, or are too long."""
         room = max(1, self.patches // MIN_TURN_PATCHES)
         first, counts = torch.zeros(2, room, dtype=torch.long)
-        patches = torch.ones_like(first)
+        patches, found = torch.ones_like(first), 0
         tokens, labels = torch.zeros(2, room, MAX_TURN_TOKENS, dtype=torch.long)
-        found = 0
         for turn in row["turns"]:
             if turn["who"] != "user" or not turn["text"] or turn["words"] or found == room:
                 continue
@@ -292,15 +285,11 @@ class Conversations(Dataset):
                 # Equal tokens have equal labels: CTC needs a blank between neighbours that are.
                 labels[found, : len(said)] = torch.tensor([said.index(t) + 1 for t in said])
                 found += 1
-        return {
-            "untimed_first": first, "untimed_patches": patches, "untimed_counts": counts,
-            "untimed_tokens": tokens, "untimed_labels": labels,
-        }  # fmt: skip
+        return {"untimed_first": first, "untimed_patches": patches, "untimed_counts": counts,
+                "untimed_tokens": tokens, "untimed_labels": labels}  # fmt: skip
 
 
-def place_tokens(
-    words: Sequence[tuple[list[int], float]], count: int, rate: float
-) -> tuple[Tensor, list[int], int]:
+def place_tokens(words: Sequence[tuple[list[int], float]], count: int, rate: float) -> tuple:
     """Words (tokens, seconds) as at most one token a patch, each from its time on, behind those
     that wait: tokens `[count]`, the patch of each word's first, and how many found no place."""
     text, starts, free, overflow = [PAD] * count, [], 0, 0
@@ -342,11 +331,10 @@ def turn_labels(row: dict, count: int, config: S2SConfig, phone_ids: dict) -> di
     late = c.listen_delay * c.frames_per_step
     phones = np.roll(phones, late)
     phones[:late] = IGNORE
-    return {
-        "user_speaking": speaking, "turn_end": turn_end, "user_emotion": emotion,
-        "language_label": language, "agent_speaking": agent_speaking,
-        "user_phones": torch.from_numpy(phones).unflatten(0, (count, c.frames_per_step)),
-    }  # fmt: skip
+    phones = torch.from_numpy(phones).unflatten(0, (count, c.frames_per_step))
+    return {"user_speaking": speaking, "turn_end": turn_end, "user_emotion": emotion,
+            "language_label": language, "agent_speaking": agent_speaking,
+            "user_phones": phones}  # fmt: skip
 
 
 def trimmed(row: dict, begins: int, patches: int, config: S2SConfig) -> tuple[dict, int]:
@@ -394,8 +382,8 @@ def delay_acoustic(codes: Tensor, delay: int) -> Tensor:
 
 
 def near_codes(codebooks: Sequence[Tensor], count: int = 8) -> Tensor:
-    """The nearest other codes of each, nearest first: codebooks `[n, d]` → `[K, n, count]`; smaller
-    codebooks are filled up with code 0."""
+    """The nearest other codes of each, nearest first: codebooks `[n, d]` → `[K, n, count]`, small
+    ones filled up with code 0."""
     tables = []
     for book in codebooks:
         distances = torch.cdist(book.float(), book.float()).fill_diagonal_(float("inf"))
@@ -411,9 +399,7 @@ def replace_codes(codes: Tensor, near: Tensor, share: float, generator: torch.Ge
     return torch.where(replaced, near[torch.arange(codes.shape[-1]), codes, which], codes)
 
 
-def drop_codes(
-    codes: Tensor, generator: torch.Generator, levels: float, frames: float, window: float = 0.0
-) -> Tensor:
+def drop_codes(codes: Tensor, generator, levels: float, frames: float, window=0.0) -> Tensor:
     """Dropout of codes `[P, p, K]`, as new voices and rooms ask for: with probability `levels` only
     the first few levels stay (at least the semantic one), with probability `window` none; each
     frame loses all its codes with probability `frames`."""
@@ -461,11 +447,10 @@ def load_rows(folders: Sequence[str], fingerprint: str):
             places["validation" if held_out else named].append(i)
     short = int((frames < SHORTEST).sum())
     if short:
-        print(f"{short} of {len(frames)} conversations left out: shorter than {SHORTEST} codec "
-              "frames")  # fmt: skip
-    train = places["train"]
+        too = f"shorter than {SHORTEST} codec frames"
+        print(f"{short} of {len(frames)} conversations left out: {too}")
+    train, where = places["train"], ", ".join(map(str, folders))
     if not train:
-        where = ", ".join(map(str, folders))
         raise UserError(f"{where}: no conversations of split train; run make_conversations.py")
     chosen = train, places["validation"] or train[:8]
     return *((rows.select(part), frames[part]) for part in chosen), frames[train].sum() / 50 / 3600
@@ -556,12 +541,11 @@ def description(run: training.Run, model: S2S, rows, hours: float) -> str:
     c = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     theirs = run.args.init_from
+    source = f"inherited from {theirs}" if theirs else "backbone: none (random weights)"
     return (
         f"preset {run.args.preset}: dialogue LM {parameters:.1f}M parameters, vocabulary "
-        f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, "
-        f"device {run.device}\n"
-        f"{f'inherited from {theirs}' if theirs else 'backbone: none (random weights)'}; "
-        f"codec {c.codec_fingerprint[:16]}\n"
+        f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, device "
+        f"{run.device}\n{source}; codec {c.codec_fingerprint[:16]}\n"
         f"data: {len(rows)} conversations, {hours:.1f} h"
     )
 
@@ -573,16 +557,12 @@ def new_config(args, settings: Settings, codec: Codec, tokenizer: Tokenizer) -> 
     seconds = args.context_seconds or make().context / make().patch_rate
     shared = ("text_weight", "frames_per_step", "depth_order", "acoustic_delay")
     return make(
-        **{name: getattr(settings, name) for name in shared},
-        context=max(1, round(seconds * rate)),
-        eagerness=args.eagerness,
-        codebook_sizes=codec.config.codebook_sizes[:8],
-        codec_fingerprint=codec.fingerprint,
-        frame_rate=codec.config.frame_rate,
-        vocab_size=tokenizer.get_vocab_size(),
+        **{name: getattr(settings, name) for name in shared}, phones=PHONES,
+        context=max(1, round(seconds * rate)), eagerness=args.eagerness,
+        codebook_sizes=codec.config.codebook_sizes[:8], codec_fingerprint=codec.fingerprint,
+        frame_rate=codec.config.frame_rate, vocab_size=tokenizer.get_vocab_size(),
         hear_self=args.agent_window_drop < 1,
-        phones=PHONES,
-    )
+    )  # fmt: skip
 
 
 def s2s_config(checkpoint: checkpoints.Checkpoint) -> S2SConfig:
@@ -602,10 +582,9 @@ def export(args) -> None:
 def check_codec(config: S2SConfig, codec: Codec, path: str | Path) -> None:
     """Raises UserError where the LM at `path` was trained on another codec's codes."""
     if config.codec_fingerprint != codec.fingerprint:
-        raise UserError(
-            f"{path}: trained on codes of codec {config.codec_fingerprint[:16]}, --codec is "
-            f"{codec.fingerprint[:16]}; give the codec it was trained with"
-        )
+        theirs, given = (x[:16] for x in (config.codec_fingerprint, codec.fingerprint))
+        raise UserError(f"{path}: trained on codes of codec {theirs}, --codec is {given}; give the "
+                        "codec it was trained with")  # fmt: skip
 
 
 def config_and_tokenizer(args, settings: Settings, checkpoint, codec: Codec, rows):
@@ -620,7 +599,6 @@ def config_and_tokenizer(args, settings: Settings, checkpoint, codec: Codec, row
 
 
 def train(args, run: training.Run) -> None:
-    """The training itself, within its run."""
     process, device, settings, checkpoint = run.process, run.device, run.settings, run.checkpoint
 
     # Data: windows of calls, encoded with the codec that names the codes.
@@ -672,8 +650,7 @@ def train(args, run: training.Run) -> None:
     run.estimate(lambda phase: step(first, phase), [model])
     run.begin(description(run, model, rows, hours))
 
-    place = (sys.maxsize, run.epoch, run.consumed)
-    batches = training_batches(dataset, args.batch_size, run.workers, process, *place, collate)
+    batches = functools.partial(training_batches, dataset, collate=collate)
     for batch, overflow in run.steps(batches):
         rate = args.lr * run.schedule.rate(run.step, final_ratio=0.05)
         training.set_learning_rate(optimizer, rate)

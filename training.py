@@ -12,6 +12,7 @@ import math
 import os
 import random
 import re
+import sys
 import time
 import uuid
 from bisect import bisect_right
@@ -219,11 +220,9 @@ def run_parser(description: str, settings: type[Settings], **defaults: object) -
 
 
 # How and where a run works, not what it learns: free to differ whenever it is resumed.
-LOCAL = (
-    "device", "threads", "num_workers", "checkpoint_dir", "fresh", "save_every_epochs",
-    "save_minutes", "keep_last", "log_every", "max_steps", "usd_per_hour", "tensorboard", "export",
-    "given", "set",
-)  # fmt: skip
+LOCAL = ("device", "threads", "num_workers", "checkpoint_dir", "fresh", "save_every_epochs",
+         "save_minutes", "keep_last", "log_every", "max_steps", "usd_per_hour", "tensorboard",
+         "export", "given", "set")  # fmt: skip
 # Where a run stands: steps done, the epoch, samples consumed in it, and the best score so far.
 PLACE = ("step", "epoch", "consumed", "best")
 # What a resumed run can take up in its middle.
@@ -830,13 +829,14 @@ class Run:
     def phase(self) -> str:  # of the step that is being made
         return self.schedule.phase(self.step)
 
-    def steps(self, batches: Iterable[tuple[int, int, T]]) -> Iterator[T]:
-        """The batches of the steps to make, of `batches` as `data.training_batches` gives them."""
+    def steps(self, batches: Callable[..., Iterable[tuple[int, int, T]]]) -> Iterator[T]:
+        """The batches of the steps to make; `batches` is `data.training_batches` of a dataset."""
         total = self.schedule.total
         self._bar = tqdm(total=total, initial=self.step, disable=None if self.is_main else True)
         self._last_save = self._last_log = time.perf_counter()
         self._samples, self._waited = 0, 0.0
-        source = iter(batches)
+        place = sys.maxsize, self.epoch, self.consumed
+        source = iter(batches(self.args.batch_size, self.workers, self.process, *place))
         while self.step < self.stop_at:
             asked = time.perf_counter()
             self.epoch, self.consumed, batch = next(source)
