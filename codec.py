@@ -254,8 +254,7 @@ class SpectralHead(CausalLayer):
 
     As in Vocos (Siuzdak 2023, section 3.3) each bin's magnitude is an exponential: from its low to
     its high bins speech falls by 40 dB and more, which a linear layer cannot follow. A frame is two
-    strides long, under a Hann window, and overlaps the next one by half; its second half is the
-    head's guess of what follows, so that nothing waits."""
+    strides long, under a Hann window; its second half guesses what follows: nothing waits."""
 
     def __init__(self, dim: int, stride: int) -> None:
         super().__init__()

@@ -124,8 +124,7 @@ def judge(judges: dict[str, AudioJudge], audio: np.ndarray, reference=None) -> d
     return found
 
 
-def for_judges(audio: np.ndarray) -> np.ndarray:
-    """24 kHz `[T]` → 16 kHz, float32."""
+def for_judges(audio: np.ndarray) -> np.ndarray:  # 24 kHz [T] → 16 kHz, float32
     return soxr.resample(audio, SAMPLE_RATE, JUDGE_RATE).astype(np.float32, copy=False)
 
 
@@ -144,8 +143,7 @@ class Skipped(Exception):
 
 
 def draw_clips(clips: Sequence[Clip], max_clips: int, seed: int) -> list[Clip]:
-    """Up to `max_clips` a language, one of each speaker (if unknown, each folder) in turn, in an
-    order that `seed` draws."""
+    """Up to `max_clips` a language, each speaker's (if unknown, folder's) in turn, by `seed`."""
     drawn = []
     for place, language in enumerate(LANGUAGES):
         rng = np.random.default_rng([seed, place])
@@ -193,14 +191,12 @@ class Row:
     scores: dict[str, float | None]
 
 
-def kbps_of(config: CodecConfig, codebooks: int) -> float:
-    """Of the first `codebooks`, in kbit/s."""
+def kbps_of(config: CodecConfig, codebooks: int) -> float:  # of the first ones
     return sum(map(math.log2, config.codebook_sizes[:codebooks])) * config.frame_rate / 1000
 
 
 def code_samvad(codec: Codec, audio: np.ndarray, counts: Sequence[int]) -> tuple:
-    """Audio `[T]` at each number of codebooks, and the codes of all codebooks `[K, F]`. UserError
-    where a checkpoint's output is not finite."""
+    """Audio `[T]`: by Point, as Coded, and all codes `[K, F]`. UserError where it is not finite."""
     config, device = codec.config, next(codec.parameters()).device
     # Once: the first codes of a residual quantizer do not depend on how many follow.
     codes = codec.encode(torch.from_numpy(audio).to(device)[None, None], config.num_codebooks)

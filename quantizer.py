@@ -66,9 +66,9 @@ class CodebookStack(nn.Module):
 
     @torch.no_grad()
     def initialise(self, left: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
-        """Starts those codebooks that stand for nothing yet by k-means, each on what the ones
-        before it leave of the vectors `left` `[N, d]`, from the codes that `draws` choose. Returns
-        what the last codebook leaves, and `[K, n]` bool, the codes that began anew."""
+        """Starts codebooks that stand for nothing yet by k-means, from the codes that `draws`
+        choose, on what those before them leave of the vectors `left` `[N, d]`. Returns what the
+        last one leaves, and `[K, n]` bool, the codes that began anew."""
         fresh = torch.zeros_like(self.cluster_size, dtype=torch.bool)
         for row, book in enumerate(self.books()):
             if not self.started[row]:

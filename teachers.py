@@ -31,11 +31,10 @@ KNOWN = {"wavlm": "microsoft/wavlm-large", "whisper": "openai/whisper-large-v3-t
 
 
 class Teacher(nn.Module):
-    """A frozen encoder, differentiable from its features back to the audio.
+    """A frozen encoder of features `width` wide, differentiable from them back to the audio.
 
-    `source` is the folder or id it came from; `width` that of its features. Each kind has
-    `prepare`, from 16 kHz audio `[B, F * 320]` to the encoder's input for `F` features, and
-    `target`, what codebook 0 is taught, `[B, F, width]`, from the features of all layers."""
+    Each kind has `prepare`, from 16 kHz audio `[B, F * 320]` to the encoder's input for `F`
+    features, and `target`, what codebook 0 is taught, `[B, F, width]`, from those of all layers."""
 
     kind = ""
 
@@ -52,10 +51,9 @@ class Teacher(nn.Module):
         return f"{self.kind}, {self.model.config.num_hidden_layers} layers of {self.width}"
 
     def forward(self, audio: Tensor) -> list[Tensor]:
-        """Audio `[B, 1, T]` at 24 kHz → one `[B, ceil(T / 480), width]` fp32 a layer.
-
-        The first is what enters the first layer. Each is normalised over its width, because the
-        scale grows from layer to layer. bf16 on CUDA, but resampling and spectra in fp32."""
+        """Audio `[B, 1, T]` at 24 kHz → one `[B, ceil(T / 480), width]` fp32 a layer, the first
+        what enters it. Each is normalised over its width, because the scale grows from layer to
+        layer. bf16 on CUDA, but resampling and spectra in fp32."""
         with torch.autocast(audio.device.type, enabled=False):
             padded = F.pad(audio[:, 0].float(), (0, -audio.shape[-1] % HOP))
             inputs = self.prepare(self._at_16_khz(padded))
@@ -87,10 +85,9 @@ class WavLMTeacher(Teacher):
 
 
 class WhisperTeacher(Teacher):
-    """The encoder of Whisper (Radford et al. 2023); the target is its last layer.
-
-    It was trained on windows filled up to 30 s with silence, which all frames attend to. Here its
-    positions are cut to the window: features are those of the full pass, the silence masked out."""
+    """The encoder of Whisper (Radford et al. 2023); the target is its last layer. It was trained on
+    windows filled up to 30 s with silence, which all frames attend to. Here its positions are cut
+    to the window: features are those of the full pass, the silence masked out."""
 
     kind = "whisper"
 
@@ -170,9 +167,8 @@ def check_same_teacher(stored: str, teacher: Teacher | None, where: str | Path) 
 
 
 def distillation_loss(projected: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
-    """1 - cosine of `[B, F, width]` twice, over the frames of `known` `[B, F]` bool (None: all).
-
-    After quantization, through a projection that only training has (SpeechTokenizer, Zhang et al.
+    """1 - cosine of `[B, F, width]` twice, over the frames of `known` `[B, F]` bool (None: all):
+    after quantization, through a projection that only training has (SpeechTokenizer, Zhang et al.
     2024, 3.2; Mimi, Défossez et al. 2024, 3.3.2)."""
     distance = 1 - F.cosine_similarity(projected.float(), target, dim=-1)
     if known is None:
@@ -188,10 +184,9 @@ def ssl_loss(estimate: list[Tensor], reference: list[Tensor]) -> Tensor:
 class FeatureCache:
     """Targets of whole clips without augmentation, one fp16 file a clip, computed when first met.
 
-    A window's features are read off its clip's, linearly between frames, for windows lie anywhere
-    and may play faster; they are without its noise and band limits, which the student so learns to
-    ignore. Long clips are encoded in pieces. Beyond `limit_gib`, what the folder holds included,
-    nothing is added: other clips' windows are encoded as they are, at each step."""
+    A window's are read off its clip's, linearly between frames: windows lie anywhere, may play
+    faster, and have noise and band limits, which the student so learns to ignore. Beyond
+    `limit_gib`, what the folder holds included, other clips' windows are encoded at each step."""
 
     piece, context = 1000, 50  # frames: 20 s, and 1 s on either side of it
 

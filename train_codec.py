@@ -230,9 +230,8 @@ def log_audio(metrics: training.Metrics, step: int, model: Codec, batches: list[
 
 @torch.no_grad()
 def validate(model: Codec, head, spectra, batches: list[dict], device, cast) -> dict[str, float]:
-    """Held out: mean losses and SI-SDR (dB) at the full and at the LM's rate; with a `head`, phone
-    accuracy. `mel_…_within` is the error in the first context of frames, `mel_…_past` behind it,
-    where attention slides."""
+    """Held out: mean losses and SI-SDR (dB) at the full and at the LM's rate, phone accuracy with a
+    `head`; `mel_…_within` the first context of frames, `mel_…_past` it, where attention slides."""
     model.eval()
     scores = collections.defaultdict(list)
     edge = model.config.hop * max(3, model.config.context)  # the longest spectrum needs 1,024
@@ -257,8 +256,7 @@ def validate(model: Codec, head, spectra, batches: list[dict], device, cast) -> 
 
 
 def validation_batches(clips: Clips, config: CodecConfig, phone_ids: dict[str, int]) -> list[dict]:
-    """The same windows of held-out speakers every time, three times the context long, to judge a
-    call past its beginning; none where nobody is held out."""
+    """The same windows of held-out speakers every time, three times the context long; or none."""
     if not clips:
         print("warning: no clips in the validation split: nothing tells when to stop")
         return []
@@ -569,8 +567,9 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         if replayed and replayed.warming:
             run.meter.measure_anew()
 
-        row["unreadable"] = dataset.unreadable
-        run.step_done(lambda: codebook_metrics(row.pop("codes")) | row)  # noqa: B023
+        codes = row.pop("codes")
+        run.step_done(lambda: {**row, **codebook_metrics(codes),  # noqa: B023
+                               "unreadable": dataset.unreadable})  # fmt: skip
 
 
 def main() -> None:

@@ -118,11 +118,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 class Conversations(Dataset):
     """Windows of calls as the LM reads them, drawn by (seed, epoch, index) alone. A call is made of
     conversations of one language, laid end to end, each drawn at random; every patch of the data is
-    as likely to be in a window. Items are dicts of tensors as in `s2s.Batch`, without its batch
-    axis, all of one shape.
+    as likely to be in a window. Items are dicts of `s2s.Batch`'s tensors, without its batch axis.
 
-    frames: of each row. near: `near_codes` of the user's; None: codes stay as they are, and those
-    of every patch are learnt."""
+    frames: of each row. near: `near_codes`; None: codes stay as they are, all of them learnt."""
 
     def __init__(self, rows, frames, config: S2SConfig, tokenizer: Tokenizer, args,
                  settings: Settings, items: int, near: Tensor | None = None) -> None:  # fmt: skip
@@ -195,8 +193,7 @@ class Conversations(Dataset):
         alike = self.alike[row["language"]]
         return int(alike[rng.integers(len(alike))])
 
-    def length(self, row: dict) -> int:
-        """In whole patches."""
+    def length(self, row: dict) -> int:  # in whole patches
         return len(row["user_codes"]) // self.config.frames_per_step
 
     def labelled(self, row: dict, emotions: Sequence[tuple[int, int]] = ()) -> dict[str, Tensor]:
@@ -366,8 +363,7 @@ def joined(rows: Sequence[dict], config: S2SConfig) -> dict:
     return {**rows[0], "turns": turns, **{n: np.concatenate(parts) for n, parts in codes.items()}}
 
 
-def moved(turn: dict, seconds: float) -> dict:
-    """The turn so much later."""
+def moved(turn: dict, seconds: float) -> dict:  # so much later
     later = {**turn, "start": turn["start"] + seconds, "end": turn["end"] + seconds}
     for name in ("words", "phones"):
         if turn[name]:

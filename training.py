@@ -187,8 +187,7 @@ def one_of(*values: str | int) -> Callable[[str], object]:  # a setting's type
 
 
 def run_parser(description: str, settings: type[Settings], **defaults: object) -> tuple:
-    """A parser with the flags that all trainers share, its group of the plan's flags, and the rest.
-    `defaults` are those of data_dirs, num_epochs, checkpoint_dir and warmup_steps."""
+    """A parser with the flags that all trainers share, its group of the plan's, and of the rest."""
     parser = ArgumentParser(description, epilog=settings.help())
     plan = parser.add_argument_group("the plan's flags")
     plan.add_argument("--data_dirs", nargs="+")
@@ -577,8 +576,8 @@ class CostMeter:
 
     Each phase of a schedule has a pace: measured where it has run, else expected (`Run.estimate`),
     corrected by what came of the other expectations. What a run spends goes to `ledger` once a
-    minute, as a killed pod's time counts too; unless `enabled` (on the main rank only) nothing is
-    written, and no dollars are projected. `budget_usd` holds for all parts of a resumed run."""
+    minute; unless `enabled` (on the main rank only) nothing is written, and no dollars projected.
+    `budget_usd` holds for all parts of a resumed run."""
 
     flush_seconds = 60.0
     warmup_ticks = 3  # the first steps of a phase compile, fill caches and start workers
@@ -899,9 +898,9 @@ class Run:
         now = time.perf_counter()
         seconds = now - self._last_log
         pace, waited = self._samples * self.args.window_seconds / seconds, self._waited / seconds
-        row |= {"skipped": sum(guard.skipped for guard in self._guards), "epoch": self.epoch}
-        row |= {"audio_seconds_per_second": pace, "data_wait": waited}
-        row = self.metrics.log(self.step, **row)
+        skipped = sum(guard.skipped for guard in self._guards)
+        row |= {"skipped": skipped, "epoch": self.epoch, "audio_seconds_per_second": pace}
+        row = self.metrics.log(self.step, **row, data_wait=waited)
         shown = [(label, row.get(name)) for name, label in self.shown.items()]
         learnt = "".join(f"{label} {value:.3f} " for label, value in shown if value is not None)
         tqdm.write(f"step {self.step}/{self.schedule.total} {learnt}{pace:.0f}x real time, "
@@ -925,9 +924,8 @@ class Run:
 
 @contextlib.contextmanager
 def open_training(stage: str, args, kind: type[Settings], changeable=()) -> Iterator[Run]:
-    """A run in `--checkpoint_dir`, new or resumed. Raises UserError for a device that is not there,
-    a folder that cannot be written or is at work, a checkpoint that does not fit. `changeable`:
-    what a resumed run of this trainer can take up beside `CHANGEABLE`."""
+    """A run in `--checkpoint_dir`, new or resumed, which can take up what is `changeable` beside
+    `CHANGEABLE`. UserError for a device, a folder or a checkpoint that it cannot use."""
     process = setup_distributed(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
