@@ -159,9 +159,8 @@ def _mono(samples: np.ndarray) -> np.ndarray:
         return samples[:, 0]
     mixed = samples.mean(axis=1)
     powers = np.square(samples).mean(axis=0)
-    if np.square(mixed).mean() < 0.01 * powers.mean():
-        return samples[:, powers.argmax()]
-    return mixed
+    cancelled = np.square(mixed).mean() < 0.01 * powers.mean()
+    return samples[:, powers.argmax()] if cancelled else mixed
 
 
 @lru_cache(maxsize=4096)

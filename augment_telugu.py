@@ -54,8 +54,7 @@ PIECE_SECONDS = 300.0  # longer recordings are copied in pieces of this, to boun
 SYNTHETIC_PART_SECONDS = 120.0
 BATCH = 16  # sentences an engine is handed at once
 MAX_DROPS = 200  # in a row: then the engine is at fault
-RATE_RANGE = (0.87, 1.15)
-SEMITONE_RANGE = (-2.0, 2.0)
+RATE_RANGE, SEMITONE_RANGE = (0.87, 1.15), (-2.0, 2.0)
 CHANGES = (("speed", 0.9), ("speed", 1.1), ("pitch", -2.0), ("pitch", 2.0), ("noise", 0.0))
 SNR_DB = (10.0, 30.0)  # of the noise copy
 SYNTHETIC = "synthetic"  # so folders of synthetic speech begin
@@ -255,8 +254,7 @@ def output_folder(path: str | Path, flag: str) -> Iterator[tuple[Path, Path]]:
     final = Path(path).resolve()
     with contextlib.suppress(OSError):
         final.rmdir()  # an empty one
-    hidden = final.with_name(command.file_name(f".{final.name}.part"))
-    folder = final if final.exists() else hidden
+    folder = final if final.exists() else final.with_name(command.file_name(f".{final.name}.part"))
     if folder is final and not (final / RECORDS).is_dir():
         raise UserError(f"{flag} {final}: not made by this script; give another folder")
     with command.only_one(command.writable_folder(folder, flag)):

@@ -68,8 +68,7 @@ def why(error: BaseException) -> str:
 
 def first_line(error: BaseException, most: int = 160) -> str:
     """An exception as a part of one line."""
-    lines = map(str.strip, str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)[:most]
+    return next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)[:most]
 
 
 class _Drain(io.FileIO):
@@ -416,9 +415,7 @@ def _is_span(value: object) -> bool:
 _KINDS: dict[str, Callable[[object], bool]] = {
     # JSON may hold half of a surrogate pair, which nothing that is printed or written can.
     "text": lambda value: isinstance(value, str) and not re.search("[\ud800-\udfff]", value),
-    "path": lambda value: (
-        isinstance(value, str) and re.fullmatch("[^\0\ud800-\udc7f\udd00-\udfff]+", value)
-    ),
+    "path": lambda v: isinstance(v, str) and re.fullmatch("[^\0\ud800-\udc7f\udd00-\udfff]+", v),
     "number": _is_number,
     "number or NaN": lambda value: type(value) in (int, float),
     "whole number": lambda value: type(value) is int and _is_number(value),

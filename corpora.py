@@ -1,8 +1,7 @@
 """The kinds of corpora: each from what was fetched to a folder of audio with a manifest.
 
 A row of download_data.py's table is one of the classes below; a fetcher a class turns its files
-into clips or conversations, and `fetch` renames the folder into place when it is complete. How the
-bytes arrive is in fetching.py.
+into clips or conversations, and `fetch` renames the folder into place when it is complete.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ from audio import AUDIO_SUFFIXES, AudioError, probe, write_audio
 from command import UserError, check_fields, file_name, first_line, text_lines, write_text
 from fetching import FILE_THREADS, GIGABYTE, Bar, Damaged, Shard
 
-RECORD = "corpus.json"
-UNREADABLE = "unreadable.txt"
+RECORD, UNREADABLE = "corpus.json", "unreadable.txt"
 
 
 @dataclass(frozen=True)
@@ -75,17 +73,12 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Archive:
-    """A tar or zip: name, hours inside, size in GB, checksum where its authors publish one; it is
-    unpacked into a folder `stem`."""
+    """A tar or zip: name, hours inside, size in GB, checksum where its authors publish one."""
 
     name: str
     hours: float
     gigabytes: float
     checksum: str = ""
-
-    @property
-    def stem(self) -> str:
-        return re.sub(r"\.(tar\.gz|tgz|tar|zip)$", "", self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,7 +259,7 @@ def fetch_archives(job: Job) -> None:
     for archive in job.corpus.archives:
         if job.stops_here():
             break
-        target = job.audio / archive.stem
+        target = job.audio / archive.name.partition(".")[0]
         if not target.exists():
             file = job.archives / archive.name
             _download_from_any(job, archive, file)
@@ -329,8 +322,7 @@ def fetch_common_voice(job: Job) -> None:
     _take_clips(job)
 
 
-# {stem of a file: (text, speaker)}, of what a corpus lists.
-Listed = dict[str, tuple[str, str | None]]
+Listed = dict[str, tuple[str, str | None]]  # stem of a file: text and speaker
 
 
 @dataclass(frozen=True)
@@ -387,8 +379,7 @@ def _take_clips(job: Job) -> None:
 def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.Clip | str | None:
     """The file as a clip, why it cannot be read, or None where it is none."""
     job.bar.advance(0)
-    below = path.relative_to(job.audio)
-    said = layout.said_by(below.with_suffix("").as_posix())
+    said = layout.said_by(path.relative_to(job.audio).with_suffix("").as_posix())
     if layout.strict and not said and path.stem not in listed:
         return None
     label = said.get("label")
@@ -440,16 +431,14 @@ LABELS = {
     **dict.fromkeys(("sadness", "04"), "sad"), **dict.fromkeys(("ang", "anger", "05"), "angry"),
     **dict.fromkeys(("fea", "fearful", "06"), "fear"), "02": "calm",
     **dict.fromkeys(("dis", "disgusted", "07"), "disgust"),
-    **dict.fromkeys(("surprised", "08"), "surprise"),
-}  # fmt: skip
+    **dict.fromkeys(("surprised", "08"), "surprise")}  # fmt: skip
 CREMA_D_SENTENCES = {
     "IEO": "It's eleven o'clock.", "TIE": "That is exactly what happened.",
     "IOM": "I'm on my way to the meeting.", "IWW": "I wonder what this is about.",
     "TAI": "The airplane is almost full.", "MTI": "Maybe tomorrow it will be cold.",
     "IWL": "I would like a new alarm clock.", "ITH": "I think I have a doctor's appointment.",
     "DFA": "Don't forget a jacket.", "ITS": "I think I've seen this before.",
-    "TSI": "The surface is slick.", "WSI": "We'll stop in a couple of minutes.",
-}  # fmt: skip
+    "TSI": "The surface is slick.", "WSI": "We'll stop in a couple of minutes."}  # fmt: skip
 RAVDESS_SENTENCES = {"1": "Kids are talking by the door.", "2": "Dogs are sitting by the door."}
 LAYOUTS = {
     # Readers are numbered alike in all three LibriVox corpora: one name keeps each in one split.

@@ -198,8 +198,7 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
 def split_for(key: str, validation: float = 0.05, test: float = 0.05) -> str:
     """The split of a speaker or recording, by a hash of its name: stable as a corpus grows."""
     point = _point(key)
-    held_out = "validation" if point < validation else "test"
-    return held_out if point < validation + test else "train"
+    return "validation" if point < validation else "test" if point < validation + test else "train"
 
 
 def _point(key: str) -> float:  # in [0, 1)
@@ -299,8 +298,7 @@ def _speaker_from_name(path: Path) -> str | None:
     """Of LibriSpeech's and LibriTTS' layout, `speaker/chapter/speaker-chapter-0001`; never a date,
     for all recordings of a year would count as one voice."""
     match = re.fullmatch(r"(?!(?:19|20)\d\d[-_])(\d{1,5})([-_])\d+\2\d+(_\d+)?", path.stem)
-    above = (path.parent.name, path.parent.parent.name)
-    return match[1] if match and match[1] in above else None
+    return match[1] if match and match[1] in (path.parent.name, path.parent.parent.name) else None
 
 
 def load_splits(data_dirs: Sequence[str | Path], splits: Sequence[str],

@@ -81,9 +81,7 @@ def _line(turn: dict, where: str) -> Line:
     one = turn.get("texts") is None
     check_fields(turn, _LINE_FIELDS | {"text": "text" if one else "text?"}, where)
     texts = [turn["text"]] if one else turn["texts"]
-    if not texts:
-        raise UserError(f"{where}: texts is empty")
-    for text in texts:
+    for text in texts or [""]:
         if not any(c.isalnum() for c in clean_text(text)):
             raise UserError(f"{where}: {text!r} has nothing to say")
     return Line(turn["who"], tuple(texts), turn.get("emotion") or "neutral")

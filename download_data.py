@@ -7,8 +7,7 @@
 Every corpus ends in a folder of audio with a `manifest.jsonl`, renamed into
 place when it is complete; the same command goes on where a killed one stopped.
 Emotional speech goes to data/emotion/, two-channel conversations to
-data/conversations/. What is read from each kind of corpus is in corpora.py,
-how bytes arrive and are unpacked in fetching.py.
+data/conversations/.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ DIGEST_BYTES = 1 << 16  # read at each end of a file to find duplicates
 GROUPS = ("default", "emotion", "conversations")
 # Mono speech; FLAC as measured over LibriSpeech (59.3 GB).
 GIGABYTES_OF_6000_H = "WAV 16 kHz 691, FLAC 372, MP3 64k 173, Opus 24k 65, codes 11"
-CPU_POD_USD = 0.12  # an hour; RunPod's smallest CPU pods, 2025
-H200_USD = 3.39
+CPU_POD_USD, H200_USD = 0.12, 3.39  # an hour; RunPod's smallest CPU pods, 2025
 
 _OPENSLR = ("https://www.openslr.org", "https://us.openslr.org", "https://openslr.trmal.net")
 _DISPUTED = {
@@ -485,8 +483,7 @@ def fetch_all(rows: list[Corpus], data_dir: Path, options: FetchOptions, jobs: i
 
     tasks = {corpus.name: functools.partial(task, corpus) for corpus in rows}
     results = fetching.side_by_side(tasks, jobs, stopped)
-    failed = {name: error for name, error in results.items() if isinstance(error, Exception)}
-    return {name: _reason(name, error, data_dir / ERRORS) for name, error in failed.items()}
+    return {n: _reason(n, error, data_dir / ERRORS) for n, error in results.items() if error}
 
 
 def _reason(name: str, error: Exception, log: Path) -> str:
@@ -545,8 +542,7 @@ def main() -> int:
         max_hours=arguments.max_hours, keep_wav=arguments.keep_wav,
         mirrors=_pairs("--mirror", arguments.mirror, (row.name for row in CORPORA)),
         cv_dataset_ids=_pairs("--cv_dataset_id", arguments.cv_dataset_id, data.LANGUAGES),
-        fisher_dir=folder and command.existing_folder(folder, "--fisher_dir"),
-    )  # fmt: skip
+        fisher_dir=folder and command.existing_folder(folder, "--fisher_dir"))  # fmt: skip
     data_dir, names, languages = arguments.data_dir, arguments.corpora, arguments.languages
     chosen = choose(names, languages, options)
     if arguments.list:

@@ -35,8 +35,7 @@ SHIPPED = {"crema_d": ("ODbL-1.0", True), "ravdess": ("CC-BY-NC-SA-4.0", False),
 MAX_SECONDS = 15.0  # of a clip; what is longer is cut there
 PART_CLIPS = 500  # in a file of codes
 EDGE_SECONDS = 0.2  # of silence on both sides of a clip
-GAIN_DB = (-9.0, 3.0)  # of microphones, of which each speaker has
-MICROPHONES = 4
+MICROPHONES, GAIN_DB = 4, (-9.0, 3.0)  # that each speaker has, and of each
 
 
 def load_emotional(folders: Sequence[str | Path], commercial_only: bool = False,

@@ -90,8 +90,7 @@ class Parler:
         loaded = ParlerTTSForConditionalGeneration.from_pretrained(model)
         self._model, self._device = loaded.to(device, dtype=kind).eval(), device
         self._prompts = AutoTokenizer.from_pretrained(model, padding_side="left")
-        described = self._model.config.text_encoder._name_or_path
-        self._styles = AutoTokenizer.from_pretrained(described)
+        self._styles = AutoTokenizer.from_pretrained(self._model.config.text_encoder._name_or_path)
 
     @staticmethod
     def names(language: str, model: str) -> Sequence[str]:
@@ -105,8 +104,7 @@ class Parler:
             made = self._model.generate(
                 input_ids=styles.input_ids, attention_mask=styles.attention_mask,
                 prompt_input_ids=prompts.input_ids, prompt_attention_mask=prompts.attention_mask,
-                do_sample=True, return_dict_in_generate=True,
-            )  # fmt: skip
+                do_sample=True, return_dict_in_generate=True)  # fmt: skip
         rate = int(self._model.config.sampling_rate)
         for audio, length in zip(made.sequences, made.audios_length, strict=True):
             yield audio[: int(length)].float().cpu().numpy(), rate
@@ -246,8 +244,7 @@ SPEECH_ENGINES = (
         "pip install coqui-tts torchcodec six",  # the last two it needs and does not ask for
         f"mkdir -p voices && (cd voices && wget -c {INDICTTS_URL}/{{two}}.zip && "
         "unzip -o {two}.zip)",
-        "MIT (AI4Bharat Indic-TTS)", True, "FastPitch + HiFi-GAN, a man and a woman",
-    ),
+        "MIT (AI4Bharat Indic-TTS)", True, "FastPitch + HiFi-GAN, a man and a woman"),
     InstalledEngine(
         "parler", Parler, "ai4bharat/indic-parler-tts", "parler_tts",
         "python -m venv .venv-parler && .venv-parler/bin/pip install parler-tts torchaudio soxr "
@@ -255,16 +252,13 @@ SPEECH_ENGINES = (
         "augment_telugu.py --engine parler --synthesize_hours 500",
         "accept its licence on Hugging Face, hf auth login, hf download ai4bharat/indic-parler-tts",
         "Apache-2.0 (AI4Bharat Indic Parler-TTS)", True,
-        "voices and styles described in words; gated; slow without a GPU",
-    ),
+        "voices and styles described in words; gated; slow without a GPU"),
     InstalledEngine(
         "piper", Piper, "voices/piper", "piper", "pip install piper-tts",
         "mkdir -p voices/piper && python -m piper.download_voices {piper} --data-dir voices/piper",
-        "as the voice's MODEL_CARD says (Piper)", False, "three voices; samples do not repeat",
-    ),
+        "as the voice's MODEL_CARD says (Piper)", False, "three voices; samples do not repeat"),
     InstalledEngine(
         "mms", Mms, "facebook/mms-tts-{code}", "transformers", "pip install transformers",
         "hf download facebook/mms-tts-{code}",
-        "CC BY-NC 4.0 (Meta MMS)", False, "one voice, not for commercial use",
-    ),
+        "CC BY-NC 4.0 (Meta MMS)", False, "one voice, not for commercial use"),
 )  # fmt: skip

@@ -43,9 +43,8 @@ from command import UserError, atomic_write, file_name, first_line
 RETRY_S = (5.0, 60.0, 300.0, 600.0, 900.0)
 QUIET_S = 900.0  # after so long without a fault, faults are counted anew
 TIMEOUT_S = (15, 60)  # to connect, between two reads
-CHUNK = 1 << 20  # bytes
 PLAIN_LINE_S = 60.0  # between two lines of progress in a log file
-GIGABYTE = 1e9
+CHUNK, GIGABYTE = 1 << 20, 1e9  # bytes
 FILE_THREADS = 4  # per corpus, for packing and probing
 # What libsndfile calls a format -> the suffix of its files.
 SUFFIXES = {"WAVEX": ".wav", "RF64": ".wav", "MPEG": ".mp3"}
@@ -299,8 +298,7 @@ def read_sphere(path: Path) -> tuple[np.ndarray, int]:
     if b"shorten" in coded[:1024]:
         if shutil.which("sph2pipe") is None:
             raise UserError(f"{path}: packed with shorten: put LDC's sph2pipe on the PATH")
-        command = ["sph2pipe", "-f", "sph", str(path)]
-        coded = subprocess.run(command, capture_output=True).stdout
+        coded = subprocess.run(["sph2pipe", "-f", "sph", str(path)], capture_output=True).stdout
     try:
         audio, rate = soundfile.read(io.BytesIO(coded), dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, ValueError) as error:

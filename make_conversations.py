@@ -41,8 +41,7 @@ from dialogues import load_code_dataset as load_code_dataset  # what reads the d
 from takes import Take, draw_voice, faded, insert_pause, make_takes, shift_spans, user_voices
 from training import setup_distributed
 
-PART_SECONDS = 300.0
-PART_CONVERSATIONS = 16
+PART_SECONDS, PART_CONVERSATIONS = 300.0, 16
 FILE_SECONDS = 3600.0  # of audio in an Arrow file, which a GPU encodes at a time
 WRITE_SECONDS = 120.0  # of work, after which what is made is written: a kill loses no more
 TURN_SLACK = 0.5  # seconds by which a written turn may pass the end of its recording
@@ -113,8 +112,7 @@ def draw_microphone(rng: np.random.Generator) -> Microphone:
         room_db=rng.uniform(-18.0, -6.0),
         band_hz=int(rng.choice((8000, 12000, 16000))) if band < BAND_LIMIT_CHANCE else None,
         echo=(rng.uniform(*ECHO_DELAY), rng.uniform(*ECHO_DB)) if echo < ECHO_CHANCE else None,
-        seed=int(rng.integers(2**31)),
-    )  # fmt: skip
+        seed=int(rng.integers(2**31)))  # fmt: skip
 
 
 def plan_conversation(exchanges: Sequence[Exchange], users: Sequence[speech.Voice],
@@ -420,8 +418,7 @@ def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[di
         rngs = [part_rng(args, part, n) for n in numbers]
         plans = [plan_conversation(*cast, rng, args.any_emotion) for rng in rngs]
         turns = [turn for plan in plans for turn in plan.turns]
-        takes = make_takes([turn.request for turn in turns])
-        spoken = list(zip(turns, takes, strict=True))
+        spoken = list(zip(turns, make_takes([turn.request for turn in turns]), strict=True))
         babble = [t.audio for turn, t in spoken if turn.who == "user" and isinstance(t, Take)]
         rest = iter(spoken)
         for n, plan in zip(numbers, plans, strict=True):
@@ -533,9 +530,8 @@ class DatasetFiles:
 
     def _is_wanted(self, key: str, entry: dict) -> bool:
         version = self._versions.get(key)
-        if version == "":  # no file: what gave nothing is tried again
-            return entry["rows"] > 0
-        return version == entry["version"]
+        # Without a file, what gave nothing is tried again.
+        return entry["rows"] > 0 if version == "" else version == entry["version"]
 
     def _put(self, parts: dict[str, dict], write: Callable[[Path], None]) -> None:
         name = f"part-{digest(parts)}.arrow"

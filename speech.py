@@ -95,8 +95,7 @@ TILT_HZ = (500.0, 8000.0)  # between which a tilt works; above, its gain stays
 TILT_SPREAD = 0.3  # dB an octave, of users: of speakers and of their microphones
 SPEECH_RMS = 0.07  # of what is said, silences apart, before the style's gain
 LOUD_DB = -36.0  # below the loudest tenth: what still counts as sound at the edge of a silence
-EDGE_SECONDS = 0.04  # silence left at each end
-PAUSE_SECONDS = 0.30  # longest pause left inside
+EDGE_SECONDS, PAUSE_SECONDS = 0.04, 0.30  # silence left at each end, at most inside
 
 
 @dataclass(frozen=True)
@@ -151,8 +150,7 @@ def all_engines() -> dict[str, Engine]:
     """Every engine there is by its name, whether or not it is installed."""
     found = {}
     for name in ENGINE_MODULES:
-        package = name.partition(".")[0]
-        if importlib.util.find_spec(package) and importlib.util.find_spec(name):
+        if importlib.util.find_spec(name.partition(".")[0]) and importlib.util.find_spec(name):
             engines = importlib.import_module(name).SPEECH_ENGINES
             found |= {engine.name: engine for engine in engines}
     return found
@@ -200,8 +198,7 @@ def _order(item: Request) -> Order:
         pitch_range=float(voice.pitch_range * pitch_range * jitter[1]),
         rate=float(np.clip(voice.rate * rate * item.speed * jitter[2], 0.5, 2.0)),
         gain_db=style.gain_db * strength, tilt_db=style.tilt_db * strength + tilt,
-        seed=item.seed, emotion=item.emotion,
-    )  # fmt: skip
+        seed=item.seed, emotion=item.emotion)  # fmt: skip
 
 
 def _finish(raw: Raw, order: Order) -> Utterance:
@@ -337,8 +334,7 @@ def _cut_silences(
     def moved(t: float) -> float:
         return t - sum(min(removed, t - at) for at, removed in cuts if t > at)
 
-    words = words and [(w, moved(s), min(moved(e), clock)) for w, s, e in words]
-    return audio, spans, words
+    return audio, spans, words and [(w, moved(s), min(moved(e), clock)) for w, s, e in words]
 
 
 def _set_level(audio: np.ndarray, phones: list[Span], gain_db: float) -> np.ndarray:
@@ -348,8 +344,7 @@ def _set_level(audio: np.ndarray, phones: list[Span], gain_db: float) -> np.ndar
     if power <= 0.0:
         return audio.astype(np.float32)
     gain = SPEECH_RMS / math.sqrt(power) * 10 ** (gain_db / 20)
-    gain = min(gain, 0.97 / float(np.max(np.abs(audio))))
-    return (audio * gain).astype(np.float32)
+    return (audio * min(gain, 0.97 / float(np.max(np.abs(audio))))).astype(np.float32)
 
 
 def voices(language: str, role: str = "user", split: str = "train",
