@@ -69,7 +69,7 @@ def disjoint(clips):
 
 
 def stem(archive):
-    return re.sub(r"\.(tar\.gz|zip)$", "", archive.name)
+    return re.sub(r"\.(tar\.gz|tar|zip)$", "", archive.name)
 
 
 def archive_files(row):
