@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from command import DISK_FULL, UserError, first_line, sync_to_disk, writable_folder, write_text
 
-T = TypeVar("T")
 _STEP_NAME = re.compile(r"step_(\d+)(\.replaced)?")
 _TEMPORARY = ".tmp-"
 _PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype)
@@ -109,7 +108,7 @@ def to_export(args: argparse.Namespace) -> Checkpoint:
     return checkpoint
 
 
-def config_of(kind: type[T], model: str, stored: dict, where: str | Path) -> T:
+def config_of(kind: type, model: str, stored: dict, where: str | Path) -> Any:
     """The config dataclass `kind` that a checkpoint's `config.json` holds. Raises UserError for
     another kind of model, or fields that this version does not know."""
     if stored.get("model") != model:

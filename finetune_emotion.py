@@ -69,8 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         num_epochs=20, checkpoint_dir="checkpoints_emotion", warmup_steps=100,
     )  # fmt: skip
     add = plan.add_argument
-    add("--conversations", nargs="+", default=["data/conversations/scripted"],
-        help="code datasets whose turns carry emotions")  # fmt: skip
+    add("--conversations", nargs="+", default=["data/conversations/scripted"], help="encoded")
     add("--codec", default="checkpoints/tiny/codec", help="that encoded the conversations")
     add("--lr", type=number(0), default=1e-4, help="of the LM")
     add("--replay", type=share, default=0.3, help="of conversations without emotion")

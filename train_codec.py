@@ -8,9 +8,8 @@
 The same command goes on from the last complete checkpoint. An epoch is `--epoch_hours` of audio
 drawn at random. Under `torchrun` the ranks share the batch. The first `--semantic_share` of the
 steps trains the encoder's semantic branch alone, which costs a fifth as much; then the rest joins.
-
-Checkpoints show the average of the weights over the last steps, with codebooks that fit it; it is
-what validates, ships and is inherited. The weights that go on learning are in `trainer.pt`.
+Checkpoints show the average of the last weights: it validates, ships and is inherited. The weights
+that go on learning are in `trainer.pt`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import functools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +44,11 @@ from training import one_of, setting
 UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
 VALIDATION_WINDOWS = 48
-# Flags and settings that a resumed run can take up, beside those of all trainers.
 CHANGEABLE = ("gen_lr", "disc_lr", "teacher", "precision", "teacher_cache", "teacher_cache_gib",
               "cuda_graph", "compile")  # fmt: skip
 BALANCE = {"waveform": 1.0, "adversarial": 1.0, "features": 2.0}
+KINDS = "semantic_only adversarial codebooks_move codebooks_started"
+Mode = collections.namedtuple("Mode", KINDS)  # of step: a CUDA graph holds one kind
 
 
 @dataclass(frozen=True)
@@ -71,15 +70,6 @@ class Settings(training.Settings):
     teacher_cache_gib: float = setting(100.0, number(0), "size of --teacher_cache, at most")
 
 
-class Mode(NamedTuple):
-    """What kind of step: a CUDA graph holds one kind."""
-
-    semantic_only: bool
-    adversarial: bool
-    codebooks_move: bool
-    codebooks_started: bool
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser, plan, more = training.run_parser(
         "Phase 2: train the codec.", Settings, num_epochs=100, checkpoint_dir="checkpoints_codec",
@@ -98,8 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--spectral_weight", type=number(0), default=1.0, help="share of the bins one by one")
     add("--teacher", default="auto",
         help="none, wavlm, whisper, or such a model's folder or id; auto: WavLM-large on CUDA")
-    add("--ssl_loss_weight", type=number(0), default=1.0,
-        help="share, in the balance, of the teacher's view of the output; mel has 1")
+    add("--ssl_loss_weight", type=number(0), default=1.0, help="share of the teacher's view")
     add("--teacher_cache", metavar="FOLDER", help="store the teacher's targets")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     add("--cuda_graph", action="store_true", help="replay the step as a CUDA graph: on one GPU")
@@ -136,12 +125,6 @@ def judged_part(samples: int, seconds: float, key: tuple[int, ...]) -> Tensor:
     length = min(samples, int(seconds * SAMPLE_RATE))
     start = torch.randint(samples - length + 1, (1,), generator=training.keyed_generator(*key))
     return start + torch.arange(length)
-
-
-def precision(device: torch.device, asked: str) -> torch.autocast:
-    """bf16 on CUDA or where asked for; quantizer, STFT and losses go on in fp32 within it."""
-    enabled = device.type == "cuda" if asked == "auto" else asked == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,7 +315,9 @@ class Learner:
         spectra = {"mel": MelLoss(config.sample_rate), "spectral": SpectralLoss()}
         used = spectra if args.spectral_weight else {"mel": spectra["mel"]}
         self.spectra = nn.ModuleDict(used).to(device)
-        self.cast = precision(device, args.precision)
+        # Quantizer, STFT and losses go on in fp32 within it.
+        bf16 = device.type == "cuda" if args.precision == "auto" else args.precision == "bf16"
+        self.cast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
         if args.init_from and checkpoint is None:
             self.inherit()
         frozen = [model.encoder[0], model.quantizer.semantic_in, self.head, self.projection]
@@ -576,9 +561,8 @@ def main() -> None:
     args = parse_args()
     if args.export:
         return export(args)
-    if args.teacher_cache and args.ssl_loss_weight:
-        raise UserError("--teacher_cache saves nothing while the teacher runs on the output too: "
-                        "add --ssl_loss_weight 0")  # fmt: skip
+    if args.teacher_cache and args.ssl_loss_weight:  # for which the teacher runs at every step
+        raise UserError("--teacher_cache saves nothing without --ssl_loss_weight 0: add that")
     with training.open_training("codec", args, Settings, CHANGEABLE) as run:
         train(args, run)
 

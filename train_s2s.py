@@ -44,7 +44,6 @@ WEIGHTS = {"text": 1.0, "semantic": 1.0, "acoustic": 1.0,
 # Metrics on the terminal's lines, and their names there.
 SHOWN = {"loss": "loss", "text": "text", "text_accuracy": "hit",
          "user_phones_accuracy": "phones", "user_words_accuracy": "words"}  # fmt: skip
-# Flags and settings that a resumed run can take up, beside those of all trainers.
 CHANGEABLE = ("lr", "codec", "eagerness")
 SILENT_SHARE = 0.25  # odds of a patch in which the agent is silent to have its codes learnt
 FROM_THE_START = 0.25  # of the windows begin where a conversation does, the others anywhere

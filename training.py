@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ import command
 from checkpoints import open_run, save_checkpoint
 from command import ArgumentParser, UserError, finite_or_none, number, whole
 
-T = TypeVar("T")
 PLAN_BUDGET_USD = 1500.0
 
 
@@ -116,7 +115,7 @@ def start_equal(modules: Iterable[nn.Module | None]) -> None:
             dist.broadcast(tensor, 0)
 
 
-def from_main_rank(value: T) -> T:
+def from_main_rank(value: Any) -> Any:
     """Rank 0's `value`, on every rank."""
     values = [value]
     if _num_ranks() > 1:
@@ -246,8 +245,7 @@ def take_stored(values: dict, stored: dict, given, changeable, where, settings=(
             continue
         if name not in given or now == "auto":
             values[name] = before
-            # A value that the run worked out itself is no news.
-            if now not in (None, "auto") or name == "budget_usd":
+            if now not in (None, "auto") or name == "budget_usd":  # else it was worked out
                 lines.append(f"as the run was started: {spell(name, before)}")
         elif name in changeable:
             lines.append(f"from here on {spell(name, now)} (until now {before})")
@@ -361,8 +359,7 @@ class StepGuard:
         self.skipped, self.consecutive = map(int, counts)
         if self.consecutive >= self.max_consecutive:
             raise UserError(f"{self.consecutive} steps in a row were not finite (loss {loss:g}, "
-                            f"gradient norm {grad_norm:g}): lower the learning rate and run again; "
-                            "it goes on from the last complete checkpoint")  # fmt: skip
+                f"gradient norm {grad_norm:g}): lower the learning rate and run again")  # fmt: skip
 
     def state_dict(self) -> dict:
         self.settle()
@@ -684,10 +681,8 @@ class CostMeter:
 
     def _in_ledger(self, name: str, run: str | None = None) -> float:
         """The sum of a field over the ledger, which other programs may write too."""
-        if not self.ledger.exists():
-            return 0.0
-        rows = [row for _, row in command.json_lines(self.ledger, skip_damaged=True)]
-        values = [row.get(name) for row in rows if run is None or row.get("run") == run]
+        lines = command.json_lines(self.ledger, skip_damaged=True) if self.ledger.exists() else ()
+        values = [row.get(name) for _, row in lines if run is None or row.get("run") == run]
         return sum(x for x in values if isinstance(x, (int, float)) and math.isfinite(x))
 
 
@@ -828,7 +823,7 @@ class Run:
     def phase(self) -> str:  # of the step that is being made
         return self.schedule.phase(self.step)
 
-    def steps(self, batches: Callable[..., Iterable[tuple[int, int, T]]]) -> Iterator[T]:
+    def steps(self, batches: Callable[..., Iterable[tuple[int, int, Any]]]) -> Iterator[Any]:
         """The batches of the steps to make; `batches` is `data.training_batches` of a dataset."""
         total = self.schedule.total
         self._bar = tqdm(total=total, initial=self.step, disable=None if self.is_main else True)
