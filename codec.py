@@ -304,11 +304,9 @@ def build_encoder(config: CodecConfig) -> Fork:
     semantic.append(StreamingTransformer(c.transformer(c.semantic_width, c.semantic_layers)))
     sizes = c.front_dim, c.kernel, c.expansion
     front = [ConvNeXtBlock(*sizes) for _ in range(c.encoder_front_blocks)]
-    waveform = [
-        FrameConv(c.front_stride, c.front_dim), *front,
-        FrameConv(c.front_dim, c.encoder_dim, in_frames=c.hop // c.front_stride),
-    ]  # fmt: skip
-    both = SumFork([CausalChain(waveform), CausalChain(mels(c.encoder_dim))])
+    framed = FrameConv(c.front_stride, c.front_dim)
+    down = FrameConv(c.front_dim, c.encoder_dim, in_frames=c.hop // c.front_stride)
+    both = SumFork([CausalChain([framed, *front, down]), CausalChain(mels(c.encoder_dim))])
     trunk = StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers))
     return Fork([CausalChain(semantic), CausalChain([both, trunk])])
 
@@ -318,11 +316,10 @@ def build_decoder(config: CodecConfig) -> CausalChain:
     c = config
     sizes = c.decoder_front_dim, c.kernel, c.expansion
     front = [ConvNeXtBlock(*sizes) for _ in range(c.decoder_front_blocks)]
-    return CausalChain([
-        StreamingTransformer(c.transformer(c.decoder_dim, c.decoder_layers)),
-        FrameConv(c.decoder_dim, c.decoder_front_dim, out_frames=c.hop // c.front_stride),
-        *front, SpectralHead(c.decoder_front_dim, c.front_stride),
-    ])  # fmt: skip
+    trunk = StreamingTransformer(c.transformer(c.decoder_dim, c.decoder_layers))
+    up = FrameConv(c.decoder_dim, c.decoder_front_dim, out_frames=c.hop // c.front_stride)
+    head = SpectralHead(c.decoder_front_dim, c.front_stride)
+    return CausalChain([trunk, up, *front, head])
 
 
 class Codec(nn.Module):
@@ -428,8 +425,7 @@ class AveragedCodec:
         still. Where the scalar `skip` is not 0 nothing moves."""
         moves = 1 if skip is None else (skip == 0).to(self.steps.dtype)
         self.steps += moves
-        # A short run, or the start of one, must not average in the random weights of step 0: until
-        # the decay is reached it is (1 + steps) / (10 + steps).
+        # Until it is reached (1 + steps) / (10 + steps): without the random weights of step 0.
         weight = (9 / (10 + self.steps)).clamp(min=1 - self.decay) * moves
         # What is frozen stays bit for bit: a mean loses the sign of a zero, and so the fingerprint.
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)

@@ -63,8 +63,7 @@ FRAMES_A_CODE = 10  # fewer speech frames than this a code say little about a co
 Point = tuple[str, float]  # a codec and the rate that it is asked for, kbit/s
 
 
-# Of the coded and the uncoded audio, float32 `[T]` at 16 kHz, a number. It raises, or gives what is
-# not finite, for a clip that it cannot measure.
+# (coded, uncoded audio `[T]` at 16 kHz) → a number; raises, or is not finite, where it can't tell.
 AudioJudge = Callable[[np.ndarray, "np.ndarray | None"], float]
 
 
@@ -363,11 +362,9 @@ def table(name: str, group: dict) -> str:
     """A language's codecs and rates, at most 80 columns wide."""
     columns, speakers = columns_of(group), group["speakers"] or "unknown"
     heads = "".join(f"{MEASURES[m][0]:>{MEASURES[m][2]}}" for m in columns)
-    lines = [
-        f"{name}: {group['clips']} clips, {group['seconds']:.0f} s, {speakers} speakers",
-        f"{'kbit/s:':<9}{'asked':>6}{'net':>7}{heads}",
-        f"{'uncoded':<22}{cells(group['uncoded']['scores'], columns)}",
-    ]
+    lines = [f"{name}: {group['clips']} clips, {group['seconds']:.0f} s, {speakers} speakers",
+             f"{'kbit/s:':<9}{'asked':>6}{'net':>7}{heads}",
+             f"{'uncoded':<22}{cells(group['uncoded']['scores'], columns)}"]  # fmt: skip
     for p in group["points"]:
         rates = f"{p['asked_kbps']:>6.4g}{p['net_kbps']:>7.2f}"
         lines.append(f"{p['codec']:<9}{rates}{cells(p['scores'], columns)}")
@@ -528,8 +525,7 @@ def evaluate(args: argparse.Namespace, codec: Codec, counts: Sequence[int],
         "codec": str(args.codec), "fingerprint": codec.fingerprint, "split": args.split,
         "seed": args.seed, "num_codebooks": list(counts), "groups": groups,
         "skipped": dict(skipped), "real_time": times,
-        "criteria": criteria(groups, times, config, spent),
-    }, rows  # fmt: skip
+        "criteria": criteria(groups, times, config, spent)}, rows  # fmt: skip
 
 
 def report(args: argparse.Namespace, result: dict, rows: Sequence[Row], more: str = "") -> None:

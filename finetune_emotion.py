@@ -66,8 +66,7 @@ class Settings(train_s2s.WindowSettings):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser, plan, more = training.run_parser(
         "Phase 4: emotion recognised, answered and shown.", Settings, data_dirs=["data/emotion"],
-        num_epochs=20, checkpoint_dir="checkpoints_emotion", warmup_steps=100,
-    )  # fmt: skip
+        num_epochs=20, checkpoint_dir="checkpoints_emotion", warmup_steps=100)  # fmt: skip
     add = plan.add_argument
     add("--conversations", nargs="+", default=["data/conversations/scripted"], help="encoded")
     add("--codec", default="checkpoints/tiny/codec", help="that encoded the conversations")
@@ -103,10 +102,8 @@ class EmotionalSpeech(Conversations):
         """The branch's codes too: it learns a speaker's very codes by heart otherwise."""
         super().disturb(window, speaking, rng)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        noise = self.settings.emotion_noise
-        window["emotion_codes"] = replace_codes(
-            window["emotion_codes"], self.near, noise, generator
-        )
+        noise = self.near, self.settings.emotion_noise, generator
+        window["emotion_codes"] = replace_codes(window["emotion_codes"], *noise)
 
     def first(self, rng: np.random.Generator) -> tuple[int, int]:
         """Any emotion, any speaker who shows it, any clip of it."""
@@ -185,8 +182,7 @@ def encoded(clips: Sequence[Clip], split: str, codec: Codec, run: training.Run):
 
 
 def inherited_config(args, settings: Settings, codec: Codec) -> tuple[S2SConfig, Tokenizer]:
-    """Config and tokenizer of `--init_from`, with an emotion branch. Raises UserError where it is
-    missing, or was trained on another codec's codes."""
+    """Config and tokenizer of `--init_from`, with an emotion branch; UserError without one."""
     if not args.init_from:
         raise UserError("--init_from: give the dialogue LM to fine-tune, as checkpoints_s2s")
     theirs = checkpoints.load_checkpoint(args.init_from, with_trainer=False)

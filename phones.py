@@ -27,15 +27,12 @@ def split_symbols(text: str) -> tuple[str, ...]:
 # Length stays where it changes quality (a/aː); elsewhere short and long fold into the pairs
 # ɪ/i and ʊ/u. Nasal vowels are a vowel and ŋ; r-coloured diphthongs are a vowel and ɹ.
 VOWELS = split_symbols("i ɪ e ɛ æ a aː ɑ ɔ o ʊ u ʌ ə ɚ eɪ aɪ ɔɪ aʊ oʊ")
-CONSONANTS = split_symbols(
-    "p b t d ʈ ɖ k ɡ tʃ dʒ m n ɳ ɲ ŋ f v θ ð s z ʃ ʒ h ɹ r ɽ l ɭ j w ʋ "
-    "pʰ bʰ tʰ dʰ ʈʰ ɖʰ kʰ ɡʰ tʃʰ dʒʰ ɽʰ"
-)
+CONSONANTS = split_symbols("p b t d ʈ ɖ k ɡ tʃ dʒ m n ɳ ɲ ŋ f v θ ð s z ʃ ʒ h ɹ r ɽ l ɭ j w ʋ "
+                           "pʰ bʰ tʰ dʰ ʈʰ ɖʰ kʰ ɡʰ tʃʰ dʒʰ ɽʰ")  # fmt: skip
 PHONES: tuple[str, ...] = (SILENCE, *VOWELS, *CONSONANTS)
 
 _ESPEAK_UNITS = {
     **{phone: phone for phone in (*VOWELS, *CONSONANTS)},
-    # vowels of English
     "iː": "i", "ᵻ": "ɪ", "ɨ": "ɪ", "eː": "e", "ɛː": "ɛ", "æː": "æ", "ɑː": "ɑ", "ɒ": "ɑ", "ɔː": "ɔ",
     "oː": "o", "uː": "u", "ʉ": "u", "ʉː": "u", "ʌː": "ʌ", "ɐ": "ə", "əː": "ɚ", "ɜː": "ɚ", "ɜ": "ɚ",
     "ɝ": "ɚ", "ɞ": "ɚ", "ɵ": "ʊ", "əʊ": "oʊ", "ɔʊ": "oʊ", "ɐɪ": "aɪ", "ʌɪ": "aɪ", "ʌʊ": "aʊ",
@@ -44,19 +41,16 @@ _ESPEAK_UNITS = {
     "oːɹ": "ɔ ɹ", "oɹ": "ɔ ɹ", "oə": "ɔ ə", "ɑːɹ": "ɑ ɹ", "ɑɹ": "ɑ ɹ", "aɪɚ": "aɪ ɚ", "aɪə": "aɪ ə",
     "aʊɚ": "aʊ ɚ", "aʊə": "aʊ ə", "əl": "ə l", "l̩": "ə l", "ən": "ə n", "n̩": "ə n", "m̩": "ə m",
     "ɚː": "ɚ", "aɪʊ": "aɪ ʊ", "iːɹ": "i ɹ", "uːɹ": "u ɹ", "ɜːɹ": "ɚ", "əɹ": "ɚ", "ɪː": "i",
-    "ʊː": "u",
-    # consonants
-    "ɾ": "t", "ʔ": "t", "g": "ɡ", "ɫ": "l", "ɬ": "l", "ʍ": "w", "x": "kʰ", "q": "k", "ɣ": "ɡ",
-    "ç": "h", "ɦ": "h", "t̪": "t", "d̪": "d", "t̪ʰ": "tʰ", "d̪ʰ": "dʰ", "c": "tʃ", "ɟ": "dʒ",
-    "cʰ": "tʃʰ", "ɟʰ": "dʒʰ", "ʂ": "ʃ", "ɕ": "ʃ", "ʑ": "ʒ", "ʲ": "j", "tʲ": "t", "r.": "ɽ",
-    "r.ʰ": "ɽʰ", "ɽ̥": "ɽ", "ɻ": "ɹ", "ɸ": "f", "β": "ʋ", "ʋ̃": "ʋ", "ts": "t s", "dz": "d z",
-    "n̪": "n", "ŋ̩": "ŋ", "rʲ": "r", "ʎ": "l", "ɴ": "ŋ",
+    "ʊː": "u", "ɾ": "t", "ʔ": "t", "g": "ɡ", "ɫ": "l", "ɬ": "l", "ʍ": "w", "x": "kʰ", "q": "k",
+    "ɣ": "ɡ", "ç": "h", "ɦ": "h", "t̪": "t", "d̪": "d", "t̪ʰ": "tʰ", "d̪ʰ": "dʰ", "c": "tʃ",
+    "ɟ": "dʒ", "cʰ": "tʃʰ", "ɟʰ": "dʒʰ", "ʂ": "ʃ", "ɕ": "ʃ", "ʑ": "ʒ", "ʲ": "j", "tʲ": "t",
+    "r.": "ɽ", "r.ʰ": "ɽʰ", "ɽ̥": "ɽ", "ɻ": "ɹ", "ɸ": "f", "β": "ʋ", "ʋ̃": "ʋ", "ts": "t s",
+    "dz": "d z", "n̪": "n", "ŋ̩": "ŋ", "rʲ": "r", "ʎ": "l", "ɴ": "ŋ",
 }  # fmt: skip
 # Telugu writes short vowels that Hindi and English folds would confuse with the long ones.
 _ESPEAK_BY_LANGUAGE = {
     "telugu": {"i": "ɪ", "u": "ʊ", "ɾ": "r"},
-    "hindi": {"ʌ": "ə", "a": "ə", "i": "ɪ", "u": "ʊ", "ɾ": "r", "v": "ʋ"},
-}
+    "hindi": {"ʌ": "ə", "a": "ə", "i": "ɪ", "u": "ʊ", "ɾ": "r", "v": "ʋ"}}  # fmt: skip
 _ESPEAK_LANGUAGE = {"english": "en-us", "hindi": "hi", "telugu": "te"}
 _LONG_TOKEN = sorted(_ESPEAK_UNITS, key=len, reverse=True)
 

@@ -54,9 +54,8 @@ def elsewhere(function):
 
 
 @elsewhere
-def change_voice(
-    audio, sample_rate, formant=1.0, median_hz=0.0, pitch_range=1.0, duration=1.0, pitch=1.0
-):
+def change_voice(audio, sample_rate, formant=1.0, median_hz=0.0, pitch_range=1.0, duration=1.0,
+                 pitch=1.0):  # fmt: skip
     """Praat's "Change gender" on audio `[T]`: all are factors but the median pitch, `median_hz`; 0
     stands for the voice's own times `pitch`. The range is narrowed to what the contour bears."""
     import parselmouth

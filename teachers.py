@@ -24,9 +24,7 @@ from audio import FRAME_SECONDS, HOP, SAMPLE_RATE, AudioError, read_audio
 from command import UserError, atomic_write
 
 TEACHER_RATE = 16_000
-# What a feature of WavLM and a mel frame of Whisper sees (25 ms) reaches this far to each side of
-# a codec frame of 320 samples: (400 - 320) / 2.
-OVERHANG = 40
+OVERHANG = 40  # to each side of a codec frame of 320 samples: features see 400 (25 ms)
 KNOWN = {"wavlm": "microsoft/wavlm-large", "whisper": "openai/whisper-large-v3-turbo"}
 
 

@@ -73,8 +73,7 @@ class Settings(training.Settings):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser, plan, more = training.run_parser(
         "Phase 2: train the codec.", Settings, num_epochs=100, checkpoint_dir="checkpoints_codec",
-        data_dirs=["data/english", "data/hindi", "data/telugu"], warmup_steps=500,
-    )  # fmt: skip
+        data_dirs=["data/english", "data/hindi", "data/telugu"], warmup_steps=500)  # fmt: skip
     plan.add_argument("--gen_lr", type=number(0), default=1e-4)
     plan.add_argument("--disc_lr", type=number(0), default=1e-4)
     add = more.add_argument
@@ -507,8 +506,7 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
             "counts": draw_num_codebooks(len(audio), books, *rates, (*key, process.rank)),
             "draws": torch.rand(books, max(config.codebook_sizes), generator=generator),
             "part": judged_part(audio.shape[-1], settings.disc_seconds, (*key, 1 << 21)),
-            "ramp": torch.tensor(run.schedule.ramp(run.step, "adversarial")),
-        }  # fmt: skip
+            "ramp": torch.tensor(run.schedule.ramp(run.step, "adversarial"))}  # fmt: skip
         if device.type == "cuda":  # of memory that is not pinned a copy would wait for the device
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}

@@ -77,8 +77,7 @@ class Settings(WindowSettings):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser, plan, more = training.run_parser(
         "Phase 3: train the dialogue LM.", Settings, data_dirs=["data/conversations/scripted"],
-        num_epochs=20, checkpoint_dir="checkpoints_s2s", warmup_steps=300,
-    )  # fmt: skip
+        num_epochs=20, checkpoint_dir="checkpoints_s2s", warmup_steps=300)  # fmt: skip
     plan.add_argument("--codec", default="checkpoints/tiny/codec", help="that encoded the data")
     plan.add_argument("--lr", type=number(0), default=3e-4)
     add = more.add_argument
@@ -156,8 +155,7 @@ class Conversations(Dataset):
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         user = replace_codes(window["user_codes"], self.near, settings.code_noise, generator)
         window["user_codes"] = drop_codes(user, generator, args.acoustic_drop, settings.frame_drop)
-        # The agent's past codes too: in a call they are not the data's, and the text must not
-        # follow a slip of the voice.
+        # The agent's past codes too: in a call the text must not follow a slip of the voice.
         drops = settings.agent_drop, settings.agent_drop, args.agent_window_drop
         window["agent_past"] = drop_codes(window["agent_past"], generator, *drops)
         odds = torch.where(speaking, 1.0, SILENT_SHARE)
@@ -214,8 +212,7 @@ class Conversations(Dataset):
         for turn, spoken in zip(turns, words, strict=True):
             patches = [next(starts) for _ in spoken]
             begun = max([int(turn["start"] * c.patch_rate + 1e-6), *patches[:1]])
-            # Given once the turn has begun, and until the next has: it says how to speak, and never
-            # that it is time to, nor what to say.
+            # From a turn's begin to the next's: how to speak, never that it is time to, nor what.
             known = turn["emotion"] in c.emotions
             emotion[begun + 1 :] = c.emotions.index(turn["emotion"]) + 1 if known else 0
             begins.append(begun + 1)
@@ -556,8 +553,7 @@ def new_config(args, settings: Settings, codec: Codec, tokenizer: Tokenizer) -> 
         context=max(1, round(seconds * rate)), eagerness=args.eagerness,
         codebook_sizes=codec.config.codebook_sizes[:8], codec_fingerprint=codec.fingerprint,
         frame_rate=codec.config.frame_rate, vocab_size=tokenizer.get_vocab_size(),
-        hear_self=args.agent_window_drop < 1,
-    )  # fmt: skip
+        hear_self=args.agent_window_drop < 1)  # fmt: skip
 
 
 def s2s_config(checkpoint: checkpoints.Checkpoint) -> S2SConfig:

@@ -501,8 +501,7 @@ class Balancer:
             if name not in self._means:
                 self._means[name] = torch.zeros(2)
             mean = self._means[name] = self._means[name].to(norm)
-            # A loss at exactly zero (not yet started) would pull its mean down, and its first
-            # real gradient would arrive many times too large.
+            # Zeros, of a loss not yet started, would have its first gradient arrive too large.
             moved = self.decay * mean + torch.stack([norm, torch.ones_like(norm)])
             mean.copy_(torch.where(finite & (norm > 0), moved, mean))
 
