@@ -42,16 +42,14 @@ class Checkpoint:
     tokenizer: str | None
 
 
-def save_checkpoint(
-    run_dir: str | Path, step: int, config: dict, tensors: dict[str, Tensor],
-    trainer: dict | None = None, tokenizer: str | None = None, keep_last=3, best=False,
-) -> Path:  # fmt: skip
+def save_checkpoint(run_dir: str | Path, step: int, config: dict, tensors: dict, trainer=None,
+                    tokenizer=None, keep_last: int = 3, best: bool = False) -> Path:  # fmt: skip
     """Write `run_dir/step_00001000/` and drop all but the last `keep_last` and the best one.
 
     Files go to a temporary folder, are synced and then renamed: a kill at any moment leaves the
-    earlier checkpoints complete. `trainer` holds plain containers, numbers, strings and tensors,
-    which load without pickled code; `tokenizer` is JSON of the `tokenizers` library; `best` is
-    noted in `best.json`. Raises UserError on a full disk, TypeError for a bad `trainer`."""
+    earlier checkpoints complete. `trainer`: a dict of plain containers, numbers, strings, tensors,
+    which load without pickled code; `tokenizer`: JSON of the `tokenizers` library; `best` is noted
+    in `best.json`. Raises UserError on a full disk, TypeError for a bad `trainer`."""
     run_dir = Path(run_dir)
     _check_plain(trainer, "trainer")
     final = run_dir / f"step_{step:08d}"
@@ -91,8 +89,8 @@ def _temporary(parent: Path, final: Path) -> Iterator[Path]:
         state = "there is no earlier checkpoint"
         with contextlib.suppress(UserError):
             state = f"the last complete checkpoint, {find_checkpoint(parent)}, is kept"
-        raise UserError(f"{final}: the disk is full, this checkpoint was not saved; {state}; "
-                        "free some space") from error  # fmt: skip
+        full = f"{final}: the disk is full, this checkpoint was not saved; {state}"
+        raise UserError(f"{full}; free some space") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

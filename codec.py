@@ -271,8 +271,7 @@ class SpectralHead(CausalLayer):
         twice = torch.full((self.bins, 1), 2.0)
         twice[0] = twice[-1] = 1.0
         waves = torch.cat((twice * angles.cos(), -twice * angles.sin()))
-        # Hann between the samples: the first one, too, is this frame's to form.
-        window = (math.pi / (2 * stride) * (samples + 0.5)).sin().square()
+        window = (math.pi / (2 * stride) * (samples + 0.5)).sin().square()  # Hann between samples
         self.synthesis = nn.Parameter(waves * window / (2 * stride) ** 0.5)
 
     def fold(self, x: Tensor) -> Tensor:
@@ -421,8 +420,7 @@ class AveragedCodec:
 
     @torch.no_grad()
     def update(self, model: Codec, restarted: list, skip: Tensor | None = None) -> None:
-        """After a step; `restarted` is what the quantizer's `update` returned, empty if it stood
-        still. Where the scalar `skip` is not 0 nothing moves."""
+        """After a step; `restarted` is what the quantizer gave. Nothing moves where `skip` is 1."""
         moves = 1 if skip is None else (skip == 0).to(self.steps.dtype)
         self.steps += moves
         # Until it is reached (1 + steps) / (10 + steps): without the random weights of step 0.

@@ -117,8 +117,7 @@ class LogMelDiscriminator(SubDiscriminator):
             nn.Conv2d(1, c, (3, 5), padding=(1, 2)),
             nn.Conv2d(c, 2 * c, (3, 5), (1, 2), padding=(1, 2)),
             nn.Conv2d(2 * c, 2 * c, (3, 5), (2, 2), padding=(1, 2)),
-            nn.Conv2d(2 * c, 2 * c, (3, 3), padding=1),
-        ])  # fmt: skip
+            nn.Conv2d(2 * c, 2 * c, (3, 3), padding=1)])  # fmt: skip
         self.last = nn.Conv2d(2 * c, 1, (3, 3), padding=1)
 
     def image(self, audio: Tensor) -> Tensor:
@@ -170,10 +169,9 @@ def discriminator_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tens
 
 @torch.no_grad()
 def verdict(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Whether the discriminators still tell the two apart, as scalars for the metrics.
-
-    `disc_real` and `disc_fake` are mean logits; `disc_accuracy` is the share of logits on the right
-    side of 0: at 0.5 they have collapsed, at 1.0 for long they have won and teach nothing."""
+    """Whether the discriminators still tell the two apart: mean logits `disc_real` and
+    `disc_fake`, `disc_accuracy` the share of logits on the right side of 0: at 0.5 they have
+    collapsed, at 1.0 for long they have won and teach nothing."""
     real = torch.stack([logit.float().mean() for logit in real_logits])
     fake = torch.stack([logit.float().mean() for logit in fake_logits])
     pairs = zip(real_logits, fake_logits, strict=True)

@@ -37,17 +37,9 @@ from codec import Codec
 from command import UserError, number, share, whole
 from data import EMOTIONS, Clip, training_batches
 from s2s import IGNORE, S2S, Batch, S2SConfig
-from train_s2s import (
-    Conversations,
-    batch_losses,
-    collate,
-    near_codes,
-    replace_codes,
-    turn_fields,
-)
+from train_s2s import Conversations, batch_losses, collate, turn_fields
 from training import setting
 
-# Metrics on the terminal's lines, and their names there.
 SHOWN = {"loss": "loss", "speech": "emotion", "speech_accuracy": "hit", "text": "text",
          "text_accuracy": "words"}  # fmt: skip
 CHANGEABLE = ("lr", "branch_lr", "codec", "replay", "conversations")
@@ -103,7 +95,7 @@ class EmotionalSpeech(Conversations):
         super().disturb(window, speaking, rng)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         noise = self.near, self.settings.emotion_noise, generator
-        window["emotion_codes"] = replace_codes(window["emotion_codes"], *noise)
+        window["emotion_codes"] = train_s2s.replace_codes(window["emotion_codes"], *noise)
 
     def first(self, rng: np.random.Generator) -> tuple[int, int]:
         """Any emotion, any speaker who shows it, any clip of it."""
@@ -245,7 +237,7 @@ def train(args, run: training.Run) -> None:
     items = run.plan(hours, lambda total: {**begins, "dialogue": int(args.detection_share * total)})
     codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
     reading = config, tokenizer, args, settings
-    drawn = *reading, items, near_codes(codebooks).cpu()
+    drawn = *reading, items, train_s2s.near_codes(codebooks).cpu()
     talk = EmotionalConversations(rows, frames, *drawn)
     dataset = Pairs(EmotionalSpeech(speech[0], *drawn), talk)
     validation = train_s2s.validation_batches(*held_out, *reading)
@@ -313,16 +305,15 @@ def train(args, run: training.Run) -> None:
 
 
 def description(run: training.Run, model: S2S, parts, rows, hours: float, lacking) -> str:
-    """What the user reads before step 1, beside the settings and the forecast. `parts`: clips to
-    train on, and held out; `lacking`: texts that the tokenizer cannot spell."""
+    """What the user reads before step 1. `parts`: clips to train on, and held out; `lacking`: texts
+    that the tokenizer cannot spell."""
     clips = [clip for part in parts for clip in part]
     counts = Counter(clip.emotion for clip in clips)
     shown = ", ".join(f"{name} {counts[name]}" for name in EMOTIONS if counts[name])
-    lines = [
-        f"{train_s2s.description(run, model, rows, hours)}, {run.args.replay:.0%} of them replay",
-        f"speech: {len(clips)} clips, {sum(clip.duration for clip in clips) / 3600:.1f} h, "
-        f"{len({clip.speaker for clip in clips})} speakers; {shown}",
-    ]
+    spoken, speakers = sum(c.duration for c in clips) / 3600, len({c.speaker for c in clips})
+    about = train_s2s.description(run, model, rows, hours)
+    lines = [f"{about}, {run.args.replay:.0%} of them replay"]
+    lines += [f"speech: {len(clips)} clips, {spoken:.1f} h, {speakers} speakers; {shown}"]
     for language in sorted({clip.language for clip in clips}):
         learnt, held = (len({c.speaker for c in part if c.language == language}) for part in parts)
         unknown = "" if held else ": no figure tells how it hears others"

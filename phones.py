@@ -45,8 +45,7 @@ _ESPEAK_UNITS = {
     "ɣ": "ɡ", "ç": "h", "ɦ": "h", "t̪": "t", "d̪": "d", "t̪ʰ": "tʰ", "d̪ʰ": "dʰ", "c": "tʃ",
     "ɟ": "dʒ", "cʰ": "tʃʰ", "ɟʰ": "dʒʰ", "ʂ": "ʃ", "ɕ": "ʃ", "ʑ": "ʒ", "ʲ": "j", "tʲ": "t",
     "r.": "ɽ", "r.ʰ": "ɽʰ", "ɽ̥": "ɽ", "ɻ": "ɹ", "ɸ": "f", "β": "ʋ", "ʋ̃": "ʋ", "ts": "t s",
-    "dz": "d z", "n̪": "n", "ŋ̩": "ŋ", "rʲ": "r", "ʎ": "l", "ɴ": "ŋ",
-}  # fmt: skip
+    "dz": "d z", "n̪": "n", "ŋ̩": "ŋ", "rʲ": "r", "ʎ": "l", "ɴ": "ŋ"}  # fmt: skip
 # Telugu writes short vowels that Hindi and English folds would confuse with the long ones.
 _ESPEAK_BY_LANGUAGE = {
     "telugu": {"i": "ɪ", "u": "ʊ", "ɾ": "r"},
@@ -56,8 +55,7 @@ _LONG_TOKEN = sorted(_ESPEAK_UNITS, key=len, reverse=True)
 
 
 def fold_ipa(symbol: str, language: str, unknown: list[str] | None = None) -> list[str]:
-    """One of espeak's IPA symbols as phones of `PHONES`: read greedily, longest known piece first;
-    what is left over goes to `unknown`."""
+    """An IPA symbol of espeak's as phones, the longest known piece first; `unknown` ones apart."""
     nasal = "\u0303" in symbol
     symbol = re.sub("[\u0303ˈˌ͡|‿'^*!?%-]", "", symbol).strip()
     symbol = "".join(c for c in symbol if not c.isdigit() and not c.isspace())

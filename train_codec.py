@@ -275,13 +275,12 @@ def description(run: training.Run, model: Codec, teacher, clips: Clips) -> str:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     hours = ", ".join(f"{name} {h:.1f} h" for name, h in data.hours_by_language(clips).items())
     taught = f"{teacher.source} ({teacher.name}), " if teacher else ""
-    return (
-        f"preset {args.preset}: codec {parameters:.1f}M parameters, "
-        f"{config.num_codebooks} codebooks, device {run.device}\n"
-        f"teacher: {taught}phone labels, {clips.hours('phones'):.1f} h\n"
-        f"windows of {args.window_seconds:g} s, attention over {context:g} s\n"
-        f"data: {len(clips)} clips, {data.count_speakers(clips)} speakers; {hours}"
-    )
+    made = f"codec {parameters:.1f}M parameters, {config.num_codebooks} codebooks"
+    return "\n".join([
+        f"preset {args.preset}: {made}, device {run.device}",
+        f"teacher: {taught}phone labels, {clips.hours('phones'):.1f} h",
+        f"windows of {args.window_seconds:g} s, attention over {context:g} s",
+        f"data: {len(clips)} clips, {data.count_speakers(clips)} speakers; {hours}"])  # fmt: skip
 
 
 def export(args) -> None:
@@ -301,7 +300,6 @@ class Learner:
     def __init__(self, run: training.Run, config: CodecConfig, teacher) -> None:
         self.args, self.settings, self.teacher = run.args, run.settings, teacher
         args, settings, device, checkpoint = run.args, run.settings, run.device, run.checkpoint
-        # The same seed gives every rank the same weights.
         self.model = model = Codec(config).to(device).train()
         self.head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
         judges = discriminator_config(settings.disc_preset, config, device)
@@ -472,7 +470,7 @@ def run_teacher(args: argparse.Namespace, run: training.Run):
 def train(args: argparse.Namespace, run: training.Run) -> None:
     process, device, settings = run.process, run.device, run.settings
     teacher, cache = run_teacher(args, run)
-    training.seed_everything(args.seed)  # whichever teacher there is, the same weights
+    training.seed_everything(args.seed)  # the same weights, whichever teacher there is
     if args.cuda_graph:  # what it holds must live on a stream of its own from the start
         torch.cuda.set_stream(torch.cuda.Stream(device))
     config = sizes(args, run.checkpoint, run.is_main)

@@ -41,7 +41,6 @@ from training import one_of, setting
 WEIGHTS = {"text": 1.0, "semantic": 1.0, "acoustic": 1.0,
            "user_phones": 1.0, "user_words": 1.0, "user_text": 1.0, "user_speaking": 0.2,
            "turn_end": 0.2, "user_emotion": 0.1, "user_voice": 0.1, "language": 0.1}  # fmt: skip
-# Metrics on the terminal's lines, and their names there.
 SHOWN = {"loss": "loss", "text": "text", "text_accuracy": "hit",
          "user_phones_accuracy": "phones", "user_words_accuracy": "words"}  # fmt: skip
 CHANGEABLE = ("lr", "codec", "eagerness")
@@ -325,9 +324,8 @@ def turn_labels(row: dict, count: int, config: S2SConfig, phone_ids: dict) -> di
     phones = np.roll(phones, late)
     phones[:late] = IGNORE
     phones = torch.from_numpy(phones).unflatten(0, (count, c.frames_per_step))
-    return {"user_speaking": speaking, "turn_end": turn_end, "user_emotion": emotion,
-            "language_label": language, "agent_speaking": agent_speaking,
-            "user_phones": phones}  # fmt: skip
+    window = {"user_speaking": speaking, "turn_end": turn_end, "agent_speaking": agent_speaking}
+    return window | {"user_emotion": emotion, "language_label": language, "user_phones": phones}
 
 
 def trimmed(row: dict, begins: int, patches: int, config: S2SConfig) -> tuple[dict, int]:
@@ -534,12 +532,10 @@ def description(run: training.Run, model: S2S, rows, hours: float) -> str:
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     theirs = run.args.init_from
     source = f"inherited from {theirs}" if theirs else "backbone: none (random weights)"
-    return (
-        f"preset {run.args.preset}: dialogue LM {parameters:.1f}M parameters, vocabulary "
-        f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, device "
-        f"{run.device}\n{source}; codec {c.codec_fingerprint[:16]}\n"
-        f"data: {len(rows)} conversations, {hours:.1f} h"
-    )
+    return (f"preset {run.args.preset}: dialogue LM {parameters:.1f}M parameters, vocabulary "
+            f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, "
+            f"device {run.device}\n{source}; codec {c.codec_fingerprint[:16]}\n"
+            f"data: {len(rows)} conversations, {hours:.1f} h")  # fmt: skip
 
 
 def new_config(args, settings: Settings, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
