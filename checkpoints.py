@@ -210,7 +210,7 @@ def fingerprint(config: dict, tensors: dict[str, Tensor]) -> str:
 def _write_files(folder, step, config, tensors, trainer, tokenizer) -> None:
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    # Copies, for safetensors refuses tensors that share memory.
+    # Copied, as safetensors refuses tensors that share memory.
     copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     save_file(copies, folder / "model.safetensors", {"format": "pt", "step": str(step)})
     if tokenizer is not None:

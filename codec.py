@@ -245,8 +245,7 @@ class LogMel(CausalLayer):
         with torch.autocast(x.device.type, enabled=False):
             frames = torch.cat((x[:, :-1], x[:, 1:]), dim=-1).float() * self.taper
             power = torch.fft.rfft(frames).abs().square()
-            # About zero mean and unit deviation for speech.
-            return ((power @ self.filters + self.floor).log() + 4.0) / 4.0
+            return ((power @ self.filters + self.floor).log() + 4.0) / 4.0  # about normal in speech
 
 
 class SpectralHead(CausalLayer):

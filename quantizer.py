@@ -58,8 +58,7 @@ class CodebookStack(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(count, size), persistent=False)
         self.register_buffer("embedding_sum", torch.zeros_like(codes), persistent=False)
         self.register_buffer("half_norms", half_norms(codes), persistent=False)
-        # Which codebooks stand for data; until then training goes on unquantized.
-        self.started = [False] * count
+        self.started = [False] * count  # which stand for data; until then nothing is quantized
 
     def books(self) -> list[Codebook]:  # their tensors are views
         return list(map(Codebook, self.embedding.unbind(), self.half_norms.unbind()))

@@ -236,8 +236,7 @@ class Conversations(Dataset):
         return [(encode(x).ids, start) for x, (_, start, _) in zip(spaced, words, strict=True)]
 
     def user_words(self, row: dict, count: int) -> Tensor:
-        """Tokens `[count]` of the user's words, each from `listen_delay` patches after its end on;
-        unknown during a turn whose words have no times."""
+        """The user's words as tokens `[count]`, `listen_delay` late; unknown in untimed turns."""
         rate, late = self.config.patch_rate, self.config.listen_delay
         turns = [turn for turn in row["turns"] if turn["who"] == "user"]
         words = [word for turn in turns for word in turn["words"] or ()]
@@ -372,8 +371,7 @@ def delay_acoustic(codes: Tensor, delay: int) -> Tensor:
 
 
 def near_codes(codebooks: Sequence[Tensor], count: int = 8) -> Tensor:
-    """The nearest other codes of each, nearest first: codebooks `[n, d]` → `[K, n, count]`, small
-    ones filled up with code 0."""
+    """The nearest other codes of each, of codebooks `[n, d]`: `[K, n, count]`, filled up with 0."""
     tables = []
     for book in codebooks:
         distances = torch.cdist(book.float(), book.float()).fill_diagonal_(float("inf"))
