@@ -126,13 +126,13 @@ def _read_plain(path: str | Path, sample_rate: int) -> np.ndarray:
     try:
         with wave.open(os.fspath(path)) as file:
             channels, width, rate, frames, *_ = file.getparams()
-            pcm = file.readframes(frames)
-        if width != 2 or not pcm:
+            samples = np.frombuffer(file.readframes(frames), "<i2").reshape(-1, channels)
+        if width != 2 or not len(samples):
             raise wave.Error(f"{8 * width} bits, {frames} samples")
-    except (wave.Error, EOFError, OSError) as error:
+    except (wave.Error, EOFError, ValueError) as error:
         said = f"cannot be read without soundfile ({first_line(error)}); pip install soundfile soxr"
         raise AudioError(f"{path}: {said}") from error
-    mono = _mono(np.frombuffer(pcm, "<i2").reshape(-1, channels).astype(np.float32) / 32768.0)
+    mono = _mono(samples.astype(np.float32) / 32768.0)
     length = round(len(mono) * sample_rate / rate)
     spectrum = np.fft.rfft(mono)[: length // 2 + 1] * (length / len(mono))
     return np.fft.irfft(spectrum, length).astype(np.float32).clip(-1.0, 1.0)

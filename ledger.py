@@ -29,9 +29,6 @@ VAD_ON, VAD_OFF = 0.5, 0.35  # Silero's own defaults for entering and leaving sp
 VAD_TURN_SILENCE = 0.5
 
 
-# --------------------------------------------------------------------------------- loudness
-
-
 def frame_levels(audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Loudness of every 5 ms of audio [T]; what is left over at its end is not counted."""
     hop = round(LEVEL_SECONDS * sample_rate)
@@ -39,9 +36,8 @@ def frame_levels(audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> np.ndarra
     return 10.0 * np.log10(np.mean(frames**2, axis=1) + 1e-12)
 
 
-def utterances(
-    levels: np.ndarray, threshold_db: float, pause: float = MERGE_SECONDS
-) -> list[tuple[int, int]]:
+def utterances(levels: np.ndarray, threshold_db: float,
+               pause: float = MERGE_SECONDS) -> list[tuple[int, int]]:  # fmt: skip
     """(first, last) indices of loudness above the threshold, short pauses and clicks left out."""
     above = np.flatnonzero(levels > threshold_db)
     if not len(above):
@@ -52,15 +48,10 @@ def utterances(
     return list(zip(firsts[long], lasts[long], strict=True))
 
 
-# ------------------------------------------------------------------------------ the user's turns
-
-
 class StreamResampler:
-    """Chunks at one rate in, the same stretch of time at another rate out.
-
-    soxr in its variable-ratio mode, which holds back a constant 5 to 10 ms. That lag is filled with
-    silence first, so every chunk comes out whole at once, `delay_seconds` late in content.
-    """
+    """Chunks at one rate in, the same stretch of time at another rate out: soxr in its variable-
+    ratio mode, which holds back a constant 5 to 10 ms. That lag is filled with silence first, so
+    every chunk comes out whole at once, `delay_seconds` late in content."""
 
     def __init__(self, in_rate: int, out_rate: int):
         self.delay_seconds, self._stream = 0.0, None
@@ -69,15 +60,13 @@ class StreamResampler:
         try:
             import soxr
         except ImportError as error:  # as on a laptop whose sound card takes 24 kHz
-            rates = f"{in_rate} to {out_rate} Hz"
-            raise UserError(f"from {rates} it takes soxr: pip install soxr") from error
+            raise UserError(f"{in_rate} to {out_rate} Hz needs soxr: pip install soxr") from error
         kind = {"num_channels": 1, "dtype": "float32", "vr": True}
         probe, self._stream = (soxr.ResampleStream(in_rate, out_rate, **kind) for _ in range(2))
         chunk = np.zeros(in_rate // 100, np.float32)
         given = np.cumsum([len(probe.resample_chunk(chunk)) for _ in range(20)]) / out_rate
         self.delay_seconds = max(np.arange(1, 21) * len(chunk) / in_rate - given)
-        lag = np.zeros(int(np.ceil(self.delay_seconds * in_rate)), np.float32)
-        self._stream.resample_chunk(lag)
+        self._stream.resample_chunk(np.zeros(int(np.ceil(self.delay_seconds * in_rate)), "f"))
 
     def __call__(self, audio: np.ndarray) -> np.ndarray:
         """[T] at `in_rate` -> [T * out_rate / in_rate] at `out_rate`."""
@@ -85,8 +74,7 @@ class StreamResampler:
         return audio if self._stream is None else self._stream.resample_chunk(audio)
 
 
-@dataclass(frozen=True)
-class UserTurn:
+class UserTurn(NamedTuple):
     """When the user spoke, in seconds of the input stream; `source` says who found it."""
 
     start: float
@@ -95,12 +83,9 @@ class UserTurn:
 
 
 class VoiceDetector:
-    """Silero VAD beside a live call: 512 samples at 16 kHz a decision.
-
-    `push` takes 24 kHz samples of any length and returns the latest decision. A turn is over once
-    half a second is unvoiced. Silero goes on for 30 to 80 ms after the last sound, which would
-    flatter the response latency: a turn's end is the last 5 ms of it within 40 dB of its peak.
-    """
+    """Silero VAD beside a live call: 512 samples at 16 kHz a decision. A turn is over once half a
+    second is unvoiced. Silero goes on for 30 to 80 ms after the last sound, which would flatter the
+    response latency: a turn's end is the last 5 ms of it within 40 dB of its peak."""
 
     def __init__(self, probability: Callable[[np.ndarray], float] | None = None):
         self._probability = probability or _silero()
@@ -112,6 +97,7 @@ class VoiceDetector:
         self._turns: list[UserTurn] = []
 
     def push(self, audio: np.ndarray) -> bool:
+        """24 kHz samples [T] → the latest decision."""
         audio = np.nan_to_num(np.asarray(audio, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
         samples = np.concatenate([self._rest, self._resample(audio)])
         whole = len(samples) // VAD_SAMPLES * VAD_SAMPLES
@@ -157,10 +143,8 @@ def _silero() -> Callable[[np.ndarray], float]:
 
 
 def find_speech(audio: np.ndarray) -> UserTurn | None:
-    """The stretch of a recording [T] from its first to its last voice, or None in silence.
-
-    By energy, which is exact, where the background lies below -40 dB of the peak; else by Silero.
-    """
+    """The stretch of a recording [T] from its first to its last voice, or None in silence: by
+    energy, which is exact, where the background lies below -40 dB of the peak; else by Silero."""
     levels = frame_levels(audio)
     if not len(levels) or levels.max() < QUIET_DBFS:
         return None
@@ -186,9 +170,6 @@ def energy_turns(levels: np.ndarray) -> list[UserTurn]:
     return [UserTurn(a * LEVEL_SECONDS, (b + 1) * LEVEL_SECONDS, "loudness") for a, b in found]
 
 
-# ------------------------------------------------------------------------------ response latency
-
-
 def kind_of(latency: float | None) -> str:
     """What followed a user turn: "answered", "takeover" or "unanswered"."""
     if latency is None:
@@ -196,29 +177,25 @@ def kind_of(latency: float | None) -> str:
     return "takeover" if latency < TAKEOVER_SECONDS else "answered"
 
 
-def response_latencies(
-    levels: np.ndarray, turns: Sequence[UserTurn], times: np.ndarray
-) -> list[float | None]:
+def response_latencies(levels: np.ndarray, turns: Sequence[UserTurn],
+                       times: np.ndarray) -> list[float | None]:  # fmt: skip
     """From the end of each user turn to the reply's onset, by the agent's loudness [n]
-    (`frame_levels`) and the times on the input's clock [n] at which it reaches the ear.
-
-    A reply's onset is the first utterance to begin after the turn began and before the next one,
-    at -40 dB of the peak in that stretch. None where it is later than 2 s, or never.
-    """
+    (`frame_levels`) and the times on the input's clock [n] at which it reaches the ear. An onset is
+    the first utterance to begin after the turn began and before the next one, at -40 dB of the peak
+    in that stretch. None where it is later than 2 s, or never."""
     latencies = []
     for turn, until in zip(turns, [*(turn.start for turn in turns[1:]), np.inf], strict=False):
         inside = (times > turn.start) & (times < until)
         loudest = levels[inside].max(initial=-np.inf)
         onsets = [i for i, _ in utterances(levels, loudest + ONSET_DB) if inside[i]]
-        found = onsets and loudest >= QUIET_DBFS
-        latency = float(times[onsets[0]] - turn.end) if found else np.inf
+        heard = onsets and loudest >= QUIET_DBFS
+        latency = float(times[onsets[0]] - turn.end) if heard else np.inf
         latencies.append(latency if latency <= UNANSWERED_SECONDS else None)
     return latencies
 
 
-def barge_in_latencies(
-    levels: np.ndarray, turns: Sequence[UserTurn], times: np.ndarray
-) -> list[float]:
+def barge_in_latencies(levels: np.ndarray, turns: Sequence[UserTurn],
+                       times: np.ndarray) -> list[float]:  # fmt: skip
     """For each turn that begins while the agent is audible: seconds until the agent is silent."""
     loudest = levels.max(initial=-np.inf)
     if loudest < QUIET_DBFS:
@@ -267,8 +244,6 @@ class CallRecord:
         offsets = np.arange(0.0, self.patch_seconds - 1e-6, LEVEL_SECONDS)
         return (begins[:, None] + offsets).ravel()
 
-
-# ---------------------------------------------------------------------------------------- ledger
 
 # Seconds one tick took, stage by stage; `total` ends when the samples are on the host.
 StageTimes = namedtuple("StageTimes", "encode temporal depth decode total")  # noqa: PYI024
@@ -322,16 +297,11 @@ class LatencyLedger:
         """All of it as plain numbers (ms), None where nothing was measured."""
         kinds = [kind_of(latency) for latency in self.latencies]
         answered = [latency for latency in self.latencies if kind_of(latency) == "answered"]
-        stages = StageTimes._fields
-        ticks = {name: percentiles([getattr(t, name) for t in self.times]) for name in stages}
         return {
             "patch_ms": _ms(self.patch_seconds),
             "algorithmic_ms": _ms(self.patch_seconds + self.acoustic_seconds),
-            "tick_ms": ticks, "response_ms": percentiles(answered),
-            "response_parts_ms": {
-                name: percentiles([getattr(delay, name) for delay in self.onsets])
-                for name in Delay._fields
-            },
+            "tick_ms": _by_field(StageTimes, self.times), "response_ms": percentiles(answered),
+            "response_parts_ms": _by_field(Delay, self.onsets),
             "turns": len(kinds), "answered": len(answered),
             "takeovers": kinds.count("takeover"), "unanswered": kinds.count("unanswered"),
             "answered_share": round(len(answered) / len(kinds), 4) if kinds else None,
@@ -350,28 +320,29 @@ class LatencyLedger:
         """A small table for the terminal, 80 columns."""
         s = self.summary()
         share = f"   answered {s['answered']}/{s['turns']}" if s["turns"] else ""
-        ticks = [_row(f"tick {stage}", values) for stage, values in s["tick_ms"].items()]
+        loopback = "" if self.mouth_to_ear else "   give --loopback to measure it"
         rows = [
             f"{'latency, ms':<16}{'p50':>8}{'p95':>8}{'p99':>8}{'n':>7}",
             f"{'algorithmic':<16}{s['algorithmic_ms']:>8.1f}   patch + acoustic delay",
-            *ticks[:-1],
-            f"{ticks[-1]}   of {s['patch_ms']:.0f}",
+            *(_row(f"tick {stage}", values) for stage, values in s["tick_ms"].items()),
             _row("response", s["response_ms"]) + share,
             *(_row(f"  {name}", values) for name, values in s["response_parts_ms"].items()),
             _row("barge-in", s["barge_in_ms"]),
-            _row("mouth-to-ear", s["mouth_to_ear_ms"])
-            + ("   give --loopback to measure it" if self.loopback_seconds is None else ""),
-            f"dropped patches {s['dropped_patches']}, late ticks {s['late_ticks']}, underruns"
-            f" {s['output_underruns']}, takeovers {s['takeovers']}, unanswered {s['unanswered']}",
+            _row("mouth-to-ear", s["mouth_to_ear_ms"]) + loopback,
+            f"a tick has {s['patch_ms']:.0f} ms: {s['late_ticks']} late, {s['dropped_patches']}"
+            f" patches dropped; {s['takeovers']} takeovers, {s['unanswered']} unanswered",
             f"device {s['device_ms']:.1f}, resamplers {s['resampler_ms']:.1f}; end of turn by"
             f" {s['turn_end_source'] or 'nothing'}; {s['warmup_ticks']} warm-up ticks left out",
+            f"speaker: {s['output_underruns']} underruns, {s['inserted_samples']} samples inserted,"
+            f" {s['removed_samples']} removed",
         ]
-        if s["inserted_samples"] or s["removed_samples"]:
-            moved = f"inserted {s['inserted_samples']}, removed {s['removed_samples']}"
-            rows.append(f"samples {moved} to keep in step with the speaker's clock")
         if s["not_finite_samples"]:
             rows.append(f"{s['not_finite_samples']} samples were not numbers and became silence")
         return "\n".join(rows)
+
+
+def _by_field(kind: Any, rows: Sequence) -> dict[str, dict | None]:
+    return {name: percentiles([getattr(row, name) for row in rows]) for name in kind._fields}
 
 
 def percentiles(seconds: Sequence[float]) -> dict | None:

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import importlib.util
-import io
 import json
 import os
 import time
@@ -22,24 +22,14 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
-import soundfile
 
 from audio import SAMPLE_RATE
 from command import ArgumentParser, UserError, number, run, whole
-from ledger import (
-    LEVEL_SECONDS,
-    StreamResampler,
-    UserTurn,
-    frame_levels,
-    kind_of,
-    percentiles,
-    response_latencies,
-)
-from protocols import from_pcm16, to_pcm16
+from ledger import LEVEL_SECONDS, UserTurn, frame_levels, kind_of, percentiles, response_latencies
+from protocols import PROTOCOLS, Protocol, from_base64, from_pcm16, to_pcm16
 from stream_demo import address, read_question
 
 CHUNK_SECONDS = 0.04
@@ -69,82 +59,55 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-# ----------------------------------------------------------------------------------- the callers
+class OpenAICaller(Protocol):
+    """The client's end of `/v1/realtime`; the other formats are the same both ways."""
 
+    def send(self, audio: np.ndarray, events: Sequence[dict]) -> None:
+        coded = base64.b64encode(to_pcm16(audio)).decode()
+        self.out.append(json.dumps({"type": "input_audio_buffer.append", "audio": coded}))
 
-class Voice:
-    """How a protocol carries audio: `say` [T] → messages, `hear` one → [T], event or None."""
-
-    ULAW = {"samplerate": 8000, "format": "RAW", "subtype": "ULAW"}
-    START = {"event": "start", "streamSid": "load", "start": {"streamSid": "load"}}
-
-    def __init__(self, protocol: str):
-        self._protocol = protocol
-        if protocol == "moshi":
-            import sphn
-
-            self._writer = sphn.OpusStreamWriter(SAMPLE_RATE)
-            self._reader = sphn.OpusStreamReader(SAMPLE_RATE)
-        elif protocol == "twilio":
-            self._down = StreamResampler(SAMPLE_RATE, 8000)
-            self._up = StreamResampler(8000, SAMPLE_RATE)
-
-    def say(self, audio: np.ndarray) -> list[bytes | str]:
-        if self._protocol == "moshi":
-            pages = self._writer.append_pcm(audio)
-            return [b"\1" + pages] if pages else []
-        if self._protocol == "pcm":
-            return [to_pcm16(audio)]
-        if self._protocol == "openai":
-            coded = base64.b64encode(to_pcm16(audio)).decode()
-            return [json.dumps({"type": "input_audio_buffer.append", "audio": coded})]
-        soundfile.write(file := io.BytesIO(), self._down(audio), **self.ULAW)
-        media = {"payload": base64.b64encode(file.getvalue()).decode()}
-        return [json.dumps({"event": "media", "streamSid": "load", "media": media})]
-
-    def hear(self, message: bytes | str) -> np.ndarray | dict | None:
-        if self._protocol == "moshi":
-            return self._reader.append_bytes(message[1:]) if message[0] == 1 else None
-        if isinstance(message, bytes):
-            return from_pcm16(message)
+    def receive(self, message: str) -> np.ndarray | None:
         event = json.loads(message)
-        if event.get("type") == "response.output_audio.delta":
-            return from_pcm16(base64.b64decode(event["delta"]))
-        if event.get("event") != "media":
-            return event
-        coded = io.BytesIO(base64.b64decode(event["media"]["payload"]))
-        return self._up(soundfile.read(coded, dtype="float32", channels=1, **self.ULAW)[0])
+        is_audio = event["type"] == "response.output_audio.delta"
+        return from_pcm16(from_base64(event["delta"])) if is_audio else None
 
 
 class Caller:
     """One call, from which come latencies (None: unanswered), ticks and counts."""
 
-    def __init__(self, args: argparse.Namespace, questions: Sequence, websockets: ModuleType):
-        self._args, self._questions, self._websockets = args, questions, websockets
+    TWILIO_START = json.dumps({"event": "start", "streamSid": "1", "start": {"streamSid": "1"}})
+
+    def __init__(self, args: argparse.Namespace, questions: Sequence):
+        self._args, self._questions = args, questions
         self.counts, self.ticks, self.late = Counter(), [], 0.0
         self._turns: list[UserTurn] = []
         self._levels, self._times, self._ready = [np.zeros(0)], [np.zeros(0)], False
+        path = PATHS[args.protocol]
+        self._url = address(args.server, path)
+        self._format = (OpenAICaller if args.protocol == "openai" else PROTOCOLS[path])({})
+        if args.protocol == "twilio":
+            self._format.receive(self.TWILIO_START)
+            self._format.out.append(self.TWILIO_START)
 
     async def call(self, first: int, wait: float) -> None:
         """From question `first` on, `wait` seconds from now, for as long as is asked."""
+        import websockets
+
         await asyncio.sleep(wait)
-        args, voice = self._args, Voice(self._args.protocol)
-        bearer = {"Authorization": f"Bearer {args.token}"} if args.token else {}
-        url = address(args.server, PATHS[args.protocol])
+        token = self._args.token
+        bearer = {"Authorization": f"Bearer {token}"} if token else {}
         options = {"additional_headers": bearer, "compression": None, "open_timeout": 20}
         try:
-            async with self._websockets.connect(url, **options) as socket:
+            async with websockets.connect(self._url, **options) as socket:
                 self._start = time.perf_counter()
-                listening = asyncio.create_task(self._listen(socket, voice))
-                await self._speak(socket, voice, first)
+                listening = asyncio.create_task(self._listen(socket))
+                await self._speak(socket, first)
                 await asyncio.sleep(0.5)  # for what is under way
                 listening.cancel()
-        except (OSError, self._websockets.exceptions.WebSocketException):
+        except (OSError, websockets.exceptions.WebSocketException):
             self.counts["cut_off" if self._ready else "refused"] += 1
 
-    async def _speak(self, socket: Any, voice: Voice, first: int) -> None:
-        if self._args.protocol == "twilio":
-            await socket.send(json.dumps(voice.START))
+    async def _speak(self, socket: Any, first: int) -> None:
         chunk, sent = round(CHUNK_SECONDS * SAMPLE_RATE), 0
         pause = np.zeros(round(self._args.answer_seconds * SAMPLE_RATE), np.float32)
         while sent < self._args.seconds * SAMPLE_RATE:
@@ -156,64 +119,54 @@ class Caller:
                 due = self._start + sent / SAMPLE_RATE - time.perf_counter()
                 await asyncio.sleep(max(0.0, due))
                 self.late = max(self.late, -due)
-                for message in voice.say(said[at : at + chunk]):
-                    await socket.send(message)
+                self._format.send(said[at : at + chunk], [])
+                while self._format.out:
+                    await socket.send(self._format.out.pop(0))
             self._turns.append(UserTurn(began + turn.start, began + turn.end))
 
-    async def _listen(self, socket: Any, voice: Voice) -> None:
+    async def _listen(self, socket: Any) -> None:
         played = 0.0  # until when what came before is heard
         async for message in socket:
-            heard = voice.hear(message)
-            now = time.perf_counter() - self._start
-            if isinstance(heard, np.ndarray):
-                self._ready, levels = True, frame_levels(heard)
-                played = max(played, now)
+            event = json.loads(message) if isinstance(message, str) else {}
+            if event.get("type") == "latency":
+                self.ticks.append(event["tick_ms"] / 1000)  # a second's mean
+                self.counts["dropped_patches"] = event["dropped"]
+            elif (heard := self._format.receive(message)) is not None:
+                played, levels = max(played, time.perf_counter() - self._start), frame_levels(heard)
                 self._levels.append(levels)
                 self._times.append(played + LEVEL_SECONDS * np.arange(len(levels)))
-                played += len(heard) / SAMPLE_RATE
-            elif heard and heard.get("type") == "latency":
-                self.ticks.append(heard["tick_ms"] / 1000)  # a second's mean
-                self.counts["dropped_patches"] = heard["dropped"]
+                self._ready, played = True, played + len(heard) / SAMPLE_RATE
 
     def latencies(self) -> list[float | None]:
         levels, times = np.concatenate(self._levels), np.concatenate(self._times)
         return response_latencies(levels, self._turns, times)
 
 
-# ------------------------------------------------------------------------------------ the server
-
-
 def server_metrics(args: argparse.Namespace) -> dict[str, float]:
     """The server's `/metrics`, those without labels; {} where it does not tell."""
     url = address(args.server, "/metrics").replace("ws", "http", 1)
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {args.token}"})
-    try:
-        with urllib.request.urlopen(request, timeout=5) as answer:
-            lines = answer.read().decode().splitlines()
+    with contextlib.suppress(OSError, ValueError):
+        lines = urllib.request.urlopen(request, timeout=5).read().decode().splitlines()
         rows = [line.split() for line in lines if line and not {"#", "{"} & set(line)]
         return {name: float(value) for name, value in rows}
-    except (OSError, ValueError):
-        return {}
+    return {}
 
 
 async def measure(args: argparse.Namespace, questions: Sequence, callers: int) -> dict:
     """A row of the table: so many callers at once, for as long as is asked."""
-    import websockets
-
-    crowd = [Caller(args, questions, websockets) for _ in range(callers)]
+    crowd = [Caller(args, questions) for _ in range(callers)]
     before, began = await asyncio.to_thread(server_metrics, args), time.perf_counter()
     calls = [caller.call(n, n * args.ramp_seconds / callers) for n, caller in enumerate(crowd)]
-    together, most = asyncio.ensure_future(asyncio.gather(*calls)), dict(before)
-    while not together.done():
-        await asyncio.wait([together], timeout=1.0)
-        now = await asyncio.to_thread(server_metrics, args)
-        most = {name: max(value, most.get(name, value)) for name, value in now.items()}
+    together = asyncio.gather(*calls)
+    await asyncio.wait([together], timeout=args.ramp_seconds + args.seconds)  # all still on
+    after, seconds = await asyncio.to_thread(server_metrics, args), time.perf_counter() - began
     await together
-    seconds, counts = time.perf_counter() - began, sum((c.counts for c in crowd), Counter())
+    counts = sum((caller.counts for caller in crowd), Counter())
     latencies = [latency for caller in crowd for latency in caller.latencies()]
     answered = [one for one in latencies if kind_of(one) == "answered"]
-    cpu = most.get("process_cpu_seconds_total", 0) - before.get("process_cpu_seconds_total", 0)
-    memory, gpu = (most.get(f"{name}_memory_bytes") for name in ("process_resident", "samvad_gpu"))
+    cpu = after.get("process_cpu_seconds_total", 0) - before.get("process_cpu_seconds_total", 0)
+    memory, gpu = (after.get(f"{name}_memory_bytes") for name in ("process_resident", "samvad_gpu"))
     return {
         "callers": callers, "seconds": round(seconds, 1), "response_ms": percentiles(answered),
         "turns": len(latencies), "answered": len(answered),
@@ -237,10 +190,8 @@ def find_capacity(measured: Callable[[int], dict], most: int) -> int:
     while failing - holding > 1:
         middle = (holding + failing) // 2
         callers = min(2 * holding or 1, most, middle) if failing > most else middle
-        if holds(measured(callers)):
-            holding = callers
-        else:
-            failing = callers
+        fine = holds(measured(callers))
+        holding, failing = (callers, failing) if fine else (holding, callers)
     return holding
 
 

@@ -4,10 +4,9 @@
     python stream_demo.py --wav question.wav --out reply.wav   # no sound card needed
     python stream_demo.py --server wss://HOST --token SECRET   # the model is at serve.py's
 
-With --server it needs numpy, websockets and, for a microphone, sounddevice alone. Audio is 24 kHz
-mono. The reply file is on the question's clock: it begins when the question does, so playing both
-together gives the conversation as it happened. The last line of stdout is the latency ledger as
-JSON.
+With --server it needs numpy, websockets and, for a microphone, sounddevice alone. The reply file
+begins when the question does: playing both together gives the conversation as it happened. The last
+line of stdout is the latency ledger as JSON. Audio is 24 kHz mono.
 """
 
 from __future__ import annotations
@@ -26,37 +25,22 @@ import wave
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import numpy as np
 
 import command
+import ledger
 from audio import SAMPLE_RATE, WRITABLE, AudioError, read_audio, write_audio
 from command import ArgumentParser, UserError, first_line, number, run, whole, writable_file
-from ledger import (
-    QUIET_DBFS,
-    CallRecord,
-    Delay,
-    LatencyLedger,
-    Reply,
-    StageTimes,
-    StreamResampler,
-    UserTurn,
-    VoiceDetector,
-    energy_turns,
-    find_speech,
-    frame_levels,
-)
+from ledger import CallRecord, Delay, LatencyLedger, Reply, StageTimes, StreamResampler, UserTurn
 from protocols import from_pcm16, to_pcm16
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 BLOCK_SECONDS = 0.01  # what the sound card hands over at once
 POLL_SECONDS = 0.002
 MAX_INPUT_BLOCKS = 100
-_FOR_MODELS_HERE = ("codec", "lm", "seed", "fast", "temperature", "top_k", "eagerness",
-                    "vad_flush", "device", "threads")  # fmt: skip
 SILENT_SECONDS = 5.0  # without a sample of the microphone, or a word of the server: it is gone
 REPLY_OVERTIME_SECONDS = 10.0  # a reply under way at the end of the tail may take this long
 
@@ -95,46 +79,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UserError(f"{'--out' if outs else '--fast'} needs --wav, a recording to answer")
     if outs and len(wavs) != len(outs):
         raise UserError(f"{len(wavs)} --wav files but {len(outs)} --out files; give one for each")
-    for name in _FOR_MODELS_HERE if args.server else ():
-        if getattr(args, name) != parser.get_default(name):
-            raise UserError(f"--{name} is for models here, not for a --server; leave one out")
+    here = {"codec", "lm", "seed", "fast", "temperature", "top_k", "eagerness", "vad_flush",
+            "device", "threads"} & parser.given(argv)  # fmt: skip
+    if args.server and here:
+        raise UserError(f"--{min(here)} is for models here, not for a --server; leave one out")
     args.out = outs or [Path(f"reply_{path.stem}.wav") for path in wavs]
     return args
 
 
 def check_outputs(args: argparse.Namespace) -> None:
     """A reply must not be lost at the end of a call for want of a place to put it."""
-    questions, places = ([path.resolve() for path in paths or ()] for paths in (args.wav, args.out))
-    for out, place in zip(args.out, places, strict=True):
-        if places.count(place) > 1:
-            raise UserError(f"{out}: two replies would be written there; name them with --out")
-        if place in questions:
-            raise UserError(f"{out}: is a question too; give the reply another name with --out")
-        writable_file(out, "--out")
-        if out.suffix.lower() not in WRITABLE:
-            raise UserError(f"--out {out}: cannot write '{out.suffix}' audio; end the name in .wav")
-    if args.record:
-        if args.record.suffix.lower() != ".wav" or args.record.resolve() in questions + places:
-            raise UserError(f"--record {args.record}: give a name of its own that ends in .wav")
-        writable_file(args.record, "--record")
-
-
-# ------------------------------------------------------------------------- what is seen and kept
+    written = [("--out", out) for out in args.out]
+    written += [("--record", args.record)] if args.record else []
+    places = [path.resolve() for path in [*(args.wav or ()), *(path for _, path in written)]]
+    for flag, path in written:
+        if places.count(path.resolve()) > 1:
+            raise UserError(f"{flag} {path}: is a question too, or of two replies; name it anew")
+        writable_file(path, flag)
+        if path.suffix.lower() not in (WRITABLE if flag == "--out" else (".wav",)):
+            kind = f"cannot write '{path.suffix}' audio; end the name in .wav"
+            raise UserError(f"{flag} {path}: {kind}")
 
 
 class Screen:
     """Shows the events of `duplex.Story`: the words of both sides, a line a turn, and the user's
-    emotion once the model is sure. `panel`: the terminal's last two rows, renewed in place."""
+    emotion once the model is sure. `panel`: how loud and how late, on the terminal's next line."""
 
     PANEL_SECONDS = 0.2
 
     def __init__(self, write: Callable[[str], Any] | None = None, panel: bool = False):
-        self._write = write or (lambda text: print(text, end="", flush=True))
-        self._panel, self._height, self._renewed = panel, 0, 0.0
+        self._print = write or (lambda text: print(text, end="", flush=True))
+        self._panel, self._renewed = panel, 0.0
         self._line: tuple = ()  # who is speaking and the number of their turn
         self._speaking, self._held = Counter(), []  # words of the user over the agent's
         self._feeling, self._emotions, self._languages = "", Counter(), Counter()
-        self._levels = {"you": -99.0, "samvad": -99.0}
 
     def event(self, event: dict) -> None:
         if event["type"] == "speech":
@@ -168,6 +146,9 @@ class Screen:
             self._write(text)
         self._line = line
 
+    def _write(self, text: str) -> None:
+        self._print("\x1b[J" * self._panel + text)  # over the panel
+
     def user_line(self) -> str:
         """The user's emotion and language, from the moments the model found them speaking."""
         counts = self._emotions, self._languages
@@ -176,64 +157,49 @@ class Screen:
         best = [(max(c, key=c.get), max(c.values()) / sum(c.values())) for c in counts]
         return "you: sounded {} ({:.0%}), spoke {} ({:.0%})".format(*best[0], *best[1])
 
-    def level(self, who: str, audio: np.ndarray) -> None:
-        """Note how loud one is in audio [T]: a meter that falls by 2 dB at each."""
-        self._levels[who] = frame_levels(audio).max(initial=self._levels[who] - 2.0)
-
-    def renew(self, delay: Delay, dropped: int, now: float) -> None:
-        """Draw the panel again, below what scrolls."""
+    def renew(self, heard: Sequence, record: CallRecord, dropped: int, now: float) -> None:
+        """Draw the panel again. `heard`: the user's loudness, a block of 10 ms each."""
         if not self._panel or now - self._renewed < self.PANEL_SECONDS:
             return
-        self._renewed, (columns, height) = now, shutil.get_terminal_size()
-        if height != self._height:  # at first, and where the window changed
-            self._write(f"\x1bD\x1bD\x1b[2A\x1b7\x1b[1;{height - 2}r\x1b8")
-            self._height = height
-        above = self._feeling and f"you sound {self._feeling}"
-        for who, db in reversed(self._levels.items()):
-            above = f"{who} {'#' * int(max(0, db + 60) / 5):12}{max(db, -99):4.0f} dB   {above}"
-        late = "  ".join(f"{name} {1000 * s:.0f}" for name, s in delay._asdict().items())
-        rows = [above, f"late by, ms: {late}   dropped {dropped}"]
-        drawn = "".join(f"\x1b[{height - 1 + n};1H\x1b[2K{rows[n][:columns]}" for n in (0, 1))
-        self._write(f"\x1b7{drawn}\x1b8")
+        self._renewed, row = now, ""
+        for who, blocks in (("you", heard[-20:]), ("samvad", record.levels[-5:])):
+            loudest = np.concatenate(blocks).max(initial=-99.0)
+            row += f"{who} {'#' * int(max(0, loudest + 60) / 10):6} "
+        row += " ".join(f"{name} {1000 * s:.0f}" for name, s in record.delays[-1]._asdict().items())
+        row = f"{row} ms, {dropped} dropped  {self._feeling}"[: shutil.get_terminal_size()[0]]
+        self._write(f"\x1bD\x1b[A\x1b7\x1b[B\r{row}\x1b8")  # and back to where the words go on
 
     def close(self) -> None:
         self._speaking.clear()
         self._show_words()
         self._say("")
-        if self._height:
-            self._write("\x1b7\x1b[r\x1b8\x1b[J")
-        self._height = 0
+        if self._panel:
+            self._write("")
 
 
 class Recorder:
-    """`--record`: both sides in one WAV, user left, agent right, valid at any moment. The agent
-    begins where the user's side then is; further behind than `GAP_SECONDS`, it was lost."""
-
-    GAP_SECONDS = 0.2
+    """`--record`: both sides in one WAV, user left, agent right, valid at any moment. The user's is
+    the clock; what the agent says waits for it, the oldest given up as in `Playout`."""
 
     def __init__(self, path: Path):
         self._file = wave.open(os.fspath(path), "wb")  # noqa: SIM115
         self._file.setparams((2, 2, SAMPLE_RATE, 0, "NONE", ""))
-        self._sides, self._gap = [np.zeros(0, np.float32)] * 2, 0.0  # not written yet
+        self._agent = np.zeros(0, np.float32)  # not written yet
 
     def add(self, side: int, audio: np.ndarray) -> None:
         """Samples [T] of side 0, the user, or 1, the agent."""
-        behind = len(self._sides[0]) - len(self._sides[1])
-        if side == 1 and behind > self._gap * SAMPLE_RATE:
-            audio = np.pad(audio, (behind, 0))
-        self._gap = max(self._gap, self.GAP_SECONDS * side)
-        self._sides[side] = np.concatenate([self._sides[side], audio])
-        self._write(min(map(len, self._sides)))
+        if side == 1:
+            most = int(Playout.MOST * SAMPLE_RATE)
+            self._agent = np.concatenate([self._agent, audio])[-most:]
+            return
+        both = np.zeros((len(audio), 2))
+        agent, self._agent = np.split(self._agent, [len(audio)])
+        both[:, 0], both[: len(agent), 1] = audio, agent
+        self._file.writeframes(to_pcm16(both))
 
     def close(self) -> None:
-        most = max(map(len, self._sides))
-        self._sides = [np.pad(side, (0, most - len(side))) for side in self._sides]
-        self._write(most)
+        self.add(0, np.zeros(len(self._agent)))
         self._file.close()
-
-    def _write(self, count: int) -> None:
-        self._file.writeframes(to_pcm16(np.stack([side[:count] for side in self._sides], 1)))
-        self._sides = [side[count:] for side in self._sides]
 
 
 # ---------------------------------------------------------------------------- the agent's end
@@ -254,13 +220,11 @@ class LocalLine:
         device = setup_distributed(args.device).device
         if device.type == "cpu":
             torch.set_num_threads(args.threads)
-        given = {name: getattr(args, name) for name in ("temperature", "top_k", "eagerness")}
-        sampling = Sampling(**{name: value for name, value in given.items() if value is not None})
+        names = ("temperature", "top_k", "eagerness")
+        given = {n: value for n in names if (value := getattr(args, n)) is not None}
         codec, lm = load_models(args.codec, args.lm, str(device))
-        self.engine = engine = DuplexEngine(
-            codec, lm, 1, sampling, args.seed, args.vad_flush,
-            emotion_strength=args.emotion_strength,
-        )  # fmt: skip
+        self.engine = engine = DuplexEngine(codec, lm, 1, Sampling(**given), args.seed,
+            args.vad_flush, emotion_strength=args.emotion_strength)  # fmt: skip
         engine.set_voice(0, args.emotion, args.language)
         self._new_story, self._listens = lambda: Story(engine), args.vad_flush or not args.wav
         self.clock, self.patch_seconds = engine.clock, engine.patch_seconds
@@ -271,7 +235,7 @@ class LocalLine:
     def start(self) -> None:
         self.engine.reset()
         self._story, self._said = self._new_story(), deque()
-        self._detector = VoiceDetector() if self._listens else None
+        self._detector = ledger.VoiceDetector() if self._listens else None
 
     @property
     def busy(self) -> bool:
@@ -294,21 +258,14 @@ class LocalLine:
     def turns(self, heard: np.ndarray) -> list[UserTurn]:
         return self._detector.turns()
 
-    def close(self) -> None:
-        pass
 
-
-def address(server: str, path: str = "/api/pcm", **query: Any) -> str:
-    """The WebSocket URL of a server, with what is not None in its query; `UserError` for none."""
-    scheme, host, given, asked, _ = urlsplit(server if "//" in server else f"ws://{server}")
-    scheme = {"http": "ws", "https": "wss"}.get(scheme, scheme)
-    if scheme not in ("ws", "wss") or not host:
+def address(server: str, path: str = "/api/pcm") -> str:
+    """The WebSocket URL of a server; `UserError` for none."""
+    url = urlsplit(server if "//" in server else f"ws://{server}")
+    url = url._replace(scheme={"http": "ws", "https": "wss"}.get(url.scheme, url.scheme))
+    if url.scheme not in ("ws", "wss") or not url.netloc:
         raise UserError(f"--server {server}: give an address like wss://HOST or ws://HOST:8000")
-    wanted = {name: value for name, value in query.items() if value is not None}
-    return urlunsplit((
-        scheme, host, given if given.strip("/") else path,
-        urlencode(dict(parse_qsl(asked)) | wanted), "",
-    ))  # fmt: skip
+    return url._replace(path=url.path.rstrip("/") or path, fragment="").geturl()
 
 
 class RemoteLine:
@@ -324,25 +281,26 @@ class RemoteLine:
         self._websockets, self._args, self.clock = websockets, args, time.perf_counter
         ready = self._connect()
         self.patch_seconds = ready["patch_ms"] / 1000
-        later = max(0.0, ready.get("algorithmic_ms", 0.0) / 1000 - self.patch_seconds)
-        self.ledger = LatencyLedger(self.patch_seconds, later)
+        self.ledger = LatencyLedger(self.patch_seconds)
         self.name = f"the server at {urlsplit(address(args.server)).netloc}"
 
     def _connect(self) -> dict:
         args, errors = self._args, self._websockets.exceptions
-        strength = None if args.emotion_strength == 1.0 else args.emotion_strength
-        wishes = {"emotion": args.emotion, "language": args.language, "strength": strength}
+        wishes = {"type": "start", "emotion": args.emotion, "language": args.language}
+        wishes |= {} if args.emotion_strength == 1.0 else {"strength": args.emotion_strength}
         bearer = {"Authorization": f"Bearer {args.token}"} if args.token else {}
-        settings = {"additional_headers": bearer, "compression": None}
         connect = self._websockets.sync.client.connect
         try:  # entered, as new versions want it; left by `close`
-            self._socket = connect(address(args.server, **wishes), **settings).__enter__()
+            self._socket = connect(
+                address(args.server), additional_headers=bearer, compression=None
+            ).__enter__()
             ready = json.loads(self._socket.recv(timeout=self.ANSWER_SECONDS))
         except (OSError, ValueError, errors.WebSocketException) as error:
-            why = f"no answer ({first_line(error)}); does serve.py run there?"
-            raise UserError(f"{args.server}: {why}") from error
+            said = f"{args.server}: no answer ({first_line(error)}); does serve.py run there?"
+            raise UserError(said) from error
         if ready.get("type") != "ready":
             raise UserError(f"{args.server}: {ready.get('message', 'is no Samvad server')}")
+        self._say(json.dumps(wishes))
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._sent, self._answered, self._gpu, self._seen = 0, 0, 0.0, Counter()
         self._arrived: list[float] = []  # a patch each: when its last sample came in
@@ -362,6 +320,10 @@ class RemoteLine:
         except self._websockets.exceptions.ConnectionClosed as error:
             inbox.put((self.clock(), json.dumps({"type": "bye", "reason": first_line(error)})))
 
+    def _say(self, message: bytes | str) -> None:
+        with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):  # `_read` tells
+            self._socket.send(message)
+
     @property
     def busy(self) -> bool:
         return not self._inbox.empty()
@@ -371,14 +333,13 @@ class RemoteLine:
         self._sent += len(audio)
         complete = int(self._sent / (self.patch_seconds * SAMPLE_RATE) + 1e-6)
         self._arrived += [arrived] * (complete - len(self._arrived))
-        with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):  # `_read` tells
-            self._socket.send(to_pcm16(audio))
+        self._say(to_pcm16(audio))
 
     def receive(self) -> Reply | dict | None:
         if not self.busy:
             if self.clock() - self._heard_at > self.ANSWER_SECONDS:
-                said = f"said nothing for {self.ANSWER_SECONDS:.0f} s"
-                raise UserError(f"{self._args.server}: {said}; is the network lost?")
+                silent = f"{self._args.server}: said nothing for {self.ANSWER_SECONDS:.0f} s"
+                raise UserError(f"{silent}; is the network lost?")
             return None
         self._heard_at, message = self._inbox.get()
         if isinstance(message, bytes):
@@ -401,11 +362,9 @@ class RemoteLine:
         return event
 
     def turns(self, heard: np.ndarray) -> list[UserTurn]:
-        return energy_turns(heard)
+        return ledger.energy_turns(heard)
 
     def close(self) -> None:
-        with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):
-            self._socket.send('{"type": "stop"}')
         self._socket.close()
 
 
@@ -417,31 +376,28 @@ Line = LocalLine | RemoteLine
 # at most so long; `play` takes a reply and returns how long it will wait; `over` ends the call.
 
 
-def converse(
-    line: Line, sound: Recording | SoundCard, screen: Screen, recorder: Recorder | None = None
-) -> tuple[CallRecord, np.ndarray]:
+def converse(line: Line, sound: Recording | SoundCard, screen: Screen,
+             recorder: Recorder | None = None) -> tuple[CallRecord, np.ndarray]:  # fmt: skip
     """One call. Returns its record, whose `stopped` is what ended it early, be it Ctrl-C, and how
     loud the user was (`frame_levels`)."""
     record, levels = CallRecord(line.patch_seconds), [np.zeros(0)]
-    sides = recorder.add if recorder else lambda side, audio: None
+    keep = recorder.add if recorder else lambda side, audio: None
     try:
         line.start()
         with sound:
+            fixed = line.ledger.device_seconds + line.ledger.resampler_seconds
             while not sound.over(record):
                 for audio, arrived in sound.heard(0.0 if line.busy else POLL_SECONDS):
                     line.send(audio, arrived)
-                    sides(0, audio)
-                    screen.level("you", audio)
-                    levels.append(frame_levels(audio))
+                    keep(0, audio)
+                    levels.append(ledger.frame_levels(audio))
                 while isinstance(said := line.receive(), dict):
                     screen.event(said)
                 if said is None:
                     continue
-                record.add(said, buffers=sound.play(said))
-                sides(1, said.audio)
-                screen.level("samvad", said.audio)
-                dropped = line.ledger.counts["dropped_patches"]
-                screen.renew(record.delays[-1], dropped, line.clock())
+                record.add(said, buffers=fixed + sound.play(said))
+                keep(1, said.audio)
+                screen.renew(levels, record, line.ledger.counts["dropped_patches"], line.clock())
     except (Exception, KeyboardInterrupt) as error:
         record.stopped = error
     screen.close()
@@ -453,13 +409,10 @@ class Recording:
     when its last sample is due, on the line's clock. The tail lasts until a reply under way has
     ended. Dropped patches leave silence in the reply, so that it stays on the question's clock."""
 
-    def __init__(
-        self, audio: np.ndarray, line: Line, tail_seconds: float = 4.0, paced: bool = True,
-        sleep: Callable[[float], None] = time.sleep,
-    ):  # fmt: skip
-        self._line, self._paced, self._sleep = line, paced, sleep
-        self._seconds = seconds = line.patch_seconds
-        samples = round(seconds * SAMPLE_RATE)
+    def __init__(self, audio: np.ndarray, line: Line, tail_seconds: float = 4.0,
+                 paced: bool = True, sleep: Callable[[float], None] = time.sleep):  # fmt: skip
+        self._line, self._paced, self._sleep, self._seconds = line, paced, sleep, line.patch_seconds
+        seconds, samples = self._seconds, round(self._seconds * SAMPLE_RATE)
         self._end = -(-len(audio) // samples) + int(np.ceil(tail_seconds / seconds))
         self._most = self._end + int(np.ceil(REPLY_OVERTIME_SECONDS / seconds))
         self._patches = np.zeros((self._most, samples), np.float32)
@@ -486,17 +439,16 @@ class Recording:
         if reply.index < self._most:
             self.reply[reply.index] = reply.audio
             self._done = reply.index + 1
-        return self._line.ledger.device_seconds + self._line.ledger.resampler_seconds
+        return 0.0
 
     def over(self, record: CallRecord) -> bool:
         last = record.levels[-max(1, int(0.5 / self._seconds)) :]
-        quiet = self._done >= self._end and np.max(last, initial=-np.inf) < QUIET_DBFS
+        quiet = self._done >= self._end and np.max(last, initial=-np.inf) < ledger.QUIET_DBFS
         return quiet or self._done >= self._most
 
 
-def answer_recordings(
-    line: Line, questions: Sequence, recorder: Recorder | None, args: argparse.Namespace
-) -> None:
+def answer_recordings(line: Line, questions: Sequence, recorder: Recorder | None,
+                      args: argparse.Namespace) -> None:  # fmt: skip
     """Answer every `--wav`, as `read_question` gave it, into its `--out`. Raises at the end what
     could not be written where it should, at once what stopped a call."""
     failures = []
@@ -505,18 +457,15 @@ def answer_recordings(
         print(f"{path}: {len(audio) / SAMPLE_RATE:.2f} s, {end}")
         screen, sound = Screen(), Recording(audio, line, args.tail_seconds, not args.fast)
         record, _ = converse(line, sound, screen, recorder)
-        failure = save_reply(out, sound.reply)
-        failures += [failure] if failure else []
-        for latency in line.ledger.call(record, [turn] if turn else []):
-            late = "no answer within 2 s"
-            if latency is not None:
-                late = f"answered {latency * 1000:.0f} ms after the end of the question"
-            print(late)
-        print(f"{screen.user_line()}\nreply: {failure or out}\n")
+        failures.append(save_reply(out, sound.reply))
+        for late in line.ledger.call(record, [turn] if turn else []):
+            answer = late is not None and f"{late * 1000:.0f} ms after the end of the question"
+            print(f"answered {answer}" if answer else "no answer within 2 s")
+        print(f"{screen.user_line()}\nreply: {failures[-1] or out}\n")
         if record.stopped:
             raise record.stopped
-    if failures:
-        raise UserError("; ".join(failures))
+    if any(failures):
+        raise UserError("; ".join(filter(None, failures)))
 
 
 def save_reply(out: Path, reply: np.ndarray) -> str | None:
@@ -532,32 +481,29 @@ def save_reply(out: Path, reply: np.ndarray) -> str | None:
 
 
 def read_question(path: Path) -> tuple[np.ndarray, UserTurn | None]:
-    """A recording as 24 kHz mono [T], and when it is spoken in; `UserError` where there is none."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give --wav a recording of a spoken question")
+    """A recording as 24 kHz mono [T], and when it is spoken in; AudioError of a bad one."""
     audio = read_audio(path)
-    return audio, find_speech(audio)
+    return audio, ledger.find_speech(audio)
 
 
 class Playout:
-    """What waits to be played, between our thread and the sound card's.
+    """What waits to be played, between our thread and the sound card's, which has a clock of its
+    own: where the least that waited in a `WINDOW` of patches was under `LOW` or over `HIGH`, they
+    are stretched or shortened by 0.2 %, which nobody hears. `inserted` counts those samples and the
+    silence where it ran dry, as `underruns` does; `removed` those taken and those beyond `MOST`."""
 
-    The speaker has a clock of its own: where the least that waited in a `WINDOW` was under `LOW` or
-    over `HIGH`, patches are stretched or shortened by 0.2 %, which nobody hears, so that over hours
-    neither gaps nor waiting grow. `inserted` counts those samples and the silence where it ran dry,
-    as `underruns` does; `removed` those it took and those beyond `MOST`.
-    """
-
-    LOW, HIGH, MOST, WINDOW = 0.01, 0.03, 0.2, 5.0  # seconds
+    LOW, HIGH, MOST, WINDOW = 0.01, 0.03, 0.2, 125  # seconds, and patches
 
     def __init__(self, rate: int):
         self.rate, self.inserted, self.removed, self.underruns = rate, 0, 0, 0
         self._waiting, self._lock = np.zeros(0, np.float32), threading.Lock()
-        self._least, self._pulled, self._stretch, self._playing = np.inf, 0, 0, False
+        self._waits: deque[float] = deque(maxlen=self.WINDOW)
 
     def push(self, audio: np.ndarray) -> float:
         """Queue samples [T]; returns for how many seconds the first of them will wait."""
-        if more := self._stretch * (len(audio) // 500):
+        least = min(self._waits) if len(self._waits) == self.WINDOW else self.LOW
+        stretch = int(least < self.LOW) - int(least > self.HIGH)
+        if more := stretch * (len(audio) // 500):
             places = np.linspace(0, len(audio) - 1, len(audio) + more)
             audio = np.interp(places, np.arange(len(audio)), audio)
         with self._lock:
@@ -566,58 +512,43 @@ class Playout:
             self.inserted += max(0, more)
             self.removed += max(0, -more) + beyond
             self._waiting = np.concatenate([self._waiting, audio])[beyond:]
-            self._playing = True
+            self._waits.append(waits)
         return min(waits, self.MOST)
 
     def pull(self, count: int) -> np.ndarray:
         """The next samples for the card, silence where there are too few."""
         with self._lock:
             taken, self._waiting = self._waiting[:count], self._waiting[count:]
-            missing = (count - len(taken)) * self._playing
+            missing = (count - len(taken)) * bool(self._waits)  # none before it plays
             self.inserted += missing
             self.underruns += missing > 0
-            self._least = min(self._least, len(self._waiting) / self.rate)
-            self._pulled += count * self._playing
-            if self._pulled >= self.WINDOW * self.rate:
-                self._stretch = int(self._least < self.LOW) - int(self._least > self.HIGH)
-                self._least, self._pulled = np.inf, 0
-        return np.concatenate([taken, np.zeros(count - len(taken), np.float32)])
+        return np.pad(taken, (0, count - len(taken)))
 
 
-def import_sounddevice() -> ModuleType:
+def import_sounddevice() -> Any:
     try:
         import sounddevice
-    except ImportError as error:
-        raise UserError("the microphone needs sounddevice: pip install sounddevice") from error
-    except OSError as error:
-        missing = "the microphone needs the PortAudio library: apt-get install libportaudio2"
-        raise UserError(f"{missing}; or answer a recording: --wav question.wav") from error
+    except (ImportError, OSError) as error:  # the latter: without the PortAudio library
+        missing = isinstance(error, ImportError)
+        get = "pip install sounddevice" if missing else "apt-get install libportaudio2"
+        raise UserError(f"the microphone needs {get}; or answer one: --wav question.wav") from error
     return sounddevice
-
-
-def import_livekit() -> ModuleType:
-    """LiveKit's SDK, for WebRTC's echo canceller."""
-    try:
-        from livekit import rtc
-    except ImportError as error:
-        raise UserError("--echo_cancel needs LiveKit's SDK: pip install livekit") from error
-    return rtc
 
 
 def device_rate(sounddevice: Any, kind: str, device: int | str | None = None) -> int:
     """24000 where the "input" or "output" device takes it, else its own rate."""
+    refused = sounddevice.PortAudioError, ValueError
     try:
-        found = sounddevice.query_devices(device, kind)
-    except (sounddevice.PortAudioError, ValueError) as error:
+        rate = int(sounddevice.query_devices(device, kind)["default_samplerate"])
+    except refused as error:
         missing = f"no {kind} device {'found' if device is None else device}"
         remedy = "--list_devices names what there is; or answer a recording: --wav question.wav"
         raise UserError(f"{missing}; plug it in; {remedy}") from error
-    try:
+    with contextlib.suppress(*refused):
         check = getattr(sounddevice, f"check_{kind}_settings")
         check(device=device, samplerate=SAMPLE_RATE, channels=1, dtype="int16")
         return SAMPLE_RATE
-    except (sounddevice.PortAudioError, ValueError):
-        return int(found["default_samplerate"])
+    return rate
 
 
 class SoundCard:
@@ -626,32 +557,37 @@ class SoundCard:
     def __init__(self, sounddevice: Any, args: argparse.Namespace):
         self._sounddevice, self.ledger = sounddevice, LatencyLedger(0.0)
         names = args.input_device, args.output_device
-        self._devices = [int(d) if d and d.isdigit() else d for d in names]
-        kinds = zip(("input", "output"), self._devices, strict=True)
-        self._rates = [device_rate(sounddevice, kind, device) for kind, device in kinds]
+        self._devices = [int(name) if name and name.isdigit() else name for name in names]
+        microphone, speaker = self._devices
+        self._rates = [device_rate(sounddevice, "input", microphone),
+                       device_rate(sounddevice, "output", speaker)]  # fmt: skip
         self._to_engine = StreamResampler(self._rates[0], SAMPLE_RATE)
         self._to_card = StreamResampler(SAMPLE_RATE, self._rates[1])
         self.playout = Playout(self._rates[1])
-        self._rtc = import_livekit() if args.echo_cancel else None
-        self._echo = self._rtc and self._rtc.AudioProcessingModule(echo_cancellation=True)
+        self._echo = None
+        if args.echo_cancel:
+            try:
+                from livekit import rtc  # WebRTC's echo canceller
+            except ImportError as error:
+                raise UserError("--echo_cancel needs LiveKit's SDK: pip install livekit") from error
+            self._frame = lambda pcm, rate: rtc.AudioFrame(bytearray(pcm), rate, 1, len(pcm) // 2)
+            self._echo = rtc.AudioProcessingModule(echo_cancellation=True)
         self._inputs: queue.Queue[tuple[float, bytes]] = queue.Queue(MAX_INPUT_BLOCKS)
 
     def __enter__(self) -> None:
-        ledger, sounddevice, self._open = self.ledger, self._sounddevice, contextlib.ExitStack()
+        ledger, card, self._open = self.ledger, self._sounddevice, contextlib.ExitStack()
         ledger.resampler_seconds = self._to_engine.delay_seconds + self._to_card.delay_seconds
-        kinds = sounddevice.RawInputStream, sounddevice.RawOutputStream
-        latency = 0.0
+        ends = (card.RawInputStream, self._heard), (card.RawOutputStream, self._played)
+        settings, latency = {"channels": 1, "dtype": "int16", "latency": "low"}, 0.0
         try:
-            for n, callback in enumerate((self._heard, self._played)):
-                rate = self._rates[n]
-                settings = {"samplerate": rate, "blocksize": int(rate * BLOCK_SECONDS)}
-                settings |= {"device": self._devices[n], "channels": 1, "dtype": "int16"}
-                stream = kinds[n](callback=callback, latency="low", **settings)
+            for (kind, call), device, rate in zip(ends, self._devices, self._rates, strict=True):
+                settings |= {"device": device, "samplerate": rate, "callback": call}
+                stream = kind(blocksize=int(rate * BLOCK_SECONDS), **settings)
                 latency += float(self._open.enter_context(stream).latency)
-        except sounddevice.PortAudioError as error:
+        except card.PortAudioError as error:
             self.__exit__()
-            why = f"the sound card refused: {error}; plug it in, close what else uses it"
-            raise UserError(why) from error
+            said = f"the sound card refused: {error}; plug it in, close what else uses it"
+            raise UserError(said) from error
         if ledger.loopback_seconds is None:
             ledger.device_seconds = latency
         self._heard_at = time.perf_counter()
@@ -675,9 +611,6 @@ class SoundCard:
         if self._echo:
             self._echo.process_reverse_stream(self._frame(pcm, self._rates[1]))
 
-    def _frame(self, pcm: bytes, rate: int) -> Any:
-        return self._rtc.AudioFrame(bytearray(pcm), rate, 1, len(pcm) // 2)
-
     def heard(self, wait: float) -> Iterator[tuple[np.ndarray, float]]:
         with contextlib.suppress(queue.Empty):
             while True:
@@ -690,12 +623,11 @@ class SoundCard:
                     pcm = bytes(frame.data)
                 yield self._to_engine(from_pcm16(pcm)), arrived
         if time.perf_counter() - self._heard_at > SILENT_SECONDS:
-            silent = f"the microphone sent nothing for {SILENT_SECONDS:.0f} s"
-            raise UserError(f"{silent}; is it unplugged?")
+            silent = f"sent nothing for {SILENT_SECONDS:.0f} s"
+            raise UserError(f"the microphone {silent}; is it unplugged?")
 
     def play(self, reply: Reply) -> float:
-        waits = self.playout.push(self._to_card(reply.audio))
-        return self.ledger.device_seconds + self.ledger.resampler_seconds + waits
+        return self.playout.push(self._to_card(reply.audio))
 
     def over(self, record: CallRecord) -> bool:
         return False
@@ -705,9 +637,9 @@ def measure_loopback(card: SoundCard) -> float:
     """Seconds from the speaker to the microphone, by chirps: where headphones lie on it, or a cable
     joins them. Raises `UserError` where none comes back."""
     t = np.arange(int(0.08 * SAMPLE_RATE)) / SAMPLE_RATE
+    chirp = 0.5 * np.hanning(len(t)) * np.sin(2 * np.pi * (500 + 2.5e4 * t) * t)
     said = np.zeros(5 * SAMPLE_RATE, np.float32)  # the last 2.5 s are for the slowest devices
     for at in (0.3, 0.7, 1.2, 1.8, 2.3):  # unevenly: no shift but the right one fits
-        chirp = 0.5 * np.hanning(len(t)) * np.sin(2 * np.pi * (500 + 2.5e4 * t) * t)
         said[int(at * SAMPLE_RATE) :][: len(t)] = chirp
     heard, waits, ledger = np.zeros(0, np.float32), [], card.ledger
     with card:
@@ -715,18 +647,14 @@ def measure_loopback(card: SoundCard) -> float:
             for audio, _ in card.heard(POLL_SECONDS):
                 waits.append(card.play(Reply(said[len(heard) :][: len(audio)], 0)))
                 heard = np.concatenate([heard, audio])
-        waited = float(np.mean(waits)) - ledger.device_seconds - ledger.resampler_seconds
     size = 2 * len(said)  # correlation
     spectrum = np.fft.rfft(heard[: len(said)], size) * np.fft.rfft(said, size).conj()
     fit = np.abs(np.fft.irfft(spectrum, size)[: len(said) // 2])
     if fit.max() < 10 * np.median(fit) or np.abs(heard).max() < 1e-3:
         raise UserError("--loopback: no chirp came back; lay the headphones on the microphone")
-    ledger.loopback_seconds = float(fit.argmax() / SAMPLE_RATE) - waited
+    ledger.loopback_seconds = float(fit.argmax() / SAMPLE_RATE - np.mean(waits))
     ledger.device_seconds = ledger.loopback_seconds - ledger.resampler_seconds
     return ledger.loopback_seconds
-
-
-# -------------------------------------------------------------------------------------- main
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -736,9 +664,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     questions = [read_question(path) for path in args.wav or ()]
     check_outputs(args)
-    card = None
-    if args.loopback or not args.wav:
-        card = SoundCard(import_sounddevice(), args)
+    live = args.loopback or not args.wav
+    card = SoundCard(import_sounddevice(), args) if live else None
     line = RemoteLine(args) if args.server else LocalLine(args)
     recorder = Recorder(args.record) if args.record else None
     print(line.name)
@@ -759,9 +686,8 @@ def main(argv: list[str] | None = None) -> None:
             if record.stopped and not isinstance(record.stopped, KeyboardInterrupt):
                 raise record.stopped
     finally:  # whatever ended the call, what was measured is printed
-        line.close()
-        if recorder:
-            recorder.close()
+        for one in filter(None, (recorder, args.server and line)):
+            one.close()
         print(line.ledger.table())
         print(line.ledger.json_line())
 

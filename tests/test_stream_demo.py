@@ -163,21 +163,23 @@ def test_the_panel_is_renewed_below_what_scrolls(monkeypatch):
     monkeypatch.setattr(shutil, "get_terminal_size", lambda: (60, 20))
     said: list[str] = []
     screen = Screen(said.append, panel=True)
-    screen.level("you", np.full(960, 0.5))
+    late, loud = stream_demo.Delay(0.012, 0.031, 0.04), [np.zeros(8) - 6]
     for now in (1.0, 1.1, 1.3):  # the second is too soon
-        screen.renew(stream_demo.Delay(0.012, 0.031, 0.04), 2, now)
-    assert len(said) == 3 and "\x1b[1;18r" in said[0]  # the last two rows do not scroll
-    assert "gpu 12  network 31  buffers 40   dropped 2" in said[1] and "-6 dB" in said[1]
+        screen.renew(loud, CallRecord(0.04, [np.zeros(8) - 33], [late], [0]), 2, now)
+    row = "you #####  samvad ##     gpu 12 network 31 buffers 40 ms, 2 dropped"
+    assert len(said) == 2 and row[:60] in said[1] and row[:61] not in said[1]
     assert "\n" not in "".join(said)  # the line under way goes on where it is
+    screen.event({"type": "text", "who": "user", "text": "how", "turn": 1})
+    assert said[-1] == "\x1b[Jyou: how"  # over the panel
     screen.close()
-    assert "\x1b[r" in said[-1]
+    assert said[-1] == "\x1b[J"
 
 
 def test_vad_flush_silences_the_agent_in_a_recording(monkeypatch):
     windows = iter([0.0] * 20 + [1.0] * 1000)
     audio = np.full(2 * RATE, 0.5, np.float32)
     detector = VoiceDetector(probability=lambda samples: next(windows))
-    monkeypatch.setattr(stream_demo, "VoiceDetector", lambda: detector)
+    monkeypatch.setattr(stream_demo.ledger, "VoiceDetector", lambda: detector)
     line = local_line(monkeypatch, "--vad_flush")
     reply, *_ = answer(line, audio, tail_seconds=0.0, paced=False)
     assert np.abs(reply[: RATE // 2]).min() > 0.4 and not reply[RATE : 2 * RATE].any()
@@ -263,7 +265,7 @@ class FakeCard:
 
 def microphone_call(monkeypatch, card, *flags, probability=lambda samples: 0.0, seconds=1.0):
     detector = VoiceDetector(probability=probability)
-    monkeypatch.setattr(stream_demo, "VoiceDetector", lambda: detector)
+    monkeypatch.setattr(stream_demo.ledger, "VoiceDetector", lambda: detector)
     line = local_line(monkeypatch)
     line.clock = line.engine.clock = time.perf_counter
     sound = SoundCard(card, parse_args(list(flags)))
@@ -325,7 +327,9 @@ def test_a_card_unplugged_in_mid_call_is_one_line_after_the_ledger(monkeypatch, 
         monkeypatch.setattr(card, "RawInputStream", lambda **o: Unplugged(card, "input", **o))
     monkeypatch.setattr(stream_demo, "import_sounddevice", lambda: card)
     monkeypatch.setattr(duplex, "load_models", lambda *_: (FakeCodec(clock), FakeLM(clock)))
-    monkeypatch.setattr(stream_demo, "VoiceDetector", lambda: VoiceDetector(lambda samples: 1.0))
+    monkeypatch.setattr(
+        stream_demo.ledger, "VoiceDetector", lambda: VoiceDetector(lambda samples: 1.0)
+    )
     with pytest.raises(UserError, match="is it unplugged") as caught:
         main([])
     ledger = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -352,7 +356,9 @@ def test_ctrl_c_ends_the_call_with_its_ledger(monkeypatch, capsys):
     clock = FakeClock()
     monkeypatch.setattr(stream_demo, "import_sounddevice", lambda: FakeCard(silence(1.0)))
     monkeypatch.setattr(duplex, "load_models", lambda *_: (FakeCodec(clock), FakeLM(clock)))
-    monkeypatch.setattr(stream_demo, "VoiceDetector", lambda: VoiceDetector(lambda samples: 0.0))
+    monkeypatch.setattr(
+        stream_demo.ledger, "VoiceDetector", lambda: VoiceDetector(lambda samples: 0.0)
+    )
     monkeypatch.setattr(SoundCard, "over", interrupt)
     main([])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["turns"] == 0
@@ -594,7 +600,7 @@ def test_reply_files_are_named_after_the_questions():
         (["--wav", "a.wav", "--out", "b" * 300 + ".wav"], "cannot be written"),
         (["--wav", "a.wav", "--device", "cuda:9"], "--device"),
         (["--wav", "a.wav", "--device", "nonsense"], "nonsense: not supported"),
-        (["--wav", "x"], "no such file"),
+        (["--wav", "x"], "x: cannot be read"),
     ],
 )
 def test_contradictory_flags_are_one_line(argv, message, tmp_path, monkeypatch):
@@ -839,7 +845,7 @@ def test_a_lost_network_ends_in_one_line_with_what_was_said(server):
         (["--server", "ftp://x"], "give an address like"),
         (["--server", "ws://x", "--codec", "c"], "--codec is for models here"),
         (["--server", "ws://x", "--fast", "--wav", "a.wav"], "--fast is for models here"),
-        (["--record", "call.mp3"], "ends in .wav"),
+        (["--record", "call.mp3"], "end the name in .wav"),
     ],
 )
 def test_what_a_server_cannot_do_is_one_line(flags, message):
