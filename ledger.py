@@ -310,8 +310,7 @@ class LatencyLedger:
             "resampler_ms": _ms(self.resampler_seconds),
             "loopback_ms": None if self.loopback_seconds is None else _ms(self.loopback_seconds),
             "mouth_to_ear_ms": percentiles(self.mouth_to_ear),
-            **self.counts, "warmup_ticks": self.warmup_ticks,
-        }  # fmt: skip
+            **self.counts, "warmup_ticks": self.warmup_ticks}  # fmt: skip
 
     def json_line(self) -> str:
         return json.dumps(self.summary(), allow_nan=False)

@@ -34,11 +34,10 @@ from stream_demo import address, read_question
 
 CHUNK_SECONDS = 0.04
 TARGET_MS = 400.0
-COLUMNS = {
-    "callers": "callers", "response_ms": "p95, ms", "turns": "turns", "answered": "answered",
-    "tick_ms": "tick p95", "dropped_patches": "dropped", "refused": "refused", "cut_off": "cut off",
-    "cpu_cores": "cores", "memory_mb": "MB", "gpu_memory_mb": "GPU MB",
-}  # fmt: skip
+COLUMNS = {"callers": "callers", "response_ms": "p95, ms", "turns": "turns", "answered": "answered",
+           "tick_ms": "tick p95", "dropped_patches": "dropped", "refused": "refused",
+           "cut_off": "cut off", "cpu_cores": "cores", "memory_mb": "MB",
+           "gpu_memory_mb": "GPU MB"}  # fmt: skip
 PATHS = {"pcm": "/api/pcm", "moshi": "/api/chat", "openai": "/v1/realtime", "twilio": "/telephone"}
 
 
@@ -174,8 +173,7 @@ async def measure(args: argparse.Namespace, questions: Sequence, callers: int) -
         **{name: counts[name] for name in ("dropped_patches", "refused", "cut_off")},
         "cpu_cores": round(cpu / seconds, 2) if cpu else None,
         "memory_mb": memory and round(memory / 2**20), "gpu_memory_mb": gpu and round(gpu / 2**20),
-        "caller_late_ms": round(1000 * max(caller.late for caller in crowd), 1),
-    }  # fmt: skip
+        "caller_late_ms": round(1000 * max(caller.late for caller in crowd), 1)}  # fmt: skip
 
 
 def holds(row: dict) -> bool:
@@ -197,12 +195,11 @@ def find_capacity(measured: Callable[[int], dict], most: int) -> int:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    address(args.server)
     if importlib.util.find_spec("websockets") is None:
         raise UserError("load_test.py needs websockets: pip install websockets")
     wavs = args.wav or sorted((Path(__file__).parent / "samples").glob("*.wav"))
     questions = [read_question(path) for path in wavs]
-    if any(turn is None for _, turn in questions):
+    if not all(turn for _, turn in questions):
         raise UserError("nobody speaks in one of the recordings; give --wav spoken questions")
     rows: list[dict] = []
 

@@ -142,12 +142,12 @@ class Screen:
 
     def _say(self, text: str, line: tuple = ()) -> None:
         """On a line of its own."""
-        if text := "\n" * bool(self._line) + text:
-            self._write(text)
+        self._write("\n" * bool(self._line) + text)
         self._line = line
 
     def _write(self, text: str) -> None:
-        self._print("\x1b[J" * self._panel + text)  # over the panel
+        if text := "\x1b[J" * self._panel + text:  # over the panel
+            self._print(text)
 
     def user_line(self) -> str:
         """The user's emotion and language, from the moments the model found them speaking."""
@@ -173,8 +173,6 @@ class Screen:
         self._speaking.clear()
         self._show_words()
         self._say("")
-        if self._panel:
-            self._write("")
 
 
 class Recorder:
@@ -202,9 +200,8 @@ class Recorder:
         self._file.close()
 
 
-# ---------------------------------------------------------------------------- the agent's end
-# A line carries one call after another: `start`, `send` samples of the user and `receive` what the
-# agent says, replies and the events of `duplex.Story`, None while there is no more.
+# The agent's end, a line, carries one call after another: `start`, `send` samples of the user and
+# `receive` replies and the events of `duplex.Story`, None while there is no more.
 
 
 class LocalLine:
@@ -220,8 +217,8 @@ class LocalLine:
         device = setup_distributed(args.device).device
         if device.type == "cpu":
             torch.set_num_threads(args.threads)
-        names = ("temperature", "top_k", "eagerness")
-        given = {n: value for n in names if (value := getattr(args, n)) is not None}
+        drawn = {n: getattr(args, n) for n in ("temperature", "top_k", "eagerness")}
+        given = {name: value for name, value in drawn.items() if value is not None}
         codec, lm = load_models(args.codec, args.lm, str(device))
         self.engine = engine = DuplexEngine(codec, lm, 1, Sampling(**given), args.seed,
             args.vad_flush, emotion_strength=args.emotion_strength)  # fmt: skip
@@ -289,11 +286,10 @@ class RemoteLine:
         wishes = {"type": "start", "emotion": args.emotion, "language": args.language}
         wishes |= {} if args.emotion_strength == 1.0 else {"strength": args.emotion_strength}
         bearer = {"Authorization": f"Bearer {args.token}"} if args.token else {}
+        settings = {"additional_headers": bearer, "compression": None}
         connect = self._websockets.sync.client.connect
         try:  # entered, as new versions want it; left by `close`
-            self._socket = connect(
-                address(args.server), additional_headers=bearer, compression=None
-            ).__enter__()
+            self._socket = connect(address(args.server), **settings).__enter__()
             ready = json.loads(self._socket.recv(timeout=self.ANSWER_SECONDS))
         except (OSError, ValueError, errors.WebSocketException) as error:
             said = f"{args.server}: no answer ({first_line(error)}); does serve.py run there?"
@@ -371,9 +367,8 @@ class RemoteLine:
 Line = LocalLine | RemoteLine
 
 
-# ------------------------------------------------------------------------- the user's end: sound
-# `heard` gives what the user said, as (samples [T], when the last of them came in), and waits for
-# at most so long; `play` takes a reply and returns how long it will wait; `over` ends the call.
+# The user's end: `heard` gives (samples [T], when the last of them came in) and waits for at most
+# so long; `play` takes a reply and returns how long it will wait; `over` ends the call.
 
 
 def converse(line: Line, sound: Recording | SoundCard, screen: Screen,
