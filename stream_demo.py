@@ -483,22 +483,20 @@ def read_question(path: Path) -> tuple[np.ndarray, UserTurn | None]:
 
 class Playout:
     """What waits to be played, between our thread and the sound card's, which has a clock of its
-    own: where the least that waited in a `WINDOW` of patches was under `LOW` or over `HIGH`, they
-    are stretched or shortened by 0.2 %, which nobody hears. `inserted` counts those samples and the
+    own: where the least that waited in a `WINDOW` was under `LOW` or over `HIGH`, patches are
+    stretched or shortened by 0.2 %, which nobody hears. `inserted` counts those samples and the
     silence where it ran dry, as `underruns` does; `removed` those taken and those beyond `MOST`."""
 
-    LOW, HIGH, MOST, WINDOW = 0.01, 0.03, 0.2, 125  # seconds, and patches
+    LOW, HIGH, MOST, WINDOW = 0.01, 0.03, 0.2, 5.0  # seconds
 
     def __init__(self, rate: int):
         self.rate, self.inserted, self.removed, self.underruns = rate, 0, 0, 0
         self._waiting, self._lock = np.zeros(0, np.float32), threading.Lock()
-        self._waits: deque[float] = deque(maxlen=self.WINDOW)
+        self._least, self._pulled, self._stretch, self._playing = np.inf, 0, 0, False
 
     def push(self, audio: np.ndarray) -> float:
         """Queue samples [T]; returns for how many seconds the first of them will wait."""
-        least = min(self._waits) if len(self._waits) == self.WINDOW else self.LOW
-        stretch = int(least < self.LOW) - int(least > self.HIGH)
-        if more := stretch * (len(audio) // 500):
+        if more := self._stretch * (len(audio) // 500):
             places = np.linspace(0, len(audio) - 1, len(audio) + more)
             audio = np.interp(places, np.arange(len(audio)), audio)
         with self._lock:
@@ -507,17 +505,22 @@ class Playout:
             self.inserted += max(0, more)
             self.removed += max(0, -more) + beyond
             self._waiting = np.concatenate([self._waiting, audio])[beyond:]
-            self._waits.append(waits)
+            self._playing = True
         return min(waits, self.MOST)
 
     def pull(self, count: int) -> np.ndarray:
         """The next samples for the card, silence where there are too few."""
         with self._lock:
             taken, self._waiting = self._waiting[:count], self._waiting[count:]
-            missing = (count - len(taken)) * bool(self._waits)  # none before it plays
+            missing = (count - len(taken)) * self._playing
             self.inserted += missing
             self.underruns += missing > 0
-        return np.pad(taken, (0, count - len(taken)))
+            self._least = min(self._least, len(self._waiting) / self.rate)
+            self._pulled += count * self._playing
+            if self._pulled >= self.WINDOW * self.rate:
+                self._stretch = int(self._least < self.LOW) - int(self._least > self.HIGH)
+                self._least, self._pulled = np.inf, 0
+        return np.concatenate([taken, np.zeros(count - len(taken), np.float32)])
 
 
 def import_sounddevice() -> Any:

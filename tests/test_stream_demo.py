@@ -172,7 +172,7 @@ def test_the_panel_is_renewed_below_what_scrolls(monkeypatch):
     screen.event({"type": "text", "who": "user", "text": "how", "turn": 1})
     assert said[-1] == "\x1b[Jyou: how"  # over the panel
     screen.close()
-    assert said[-1] == "\x1b[J"
+    assert said[-1] == "\x1b[J\n"
 
 
 def test_vad_flush_silences_the_agent_in_a_recording(monkeypatch):
