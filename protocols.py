@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from audio import SAMPLE_RATE
-from command import UserError, check_fields
+from audio import SAMPLE_RATE, soundfile
+from command import UserError, check_fields, first_line
 from ledger import StreamResampler
 
 Message = bytes | str
@@ -33,40 +33,29 @@ class ProtocolError(Exception):
 
 
 def from_json(message: Message, /, **kinds: str) -> dict:
-    """The JSON object in a text message, its fields of these `kinds` (of `check_fields`).
-
-    Raises `ProtocolError` where it is none, for NaN and Infinity too, which JSON does not have.
-    """
+    """The JSON object in a text message, its fields of these `kinds` (of `check_fields`)."""
     if not isinstance(message, str):
         raise ProtocolError(1003, "a binary message where JSON text is needed")
-    try:
-        event = json.loads(message, parse_constant=lambda name: float("no number"))
-    except (ValueError, RecursionError):
-        raise ProtocolError(1007, "a message is not JSON") from None
+    event = json.loads(message, parse_constant=int)  # refuses NaN, which JSON does not have
     if not isinstance(event, dict):
-        raise ProtocolError(1007, "a message is not a JSON object")
+        raise ValueError("a message is not a JSON object")
     return fields(event, **kinds)
 
 
 def fields(event: dict, /, **kinds: str) -> dict:
-    """The event, its fields checked; `ProtocolError` names the first wrong one."""
-    try:
-        check_fields(event, kinds, str(event.get("type", "message"))[:40])
-    except UserError as error:
-        raise ProtocolError(1007, str(error)[:100]) from None
+    """The event, its fields checked; `UserError` names the first wrong one."""
+    check_fields(event, kinds, str(event.get("type", "message"))[:40])
     return event
 
 
-def from_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError:
-        raise ProtocolError(1007, "audio is not base64") from None
+def inner(event: dict, /, *names: str) -> dict:
+    """The object in fields within fields, {} where one is missing."""
+    for name in names:
+        event = fields(event, **{name: "object?"}).get(name) or {}
+    return event
 
 
 def from_pcm16(data: bytes) -> np.ndarray:
-    if len(data) % 2:
-        raise ProtocolError(1007, "16-bit samples, but an odd number of bytes")
     return np.frombuffer(data, "<i2").astype(np.float32) / 32768.0
 
 
@@ -75,41 +64,34 @@ def to_pcm16(audio: np.ndarray) -> bytes:
 
 
 class Protocol:
-    """A wire format as the server sees it. What is to be sent gathers in `out`, what a client asks
-    for in `requests`, as events. `query`: the parameters of the client's URL."""
+    """A wire format as the server sees it; what is to be sent gathers in `out`. `query`: the
+    parameters of the client's URL."""
 
     rejoins = True  # whether its clients learn the token with which to come back
     started = True  # False until a client has said who it is in a message
     token: str | None = None  # what that message held
 
     def __init__(self, query: Mapping[str, str]):
-        self.query, self.out, self.requests = query, [], []
+        self.query, self.out = query, []
 
-    def greet(self, ready: dict) -> None:
-        """A client has a call; `ready` is the event of that name."""
+    def receive(self, message: Message) -> np.ndarray | dict | None:
+        """The audio [T] in a message, or what it asks for. `ProtocolError` for another format."""
+        try:
+            return self._receive(message)
+        except (ValueError, RecursionError, UserError) as error:
+            raise ProtocolError(1007, first_line(error, 100)) from None
 
-    def receive(self, message: Message) -> np.ndarray | None:
-        """The audio [T] in a message, if any. Raises `ProtocolError` for one of another format."""
-        raise NotImplementedError
+    def _receive(self, message: Message) -> np.ndarray | dict | None:
+        """As `receive`; other exceptions tell what is malformed."""
 
     def send(self, audio: np.ndarray | None, events: Sequence[dict]) -> None:
-        """A patch of the reply [T], or none, and what happened before it."""
-        raise NotImplementedError
+        """A patch of the reply [T], or none, and what happened before it; `ready` is the first."""
 
 
 class RawPCM(Protocol):
     """`/api/pcm`: PCM16 in binary messages, events in text messages, both ways."""
 
-    REQUESTS = {
-        "start": {"emotion": "text?", "language": "text?", "strength": "number?"},
-        "emotion": {"emotion": "text?", "strength": "number?"},
-        "language": {"language": "text?"}, "stop": {},
-    }  # fmt: skip
-
-    def greet(self, ready: dict) -> None:
-        self.send(None, [ready])
-
-    def receive(self, message: Message) -> np.ndarray | None:
+    def _receive(self, message: Message) -> np.ndarray | dict | None:
         if isinstance(message, bytes):
             return from_pcm16(message)
         event = from_json(message, type="text")
@@ -117,8 +99,8 @@ class RawPCM(Protocol):
             name = event.get("id")
             name = name if isinstance(name, (int, float)) else str(name)[:MAX_ECHO]
             self.send(None, [{"type": "pong", "id": name}])
-        elif event["type"] in self.REQUESTS:
-            self.requests.append(fields(event, **self.REQUESTS[event["type"]]))
+        elif event["type"] in ("start", "emotion", "language", "stop"):
+            return fields(event, emotion="text?", language="text?", strength="number?")
 
     def send(self, audio: np.ndarray | None, events: Sequence[dict]) -> None:
         self.out += [*map(json.dumps, events), *([] if audio is None else [to_pcm16(audio)])]
@@ -138,34 +120,27 @@ class MoshiChat(Protocol):
         self.rejoins = "call" in query
         self._reader, self._writer = OpusStreamReader(SAMPLE_RATE), OpusStreamWriter(SAMPLE_RATE)
 
-    def _say(self, kind: int, content: Message) -> None:
-        self.out.append(bytes([kind]) + (content.encode() if isinstance(content, str) else content))
-
-    def greet(self, ready: dict) -> None:
-        self._say(self.HANDSHAKE, b"")
-        if self.rejoins:
-            self._say(self.METADATA, json.dumps(ready))
-
-    def receive(self, message: Message) -> np.ndarray | None:
+    def _receive(self, message: Message) -> np.ndarray | dict | None:
         if not isinstance(message, bytes) or not message or message[0] > self.PING:
             raise ProtocolError(1003, "neither audio, text nor control")
         if message[0] != self.AUDIO:
             return None
         if len(message) > self.MAX_OPUS:
             raise ProtocolError(1009, f"more than {self.MAX_OPUS} bytes of Opus in one message")
-        try:
-            return self._reader.append_bytes(message[1:])
-        except ValueError:
-            raise ProtocolError(1007, "not Opus in Ogg") from None
+        return self._reader.append_bytes(message[1:])
 
     def send(self, audio: np.ndarray | None, events: Sequence[dict]) -> None:
         for event in events:
-            if event["type"] == "text" and event["who"] == "agent":
-                self._say(self.TEXT, event["text"])
+            if event["type"] == "ready":
+                self.out.append(bytes([self.HANDSHAKE]))
+                if self.rejoins:
+                    self.out.append(bytes([self.METADATA]) + json.dumps(event).encode())
+            elif event["type"] == "text" and event["who"] == "agent":
+                self.out.append(bytes([self.TEXT]) + event["text"].encode())
             elif event["type"] == "error":
-                self._say(self.ERROR, event["message"])
+                self.out.append(bytes([self.ERROR]) + event["message"].encode())
         if audio is not None and (pages := self._writer.append_pcm(np.ascontiguousarray(audio))):
-            self._say(self.AUDIO, pages)
+            self.out.append(bytes([self.AUDIO]) + pages)
 
 
 class OpenAIRealtime(Protocol):
@@ -179,12 +154,14 @@ class OpenAIRealtime(Protocol):
 
     def __init__(self, query: Mapping[str, str]):
         super().__init__(query)
-        self._count, self._seconds = itertools.count(1), 0.0  # of input that was answered
-        self._began, self._said = 0.0, {"agent": "", "user": ""}
-        self._last = self._user = self._agent = self._response = None  # ids
-        audio = {side: {"format": self.FORMAT} for side in ("input", "output")}
-        self._session = {"type": "realtime", "object": "realtime.session", "model": "samvad"}
-        self._session |= {"id": "", "output_modalities": ["audio"], "audio": audio}
+        self._count, self._seconds, self._began = itertools.count(1), 0.0, 0.0  # of answered input
+        self._said, self._item = {"agent": "", "user": ""}, {"agent": None, "user": None}
+        self._last = None  # id of the last item; `_item`: of those that last now
+        self._session = {
+            "type": "realtime", "object": "realtime.session", "id": "", "model": "samvad",
+            "output_modalities": ["audio"],
+            "audio": {side: {"format": self.FORMAT} for side in ("input", "output")},
+        }  # fmt: skip
 
     def _id(self, kind: str) -> str:
         return f"{kind}_{next(self._count)}"
@@ -192,88 +169,84 @@ class OpenAIRealtime(Protocol):
     def _say(self, kind: str, **content: Any) -> None:
         self.out.append(json.dumps({"type": kind, "event_id": self._id("event"), **content}))
 
+    def _part(self, kind: str, **content: Any) -> None:
+        name, place = self._item["agent"], {"output_index": 0, "content_index": 0}
+        self._say(f"response.{kind}", response_id=f"resp_{name}", item_id=name, **place, **content)
+
     def _error(self, message: str) -> None:
         error = {"type": "invalid_request_error", "code": None, "param": None, "message": message}
         self._say("error", error=error)
 
-    def greet(self, ready: dict) -> None:
-        self._session["id"] = ready["call"]
-        self._say("session.created", session=self._session)
+    def _message(self, name: str, role: str, content: list, status: str = "completed") -> dict:
+        item = {"id": name, "object": "realtime.item", "type": "message", "role": role}
+        return {**item, "status": status, "content": content}
 
-    def receive(self, message: Message) -> np.ndarray | None:
+    def _add(self, item: dict, *states: str) -> None:
+        for state in states:
+            self._say(f"conversation.item.{state}", previous_item_id=self._last, item=item)
+        self._last = item["id"]
+
+    def _receive(self, message: Message) -> np.ndarray | dict | None:
         event = from_json(message, type="text")
         kind = event["type"]
         if kind == "input_audio_buffer.append":
-            return from_pcm16(from_base64(fields(event, audio="text")["audio"]))
+            audio = fields(event, audio="text")["audio"]
+            return from_pcm16(base64.b64decode(audio, validate=True))
         if kind == "session.update":
-            self._check(fields(event, session="object")["session"])
+            for side in ("input", "output"):
+                form = inner(event, "session", "audio", side, "format") or self.FORMAT
+                if form.get("type") != "audio/pcm" or form.get("rate") not in (None, SAMPLE_RATE):
+                    raise ProtocolError(1003, f"only audio/pcm at {SAMPLE_RATE} Hz is supported")
             self._say("session.updated", session=self._session)
         elif kind == "conversation.item.create":
-            name = fields(fields(event, item="object")["item"], id="text?").get("id")
-            self._add((name or self._id("item"))[:MAX_ECHO], "user", "completed", [])
+            name = fields(inner(event, "item"), id="text?").get("id") or self._id("item")
+            self._add(self._message(name[:MAX_ECHO], "user", []), "added", "done")
         elif kind == "conversation.item.truncate":
             where = {"content_index": "whole number", "audio_end_ms": "whole number"}
             cut = fields(event, item_id="text", **where)
             self._say("conversation.item.truncated", item_id=cut["item_id"][:MAX_ECHO],
-                      **{name: min(cut[name], 2**53) for name in where})  # fmt: skip
+                      **{name: cut[name] for name in where})  # fmt: skip
         elif kind == "input_audio_buffer.clear":
             self._say("input_audio_buffer.cleared")
         elif kind not in ("input_audio_buffer.commit", "response.create", "response.cancel"):
             self._error(f"{kind[:MAX_ECHO]} is not supported")
 
-    def _check(self, session: dict) -> None:
-        audio = fields(session, audio="object?").get("audio") or {}
-        for side in ("input", "output"):
-            form = fields(audio, **{side: "object?"}).get(side) or {}
-            form = fields(form, format="object?").get("format") or self.FORMAT
-            if form.get("type") != "audio/pcm" or form.get("rate") not in (None, SAMPLE_RATE):
-                raise ProtocolError(1003, f"only audio/pcm at {SAMPLE_RATE} Hz is supported")
-
-    def _add(self, name: str, role: str, status: str, content: list) -> None:
-        item = {"id": name, "object": "realtime.item", "type": "message", "role": role}
-        item |= {"status": status, "content": content}
-        for state in ("added", "done")[: 1 + (status == "completed")]:
-            self._say(f"conversation.item.{state}", previous_item_id=self._last, item=item)
-        self._last = name
-
     def send(self, audio: np.ndarray | None, events: Sequence[dict]) -> None:
         for event in events:
-            if event["type"] == "error":
+            kind, who = event["type"], event.get("who")
+            if kind == "ready":
+                self._session["id"] = event["call"]
+                self._say("session.created", session=self._session)
+            elif kind == "error":
                 self._error(event["message"])
-            elif event["type"] == "dropped":
+            elif kind == "dropped":
                 self._seconds += event["patches"] * len(audio) / SAMPLE_RATE
-            elif event["type"] == "text":
-                self._said[event["who"]] += event["text"]
-                if event["who"] == "agent" and self._agent:
+            elif kind == "text":
+                self._said[who] += event["text"]
+                if who == "agent" and self._item[who]:
                     self._part("output_audio_transcript.delta", delta=event["text"])
-            elif event["type"] == "speech":
-                user = event["who"] == "user"
-                # Who rejoins in a turn has not seen its beginning, and shall not see its end.
-                if event["speaking"] or (self._user if user else self._agent):
-                    (self._user_turn if user else self._agent_turn)(event["speaking"])
+            # Who rejoins in a turn has not seen its beginning, and shall not see its end.
+            elif kind == "speech" and (event["speaking"] or self._item[who]):
+                self._item[who] = self._item[who] or self._id("item")
+                (self._agent_turn if who == "agent" else self._user_turn)(event["speaking"])
+                if not event["speaking"]:
+                    self._item[who], self._said[who] = None, ""
         if audio is not None:
             self._seconds += len(audio) / SAMPLE_RATE
-            if self._agent:
+            if self._item["agent"]:
                 self._part("output_audio.delta", delta=base64.b64encode(to_pcm16(audio)).decode())
 
-    def _part(self, kind: str, **content: Any) -> None:
-        place = {"response_id": self._response, "item_id": self._agent, "output_index": 0}
-        self._say(f"response.{kind}", **place, content_index=0, **content)
-
     def _agent_turn(self, begins: bool) -> None:
-        if begins:
-            self._response, self._agent = self._id("resp"), self._id("item")
-        said, status = self._said["agent"], "in_progress" if begins else "completed"
+        name, said = self._item["agent"], self._said["agent"]
         content = [] if begins else [{"type": "output_audio", "transcript": said}]
-        item = {"id": self._agent, "object": "realtime.item", "type": "message"}
-        item |= {"role": "assistant", "status": status, "content": content}
-        response = {"id": self._response, "object": "realtime.response", "status": status}
+        item = self._message(name, "assistant", content, "in_progress" if begins else "completed")
+        response = {"id": f"resp_{name}", "object": "realtime.response", "status": item["status"]}
         response |= {"output": [] if begins else [item]}
-        place = {"response_id": self._response, "output_index": 0, "item": item}
+        place = {"response_id": response["id"], "output_index": 0, "item": item}
         if begins:
             self._say("response.created", response=response)
             self._say("response.output_item.added", **place)
-            self._add(self._agent, "assistant", status, [])
+            self._add(item, "added")
             self._part("content_part.added", part={"type": "audio", "transcript": ""})
             if said:
                 self._part("output_audio_transcript.delta", delta=said)
@@ -284,21 +257,20 @@ class OpenAIRealtime(Protocol):
         self._say("response.output_item.done", **place)
         self._say("conversation.item.done", previous_item_id=None, item=item)
         self._say("response.done", response=response)
-        self._agent, self._said["agent"] = None, ""
 
     def _user_turn(self, begins: bool) -> None:
-        now, buffer = round(self._seconds * 1000), "input_audio_buffer"
+        name, said, buffer = self._item["user"], self._said["user"], "input_audio_buffer"
+        now = round(self._seconds * 1000)
         if begins:
-            self._began, self._user = self._seconds, self._id("item")
-            self._say(f"{buffer}.speech_started", audio_start_ms=now, item_id=self._user)
+            self._began = self._seconds
+            self._say(f"{buffer}.speech_started", audio_start_ms=now, item_id=name)
             return
-        said, self._said["user"] = self._said["user"], ""
-        self._say(f"{buffer}.speech_stopped", audio_end_ms=now, item_id=self._user)
-        self._say(f"{buffer}.committed", previous_item_id=self._last, item_id=self._user)
+        self._say(f"{buffer}.speech_stopped", audio_end_ms=now, item_id=name)
+        self._say(f"{buffer}.committed", previous_item_id=self._last, item_id=name)
         content = [{"type": "input_audio", "transcript": said}]
-        self._add(self._user, "user", "completed", content)
+        self._add(self._message(name, "user", content), "added", "done")
         usage = {"type": "duration", "seconds": round(self._seconds - self._began, 3)}
-        self._say("conversation.item.input_audio_transcription.completed", item_id=self._user,
+        self._say("conversation.item.input_audio_transcription.completed", item_id=name,
                   content_index=0, transcript=said, usage=usage)  # fmt: skip
 
 
@@ -310,36 +282,40 @@ class Telephone(Protocol):
     """
 
     rejoins, started = False, False
-    STREAM_ID = {"streamSid": "twilio", "stream_sid": "exotel", "streamId": "plivo"}
-    EXOTEL_BYTES = 3200  # it takes no less at once, and multiples of 320
-    _provider, _place, _waits, _turns, _barged_in = "", {}, b"", 0, False
+    PROVIDERS = {  # field with the stream's id → events that play and clear, bytes taken at once
+        "streamSid": ("media", "clear", 1),  # Twilio
+        "stream_sid": ("media", "clear", 3200),  # Exotel: no less, in multiples of 320
+        "streamId": ("playAudio", "clearAudio", 1),  # Plivo
+    }
+    _provider, _id, _format, _waits, _turns, _barged_in = "streamSid", "", {}, b"", 0, False
 
-    def receive(self, message: Message) -> np.ndarray | None:
+    def _receive(self, message: Message) -> np.ndarray | dict | None:
         event = from_json(message, event="text")
         if event["event"] == "start" and not self.started:
-            self._start(event, fields(event, start="object")["start"])
+            self._start(event, inner(event, "start"))
         elif event["event"] == "media" and self.started:
-            media = fields(fields(event, media="object")["media"], payload="text")
+            media = fields(inner(event, "media"), payload="text")
             if media.get("track", "inbound") == "inbound":
-                return self._decode(from_base64(media["payload"]))
+                return self._decode(base64.b64decode(media["payload"], validate=True))
         elif event["event"] == "stop":
-            self.requests.append({"type": "stop"})
+            return {"type": "stop"}
 
     def _start(self, event: dict, start: dict) -> None:
-        place = {k: {**event, **start}[k] for k in self.STREAM_ID if k in event or k in start}
-        if not place or not isinstance(next(iter(place.values())), str):
-            raise ProtocolError(1007, "a start message without the id of its stream")
-        form, extra = (
-            fields(start, **{a: "object?", b: "object?"}).get(a) or start.get(b) or {}
-            for a, b in (("mediaFormat", "media_format"), ("customParameters", "custom_parameters"))
-        )
-        rate, self._encoding = form.get("sampleRate", form.get("sample_rate")), form.get("encoding")
-        self._place = dict([next(iter(place.items()))])
-        self._provider = self.STREAM_ID[next(iter(place))]
-        self._ulaw = self._provider == "twilio" or "mulaw" in str(self._encoding).lower()
-        if str(rate or 8000) not in ("8000", *(() if self._ulaw else ("16000", "24000"))):
-            raise ProtocolError(1003, f"audio at {str(rate)[:20]} Hz is not supported")
-        self._rate = int(rate or 8000)
+        ids = {**event, **start}
+        ids = [(name, ids[name]) for name in self.PROVIDERS if isinstance(ids.get(name), str)]
+        if not ids:
+            raise ValueError("a start message without the id of its stream")
+        self._provider, self._id = ids[0]
+        form = inner(start, "mediaFormat") or inner(start, "media_format")
+        extra = inner(start, "customParameters") or inner(start, "custom_parameters")
+        coding = form.get("encoding")
+        self._ulaw = self._provider == "streamSid" or "mulaw" in str(coding).lower()
+        rate = str(form.get("sampleRate") or form.get("sample_rate") or 8000)
+        if rate not in (("8000",) if self._ulaw else ("8000", "16000", "24000")):
+            raise ProtocolError(1003, f"audio at {rate[:20]} Hz is not supported")
+        self._rate = int(rate)
+        if self._provider == "streamId":
+            self._format = {"contentType": coding, "sampleRate": self._rate}
         self._in = StreamResampler(self._rate, SAMPLE_RATE)
         self._out = StreamResampler(SAMPLE_RATE, self._rate)
         token = extra.get("token")
@@ -348,8 +324,6 @@ class Telephone(Protocol):
     def _decode(self, data: bytes) -> np.ndarray:
         if not self._ulaw or not data:
             return self._in(from_pcm16(data))
-        import soundfile  # not at the top: a client of raw PCM may lack it
-
         raw = {"samplerate": self._rate, "channels": 1, "format": "RAW", "subtype": "ULAW"}
         return self._in(soundfile.read(io.BytesIO(data), dtype="float32", **raw)[0])
 
@@ -357,35 +331,29 @@ class Telephone(Protocol):
         audio = np.clip(self._out(audio), -1.0, 1.0)
         if not self._ulaw:
             return to_pcm16(audio)
-        import soundfile
-
         file = io.BytesIO()
         soundfile.write(file, audio, self._rate, "ULAW", format="RAW")
         return file.getvalue()
 
     def _say(self, kind: str, **content: Any) -> None:
-        self.out.append(json.dumps({"event": kind, **self._place, **content}))
+        self.out.append(json.dumps({"event": kind, self._provider: self._id, **content}))
 
     def send(self, audio: np.ndarray | None, events: Sequence[dict]) -> None:
-        plivo, exotel = self._provider == "plivo", self._provider == "exotel"
+        play, clear, least = self.PROVIDERS[self._provider]
         self._waits += b"" if audio is None else self._encode(audio)
-        if len(self._waits) >= (self.EXOTEL_BYTES if exotel else 1):
-            whole = len(self._waits) - (len(self._waits) % 320 if exotel else 0)
-            media = {"payload": base64.b64encode(self._waits[:whole]).decode()}
+        if whole := len(self._waits) // least * least:
+            payload = base64.b64encode(self._waits[:whole]).decode()
+            self._say(play, media={"payload": payload, **self._format})
             self._waits = self._waits[whole:]
-            media |= {"contentType": self._encoding, "sampleRate": self._rate} if plivo else {}
-            self._say("playAudio" if plivo else "media", media=media)
         for event in events:
-            if event["type"] != "speech":
-                continue
-            if event["who"] == "user":
+            if event["type"] == "speech" and event["who"] == "user":
                 self._barged_in = event["speaking"]
-            elif not event["speaking"]:  # a turn of the agent is over
+            elif event["type"] == "speech" and not event["speaking"]:  # the agent's turn is over
                 self._turns += 1
                 if self._barged_in:  # who did shall not hear what is left of it
-                    self._say("clearAudio" if plivo else "clear")
+                    self._say(clear)
                 name = {"name": f"turn {self._turns}"}
-                self._say("checkpoint", **name) if plivo else self._say("mark", mark=name)
+                self._say("checkpoint", **name) if self._format else self._say("mark", mark=name)
 
 
 PROTOCOLS: dict[str, type[Protocol]] = {

@@ -13,21 +13,21 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import functools
 import hmac
 import importlib.util
+import math
 import os
 import secrets
 import socket
-import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ MAX_MESSAGE = 2**20  # bytes
 MESSAGES_A_SECOND, TIMES_REAL_TIME, BURST_SECONDS = 200, 20, 5  # more from a client is refused
 MAX_UNSENT = 25  # replies that wait for a slow client; audio beyond is dropped, oldest first
 SEND_SECONDS, PING_SECONDS, START_SECONDS = 20.0, 20.0, 10.0
+VOICE = "emotion", "language", "strength"
 DRAIN_SECONDS = 10.0  # for the agents' last words
 WATCH_SECONDS = 0.1
 TAKEN_OVER = 4000  # close code of a connection whose call goes on with another
@@ -75,19 +76,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ------------------------------------------------------------------------------------- the calls
-
-
 class Budget:
     """A token bucket: refilled steadily up to a burst."""
 
-    def __init__(self, a_second: float, burst: float, clock: Callable[[], float] = time.monotonic):
-        self.a_second, self.burst, self.clock = a_second, burst, clock
-        self.left, self._seen = burst, clock()
+    def __init__(self, a_second: float, burst: float):
+        self.a_second, self.burst, self.left, self._seen = a_second, burst, burst, time.monotonic()
 
     def take(self, amount: float = 1.0) -> bool:
         """Whether so much was left; it is taken then."""
-        now = self.clock()
+        now = time.monotonic()
         self.left = min(self.burst, self.left + (now - self._seen) * self.a_second)
         enough, self._seen = amount <= self.left, now
         self.left -= amount * enough
@@ -100,133 +97,69 @@ class Call:
     def __init__(self, slot: int, engine: DuplexEngine, buffer_seconds: float):
         self.slot, self.id = slot, secrets.token_urlsafe(16)
         self.connection: Connection | None = None
-        self.began = self.heard = self.rests_since = time.monotonic()
+        self.began = self.heard = time.monotonic()
         self.voice: dict[str, Any] = {}
         self.story = Story(engine)
         most = max(3, round(buffer_seconds / engine.patch_seconds))
         self.inbox = PatchQueue(engine.patch_samples, most)
         # Who sends too fast is served no faster than time goes, one full buffer aside.
-        self.pace = Budget(1 / engine.patch_seconds, most, engine.clock)
+        self.pace = Budget(1 / engine.patch_seconds, most)
+
+    def rest(self) -> None:
+        """Until it has a connection again; input that was not answered yet is forgotten."""
+        self.connection, self.heard = None, time.monotonic()
+        self.inbox = PatchQueue(self.inbox.patch_samples, self.inbox.most)
 
 
-class Scheduler(threading.Thread):
-    """The engine, on a thread of its own and one cadence, on which all slots step together.
+class Scheduler:
+    """The engine on one cadence, on which all slots step together; its steps run on a thread."""
 
-    A tick serves every slot with a patch waiting, one a patch's length; who has more waiting is
-    caught up with in the time that is left before the next. On this thread, `deliver` gets (call,
-    its connection, audio or None, events) of each call served, and what the tick gave; `fail` what
-    ended the thread.
-    """
-
-    def __init__(self, engine: DuplexEngine, args: argparse.Namespace, deliver: Callable,
-                 fail: Callable[[BaseException], Any]):  # fmt: skip
-        super().__init__(name="engine", daemon=True)
-        self.engine, self.args, self.calls = engine, args, {}
-        self._deliver, self._fail = deliver, fail
-        self._wake, self._jobs, self._stopped = threading.Condition(), deque(), False
-        self._idle, self._due, self._tick_seconds = False, 0.0, 0.0
+    def __init__(self, engine: DuplexEngine, buffer_seconds: float, threads: int):
+        self.engine, self.buffer_seconds, self.calls = engine, buffer_seconds, {}
+        self.fed = asyncio.Event()
+        self._thread = ThreadPoolExecutor(1, "engine", torch.set_num_threads, (threads,))
 
     def open(self) -> Call | None:
-        """A call on a free slot, whose last caller is forgotten; None where all are taken."""
-        with self._wake:
-            free = set(range(self.engine.slots)) - self.calls.keys()
-            if not free:
-                return None
-            call = Call(min(free), self.engine, self.args.buffer_seconds)
-            self.calls[call.slot] = call
-            self._add(lambda: (self.engine.reset(call.slot), self.engine.set_voice(call.slot)))
-            return call
+        """A call on a free slot; None where all are taken."""
+        free = set(range(self.engine.slots)) - self.calls.keys()
+        if not free:
+            return None
+        call = self.calls[min(free)] = Call(min(free), self.engine, self.buffer_seconds)
+        self.engine.set_voice(call.slot)
+        return call
 
-    def close(self, call: Call) -> None:
-        with self._wake:
-            if self.calls.get(call.slot) is call:
-                del self.calls[call.slot]
+    async def ticks(self) -> AsyncIterator[tuple[list, TickResult]]:
+        """(call, its connection, events) of each call served, and what the engine gave, a tick.
 
-    def rest(self, call: Call) -> None:
-        """Until `call` has a connection again; input that was not answered yet is forgotten."""
-        with self._wake:
-            call.connection, call.rests_since = None, time.monotonic()
-            call.inbox = PatchQueue(self.engine.patch_samples, call.inbox.most)
+        A tick serves every slot with a patch waiting, one a patch's length; who has more waiting is
+        caught up with in the time that is left before the next.
+        """
+        length, clock, due, spent = self.engine.patch_seconds, self.engine.clock, 0.0, 0.0
+        while True:
+            self.fed.clear()
+            waiting = [call for call in self.calls.values() if call.inbox]
+            began = clock()
+            behind = any(len(call.inbox) > 1 and call.pace.left >= 1 for call in waiting)
+            if not waiting:
+                await self.fed.wait()
+            elif began < due and not (behind and due - began > spent):
+                await asyncio.sleep(due - began)
+            elif taken := [(c, c.connection, c.inbox.popleft()) for c in waiting if c.pace.take()]:
+                step = asyncio.get_running_loop().run_in_executor(self._thread, self._step, taken)
+                yield await step
+                # A patch that came late does not shift the cadence; a pause or a catch-up does.
+                due = (due if due <= began < due + length else began) + length
+                spent = clock() - began
+            else:
+                due = max(due, began + length / 4)  # all who wait were too fast
 
-    def set_voice(self, call: Call, **voice: Any) -> None:
-        """Emotion and language of the agent; an event tells the caller what the model lacks."""
-
-        def job() -> None:
-            try:
-                self.engine.set_voice(call.slot, **{**call.voice, **voice})
-                call.voice |= voice
-            except UserError as error:
-                event = {"type": "error", "message": str(error)}
-                self._deliver([(call, call.connection, None, [event])], None)
-
-        self._add(job)
-
-    def feed(self, call: Call, audio: np.ndarray) -> None:
-        with self._wake:
-            call.inbox.push(audio, self.engine.clock())
-            if self._idle and call.inbox:
-                self._wake.notify()
-
-    def stop(self) -> None:
-        with self._wake:
-            self._stopped = True
-            self._wake.notify()
-        self.join()
-
-    def run(self) -> None:
-        torch.set_num_threads(self.args.threads)  # of this thread
-        if self.engine.device.type == "cuda":
-            torch.cuda.set_device(self.engine.device)
-        try:
-            while self._wait():
-                self._tick()
-        except BaseException as error:
-            self._fail(error)
-
-    def _add(self, job: Callable[[], Any]) -> None:
-        with self._wake:
-            self._jobs.append(job)
-            self._wake.notify()
-
-    def _wait(self) -> bool:
-        """Until a tick or a job is due; False once stopped."""
-        with self._wake:
-            while not self._stopped:
-                waiting = [(len(c.inbox), c.pace.left) for c in self.calls.values() if c.inbox]
-                early = self._due - self.engine.clock()
-                behind = any(patches > 1 and left >= 1 for patches, left in waiting)
-                spare = behind and early > self._tick_seconds
-                if self._jobs or spare or (waiting and early <= 0):
-                    return True
-                self._idle = not waiting
-                self._wake.wait(early if waiting else None)
-            return False
-
-    def _tick(self) -> None:
-        with self._wake:
-            jobs, self._jobs = self._jobs, deque()
-            waiting = [c for c in self.calls.values() if c.inbox and c.pace.take()]
-            taken = [(call, call.connection, call.inbox.popleft()) for call in waiting]
-        for job in jobs:
-            job()
-        started, length = self.engine.clock(), self.engine.patch_seconds
-        if not taken:
-            self._due = max(self._due, started + length / 4)  # all who wait were too fast
-            return
+    def _step(self, taken: list[tuple]) -> tuple[list, TickResult]:
         for call, _, patch in taken:
-            self.engine.feed(call.slot, patch.audio, patch.arrived, bounded=False)
+            if not call.story.counts["received"]:  # the slot's last caller is forgotten
+                self.engine.reset(call.slot)
+            self.engine.queues[call.slot].append(patch)
         result = self.engine.run_once()
-        for call, _, patch in taken:
-            result.dropped[call.slot] = patch.lost
-        told = [(c, to, c.story.tell(c.slot, result, patch.lost)) for c, to, patch in taken]
-        self._deliver([(c, to, result.audio[c.slot], events) for c, to, events in told], result)
-        # A patch that came late does not shift the cadence; a pause or a catch-up does.
-        on_time = self._due <= started < self._due + length
-        self._due = (self._due if on_time else started) + length
-        self._tick_seconds = self.engine.clock() - started
-
-
-# ------------------------------------------------------------------------------- the connections
+        return [(c, to, c.story.tell(c.slot, result, patch.lost)) for c, to, patch in taken], result
 
 
 class Connection:
@@ -238,20 +171,17 @@ class Connection:
         self.closing: tuple[int, str] | None = None  # code and reason, once told to
         self.left = False  # the call ends with this connection
         self._unsent: deque[tuple[np.ndarray | None, list[dict]]] = deque()
-        self._more = asyncio.Event()
-        rates = MESSAGES_A_SECOND, TIMES_REAL_TIME * SAMPLE_RATE
-        self._messages, self._samples = (Budget(rate, rate * BURST_SECONDS) for rate in rates)
+        self._more, self._allowance = asyncio.Event(), Budget(1, BURST_SECONDS)
 
-    def put(self, audio: np.ndarray | None = None, events: Iterable[dict] = ()) -> int:
+    def put(self, audio: np.ndarray | None, events: list[dict]) -> int:
         """Queue a reply; returns how many patches of audio a slow client has lost by it."""
         self._more.set()
-        if self.closing is not None:
-            return 0
-        self._unsent.append((audio, list(events)))
-        if len(self._unsent) <= MAX_UNSENT:
-            return 0
-        lost, events = self._unsent.popleft()
-        self._unsent[0][1][:0] = events
+        lost = None
+        if self.closing is None:
+            self._unsent.append((audio, events))
+        if len(self._unsent) > MAX_UNSENT:
+            lost, events = self._unsent.popleft()
+            self._unsent[0][1][:0] = events
         return int(lost is not None)
 
     def end(self, code: int, reason: str, message: str = "") -> None:
@@ -260,28 +190,24 @@ class Connection:
         self.put(None, [*error, {"type": "bye", "reason": reason}])
         self.closing, self.left = self.closing or (code, reason), True
 
-    async def receive(self) -> tuple[np.ndarray | None, list[dict]] | None:
-        """Audio and requests of the next message; None once the client has gone.
-
-        Raises `ProtocolError`.
-        """
+    async def receive(self) -> np.ndarray | dict | None:
+        """What the next message holds. Raises `ProtocolError`, and `ConnectionError` at the end."""
         message = await self.websocket.receive()
         if message["type"] == "websocket.disconnect":
             # A lost connection has no reason; a proxy that ends one, or a page's reload, says 1001.
             self.left |= "reason" in message and message["code"] != 1001
-            return None
-        if not self._messages.take():
-            raise ProtocolError(1008, f"more than {MESSAGES_A_SECOND} messages a second")
+            raise ConnectionError
         data = message.get("bytes")
-        audio = self.protocol.receive(message.get("text") if data is None else data)
-        if audio is not None and not self._samples.take(len(audio)):
-            raise ProtocolError(1008, f"audio at more than {TIMES_REAL_TIME} times real time")
-        requests, self.protocol.requests = self.protocol.requests, []
+        said = self.protocol.receive(message.get("text") if data is None else data)
+        seconds = len(said) / SAMPLE_RATE if isinstance(said, np.ndarray) else 0
+        if not self._allowance.take(max(1 / MESSAGES_A_SECOND, seconds / TIMES_REAL_TIME)):
+            most = f"{MESSAGES_A_SECOND} messages a second, or {TIMES_REAL_TIME} times real time"
+            raise ProtocolError(1008, f"more than {most}")
         self._more.set()  # it may have answered
-        return audio, requests
+        return said
 
     async def send(self) -> None:
-        """Send what is queued, as it comes, until told to end; then close."""
+        """Send what is queued, as it comes, until told to end or the client has gone."""
         while self.closing is None or self._unsent:
             await self._more.wait()
             self._more.clear()
@@ -294,12 +220,11 @@ class Connection:
                     write = to.send_bytes if isinstance(message, bytes) else to.send_text
                     try:
                         await asyncio.wait_for(write(message), SEND_SECONDS)
-                    except RuntimeError as error:  # malformed: the WebSocket's layer closed it
-                        raise ConnectionError(str(error)) from error
-        await self.websocket.close(self.closing[0], self.closing[1])
+                    except Exception:  # a lost client, or one that takes nothing
+                        return
 
 
-def make_metrics(engine: DuplexEngine, calls: Callable[[], int]) -> SimpleNamespace:
+def make_metrics(slots: int, calls: dict) -> SimpleNamespace:
     """What `/metrics` tells of one server."""
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
@@ -308,8 +233,8 @@ def make_metrics(engine: DuplexEngine, calls: Callable[[], int]) -> SimpleNamesp
     ProcessCollector(registry=to["registry"])  # CPU and memory
     memory = Gauge("gpu_memory_bytes", "taken by this process; 0 without a GPU", **to)
     memory.set_function(torch.cuda.memory_reserved)
-    Gauge("slots", "callers at most", **to).set(engine.slots)
-    Gauge("live_calls", "those that rest among them", **to).set_function(calls)
+    Gauge("slots", "callers at most", **to).set(slots)
+    Gauge("live_calls", "those that rest among them", **to).set_function(lambda: len(calls))
     return SimpleNamespace(
         registry=to["registry"],
         calls=Counter("calls", "callers taken", ["how"], **to),
@@ -322,178 +247,155 @@ def make_metrics(engine: DuplexEngine, calls: Callable[[], int]) -> SimpleNamesp
 
 
 class Server:
-    """Callers on one side, the scheduler on the other, on one event loop."""
+    """Callers on one side, the engine on the other, on one event loop."""
 
     def __init__(self, engine: DuplexEngine, args: argparse.Namespace):
-        self.engine, self.args, self.loop = engine, args, asyncio.get_running_loop()
+        self.engine, self.args = engine, args
+        self.scheduler = Scheduler(engine, args.buffer_seconds, args.threads)
+        self.metrics = make_metrics(engine.slots, self.scheduler.calls)
         self.connections: set[Connection] = set()
         self.draining: float | None = None  # since when
-        self.failure: BaseException | None = None
-        self.stopped = asyncio.Event()
-        later = self.loop.call_soon_threadsafe
-        self.scheduler = Scheduler(
-            engine, args, lambda *told: later(self._deliver, *told), lambda e: later(self._fail, e)
-        )
-        self.metrics = make_metrics(engine, lambda: len(self.scheduler.calls))
 
-    # ---- a client comes
-    def allows(self, tokens: Iterable[str]) -> bool:
-        return not self.args.token or any(same(token, self.args.token) for token in tokens)
+    def allows(self, request: Any, said: str | None = None) -> bool:
+        """Whether a client gives the token: in a header, in the URL, as OpenAI's do in a browser,
+        or `said` in a message."""
+        kind, _, value = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() == "basic":
+            with contextlib.suppress(ValueError):
+                value = base64.b64decode(value).decode("utf-8", "replace").rpartition(":")[2]
+        offered = request.scope.get("subprotocols", ())
+        keys = [name.partition("openai-insecure-api-key.")[2] for name in offered]
+        given = [value, request.query_params.get("token", ""), said or "", *keys]
+        return not self.args.token or any(same(token, self.args.token) for token in given)
 
     def allows_origin(self, headers: Any) -> bool:
-        """Whether a page may connect: one of this host's own, or an allowed one. Only browsers
-        name an origin."""
+        """Whether a page may connect: one of this host, or an allowed one; only pages name one."""
         origin, allowed = headers.get("origin"), self.args.allow_origin
-        if origin is None or "*" in allowed or origin in allowed:
-            return True
-        with contextlib.suppress(ValueError):
-            return urlsplit(origin).netloc in (headers.get("host"), headers.get("x-forwarded-host"))
-        return False
+        own = headers.get("host"), headers.get("x-forwarded-host")
+        return "*" in allowed or origin in (None, *allowed) or origin.partition("://")[2] in own
 
-    async def serve_client(self, websocket: Any, make_protocol: type[Protocol]) -> None:
+    async def serve_client(self, make_protocol: type[Protocol], websocket: Any) -> None:
         """One WebSocket from its handshake to its end, whatever its client does."""
-        from starlette.websockets import WebSocketDisconnect
-
         offered = websocket.scope.get("subprotocols", ())
         await websocket.accept(subprotocol="realtime" if "realtime" in offered else None)
         connection = Connection(websocket, make_protocol(websocket.query_params))
         self.connections.add(connection)
-        tasks = [asyncio.create_task(t) for t in (connection.send(), self._read(connection))]
+        parts = connection.send(), self._read(connection)
+        sending, reading = tasks = [asyncio.create_task(part) for part in parts]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            ends = connection.closing is not None  # else wait for the reason to be read
-            await asyncio.wait(tasks[: 2 - ends], timeout=SEND_SECONDS if ends else WATCH_SECONDS)
+            # Last words are to be sent, or a client's reason to leave may not be read yet.
+            last, most = (sending, SEND_SECONDS) if connection.closing else (reading, WATCH_SECONDS)
+            await asyncio.wait([last], timeout=most)
         finally:
             for task in tasks:
                 task.cancel()
             self.connections.discard(connection)
-            self._leave(connection)
-        gone = WebSocketDisconnect, ConnectionError, asyncio.TimeoutError
+            call, connection.call = connection.call, None
+            if call is not None and (connection.left or not connection.protocol.rejoins):
+                del self.scheduler.calls[call.slot]
+            elif call is not None:
+                call.rest()
         for end in await asyncio.gather(*tasks, return_exceptions=True):
-            if isinstance(end, Exception) and not isinstance(end, gone):  # a bug
-                traceback.print_exception(type(end), end, end.__traceback__)
-                with contextlib.suppress(Exception):
-                    await websocket.close(1011)
+            if isinstance(end, Exception):  # a bug
+                traceback.print_exception(end)
+                connection.closing = 1011, "an internal error"
+        if connection.closing is not None:
+            with contextlib.suppress(Exception):  # it may be closed
+                await websocket.close(*connection.closing)
 
     async def _read(self, connection: Connection) -> None:
-        try:
-            await self._join(connection)
-            while connection.call and (received := await connection.receive()) is not None:
-                if connection.call is not None:
-                    self._take(connection.call, *received)
-        except ProtocolError as error:
-            self.metrics.refused.labels(str(error.code)).inc()
-            connection.end(error.code, "refused", str(error))
-
-    async def _join(self, connection: Connection) -> None:
-        """Check a client and give it a call. Raises `ProtocolError` where it gets none."""
-        protocol, websocket, requests = connection.protocol, connection.websocket, []
-        if not self.allows_origin(websocket.headers):
-            raise ProtocolError(1008, "pages of this origin may not connect")
         until = time.monotonic() + START_SECONDS
-        while not protocol.started:
-            left = until - time.monotonic()
-            try:
-                received = await asyncio.wait_for(connection.receive(), left)
-            except asyncio.TimeoutError:
-                raise ProtocolError(1008, "no start message came") from None
-            if received is None:
-                return
-            requests += received[1]
-        if not self.allows([*tokens_of(websocket), protocol.token or ""]):
+        try:
+            if not self.allows_origin(connection.websocket.headers):
+                raise ProtocolError(1008, "pages of this origin may not connect")
+            while connection.closing is None:
+                if connection.call is None and connection.protocol.started:
+                    self._join(connection)
+                left = None if connection.call else until - time.monotonic()
+                said = await asyncio.wait_for(connection.receive(), left)
+                if connection.call is not None:
+                    self._take(connection.call, said)
+        except ConnectionError:
+            return
+        except (ProtocolError, asyncio.TimeoutError) as error:
+            code = getattr(error, "code", 1008)
+            self.metrics.refused.labels(str(code)).inc()
+            connection.end(code, "refused", str(error) or "no start message came")
+
+    def _join(self, connection: Connection) -> None:
+        """Give a client a call, a new one or its own. `ProtocolError` where it gets none."""
+        query = connection.websocket.query_params
+        if not self.allows(connection.websocket, connection.protocol.token):
             raise ProtocolError(1008, "a wrong token, or none")
         if self.draining is not None:
             raise ProtocolError(1013, "the server is shutting down; try again")
-        known, calls = websocket.query_params.get("call", ""), self.scheduler.calls.values()
-        calls = [call for call in calls if same(call.id, known)]
-        call = calls[0] if calls else self.scheduler.open()
+        own = [c for c in self.scheduler.calls.values() if same(c.id, query.get("call", ""))]
+        call = own[0] if own else self.scheduler.open()
         if call is None:
-            lines = f"all {self.engine.slots} lines are busy"
-            raise ProtocolError(1013, f"{lines}; try again in a minute")
-        if (other := call.connection) is not None:
-            other.call = None
-            other.end(TAKEN_OVER, "taken over")
-            self.scheduler.rest(call)
+            raise ProtocolError(1013, f"all {self.engine.slots} lines are busy; try again later")
+        if call.connection is not None:
+            call.connection.call = None
+            call.connection.end(TAKEN_OVER, "taken over")
+            call.rest()
         connection.call, call.connection = call, connection
+        self.metrics.calls.labels("rejoined" if own else "new").inc()
         config = self.engine.lm.config
-        protocol.greet({
-            "type": "ready", "call": call.id, "rejoined": bool(calls), "sample_rate": SAMPLE_RATE,
+        connection.put(None, [{
+            "type": "ready", "call": call.id, "rejoined": bool(own), "sample_rate": SAMPLE_RATE,
             "patch_ms": self.engine.patch_seconds * 1000, "emotions": list(config.emotions),
             "languages": list(config.languages), "recognises_emotion": bool(config.emotion_dim),
             "rejoin_seconds": self.args.rejoin_seconds,
-        })  # fmt: skip
-        self.metrics.calls.labels("rejoined" if calls else "new").inc()
-        voice = {k: v for k in ("emotion", "language") if (v := websocket.query_params.get(k))}
-        self._take(call, None, [{"type": "start", **voice}, *requests])
-        connection.put()
+        }])  # fmt: skip
+        voice = {name: query[name] for name in VOICE if query.get(name)}
+        self._take(call, {"type": "start", **voice})
 
-    def _take(self, call: Call, audio: np.ndarray | None, requests: list[dict]) -> None:
+    def _take(self, call: Call, said: np.ndarray | dict | None) -> None:
         call.heard = time.monotonic()
-        if audio is not None:
-            self.scheduler.feed(call, audio)
-        for request in requests:
-            names = "emotion", "language", "strength"
-            voice = {name: request[name] for name in names if name in request}
-            if voice.get("strength") is not None:
-                voice["strength"] = float(np.clip(voice["strength"], 0, 10))
-            if request["type"] == "stop":
-                call.connection.end(1000, "stop")
-            elif voice:
-                self.scheduler.set_voice(call, **voice)
+        if isinstance(said, np.ndarray):
+            call.inbox.push(said, self.engine.clock())
+            self.scheduler.fed.set()
+        elif said and said["type"] == "stop":
+            call.connection.end(1000, "stop")
+        elif said:
+            voice = call.voice | {name: said[name] for name in VOICE if name in said}
+            try:
+                if voice.get("strength") is not None:
+                    voice["strength"] = number(0, 10)(str(voice["strength"]))
+                self.engine.set_voice(call.slot, **voice)
+                call.voice = voice
+            except (UserError, argparse.ArgumentTypeError) as error:
+                call.connection.put(None, [{"type": "error", "message": str(error)}])
 
-    def _leave(self, connection: Connection) -> None:
-        """A connection has ended: its call too, or it rests until its caller is back."""
-        call, connection.call = connection.call, None
-        if call is not None:
-            rests = not connection.left and connection.protocol.rejoins and self.args.rejoin_seconds
-            (self.scheduler.rest if rests else self.scheduler.close)(call)
-
-    # ---- the engine answers
-    def _deliver(self, told: list[tuple], result: TickResult | None) -> None:
-        for call, connection, audio, events in told:
-            if connection is not None and connection.call is call:
-                self.metrics.unsent.inc(connection.put(audio, events))
-        if result is not None:
+    async def _answer(self) -> None:
+        async for told, result in self.scheduler.ticks():
+            for call, connection, events in told:
+                if connection.call is call:
+                    self.metrics.unsent.inc(connection.put(result.audio[call.slot], events))
             self.metrics.ticks.observe(result.times.total)
             self.metrics.dropped.inc(result.dropped.sum())
             for waited in result.waited[result.active]:
                 self.metrics.waited.observe(waited)
 
-    def _fail(self, error: BaseException) -> None:
-        self.failure = error
-        self._end_all(1011, "the engine failed")
-
-    # ---- time passes
-    async def watch(self) -> None:
-        """Ends what has lasted too long, and the server once its calls have ended."""
-        while not self.stopped.is_set():
-            await asyncio.sleep(WATCH_SECONDS)
-            now, args, calls = time.monotonic(), self.args, list(self.scheduler.calls.values())
-            for call in calls:
-                if call.connection is None:
-                    if now - call.rests_since > args.rejoin_seconds:
-                        self.scheduler.close(call)
-                elif args.idle_seconds and now - call.heard > args.idle_seconds:
-                    call.connection.end(1000, "idle")
-                elif args.max_call_seconds and now - call.began > args.max_call_seconds:
-                    call.connection.end(1000, "max_call_seconds")
-                elif self.draining is not None and not call.story.speaking["agent"]:
-                    call.connection.end(1001, "shutdown")
-            if self.draining is not None:
-                over = not any(call.connection for call in calls)
-                if over or now - self.draining > DRAIN_SECONDS:
-                    self._end_all(1001, "shutdown")
-
-    def _end_all(self, code: int, reason: str) -> None:
-        for connection in self.connections:
-            connection.end(code, reason)
-        self.stopped.set()
+    def _watch(self) -> bool:
+        """Ends what has lasted too long; True once a server that is to end has no calls left."""
+        now, args, calls = time.monotonic(), self.args, self.scheduler.calls
+        for call in list(calls.values()):
+            if call.connection is None:
+                if now - call.heard > args.rejoin_seconds:
+                    del calls[call.slot]
+            elif 0 < args.idle_seconds < now - call.heard:
+                call.connection.end(1000, "idle")
+            elif 0 < args.max_call_seconds < now - call.began:
+                call.connection.end(1000, "max_call_seconds")
+            elif self.draining is not None and not call.story.speaking["agent"]:
+                call.connection.end(1001, "shutdown")
+        over = not any(call.connection for call in calls.values())
+        return self.draining is not None and (over or now - self.draining > DRAIN_SECONDS)
 
     def drain(self) -> None:
         """No new calls; those there are end with their agent's words. A second time: at once."""
-        if self.draining is not None:
-            self._end_all(1001, "shutdown")
-        self.draining = time.monotonic()
+        self.draining = time.monotonic() if self.draining is None else -math.inf
 
     async def run(self, listener: socket.socket) -> None:
         """Serve until SIGTERM or Ctrl-C and the agents' last words. Raises what broke it."""
@@ -503,18 +405,22 @@ class Server:
         settings |= {"ws_ping_interval": PING_SECONDS, "ws_ping_timeout": PING_SECONDS}
         settings |= {"log_level": "critical", "timeout_graceful_shutdown": 2}
         web = uvicorn.Server(uvicorn.Config(build_app(self), **settings))
-        web.handle_exit = lambda *_: self.loop.call_soon_threadsafe(self.drain)
-        self.scheduler.start()
-        tasks = [asyncio.create_task(part) for part in (self.watch(), web.serve([listener]))]
-        await self.stopped.wait()
+        loop = asyncio.get_running_loop()
+        web.handle_exit = lambda *_: loop.call_soon_threadsafe(self.drain)
+        serving, answering = (loop.create_task(t) for t in (web.serve([listener]), self._answer()))
+        while not (answering.done() or self._watch()):
+            await asyncio.wait([answering], timeout=WATCH_SECONDS)
+        why = (1011, "the engine failed") if answering.done() else (1001, "shutdown")
+        for connection in self.connections:
+            connection.end(*why)
         until = time.monotonic() + 2.0  # for goodbyes
         while web.server_state.connections and time.monotonic() < until:
             await asyncio.sleep(WATCH_SECONDS)
         web.should_exit = True
-        await asyncio.wait(tasks)
-        self.scheduler.stop()
-        if self.failure is not None:
-            raise self.failure
+        await serving
+        answering.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await answering
 
 
 def same(one: str, other: str) -> bool:
@@ -522,23 +428,11 @@ def same(one: str, other: str) -> bool:
     return hmac.compare_digest(*(text.encode("utf-8", "replace") for text in (one, other)))
 
 
-def tokens_of(request: Any) -> list[str]:
-    """What a client gives as its token: in a header, in the URL, or as OpenAI's browsers do."""
-    kind, _, value = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() == "basic":
-        with contextlib.suppress(ValueError):
-            value = base64.b64decode(value).decode("utf-8", "replace").rpartition(":")[2]
-    keys = [
-        k.partition("openai-insecure-api-key.")[2] for k in request.scope.get("subprotocols", ())
-    ]
-    return [value, request.query_params.get("token", ""), *keys]
-
-
 def build_app(server: Server) -> Any:
     """The web application: the page, health, metrics, and a WebSocket for each protocol."""
     from fastapi import FastAPI
     from prometheus_client import generate_latest
-    from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+    from starlette.responses import FileResponse, JSONResponse, Response
     from starlette.routing import Route, WebSocketRoute
 
     async def page(request: Any) -> Response:
@@ -550,47 +444,36 @@ def build_app(server: Server) -> Any:
         return JSONResponse({"status": state, **counts}, code)
 
     async def metrics(request: Any) -> Response:
-        if not server.allows(tokens_of(request)):
-            return PlainTextResponse("a wrong token, or none\n", 401)
+        if not server.allows(request):
+            return Response("a wrong token, or none\n", 401)
         return Response(generate_latest(server.metrics.registry), media_type="text/plain")
 
-    routes: list = [Route("/", page), Route("/ping", ping), Route("/metrics", metrics)]
+    routes = [Route(*place) for place in (("/", page), ("/ping", ping), ("/metrics", metrics))]
     for path, protocol in PROTOCOLS.items():
-        serve_client = functools.partial(server.serve_client, make_protocol=protocol)
-        routes.append(WebSocketRoute(path, serve_client))
+        routes.append(WebSocketRoute(path, partial(server.serve_client, protocol)))
     return FastAPI(routes=routes, openapi_url=None)
-
-
-# ------------------------------------------------------------------------------------------ main
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     for name in ("fastapi", "uvicorn", "websockets", "prometheus_client", "sphn"):
         if importlib.util.find_spec(name) is None:
-            pip = "pip install fastapi uvicorn websockets prometheus-client sphn"
-            raise UserError(f"the server needs {name}: {pip}")
+            raise UserError(f"the server needs {name}: pip install -r requirements.txt")
     host = args.host or ("0.0.0.0" if args.token else "127.0.0.1")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, args.port), family=family)
     device = setup_distributed(args.device).device
-    if device.type == "cpu":
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     codec, lm = load_models(args.codec, args.lm, str(device))
     sampling = Sampling() if args.temperature is None else Sampling(args.temperature)
-    engine = DuplexEngine(
-        codec, lm, args.slots, sampling, args.seed, emotion_strength=args.emotion_strength
-    )
+    engine = DuplexEngine(codec, lm, args.slots, sampling, args.seed,
+                          emotion_strength=args.emotion_strength)  # fmt: skip
     engine.warm_up()
     print(f"codec {args.codec}, dialogue model {args.lm}, on {device}, {args.slots} slots")
     if not args.token and host not in ("127.0.0.1", "::1", "localhost"):
         print("whoever reaches this port may call: give it a --token")
     print(f"http://{host}:{listener.getsockname()[1]}/", flush=True)
-
-    async def serve() -> None:
-        await Server(engine, args).run(listener)
-
-    asyncio.run(serve())
+    asyncio.run(Server(engine, args).run(listener))
     print("every call has ended")
 
 
