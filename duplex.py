@@ -1,9 +1,8 @@
 """The real-time engine: microphone frames in, reply frames out, timed stage by stage.
 
 One tick is one patch of the dialogue LM (`frames_per_step` codec frames, 40 ms by default):
-input samples -> `codec.encode_step` -> `lm.step` (temporal, text, depth) -> `codec.decode_step`
--> output samples, for `slots` callers at once, each reset on its own. On a GPU all of it is CUDA
-graphs, one a stage, which work in buffers that stay where they are.
+samples -> `codec.encode_step` -> `lm.step` (temporal, text, depth) -> `codec.decode_step` ->
+samples, for `slots` callers at once. On a GPU it is CUDA graphs, one a stage, in static buffers.
 
 Letters in shapes: `B` slots, `T` samples, `K` codebooks, `p` codec frames in a patch.
 Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 in [-1, 1].
@@ -32,9 +31,6 @@ from training import StepGraph
 
 MAX_QUEUED_PATCHES = 3
 QUIET_TICKS = 12  # without sound of the agent: its turn is over
-
-
-# ----------------------------------------------------------------------------------- the models
 
 
 def check_codec_matches(codec: Codec, lm: S2S) -> None:
@@ -69,12 +65,11 @@ def halve(lm: S2S) -> None:
 
 
 class ReplyText:
-    """Token ids in, readable text out as soon as its bytes are complete. PAD adds nothing.
-
-    A token is decoded behind what came out last, on which its leading space may hang."""
+    """Token ids in, readable text out as soon as its bytes are complete. PAD adds nothing. A token
+    is decoded behind what came out last, on which its leading space may hang."""
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer, self._before, self._ids, self.text = tokenizer, [], [], ""
+        self._tokenizer, self._before, self._ids = tokenizer, [], []
         self._shown = ""  # what `_before` is alone
 
     def push(self, token: int) -> str:
@@ -88,11 +83,7 @@ class ReplyText:
             return ""
         self._before, self._ids = self._ids, []
         self._shown = self._tokenizer.decode(self._before)
-        self.text += new
         return new
-
-
-# ------------------------------------------------------------------------------------ the queue
 
 
 class QueuedPatch(NamedTuple):
@@ -103,11 +94,8 @@ class QueuedPatch(NamedTuple):
 
 
 class PatchQueue(deque[QueuedPatch]):
-    """One caller's input, cut into patches.
-
-    Beyond `most` the oldest are dropped. One silent patch stands for all that were
-    dropped in a row, so that speech from before and after the gap is not spliced into new words.
-    """
+    """One caller's input, cut into patches. Beyond `most` the oldest are dropped; a silent patch
+    stands for all dropped in a row, lest speech around the gap be spliced into new words."""
 
     def __init__(self, patch_samples: int, most: int = MAX_QUEUED_PATCHES):
         super().__init__()
@@ -127,9 +115,6 @@ class PatchQueue(deque[QueuedPatch]):
                 oldest, last = self.popleft(), self.popleft()
                 lost = max(oldest.lost, 1) + 1
                 self.appendleft(last._replace(audio=np.zeros_like(patch), lost=lost))
-
-
-# ----------------------------------------------------------------------------------- the engine
 
 
 class BargeInFlush:
@@ -163,11 +148,8 @@ class BargeInFlush:
 
 
 class EmotionEstimate:
-    """The users' emotions as posteriors [B, 8] in `posterior`, a causal mean of a turn's speech.
-
-    Log-probabilities of the ticks with speech are averaged, those of `MEMORY_SECONDS` ago at 1/e; a
-    turn after a pause of `PAUSE_SECONDS` begins anew.
-    """
+    """The users' emotions in `posterior` [B, 8]: a turn's log-probabilities in ticks with speech
+    averaged, those of `MEMORY_SECONDS` ago at 1/e. A pause of `PAUSE_SECONDS` ends a turn."""
 
     MEMORY_SECONDS, PAUSE_SECONDS = 2.0, 0.6
     SURE_SECONDS, SURE = 0.4, 0.5  # of speech and of posterior, before a name is said
@@ -226,14 +208,13 @@ class DuplexEngine:
     """Codec and dialogue LM in lock-step, for `slots` callers on one device.
 
     `feed` queues a slot's input, `run_once` runs a tick over the slots that have a patch waiting:
-    all keep one cadence, and a caller whose patch is late misses that tick, which waits for none.
-    `tick` is the step itself, for callers with queues of their own. What a slot says depends on its
-    input, its settings and its seed alone, not on who else is there.
+    a caller whose patch is late misses that tick, which waits for none. `tick` is the step itself,
+    for callers with queues of their own. What a slot says depends on its input, settings and seed
+    alone, not on who else is there.
 
     sampling: what slots begin with (None: the LM's default) and their widest `top_k`. clock:
     seconds, monotonic. emotion_strength: of what `set_voice` sets; all but 1 cost a second row of
-    the LM a slot. graphs: on a GPU, whether to capture. Raises `UserError` where LM and codec are
-    no pair.
+    the LM a slot. graphs: on a GPU, whether to capture. UserError where LM and codec are no pair.
     """
 
     def __init__(
@@ -272,8 +253,8 @@ class DuplexEngine:
         self._step = StepGraph(self._stages, 3 if self._stream and graphs else math.inf, self._mark)
 
     def _make_buffers(self) -> None:
-        """What comes in, a row a slot, filled on the host: samples, then whether active, whether
-        muted, the agent's emotion and language, the emotion's strength, sampling (7 numbers)."""
+        """What comes in, a row a slot, filled on the host: samples, whether active, whether muted,
+        the agent's emotion and language, the emotion's strength, sampling (7 numbers)."""
         self._given = torch.zeros(self.slots, self.patch_samples + 12)
         if self.device.type == "cuda":
             self._given = self._given.pin_memory()
@@ -305,7 +286,7 @@ class DuplexEngine:
 
     def suspend(self, slot: int) -> None:
         """Stop a slot's clock: it is not ticked, what it is fed is dropped, and all that it holds,
-        up to three patches in its queue too, waits for `resume`."""
+        its queue too, waits for `resume`."""
         self._suspended[slot] = True
 
     def resume(self, slot: int) -> None:
@@ -331,10 +312,8 @@ class DuplexEngine:
     ) -> None:  # fmt: skip
         """The agent's emotion and language in one slot, None = its own choice; also mid-call, when
         the emotion waits for the agent's next turn. strength: of the emotion, None = the engine's.
-
-        Raises `UserError` for one that the model does not know, and for a strength in an engine
-        that was made without.
-        """
+        Raises `UserError` for a name that the model does not know, and for a strength in an engine
+        that was made without."""
         c = self.lm.config
         for what, name, known, ids in (
             ("emotion", emotion, c.emotions, self._asked_emotion),
@@ -352,15 +331,12 @@ class DuplexEngine:
         """For `vad_flush`: whether a detector finds voice in the user's audio now."""
         self._flush.voice[slot] = speaking
 
-    def feed(
-        self, slot: int, audio: np.ndarray, arrived: float | None = None, bounded: bool = True
-    ) -> None:
+    def feed(self, slot: int, audio: np.ndarray, arrived=None, bounded: bool = True) -> None:
         """Queue a slot's input samples [T]; `arrived` (the clock's now by default) is when the
         last of them came in, and the start of what `waited` measures."""
-        if self._suspended[slot]:
-            return
-        now = self.clock() if arrived is None else arrived
-        self.queues[slot].push(audio, now, bounded)
+        if not self._suspended[slot]:
+            now = self.clock() if arrived is None else arrived
+            self.queues[slot].push(audio, now, bounded)
 
     def run_once(self) -> TickResult | None:
         """One tick over the slots with a patch waiting; None when there is none."""
@@ -378,8 +354,7 @@ class DuplexEngine:
         return result
 
     def warm_up(self, ticks: int = 8) -> int:
-        """Run silent ticks, then forget them: lazy initialisation and the capture of graphs, in
-        the fourth, are no caller's latency."""
+        """Silent ticks, forgotten: initialisation and, in the fourth, capture delay no caller."""
         for _ in range(ticks):
             self.tick(np.zeros((self.slots, self.patch_samples), np.float32))
         self.reset()
@@ -461,17 +436,14 @@ class DuplexEngine:
         return self._got.numpy()
 
     def _mark(self) -> None:
-        if self._stream is None:
-            self._marks.append(self.clock())
-        else:
-            self._marks.append(self._stream.record_event(torch.cuda.Event(enable_timing=True)))
+        stream = self._stream
+        self._marks.append(self.clock() if stream is None else
+                           stream.record_event(torch.cuda.Event(enable_timing=True)))  # fmt: skip
 
 
 def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Audio [B, T] with silence for what is not a number, and how many samples that were, [B].
-
-    One NaN would stay in the caches for as long as the attention looks back.
-    """
+    """Audio [B, T] with silence for what is not a number, as one NaN would stay in the caches for
+    as long as the attention looks back; and how many samples that were, [B]."""
     numbers = np.isfinite(audio)
     return np.where(numbers, audio, np.float32(0)), (~numbers).sum(1)
 
@@ -492,8 +464,7 @@ class Story:
         self._ticks: list[tuple] = []  # (waited, *times) since the last latency event
 
     def tell(self, slot: int, result: TickResult, lost: int) -> list[dict]:
-        """The events of a tick just run, in the order in which a client needs them; `lost`: for how
-        many dropped patches it stands."""
+        """The events of a tick just run, in a client's order; it stands for `lost` patches."""
         self.counts.update(received=max(lost, 1), answered=1, dropped=lost)
         self.counts["late"] += result.times.total > self._seconds
         events = [{"type": "dropped", "patches": lost - 1}] if lost else []
@@ -511,18 +482,16 @@ class Story:
 
     def _speech(self, who: str, sounds: bool, token: int) -> list[dict]:
         self._quiet[who] = 0 if sounds else self._quiet[who] + 1
-        now = sounds or (self.speaking[who] and self._quiet[who] < QUIET_TICKS)
-        events = []
-        if now and not self.speaking[who]:
+        before, events = self.speaking[who], []
+        now = self.speaking[who] = sounds or (before and self._quiet[who] < QUIET_TICKS)
+        if now and not before:
             events.append({"type": "speech", "who": who, "speaking": True})
-        text = self._words[who].push(token)
-        if text:
+        if text := self._words[who].push(token):
             events.append({"type": "text", "who": who, "text": text, "turn": self._turn[who]})
-        if self.speaking[who] and not now:
+        if before and not now:
             events.append({"type": "speech", "who": who, "speaking": False})
             self._words[who] = ReplyText(self._lm.tokenizer)
             self._turn[who] += 1
-        self.speaking[who] = now
         return events
 
     def _feeling(self, slot: int, result: TickResult) -> list[dict]:
@@ -537,12 +506,11 @@ class Story:
         }]  # fmt: skip
 
     def _latency(self) -> dict:
-        waited, *stages, total = 1000 * np.array(self._ticks).T
+        ticks = 1000 * np.array(self._ticks)
         self._ticks = []
-        names = ("encode", "temporal", "depth", "decode")
+        most, (waited, *stages, total) = ticks.max(0).round(2), ticks.mean(0).round(2)
         return {
-            "type": "latency", "tick_ms": round(total.mean(), 2),
-            "tick_max_ms": round(total.max(), 2), "waited_ms": round(waited.mean(), 2),
-            "waited_max_ms": round(waited.max(), 2), **self.counts,
-            "stages": {n: round(s.mean(), 2) for n, s in zip(names, stages, strict=True)},
+            "type": "latency", "tick_ms": total, "tick_max_ms": most[-1], "waited_ms": waited,
+            "waited_max_ms": most[0], **self.counts,
+            "stages": dict(zip(StageTimes._fields, stages, strict=False)),
         }  # fmt: skip

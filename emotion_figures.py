@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 STABLE_SECONDS = 1.5  # of speech, after which a name should stand
-NOTE = (
-    "These are rendered styles, not people: speech engines say each emotion by fixed\n"
-    "changes of pitch, range, rate, level and tilt. How well people's are told, the\n"
-    "figures do not say."
-)
+NOTE = """\
+These are rendered styles, not people: speech engines say each emotion by fixed
+changes of pitch, range, rate, level and tilt. How well people's are told, the
+figures do not say."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,10 @@ def detection(found: Sequence[Told]) -> dict:
         mine = [(t.asked, t.told) for t in found if speaker in (None, t.speaker)]
         return {"utterances": len(mine), **accuracies(*zip(*mine, strict=True))}
 
+    p50, p95 = np.percentile(seconds, (50, 95)).round(2).tolist() if seconds else (None, None)
     return {
         **of(), "unweighted_accuracy_of_asked": of_asked["unweighted_accuracy"],
-        "sure": round(len(seconds) / len(found), 4),
-        "stable_p50_s": round(float(np.median(seconds)), 2) if seconds else None,
-        "stable_p95_s": round(float(np.percentile(seconds, 95)), 2) if seconds else None,
+        "sure": round(len(seconds) / len(found), 4), "stable_p50_s": p50, "stable_p95_s": p95,
         "calibration_error": round(float(sum(errors)), 4),
         "speakers": {speaker: of(speaker) for speaker in sorted({t.speaker for t in found})},
         "confusion": {asked: dict(row) for asked, row in confusion.items()},

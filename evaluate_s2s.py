@@ -12,12 +12,10 @@ one `DuplexEngine` at once, not paced. Replies are judged on the audio clock, a 
     right_audio  the same of the phones that a recogniser (hama) finds in the sound, against those
                  that it finds in the right reply in the agent's own voice
 
-The recogniser is examined first by the same rule, on replies of the training scripts in the agent's
-voice at another speed, clean and through the codec: with less than 80 % of either it is not
-trusted, and the text's figure stands alone. The goals: 95 % answered, 95 % of responses within
-400 ms, and right 70 % in English, 50 % in Hindi and Telugu.
-
-The last line of stdout is the summary as JSON; `--output` also holds every turn.
+A recogniser that finds less than 80 % of replies of the training scripts by the same rule, in the
+agent's voice at another speed, clean or through the codec, is not trusted: the text's figure stands
+alone. The goals: 95 % answered, 95 % of responses within 400 ms, and right 70 % in English, 50 % in
+Hindi and Telugu. The last line of stdout is the summary as JSON; `--output` also holds every turn.
 
 `--emotion` measures instead, with `--output x.json` a picture x.png of the confusions:
 
@@ -51,6 +49,7 @@ from pathlib import Path
 import numpy as np
 import soxr
 import torch
+from torchaudio.functional import edit_distance
 from tqdm import tqdm
 
 import emotion_figures
@@ -88,22 +87,6 @@ ACCURACIES = ("unweighted_accuracy", "unweighted_accuracy_of_asked")
 TARGETS = {"english": 0.7, "hindi": 0.5, "telugu": 0.5}
 
 
-# ---------------------------------------------------------------------------------- comparisons
-
-
-def edit_distance(one: Sequence, two: Sequence) -> int:
-    """Levenshtein distance between two sequences of comparable symbols."""
-    symbols = {symbol: i for i, symbol in enumerate(dict.fromkeys([*one, *two]))}
-    columns = np.array([symbols[s] for s in two], dtype=np.int64)
-    steps = np.arange(len(columns) + 1)
-    row = steps.copy()
-    for i, symbol in enumerate(one, start=1):
-        new = np.minimum(row[1:] + 1, row[:-1] + (columns != symbols[symbol]))
-        new = np.concatenate([[i], new])
-        row = np.minimum.accumulate(new - steps) + steps  # insertions, all at once
-    return int(row[-1])
-
-
 def nearest(found: Sequence, candidates: dict[str, Sequence]) -> tuple[str | None, float]:
     """(key of the nearest candidate, edit distance as a share of the longer); (None, 1) if none."""
 
@@ -124,11 +107,10 @@ def normalise(text: str) -> str:
 
 def right_text(said: str, reply: str, replies: Sequence[str]) -> bool:
     """Whether `said` is nearer to `reply` than to all other replies, and nearly the same."""
-    texts = {normalise(text): normalise(text) for text in (*replies, reply)}
-    said, wanted = normalise(said), normalise(reply)
+    said, wanted, *others = map(normalise, (said, reply, *replies))
     if edit_distance(said, wanted) > MAX_TEXT_ERROR * len(wanted):
         return False
-    return nearest(said, texts)[0] == wanted
+    return nearest(said, {text: text for text in (*others, wanted)})[0] == wanted
 
 
 # ---------------------------------------------------------------------------------- calls
@@ -157,9 +139,7 @@ class Call:
     speaker: str = ""
 
 
-def ask(
-    exchanges: Sequence[Exchange], language: str, args: argparse.Namespace
-) -> tuple[list[Call], list[str]]:
+def ask(exchanges: Sequence[Exchange], language: str, args) -> tuple[list[Call], list[str]]:
     """A call for each of up to `--questions_per_exchange` wordings of an exchange, and why others
     could not be spoken. UserError without a voice for the split, or without any call."""
     rng = np.random.default_rng([args.seed, SPOKEN.index(language), SPLITS.index(args.split)])
@@ -222,9 +202,7 @@ def training_replies(exchanges: Sequence[Exchange], language: str, args) -> dict
     return replies
 
 
-def hold_calls(
-    codec: Codec, lm: S2S, calls: Sequence[Call], args: argparse.Namespace
-) -> list[dict[str, np.ndarray]]:
+def hold_calls(codec: Codec, lm: S2S, calls: Sequence[Call], args) -> list[dict[str, np.ndarray]]:
     """Plays every call to a slot of one engine, as fast as the machine goes; those of like length
     share a round. Of each, in order of `calls`, the slot's rows of `TickResult`, one a patch of the
     input: audio `[P, T]`, text, user_speaking `[P]`, user_emotion `[P, 8]`, language `[P, 3]`."""
@@ -245,10 +223,8 @@ def hold_calls(
             frames[slot].reshape(-1)[: len(calls[i].audio)] = calls[i].audio
             language = calls[i].language if args.tell_language else None
             engine.set_voice(slot, calls[i].agent_emotion, language)
-        ticks = [
-            engine.tick(frames[:, tick], active=tick < counts)
-            for tick in tqdm(range(counts.max()), "calls", unit="tick", disable=None)
-        ]
+        numbers = tqdm(range(counts.max()), "calls", unit="tick", disable=None)
+        ticks = [engine.tick(frames[:, tick], active=tick < counts) for tick in numbers]
         for slot, i in enumerate(batch):
             replies[i] = {
                 name: np.stack([getattr(tick, name)[slot] for tick in ticks[: patches[i]]])
@@ -295,8 +271,8 @@ class Judge:
 
 
 def load_judge(name: str) -> Judge | None:
-    """hama. It knows English and Korean; other languages come out as the same wrong phones each
-    time, which is enough to tell replies apart. `auto` does without where it is not installed."""
+    """hama. It knows English and Korean; others come out as the same wrong phones each time, which
+    is enough to tell replies apart. `auto` does without where it is not installed."""
     if name == "none":
         return None
     try:
@@ -311,9 +287,7 @@ def load_judge(name: str) -> Judge | None:
     return Judge(lambda audio: tuple(model.transcribe_waveform(audio, JUDGE_RATE).phonemes))
 
 
-def examine(
-    judge: Judge, replies: dict[str, str], language: str, codec: Codec, seed: int = 0
-) -> Judge:
+def examine(judge: Judge, replies: dict, language: str, codec: Codec, seed: int = 0) -> Judge:
     """The judge, with what it makes of replies (text → emotion) in the agent's voice. Those that
     no engine can say are counted on stderr."""
     known = _in_the_agents_voice(replies, language, 1.0)
@@ -343,9 +317,7 @@ def _through(codec: Codec, audio: np.ndarray) -> np.ndarray:
     return codec.decode(codes)[0, 0].float().cpu().numpy()
 
 
-def judge_call(
-    call: Call, agent: dict, lm: S2S, replies: Sequence[str], judge: Judge | None
-) -> list[dict]:
+def judge_call(call: Call, agent: dict, lm: S2S, replies, judge: Judge | None) -> list[dict]:
     """Every turn as it went; a reply's share of the call ends at the next question. `text` and
     `audio`: right or not, None without a judge; `emotion`, `language`: as recognised, as said."""
     c, reply = lm.config, agent["audio"].reshape(-1)
@@ -357,8 +329,7 @@ def judge_call(
     judged = []
     for turn, latency, until in zip(call.turns, latencies, ends, strict=True):
         first, turn_end, last = (int(s * c.patch_rate) for s in (turn.start, turn.end, until))
-        ids = [int(i) for i in agent["text"][first:last] if i != PAD]
-        said = lm.tokenizer.decode(ids).strip() if ids else ""
+        said = lm.tokenizer.decode([int(i) for i in agent["text"][first:last] if i != PAD]).strip()
         # A takeover is judged from its own beginning; otherwise what came earlier is no reply.
         begin = turn.end + min(ledger.TAKEOVER_SECONDS, latency or 0.0)
         audio = reply[int(begin * SAMPLE_RATE) : int(until * SAMPLE_RATE)]
@@ -420,9 +391,10 @@ def _flat(figures: dict, outer: str = "") -> dict:
     """Figures within figures as `outer inner`; confusions are for the picture."""
     found = {}
     for key, value in figures.items():
-        inside = isinstance(value, dict) and key != "confusion"
-        found |= _flat(value, f"{outer}{key} ") if inside else {f"{outer}{key}": value}
-    return {key: value for key, value in found.items() if not key.endswith("confusion")}
+        if key != "confusion":
+            inner = _flat(value, f"{outer}{key} ") if isinstance(value, dict) else None
+            found |= {f"{outer}{key}": value} if inner is None else inner
+    return found
 
 
 def _cell(key: str, value: float | None) -> str:
@@ -456,9 +428,8 @@ def _changed(args: argparse.Namespace, **changes) -> argparse.Namespace:
 
 
 def styled_calls(
-    exchanges, language: str, args, rng: np.random.Generator,
-    styles: Sequence[str] = STYLES_ASKED, after_neutral: bool = False,
-) -> list[Call]:  # fmt: skip
+    exchanges, language: str, args, rng, styles=STYLES_ASKED, after_neutral: bool = False
+) -> list[Call]:
     """`--styled` calls a style of one utterance each, in wordings and voices of the split, at the
     microphone's gain with `--gains`. `after_neutral`: a second before it the caller says another
     one neutrally."""
@@ -472,47 +443,39 @@ def styled_calls(
         style, seed = styles[i % len(styles)], int(rng.integers(2**31))
         speed = float(rng.uniform(*SPEED))
         requests.append(speech.Request(text, language, voice, speed, style, seed))
-    takes = make_takes(requests)
+    takes, befores = make_takes(requests), [None] * len(requests)
     if after_neutral:
-        first = [replace(r, text=str(more.choice(texts)), emotion="neutral") for r in requests]
-        takes = [_joined(*pair) for pair in zip(make_takes(first), takes, strict=True)]
-    for i, (request, take) in enumerate(zip(requests, takes, strict=True)):
+        befores = make_takes([replace(r, text=str(more.choice(texts)), emotion="neutral")
+                              for r in requests])  # fmt: skip
+    for i, (request, take, before) in enumerate(zip(requests, takes, befores, strict=True)):
         gain = 10 ** (more.uniform(*GAIN_DB) / 20) if args.gains else 1.0
-        if not isinstance(take, UserError):
-            call = _one_turn(f"{language}-{i}", request, take, "")
+        if not isinstance(take, UserError) and not isinstance(before, UserError):
+            call = _one_turn(f"{language}-{i}", request, take, "", before=before)
             calls.append(replace(call, audio=call.audio * np.float32(gain)))
     if not calls:
         raise UserError(f"no {language} utterance could be spoken in the {args.split} voices")
     return calls
 
 
-def _joined(first: Take | UserError, then: Take | UserError) -> Take | UserError:
-    """Both takes, a second apart, whose sound counts from where the latter begins."""
-    for take in (first, then):
-        if isinstance(take, UserError):
-            return take
-    audio = np.concatenate([first.audio, np.zeros(SAMPLE_RATE, np.float32), then.audio])
-    by = len(first.audio) / SAMPLE_RATE + 1.0
-    return Take(audio, by + then.onset, by + then.offset, None, None)
-
-
-def _one_turn(name: str, request: speech.Request, take: Take, reply: str, tail: float = 0.5):
-    """A call of one utterance; `tail` seconds of silence behind it."""
-    edges = (round(s * SAMPLE_RATE) for s in (LEAD_IN_SECONDS, tail))
-    start, end = LEAD_IN_SECONDS + take.onset, LEAD_IN_SECONDS + take.offset
-    turn = AskedTurn(start, end, request.text, request.emotion, reply)
-    audio, speaker = np.pad(take.audio, tuple(edges)), request.voice.speaker
-    return Call(name, request.language, audio, (turn,), speaker=speaker)
+def _one_turn(name: str, request, take: Take, reply: str, tail: float = 0.5, before=None) -> Call:
+    """A call of one utterance; `tail` seconds of silence behind it, a take a second `before` it."""
+    start, tail = (round(s * SAMPLE_RATE) for s in (LEAD_IN_SECONDS, tail))
+    audio = np.pad(take.audio, (start, tail))
+    if before:
+        audio = np.concatenate([np.pad(before.audio, (start, SAMPLE_RATE - start)), audio])
+    shift = (len(audio) - tail - len(take.audio)) / SAMPLE_RATE
+    span = shift + take.onset, shift + take.offset
+    turn = AskedTurn(*span, request.text, request.emotion, reply)
+    return Call(name, request.language, audio, (turn,), speaker=request.voice.speaker)
 
 
 def told_emotions(codec: Codec, lm: S2S, calls: Sequence[Call], args) -> list[Told]:
-    """The user's emotion at the end of calls of one turn, as `EmotionEstimate` tells it."""
     sides = zip(calls, hold_calls(codec, lm, calls, args), strict=True)
     return [told_emotion(*pair, lm.config) for pair in sides]
 
 
 def told_emotion(call: Call, agent: dict, config) -> Told:
-    """The same of one call, of what the LM of `config` made of it."""
+    """The user's emotion at the end of a call of one turn, as `EmotionEstimate` tells it."""
     rate, names, [turn] = config.patch_rate, [], call.turns
     first, last = (int(s * rate) for s in (turn.start, turn.end))
     estimate = EmotionEstimate(1, config.emotions, 1 / rate)
@@ -522,10 +485,9 @@ def told_emotion(call: Call, agent: dict, config) -> Told:
         names.append(estimate.name(0))
     changes = [t for t in range(first + 1, last + 1) if names[t] != names[t - 1]]
     seconds = (max(changes, default=first) + 1) / rate - turn.start if names[last] else None
-    [posterior] = estimate.posterior
-    told = config.emotions[int(posterior.argmax())]
-    likely = max(STYLES_ASKED, key=lambda style: posterior[config.emotions.index(style)])
-    return Told(turn.emotion, told, call.speaker, float(posterior.max()), seconds, likely)
+    sure = dict(zip(config.emotions, estimate.posterior[0].tolist(), strict=True))
+    told, likely = (max(names, key=sure.get) for names in (sure, STYLES_ASKED))
+    return Told(turn.emotion, told, call.speaker, sure[told], seconds, likely)
 
 
 def by_prosody(calls: Sequence[Call], exchanges, language: str, args, rng) -> dict:
@@ -549,9 +511,7 @@ def octave(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict:
     return found
 
 
-def fitting(
-    codec: Codec, lm: S2S, calls: Sequence[Call], exchanges, args
-) -> tuple[dict, list[str | None]]:
+def fitting(codec: Codec, lm: S2S, calls, exchanges, args) -> tuple[dict, list[str | None]]:
     """Shares of calls of one turn whose written reply is nearest to one for the same emotion of the
     user as the one wanted, and is the wanted one; and the nearest of all training scripts' replies
     to each, None where nothing was said."""
@@ -638,32 +598,30 @@ def control(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict:
 
 def evaluate_emotion(codec: Codec, lm: S2S, exchanges, language: str, args) -> dict:
     """`--emotion`: the figures of one language."""
-    rng, found = np.random.default_rng([args.seed, SPOKEN.index(language), 7]), {}
-    calls = styled_calls(exchanges, language, args, rng)
-    found["detection"] = emotion_figures.detection(told_emotions(codec, lm, calls, args))
-    again = styled_calls(exchanges, language, args, rng.spawn(1)[0], after_neutral=True)
-    later = emotion_figures.detection(told_emotions(codec, lm, again, args))
-    found["detection"]["after_neutral"] = {key: later[key] for key in ACCURACIES}
-    found["detection"]["prosody"] = by_prosody(calls, exchanges, language, args, rng)
-    found["detection"]["octave"] = octave(codec, lm, exchanges, language, args, rng)
-    print(f"{language}: {json.dumps(found)}", flush=True)
-    found["empathy"] = empathy(codec, lm, exchanges, language, args, rng)
-    found["words"] = words_alone(codec, lm, exchanges, language, args)
-    found["control"] = control(codec, lm, exchanges, language, args, rng)
-    return found
-
-
-# ---------------------------------------------------------------------------------- running
+    rng = np.random.default_rng([args.seed, SPOKEN.index(language), 7])
+    asked, models = (exchanges, language, args), (codec, lm)
+    calls = styled_calls(*asked, rng)
+    found = emotion_figures.detection(told_emotions(*models, calls, args))
+    again = styled_calls(*asked, rng.spawn(1)[0], after_neutral=True)
+    later = emotion_figures.detection(told_emotions(*models, again, args))
+    found["after_neutral"] = {key: later[key] for key in ACCURACIES}
+    found["prosody"] = by_prosody(calls, *asked, rng)
+    found["octave"] = octave(*models, *asked, rng)
+    print(f"{language}: {json.dumps({'detection': found})}", flush=True)
+    return {
+        "detection": found, "empathy": empathy(*models, *asked, rng),
+        "words": words_alone(*models, *asked), "control": control(*models, *asked, rng),
+    }  # fmt: skip
 
 
 def evaluate_language(
     codec: Codec, lms: Sequence[S2S], exchanges, language: str, replies, judge: Judge | None, args
 ) -> list[tuple[dict, list[dict]]]:
-    """Asks once, holds the calls with each LM and judges them: its figures, and every turn."""
+    """Asks once, holds the calls with each LM and judges them: figures and turns of each."""
     calls, left_out = ask(exchanges, language, args)
     seconds = sum(len(call.audio) for call in calls) / SAMPLE_RATE
-    known = f"{len(replies)} replies in training"
-    print(f"{language}: {len(calls)} calls, {seconds:.0f} s, {known}", flush=True)
+    print(f"{language}: {len(calls)} calls, {seconds:.0f} s, {len(replies)} replies in training",
+          flush=True)  # fmt: skip
     judge = judge and examine(judge, replies, language, codec, args.seed)
     trusted, found = judge if judge and judge.trusted else None, []
     for lm in lms:
@@ -715,9 +673,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         args.picture = args.output and args.output.with_suffix(".png")
         if args.output and args.picture == args.output:
             raise UserError(f"--output {args.output}: the picture's name; end it in .json")
-        packages = ("sklearn", "scikit-learn"), ("parselmouth", "praat-parselmouth"), *(
-            [("matplotlib", "matplotlib")] if args.output else [])  # fmt: skip
-        if missing := [name for module, name in packages if not importlib.util.find_spec(module)]:
+        packages = {"sklearn": "scikit-learn"}
+        packages |= {"matplotlib": "matplotlib"} if args.output else {}
+        if missing := [p for module, p in packages.items() if not importlib.util.find_spec(module)]:
             raise UserError(f"--emotion needs packages: pip install {' '.join(missing)}")
     return args
 
@@ -766,8 +724,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }  # fmt: skip
     if args.emotion:
         print(f"\n{emotion_figures.NOTE}")
-        before = args.before and str(args.before)
-        result |= {"before": before, "styled": args.styled, "note": emotion_figures.NOTE}
+        result |= {"before": args.before and str(args.before), "styled": args.styled,
+                   "gains": args.gains, "note": emotion_figures.NOTE}  # fmt: skip
     try:
         if args.output:
             text = json.dumps({**result, "turns": turns}, ensure_ascii=False, indent=1)

@@ -15,8 +15,8 @@ from audio import SAMPLE_RATE
 
 FEATURES = (
     "pitch_median", "pitch_range", "pitch_deviation", "pitch_slope", "level_mean",
-    "level_deviation",
-    "voiced_share", "voiced_seconds", "bursts_a_second", "harmonicity", "tilt_low", "tilt_high",
+    "level_deviation", "voiced_share", "voiced_seconds", "bursts_a_second", "harmonicity",
+    "tilt_low", "tilt_high",
 )  # fmt: skip
 PITCH_FLOOR, PITCH_CEILING = 65.0, 600.0  # Hz
 
@@ -54,11 +54,9 @@ def prosody(audio: np.ndarray) -> np.ndarray:
 def _tilts(audio: np.ndarray) -> tuple[float, float]:
     power = np.abs(np.fft.rfft(audio)) ** 2
     hertz = np.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)
-    bands = [
-        10 * np.log10(power[(hertz >= low) & (hertz < high)].sum() + 1e-9)
-        for low, high in ((60, 1000), (1000, 3000), (3000, 8000))
-    ]
-    return bands[1] - bands[0], bands[2] - bands[0]
+    low, middle, high = (10 * np.log10(power[(hertz >= start) & (hertz < end)].sum() + 1e-9)
+                         for start, end in ((60, 1000), (1000, 3000), (3000, 8000)))  # fmt: skip
+    return middle - low, high - low
 
 
 class ProsodyJudge:

@@ -1,9 +1,9 @@
 """The dialogue LM: two streams of codec codes (agent, user) and one of text, in full duplex.
 
 After the RQ-Transformer of Moshi (Défossez et al. 2024, section 3.4): a temporal transformer takes
-one step a *patch* of `frames_per_step` codec frames; its state gives the text token (the agent's
-inner monologue), which is sampled first, and then a small depth transformer writes the agent's
-codes of the patch. Heads on the temporal state recognise the user's speech.
+one step a *patch* of `frames_per_step` codec frames; of its state first the text token (the agent's
+inner monologue) is sampled, then a small depth transformer writes the agent's codes of the patch.
+Heads on the temporal state recognise the user's speech.
 
 Shapes: `B` batch, `P` patches, `p` frames in a patch, `K` codebooks, `F` frames, `D` width.
 """
@@ -63,9 +63,8 @@ class S2SConfig:
     languages: tuple[str, ...] = ("english", "hindi", "telugu")
     emotion_dim: int = 0  # width of the emotion branch; 0: none, emotions by a linear head
     codebook_dim: int = 64  # of the codec's own vectors, which the emotion branch reads
-    emotions: tuple[str, ...] = (
-        "neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm",
-    )  # fmt: skip
+    emotions: tuple[str, ...] = ("neutral", "happy", "sad", "angry", "fear", "disgust", "surprise",
+                                 "calm")  # fmt: skip
 
     def __post_init__(self) -> None:
         for name in ("codebook_sizes", "phones", "languages", "emotions"):
@@ -97,11 +96,8 @@ class S2SConfig:
         return self.frame_rate / self.frames_per_step
 
     def depth_schedule(self) -> list[list[tuple[int, int]]]:
-        """Per depth step the (frame, level) places it writes.
-
-        `level`: semantic codes frame by frame, then each acoustic level for all frames at once,
-        p + K − 1 steps. `frame`: every code on its own, p · K steps.
-        """
+        """Per depth step the (frame, level) places it writes. `level`: semantic codes frame by
+        frame, then each acoustic level for all frames, p + K − 1 steps. `frame`: p · K steps."""
         frames, levels = range(self.frames_per_step), range(len(self.codebook_sizes))
         if self.depth_order == "frame":
             return [[(f, k)] for f in frames for k in levels]
@@ -114,8 +110,7 @@ class Sampling:
     that of the choice between a token and PAD, which comes first. `eagerness` is added to the odds
     of a token against PAD, in decibels (10: ten times those of the data); None: the config's.
     Where a reply may begin in any of n patches, none is likelier than 1 in n: at 0 dB and 0
-    temperature the agent waits for the last.
-    """
+    temperature the agent waits for the last."""
 
     temperature: float = 0.3
     top_k: int = 25
@@ -125,8 +120,8 @@ class Sampling:
     eagerness: float | None = None
 
     def __post_init__(self) -> None:
-        temperatures = (self.temperature, self.text_temperature, self.speak_temperature)
-        if min(temperatures) < 0 or min(self.top_k, self.text_top_k) < 1:
+        coldest = min(self.temperature, self.text_temperature, self.speak_temperature)
+        if coldest < 0 or min(self.top_k, self.text_top_k) < 1:
             raise UserError("temperatures must be 0 or more and top_k 1 or more")
         if not math.isfinite(self.eagerness or 0.0):
             raise UserError("eagerness must be a finite number of decibels")
@@ -210,7 +205,6 @@ class Batch:
     emotion_codes: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """On `device`; without waiting for it where this is pinned."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
@@ -269,8 +263,8 @@ class S2SState:
         self.depth.reset(mask)
         if mask is None:
             mask = torch.ones_like(self.text, dtype=torch.bool)
-        starts = ((self.agent, IGNORE), (self.text, PAD), (self.age, MAX_AGE))
-        starts += ((self.delayed, IGNORE), *((tensor, 0.0) for tensor in self.emotion))
+        starts = [(self.agent, IGNORE), (self.text, PAD), (self.age, MAX_AGE),
+                  (self.delayed, IGNORE), *((tensor, 0.0) for tensor in self.emotion)]  # fmt: skip
         for tensor, value in starts:
             tensor.masked_fill_(_of_slots(mask, tensor), value)
         if seed is not None:
@@ -312,8 +306,8 @@ class CodeTables(nn.Module):
         """Starts from the codec's own vectors `[n, width]` of each level, normalised: narrower ones
         leave the last columns at zero, wider ones are projected on the principal directions."""
         for table, vectors in zip(self.tables, codebooks, strict=False):
-            spread = vectors.float().std().clamp(min=1e-5)
-            vectors = (vectors.float() - vectors.float().mean(0)) / spread
+            vectors = vectors.float()
+            vectors = (vectors - vectors.mean(0)) / vectors.std().clamp(min=1e-5)
             width = min(vectors.shape[1], table.embedding_dim)
             if vectors.shape[1] > width:
                 vectors = vectors @ torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -width:]
@@ -369,13 +363,9 @@ class EmotionBranch(nn.Module):
         d = self.head.in_features
         return tuple(self.codebooks.new_zeros(batch_size, *size) for size in ((d,), (d,), ()))
 
-    def forward(
-        self, codes: Tensor, state: tuple[Tensor, Tensor, Tensor] | None = None, active=None
-    ) -> tuple[Tensor, Tensor]:
-        """(emotion `[B, P, n]`, voice `[B, P]`) logits of codes `[B, P, p, K]`.
-
-        With a `state`, which is changed in place for the slots `active` `[B]` bool, P is 1.
-        """
+    def forward(self, codes: Tensor, state: tuple | None = None, active=None) -> tuple:
+        """(emotion `[B, P, n]`, voice `[B, P]`) logits of codes `[B, P, p, K]`. With a `state`,
+        which is changed in place for the slots `active` `[B]` bool, P is 1."""
         with torch.autocast(codes.device.type, enabled=False):
             rows = codes.masked_fill(codes < 0, self.codebooks.shape[1] - 1)
             vectors = self.codebooks[torch.arange(codes.shape[-1], device=codes.device), rows]
@@ -402,8 +392,7 @@ class S2S(nn.Module):
 
     def __init__(self, config: S2SConfig) -> None:
         super().__init__()
-        c = config
-        self.config = c
+        self.config = c = config
         self.tokenizer: Tokenizer | None = None
         self.text_embedding = nn.Embedding(c.vocab_size, c.dim)
         self.age_embedding = nn.Embedding(MAX_AGE + 1, c.dim)
@@ -426,8 +415,7 @@ class S2S(nn.Module):
         if c.emotion_dim:
             self.emotion = EmotionBranch(c)
             self.emotion_projection = nn.Linear(len(c.emotions), c.dim, bias=False)
-            # At zero an LM that was taught without it goes on as it was.
-            nn.init.zeros_(self.emotion_projection.weight)
+            nn.init.zeros_(self.emotion_projection.weight)  # an LM taught without goes on as it was
         self.schedule = c.depth_schedule()
         self.depth_text = nn.Embedding(c.vocab_size, c.depth_dim)
         self.depth_context = nn.ModuleList(nn.Linear(c.dim, c.depth_dim) for _ in self.schedule)
@@ -470,8 +458,7 @@ class S2S(nn.Module):
         return x + self.emotion_embedding(emotion) + self.language_embedding(language)[:, None]
 
     def hidden(self, batch: Batch, recognised: Tensor | None = None) -> Tensor:
-        """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1, user to t, and
-        what the emotion branch makes of the user."""
+        """Temporal states `[B, P, D]`: at patch t after text and agent to t − 1 and user to t."""
         agent = F.pad(batch.agent_past[:, :-1], (0, 0, 0, 0, 1, 0), value=IGNORE)
         text, age = last_tokens(F.pad(batch.text[:, :-1], (1, 0), value=PAD))
         inputs = text, age, agent, batch.user_codes, batch.agent_emotion, batch.language
@@ -480,10 +467,8 @@ class S2S(nn.Module):
     def emotion_losses(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         """The emotion branch alone: its logits `[B, P, n]`, its losses and accuracy."""
         logits, voice = self.emotion(batch.emotion_codes)
-        losses = {
-            "user_emotion": cross_entropy(logits, batch.user_emotion),
-            "user_voice": binary_loss(voice[..., None], batch.user_speaking),
-        }
+        losses = {"user_emotion": cross_entropy(logits, batch.user_emotion),
+                  "user_voice": binary_loss(voice[..., None], batch.user_speaking)}  # fmt: skip
         return logits, losses, {"user_emotion_accuracy": accuracy(logits, batch.user_emotion)}
 
     def head_logits(self, hidden: Tensor) -> dict[str, Tensor]:
@@ -496,15 +481,14 @@ class S2S(nn.Module):
     def depth_logits(self, hidden: Tensor, text: Tensor, codes: Tensor) -> list[list[Tensor]]:
         """Teacher-forced: states `[N, D]`, tokens `[N]` and codes `[N, p, K]` of patches → per step
         and place of `depth_schedule`, logits `[N, size]`."""
-        codes, said = codes.clamp(min=0), self.depth_text(text)
-        steps = range(len(self.schedule))
+        codes, said, steps = codes.clamp(min=0), self.depth_text(text), range(len(self.schedule))
         inputs = [self._depth_input(hidden, said, codes, step) for step in steps]
         out = self.depth(torch.stack(inputs, dim=1))  # [N, steps, depth_dim]
         return [list(self.depth_heads(out[:, step], step).unbind(1)) for step in steps]
 
     def _depth_input(self, hidden: Tensor, said: Tensor, codes: Tensor, step: int) -> Tensor:
-        """`[N, depth_dim]`: the temporal state `[N, D]`, the embedded text `[N, depth_dim]` and
-        what step `step` - 1 wrote of the codes `[N, p, K]`."""
+        """`[N, depth_dim]` of the temporal state `[N, D]`, the embedded text `[N, depth_dim]` and
+        what the step before wrote of the codes `[N, p, K]`."""
         x = self.depth_context[step](hidden) + said
         if step == 0:
             return x
@@ -512,14 +496,11 @@ class S2S(nn.Module):
         written = self.code_tables.tables[level](codes[:, frames, level])
         return x + self.depth_input[step - 1](written.flatten(1))
 
-    def losses(
-        self, batch: Batch, speak: bool = True, split: int | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Every loss as a mean over its known labels, and accuracies as metrics; fixed shapes, and
-        nothing that waits for the device. `speak`: the codes of
-        `batch.depth_patches` are learnt too. `split`, a patch: metrics also hold the losses of the
-        text and of the user's phones before it (`_within`) and from it on (`_past`).
-        """
+    def losses(self, batch: Batch, speak: bool = True, split: int | None = None) -> tuple:
+        """Losses, means over known labels, and metrics, accuracies; in fixed shapes, and nothing
+        that waits for the device. `speak`: the codes of `batch.depth_patches` are learnt too.
+        `split`, a patch: metrics also hold the losses of the text and of the user's phones before
+        it (`_within`) and from it on (`_past`)."""
         recognised, branch, metrics = None, {}, {}
         if self.emotion is not None:
             recognised, branch, _ = self.emotion_losses(batch)
@@ -552,12 +533,10 @@ class S2S(nn.Module):
             chosen = (batch.depth_patches + first[:, None]).flatten()  # [B * n] of B * P patches
             parts = (hidden, batch.text, batch.agent_codes)
             states, text, targets = (part.flatten(0, 1)[chosen] for part in parts)
-            depth = self.depth_logits(states, text, targets)
-            losses |= depth_losses(depth, self.schedule, targets)
+            losses |= depth_losses(self.depth_logits(states, text, targets), self.schedule, targets)
         return losses, metrics
 
     def init_state(self, batch_size: int, seed: int = 0) -> S2SState:
-        """A fresh state for `batch_size` calls, drawing with `seed`."""
         return S2SState(self, batch_size, seed)
 
     @torch.no_grad()
@@ -607,11 +586,10 @@ class S2S(nn.Module):
         codes = self._draw_codes(hidden, text, state, noise[:, 2:], strength)
         if forced is not None:
             codes = torch.where(muted[:, None, None], forced_codes.transpose(1, 2), codes)
+        said = text
         if strength is not None:
             codes, said = torch.cat((codes, codes)), torch.cat((text, text))
             heads = {name: logits.chunk(2)[0] for name, logits in heads.items()}
-        else:
-            said = text
         return StepOutput(
             self._advance(state, codes, said, active)[: len(text)].transpose(1, 2), text,
             user_speaking=heads["user_speaking"][:, 0].sigmoid(),
@@ -659,15 +637,11 @@ def guided(logits: Tensor, strength: Tensor | None) -> Tensor:
     return torch.lerp(free, given, _of_slots(strength, free).to(free.dtype))  # 1: as given
 
 
-def draw_text(
-    logits: Tensor, noise: Tensor, eagerness: Tensor | float, text_weight: float
-) -> Tensor:
-    """PAD or a token for each row of `[B, V]`: first whether to speak, then what to say.
-
-    In one draw a low temperature would favour PAD, likelier than each of several possible replies,
-    not than all. `text_weight`, that of the loss, is taken off the odds again; `eagerness` `[B]`,
-    in dB, is added to them. noise: the first two draws of `SlotSampling.noise`.
-    """
+def draw_text(logits: Tensor, noise: Tensor, eagerness, text_weight: float) -> Tensor:
+    """PAD or a token for each row of `[B, V]`: first whether to speak, then what to say. In one
+    draw a low temperature would favour PAD, likelier than each of several replies, not than all.
+    `text_weight`, that of the loss, is taken off the odds again; `eagerness` `[B]`, in dB, is added
+    to them. noise: the first two draws of `SlotSampling.noise`."""
     logits = logits.float()
     tokens = logits[:, PAD + 1 :]  # PAD comes first
     odds = tokens.logsumexp(1) - math.log(text_weight) + eagerness * math.log(10) / 10
@@ -710,9 +684,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def token_loss(logits: Tensor, labels: Tensor, weight: float) -> Tensor:
     """Weighted mean cross-entropy of tokens `[B, P]`, one counting `weight` times a `PAD`."""
-    weights = torch.ones(logits.shape[-1], device=logits.device)
-    weights[PAD] = 1.0 / weight
-    counted = torch.where(labels == IGNORE, 0.0, weights[labels.clamp(min=0)])
+    counted = torch.where(labels == PAD, 1.0 / weight, 1.0).masked_fill(labels == IGNORE, 0.0)
     flat, options = logits.flatten(0, 1).float(), {"ignore_index": IGNORE, "reduction": "none"}
     raw = F.cross_entropy(flat, labels.flatten(), **options)
     return (raw * counted.flatten()).sum() / over_ranks(counted.sum())
@@ -747,8 +719,7 @@ def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 def binary_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """As `cross_entropy`, of labels 0 and 1; logits `[..., 1]`."""
-    known = labels != IGNORE
-    scores = logits[..., 0].float()
+    known, scores = labels != IGNORE, logits[..., 0].float()
     raw = F.binary_cross_entropy_with_logits(scores, labels.float(), reduction="none")
     return (raw * known).sum() / over_ranks(known.sum())
 

@@ -15,8 +15,7 @@ from phones import SILENCE
 
 # How often each engine is drawn: by how natural it sounds and how unlike the others.
 ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "espeak": 0.2}
-# How far a voice's pitch is spread at most, and with an emotion's; further sounds sung. espeak
-# spreads its pitch itself.
+# How far pitch is spread at most, and with an emotion's; further sounds sung.
 MAX_PITCH_RANGE, MAX_WITH_EMOTION = {"agent": 1.4, "user": 1.1}, 1.6
 
 
@@ -50,10 +49,9 @@ def speak(requests: Sequence[speech.Request]) -> list[speech.Utterance | UserErr
 
 
 def _limit_pitch_range(request: speech.Request) -> speech.Request:
-    voice = request.voice
-    wider = max(1.0, speech.STYLES[request.emotion].pitch_range)
+    voice, wider = request.voice, max(1.0, speech.STYLES[request.emotion].pitch_range)
     limit = min(MAX_PITCH_RANGE[voice.role], MAX_WITH_EMOTION / wider)
-    if voice.engine == "espeak" or voice.pitch_range <= limit:
+    if voice.engine == "espeak" or voice.pitch_range <= limit:  # espeak spreads it itself
         return request
     return replace(request, voice=replace(voice, pitch_range=limit))
 
@@ -106,18 +104,17 @@ def cut_take(utterance: speech.Utterance) -> Take | None:
     first = max(0, round((onset - MARGIN_BEFORE) * SAMPLE_RATE))
     last = min(len(audio), round((offset + MARGIN_AFTER) * SAMPLE_RATE))
     cut, shift = faded(audio[first:last]), first / SAMPLE_RATE
-    timed = (utterance.phones, utterance.words)
-    spans = (shift_spans(one, -shift, 0.0, len(cut) / SAMPLE_RATE) for one in timed)
+    spans = (shift_spans(one, -shift, 0.0, len(cut) / SAMPLE_RATE)
+             for one in (utterance.phones, utterance.words))  # fmt: skip
     return Take(cut, onset - shift, offset - shift, *spans)
 
 
 def faded(audio: np.ndarray, tail: float = FADE) -> np.ndarray:
     """A copy that rises from zero within FADE and falls to zero in its last `tail` seconds."""
     audio = np.array(audio, dtype=np.float32)
-    n = min(round(FADE * SAMPLE_RATE), len(audio))
-    audio[:n] *= np.linspace(0.0, 1.0, n, dtype=np.float32)
-    n = min(round(tail * SAMPLE_RATE), len(audio))
-    audio[len(audio) - n :] *= np.linspace(0.0, 1.0, n, dtype=np.float32)[::-1]
+    for part, seconds in ((audio, FADE), (audio[::-1], tail)):
+        n = min(round(seconds * SAMPLE_RATE), len(audio))
+        part[:n] *= np.linspace(0.0, 1.0, n, dtype=np.float32)
     return audio
 
 
@@ -135,15 +132,14 @@ def shift_spans(spans, by: float, low: float, high: float) -> list | None:
 
 def insert_pause(take: Take, place: float, seconds: float) -> Take:
     """Silence of `seconds` at the word boundary nearest to the share `place` of the take."""
-    words = take.words or []
+    words, phones = take.words or [], take.phones
     boundaries = [(a[2] + b[1]) / 2 for a, b in itertools.pairwise(words)]
     if not boundaries:
         return take
     at = min(boundaries, key=lambda t: abs(t - place * len(take.audio) / SAMPLE_RATE))
-    sample = round(at * SAMPLE_RATE)
+    before, after = (faded(part) for part in np.split(take.audio, [round(at * SAMPLE_RATE)]))
     silence = np.zeros(round(seconds * SAMPLE_RATE), np.float32)
-    audio = np.concatenate([faded(take.audio[:sample]), silence, faded(take.audio[sample:])])
-    phones = take.phones
+    audio = np.concatenate([before, silence, after])
     if phones is not None:
         early = [[n, s, min(e, at)] for n, s, e in phones if s < at]
         late = [[n, max(s, at) + seconds, e + seconds] for n, s, e in phones if e > at]
