@@ -39,10 +39,9 @@ def check_codec_matches(codec: Codec, lm: S2S) -> None:
     wanted = (c.codec_fingerprint, float(c.frame_rate), *c.codebook_sizes)
     have = (codec.fingerprint, float(codec.config.frame_rate), *sizes)
     if wanted != have:
-        raise UserError(
-            "the dialogue model was trained on another codec (fingerprint, frames a second,"
-            f" codebooks): {wanted}, not {have}; give the matching pair with --codec and --lm"
-        )
+        raise UserError("the dialogue model was trained on another codec (fingerprint, frames a "
+                        f"second, codebooks): {wanted}, not {have}; give the matching pair with "
+                        "--codec and --lm")  # fmt: skip
 
 
 def load_models(codec_path: Path, lm_path: Path, device: str = "cpu") -> tuple[Codec, S2S]:
@@ -268,8 +267,8 @@ class DuplexEngine:
             self.set_sampling(slot)
 
     def reset(self, slot: int | None = None, seed: int | None = None) -> None:
-        """Forget one slot's call, or all, and draw from `seed` (the engine's by default); a
-        suspended slot is back. Voice and sampling stay."""
+        """Forget one slot's call, or all, suspended or not, and draw from `seed` (the engine's by
+        default). Voice and sampling stay."""
         chosen = np.arange(self.slots) == slot if slot is not None else np.ones(self.slots, bool)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             mask = torch.from_numpy(chosen).to(self.device)
@@ -314,11 +313,9 @@ class DuplexEngine:
         the emotion waits for the agent's next turn. strength: of the emotion, None = the engine's.
         Raises `UserError` for a name that the model does not know, and for a strength in an engine
         that was made without."""
-        c = self.lm.config
-        for what, name, known, ids in (
-            ("emotion", emotion, c.emotions, self._asked_emotion),
-            ("language", language, c.languages, self._language),
-        ):
+        c, emotions = self.lm.config, self._asked_emotion
+        for what, name, known, ids in (("emotion", emotion, c.emotions, emotions),
+                                       ("language", language, c.languages, self._language)):
             if name is not None and name not in known:
                 raise UserError(f"{what} {name}: the dialogue model knows {', '.join(known)}")
             ids[slot] = 0 if name is None else known.index(name) + 1

@@ -91,8 +91,8 @@ def draw(path: Path, detections: dict[str, dict], emotions: Sequence[str]) -> No
 
 def compare(before: dict, after: dict) -> dict:
     """`answered`, `right` and `response_p95_ms` of two models and what changed."""
-    pairs = {key: (before[key], after[key]) for key in before}
-    change = {k: None if None in p else round(p[1] - p[0], 4) for k, p in pairs.items()}
+    change = {key: None if None in (old, after[key]) else round(after[key] - old, 4)
+              for key, old in before.items()}  # fmt: skip
     return {"before": before, "after": after, "change": change}
 
 

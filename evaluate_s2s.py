@@ -143,20 +143,18 @@ def ask(exchanges: Sequence[Exchange], language: str, args) -> tuple[list[Call],
     """A call for each of up to `--questions_per_exchange` wordings of an exchange, and why others
     could not be spoken. UserError without a voice for the split, or without any call."""
     rng = np.random.default_rng([args.seed, SPOKEN.index(language), SPLITS.index(args.split)])
-    voices = user_voices(language, args.split)
-    chosen = choose_exchanges(exchanges, language, args.split, args.intents, args.archetypes)
-    plans = [
-        (exchange, _questions(exchange, first, draw_voice(voices, rng), args.emotions, rng))
-        for exchange in chosen
-        for first in rng.permutation(len(exchange.lines[0].texts))[: args.questions_per_exchange]
-    ]
+    voices, plans = user_voices(language, args.split), []
+    for one in choose_exchanges(exchanges, language, args.split, args.intents, args.archetypes):
+        for first in rng.permutation(len(one.lines[0].texts))[: args.questions_per_exchange]:
+            requests = _questions(one, first, draw_voice(voices, rng), args.emotions, rng)
+            plans.append((one, requests))
     takes = iter(make_takes([request for _, requests in plans for request in requests]))
     calls, left_out = [], []
     for place, (exchange, requests) in enumerate(plans):
         mine = list(itertools.islice(takes, len(requests)))
-        faults = [str(take) for take in mine if isinstance(take, UserError)]
-        left_out += faults[:1]
-        if not faults:
+        if faults := [str(take) for take in mine if isinstance(take, UserError)]:
+            left_out.append(faults[0])
+        else:
             calls.append(_lay_out(f"{exchange.id}-{place}", exchange, requests, mine))
     if left_out:
         print(f"{language}: {len(left_out)} calls not spoken, first: {left_out[0]}")
@@ -195,11 +193,9 @@ def _lay_out(name: str, exchange: Exchange, requests, takes: Sequence[Take]) -> 
 
 def training_replies(exchanges: Sequence[Exchange], language: str, args) -> dict[str, str]:
     """Reply → the emotion it is said with, of all exchanges in question; the first one counts."""
-    replies: dict[str, str] = {}
-    for exchange in choose_exchanges(exchanges, language, "train", args.intents, args.archetypes):
-        for line in exchange.lines[1::2]:
-            replies.setdefault(line.texts[0], line.emotion)
-    return replies
+    chosen = choose_exchanges(exchanges, language, "train", args.intents, args.archetypes)
+    lines = [(line.texts[0], line.emotion) for e in chosen for line in e.lines[1::2]]
+    return dict(lines) | dict(reversed(lines))
 
 
 def hold_calls(codec: Codec, lm: S2S, calls: Sequence[Call], args) -> list[dict[str, np.ndarray]]:
@@ -288,8 +284,7 @@ def load_judge(name: str) -> Judge | None:
 
 
 def examine(judge: Judge, replies: dict, language: str, codec: Codec, seed: int = 0) -> Judge:
-    """The judge, with what it makes of replies (text → emotion) in the agent's voice. Those that
-    no engine can say are counted on stderr."""
+    """The judge, with what it makes of replies (text → emotion) in the agent's voice."""
     known = _in_the_agents_voice(replies, language, 1.0)
     if left_out := len(replies) - len(known):
         print(f"{language}: {left_out} replies could not be spoken for the judge", file=sys.stderr)
@@ -376,9 +371,8 @@ def table(summaries: dict[str, dict], met: dict[str, dict]) -> str:
     width = max(20, *map(len, keys))
     lines = [f"{'':<{width}}" + "".join(f"{name:>9}" for name in summaries)]
     words = {True: "met", False: "not met", None: "not measured"}
-    for key in keys:
-        cells = (_cell(key, figures.get(key)) for figures in flat.values())
-        lines.append(f"{key:<{width}}" + "".join(cells))
+    lines += [f"{key:<{width}}" + "".join(_cell(key, figures.get(key)) for figures in flat.values())
+              for key in keys]  # fmt: skip
     for language, summary in summaries.items():
         if not summary.get("judge_trusted", True):
             lines.append(f"{language}: no trusted judge of the audio, the text stands alone")
@@ -398,20 +392,16 @@ def _flat(figures: dict, outer: str = "") -> dict:
 
 
 def _cell(key: str, value: float | None) -> str:
-    if value is None or isinstance(value, int):
-        return f"{'-' if value is None else str(value):>9}"
     form = ".0f" if key.endswith("_ms") else ".2f" if key.endswith("_s") else ".1%"
-    return f"{value:>9{form}}"
+    text = "-" if value is None else str(value) if isinstance(value, int) else format(value, form)
+    return f"{text:>9}"
 
 
 def goals(language: str, summary: dict) -> dict[str, bool | None]:
     """The project's three criteria of a reply, met or not; None where nothing was measured."""
     answered, right, p95 = _criteria(summary).values()
-    return {
-        "answered": answered is not None and answered >= 0.95,
-        "response": None if p95 is None else p95 < 400,
-        "right": right is not None and right >= TARGETS[language],
-    }
+    return {"answered": (answered or 0) >= 0.95, "response": None if p95 is None else p95 < 400,
+            "right": (right or 0) >= TARGETS[language]}  # fmt: skip
 
 
 def _criteria(summary: dict) -> dict:
@@ -438,10 +428,9 @@ def styled_calls(
     chosen = choose_exchanges(exchanges, language, args.split, args.intents)
     texts = sorted({text for e in chosen for line in e.lines[::2] for text in line.texts})
     requests = []
-    for i in range(args.styled * len(styles)):
+    for style in styles * args.styled:
         text, voice = texts[int(rng.integers(len(texts)))], draw_voice(voices, rng)
-        style, seed = styles[i % len(styles)], int(rng.integers(2**31))
-        speed = float(rng.uniform(*SPEED))
+        seed, speed = int(rng.integers(2**31)), float(rng.uniform(*SPEED))
         requests.append(speech.Request(text, language, voice, speed, style, seed))
     takes, befores = make_takes(requests), [None] * len(requests)
     if after_neutral:
@@ -522,8 +511,8 @@ def fitting(codec: Codec, lm: S2S, calls, exchanges, args) -> tuple[dict, list[s
     for call, side in zip(calls, hold_calls(codec, lm, calls, args), strict=True):
         [turn] = judge_call(call, side, lm, list(written), None)
         reply, error = nearest(normalise(turn["said"]), {text: text for text in written})
-        near.append(reply)
         wanted = written.get(normalise(turn["wanted"]), "")
+        near.append(reply)
         fits.append(error <= MAX_TEXT_ERROR and written[reply] == wanted)
         exact.append(turn["text"])
     return {"fitting": share(fits), "exact": share(exact)}, near
@@ -538,9 +527,9 @@ def empathy(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict 
         if (one.language, one.intent, one.held_out) == mine:
             twins.setdefault(one.lines[0].texts[0], []).append(one)
     for text, pair in twins.items():
-        voice, seed = draw_voice(voices, rng), int(rng.integers(2**31))
-        asked = [speech.Request(text, language, voice, 1.0, one.lines[0].emotion, seed)
-                 for one in pair]  # fmt: skip
+        plain = text, language, draw_voice(voices, rng), 1.0
+        seed = int(rng.integers(2**31))
+        asked = [speech.Request(*plain, one.lines[0].emotion, seed) for one in pair]
         takes = make_takes(asked)
         if len(pair) == 2 and not any(isinstance(take, UserError) for take in takes):
             calls += [_one_turn(one.id, *said, one.lines[1].texts[0], TAIL_SECONDS)
@@ -562,15 +551,14 @@ def words_alone(codec: Codec, lm: S2S, exchanges, language: str, args) -> dict |
             and e.intent in WORDS_ALONE and e.lines[0].emotion in ("sad", "happy")]  # fmt: skip
     if not mine:
         return None
-    plain = _changed(args, emotions="neutral", intents=(), archetypes=False)
-    calls, _ = ask(mine, language, plain)
+    calls, _ = ask(mine, language, _changed(args, emotions="neutral", intents=(), archetypes=False))
     return {"sentences": len(calls), **fitting(codec, lm, calls, exchanges, args)[0]}
 
 
 def control(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict:
     """Whether replies sound as they were told to, by a prosody judge who learnt from the agent's
-    own voice, through the codec, at two speeds, in other words where the scripts have some; and how
-    often it is right on that voice, in a fifth of these words, kept for that."""
+    voice, through the codec, at two speeds, in other words where the scripts have some; and how
+    often it is right on a fifth of these words, kept for that."""
     asked, _ = ask(exchanges, language, _changed(args, emotions="neutral"))
     wanted = {turn.reply for call in asked for turn in call.turns}
     taught = list(training_replies(exchanges, language, _changed(args, intents=(), archetypes=0)))
@@ -728,8 +716,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                    "gains": args.gains, "note": emotion_figures.NOTE}  # fmt: skip
     try:
         if args.output:
-            text = json.dumps({**result, "turns": turns}, ensure_ascii=False, indent=1)
-            write_text(args.output, text)
+            every = result | {"turns": turns}
+            write_text(args.output, json.dumps(every, ensure_ascii=False, indent=1))
         if args.output and args.emotion:
             told = {language: found["detection"] for language, found in summaries.items()}
             emotion_figures.draw(args.picture, told, lm.config.emotions)

@@ -171,10 +171,9 @@ def _mixed(bits: Tensor) -> Tensor:
 class Batch:
     """What the LM is trained on; labels that are unknown and codes that are missing: `IGNORE`.
 
-    Inputs: `user_codes`, `agent_codes` `[B, P, p, K]` int64, `agent_past` (the agent's codes as
-    its past, corrupted), `text` `[B, P]` (`PAD` or a token), `agent_emotion` `[B, P]`, `language`
-    `[B]` (0: not given), `depth_patches` `[B, n]` (places of the patches whose codes are learnt),
-    `emotion_codes` (the user's, not corrupted, for an LM with an emotion branch).
+    Inputs: `user_codes`, `agent_codes` `[B, P, p, K]` int64, `agent_past` (the agent's, corrupted),
+    `text` `[B, P]` (`PAD` or a token), `agent_emotion` `[B, P]`, `language` `[B]` (0: not given),
+    `depth_patches` `[B, n]` (whose codes are learnt), `emotion_codes` (the user's, not corrupted).
     Labels: `user_speaking`, `turn_end`, `user_emotion`, `language_label` `[B, P]`, `user_words`
     `[B, P]` (`PAD` or a token of a word that has ended), `user_phones` `[B, P, p]`.
 
@@ -217,21 +216,17 @@ class Batch:
 
 @dataclass
 class StepOutput:
-    """One patch of one tick, for every slot: `agent_codes` `[B, K, p]`, `text` `[B]`.
+    """One patch of one tick, for every slot; of the user, probabilities and, `listen_delay` patches
+    late, the words and the phones."""
 
-    Of the user, as probabilities: `user_speaking`, `turn_end` `[B]`, `user_emotion` `[B, 8]`,
-    `language` `[B, 3]`; and `listen_delay` patches late: `user_words` `[B]`, the likeliest token
-    of a word that has ended, or `PAD`, `user_phones` `[B, p, n]` logits.
-    """
-
-    agent_codes: Tensor
-    text: Tensor
-    user_speaking: Tensor
-    turn_end: Tensor
-    user_emotion: Tensor
-    language: Tensor
-    user_words: Tensor
-    user_phones: Tensor
+    agent_codes: Tensor  # [B, K, p]
+    text: Tensor  # [B]
+    user_speaking: Tensor  # [B]
+    turn_end: Tensor  # [B]
+    user_emotion: Tensor  # [B, 8]
+    language: Tensor  # [B, 3]
+    user_words: Tensor  # [B], the likeliest token of a word that has ended, or PAD
+    user_phones: Tensor  # [B, p, n] logits
 
 
 class S2SState:
@@ -239,8 +234,7 @@ class S2SState:
 
     `agent` `[B, p, K]` the agent's last patch, `text` `[B]` its last token that is not `PAD`, `age`
     `[B]` the patches since then, `delayed` `[B, acoustic_delay]` semantic codes before their
-    acoustic ones, `key` `[B]` of the seed: draws depend on it and the temporal position alone.
-    """
+    acoustic ones, `key` `[B]` of the seed: draws depend on it and the temporal position alone."""
 
     def __init__(self, model: S2S, batch_size: int, seed: int) -> None:
         c, device = model.config, model.text_embedding.weight.device
@@ -335,16 +329,14 @@ class DepthHeads(nn.Module):
 class EmotionBranch(nn.Module):
     """The user's emotion by how they speak: codes → logits of the emotions, patch by patch.
 
-    It reads the vectors that the codec itself decodes, semantic and the sum of the acoustic ones,
-    in which loudness and pitch are plain; and, so that a high voice is not taken for a happy one,
-    their difference from the mean of what was said by this caller so far. A GRU (Cho et al. 2014)
-    carries both on. State: the GRU's `[B, d]`; of the speech so far sum `[B, d]` and patches `[B]`.
-    """
+    It reads the vectors that the codec decodes, semantic and the sum of the acoustic ones, in which
+    loudness and pitch are plain; and, lest a high voice be taken for a happy one, their difference
+    from the mean of this caller's speech so far. A GRU (Cho et al. 2014) carries both on.
+    State: the GRU's `[B, d]`; of the speech so far sum `[B, d]` and patches `[B]`."""
 
     def __init__(self, config: S2SConfig) -> None:
         super().__init__()
-        c, d = config, config.emotion_dim
-        # The last row of each stands for "no code".
+        c, d = config, config.emotion_dim  # the last row of each codebook: "no code"
         shape = len(c.codebook_sizes), max(c.codebook_sizes) + 1, c.codebook_dim
         self.register_buffer("codebooks", torch.zeros(shape))
         self.project = nn.Linear(2 * c.frames_per_step * c.codebook_dim, d)
@@ -433,8 +425,7 @@ class S2S(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> S2S:
-        """Loads a run folder, a step folder or a shipped folder, in float32, for inference.
-        Raises UserError for anything else."""
+        """Of a run, step or shipped folder, in float32, for inference; UserError for others."""
         checkpoint = checkpoints.load_checkpoint(path, with_trainer=False)
         model = cls(checkpoints.config_of(S2SConfig, "s2s", checkpoint.config, path))
         checkpoints.fill(model, checkpoint.tensors, path)
@@ -548,14 +539,12 @@ class S2S(nn.Module):
     ) -> StepOutput:  # fmt: skip
         """Reads a patch of the user and writes the agent's patch of the same tick.
 
-        Args:
-            user_codes: `[B, K, p]` int64. active: `[B]` bool, slots that take part.
-            emotion, language: `[B]`, 0 not given, else 1 + index into the config's names.
-            forced: `[B]` bool, slots whose agent patch `[B, K, p]` and text `[B]` are these.
-            strength: `[B]`, of the emotion, by classifier-free guidance (Ho and Salimans 2022): the
-                state has 2 B rows, of which the latter B run without emotion, and logits are
-                without + strength · (with − without). None: the state has B rows, as for 1.
-            timer: called, without arguments, when the temporal stage is done.
+        user_codes: `[B, K, p]` int64. active: `[B]` bool, slots that take part. emotion, language:
+        `[B]`, 0 not given, else 1 + index into the config's names. forced: `[B]` bool, slots whose
+        agent patch `[B, K, p]` and text `[B]` are these. strength: `[B]`, of the emotion, by
+        classifier-free guidance (Ho and Salimans 2022): the state has 2 B rows, of which the latter
+        B run without emotion, and logits are without + strength · (with − without). None: the state
+        has B rows, as for 1. timer: called when the temporal stage is done.
         """
         slots, recognised = len(user_codes), None
         if not isinstance(sampling, SlotSampling):

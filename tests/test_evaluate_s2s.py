@@ -291,7 +291,7 @@ LM = SimpleNamespace(
         languages=("english", "hindi", "telugu"),
         patch_rate=25.0,
     ),
-    tokenizer=SimpleNamespace(decode=lambda ids: {5: "five", 6: "six"}[ids[-1]]),
+    tokenizer=SimpleNamespace(decode=lambda ids: {5: "five", 6: "six"}[ids[-1]] if ids else ""),
 )
 REPLIES = {"five": ("x",) * 5, "six": ("x",) * 9}
 JUDGE = Judge(amplitude, REPLIES, 1.0, 1.0)
