@@ -149,6 +149,8 @@ SMALL = {
     "--epoch_hours 0.01 --max_steps 3 --threads 1 --set emotion_dim=16",
     "evaluate_s2s.py": "--languages english --intents greeting --questions_per_exchange 1 "
     "--judge none",
+    "serve.py": "--slots 1 --port 8765",
+    "load_test.py": "--callers 1 --seconds 4 --answer_seconds 1",
     "stream_demo.py": "--fast --tail_seconds 0.5 --wav samples/question_english.wav "
     "--out reply_english.wav",
 }
@@ -194,13 +196,23 @@ def sources(server, tmp_path) -> str:
 
 
 def small(line: str, root: Path, sources: str) -> str:
-    """A line of the README as it runs here: in `root`, without the network, within seconds."""
+    """A line of the README as it runs here: in `root`, without the network, within seconds. The
+    server stays behind, to be ended after the last line."""
     line = line.replace("/workspace", str(root / "workspace"))
     line = re.sub(r"^make demo.*", "make demo FLAGS=--fast", line)
     line = re.sub(r"^source runpod_setup.sh$", "source runpod_setup.sh --cpu", line)
     script = re.match(r"python (\w+\.py)", line)
     if not script or "--export" in line:
         return line
+    if script[1] == "serve.py":
+        up = "until curl -fso /dev/null 127.0.0.1:8765/ping; do kill -0 $served; sleep 0.2; done"
+        return f"{line} {SMALL[script[1]]} > serve.log 2>&1 & served=$!; {up}"
+    if "--emotion --output" in line:
+        return f"{line} {SMALL[script[1]]} --styled 1 --judge_examples 8"
+    if "--server" in line:
+        line = re.sub(r"wss?://\S+", "ws://127.0.0.1:8765", line)
+        flags = SMALL["load_test.py"] if "load_test" in line else "--wav samples/question_english.wav"
+        return f"{line} {flags}"
     if script[1] == "finetune_emotion.py":
         line = f"mkdir -p data/emotion && cp -r {root / 'AudioWAV'} data/emotion/ && {line}"
     if script[1] == "augment_telugu.py":
@@ -247,6 +259,7 @@ def test_every_line_runs_from_a_clone_to_an_answer(sources, tmp_path) -> None:
     script = ["set -eo pipefail", f"cd {tmp_path}", "mkdir workspace", "pip() { echo pip $*; }"]
     for line in dict.fromkeys(lines()):
         script += [f"echo {shlex.quote('+ ' + line)} >&2", small(line, tmp_path, sources)]
+    script += ["kill $served", "wait $served"]
     made = subprocess.run(
         ["bash", "-c", "\n".join(script)], env=machine(tmp_path), capture_output=True, text=True,
         timeout=900,
@@ -260,7 +273,10 @@ def test_every_line_runs_from_a_clone_to_an_answer(sources, tmp_path) -> None:
     model = Codec.from_checkpoint(folder / "models/codec")
     assert model.decode(model.encode(torch.zeros(1, 1, 4800))).shape == (1, 1, 4800)
     assert soundfile.info(folder / "reply_english.wav").duration > 1
-    assert json.loads(made.stdout.splitlines()[-1])["turns"] == 1
+    found = [json.loads(row) for row in made.stdout.splitlines() if row.startswith("{")]
+    assert [row["turns"] for row in found if "tick_ms" in row][-2:] == [1, 1]  # here, then served
+    assert (folder / "call.wav").stat().st_size > 1000 and found[-1]["rows"][0]["callers"] == 1
+    assert set(json.loads((folder / "emotion.json").read_text())["emotion"]) == {"english"}
     assert (folder / "rates.png").stat().st_size > 1000 and (folder / "codec.json").exists()
 
     # The hours that training starts with: all of Telugu, and more with the copies than without.
