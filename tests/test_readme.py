@@ -211,8 +211,8 @@ def small(line: str, root: Path, sources: str) -> str:
         return f"{line} {SMALL[script[1]]} --styled 1 --judge_examples 8"
     if "--server" in line:
         line = re.sub(r"wss?://\S+", "ws://127.0.0.1:8765", line)
-        flags = SMALL["load_test.py"] if "load_test" in line else "--wav samples/question_english.wav"
-        return f"{line} {flags}"
+        call = "--wav samples/question_english.wav"
+        return f"{line} {SMALL['load_test.py'] if script[1] == 'load_test.py' else call}"
     if script[1] == "finetune_emotion.py":
         line = f"mkdir -p data/emotion && cp -r {root / 'AudioWAV'} data/emotion/ && {line}"
     if script[1] == "augment_telugu.py":
