@@ -208,7 +208,9 @@ def small(line: str, root: Path, sources: str) -> str:
         up = "until curl -fso /dev/null 127.0.0.1:8765/ping; do kill -0 $served; sleep 0.2; done"
         return f"{line} {SMALL[script[1]]} > serve.log 2>&1 & served=$!; {up}"
     if "--emotion --output" in line:
-        return f"{line} {SMALL[script[1]]} --styled 1 --judge_examples 8"
+        few = "grep -E 'en-(greeting|comfort-001|empathy-.01)' conversations/english.jsonl"
+        few = f"mkdir few && {few} > few/english.jsonl"
+        return f"{few}; {line} {SMALL[script[1]]} --styled 1 --judge_examples 8 --scripts few"
     if "--server" in line:
         line = re.sub(r"wss?://\S+", "ws://127.0.0.1:8765", line)
         call = "--wav samples/question_english.wav"
