@@ -458,6 +458,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.plot.suffix.lower().lstrip(".") not in kinds:
         raise UserError(f"--plot {args.plot}: end the name in one of .{', .'.join(kinds)}")
     writable_file(args.plot, "--plot")
+    if args.output and args.plot.resolve() == args.output.resolve():
+        raise UserError(f"--plot {args.plot}: is --output too; give it another name")
 
 
 def load_codec(args: argparse.Namespace) -> tuple[Codec, list[int]]:

@@ -29,7 +29,7 @@ import numpy as np
 from audio import SAMPLE_RATE
 from command import ArgumentParser, UserError, number, run, whole
 from ledger import LEVEL_SECONDS, UserTurn, frame_levels, kind_of, percentiles, response_latencies
-from protocols import PROTOCOLS, Protocol, from_base64, from_pcm16, to_pcm16
+from protocols import PROTOCOLS, Protocol, from_pcm16, to_pcm16
 from stream_demo import address, read_question
 
 CHUNK_SECONDS = 0.04
@@ -68,7 +68,7 @@ class OpenAICaller(Protocol):
     def receive(self, message: str) -> np.ndarray | None:
         event = json.loads(message)
         is_audio = event["type"] == "response.output_audio.delta"
-        return from_pcm16(from_base64(event["delta"])) if is_audio else None
+        return from_pcm16(base64.b64decode(event["delta"])) if is_audio else None
 
 
 class Caller:
