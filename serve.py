@@ -194,8 +194,8 @@ class Connection:
         """What the next message holds. Raises `ProtocolError`, and `ConnectionError` at the end."""
         message = await self.websocket.receive()
         if message["type"] == "websocket.disconnect":
-            # Who hangs up says 1000, or nothing; what a lost line or a proxy says lets the call rest.
-            self.left |= message["code"] in (1000, 1005)
+            # Who hangs up says 1000, or no code; a lost line has no reason, a proxy other codes.
+            self.left |= "reason" in message and message["code"] in (1000, 1005)
             raise ConnectionError
         data = message.get("bytes")
         said = self.protocol.receive(message.get("text") if data is None else data)
