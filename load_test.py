@@ -102,7 +102,8 @@ class Caller:
                 listening = asyncio.create_task(self._listen(socket))
                 await self._speak(socket, first)
                 await asyncio.sleep(0.5)  # for what is under way
-                listening.cancel()
+                if not listening.cancel():
+                    listening.result()  # what went wrong in it
         except (OSError, websockets.exceptions.WebSocketException):
             self.counts["cut_off" if self._ready else "refused"] += 1
 
@@ -130,7 +131,7 @@ class Caller:
             if event.get("type") == "latency":
                 self.ticks.append(event["tick_ms"] / 1000)  # a second's mean
                 self.counts["dropped_patches"] = event["dropped"]
-            elif (heard := self._format.receive(message)) is not None:
+            elif isinstance(heard := self._format.receive(message), np.ndarray):
                 played, levels = max(played, time.perf_counter() - self._start), frame_levels(heard)
                 self._levels.append(levels)
                 self._times.append(played + LEVEL_SECONDS * np.arange(len(levels)))
