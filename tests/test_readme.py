@@ -149,11 +149,12 @@ SMALL = {
     "--epoch_hours 0.01 --max_steps 3 --threads 1 --set emotion_dim=16",
     "evaluate_s2s.py": "--languages english --intents greeting --questions_per_exchange 1 "
     "--judge none",
-    "serve.py": "--slots 1 --port 8765",
+    "serve.py": "--slots 1",
     "load_test.py": "--callers 1 --seconds 4 --answer_seconds 1",
     "stream_demo.py": "--fast --tail_seconds 0.5 --wav samples/question_english.wav "
     "--out reply_english.wav",
 }
+PORT = 20000 + os.getpid() % 20000  # of the server that the chain starts
 # Mozilla's client, as far as the script uses it: a release that lies there already.
 CLIENT = """
 import shutil
@@ -205,14 +206,14 @@ def small(line: str, root: Path, sources: str) -> str:
     if not script or "--export" in line:
         return line
     if script[1] == "serve.py":
-        up = "until curl -fso /dev/null 127.0.0.1:8765/ping; do kill -0 $served; sleep 0.2; done"
-        return f"{line} {SMALL[script[1]]} > serve.log 2>&1 & served=$!; {up}"
+        up = f"until curl -fso /dev/null 127.0.0.1:{PORT}/ping; do kill -0 $served; sleep 0.2; done"
+        return f"{line} {SMALL[script[1]]} --port {PORT} > serve.log 2>&1 & served=$!; {up}"
     if "--emotion --output" in line:
         few = "grep -E 'en-(greeting|comfort-001|empathy-.01)' conversations/english.jsonl"
         few = f"mkdir few && {few} > few/english.jsonl"
         return f"{few}; {line} {SMALL[script[1]]} --styled 1 --judge_examples 8 --scripts few"
     if "--server" in line:
-        line = re.sub(r"wss?://\S+", "ws://127.0.0.1:8765", line)
+        line = re.sub(r"wss?://\S+", f"ws://127.0.0.1:{PORT}", line)
         call = "--wav samples/question_english.wav"
         return f"{line} {SMALL['load_test.py'] if script[1] == 'load_test.py' else call}"
     if script[1] == "finetune_emotion.py":
