@@ -95,6 +95,16 @@ def probe(path: str | Path, coded: BinaryIO | None = None) -> tuple[float, int]:
     return frames / rate, rate
 
 
+def from_pcm16(data: bytes) -> np.ndarray:
+    """16-bit little-endian samples as float32 `[T]`; ValueError for half a sample."""
+    return np.frombuffer(data, "<i2").astype(np.float32) / 32768.0
+
+
+def to_pcm16(audio: np.ndarray) -> bytes:
+    """Samples in [-1, 1], what is beyond clipped, as 16-bit little-endian."""
+    return (np.clip(audio, -1.0, 1.0) * 32767.0).astype("<i2").tobytes()
+
+
 def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
     """Write `[T]` or `[T, C]` in [-1, 1], in the suffix' format, 16 bit, atomically. AudioError."""
     suffix = Path(path).suffix.lower()
@@ -109,7 +119,7 @@ def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_R
         if soundfile is None:
             with atomic_write(path, sync=False) as part, wave.open(os.fspath(part), "wb") as plain:
                 plain.setparams((channels, 2, sample_rate, 0, "NONE", ""))
-                plain.writeframes((samples * 32767.0).astype("<i2").tobytes())
+                plain.writeframes(to_pcm16(samples))
             return
         with atomic_write(path, sync=False) as part, soundfile.SoundFile(
             os.fsencode(part), "w", sample_rate, channels, subtype, format=kind
@@ -126,13 +136,13 @@ def _read_plain(path: str | Path, sample_rate: int) -> np.ndarray:
     try:
         with wave.open(os.fspath(path)) as file:
             channels, width, rate, frames, *_ = file.getparams()
-            samples = np.frombuffer(file.readframes(frames), "<i2").reshape(-1, channels)
+            samples = from_pcm16(file.readframes(frames)).reshape(-1, channels)
         if width != 2 or not len(samples):
             raise wave.Error(f"{8 * width} bits, {frames} samples")
     except (wave.Error, EOFError, ValueError) as error:
         said = f"cannot be read without soundfile ({first_line(error)}); pip install soundfile soxr"
         raise AudioError(f"{path}: {said}") from error
-    mono = _mono(samples.astype(np.float32) / 32768.0)
+    mono = _mono(samples)
     length = round(len(mono) * sample_rate / rate)
     spectrum = np.fft.rfft(mono)[: length // 2 + 1] * (length / len(mono))
     return np.fft.irfft(spectrum, length).astype(np.float32).clip(-1.0, 1.0)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from audio import SAMPLE_RATE
+from audio import SAMPLE_RATE, from_pcm16
 from command import UserError, first_line
 from speech import Order, Raw, Voice, own_and_changed
 
@@ -171,7 +171,7 @@ class Piper:
             chunks = list(self._voices[order.name].synthesize(order.text, syn_config=config))
             data = b"".join(chunk.audio_int16_bytes for chunk in chunks)
             rate = chunks[0].sample_rate if chunks else SAMPLE_RATE
-            yield np.frombuffer(data, np.int16).astype(np.float32) / 32768, rate
+            yield from_pcm16(data), rate
 
 
 def _is_here(model: str) -> bool:

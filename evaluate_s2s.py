@@ -63,6 +63,7 @@ from data import SPLITS
 from dialogues import SPOKEN, Exchange, choose_exchanges, load_scripts
 from duplex import DuplexEngine, EmotionEstimate, load_models
 from emotion_figures import Told, accuracies, share
+from emotions import GAIN_DB
 from phones import JOINERS, phonemize
 from prosody import ProsodyJudge
 from s2s import PAD, S2S, Sampling
@@ -82,7 +83,6 @@ JUDGE_SPEED, JUDGE_RATE = 0.93, 16000
 OCTAVE = {"low": (110.0, 1.0), "high": (220.0, 1.15)}  # median pitch (Hz) and size of the head
 WORDS_ALONE = ("comfort", "good_news")  # intents whose words say what is felt
 STYLES_ASKED = ("neutral", "happy", "sad", "angry", "calm")  # of users and of the agent
-GAIN_DB = (-9.0, 3.0)  # of microphones, as the emotion branch hears them in training
 ACCURACIES = ("unweighted_accuracy", "unweighted_accuracy_of_asked")
 TARGETS = {"english": 0.7, "hindi": 0.5, "telugu": 0.5}
 

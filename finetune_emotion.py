@@ -91,8 +91,8 @@ class EmotionalSpeech(Conversations):
         self.speakers = {label: [name for name, own in places if label in own] for label in shown}
 
     def disturb(self, window: dict, speaking: Tensor, rng: np.random.Generator) -> None:
-        """The branch's codes too: it learns a speaker's very codes by heart otherwise."""
-        super().disturb(window, speaking, rng)
+        """Corrupts what the branch reads, the only reader: it learns a speaker's very codes by
+        heart otherwise."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         noise = self.near, self.settings.emotion_noise, generator
         window["emotion_codes"] = train_s2s.replace_codes(window["emotion_codes"], *noise)

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from audio import SAMPLE_RATE
+from audio import SAMPLE_RATE, from_pcm16, to_pcm16
 from command import ArgumentParser, UserError, number, run, whole
 from ledger import LEVEL_SECONDS, UserTurn, frame_levels, kind_of, percentiles, response_latencies
-from protocols import PROTOCOLS, Protocol, from_pcm16, to_pcm16
+from protocols import PROTOCOLS, Protocol
 from stream_demo import address, read_question
 
 CHUNK_SECONDS = 0.04

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from audio import SAMPLE_RATE, soundfile
+from audio import SAMPLE_RATE, from_pcm16, soundfile, to_pcm16
 from command import UserError, check_fields, first_line
 from ledger import StreamResampler
 
@@ -53,14 +53,6 @@ def inner(event: dict, /, *names: str) -> dict:
     for name in names:
         event = fields(event, **{name: "object?"}).get(name) or {}
     return event
-
-
-def from_pcm16(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, "<i2").astype(np.float32) / 32768.0
-
-
-def to_pcm16(audio: np.ndarray) -> bytes:
-    return (np.clip(audio, -1.0, 1.0) * 32767.0).astype("<i2").tobytes()
 
 
 class Protocol:

@@ -32,10 +32,17 @@ import numpy as np
 
 import command
 import ledger
-from audio import SAMPLE_RATE, WRITABLE, AudioError, read_audio, write_audio
+from audio import (
+    SAMPLE_RATE,
+    WRITABLE,
+    AudioError,
+    from_pcm16,
+    read_audio,
+    to_pcm16,
+    write_audio,
+)
 from command import ArgumentParser, UserError, first_line, number, run, whole, writable_file
 from ledger import CallRecord, Delay, LatencyLedger, Reply, StageTimes, StreamResampler, UserTurn
-from protocols import from_pcm16, to_pcm16
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 BLOCK_SECONDS = 0.01  # what the sound card hands over at once
