@@ -3,25 +3,21 @@
 Both give 50 features a second of audio at 16 kHz; it is padded so that feature `t` is centred on
 frame `t` of the codec, samples [480 t, 480 t + 480) at 24 kHz. `distillation_loss` teaches codebook
 0 words; `ssl_loss` compares reconstruction and recording, and its gradient flows through the
-teacher into the waveform. `FeatureCache` stores the first loss' targets on disk.
+teacher into the waveform.
 """
 
 from __future__ import annotations
 
-import hashlib
-import math
-import os
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import torchaudio
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from audio import FRAME_SECONDS, HOP, SAMPLE_RATE, AudioError, read_audio
-from command import UserError, atomic_write
+from audio import FRAME_SECONDS, HOP, SAMPLE_RATE
+from command import UserError
 
 TEACHER_RATE = 16_000
 OVERHANG = 40  # to each side of a codec frame of 320 samples: features see 400 (25 ms)
@@ -164,88 +160,12 @@ def check_same_teacher(stored: str, teacher: Teacher | None, where: str | Path) 
         raise UserError(f"{where}: this run's teacher is {stored}, not {now}: {remedy}")
 
 
-def distillation_loss(projected: Tensor, target: Tensor, known: Tensor | None = None) -> Tensor:
-    """1 - cosine of `[B, F, width]` twice, over the frames of `known` `[B, F]` bool (None: all):
-    after quantization, through a projection that only training has (SpeechTokenizer, Zhang et al.
-    2024, 3.2; Mimi, Défossez et al. 2024, 3.3.2)."""
-    distance = 1 - F.cosine_similarity(projected.float(), target, dim=-1)
-    if known is None:
-        return distance.mean()
-    return (distance * known).sum() / known.sum().clamp(min=1)
+def distillation_loss(projected: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine of `[B, F, width]` twice: after quantization, through a projection that only
+    training has (SpeechTokenizer, Zhang et al. 2024, 3.2; Mimi, Défossez et al. 2024, 3.3.2)."""
+    return (1 - F.cosine_similarity(projected.float(), target, dim=-1)).mean()
 
 
 def ssl_loss(estimate: list[Tensor], reference: list[Tensor]) -> Tensor:
     """Mean L1 distance of two recordings' features, all layers alike (JHCodec, Lee et al. 2026)."""
     return torch.stack([F.l1_loss(x, y) for x, y in zip(estimate, reference, strict=True)]).mean()
-
-
-class FeatureCache:
-    """Targets of whole clips without augmentation, one fp16 file a clip, computed when first met.
-
-    A window's are read off its clip's, linearly between frames: windows lie anywhere, may play
-    faster, and have noise and band limits, which the student so learns to ignore. Beyond
-    `limit_gib`, what the folder holds included, other clips' windows are encoded at each step."""
-
-    piece, context = 1000, 50  # frames: 20 s, and 1 s on either side of it
-
-    def __init__(self, folder: str | Path, teacher: Teacher, limit_gib: float) -> None:
-        self.folder, self.teacher = Path(folder), teacher
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.left = limit_gib * 2**30 - sum(f.stat().st_size for f in self.folder.glob("*.npy"))
-
-    @torch.no_grad()
-    def __call__(self, batch: dict, audio: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets `[B, F, width]` of a WindowDataset's batch (`path`, `start` in s and `speed` of
-        each window) of audio `[B, 1, T]`, and which are known, `[B, F]` bool."""
-        rows, frames = [], math.ceil(audio.shape[-1] / HOP)
-        for i, path in enumerate(batch["path"]):
-            features = self.clip_features(path)
-            if features is None:
-                target = self.teacher.target(self.teacher(audio[i : i + 1]))[0]
-                rows.append((target, torch.ones(frames, dtype=torch.bool)))
-            else:
-                start, speed = float(batch["start"][i]), float(batch["speed"][i])
-                rows.append(window_of(features, start, speed, frames))
-        targets, known = zip(*rows, strict=True)
-        return tuple(torch.stack([x.to(audio.device) for x in part]) for part in (targets, known))
-
-    def clip_features(self, path: str) -> np.ndarray | None:
-        """`[F, width]` fp16 of a whole clip; None where it does not fit or cannot be read whole."""
-        stat = os.stat(path)
-        parts = (self.teacher.source, self.teacher.name, path, stat.st_size, stat.st_mtime_ns)
-        file = self.folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.npy"
-        if not file.exists():
-            try:
-                audio = read_audio(path)
-            except AudioError:  # damaged outside of the window
-                return None
-            size = math.ceil(len(audio) / HOP) * self.teacher.width * 2
-            if size > self.left:
-                return None
-            with atomic_write(file, sync=False) as part, open(part, "wb") as opened:
-                np.save(opened, self._encoded(audio))
-            self.left -= size
-        return np.load(file, mmap_mode="r")
-
-    def _encoded(self, audio: np.ndarray) -> np.ndarray:
-        """Targets `[F, width]` of a clip `[T]`."""
-        device = self.teacher.resample.kernel.device
-        frames, parts = math.ceil(len(audio) / HOP), []
-        for first in range(0, frames, self.piece):
-            begin, last = max(0, first - self.context), min(frames, first + self.piece)
-            piece = torch.from_numpy(audio[begin * HOP : (last + self.context) * HOP])
-            target = self.teacher.target(self.teacher(piece.to(device)[None, None]))[0]
-            parts.append(target[first - begin : last - begin].half().cpu().numpy())
-        return np.concatenate(parts)
-
-
-def window_of(features: np.ndarray, start: float, speed: float, frames: int) -> tuple:
-    """Features at the middles of a window's frames, `[frames, width]`, and which are in the clip,
-    whose own are `[F, width]`; the window begins at `start` s and plays `speed` times as fast."""
-    at = start / FRAME_SECONDS + (np.arange(frames) + 0.5) * speed - 0.5
-    last = len(features) - 1
-    low = np.clip(np.floor(at), 0, last).astype(np.int64)
-    high = np.minimum(low + 1, last)
-    part = np.clip(at - low, 0, 1)[:, None]
-    mixed = features[low].astype(np.float32) * (1 - part) + features[high].astype(np.float32) * part
-    return torch.from_numpy(mixed.astype(np.float32)), torch.from_numpy(at < last + 0.5)

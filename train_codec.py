@@ -44,8 +44,7 @@ from training import one_of, setting
 UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
 VALIDATION_WINDOWS = 48
-CHANGEABLE = ("gen_lr", "disc_lr", "teacher", "precision", "teacher_cache", "teacher_cache_gib",
-              "cuda_graph", "compile")  # fmt: skip
+CHANGEABLE = "gen_lr", "disc_lr", "teacher", "precision", "cuda_graph", "compile"
 BALANCE = {"waveform": 1.0, "adversarial": 1.0, "features": 2.0}
 KINDS = "semantic_only adversarial codebooks_move codebooks_started"
 Mode = collections.namedtuple("Mode", KINDS)  # of step: a CUDA graph holds one kind
@@ -67,7 +66,6 @@ class Settings(training.Settings):
     mel_weight: float = setting(1.0, number(0), "share in the balance; the waveform has 1")
     phone_weight: float = setting(1.0, number(0), "of the phone labels on codebook 0")
     teacher_weight: float = setting(1.0, number(0), "of the teacher's cosine on codebook 0")
-    teacher_cache_gib: float = setting(100.0, number(0), "size of --teacher_cache, at most")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -88,7 +86,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher", default="auto",
         help="none, wavlm, whisper, or such a model's folder or id; auto: WavLM-large on CUDA")
     add("--ssl_loss_weight", type=number(0), default=1.0, help="share of the teacher's view")
-    add("--teacher_cache", metavar="FOLDER", help="store the teacher's targets")
     add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     add("--cuda_graph", action="store_true", help="replay the step as a CUDA graph: on one GPU")
     add("--compile", action="store_true", help="torch.compile encoder and decoder")
@@ -369,14 +366,13 @@ class Learner:
     def shown(self) -> Codec:  # what validates and ships
         return self.average.model if self.average else self.model
 
-    def step(self, mode: Mode, audio, labels, counts, draws, part, ramp, target=None, known=None):
+    def step(self, mode: Mode, audio, labels, counts, draws, part, ramp) -> dict[str, Tensor]:
         """What the device does in a step: forward, losses, backward, step, for the codec and then
         for the discriminators. Gives what there is to log, as tensors.
 
         audio `[B, 1, T]`, labels `[B, F]`; `counts` `[B]` of codebooks, `draws` `[K, n]` for the
         quantizer, `part` `[n]` that discriminators see, and `ramp`, the part of their share that
-        they have by now; `target` and `known` are what a cache holds of the teacher, who otherwise
-        runs here. Nothing waits for the device, but for the start of the codebooks."""
+        they have by now. Nothing waits for the device, but for the start of the codebooks."""
         args, settings, model, teacher = self.args, self.settings, self.model, self.teacher
         phones_learn, row = semantic_learns(args), {}
 
@@ -390,10 +386,9 @@ class Learner:
             taught = phones_learn and teacher is not None
             view = self.projection(info.semantic) if taught else None
         reference, losses = None, {}
-        if teacher is not None and target is None:
+        if teacher is not None:
             with torch.no_grad():
                 reference = teacher(audio)
-                target = teacher.target(reference)
 
         # Losses on the waveform, which are balanced.
         if not mode.semantic_only:
@@ -416,7 +411,7 @@ class Learner:
             row["phones"], row["phone_accuracy"] = phone_loss(phone_logits, labels)
             others = others + settings.phone_weight * row["phones"]
         if view is not None:
-            row["distillation"] = teachers.distillation_loss(view, target, known)
+            row["distillation"] = teachers.distillation_loss(view, teacher.target(reference))
             others = others + settings.teacher_weight * row["distillation"]
 
         # The codec's backward pass and step; where found_inf is 1, all of it stands still.
@@ -449,7 +444,7 @@ class Learner:
 
 
 def run_teacher(args: argparse.Namespace, run: training.Run):
-    """The run's teacher and the cache of its targets; UserError for flags that do not fit."""
+    """The run's teacher, if it has one; UserError for flags that do not fit."""
     if args.cuda_graph and (run.device.type != "cuda" or run.process.world_size > 1):
         raise UserError("--cuda_graph needs a CUDA GPU, and one alone")
     if not (semantic_learns(args) or run.resumed or args.init_from):
@@ -458,18 +453,12 @@ def run_teacher(args: argparse.Namespace, run: training.Run):
     if args.teacher == "auto":
         args.teacher = "wavlm" if run.device.type == "cuda" else "none"
     needed = semantic_learns(args) or args.ssl_loss_weight > 0
-    teacher = teachers.load_teacher(args.teacher, run.device) if needed else None
-    if not args.teacher_cache:
-        return teacher, None
-    if teacher is None:
-        raise UserError("--teacher_cache needs a --teacher")
-    most = run.settings.teacher_cache_gib
-    return teacher, teachers.FeatureCache(args.teacher_cache, teacher, most)
+    return teachers.load_teacher(args.teacher, run.device) if needed else None
 
 
 def train(args: argparse.Namespace, run: training.Run) -> None:
     process, device, settings = run.process, run.device, run.settings
-    teacher, cache = run_teacher(args, run)
+    teacher = run_teacher(args, run)
     training.seed_everything(args.seed)  # the same weights, whichever teacher there is
     if args.cuda_graph:  # what it holds must live on a stream of its own from the start
         torch.cuda.set_stream(torch.cuda.Stream(device))
@@ -508,8 +497,6 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         if device.type == "cuda":  # of memory that is not pinned a copy would wait for the device
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-        if cache is not None:
-            inputs["target"], inputs["known"] = cache(batch, inputs["audio"])
         started = model.quantizer.is_initialised
         take = learner.step if probe or not replayed else replayed
         return take(Mode(semantic_only, phase == "adversarial", moves, started), **inputs)
@@ -557,8 +544,6 @@ def main() -> None:
     args = parse_args()
     if args.export:
         return export(args)
-    if args.teacher_cache and args.ssl_loss_weight:  # for which the teacher runs at every step
-        raise UserError("--teacher_cache saves nothing without --ssl_loss_weight 0: add that")
     with training.open_training("codec", args, Settings, CHANGEABLE) as run:
         train(args, run)
 

@@ -69,23 +69,9 @@ def test_the_projection_learns_and_codebook_0_with_it(corpus, folders, tmp_path)
     assert not torch.equal(*weights)
 
 
-def test_targets_are_stored(corpus, folders, tmp_path, capsys):  # noqa: F811
-    cache = {"teacher": folders["wavlm"], "teacher_cache": tmp_path / "cache", "num_epochs": 1}
-    assert "--ssl_loss_weight 0" in refused(corpus, tmp_path / "a", capsys, **cache)
-    train(corpus, tmp_path / "run", **cache, ssl_loss_weight=0, max_steps=3)
-    stored = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
-    assert len(stored) == 2  # one a training clip
-    train(corpus, tmp_path / "run", **cache, ssl_loss_weight=0)
-    train(corpus, tmp_path / "again", **cache, ssl_loss_weight=0)
-    assert stored == {f.name: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
-    assert metrics(tmp_path / "run") == metrics(tmp_path / "again")
-    assert all("ssl" not in row for row in metrics(tmp_path / "run"))
-
-
 def test_a_teacher_out_of_reach_ends_in_one_line(corpus, tmp_path, capsys):  # noqa: F811
     line = refused(corpus, tmp_path / "run", capsys, teacher=tmp_path / "nothing")
     assert "no such folder" in line and not (tmp_path / "run").exists()
-    assert "--teacher_cache" in refused(corpus, tmp_path / "run", capsys, teacher_cache=tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["wavlm", "whisper"])

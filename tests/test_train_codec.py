@@ -568,7 +568,7 @@ WRONG = [
     "--threads 0", "--save_every_epochs 0", "--keep_last 0", "--preset huge",
     "--log_every 0", "--max_steps 0", "--usd_per_hour 0", "--budget_usd -3", "--seed 1e3",
     "--set augment_share=2", "--set disc_seconds=0", "--set mel_weight=-1", "--set lm_rate=x",
-    "--set ema_decay=1", "--set teacher_cache_gib=-1", "--set grad_clip=0", "--set mel_weight",
+    "--set ema_decay=1", "--set grad_clip=0", "--set mel_weight",
     "--set save_minutes=-1", "--set disc_preset=huge", "--set gen_lr=1", "--set",
 ]  # fmt: skip
 
