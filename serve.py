@@ -15,6 +15,7 @@ import base64
 import contextlib
 import hmac
 import importlib.util
+import itertools
 import math
 import os
 import secrets
@@ -68,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more("--buffer_seconds", type=number(0.1, 60), default=0.6, help="of a caller's input may wait")
     more("--emotion_strength", type=number(0, 10), default=1.0, help="of emotions; 1 costs nothing")
     more("--temperature", type=number(0, 100), help="of the sampling [the model's own]")
-    more("--seed", type=whole(0, 2**63 - 1), default=0, help="of the sampling")
+    more("--seed", type=whole(0, 2**63 - 1), default=0, help="of the first call; each has its own")
     more("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     more("--threads", type=whole(1, 1024), default=1, help="CPU threads")
     args = parser.parse_args(argv)
@@ -94,16 +95,17 @@ class Budget:
 class Call:
     """One conversation on one slot. It outlives the connections that carry it."""
 
-    def __init__(self, slot: int, engine: DuplexEngine, buffer_seconds: float):
-        self.slot, self.id = slot, secrets.token_urlsafe(16)
+    def __init__(self, slot: int, engine: DuplexEngine, buffer_seconds: float, seed: int):
+        self.slot, self.seed, self.id = slot, seed, secrets.token_urlsafe(16)
         self.connection: Connection | None = None
         self.began = self.heard = time.monotonic()
         self.voice: dict[str, Any] = {}
         self.story = Story(engine)
         most = max(3, round(buffer_seconds / engine.patch_seconds))
         self.inbox = PatchQueue(engine.patch_samples, most)
-        # Who sends too fast is served no faster than time goes, one full buffer aside.
-        self.pace = Budget(1 / engine.patch_seconds, most)
+        # Served no faster than time goes (and clocks differ), but for what the server owes.
+        self.pace = Budget(1.01 / engine.patch_seconds, most)
+        self.pace.left = 2.0
 
     def rest(self) -> None:
         """Until it has a connection again; input that was not answered yet is forgotten."""
@@ -116,7 +118,7 @@ class Scheduler:
 
     def __init__(self, engine: DuplexEngine, buffer_seconds: float, threads: int):
         self.engine, self.buffer_seconds, self.calls = engine, buffer_seconds, {}
-        self.fed = asyncio.Event()
+        self.fed, self._seeds = asyncio.Event(), itertools.count(engine.seed)
         self._thread = ThreadPoolExecutor(1, "engine", torch.set_num_threads, (threads,))
 
     def open(self) -> Call | None:
@@ -124,17 +126,18 @@ class Scheduler:
         free = set(range(self.engine.slots)) - self.calls.keys()
         if not free:
             return None
-        call = self.calls[min(free)] = Call(min(free), self.engine, self.buffer_seconds)
+        call = Call(min(free), self.engine, self.buffer_seconds, next(self._seeds))
+        self.calls[call.slot] = call
         self.engine.set_voice(call.slot)
         return call
 
     async def ticks(self) -> AsyncIterator[tuple[list, TickResult]]:
         """(call, its connection, events) of each call served, and what the engine gave, a tick.
 
-        A tick serves every slot with a patch waiting, one a patch's length; who has more waiting is
-        caught up with in the time that is left before the next.
+        A tick serves every slot with a patch waiting, one a patch's length, but without a pause for
+        as long as the server is behind with a call: else what once came late stays late.
         """
-        length, clock, due, spent = self.engine.patch_seconds, self.engine.clock, 0.0, 0.0
+        length, clock, due = self.engine.patch_seconds, self.engine.clock, 0.0
         while True:
             self.fed.clear()
             waiting = [call for call in self.calls.values() if call.inbox]
@@ -142,21 +145,20 @@ class Scheduler:
             behind = any(len(call.inbox) > 1 and call.pace.left >= 1 for call in waiting)
             if not waiting:
                 await self.fed.wait()
-            elif began < due and not (behind and due - began > spent):
+            elif began < due and not behind:
                 await asyncio.sleep(due - began)
             elif taken := [(c, c.connection, c.inbox.popleft()) for c in waiting if c.pace.take()]:
                 step = asyncio.get_running_loop().run_in_executor(self._thread, self._step, taken)
                 yield await step
                 # A patch that came late does not shift the cadence; a pause or a catch-up does.
                 due = (due if due <= began < due + length else began) + length
-                spent = clock() - began
             else:
                 due = max(due, began + length / 4)  # all who wait were too fast
 
     def _step(self, taken: list[tuple]) -> tuple[list, TickResult]:
         for call, _, patch in taken:
             if not call.story.counts["received"]:  # the slot's last caller is forgotten
-                self.engine.reset(call.slot)
+                self.engine.reset(call.slot, call.seed)
             self.engine.queues[call.slot].append(patch)
         result = self.engine.run_once()
         return [(c, to, c.story.tell(c.slot, result, patch.lost)) for c, to, patch in taken], result

@@ -377,9 +377,36 @@ def test_who_sends_ten_times_too_fast_loses_it_and_others_lose_nothing():
             assert heard + lost == 400  # every patch is accounted for
             calls = list(running.server.scheduler.calls.values())
             assert [call.story.counts["dropped"] for call in calls][1] == 0
-            assert heard < 100  # 15 at once, then as time goes
+            assert heard < 100  # as time goes
 
     with serving() as running:
+        asyncio.run(calls(running))
+
+
+def test_a_server_that_was_held_up_is_on_time_again_though_a_tick_takes_most_of_its_time():
+    """A tick of 0.6 of a patch leaves no room for another within the patch; the first takes ten."""
+    engine = echo_engine()
+    run_once, waits = engine.run_once, iter([0.4])
+
+    def slow():
+        time.sleep(next(waits, 0.6 * engine.patch_seconds))
+        return run_once()
+
+    engine.run_once = slow
+
+    async def calls(running):
+        async with await connect(running) as websocket:
+            await until(websocket, "ready")
+            (call,) = running.server.scheduler.calls.values()
+            waiting, began = [], time.perf_counter()
+            for index in range(60):
+                await asyncio.sleep(began + 0.04 * index - time.perf_counter())
+                await websocket.send(patch(0.2))
+                waiting.append(len(call.inbox))
+        assert max(waiting[:20]) >= 7 and min(waiting[-20:]) <= 1
+        assert call.story.counts["dropped"] == 0
+
+    with serving(engine=engine) as running:
         asyncio.run(calls(running))
 
 
@@ -578,24 +605,42 @@ def test_an_engine_that_breaks_ends_the_server_with_its_error():
 # ------------------------------------------------------------------------ the shipped models
 
 
+async def ask(running, sound: np.ndarray) -> bytes:
+    """A call of its own, which says this patch by patch; its reply."""
+    reply = b""
+    async with await connect(running) as websocket:
+        await until(websocket, "ready")
+        for part in sound.reshape(-1, PATCH):
+            await websocket.send(to_pcm16(part))
+            while not isinstance(message := await websocket.recv(), bytes):
+                pass
+            reply += message
+    await settled(running, calls=0)
+    return reply
+
+
+def test_calls_draw_apart_and_a_server_of_the_same_seed_again():
+    question = read_audio(TINY.parent.parent / "samples" / "question_english.wav")[:9600]
+    codec, lm = load_models(TINY / "codec", TINY / "s2s")
+
+    async def calls(running) -> list[bytes]:
+        return [await ask(running, question) for _ in range(2)]
+
+    replies = []
+    for seed in (3, 3, 5):
+        engine = DuplexEngine(codec, lm, 1, Sampling(eagerness=100.0), seed)  # speaks at once
+        with serving(engine=engine) as running:
+            replies.append(asyncio.run(calls(running)))
+    assert replies[0] == replies[1]
+    assert len({*replies[0], *replies[2]}) == 4
+
+
 def test_a_slot_is_as_new_for_the_next_caller():
     """Two callers, one after the other, on the slot of a third: the same question has the same
     answer, bit for bit, as on an engine that nobody used before."""
     question = read_audio(TINY.parent.parent / "samples" / "question_english.wav")[:9600]
     codec, lm = load_models(TINY / "codec", TINY / "s2s")
     engine = DuplexEngine(codec, lm, 1, Sampling(temperature=0, text_temperature=0))
-
-    async def ask(running, sound: np.ndarray) -> bytes:
-        reply = b""
-        async with await connect(running) as websocket:
-            await until(websocket, "ready")
-            for part in sound.reshape(-1, PATCH):
-                await websocket.send(to_pcm16(part))
-                while not isinstance(message := await websocket.recv(), bytes):
-                    pass
-                reply += message
-        await settled(running, calls=0)
-        return reply
 
     async def calls(running):
         first = await ask(running, question)
