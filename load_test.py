@@ -28,11 +28,20 @@ import numpy as np
 
 from audio import SAMPLE_RATE, from_pcm16, to_pcm16
 from command import ArgumentParser, UserError, number, run, whole
-from ledger import LEVEL_SECONDS, UserTurn, frame_levels, kind_of, percentiles, response_latencies
+from ledger import (
+    LEVEL_SECONDS,
+    QUIET_DBFS,
+    UserTurn,
+    frame_levels,
+    kind_of,
+    percentiles,
+    response_latencies,
+)
 from protocols import PROTOCOLS, Protocol
 from stream_demo import address, read_question
 
 CHUNK_SECONDS = 0.04
+MOST_WAITING = 0.08  # seconds of sound that wait to be played, before silence is left out
 TARGET_MS = 400.0
 COLUMNS = {"callers": "callers", "response_ms": "p95, ms", "turns": "turns", "answered": "answered",
            "tick_ms": "tick p95", "dropped_patches": "dropped", "refused": "refused",
@@ -132,10 +141,14 @@ class Caller:
                 self.ticks.append(event["tick_ms"] / 1000)  # a second's mean
                 self.counts["dropped_patches"] = event["dropped"]
             elif isinstance(heard := self._format.receive(message), np.ndarray):
-                played, levels = max(played, time.perf_counter() - self._start), frame_levels(heard)
+                now, levels = time.perf_counter() - self._start, frame_levels(heard)
+                self._ready = True
+                if played - now > MOST_WAITING and levels.max(initial=-np.inf) < QUIET_DBFS:
+                    continue  # as page.html does after a stall: else what comes stays late for good
+                played = max(played, now)
                 self._levels.append(levels)
                 self._times.append(played + LEVEL_SECONDS * np.arange(len(levels)))
-                self._ready, played = True, played + len(heard) / SAMPLE_RATE
+                played += len(heard) / SAMPLE_RATE
 
     def latencies(self) -> list[float | None]:
         levels, times = np.concatenate(self._levels), np.concatenate(self._times)

@@ -273,9 +273,10 @@ def address(server: str, path: str = "/api/pcm") -> str:
 
 
 class RemoteLine:
-    """A call to `serve.py` over `/api/pcm`; a thread takes what it says as it comes."""
+    """A call to `serve.py` over `/api/pcm`; a thread takes what it says as it comes, and goes back
+    into the call when the connection is lost. What is said meanwhile nobody hears."""
 
-    ANSWER_SECONDS = 10.0
+    ANSWER_SECONDS, RETRY_SECONDS = 10.0, 0.5
 
     def __init__(self, args: argparse.Namespace):
         try:
@@ -283,29 +284,39 @@ class RemoteLine:
         except ImportError as error:
             raise UserError("--server needs websockets: pip install websockets") from error
         self._websockets, self._args, self.clock = websockets, args, time.perf_counter
+        self._lost = OSError, ValueError, websockets.exceptions.WebSocketException
         ready = self._connect()
         self.patch_seconds = ready["patch_ms"] / 1000
         self.ledger = LatencyLedger(self.patch_seconds)
         self.name = f"the server at {urlsplit(address(args.server)).netloc}"
 
-    def _connect(self) -> dict:
-        args, errors = self._args, self._websockets.exceptions
-        wishes = {"type": "start", "emotion": args.emotion, "language": args.language}
-        wishes |= {} if args.emotion_strength == 1.0 else {"strength": args.emotion_strength}
+    def _dial(self, call: str | None = None) -> dict:
+        """The server's first word, and the "socket" in it. UserError where it refuses."""
+        args, url = self._args, address(self._args.server)
         bearer = {"Authorization": f"Bearer {args.token}"} if args.token else {}
-        settings = {"additional_headers": bearer, "compression": None}
-        connect = self._websockets.sync.client.connect
-        try:  # entered, as new versions want it; left by `close`
-            self._socket = connect(address(args.server), **settings).__enter__()
-            ready = json.loads(self._socket.recv(timeout=self.ANSWER_SECONDS))
-        except (OSError, ValueError, errors.WebSocketException) as error:
-            said = f"{args.server}: no answer ({first_line(error)}); does serve.py run there?"
-            raise UserError(said) from error
+        settings = {"additional_headers": bearer, "compression": None, "close_timeout": 1}
+        url += f"{'&' if '?' in url else '?'}call={call}" if call else ""
+        # Entered, as new versions want it; left by `close`.
+        socket = self._websockets.sync.client.connect(url, **settings).__enter__()
+        ready = json.loads(socket.recv(timeout=self.ANSWER_SECONDS))
         if ready.get("type") != "ready":
             raise UserError(f"{args.server}: {ready.get('message', 'is no Samvad server')}")
+        return ready | {"socket": socket}
+
+    def _connect(self) -> dict:
+        args = self._args
+        wishes = {"type": "start", "emotion": args.emotion, "language": args.language}
+        wishes |= {} if args.emotion_strength == 1.0 else {"strength": args.emotion_strength}
+        try:
+            self._ready = ready = self._dial()
+        except self._lost as error:
+            said = f"{args.server}: no answer ({first_line(error)}); does serve.py run there?"
+            raise UserError(said) from error
+        self._socket = ready["socket"]
         self._say(json.dumps(wishes))
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._sent, self._answered, self._gpu, self._seen = 0, 0, 0.0, Counter()
+        self._unsaid = 0  # samples to leave out, up to a whole patch
         self._arrived: list[float] = []  # a patch each: when its last sample came in
         return ready
 
@@ -313,15 +324,50 @@ class RemoteLine:
         if self._sent:  # another recording: a call of its own
             self.close()
             self._connect()
-        self._heard_at = self.clock()
-        threading.Thread(target=self._read, args=(self._socket, self._inbox), daemon=True).start()
+        threading.Thread(target=self._read, args=(self._ready, self._inbox), daemon=True).start()
 
-    def _read(self, socket: Any, inbox: queue.SimpleQueue) -> None:
-        try:
-            while True:
-                inbox.put((self.clock(), socket.recv()))
-        except self._websockets.exceptions.ConnectionClosed as error:
-            inbox.put((self.clock(), json.dumps({"type": "bye", "reason": first_line(error)})))
+    def _read(self, ready: dict | None, inbox: queue.SimpleQueue) -> None:
+        while ready:
+            socket, said, more = ready["socket"], None, True
+            try:
+                while more:
+                    said = socket.recv(timeout=self.ANSWER_SECONDS)
+                    said = said if isinstance(said, bytes) else json.loads(said)
+                    inbox.put((self.clock(), said))
+                    more = isinstance(said, bytes) or said["type"] != "bye"
+            except self._lost as error:
+                with contextlib.suppress(*self._lost):
+                    socket.close(1001)  # which is not to hang up
+                ready = self._go_back(ready, inbox, first_line(error) if said else "it is silent")
+            else:
+                return
+
+    def _go_back(self, ready: dict, inbox: queue.SimpleQueue, why: str) -> dict | None:
+        """What the server says to who comes back into the call of `ready`; None: they cannot."""
+
+        def tell(kind: str, text: str) -> None:
+            inbox.put((self.clock(), {"type": kind, "reason": text, "message": text}))
+
+        kept = ready["rejoin_seconds"] * (why != "it is silent")
+        began, over = self.clock(), f"{why}; no way back within {kept:.0f} s"
+        tell("error", "cut off; going back into the call")
+        while self._inbox is inbox and self.clock() - began < kept:
+            try:
+                again = self._dial(ready["call"])
+            except UserError as error:
+                over = f"cut off, then refused: {error}"
+                break
+            except self._lost:
+                time.sleep(self.RETRY_SECONDS)
+                continue
+            if again["rejoined"] and self._inbox is inbox:
+                inbox.put((self.clock(), again))
+                tell("error", f"back in the call after {self.clock() - began:.1f} s")
+                return again
+            again["socket"].close()
+            over = "cut off, and the server has not kept it"
+            break
+        return tell("bye", over)
 
     def _say(self, message: bytes | str) -> None:
         with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):  # `_read` tells
@@ -336,22 +382,24 @@ class RemoteLine:
         self._sent += len(audio)
         complete = int(self._sent / (self.patch_seconds * SAMPLE_RATE) + 1e-6)
         self._arrived += [arrived] * (complete - len(self._arrived))
+        audio, self._unsaid = audio[self._unsaid :], max(0, self._unsaid - len(audio))
         self._say(to_pcm16(audio))
 
     def receive(self) -> Reply | dict | None:
         if not self.busy:
-            if self.clock() - self._heard_at > self.ANSWER_SECONDS:
-                silent = f"{self._args.server}: said nothing for {self.ANSWER_SECONDS:.0f} s"
-                raise UserError(f"{silent}; is the network lost?")
             return None
-        self._heard_at, message = self._inbox.get()
-        if isinstance(message, bytes):
+        heard_at, event = self._inbox.get()
+        if isinstance(event, bytes):
             index, self._answered = self._answered, self._answered + 1
-            late = self._heard_at - self._arrived[index] if index < len(self._arrived) else 0.0
+            late = heard_at - self._arrived[index] if index < len(self._arrived) else 0.0
             gpu = min(self._gpu, late)
-            return Reply(from_pcm16(message), index, Delay(gpu, late - gpu))
-        event = json.loads(message)
-        if event["type"] == "dropped":
+            return Reply(from_pcm16(event), index, Delay(gpu, late - gpu))
+        if event["type"] == "ready":  # back: the server begins a patch with what it hears now
+            patch, self._socket = round(self.patch_seconds * SAMPLE_RATE), event["socket"]
+            index = -(-self._sent // patch)
+            self.ledger.counts["dropped_patches"] += index - self._answered
+            self._answered, self._unsaid = index, index * patch - self._sent
+        elif event["type"] == "dropped":
             self._answered += event["patches"]
         elif event["type"] == "latency":  # a second's means, in the ledger as one tick
             self._gpu = (event["tick_ms"] + event["waited_ms"]) / 1000
@@ -368,6 +416,7 @@ class RemoteLine:
         return ledger.energy_turns(heard)
 
     def close(self) -> None:
+        self._inbox = queue.SimpleQueue()  # by which the thread knows that nobody listens
         self._socket.close()
 
 

@@ -827,15 +827,73 @@ def test_a_server_s_delay_is_told_apart_and_its_words_shown(server, monkeypatch)
     assert "".join(said).count("samvad: w1 ") == 2
 
 
-def test_a_lost_network_ends_in_one_line_with_what_was_said(server):
+def remote_call(server, audio, after: float, act, recorder=None) -> tuple:
+    """A call on which `act(line)` is done after so long, with all that is shown of it."""
     line = stream_demo.RemoteLine(parse_args(["--server", server.address, "--token", "s e"]))
-    sound, said = Recording(np.full(2 * RATE, 0.5, "f"), line, tail_seconds=0.4), []
-    threading.Timer(0.8, lambda: line._socket.socket.shutdown(2)).start()
-    record, _ = converse(line, sound, Screen(said.append))
+    sound, said = Recording(audio, line, tail_seconds=0.4), []
+    timer = threading.Timer(after, act, (line,))
+    timer.start()
+    record, _ = converse(line, sound, Screen(said.append), recorder)
+    timer.join()
     line.close()
+    return line, record, sound.reply, "".join(said)
+
+
+def cut(line) -> None:
+    line._socket.socket.shutdown(2)
+
+
+def test_a_lost_network_is_come_back_over_into_the_same_call(server, tmp_path):
+    ramp = np.repeat(np.linspace(0.1, 0.9, 100), 960).astype("f")  # a level a patch
+    recorder = Recorder(tmp_path / "call.wav")
+    line, record, reply, said = remote_call(server, ramp, 1.02, cut, recorder)
+    recorder.close()
+    assert record.stopped is None
+    assert said.count("(cut off; going back into the call)") == said.count("(back in the call") == 1
+    # What it answers is what was said at that moment, before and after.
+    answered = np.array([index for index in record.index if index < 100])
+    gaps = np.flatnonzero(np.diff(answered) > 1)
+    assert len(gaps) == 1 and 5 < answered[gaps[0]] < 50 and answered[-1] == 99
+    heard = reply.reshape(-1, 960)[answered].mean(1)
+    np.testing.assert_allclose(heard, ramp.reshape(-1, 960)[answered, 0], atol=1e-2)
+    assert line.ledger.counts["dropped_patches"] == np.diff(answered).max() - 1
+    sides, _ = soundfile.read(tmp_path / "call.wav")
+    np.testing.assert_allclose(sides[: len(ramp), 0], ramp, atol=1e-3)
+    assert sides[:, 1].max() == pytest.approx(0.9, abs=1e-2)
+    assert server.server.metrics.calls.labels("rejoined")._value.get() == 1
+
+
+@pytest.mark.parametrize("how", ["refused", "gone", "another call"])
+def test_who_cannot_come_back_ends_in_one_line_with_what_was_said(server, how, monkeypatch):
+    monkeypatch.setattr(stream_demo.RemoteLine, "RETRY_SECONDS", 0.1)
+
+    def act(line) -> None:
+        if how == "refused":
+            line._args.token = "wrong"
+        elif how == "gone":
+            line._ready["rejoin_seconds"], line._args.server = 0.5, "ws://127.0.0.1:9"
+        else:
+            line._ready["call"] = "x"
+        cut(line)
+
+    line, record, reply, said = remote_call(server, np.full(3 * RATE, 0.5, "f"), 0.8, act)
     assert isinstance(record.stopped, UserError) and "\n" not in str(record.stopped)
-    assert "the call was ended" in str(record.stopped)
-    assert 5 < len(record.index) < 40 and len(sound.reply) >= 6 * 960 and said
+    reason = {"refused": "a wrong token", "gone": "no way back within 0 s",
+              "another call": "has not kept it"}[how]  # fmt: skip
+    assert reason in str(record.stopped) and "going back into the call" in said
+    assert 5 < len(record.index) < 60 and len(reply) >= 6 * 960
+
+
+def test_a_server_that_falls_silent_is_asked_once_more(server, monkeypatch):
+    monkeypatch.setattr(stream_demo.RemoteLine, "ANSWER_SECONDS", 0.7)
+    engine = server.engine
+
+    def hold(line) -> None:
+        monkeypatch.setattr(engine, "run_once", lambda: time.sleep(3.0))
+
+    line, record, reply, said = remote_call(server, np.full(5 * RATE, 0.5, "f"), 0.8, hold)
+    assert isinstance(record.stopped, UserError) and "silent" in str(record.stopped)
+    assert said.count("back in the call after") == 1
 
 
 @pytest.mark.parametrize(
