@@ -46,7 +46,7 @@ TARGET_MS = 400.0
 COLUMNS = {"callers": "callers", "response_ms": "p95, ms", "turns": "turns", "answered": "answered",
            "tick_ms": "tick p95", "dropped_patches": "dropped", "refused": "refused",
            "cut_off": "cut off", "cpu_cores": "cores", "memory_mb": "MB",
-           "gpu_memory_mb": "GPU MB"}  # fmt: skip
+           "gpu_percent": "GPU %", "gpu_memory_mb": "GPU MB"}  # fmt: skip
 PATHS = {"pcm": "/api/pcm", "moshi": "/api/chat", "openai": "/v1/realtime", "twilio": "/telephone"}
 
 
@@ -162,7 +162,7 @@ def server_metrics(args: argparse.Namespace) -> dict[str, float]:
     with contextlib.suppress(OSError, ValueError):
         lines = urllib.request.urlopen(request, timeout=5).read().decode().splitlines()
         rows = [line.split() for line in lines if line and not {"#", "{"} & set(line)]
-        return {name: float(value) for name, value in rows}
+        return {name: float(value) for name, value in rows if value != "NaN"}
     return {}
 
 
@@ -180,6 +180,7 @@ async def measure(args: argparse.Namespace, questions: Sequence, callers: int) -
     answered = [one for one in latencies if kind_of(one) == "answered"]
     cpu = after.get("process_cpu_seconds_total", 0) - before.get("process_cpu_seconds_total", 0)
     memory, gpu = (after.get(f"{name}_memory_bytes") for name in ("process_resident", "samvad_gpu"))
+    busy = after.get("samvad_gpu_utilization")
     return {
         "callers": callers, "seconds": round(seconds, 1), "response_ms": percentiles(answered),
         "turns": len(latencies), "answered": len(answered),
@@ -187,6 +188,7 @@ async def measure(args: argparse.Namespace, questions: Sequence, callers: int) -
         **{name: counts[name] for name in ("dropped_patches", "refused", "cut_off")},
         "cpu_cores": round(cpu / seconds, 2) if cpu else None,
         "memory_mb": memory and round(memory / 2**20), "gpu_memory_mb": gpu and round(gpu / 2**20),
+        "gpu_percent": busy if busy is None else round(100 * busy),
         "caller_late_ms": round(1000 * max(caller.late for caller in crowd), 1)}  # fmt: skip
 
 
@@ -220,8 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     def measured(callers: int) -> dict:
         row = asyncio.run(measure(args, questions, callers))
         rows.append(row)
-        cells = [row[name] for name in COLUMNS]
-        for line in (COLUMNS.values(), cells)[len(rows) > 1 :]:
+        columns = {k: v for k, v in COLUMNS.items() if "gpu" not in k or rows[0][k] is not None}
+        for line in (columns.values(), [row[name] for name in columns])[len(rows) > 1 :]:
             shown = ((cell["p95"] if isinstance(cell, dict) else cell) for cell in line)
             print("".join(f"{'-' if cell is None else cell:>10}" for cell in shown))
         if row["refused"] == callers:

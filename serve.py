@@ -20,6 +20,7 @@ import math
 import os
 import secrets
 import socket
+import subprocess
 import time
 import traceback
 from collections import deque
@@ -226,16 +227,29 @@ class Connection:
                         return
 
 
-def make_metrics(slots: int, calls: dict) -> SimpleNamespace:
+def gpu_utilization(device: torch.device) -> float:
+    """The share of its last moment in which a GPU was busy; NaN where nvidia-smi cannot say."""
+    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    ask = "nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-i", which
+    try:
+        return float(subprocess.run(ask, capture_output=True, check=True, timeout=5).stdout) / 100
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return math.nan
+
+
+def make_metrics(engine: DuplexEngine, calls: dict) -> SimpleNamespace:
     """What `/metrics` tells of one server."""
     from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
     to = {"registry": CollectorRegistry(), "namespace": "samvad"}
     times = to | {"buckets": [0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.2, 0.4, 1.0]}
     ProcessCollector(registry=to["registry"])  # CPU and memory
-    memory = Gauge("gpu_memory_bytes", "taken by this process; 0 without a GPU", **to)
-    memory.set_function(torch.cuda.memory_reserved)
-    Gauge("slots", "callers at most", **to).set(slots)
+    if (device := engine.device).type == "cuda":
+        memory = Gauge("gpu_memory_bytes", "taken by this process", **to)
+        memory.set_function(lambda: torch.cuda.memory_reserved(device))
+        busy = Gauge("gpu_utilization", "of its last moment, 0 to 1, by whatever process", **to)
+        busy.set_function(lambda: gpu_utilization(device))
+    Gauge("slots", "callers at most", **to).set(engine.slots)
     Gauge("live_calls", "those that rest among them", **to).set_function(lambda: len(calls))
     return SimpleNamespace(
         registry=to["registry"],
@@ -254,7 +268,7 @@ class Server:
     def __init__(self, engine: DuplexEngine, args: argparse.Namespace):
         self.engine, self.args = engine, args
         self.scheduler = Scheduler(engine, args.buffer_seconds, args.threads)
-        self.metrics = make_metrics(engine.slots, self.scheduler.calls)
+        self.metrics = make_metrics(engine, self.scheduler.calls)
         self.connections: set[Connection] = set()
         self.draining: float | None = None  # since when
 
@@ -448,7 +462,8 @@ def build_app(server: Server) -> Any:
     async def metrics(request: Any) -> Response:
         if not server.allows(request):
             return Response("a wrong token, or none\n", 401)
-        return Response(generate_latest(server.metrics.registry), media_type="text/plain")
+        text = await asyncio.to_thread(generate_latest, server.metrics.registry)  # nvidia-smi waits
+        return Response(text, media_type="text/plain")
 
     routes = [Route(*place) for place in (("/", page), ("/ping", ping), ("/metrics", metrics))]
     for path, protocol in PROTOCOLS.items():

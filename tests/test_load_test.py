@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 import load_test
 from command import UserError
@@ -50,6 +53,41 @@ def test_a_ramp_of_callers_who_are_answered(wav, capsys, monkeypatch):
     assert one["refused"] == one["cut_off"] == one["dropped_patches"] == 0
     assert one["tick_ms"]["n"] >= 2 and one["memory_mb"] > 0 and one["cpu_cores"] > 0
     assert printed.count("answered") >= 1 and "3/3" not in printed.splitlines()[0]
+    assert "GPU" not in printed and one["gpu_percent"] is one["gpu_memory_mb"] is None
+
+
+@pytest.mark.parametrize(("said", "percent"), [("37", 37), ("[N/A]", None)])
+def test_the_load_of_a_gpu_is_shown(said, percent, wav, capsys, monkeypatch, tmp_path):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f'#!/bin/sh\ntest "$4" = GPU-ab-12 && echo "{said}"\n')
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    card = SimpleNamespace(uuid="ab-12")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 2**30)
+    engine = test_serve.echo_engine()
+    engine.device = torch.device("cuda")
+    with test_serve.serving(engine=engine) as running:
+        engine.device = torch.device("cpu")
+        flags = ["--server", running.address, "--wav", wav, "--callers", "1"]
+        result, printed = rows_of(capsys, *flags)
+    (row,) = result["rows"]
+    assert (row["gpu_percent"], row["gpu_memory_mb"]) == (percent, 3072)
+    assert ("GPU %" in printed, "GPU MB" in printed) == (percent is not None, True)
+
+
+def test_a_caller_s_ear_is_on_time_again_after_a_stall(wav, capsys, monkeypatch):
+    """Half a second in which nothing comes delays an answer, not all that follow."""
+    monkeypatch.setattr(load_test, "kind_of", lambda latency: "answered" if latency else "no")
+    engine = test_serve.echo_engine()
+    run_once, waits = engine.run_once, iter([0.5])
+    monkeypatch.setattr(engine, "run_once", lambda: (time.sleep(next(waits, 0)), run_once())[1])
+    with test_serve.serving(engine=engine) as running:
+        flags = ["--server", running.address, "--wav", wav, "--callers", "1", "--seconds", "6"]
+        result, _ = rows_of(capsys, *flags)
+    (row,) = result["rows"]
+    assert row["turns"] == row["answered"] == 4 and row["dropped_patches"] == 0
+    assert row["response_ms"]["p95"] - row["response_ms"]["p50"] > 200
 
 
 def test_who_is_refused_counts_and_a_server_that_takes_none_is_one_line(wav, capsys):
