@@ -63,3 +63,35 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         gpu_check.main(["nonsense"])
     assert "no part nonsense" in capsys.readouterr().err
+
+
+def tick_part(tmp_path, monkeypatch, capsys, seconds: str) -> tuple[dict, str]:
+    monkeypatch.setenv("GPU_CHECK_SMOKE", "1")
+    output = tmp_path / "r.json"
+    assert gpu_check.main(["tick", "--output", str(output), "--seconds", seconds]) == 0
+    return json.loads(output.read_text())["parts"]["tick"], capsys.readouterr().out
+
+
+def test_moshi_is_timed_beside_the_engine(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("moshi")
+    found, printed = tick_part(tmp_path, monkeypatch, capsys, "1")
+    for slots in (1, 2):
+        stages = found[f"{slots} slots, moshi"]
+        assert list(stages) == ["encode", "lm", "decode", "total"] and stages["lm"]["n"] >= 2
+        whole = sum(stages[name]["p50"] for name in ("encode", "lm", "decode"))
+        assert stages["total"]["p50"] == pytest.approx(whole, rel=0.5) and whole > 0
+    assert "2 slots, 1 s of audio" in printed
+
+
+def test_without_moshi_one_line_says_so(tmp_path, monkeypatch, capsys):
+    for name in ("moshi", "moshi.models"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found, printed = tick_part(tmp_path, monkeypatch, capsys, "1")
+    assert "its package is not here" in found["moshi"]
+    assert sum("moshi " in line for line in printed.splitlines()) == 1
+
+
+def test_ticks_of_unequal_lengths_are_compared_by_the_second():
+    total = {"total": {"p50": 4.0, "p95": 5.0}}
+    found = {"8 slots, graphs": total, "8 slots, moshi": total, "8 slots, codes apart": 0.0}
+    assert gpu_check.a_second(found) == {"8 slots, 1 s of audio": "graphs 100, moshi 50 ms"}

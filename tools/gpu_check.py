@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,12 +31,14 @@ import torch  # noqa: E402
 
 import command  # noqa: E402
 from command import UserError  # noqa: E402
+from ledger import percentiles  # noqa: E402
 
 SECONDS = 460  # for all parts, so that the script ends within eight minutes
 USD_PER_HOUR = 3.39
 CODEC_PLAN_HOURS, CODEC_LISTENS = 100 * 60, 0.1  # of audio; share of steps for phones alone
 LM_PLAN_HOURS, LM_LISTENS = 20 * 60, 0.3
 RATE, FRAME_RATE = 24000, 50
+MOSHI_STAGES = "encode", "lm", "decode", "total"
 
 
 @dataclass
@@ -295,7 +297,7 @@ def part_train_s2s(place: Place) -> dict:
 
 def part_tick(place: Place) -> dict:
     """The engine's tick by stage, p50 and p95 in ms, at several numbers of callers, eager and as
-    graphs; and what share of the codes the two say differently in the same calls."""
+    graphs; what share of the codes the two say differently in the same calls; and `moshi`'s."""
     from codec import Codec, CodecConfig
     from duplex import DuplexEngine, halve
     from ledger import LatencyLedger
@@ -330,7 +332,60 @@ def part_tick(place: Place) -> dict:
         pairs = zip(codes["eager"], codes["graphs"], strict=False)
         apart = float(np.mean([one != two for one, two in pairs]))
         found[f"{slots} slots, codes apart"] = round(apart, 6)
+    try:
+        found.update(moshi_ticks(place, (1, 2) if place.smoke else (1, 8, 32)))
+    except ImportError as error:
+        found["moshi"] = f"not measured, its package is not here: {command.first_line(error)}"
+    except Exception as error:  # a row, as a part is
+        found["moshi"] = f"{type(error).__name__}: {command.first_line(error)}"
     return found
+
+
+def moshi_ticks(place: Place, crowds: Sequence[int]) -> Iterator[tuple[str, dict]]:
+    """The same of the `moshi` package: a frame of 80 ms through its own LMGen and Mimi at their
+    published sizes, with random weights and the package's own compiling and CUDA graphs."""
+    from moshi.models import LMGen, loaders
+
+    from tools.compare_codecs import load_mimi
+
+    device = torch.device("cuda" if place.cuda else "cpu")
+    small = {"dim": 64, "num_heads": 4, "num_layers": 2, "context": 64, "depformer_dim": 32,
+             "depformer_num_heads": 2, "depformer_num_layers": 1,
+             "depformer_dim_feedforward": 64} if place.smoke else {}  # fmt: skip
+    mimi, no_compile = load_mimi(device)
+    lm = loaders.get_moshi_lm(None, loaders._lm_kwargs | small, device)
+    for slots in crowds:
+        gen, until = LMGen(lm), time.monotonic() + place.seconds(4 if place.smoke else 30)
+        noise, spans = torch.Generator().manual_seed(0), []
+        with contextlib.ExitStack() as opened:
+            for one in (torch.no_grad(), mimi.streaming(slots), gen.streaming(slots)):
+                opened.enter_context(one)
+            if not place.cuda:
+                opened.enter_context(no_compile())
+            while len(spans) < 110 and (len(spans) < 12 or time.monotonic() < until):
+                frame, marks = 0.05 * torch.randn(slots, 1, 1920, generator=noise), []
+                for stage in (lambda x: mimi.encode(x.to(device)), gen.step,
+                              lambda x: None if x is None else mimi.decode(x[:, 1:]).cpu()):
+                    marks.append(time.perf_counter())
+                    frame = stage(frame)
+                    if place.cuda:
+                        torch.cuda.synchronize()
+                marks.append(time.perf_counter())
+                spans.append([*np.diff(marks), marks[-1] - marks[0]])
+        rows = np.array(spans[10:])  # the first compile, capture and wait for the delayed codes
+        stages = {name: percentiles(row) for name, row in zip(MOSHI_STAGES, rows.T, strict=True)}
+        yield f"{slots} slots, moshi", stages
+
+
+def a_second(found: dict) -> dict[str, str]:
+    """For each number of slots, ms of work for a second of everybody's audio, as the medians go."""
+    rates = {"eager": 25, "graphs": 25, "moshi": 12.5}  # ticks a second
+    said: dict[str, list[str]] = {}
+    for name, value in found.items():
+        slots, _, kind = name.partition(", ")
+        if kind in rates:
+            said.setdefault(slots, []).append(f"{kind} {value['total']['p50'] * rates[kind]:.0f}")
+    return {f"{slots}, 1 s of audio": f"{', '.join(row)} ms" for slots, row in said.items()}
 
 
 PARTS: dict[str, Callable[[Place], dict]] = {
@@ -358,6 +413,7 @@ def _rows(part: str, found: dict) -> list[tuple[str, str]]:
         return [("", found["result"] + (f" ({found['failed']})" if "failed" in found else ""))]
     if part == "tick":
         ticks = {name: value for name, value in found.items() if name != "seconds"}
+        ticks |= a_second(ticks)
         return [(name, _tick_line(value)) for name, value in ticks.items()]
     rows = [(name, _run_line(run)) for name, run in found.items() if "rows" in run]
     # The first run has the plan's own flags, but for where it stops.
@@ -373,7 +429,9 @@ def _rows(part: str, found: dict) -> list[tuple[str, str]]:
     return rows
 
 
-def _tick_line(value: dict | float) -> str:
+def _tick_line(value: dict | float | str) -> str:
+    if isinstance(value, str):
+        return value
     if isinstance(value, float):
         return f"{value:.2%}"
     return ", ".join(f"{s} {v['p50']:.1f}/{v['p95']:.1f}" for s, v in value.items()) + " ms"

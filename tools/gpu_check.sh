@@ -4,8 +4,11 @@
 #   tools/gpu_check.sh                     # every part
 #   tools/gpu_check.sh train_codec tick    # some: tests, train_codec, train_s2s, tick
 #   GPU_CHECK_SMOKE=1 tools/gpu_check.sh   # tiny, on any machine: only whether the parts run
-#   tools/gpu_check.sh wheels              # fetch into .carry what a GPU image may lack
+#   tools/gpu_check.sh wheels              # fetch into .carry what a GPU image may lack, and moshi
 #
+# `tick` measures the package moshi beside the engine where it is installed (pip install --no-deps
+# moshi; pip install einops sentencepiece) or among the wheels. Where nothing can be downloaded:
+# `tools/gpu_check.sh wheels` on a machine with a network, then .carry goes along with the tree.
 # Python is $PYTHON, .venv's or python3; wheels in .carry are used for what it lacks.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,12 +26,13 @@ if [ "${1:-}" = wheels ]; then
     rm -rf .carry && mkdir .carry
     # shellcheck disable=SC2086  # one word a package
     "$python" -m pip download -q --no-deps --only-binary=:all: --implementation cp \
-        --python-version "${GPU_CHECK_PYTHON:-3.12}" "${platforms[@]}" -d .carry $versions
+        --python-version "${GPU_CHECK_PYTHON:-3.12}" "${platforms[@]}" -d .carry $versions \
+        moshi einops sentencepiece
     du -sh .carry
     exit
 fi
 
-if ! "$python" -c "import soundfile, soxr, datasets" 2>/dev/null && compgen -G ".carry/*.whl" >/dev/null
+if ! "$python" -c "import soundfile, soxr, datasets, moshi" 2>/dev/null && compgen -G ".carry/*.whl" >/dev/null
 then
     site="$(mktemp -d)"
     trap 'rm -rf "$site"' EXIT
