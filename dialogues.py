@@ -44,6 +44,8 @@ class Exchange:
     held_out: bool = False
 
 
+ANY_EMOTION = "scripts, any emotion"  # source of conversations whose words tell no emotion
+
 _EXCHANGE_FIELDS = {"id": "text", "language": SPOKEN, "intent": "text", "turns": "list of object",
                     "held_out": "true or false?"}  # fmt: skip
 _LINE_FIELDS = {"who": ("user", "agent"), "texts": "list of text?", "emotion": (*EMOTIONS, None)}

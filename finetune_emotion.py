@@ -46,6 +46,9 @@ CHANGEABLE = ("lr", "branch_lr", "codec", "replay", "conversations")
 WITHOUT_EMOTION = ("neutral", "calm", None)
 
 
+LABELS_RATE = 5.0  # of the LM's: what is added to an input many times as long has far to grow
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings(train_s2s.WindowSettings):
     """What seldom changes; `--set` changes it."""
@@ -251,11 +254,14 @@ def train(args, run: training.Run) -> None:
         checkpoints.inherit_weights(model, args.init_from)
     else:
         checkpoints.fill(model, checkpoint.tensors, checkpoint.path)
-    rest = [module for name, module in model.named_children() if name != "emotion"]
-    learning = {"detection": ("branch",), "dialogue": ("branch", "lm")}
+    labels = [model.emotion_embedding, model.emotion_projection, model.depth_emotion]
+    rest = [module for module in model.children() if module not in (model.emotion, *labels)]
+    learning = {"detection": ("branch",), "dialogue": ("branch", "labels", "lm")}
+    rates = {"branch": args.branch_lr, "labels": LABELS_RATE * args.lr, "lm": args.lr}
+    parts_of = {"branch": [model.emotion], "labels": labels, "lm": rest}
     optimizers, weights = {}, {}
-    for name, modules, rate in (("branch", [model.emotion], args.branch_lr), ("lm", rest, args.lr)):
-        optimizers[name] = training.adamw(modules, rate, (0.9, 0.95), weight_decay=0.05)
+    for name, modules in parts_of.items():
+        optimizers[name] = training.adamw(modules, rates[name], (0.9, 0.95), weight_decay=0.05)
         weights[name] = [weight for module in modules for weight in module.parameters()]
     guard = training.StepGuard()
     run.parts |= {**optimizers, "guard": guard}
@@ -270,7 +276,8 @@ def train(args, run: training.Run) -> None:
         torch.manual_seed(generator.initial_seed())  # dropout: a resumed run draws the same
         loss, row = speech_losses(model, speech)
         if phase == "dialogue":
-            whole_loss, losses, metrics = batch_losses(model, talk, speak=True)
+            with run.cast:
+                whole_loss, losses, metrics = batch_losses(model, talk, speak=True)
             loss = settings.speech_weight * loss + whole_loss
             row |= {**losses, **metrics}
         model.zero_grad(set_to_none=True)
@@ -284,7 +291,7 @@ def train(args, run: training.Run) -> None:
 
     stored = {"config": checkpoints.stored_config("s2s", config), "tokenizer": tokenizer.to_str()}
     run.stored = lambda: {**stored, "tensors": model.state_dict()}
-    on_talk = functools.partial(train_s2s.validate, model, validation, device)
+    on_talk = functools.partial(train_s2s.validate, model, validation, device, run.cast)
     run.validate = lambda: {**validate_speech(model, spoken, device), **on_talk()}
     run.best_by, run.shown = "validation_speech", SHOWN
     first = collate_pairs([dataset[(0, i)] for i in range(args.batch_size // process.world_size)])
@@ -298,8 +305,8 @@ def train(args, run: training.Run) -> None:
     batches = functools.partial(training_batches, dataset, collate=collate_pairs)
     for batch in run.steps(batches):
         rate = run.schedule.rate(run.step, final_ratio=0.05)
-        training.set_learning_rate(optimizers["branch"], args.branch_lr * rate)
-        training.set_learning_rate(optimizers["lm"], args.lr * rate)
+        for name, optimizer in optimizers.items():
+            training.set_learning_rate(optimizer, rates[name] * rate)
         row = step(batch, run.phase)
         run.step_done(lambda: {**row, "lr": args.lr * rate})  # noqa: B023
 

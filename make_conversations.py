@@ -430,7 +430,8 @@ def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[di
                 dropped.append(f"{name}: {error} (line {turn.request.text!r})")
                 continue
             row = mix(name, language, plan, [take for _, take in mine], babble)
-            made.append({**row, "source": "scripts", "split": args.split})
+            source = dialogues.ANY_EMOTION if args.any_emotion else "scripts"
+            made.append({**row, "source": source, "split": args.split})
             seconds += len(row["agent"]) / SAMPLE_RATE
         first += size
         if first > 100 * PART_CONVERSATIONS:

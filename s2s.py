@@ -407,7 +407,7 @@ class S2S(nn.Module):
         if c.emotion_dim:
             self.emotion = EmotionBranch(c)
             self.emotion_projection = nn.Linear(len(c.emotions), c.dim, bias=False)
-            nn.init.zeros_(self.emotion_projection.weight)  # an LM taught without goes on as it was
+            self.depth_emotion = nn.Embedding(len(c.emotions) + 1, c.depth_dim)
         self.schedule = c.depth_schedule()
         self.depth_text = nn.Embedding(c.vocab_size, c.depth_dim)
         self.depth_context = nn.ModuleList(nn.Linear(c.dim, c.depth_dim) for _ in self.schedule)
@@ -422,6 +422,9 @@ class S2S(nn.Module):
         for head in (self.text_head, *self.heads.values(), *self.depth_heads.tables):
             nn.init.normal_(head.weight, std=0.02)
             nn.init.zeros_(head.bias)
+        if c.emotion_dim:  # an LM taught without goes on as it was
+            nn.init.zeros_(self.emotion_projection.weight)
+            nn.init.zeros_(self.depth_emotion.weight)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> S2S:
@@ -469,13 +472,21 @@ class S2S(nn.Module):
         words = self.text_head(self.words_projection(hidden))
         return {**logits, "user_phones": phones, "user_words": words}
 
-    def depth_logits(self, hidden: Tensor, text: Tensor, codes: Tensor) -> list[list[Tensor]]:
-        """Teacher-forced: states `[N, D]`, tokens `[N]` and codes `[N, p, K]` of patches → per step
-        and place of `depth_schedule`, logits `[N, size]`."""
-        codes, said, steps = codes.clamp(min=0), self.depth_text(text), range(len(self.schedule))
+    def depth_logits(self, hidden: Tensor, text: Tensor, codes: Tensor, emotion=None) -> list:
+        """Teacher-forced: states `[N, D]`, tokens `[N]`, codes `[N, p, K]` and, for an LM with an
+        emotion branch, emotions `[N]` of patches → per step and place of `depth_schedule`, logits
+        `[N, size]`."""
+        codes, said = codes.clamp(min=0), self._depth_said(text, emotion)
+        steps = range(len(self.schedule))
         inputs = [self._depth_input(hidden, said, codes, step) for step in steps]
         out = self.depth(torch.stack(inputs, dim=1))  # [N, steps, depth_dim]
         return [list(self.depth_heads(out[:, step], step).unbind(1)) for step in steps]
+
+    def _depth_said(self, text: Tensor, emotion: Tensor | None) -> Tensor:
+        """Tokens and emotions `[N]` → `[N, depth_dim]`. The emotion comes in here, too: in the
+        temporal state it is a small part of a long sum, and was hardly heard."""
+        said = self.depth_text(text)
+        return said if self.emotion is None else said + self.depth_emotion(emotion)
 
     def _depth_input(self, hidden: Tensor, said: Tensor, codes: Tensor, step: int) -> Tensor:
         """`[N, depth_dim]` of the temporal state `[N, D]`, the embedded text `[N, depth_dim]` and
@@ -522,9 +533,10 @@ class S2S(nn.Module):
         if speak:
             first = hidden.shape[1] * torch.arange(len(hidden), device=hidden.device)
             chosen = (batch.depth_patches + first[:, None]).flatten()  # [B * n] of B * P patches
-            parts = (hidden, batch.text, batch.agent_codes)
-            states, text, targets = (part.flatten(0, 1)[chosen] for part in parts)
-            losses |= depth_losses(self.depth_logits(states, text, targets), self.schedule, targets)
+            parts = (hidden, batch.text, batch.agent_codes, batch.agent_emotion)
+            states, text, targets, emotion = (part.flatten(0, 1)[chosen] for part in parts)
+            depth = self.depth_logits(states, text, targets, emotion)
+            losses |= depth_losses(depth, self.schedule, targets)
         return losses, metrics
 
     def init_state(self, batch_size: int, seed: int = 0) -> S2SState:
@@ -572,7 +584,8 @@ class S2S(nn.Module):
             muted, forced_codes, forced_text = forced
             text = torch.where(muted, forced_text, text)
         timer()
-        codes = self._draw_codes(hidden, text, state, noise[:, 2:], strength)
+        said = self._depth_said(text if strength is None else text.repeat(2), emotion)
+        codes = self._draw_codes(hidden, said, state, noise[:, 2:], strength)
         if forced is not None:
             codes = torch.where(muted[:, None, None], forced_codes.transpose(1, 2), codes)
         said = text
@@ -592,11 +605,10 @@ class S2S(nn.Module):
         row = torch.tensor(sampling.row(self.config.eagerness), device=self.text_head.weight.device)
         return SlotSampling(row.repeat(slots, 1), sampling, sum(map(len, self.schedule)))
 
-    def _draw_codes(self, hidden, text, state: S2SState, noise: Tensor, strength) -> Tensor:
-        """The depth transformer's steps: codes `[B, p, K]`, each drawn given those before."""
-        rows = len(hidden) // len(text)
-        codes, said = torch.zeros_like(state.agent), self.depth_text(text)
-        said = said.repeat(rows, 1) if rows > 1 else said
+    def _draw_codes(self, hidden, said, state: S2SState, noise: Tensor, strength) -> Tensor:
+        """The depth transformer's steps: codes `[B, p, K]`, each drawn given those before; `said`
+        by `_depth_said`."""
+        rows, codes = len(hidden) // len(noise), torch.zeros_like(state.agent)
         noises = noise.split([len(places) for places in self.schedule], dim=1)
         for step, places in enumerate(self.schedule):
             x = self._depth_input(hidden, said, codes, step)[:, None]
@@ -604,7 +616,7 @@ class S2S(nn.Module):
             drawn = draw(guided(self.depth_heads(out, step), strength), noises[step])
             frames, level = place_of(places)
             codes[:, frames, level] = drawn.repeat(rows, 1) if rows > 1 else drawn
-        return codes[: len(text)]
+        return codes[: len(noise)]
 
     def _advance(self, state: S2SState, codes: Tensor, text: Tensor, active) -> Tensor:
         """Stores the patch for the next step; returns it with semantic and acoustic aligned."""

@@ -44,7 +44,7 @@ from training import one_of, setting
 UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
 VALIDATION_WINDOWS = 48
-CHANGEABLE = "gen_lr", "disc_lr", "teacher", "precision", "cuda_graph", "compile"
+CHANGEABLE = "gen_lr", "disc_lr", "teacher", "cuda_graph", "compile"
 BALANCE = {"waveform": 1.0, "adversarial": 1.0, "features": 2.0}
 KINDS = "semantic_only adversarial codebooks_move codebooks_started"
 Mode = collections.namedtuple("Mode", KINDS)  # of step: a CUDA graph holds one kind
@@ -86,7 +86,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher", default="auto",
         help="none, wavlm, whisper, or such a model's folder or id; auto: WavLM-large on CUDA")
     add("--ssl_loss_weight", type=number(0), default=1.0, help="share of the teacher's view")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     add("--cuda_graph", action="store_true", help="replay the step as a CUDA graph: on one GPU")
     add("--compile", action="store_true", help="torch.compile encoder and decoder")
     add("--quantizer_start", type=whole(0), default=200, help="steps before k-means")
@@ -309,9 +308,7 @@ class Learner:
         spectra = {"mel": MelLoss(config.sample_rate), "spectral": SpectralLoss()}
         used = spectra if args.spectral_weight else {"mel": spectra["mel"]}
         self.spectra = nn.ModuleDict(used).to(device)
-        # Quantizer, STFT and losses go on in fp32 within it.
-        bf16 = device.type == "cuda" if args.precision == "auto" else args.precision == "bf16"
-        self.cast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+        self.cast = run.cast  # quantizer, STFT and losses go on in fp32 within it
         if args.init_from and checkpoint is None:
             self.inherit()
         frozen = [model.encoder[0], model.quantizer.semantic_in, self.head, self.projection]

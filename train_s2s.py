@@ -12,6 +12,7 @@ then it learns to speak.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -33,7 +34,7 @@ import training
 from codec import Codec
 from command import UserError, number, share, whole
 from data import frame_labels, split_for, training_batches
-from dialogues import load_code_dataset
+from dialogues import ANY_EMOTION, load_code_dataset
 from phones import PHONES
 from s2s import IGNORE, MAX_TURN_PATCHES, PAD, S2S, Batch, S2SConfig
 from training import one_of, setting
@@ -142,7 +143,8 @@ class Conversations(Dataset):
             window["emotion_codes"] = window["user_codes"]
         if self.near is not None:
             self.disturb(window, speaking, rng)
-        if rng.random() < self.args.emotion_drop:
+        steered = window.pop("steered")
+        if rng.random() < self.args.emotion_drop and not steered:
             window["agent_emotion"].zero_()
         if rng.random() < self.settings.language_drop:
             window["language"].zero_()
@@ -175,6 +177,8 @@ class Conversations(Dataset):
         row = joined(rows, self.config)
         call = self.labelled(row, drawn)
         window = {name: v[begins:end].clone() if v.dim() else v for name, v in call.items()}
+        # Without its label such speech would be any emotion's, frame by frame.
+        window["steered"] = any(row["source"] == ANY_EMOTION for row in rows)
         return window | self.untimed(row, begins)
 
     def first(self, rng: np.random.Generator) -> tuple[int, int]:
@@ -463,21 +467,20 @@ def turn_fields(rows, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
 
 
 def batch_losses(model: S2S, batch: Batch, speak: bool, split: int | None = None):
-    """(whole loss, losses, metrics) of a batch, in bf16 on CUDA."""
-    device = batch.text.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-        losses, metrics = model.losses(batch, speak, split)
+    """(whole loss, losses, metrics) of a batch."""
+    losses, metrics = model.losses(batch, speak, split)
     return sum(WEIGHTS[name] * loss for name, loss in losses.items()), losses, metrics
 
 
 @torch.no_grad()
-def validate(model: S2S, batches: list[Batch], device: torch.device) -> dict[str, float]:
+def validate(model: S2S, batches: list[Batch], device, cast=None) -> dict[str, float]:
     """Mean losses and accuracies over held-out calls, all codes of them. The text's and the phones'
     also apart within and past the attention context, where the window slides as in a call."""
     model.eval()
     rows = []
     for batch in batches:
-        _, losses, metrics = batch_losses(model, batch.to(device), True, model.config.context)
+        with cast or contextlib.nullcontext():
+            _, losses, metrics = batch_losses(model, batch.to(device), True, model.config.context)
         rows.append({name: float(value) for name, value in {**losses, **metrics}.items()})
     model.train()
     return {f"validation_{name}": statistics.fmean(row[name] for row in rows) for name in rows[0]}
@@ -620,7 +623,8 @@ def train(args, run: training.Run) -> None:
         batch = batch.to(device)
         generator = training.keyed_generator(args.seed, run.step, process.rank)
         torch.manual_seed(generator.initial_seed())  # dropout: a resumed run draws the same
-        loss, losses, metrics = batch_losses(model, batch, speak=phase == "dialogue")
+        with run.cast:
+            loss, losses, metrics = batch_losses(model, batch, speak=phase == "dialogue")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = guard.step(optimizer, model.parameters(), loss, settings.grad_clip)
@@ -629,7 +633,7 @@ def train(args, run: training.Run) -> None:
 
     stored = {"config": checkpoints.stored_config("s2s", config), "tokenizer": tokenizer.to_str()}
     run.stored = lambda: {**stored, "tensors": model.state_dict()}
-    run.validate = lambda: validate(model, validation, device)
+    run.validate = lambda: validate(model, validation, device, run.cast)
     run.best_by, run.shown = "validation_text", SHOWN
     first = collate([dataset[(0, i)] for i in range(args.batch_size // process.world_size)])[0]
     run.estimate(lambda phase: step(first, phase), [model])

@@ -202,6 +202,7 @@ def run_parser(description: str, settings: type[Settings], **defaults: object) -
     add("--warmup_steps", type=whole(0))
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--threads", type=whole(1), help="CPU threads")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     add("--seed", type=whole(-(2**63), 2**63 - 1), default=0)
     add("--fresh", action="store_true", help="start over, in an empty folder")
     add("--init_from", help="checkpoint whose weights to start from")
@@ -224,7 +225,8 @@ LOCAL = ("device", "threads", "num_workers", "checkpoint_dir", "fresh", "save_ev
 # Where a run stands: steps done, the epoch, samples consumed in it, and the best score so far.
 PLACE = ("step", "epoch", "consumed", "best")
 # What a resumed run can take up in its middle.
-CHANGEABLE = "num_epochs", "batch_size", "data_dirs", "commercial_only", "grad_clip", "budget_usd"
+CHANGEABLE = ("num_epochs", "batch_size", "data_dirs", "commercial_only", "grad_clip", "budget_usd",
+              "precision")  # fmt: skip
 
 
 def take_stored(values: dict, stored: dict, given, changeable, where, settings=()) -> list[str]:
@@ -696,18 +698,22 @@ class Run:
     checkpoint: where it goes on from; None for a new run, and once it is restored.
     stored: gives config, tensors, further trainer state and tokenizer of a checkpoint.
     validate: gives scores by name, the lowest `best_by` for the best checkpoint.
-    shown: metrics on the terminal's lines, and under which name."""
+    shown: metrics on the terminal's lines, and under which name.
+    cast: the context of what may run in bf16, by `--precision`."""
 
-    def __init__(self, stage: str, args, kind: type[Settings], process: Distributed, changeable):
+    def __init__(self, stage: str, args, settings: type, process: Distributed, changeable):
         self.args, self.process = args, process
         self.is_main, self.device = process.is_main, process.device
         self.workers = loader_workers(args.num_workers)
         self.checkpoint = open_run(args.checkpoint_dir, stage, args.fresh and self.is_main)
         self.resumed = self.checkpoint is not None
-        self._take_flags(kind, changeable)
+        self._take_flags(settings, changeable)
         if args.preset == "auto":
             args.preset = "base" if self.device.type == "cuda" else "tiny"
-        costs = self.is_main and (self.device.type == "cuda" or args.budget_usd is not None)
+        kind = self.device.type
+        bf16 = kind == "cuda" if args.precision == "auto" else args.precision == "bf16"
+        self.cast = torch.autocast(kind, torch.bfloat16, enabled=bf16)
+        costs = self.is_main and (kind == "cuda" or args.budget_usd is not None)
         self.meter = CostMeter(stage, args.usd_per_hour, args.budget_usd, costs)
         if costs:
             command.writable_file(self.meter.ledger, "the ledger of costs")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ import emotions
 import finetune_emotion
 import train_s2s
 from command import UserError
-from s2s import S2S, EmotionBranch, S2SConfig
+from s2s import S2S, EmotionBranch, S2SConfig, Sampling
 
 EMOTIONS = ("neutral", "happy", "sad")
 SPEAKERS = ("ann", "bob", "eve", "raj")
@@ -144,6 +146,41 @@ def test_a_new_branch_changes_nothing_that_the_model_says():
     for i in range(10):
         one, two = (m.step(codes[:, i], s) for m, s in zip((plain, taught), states, strict=True))
         assert (one.agent_codes == two.agent_codes).all() and (one.text == two.text).all()
+
+
+@pytest.mark.parametrize("strength", [None, 1.0, 2.5])
+def test_the_emotion_given_is_the_one_spoken_in(strength):
+    """The likeliest codes, step by step, are the teacher-forced ones; guided, those of the logits
+    without + strength · (with − without), here by one pass each."""
+    torch.manual_seed(0)
+    model = S2S(small_config()).eval()
+    model.emotion.codebooks.normal_()
+    for weight in (model.depth_emotion.weight, model.emotion_embedding.weight):
+        torch.nn.init.normal_(weight, std=2.0)
+    user, emotion = torch.randint(16, (2, 12, 4, 2)), torch.tensor([3, 5])
+    how = {"strength": None if strength is None else torch.full((2,), strength)}
+    state = model.init_state(2 if strength is None else 4)
+    likeliest = Sampling(temperature=0, text_temperature=0)
+    outs = [model.step(user[:, i], state, emotion=emotion, sampling=likeliest, **how)
+            for i in range(12)]  # fmt: skip
+    text, said = torch.stack([out.text for out in outs], dim=1), emotion[:, None].expand(-1, 12)
+    codes = torch.stack([out.agent_codes for out in outs], dim=1).transpose(2, 3)
+    batch = types.SimpleNamespace(
+        text=text, agent_past=codes, user_codes=user.transpose(2, 3), language=torch.zeros(2).long()
+    )
+    found = []
+    for given in (said, torch.zeros_like(said)):
+        batch.agent_emotion = given
+        recognised = model.emotion(batch.user_codes)[0]
+        hidden = model.hidden(batch, recognised).flatten(0, 1)
+        rows = text.flatten(), codes.flatten(0, 1), given.flatten()
+        found.append([s for step in model.depth_logits(hidden, *rows) for s in step])
+    for step, places in enumerate(itertools.chain(*model.schedule)):
+        (frame, level), (given, free) = places, (found[0][step], found[1][step])
+        logits = free + (strength or 1.0) * (given - free)
+        assert (logits.argmax(-1).view(2, 12) == codes[:, :, frame, level]).all()
+        if strength and level:
+            assert (given.argmax(-1) != free.argmax(-1)).any()
 
 
 def test_resumed_equals_uninterrupted(world, once, tmp_path, capsys):

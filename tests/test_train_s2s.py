@@ -25,7 +25,7 @@ from s2s import IGNORE, PAD, S2S, S2SConfig
 
 pytest.importorskip("datasets", reason="code datasets: pip install datasets")
 
-from dialogues import finish_dataset, write_arrow  # noqa: E402
+from dialogues import ANY_EMOTION, finish_dataset, write_arrow  # noqa: E402
 from tools.launches import counting  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -475,6 +475,16 @@ def test_words_are_encoded_alone_as_in_the_sentence():
         alone = [token for part in parts for token in tokenizer.encode(part).ids]
         assert alone == tokenizer.encode(text).ids
         assert tokenizer.decode(alone) == text and PAD not in alone
+
+
+def test_where_words_tell_no_emotion_the_label_stays():
+    """`--any_emotion`: without it the agent's codes would be any emotion's, patch by patch."""
+    rows = [conversation(0, "english", "train")]
+    for source, kept in (("scripts", False), (ANY_EMOTION, True)):
+        conversations = reader(rows=[{**rows[0], "source": source}])
+        conversations.args.emotion_drop = 1.0
+        windows = [conversations[(0, i)] for i in range(8)]
+        assert any(bool(window["agent_emotion"].any()) for window in windows) == kept
 
 
 def test_words_without_times_lie_at_the_start_of_their_turn():
