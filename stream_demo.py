@@ -328,45 +328,44 @@ class RemoteLine:
 
     def _read(self, ready: dict | None, inbox: queue.SimpleQueue) -> None:
         while ready:
-            socket, said, more = ready["socket"], None, True
+            socket, said = ready["socket"], None
             try:
-                while more:
+                while not isinstance(said, dict) or said["type"] != "bye":
                     said = socket.recv(timeout=self.ANSWER_SECONDS)
                     said = said if isinstance(said, bytes) else json.loads(said)
                     inbox.put((self.clock(), said))
-                    more = isinstance(said, bytes) or said["type"] != "bye"
+                return
             except self._lost as error:
+                silent = said is None and isinstance(error, TimeoutError)
                 with contextlib.suppress(*self._lost):
                     socket.close(1001)  # which is not to hang up
-                ready = self._go_back(ready, inbox, first_line(error) if said else "it is silent")
-            else:
-                return
+            kept = 0.0 if silent else ready["rejoin_seconds"]
+            ready = self._go_back(inbox, ready["call"], kept)
 
-    def _go_back(self, ready: dict, inbox: queue.SimpleQueue, why: str) -> dict | None:
-        """What the server says to who comes back into the call of `ready`; None: they cannot."""
+    def _go_back(self, inbox: queue.SimpleQueue, call: str, kept: float) -> dict | None:
+        """What the server says to who comes back into a call that it keeps for so many seconds;
+        None, with the reason in the inbox, where nobody can."""
 
         def tell(kind: str, text: str) -> None:
             inbox.put((self.clock(), {"type": kind, "reason": text, "message": text}))
 
-        kept = ready["rejoin_seconds"] * (why != "it is silent")
-        began, over = self.clock(), f"{why}; no way back within {kept:.0f} s"
+        began, over = self.clock(), f"cut off or silent; no way back within {kept:.0f} s"
         tell("error", "cut off; going back into the call")
         while self._inbox is inbox and self.clock() - began < kept:
+            time.sleep(self.RETRY_SECONDS)
             try:
-                again = self._dial(ready["call"])
+                again = self._dial(call)
             except UserError as error:
-                over = f"cut off, then refused: {error}"
-                break
+                over, kept = f"cut off, then refused: {error}", 0.0
             except self._lost:
-                time.sleep(self.RETRY_SECONDS)
                 continue
-            if again["rejoined"] and self._inbox is inbox:
-                inbox.put((self.clock(), again))
-                tell("error", f"back in the call after {self.clock() - began:.1f} s")
-                return again
-            again["socket"].close()
-            over = "cut off, and the server has not kept it"
-            break
+            else:
+                if again["rejoined"] and self._inbox is inbox:
+                    inbox.put((self.clock(), again))
+                    tell("error", f"back in the call after {self.clock() - began:.1f} s")
+                    return again
+                again["socket"].close()
+                over, kept = "cut off, and the server did not keep it", 0.0
         return tell("bye", over)
 
     def _say(self, message: bytes | str) -> None:

@@ -879,7 +879,7 @@ def test_who_cannot_come_back_ends_in_one_line_with_what_was_said(server, how, m
     line, record, reply, said = remote_call(server, np.full(3 * RATE, 0.5, "f"), 0.8, act)
     assert isinstance(record.stopped, UserError) and "\n" not in str(record.stopped)
     reason = {"refused": "a wrong token", "gone": "no way back within 0 s",
-              "another call": "has not kept it"}[how]  # fmt: skip
+              "another call": "did not keep it"}[how]  # fmt: skip
     assert reason in str(record.stopped) and "going back into the call" in said
     assert 5 < len(record.index) < 60 and len(reply) >= 6 * 960
 
