@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -882,6 +884,54 @@ def test_who_cannot_come_back_ends_in_one_line_with_what_was_said(server, how, m
               "another call": "did not keep it"}[how]  # fmt: skip
     assert reason in str(record.stopped) and "going back into the call" in said
     assert 5 < len(record.index) < 60 and len(reply) >= 6 * 960
+
+
+@contextlib.contextmanager
+def cutting(address: str, after: float, takes: int):
+    """A way to a server that takes so many connections, the first of which is cut after so long."""
+    listener, open_now = socket.create_server(("127.0.0.1", 0)), []
+
+    def pipe(one, other) -> None:
+        with contextlib.suppress(OSError):
+            while data := one.recv(65536):
+                other.sendall(data)
+
+    def take() -> None:
+        host, port = address.split(":")
+        for _ in range(takes):
+            ends = listener.accept()[0], socket.create_connection((host, int(port)))
+            open_now.extend(ends)
+            for one, other in (ends, ends[::-1]):
+                threading.Thread(target=pipe, args=(one, other), daemon=True).start()
+            if len(open_now) == 2:
+                threading.Timer(after, lambda: [end.shutdown(2) for end in open_now[:2]]).start()
+        listener.close()
+
+    threading.Thread(target=take, daemon=True).start()
+    yield f"ws://127.0.0.1:{listener.getsockname()[1]}"
+    for end in open_now:
+        end.close()
+
+
+@pytest.mark.parametrize("takes", [1, 2])
+def test_a_line_that_is_cut_on_a_machine_without_torch(server, takes, tmp_path):
+    wav = question(tmp_path / "q.wav", np.concatenate([silence(0.4), np.full(3 * RATE, 0.5)]))
+    out, call = tmp_path / "r.wav", tmp_path / "call.wav"
+    with cutting(server.address, 1.5, takes) as way:
+        done = without_torch(
+            "--server", way, "--token", "s e", "--wav", wav, "--out", out, "--record", call,
+            "--tail_seconds", "0.5",
+        )  # fmt: skip
+    ledger = json.loads(done.stdout.splitlines()[-1])
+    assert done.stdout.count("(cut off; going back into the call)") == 1
+    assert done.stdout.count("(back in the call after") == takes - 1
+    assert ledger["turns"] == 1 and len(soundfile.read(call)[0]) > RATE
+    assert len(soundfile.read(out)[0]) > RATE // 4
+    if takes == 2:
+        assert done.returncode == 0 and ledger["dropped_patches"] > 0, done.stderr
+    else:
+        assert done.returncode == 1 and "no way back within 5 s" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_a_server_that_falls_silent_is_asked_once_more(server, monkeypatch):
