@@ -18,6 +18,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,27 +46,44 @@ UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
 VALIDATION_WINDOWS = 48
 CHANGEABLE = "gen_lr", "disc_lr", "teacher", "cuda_graph", "compile"
-BALANCE = {"waveform": 1.0, "adversarial": 1.0, "features": 2.0}
 KINDS = "semantic_only adversarial codebooks_move codebooks_started"
 Mode = collections.namedtuple("Mode", KINDS)  # of step: a CUDA graph holds one kind
+
+
+def window_bands(text: str) -> tuple[tuple[int, int], ...]:
+    """A setting's type: WINDOW:BANDS,… in samples and bands of mels."""
+    found = re.findall(r"(?:^|,)(\d+):([1-9]\d*)(?=,|$)", text)
+    pairs = tuple((int(window), int(bands)) for window, bands in found)
+    if text.count(",") + 1 != len(pairs) or any(w % 4 or w < 16 for w, _ in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WINDOW:BANDS,… with windows of 4 * n")
+    return pairs
 
 
 @dataclass(frozen=True)
 class Settings(training.Settings):
     """What `--set` changes of the codec's training."""
 
+    BEFORE = {"waveform_weight": 1.0, "adversarial_weight": 1.0, "features_weight": 2.0,
+              "disc_bands": None, "disc_channels": None}  # fmt: skip
+    adversarial_weight: float = setting(2.0, number(0), "share in the balance")
     augment_share: float = setting(0.3, share, "chance of each change of the audio; 0: none")
     commitment_weight: float = setting(0.03, number(0), "for each codebook in use")
+    disc_bands: tuple | None = setting(None, window_bands,
+        "WINDOW:BANDS,… of log-mel discriminators; else the preset's")  # fmt: skip
+    disc_channels: int | None = setting(None, whole(1), "of their first layer; else the preset's")
     disc_preset: str = setting("auto", one_of("auto", "tiny", "small", "base"),
                                "auto: base for base, tiny on a CPU, small between")  # fmt: skip
     disc_seconds: float = setting(1.0, number(0.1), "of a window that discriminators see")
     ema_decay: float | None = setting(None, number(0, 0.999999),
         "of the weights that ship; 0: none; else over 2 % of the steps")  # fmt: skip
+    features_weight: float = setting(4.0, number(0), "share in the balance")
     full_rate: float = setting(0.2, share, "share of windows that use all codebooks")
     lm_rate: float = setting(0.5, share, "share of windows that use the LM's 8")
-    mel_weight: float = setting(1.0, number(0), "share in the balance; the waveform has 1")
+    mel_weight: float = setting(0.5, number(0), "share in the balance")
     phone_weight: float = setting(1.0, number(0), "of the phone labels on codebook 0")
     teacher_weight: float = setting(1.0, number(0), "of the teacher's cosine on codebook 0")
+    waveform_weight: float | None = setting(None, number(above=0),
+        "share in the balance; else 0.25, or 1 beside rates beyond the LM's")  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,7 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--freeze_semantic", action="store_true", help="codebook 0 as --init_from has it")
     add("--decoder_only", action="store_true", help="freeze encoder and quantizer")
     add("--disc_start", type=share, default=0.1, help="share of the steps; 1: no GAN")
-    add("--spectral_weight", type=number(0), default=1.0, help="share of the bins one by one")
+    add("--spectral_weight", type=number(0), default=0.25, help="share of the bins one by one")
     add("--teacher", default="auto",
         help="none, wavlm, whisper, or such a model's folder or id; auto: WavLM-large on CUDA")
     add("--ssl_loss_weight", type=number(0), default=1.0, help="share of the teacher's view")
@@ -173,13 +191,30 @@ def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> Code
     return config
 
 
-def discriminator_config(asked: str, config: CodecConfig, device: torch.device):
+def discriminator_config(settings: Settings, config: CodecConfig, device: torch.device):
     """The discriminators' sizes: those asked for, or what fits the codec and the device."""
+    asked, changes = settings.disc_preset, {}
     if asked == "auto":
         small = "tiny" if device.type == "cpu" else "small"
         base = CodecConfig.base()
         asked = "base" if dataclasses.replace(config, context=base.context) == base else small
-    return getattr(discriminator.DiscriminatorConfig, asked)()
+    if settings.disc_bands:
+        changes["mel_sizes"], changes["mel_bands"] = zip(*settings.disc_bands, strict=True)
+    if settings.disc_channels:
+        changes["mel_channels"] = settings.disc_channels
+    return dataclasses.replace(getattr(discriminator.DiscriminatorConfig, asked)(), **changes)
+
+
+def balance(args, settings: Settings, config: CodecConfig) -> dict[str, float]:
+    """The losses' shares of the gradient at the codec's output: most is the discriminators', as in
+    EnCodec (85 %) and audiocraft (79 %), whose balancer this is; halves left voices without their
+    harmonics. Rates beyond the LM's have SNR as their goal: there the waveform keeps its share."""
+    waveform = 1.0 if config.num_codebooks > LM_CODEBOOKS else 0.25
+    return {
+        "waveform": waveform if settings.waveform_weight is None else settings.waveform_weight,
+        "mel": settings.mel_weight, "spectral": args.spectral_weight, "ssl": args.ssl_loss_weight,
+        "adversarial": settings.adversarial_weight, "features": settings.features_weight,
+    }  # fmt: skip
 
 
 def phases(args, total: int) -> dict[str, int]:
@@ -298,7 +333,7 @@ class Learner:
         args, settings, device, checkpoint = run.args, run.settings, run.device, run.checkpoint
         self.model = model = Codec(config).to(device).train()
         self.head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
-        judges = discriminator_config(settings.disc_preset, config, device)
+        judges = discriminator_config(settings, config, device)
         if checkpoint is not None:
             judges = discriminator.DiscriminatorConfig(**checkpoint.trainer["judges"])
         self.disc = discriminator.Discriminator(judges).to(device)
@@ -326,8 +361,7 @@ class Learner:
         how = {"betas": (0.8, 0.99), "weight_decay": 0.01}
         self.optimizer = training.adamw(modules, args.gen_lr, **how)
         self.disc_optimizer = training.adamw([self.disc], args.disc_lr, **how)
-        balance = {"mel": settings.mel_weight, "spectral": args.spectral_weight}
-        self.balancer = training.Balancer({**BALANCE, **balance, "ssl": args.ssl_loss_weight})
+        self.balancer = training.Balancer(balance(args, settings, config))
         # One guard each: healthy steps of the one must not hide that the other stands still.
         self.guard, self.disc_guard = training.StepGuard(), training.StepGuard()
         names = ["head", "disc", "optimizer", "disc_optimizer", "balancer", "guard", "disc_guard"]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -150,6 +150,7 @@ class Settings:
 
     grad_clip: float = setting(1.0, number(above=0), "largest norm of the gradient")
     save_minutes: float = setting(15.0, number(0), "between two checkpoints, at most")
+    BEFORE: ClassVar[dict] = {}  # by name, what runs had that began before it could be set
 
     @classmethod
     def parse(cls, text: str) -> tuple[str, object]:
@@ -735,7 +736,8 @@ class Run:
             raise UserError(f"{where}: no {name} in its trainer state, as an export or another "
                 "version wrote it; start in a new --checkpoint_dir with --init_from")  # fmt: skip
         settings = dataclasses.asdict(self.settings)
-        values, stored = {**flags, **settings}, {**trainer["flags"], **trainer["settings"]}
+        values = {**flags, **settings}
+        stored = {**kind.BEFORE, **trainer["flags"], **trainer["settings"]}
         given = self.args.given.union(given)
         self._news = take_stored(values, stored, given, changeable, where, settings)
         flags.update({name: values[name] for name in flags})

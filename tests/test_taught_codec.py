@@ -33,9 +33,9 @@ def test_a_taught_run_stops_and_goes_on(corpus, folders, kind, tmp_path, capsys)
     assert (
         ["ssl" in row for row in rows] == ["mel" in row for row in rows] == [False] * 2 + [True] * 2
     )
-    # A share of the waveform's gradient of its own, as mel, spectral and waveform have: equal in
-    # the first step, whose norms are the running means.
-    assert rows[2]["share_ssl"] == pytest.approx(1 / 4, abs=1e-3)
+    # A share of the gradient of its own, as much as mel, spectral and waveform have together:
+    # exactly so in the first step, whose norms are the running means.
+    assert rows[2]["share_ssl"] == pytest.approx(1 / 2, abs=1e-3)
 
     for stop in (1, 3):
         train(corpus, parts, **same, max_steps=stop)

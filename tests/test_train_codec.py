@@ -560,6 +560,48 @@ def test_a_run_keeps_what_it_trains(corpus, whole_run, tmp_path, capsys):
     assert metrics(folder) == metrics(whole_run[0])
 
 
+def test_discriminators_and_the_balance_are_set_and_kept(corpus, whole_run, tmp_path, capsys):
+    """What `--set` gives; and a run from before they could be set goes on with what it had."""
+    config, changes = CodecConfig.tiny(), {"disc_bands": ((512, 40),), "disc_channels": 4}
+    judges = train_codec.discriminator_config(
+        train_codec.Settings(**changes), config, torch.device("cpu")
+    )
+    assert (judges.mel_sizes, judges.mel_bands, judges.mel_channels) == ((512,), (40,), 4)
+    args = train_codec.parse_args([])
+    shares = train_codec.balance(args, train_codec.Settings(), config)
+    shown = {"waveform": 0.25, "mel": 0.5, "spectral": 0.25, "adversarial": 2, "features": 4}
+    assert shares == {**shown, "ssl": 1.0}
+    assert train_codec.balance(args, train_codec.Settings(), CodecConfig.base())["waveform"] == 1
+    given = train_codec.Settings(waveform_weight=3.0, adversarial_weight=0.0, features_weight=5.0)
+    shares = train_codec.balance(args, given, CodecConfig.base())
+    assert [shares[n] for n in ("waveform", "adversarial", "features")] == [3, 0, 5]
+
+    # Such a run: its settings had no such names, and its discriminators stand in the checkpoint.
+    changes = {"disc_start": 0, "disc_bands": "256:20", "disc_channels": 2}
+    train(corpus, tmp_path / "new", **changes, max_steps=6)
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "new")
+    assert checkpoint.trainer["judges"]["mel_bands"] == (20,)
+    before = train_codec.Settings.BEFORE
+    for name in before:
+        del checkpoint.trainer["settings"][name]
+    checkpoint.trainer["settings"]["mel_weight"] = 1.0
+    checkpoint.trainer["flags"]["spectral_weight"] = 1.0
+    stored = checkpoint.config, checkpoint.tensors, checkpoint.trainer
+    checkpoints.save_checkpoint(tmp_path / "old", 6, *stored)
+    capsys.readouterr()
+    train(corpus, tmp_path / "old", disc_start=0)
+    said = capsys.readouterr().out
+    assert "as the run was started: --set mel_weight=1.0" in said
+    assert "as the run was started: --spectral_weight 1.0" in said
+    trainer = checkpoints.load_checkpoint(tmp_path / "old").trainer
+    assert trainer["judges"] == checkpoint.trainer["judges"]
+    assert {name: trainer["settings"][name] for name in before} == before
+    row = [row for row in metrics(tmp_path / "old") if "share_mel" in row][-1]
+    assert row["share_adversarial"] + row["share_features"] == pytest.approx(3 / 6, abs=0.1)
+    line = refused(corpus, tmp_path / "old", capsys, disc_start=0, features_weight=3)
+    assert "--set features_weight=3.0" in line and "--set features_weight=2.0" in line
+
+
 WRONG = [
     "--batch_size 0", "--batch_size 1.5", "--num_epochs 0", "--gen_lr -1", "--disc_lr nan",
     "--num_workers -1", "--epoch_hours nan", "--epoch_hours 0", "--window_seconds 0.02",
@@ -570,6 +612,8 @@ WRONG = [
     "--set augment_share=2", "--set disc_seconds=0", "--set mel_weight=-1", "--set lm_rate=x",
     "--set ema_decay=1", "--set grad_clip=0", "--set mel_weight",
     "--set save_minutes=-1", "--set disc_preset=huge", "--set gen_lr=1", "--set",
+    "--set waveform_weight=0", "--set disc_bands=512", "--set disc_bands=510:40",
+    "--set disc_bands=512:40,", "--set disc_bands=512:0", "--set BEFORE=1",
 ]  # fmt: skip
 
 
@@ -605,7 +649,8 @@ def test_a_window_is_at_least_twice_the_context(tmp_path, capsys):
     config, seconds = sizes(preset="tiny", window_seconds=0.5)
     assert (config.context, seconds) == (12, 0.5)
     assert "25 frames" in (said := capsys.readouterr().out) and "one of 12" in said
-    auto = train_codec.discriminator_config("auto", CodecConfig.base(), torch.device("cuda"))
+    cuda = torch.device("cuda")
+    auto = train_codec.discriminator_config(train_codec.Settings(), CodecConfig.base(), cuda)
     assert auto.periods
 
     # Frozen codes have the context that they were made with, and the window follows it.
@@ -682,8 +727,8 @@ def test_what_joins_late_warms_up_first(corpus, tmp_path):
     joined = [row for row in rows if "adversarial" in row]
     assert [row["step"] for row in joined] == [5, 6, 7, 8]
     shares = [row["share_adversarial"] + row["share_features"] for row in joined]
-    # Of 2 for waveform and mel: 1/3, 2/3 and then all of 3.
-    assert shares[0] == pytest.approx(1 / 3, abs=0.05) and shares[0] < shares[1] < shares[2]
+    # Of 0.75 for waveform and mel: 1/3, 2/3 and then all of 6.
+    assert shares[0] == pytest.approx(2 / 2.75, abs=0.05) and shares[0] < shares[1] < shares[2]
     schedule = training.Schedule(8, lambda _: {"codec": 2, "adversarial": 4}, 3)
     expected = [schedule.rate(i) for i in range(8)]
     judges = [value / 1e-3 for value in rates[-16:][1::2]][4:]

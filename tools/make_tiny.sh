@@ -23,12 +23,11 @@ teach_semantic_branch() {
         --num_workers 1 --seed 1 --set augment_share=0.4 --checkpoint_dir runs/codec_semantic
 }
 
-# Without the spectral loss, as what ships was taught.
 teach_sound_on_a_gpu() {
     "$python" train_codec.py --data_dirs "${recorded[@]}" --preset tiny --teacher none --batch_size 36 \
         --window_seconds 2 --epoch_hours 19 --num_epochs 10 --gen_lr 1e-3 --disc_lr 8e-4 --disc_start 0.75 \
-        --spectral_weight 0 --freeze_semantic --init_from runs/codec_semantic --num_workers 13 --seed 5 \
-        --cuda_graph --warmup_steps 200 --set augment_share=0.15 mel_weight=2 lm_rate=0.65 \
+        --freeze_semantic --init_from runs/codec_semantic --num_workers 13 --seed 5 \
+        --cuda_graph --warmup_steps 200 --set augment_share=0.15 lm_rate=0.65 \
         --checkpoint_dir runs/codec_voice
 }
 
@@ -38,9 +37,9 @@ teach_sound_on_a_cpu() {
         --language_temperature 3 --freeze_semantic --precision "$precision" --init_from runs/codec_semantic \
         --num_workers 1 --seed 1 --warmup_steps 200 --checkpoint_dir runs/codec
     "$python" train_codec.py --data_dirs "${recorded[@]}" --preset tiny --batch_size 6 --window_seconds 2 \
-        --epoch_hours 0.25 --num_epochs 18 --gen_lr 5e-4 --disc_lr 1e-3 --disc_start 0 --spectral_weight 0 \
+        --epoch_hours 0.25 --num_epochs 18 --gen_lr 5e-4 --disc_lr 1e-3 --disc_start 0 \
         --language_temperature 3 --decoder_only --init_from runs/codec --num_workers 1 --seed 3 \
-        --warmup_steps 30 --set disc_seconds=0.75 mel_weight=2 --checkpoint_dir runs/codec_voice
+        --warmup_steps 30 --set disc_seconds=0.75 --checkpoint_dir runs/codec_voice
 }
 
 converse() {  # hours, output folder and what else make_conversations.py is told
