@@ -26,17 +26,10 @@ from typing import Any
 
 import numpy as np
 
+import ledger
 from audio import SAMPLE_RATE, from_pcm16, to_pcm16
 from command import ArgumentParser, UserError, number, run, whole
-from ledger import (
-    LEVEL_SECONDS,
-    QUIET_DBFS,
-    UserTurn,
-    frame_levels,
-    kind_of,
-    percentiles,
-    response_latencies,
-)
+from ledger import UserTurn, kind_of, percentiles, response_latencies
 from protocols import PROTOCOLS, Protocol
 from stream_demo import address, read_question
 
@@ -141,13 +134,13 @@ class Caller:
                 self.ticks.append(event["tick_ms"] / 1000)  # a second's mean
                 self.counts["dropped_patches"] = event["dropped"]
             elif isinstance(heard := self._format.receive(message), np.ndarray):
-                now, levels = time.perf_counter() - self._start, frame_levels(heard)
+                now, levels = time.perf_counter() - self._start, ledger.frame_levels(heard)
                 self._ready = True
-                if played - now > MOST_WAITING and levels.max(initial=-np.inf) < QUIET_DBFS:
+                if played - now > MOST_WAITING and levels.max(initial=-np.inf) < ledger.QUIET_DBFS:
                     continue  # as page.html does after a stall: else what comes stays late for good
                 played = max(played, now)
                 self._levels.append(levels)
-                self._times.append(played + LEVEL_SECONDS * np.arange(len(levels)))
+                self._times.append(played + ledger.LEVEL_SECONDS * np.arange(len(levels)))
                 played += len(heard) / SAMPLE_RATE
 
     def latencies(self) -> list[float | None]:
