@@ -102,6 +102,7 @@ class Caller:
             async with websockets.connect(self._url, **options) as socket:
                 self._start = time.perf_counter()
                 listening = asyncio.create_task(self._listen(socket))
+                listening.add_done_callback(lambda task: task.cancelled() or task.exception())
                 await self._speak(socket, first)
                 await asyncio.sleep(0.5)  # for what is under way
                 if not listening.cancel():

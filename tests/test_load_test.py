@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -96,6 +97,16 @@ def test_who_is_refused_counts_and_a_server_that_takes_none_is_one_line(wav, cap
         assert result["rows"][0]["refused"] == 2 and not holds(result["rows"][0])
     with pytest.raises(UserError, match="took no caller"):
         rows_of(capsys, "--server", running.address, "--wav", wav, "--callers", "2")
+
+
+def test_a_server_that_dies_in_mid_call_is_a_count_alone(wav, capsys, caplog):
+    engine = test_serve.echo_engine(1)
+    run_once, ticks = engine.run_once, list(range(20))
+    engine.run_once = lambda: (ticks.pop(), run_once())[1]  # IndexError, once they are over
+    with test_serve.serving(engine=engine) as running:
+        result, _ = rows_of(capsys, "--server", running.address, "--wav", wav, "--callers", "1")
+    gc.collect()
+    assert result["rows"][0]["cut_off"] == 1 and "never retrieved" not in caplog.text
 
 
 @pytest.mark.parametrize("protocol", ["moshi", "openai", "twilio"])
