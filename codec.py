@@ -19,13 +19,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 import checkpoints
+from command import UserError, atomic_write, first_line
 from quantizer import STATISTICS, Quantized, SplitQuantizer
 from streamed import stream_weights
 from transformer import StreamingTransformer, TransformerConfig
+
+DECODERS = "general", "agent"
+AGENT_DECODER = "agent.safetensors"  # in a codec's folder, beside the general one
+CODES = "encoder.", "quantizer."  # tensors on which the codes depend
 
 
 @dataclass(frozen=True)
@@ -333,14 +340,22 @@ class Codec(nn.Module):
         self.semantic_out, self.acoustic_out = (nn.Linear(dim, out) for dim in dims)
         self.decoder = build_decoder(config)
         self._stored_fingerprint: str | None = None
+        self.decoder_kind = "general"
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu") -> Codec:
-        """A run's, a step's or a shipped folder in float32, for inference; UserError for others."""
+    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu",
+                        decoder: str | None = "general") -> Codec:  # fmt: skip
+        """A run's, a step's or a shipped folder in float32, for inference; UserError for others.
+        `decoder`: the general one or the agent's; None: the agent's where the folder has it."""
         checkpoint = checkpoints.load_checkpoint(path, with_trainer=False)
         model = cls(checkpoints.config_of(CodecConfig, "codec", checkpoint.config, path))
-        model.load_tensors(checkpoint.tensors, path)
-        model._stored_fingerprint = codec_fingerprint(model.config, checkpoint.tensors)
+        tensors, agents = checkpoint.tensors, checkpoint.path / AGENT_DECODER
+        model._stored_fingerprint = codec_fingerprint(model.config, tensors)
+        if decoder == "agent" or (decoder is None and agents.exists()):
+            model.decoder_kind = "agent"
+            tensors = {name: t for name, t in tensors.items() if name.startswith(CODES)}
+            tensors |= _agent_decoder(agents, model.fingerprint)
+        model.load_tensors(tensors, path)
         if torch.device(device).type == "cpu":
             stream_weights(model)
         return model.to(device).eval().requires_grad_(False)
@@ -353,6 +368,19 @@ class Codec(nn.Module):
         """The tensors that ship: in `dtype`, without what only training needs."""
         tensors = self.state_dict().items()
         return {n: t.detach().to("cpu", dtype) for n, t in tensors if not n.endswith(STATISTICS)}
+
+    def export_decoder(self, folder: str | Path) -> Path:
+        """Writes the decoder alone, as the agent's, beside the codec in `folder`, whose files stay
+        as they are. UserError where that is another codec."""
+        shipped, tensors = Codec.from_checkpoint(folder), self.export_tensors()
+        own, file = codec_fingerprint(self.config, tensors), Path(folder) / AGENT_DECODER
+        if (own, self.config) != (shipped.fingerprint, shipped.config):
+            raise UserError(f"{folder}: holds another codec than the one whose codes this decoder "
+                            f"was taught; train it with --init_from {folder}")  # fmt: skip
+        part = {name: t for name, t in tensors.items() if not name.startswith(CODES)}
+        with atomic_write(file) as temporary:
+            temporary.write_bytes(save(part, {"format": "pt", "fingerprint": own}))
+        return file
 
     @property
     def fingerprint(self) -> str:  # of the tensors as stored, or as they are
@@ -447,9 +475,25 @@ def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:
     """SHA-256 over what the codes depend on: encoder and quantizer, not the decoder."""
     fields = dataclasses.asdict(config).items()
     fields = {name: value for name, value in fields if not name.startswith("decoder")}
-    names = [name for name in tensors if name.startswith(("encoder.", "quantizer."))]
+    names = [name for name in tensors if name.startswith(CODES)]
     parts = {name: tensors[name] for name in names if not name.endswith(STATISTICS)}
     return checkpoints.fingerprint(fields, parts)
+
+
+def _agent_decoder(file: Path, fingerprint: str) -> dict[str, Tensor]:
+    """Its tensors; UserError where there is none, or one for another codec's codes."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            taught = (opened.metadata() or {}).get("fingerprint")
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        taught, why = "", first_line(error)
+    else:
+        why = f"it decodes another codec's codes, {str(taught)[:16]}, not {fingerprint[:16]}"
+    if taught != fingerprint:
+        raise UserError(f"{file}: no decoder of the agent's for this codec ({why}); train one with "
+                        "train_codec.py --decoder_only, or take --decoder general")  # fmt: skip
+    return tensors
 
 
 @torch.inference_mode()

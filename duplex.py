@@ -44,9 +44,11 @@ def check_codec_matches(codec: Codec, lm: S2S) -> None:
                         "--codec and --lm")  # fmt: skip
 
 
-def load_models(codec_path: Path, lm_path: Path, device: str = "cpu") -> tuple[Codec, S2S]:
-    """The codec and the dialogue LM of two checkpoint folders, checked to belong together."""
-    codec = Codec.from_checkpoint(codec_path, device=device)
+def load_models(codec_path: Path, lm_path: Path, device: str = "cpu",
+                decoder: str | None = None) -> tuple[Codec, S2S]:  # fmt: skip
+    """The codec and the dialogue LM of two checkpoint folders, checked to belong together. Replies
+    are decoded by the agent's own decoder where the codec has one, or by the one that is named."""
+    codec = Codec.from_checkpoint(codec_path, device, decoder)
     lm = S2S.from_checkpoint(lm_path, device=device)
     check_codec_matches(codec, lm)
     if torch.device(device).type == "cuda":

@@ -42,7 +42,7 @@ from tqdm import tqdm
 import command
 import training
 from audio import SAMPLE_RATE, AudioError, read_audio
-from codec import Codec, CodecConfig
+from codec import DECODERS, Codec, CodecConfig
 from command import ArgumentParser, UserError, first_line, number, whole, writable_file
 from data import LANGUAGES, SPLITS, Clip, count_speakers, load_clips
 from losses import si_sdr
@@ -434,6 +434,7 @@ def parser_of(description: str) -> ArgumentParser:
     add("--output", type=Path, help="file for the summary and every clip, as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="rate-distortion curves")
     add = parser.add_argument_group("advanced").add_argument
+    add("--decoder", choices=DECODERS, default="general", help="of the codec's")
     add("--codebooks", type=whole(1), nargs="+", help="how many to decode [2 4 8 16 32 64, all]")
     add("--judges", nargs="+", choices=JUDGES, default=list(JUDGES), help="beside SNR and SI-SDR")
     add("--min_seconds", type=number(0), default=1.0, help="shorter clips are skipped")
@@ -465,7 +466,8 @@ def check_arguments(args: argparse.Namespace) -> None:
 def load_codec(args: argparse.Namespace) -> tuple[Codec, list[int]]:
     """The codec on its device, and the numbers of codebooks to decode, ascending."""
     torch.set_num_threads(1)  # what is timed is one core
-    codec = Codec.from_checkpoint(args.codec, training.setup_distributed(args.device).device)
+    device = training.setup_distributed(args.device).device
+    codec = Codec.from_checkpoint(args.codec, device, args.decoder)
     total = codec.config.num_codebooks
     counts = sorted(set(args.codebooks or (*(k for k in RATES if k < total), total)))
     if counts[-1] > total:
@@ -524,8 +526,8 @@ def evaluate(args: argparse.Namespace, codec: Codec, counts: Sequence[int],
     meter = training.CostMeter("evaluation", enabled=False)
     spent = meter.spent_usd() if meter.ledger.exists() else None
     return {
-        "codec": str(args.codec), "fingerprint": codec.fingerprint, "split": args.split,
-        "seed": args.seed, "num_codebooks": list(counts), "groups": groups,
+        "codec": str(args.codec), "fingerprint": codec.fingerprint, "decoder": args.decoder,
+        "split": args.split, "seed": args.seed, "num_codebooks": list(counts), "groups": groups,
         "skipped": dict(skipped), "real_time": times,
         "criteria": criteria(groups, times, config, spent)}, rows  # fmt: skip
 
@@ -534,7 +536,7 @@ def report(args: argparse.Namespace, result: dict, rows: Sequence[Row], more: st
     """Prints tables, `more` and the JSON; writes --output and --plot."""
     groups, where = result["groups"], " ".join(map(str, args.data_dirs))
     shown = [name for name in groups if name != "all" or len(groups) > 2]
-    print(f"\n{args.codec}, {where}: split {args.split}, seed {args.seed}")
+    print(f"\n{args.codec}, {args.decoder} decoder, {where}: split {args.split}, seed {args.seed}")
     print("\n\n".join(table(name, groups[name]) for name in shown))
     if result["skipped"]:
         skipped = sorted(result["skipped"].items())

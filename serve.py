@@ -71,6 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more("--emotion_strength", type=number(0, 10), default=1.0, help="of emotions; 1 costs nothing")
     more("--temperature", type=number(0, 100), help="of the sampling [the model's own]")
     more("--seed", type=whole(0, 2**63 - 1), default=0, help="of the first call; each has its own")
+    more("--decoder", choices=("general", "agent"), help="of the codec [the agent's, if any]")
     more("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     more("--threads", type=whole(1, 1024), default=1, help="CPU threads")
     args = parser.parse_args(argv)
@@ -481,12 +482,13 @@ def main(argv: list[str] | None = None) -> None:
     listener = socket.create_server((host, args.port), family=family)
     device = setup_distributed(args.device).device
     torch.set_num_threads(args.threads)
-    codec, lm = load_models(args.codec, args.lm, str(device))
+    codec, lm = load_models(args.codec, args.lm, str(device), args.decoder)
     sampling = Sampling() if args.temperature is None else Sampling(args.temperature)
     engine = DuplexEngine(codec, lm, args.slots, sampling, args.seed,
                           emotion_strength=args.emotion_strength)  # fmt: skip
     engine.warm_up()
-    print(f"codec {args.codec}, dialogue model {args.lm}, on {device}, {args.slots} slots")
+    models = f"codec {args.codec}, {codec.decoder_kind} decoder, dialogue model {args.lm}"
+    print(f"{models}, on {device}, {args.slots} slots")
     if not args.token and host not in ("127.0.0.1", "::1", "localhost"):
         print("whoever reaches this port may call: give it a --token")
     print(f"http://{host}:{listener.getsockname()[1]}/", flush=True)

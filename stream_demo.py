@@ -78,6 +78,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     more("--eagerness", type=number(-100, 100), help="dB on its odds of speaking [the model's own]")
     more("--vad_flush", action="store_true", help="cut the agent off when the user barges in")
     more("--tail_seconds", type=number(0, 3600), default=4.0, help="of silence after each --wav")
+    more("--decoder", choices=("general", "agent"), help="of the codec [the agent's, if any]")
     more("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     more("--threads", type=whole(1, 1024), default=1, help="CPU threads")
     args = parser.parse_args(argv)
@@ -87,7 +88,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if outs and len(wavs) != len(outs):
         raise UserError(f"{len(wavs)} --wav files but {len(outs)} --out files; give one for each")
     here = {"codec", "lm", "seed", "fast", "temperature", "top_k", "eagerness", "vad_flush",
-            "device", "threads"} & parser.given(argv)  # fmt: skip
+            "decoder", "device", "threads"} & parser.given(argv)  # fmt: skip
     if args.server and here:
         raise UserError(f"--{min(here)} is for models here, not for a --server; leave one out")
     args.out = outs or [Path(f"reply_{path.stem}.wav") for path in wavs]
@@ -226,7 +227,7 @@ class LocalLine:
             torch.set_num_threads(args.threads)
         drawn = {n: getattr(args, n) for n in ("temperature", "top_k", "eagerness")}
         given = {name: value for name, value in drawn.items() if value is not None}
-        codec, lm = load_models(args.codec, args.lm, str(device))
+        codec, lm = load_models(args.codec, args.lm, str(device), args.decoder)
         self.engine = engine = DuplexEngine(codec, lm, 1, Sampling(**given), args.seed,
             args.vad_flush, emotion_strength=args.emotion_strength)  # fmt: skip
         engine.set_voice(0, args.emotion, args.language)
@@ -234,7 +235,8 @@ class LocalLine:
         self.clock, self.patch_seconds = engine.clock, engine.patch_seconds
         delay = lm.config.acoustic_delay / lm.config.frame_rate
         self.ledger = LatencyLedger(engine.patch_seconds, delay, engine.warm_up())
-        self.name = f"codec {args.codec}, dialogue model {args.lm}, on {device}, seed {args.seed}"
+        models = f"codec {args.codec}, {codec.decoder_kind} decoder, dialogue model {args.lm}"
+        self.name = f"{models}, on {device}, seed {args.seed}"
 
     def start(self) -> None:
         self.engine.reset()

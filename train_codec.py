@@ -35,7 +35,7 @@ import discriminator
 import teachers
 import training
 from audio import SAMPLE_RATE
-from codec import AveragedCodec, Codec, CodecConfig
+from codec import CODES, AveragedCodec, Codec, CodecConfig
 from command import UserError, number, share, whole
 from data import Clips, WindowDataset
 from losses import MelLoss, PhoneHead, SpectralLoss, si_sdr, waveform_loss
@@ -98,7 +98,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--commercial_only", action="store_true", help="skip non-commercial audio")
     add("--semantic_share", type=share, default=0.1, help="of the steps: semantic branch alone")
     add("--freeze_semantic", action="store_true", help="codebook 0 as --init_from has it")
-    add("--decoder_only", action="store_true", help="freeze encoder and quantizer")
+    add("--decoder_only", action="store_true",
+        help="freeze encoder and quantizer; with --export: write the agent's decoder alone")
     add("--disc_start", type=share, default=0.1, help="share of the steps; 1: no GAN")
     add("--spectral_weight", type=number(0), default=0.25, help="share of the bins one by one")
     add("--teacher", default="auto",
@@ -315,10 +316,15 @@ def description(run: training.Run, model: Codec, teacher, clips: Clips) -> str:
 
 
 def export(args) -> None:
-    """Writes the newest checkpoint in half precision, as the demo and the LM's data take it."""
+    """Writes the newest checkpoint in half precision, as the demo and the LM's data take it; of
+    `--decoder_only` the decoder, as the agent's, beside the codec that is there."""
     checkpoint = checkpoints.to_export(args)
     model = Codec(checkpoints.config_of(CodecConfig, "codec", checkpoint.config, checkpoint.path))
     model.load_tensors(checkpoint.tensors, args.checkpoint_dir)
+    if args.decoder_only:
+        file = model.export_decoder(args.export)
+        print(f"wrote {file}: the agent's decoder of step {checkpoint.step}")
+        return
     made = checkpoint.step, checkpoint.config, model.export_tensors()
     folder = checkpoints.save_export(args.export, *made)
     prints = Codec.from_checkpoint(folder).fingerprint[:16]
@@ -385,7 +391,7 @@ class Learner:
         args = self.args
         frozen = ("encoder.0.", "quantizer.semantic_in.", "quantizer.codebooks.0.embedding")
         if args.decoder_only:
-            frozen = ("encoder.", "quantizer.")
+            frozen = CODES
         inherited = checkpoints.inherit_weights(self.model, args.init_from)
         needed = {name for name in self.model.export_tensors() if name.startswith(frozen)}
         lacking = sorted(needed - set(inherited))

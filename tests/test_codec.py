@@ -1,13 +1,20 @@
 """The codec: streaming against offline, causality, layers and losses against independent ones."""
 
+import copy
 import dataclasses
+import errno
 import json
 import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torchaudio
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import checkpoints
@@ -778,6 +785,131 @@ def test_fingerprint_names_what_codes_mean(model):
     assert codec_fingerprint(other, model.export_tensors()) != base
     other = dataclasses.replace(SMALL, context=9)
     assert codec_fingerprint(other, model.export_tensors()) != base
+
+
+# -- the agent's decoder -----------------------------------------------------------------------
+
+
+def export(model, folder):
+    made = checkpoints.stored_config("codec", model.config), model.export_tensors()
+    return checkpoints.save_export(folder, 7, *made)
+
+
+@pytest.fixture(scope="module")
+def tuned(model):
+    """The same codes, another decoder."""
+    tuned = copy.deepcopy(model)
+    other = build(seed=1)
+    for part in ("decoder", "semantic_out", "acoustic_out"):
+        getattr(tuned, part).load_state_dict(getattr(other, part).state_dict())
+    return tuned
+
+
+def bytes_of(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_the_agents_decoder_stands_beside_the_general_one(model, tuned, tmp_path):
+    """The codec's own files, codes and fingerprint stay; its streaming is its offline pass."""
+    folder, audio = export(model, tmp_path / "codec"), noise(2, 1, 40 * 480)
+    before, general = bytes_of(folder), Codec.from_checkpoint(folder)
+    unchosen = Codec.from_checkpoint(folder, decoder=None)
+    assert unchosen.decoder_kind == general.decoder_kind == "general"
+    codes = general.encode(audio, 4)
+    assert torch.equal(unchosen.decode(codes), general.decode(codes))
+    with pytest.raises(UserError) as error:
+        Codec.from_checkpoint(folder, decoder="agent")
+    assert "agent.safetensors" in one_line(error) and "--decoder_only" in one_line(error)
+
+    file = tuned.export_decoder(folder)
+    after = bytes_of(folder)
+    assert len(after.pop(file.name)) < 2.2 * sum(p.numel() for p in tuned.parameters())
+    assert after == before
+    agents = Codec.from_checkpoint(folder, decoder="agent")
+    unchosen = Codec.from_checkpoint(folder, decoder=None)
+    assert agents.decoder_kind == unchosen.decoder_kind == "agent"
+    again = Codec.from_checkpoint(folder)
+    assert again.fingerprint == agents.fingerprint == general.fingerprint
+    assert torch.equal(again.decode(codes), general.decode(codes))
+
+    whole = Codec.from_checkpoint(export(tuned, tmp_path / "whole"))  # of which it is a part
+    assert torch.equal(agents.encode(audio, 4), codes)
+    assert torch.equal(agents.decode(codes), whole.decode(codes))
+    assert not torch.allclose(agents.decode(codes), general.decode(codes), atol=1e-3)
+    assert torch.equal(unchosen.decode(codes), agents.decode(codes))
+    for chunk in (1, 2, 7):
+        streamed = stream(agents, audio, chunk)
+        assert torch.equal(streamed[0], codes)
+        torch.testing.assert_close(streamed[1], agents.decode(codes), atol=1e-5, rtol=1e-4)
+
+
+def test_a_decoder_of_another_codec_is_refused(model, tuned, tmp_path):
+    """Where it is written, though sizes agree, and where it has become another's since."""
+    folder, other = export(model, tmp_path / "codec"), export(build(seed=2), tmp_path / "other")
+    before = bytes_of(other)
+    with pytest.raises(UserError, match=f"--init_from {other}") as error:
+        tuned.export_decoder(other)
+    assert one_line(error) and bytes_of(other) == before
+    wider = build(dataclasses.replace(SMALL, decoder_layers=1))
+    wider.load_state_dict(model.state_dict() | wider.state_dict(), strict=False)
+    for part in ("encoder", "quantizer"):
+        getattr(wider, part).load_state_dict(getattr(model, part).state_dict())
+    with pytest.raises(UserError, match="another codec"):
+        wider.export_decoder(folder)
+    with pytest.raises(UserError, match="no such checkpoint folder"):
+        tuned.export_decoder(tmp_path / "nowhere")
+
+    file = tuned.export_decoder(folder)
+    (other / file.name).write_bytes(file.read_bytes())
+    for decoder in ("agent", None):
+        with pytest.raises(UserError) as error:
+            Codec.from_checkpoint(other, decoder=decoder)
+        assert str(other / file.name) in one_line(error)
+        assert f"{Codec.from_checkpoint(folder).fingerprint[:16]}, not" in str(error.value)
+    assert Codec.from_checkpoint(other).decoder_kind == "general"
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.raises(UserError) as error:
+        Codec.from_checkpoint(folder, decoder="agent")
+    assert str(file) in one_line(error)
+    fewer = load_file(other / file.name)
+    del fewer["acoustic_out.bias"]
+    save_file(fewer, file, {"fingerprint": Codec.from_checkpoint(folder).fingerprint})
+    with pytest.raises(UserError, match=r"acoustic_out\.bias"):
+        Codec.from_checkpoint(folder, decoder="agent")
+
+
+KILLED = """
+import os, sys
+import command, codec
+model = codec.Codec.from_checkpoint(sys.argv[2])
+command.sync_to_disk = lambda *_: os.kill(os.getpid(), 9)
+model.export_decoder(sys.argv[1])
+"""
+
+
+def test_a_kill_or_a_full_disk_leaves_the_old_decoder(model, tuned, tmp_path, monkeypatch):
+    folder = export(model, tmp_path / "codec")
+    file = model.export_decoder(folder)  # its own decoder, as an earlier one
+    before, whole = file.read_bytes(), export(tuned, tmp_path / "whole")
+    root = Path(__file__).resolve().parent.parent
+    run = [sys.executable, "-c", KILLED, str(folder), str(whole)]
+    assert subprocess.run(run, cwd=root, timeout=300).returncode == -signal.SIGKILL
+    assert file.read_bytes() == before
+    assert Codec.from_checkpoint(folder, decoder="agent").decoder_kind == "agent"
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"):
+            tuned.export_decoder(folder)
+    assert file.read_bytes() == before
+    tuned.export_decoder(folder)
+    assert file.read_bytes() != before
+
+
+# -- what is refused ---------------------------------------------------------------------------
 
 
 def one_line(error):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 
-from checkpoints import save_checkpoint, stored_config
+from checkpoints import save_checkpoint, save_export, stored_config
 from codec import Codec, CodecConfig
 from command import UserError
 from data import EMOTIONS, LANGUAGES
@@ -59,7 +59,7 @@ class FakeState:
 class FakeCodec:
     """A frame's code is its mean amplitude in hundredths (+ 512); decodes to that constant."""
 
-    fingerprint = "codec-a"
+    fingerprint, decoder_kind = "codec-a", "general"
 
     def __init__(self, clock: FakeClock, encode_seconds=0.002, decode_seconds=0.001):
         self.config = SimpleNamespace(
@@ -516,6 +516,32 @@ def test_load_models_checks_the_pair(tmp_path):
     save_pair(codec, lm, tmp_path / "other", lm_config=other)
     with pytest.raises(UserError, match=f"f00.*{loaded_codec.fingerprint}"):
         load_models(tmp_path / "other" / "codec", tmp_path / "other" / "s2s")
+
+
+def test_replies_are_decoded_by_the_agents_own_decoder(tmp_path):
+    """Where the codec's folder has one, unless the general one is asked for; the codes stay."""
+    codec, lm = small_pair()
+    config = stored_config("codec", codec.config)
+    save_export(tmp_path / "codec", 1, config, codec.export_tensors())
+    fingerprint = Codec.from_checkpoint(tmp_path / "codec").fingerprint
+    made = dataclasses.replace(lm.config, codec_fingerprint=fingerprint)
+    save_pair(codec, lm, tmp_path / "lm", lm_config=made)
+
+    def reply(decoder: str | None = None) -> tuple[str, np.ndarray]:
+        pair = load_models(tmp_path / "codec", tmp_path / "lm" / "s2s", "cpu", decoder)
+        engine = DuplexEngine(*pair, seed=3)
+        heard = [engine.tick(patch[None]).audio[0] for patch in np.split(noise_patches(6), 6)]
+        return pair[0].decoder_kind, np.concatenate(heard)
+
+    kind, before = reply()
+    assert kind == "general" and before.any()
+    with torch.no_grad():
+        codec.decoder[-1].linear.bias[: codec.decoder[-1].bins] += 0.7  # twice as loud
+    codec.export_decoder(tmp_path / "codec")
+    assert reply("general")[0] == "general" and np.array_equal(reply("general")[1], before)
+    (kind, own), named = reply(), reply("agent")
+    assert kind == named[0] == "agent" and np.array_equal(own, named[1])
+    assert np.abs(own - before * np.exp(0.7)).max() < 0.02 * np.abs(own).max()
 
 
 def save_pair(codec: Codec, lm: S2S, folder: Path, lm_config: S2SConfig | None = None) -> None:

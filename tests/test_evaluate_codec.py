@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -366,6 +367,27 @@ def test_the_whole_run(checkpoint, corpus, tmp_path, quick, monkeypatch, capsys)
     assert max(map(len, printed.splitlines()[4:-1])) <= 80
     assert "skipped: 1 silent, 1 too short, 1 unreadable" in printed
     assert "not measured, for want of clips: telugu" in printed
+
+
+def test_the_agents_decoder_is_reported_apart(checkpoint, corpus, tmp_path, quick, capsys):
+    """`--decoder agent`: other sound from the same codes; without one of its own, one line."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "codec"))
+    flags = ["--codec", str(folder), "--data_dirs", str(corpus), "--judges", "stoi",
+             "--max_clips", "1", "--codebooks", "8", "--device", "cpu"]  # fmt: skip
+    assert "agent.safetensors" in refused(capsys, *flags, "--decoder", "agent")
+    other = Codec.from_checkpoint(folder)
+    other.decoder[-1].linear.bias += 1
+    other.export_decoder(folder)
+    found = {}
+    for decoder in ("general", "agent"):
+        e.main([*flags, "--decoder", decoder])
+        printed = capsys.readouterr().out
+        assert f", {decoder} decoder, " in printed
+        found[decoder] = json.loads(printed.splitlines()[-1])
+        assert found[decoder]["decoder"] == decoder
+    assert found["agent"]["fingerprint"] == found["general"]["fingerprint"]
+    of_all = [found[d]["groups"]["all"]["points"][0]["scores"]["snr"] for d in ("general", "agent")]
+    assert of_all[0] != of_all[1]
 
 
 def test_nothing_left_to_evaluate_says_why(checkpoint, tmp_path, quick, capsys):

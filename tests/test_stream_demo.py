@@ -560,7 +560,7 @@ def question(path: Path, audio: np.ndarray) -> Path:
 
 @pytest.fixture
 def fake_models(monkeypatch):
-    def load(codec_path, lm_path, device):
+    def load(codec_path, lm_path, device, decoder):
         clock = FakeClock()
         return FakeCodec(clock), FakeLM(clock)
 

@@ -413,6 +413,40 @@ def test_a_decoder_learns_alone_and_no_code_changes(corpus, whole_run, tmp_path,
     assert before.fingerprint == after.fingerprint
 
 
+def test_the_agents_decoder_is_exported_into_its_codecs_folder(corpus, whole_run, tmp_path, capsys):
+    """`--decoder_only` from the shipped codec, then with `--export`: a file beside the codec."""
+    shipped = tmp_path / "shipped"
+    train(corpus, whole_run[0], export=shipped)
+    before = {file.name: file.read_bytes() for file in shipped.iterdir()}
+    run, own = tmp_path / "run", {"num_epochs": 1, "disc_start": 0}
+    train(corpus, run, "--decoder_only", **own, init_from=shipped)
+    capsys.readouterr()
+    train(corpus, run, "--decoder_only", export=shipped)
+    assert f"wrote {shipped / 'agent.safetensors'}: the agent's decoder" in capsys.readouterr().out
+    after = {file.name: file.read_bytes() for file in shipped.iterdir()}
+    assert len(after.pop("agent.safetensors")) and after == before
+    general, agents = (Codec.from_checkpoint(shipped, decoder=d) for d in ("general", "agent"))
+    audio = 0.1 * torch.randn(1, 1, 24_000, generator=torch.Generator().manual_seed(0))
+    codes = general.encode(audio)
+    assert torch.equal(agents.encode(audio), codes) and general.fingerprint == agents.fingerprint
+    assert not torch.equal(agents.decode(codes), general.decode(codes))
+    trained = checkpoints.load_checkpoint(run).tensors
+    for name, tensor in agents.state_dict().items():
+        if name.startswith("decoder."):
+            assert torch.equal(tensor, trained[name].half().float()), name
+
+    # Another codec's, and one whose encoder went on learning.
+    train(corpus, tmp_path / "other", max_steps=1, seed=5)
+    train(corpus, tmp_path / "other", export=tmp_path / "others")
+    for folder in (tmp_path / "others", tmp_path / "run"):
+        line = refused(corpus, run, capsys, "--decoder_only", export=folder)
+        assert "another codec" in line or "is a run's folder" in line
+    train(corpus, tmp_path / "more", init_from=shipped, max_steps=1)
+    line = refused(corpus, tmp_path / "more", capsys, "--decoder_only", export=shipped)
+    assert "another codec" in line
+    assert {file.name for file in shipped.iterdir()} == {*before, "agent.safetensors"}
+
+
 def test_frozen_codes_are_of_one_codec(whole_run, corpus, tmp_path, capsys):
     """A decoder alone takes the sizes of its codec; a semantic branch of other sizes is refused."""
     small = CodecConfig(**{**TINY, "semantic_width": 48, "context": 12})
