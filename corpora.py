@@ -391,12 +391,11 @@ def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.
         with contextlib.suppress(FileNotFoundError, UnicodeDecodeError):
             text = path.with_suffix(layout.beside).read_text(encoding="utf-8").strip()
     try:
-        path, duration, sample_rate = fetching.make_readable(path, job.options.keep_wav)
+        path, *probed = fetching.make_readable(path, job.options.keep_wav)
     except AudioError as error:
         return str(error)
-    key = speaker or said.get("key") or path.relative_to(job.audio).as_posix()
-    about = {"speaker": speaker, "text": text or None}
-    return clip_of(job.corpus, path, duration, sample_rate, data.split_for(key), label, **about)
+    split = data.split_for(speaker or said.get("key") or path.relative_to(job.audio).as_posix())
+    return clip_of(job.corpus, path, *probed, split, label, speaker=speaker, text=text or None)
 
 
 def _texts(name: str, between: str, root: Path, in_capitals: bool = False) -> Listed:
@@ -553,15 +552,13 @@ def _clip_of_shard_row(job: Job, shard: Shard, folder: Path, number: int,
 
 def _speaker_and_key(corpus: Hub, row: dict, said: dict) -> tuple[str | None, str | None]:
     """(speaker, what the split hangs on), as far as they are known."""
-
-    def is_filled(column: str) -> bool:  # with a text, a number or a truth: no null, list or NaN
-        value = row.get(column)
-        return isinstance(value, (str, int, float)) and value != "" and value == value
-
-    for column in filter(is_filled, corpus.speakers):
+    # With a text, a number or a truth: no null, list or NaN.
+    plain = {name: value for name, value in row.items() if isinstance(value, (str, int, float))}
+    filled = {name for name, value in plain.items() if value != "" and value == value}
+    for column in filter(filled.__contains__, corpus.speakers):
         speaker = f"{corpus.name}-{str(row[column]).lower()}"
         return speaker, speaker
-    if not said.get("speaker") and any(map(is_filled, corpus.keys)):
+    if not said.get("speaker") and filled.intersection(corpus.keys):
         return None, "-".join(str(row.get(column)) for column in corpus.keys)
     return said.get("speaker"), said.get("speaker") or said.get("key")
 

@@ -256,9 +256,6 @@ def print_costs(rows: list[Corpus], free_gb: float, jobs: int) -> None:
               f"${took * H200_USD:,.2f} on an idle H200")  # fmt: skip
 
 
-VERIFY_FORM = "{:<26} {:>7} {:>7} {:>7} {:>6} {:>3} {:>4}  {}"
-
-
 def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     """What is on disk of a corpus, as `--json` has it; with `every_file`, each one is probed.
     Expected are the table's hours where they are exact, else those that were fetched. The state is
@@ -282,10 +279,9 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     found["files"], found["speakers"] = len(clips), data.count_speakers(clips)
     good = [(clip.duration, clip.sample_rate) for clip in clips]
     if every_file:
-        hidden = not sys.stderr.isatty()
         with ThreadPoolExecutor(FILE_THREADS) as pool:
             probed = pool.map(_check_file, clips)
-            shown = tqdm(probed, corpus.name, len(clips), leave=False, unit="file", disable=hidden)
+            shown = tqdm(probed, corpus.name, len(clips), leave=False, unit="file", disable=None)
             checked = list(shown)
         found["unreadable"] = [one for one in checked if isinstance(one, str)]
         good = [one for one in checked if not isinstance(one, str)]
@@ -322,14 +318,15 @@ def _check_file(clip: data.Clip) -> tuple[float, int, bytes] | str:
 
 def print_verified(found: list[dict], data_dir: Path) -> bool:
     """The table of what is on disk; True where nothing is missing."""
-    print(VERIFY_FORM.format("corpus", "files", "hours", "of", "spk", "bad", "dup", "state"))
+    form = "{:<26} {:>7} {:>7} {:>7} {:>6} {:>3} {:>4}  {}"
+    print(form.format("corpus", "files", "hours", "of", "spk", "bad", "dup", "state"))
     print("-" * 79)
     rates: dict[str, Counter[str]] = defaultdict(Counter)
     for row in found:
         rates[row["folder"]] += row["hours_by_sample_rate"]
         figures = (row["files"], _figure(row["hours"]), _figure(row["expected_hours"]))
         figures += (row["speakers"] or "?", len(row["unreadable"]), row["duplicates"])
-        print(VERIFY_FORM.format(row["corpus"], *figures, row["state"]))
+        print(form.format(row["corpus"], *figures, row["state"]))
     print("-" * 79)
     for folder, by_rate in rates.items():
         total = sum(by_rate.values())

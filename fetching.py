@@ -34,6 +34,8 @@ import pyarrow.parquet
 import requests
 import soundfile
 import urllib3
+from huggingface_hub import HfApi, errors, hf_hub_url
+from huggingface_hub.utils import build_hf_headers
 from tqdm import tqdm
 
 from audio import AudioError, probe
@@ -75,8 +77,7 @@ class Bar:
         self.count = 0  # bytes so far
         self._name, self._total = name, total
         self._shown = tqdm(total=total or None, desc=f"{name:<20.20}", unit="B", unit_scale=True,
-                           leave=False, dynamic_ncols=True,
-                           disable=not sys.stderr.isatty())  # fmt: skip
+                           leave=False, dynamic_ncols=True, disable=None)  # fmt: skip
         self.close = self._shown.close
         self._last_line = time.monotonic()
 
@@ -330,8 +331,6 @@ def is_local(source: str | None) -> bool:
 @contextlib.contextmanager
 def _hub_errors(repo: str) -> Iterator[None]:
     """Turns what huggingface_hub raises into one line: UserError, or Busy where it may pass."""
-    from huggingface_hub import errors
-
     try:
         yield
     except errors.EntryNotFoundError as error:
@@ -346,8 +345,6 @@ def _hub_errors(repo: str) -> Iterator[None]:
 
 def licence_page(repo: str, endpoint: str | None) -> str:
     """Where to accept the licence of this dataset; an empty string where it can be read."""
-    from huggingface_hub import HfApi, errors
-
     with _hub_errors(repo):
         try:
             HfApi(endpoint=endpoint).auth_check(repo, repo_type="dataset")
@@ -375,24 +372,18 @@ def hub_shards(repo: str, revision: str, folders: tuple[str, ...], suffix: str,
     return found
 
 
-def _hub_files(repo: str, revision: str, folder: str, endpoint: str | None) -> list[Shard]:
-    from huggingface_hub import HfApi, hf_hub_url
-
+def _hub_files(repo: str, revision: str, folder: str, endpoint: str | None) -> Iterator[Shard]:
     about = {"revision": revision, "repo_type": "dataset"}
     with _hub_errors(repo):
         entries = HfApi(endpoint=endpoint).list_repo_tree(repo, folder, recursive=True, **about)
-        found = []
         for file in (entry for entry in entries if hasattr(entry, "size")):
             url = hf_hub_url(repo, file.path, endpoint=endpoint, **about)
             checksum = f"sha256:{file.lfs.sha256}" if file.lfs else ""
-            found.append(Shard(repo, file.path, file.size, url, checksum))
-        return found
+            yield Shard(repo, file.path, file.size, url, checksum)
 
 
 def fetch_shard(shard: Shard, folder: Path, bar: Bar) -> Path:
     """The shard in `folder`: downloaded, or a link to where it lies already."""
-    from huggingface_hub.utils import build_hf_headers
-
     target = folder / shard.path.replace("/", "__")
     if is_local(shard.url) and not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
