@@ -44,7 +44,7 @@ import praat
 import speech
 from audio import SAMPLE_RATE, AudioError, read_audio, write_audio
 from command import ArgumentParser, UserError, json_lines, number, run, text_lines, whole
-from data import Clip, add_noise, change_speed, coloured_noise, unclipped
+from data import Clip, add_noise, change_speed, coloured_noise, hashed, unclipped
 from engines import InstalledEngine
 from phones import phonemize
 from takes import speak
@@ -93,12 +93,6 @@ class CopyPlan(NamedTuple):
     @property
     def copy_seconds(self) -> float:
         return self.seconds / self.amount if self.change == "speed" else self.seconds
-
-
-def hashed(*parts: object) -> int:
-    """64 bits, the same on every machine."""
-    text = "\0".join(map(str, parts))
-    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
 def pieces(duration: float) -> list[tuple[float, float]]:
@@ -156,16 +150,15 @@ def make_copies(folder: Path, args: argparse.Namespace,
     """Make the copies of a part, then its record: (copies, why others were left out)."""
     copies, dropped = [], {}  # in order; a file's fault is the same for all of its copies
     for plan in plans:
-        rate = min(plan.clip.sample_rate, SAMPLE_RATE)  # the codec has no more
+        path = folder / f"{plan.name}.{args.format}"
         try:
-            audio, amount = _changed(plan, rate, args.seed)
+            audio, copy = _changed(plan, path, args.seed)
         except AudioError as error:
             dropped[str(error)] = None
             continue
-        path = folder / f"{plan.name}.{args.format}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_audio(path, audio, rate)
-        copies.append(_copied_clip(plan, path, len(audio) / rate, rate, amount, args.seed))
+        write_audio(path, audio, copy.sample_rate)
+        copies.append(copy)
     record = f"{hashed(*(plan.name for plan in plans)):016x}.jsonl"
     data.write_manifest(folder / RECORDS / record, copies)
     return copies, [*dropped]
@@ -179,9 +172,10 @@ def _read_piece(path: Path, start: float, seconds: float | None, rate: int) -> n
     return audio
 
 
-def _changed(plan: CopyPlan, rate: int, seed: int) -> tuple[np.ndarray, float]:
-    """(copy `[T]`, the amount of its change); AudioError where it is to be left out."""
+def _changed(plan: CopyPlan, path: Path, seed: int) -> tuple[np.ndarray, CopiedClip]:
+    """(copy `[T]`, its line of the manifest); AudioError where it is to be left out."""
     seconds, amount = None if plan.all_of_it else plan.seconds, plan.amount
+    rate = min(plan.clip.sample_rate, SAMPLE_RATE)  # the codec has no more
     audio = _read_piece(plan.clip.path, plan.start, seconds, rate)
     if plan.change == "speed":
         audio = change_speed(audio, rate, amount)
@@ -194,20 +188,15 @@ def _changed(plan: CopyPlan, rate: int, seed: int) -> tuple[np.ndarray, float]:
         rng = np.random.default_rng([seed, hashed(plan.name)])
         amount = round(float(rng.uniform(*SNR_DB)), 3)
         audio = add_noise(audio, coloured_noise(len(audio), rng), amount)
-    return unclipped(audio), amount
-
-
-def _copied_clip(plan: CopyPlan, path: Path, seconds: float, rate: int, amount: float,
-                 seed: int) -> CopiedClip:  # fmt: skip
-    fields = vars(plan.clip) | {"path": path, "duration": seconds, "sample_rate": rate}
+    fields = vars(plan.clip) | {"path": path, "duration": len(audio) / rate, "sample_rate": rate}
     fields |= {"augmented": True, "split": "train"}
     if not plan.all_of_it:  # what is said in a piece is not known
         fields |= {"text": None, "phones": None}
     elif plan.change == "speed" and plan.clip.phones:
         factor = 1 / amount
         fields["phones"] = _rounded([(p, s * factor, e * factor) for p, s, e in plan.clip.phones])
-    return CopiedClip(**fields, source=plan.source, start=round(plan.start, 3), change=plan.change,
-                      amount=amount, seed=seed)  # fmt: skip
+    about = {"start": round(plan.start, 3), "change": plan.change, "amount": amount, "seed": seed}
+    return unclipped(audio), CopiedClip(**fields, source=plan.source, **about)
 
 
 def _rounded(phones: list | None) -> list | None:

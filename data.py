@@ -197,12 +197,14 @@ def write_manifest(path: str | Path, clips: Iterable[Clip]) -> None:
 
 def split_for(key: str, validation: float = 0.05, test: float = 0.05) -> str:
     """The split of a speaker or recording, by a hash of its name: stable as a corpus grows."""
-    point = _point(key)
+    point = hashed(key) / 2**64
     return "validation" if point < validation else "test" if point < validation + test else "train"
 
 
-def _point(key: str) -> float:  # in [0, 1)
-    return int.from_bytes(hashlib.sha256(os.fsencode(key)).digest()[:8], "big") / 2**64
+def hashed(*parts: object) -> int:
+    """64 bits, the same on every machine."""
+    text = "\0".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(os.fsencode(text)).digest()[:8], "big")
 
 
 class _Scan:
@@ -275,17 +277,17 @@ def _scan_files(files: list[Path], data_dir: str | Path, scan: _Scan) -> list[Cl
     root = Path(data_dir).resolve()
     default = _language_in(Path(os.path.abspath(data_dir))) or _language_in(root) or "other"
     clips: list[Clip] = []
-    places: dict[str, list[tuple[float, int]]] = {}  # by language, in [0, 1) and among the clips
+    places: dict[str, list[tuple[int, int]]] = {}  # by language: hash, and place among the clips
     for file, probed in zip(files, scan.probe_all(files), strict=True):
         if probed is None:
             continue
         below, speaker = file.relative_to(root), _speaker_from_name(file)
         key, language = speaker or below.as_posix(), _language_in(below.parent) or default
-        places.setdefault(language, []).append((_point(key), len(clips)))
+        places.setdefault(language, []).append((hashed(key), len(clips)))
         clips.append(Clip(file, *probed, language, speaker, split=split_for(key)))
     for found in places.values():
         nearest = max(found)[0]  # to training, or in it: at least these are trained on
-        for i in (i for point, i in found if point == nearest):
+        for i in (i for place, i in found if place == nearest):
             clips[i] = replace(clips[i], split="train")
     return clips
 
@@ -404,17 +406,14 @@ def _unlisted(files: list[Path], clips: Clips) -> list[Path]:
 
 
 def count_speakers(clips: Iterable[Clip]) -> int:  # known ones alone
-    at, _ = Clips.of(clips).codes("speaker")
-    return len(np.unique(at[at >= 0]))
+    return len(Clips.of(clips).table["speaker"].drop_null().unique())
 
 
 def hours_by_language(clips: Iterable[Clip]) -> dict[str, float]:
     """Hours a language, in the order of LANGUAGES, languages without audio left out."""
-    clips = Clips.of(clips)
-    at, names = clips.codes("language")
-    hours = np.bincount(at, clips.column("duration"), len(names)) / 3600
-    found = dict(zip(names, hours.tolist(), strict=True))
-    return {language: found[language] for language in LANGUAGES if found.get(language)}
+    sums = Clips.of(clips).table.group_by("language").aggregate([("duration", "sum")])
+    hours = {row["language"]: row["duration_sum"] / 3600 for row in sums.to_pylist()}
+    return {language: hours[language] for language in LANGUAGES if hours.get(language)}
 
 
 def draw_speed(rng: np.random.Generator, probability: float = 0.3) -> float:
