@@ -263,32 +263,30 @@ class _Decoded:
         self.samplerate, self._first = frame.sample_rate, frame.pts or 0
         kind, codec = self._container.format.name, self._stream.codec_context.name
         self._seeks = kind in self._indexed and (kind != "wav" or codec.startswith("pcm"))
+        self._base = float(self._stream.time_base)
         self._container.seek(0)
-        self.frames = round(self._seconds() * self.samplerate)
-
-    def _seconds(self) -> float:
-        base = float(self._stream.time_base)
         if self._seeks:
-            return (self._stream.duration or 0) * base or (self._container.duration or 0) / 1e6
-        # The header has an estimate by the bit rate, if any.
-        seconds = sum(p.duration or 0 for p in self._container.demux(self._stream)) * base
-        self._container.seek(0)
-        return seconds
+            seconds = (self._stream.duration or 0) * self._base
+            seconds = seconds or (self._container.duration or 0) / 1e6
+        else:  # the header has an estimate by the bit rate, if any
+            seconds = sum(p.duration or 0 for p in self._container.demux(self._stream)) * self._base
+            self._container.seek(0)
+        self.frames = round(seconds * self.samplerate)
 
     def seek(self, frame: int) -> None:
         self._at = frame
 
     def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
         """`[T, C]` from the current place on, as far as the file goes."""
-        base, start = float(self._stream.time_base), self._at / self.samplerate - self._settling
+        start = self._at / self.samplerate - self._settling
         if self._seeks and start > 0:
-            self._container.seek(self._first + int(start / base), stream=self._stream)
+            self._container.seek(self._first + int(start / self._base), stream=self._stream)
         resampler = self._resampler(format="fltp")
         parts, at, skip = [], None, 0
         for frame in self._container.decode(self._stream):
             if at is None:
                 pts = self._first if frame.pts is None or not self._seeks else frame.pts
-                at = max(0, round((pts - self._first) * base * self.samplerate))
+                at = max(0, round((pts - self._first) * self._base * self.samplerate))
                 skip = max(self._at - at, 0)
             parts += [plain.to_ndarray().T for plain in resampler.resample(frame)]
             at += frame.samples

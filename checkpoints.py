@@ -85,7 +85,6 @@ def _temporary(parent: Path, final: Path) -> Iterator[Path]:
     except Exception as error:
         if not _is_disk_full(error):
             raise
-        shutil.rmtree(temporary, ignore_errors=True)
         state = "there is no earlier checkpoint"
         with contextlib.suppress(UserError):
             state = f"the last complete checkpoint, {find_checkpoint(parent)}, is kept"

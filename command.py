@@ -420,7 +420,6 @@ _KINDS: dict[str, Callable[[object], bool]] = {
     "number or NaN": lambda value: type(value) in (int, float),
     "whole number": lambda value: type(value) is int and _is_number(value),
     "true or false": lambda value: isinstance(value, bool),
-    "list": lambda value: isinstance(value, list),
     "object": lambda value: isinstance(value, dict),
     "[text, start, end]": _is_span,  # in seconds, 0 <= start <= end
 }
