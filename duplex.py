@@ -10,6 +10,7 @@ Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import time
@@ -27,7 +28,7 @@ from codec import Codec, silence_codes
 from command import UserError
 from ledger import LEVEL_SECONDS, QUIET_DBFS, StageTimes, frame_levels
 from s2s import PAD, S2S, Sampling, SlotSampling
-from training import StepGraph
+from training import StepGraph, setup_distributed
 
 MAX_QUEUED_PATCHES = 3
 QUIET_TICKS = 12  # without sound of the agent: its turn is over
@@ -56,10 +57,24 @@ def load_models(codec_path: Path, lm_path: Path, device: str = "cpu",
     return codec, lm
 
 
+def engine_of(args: argparse.Namespace, slots: int = 1,
+              vad_flush: bool = False) -> tuple[DuplexEngine, str]:  # fmt: skip
+    """The engine that the flags of demo and server ask for, and its models in words; a sampling
+    flag that is None, or that a script does not have, stands for the model's own."""
+    device = setup_distributed(args.device).device
+    torch.set_num_threads(args.threads)
+    codec, lm = load_models(args.codec, args.lm, str(device), args.decoder)
+    drawn = {name: getattr(args, name, None) for name in ("temperature", "top_k", "eagerness")}
+    sampling = Sampling(**{name: value for name, value in drawn.items() if value is not None})
+    engine = DuplexEngine(codec, lm, slots, sampling, args.seed, vad_flush,
+                          emotion_strength=args.emotion_strength)  # fmt: skip
+    models = f"codec {args.codec}, {codec.decoder_kind} decoder, dialogue model {args.lm}"
+    return engine, f"{models}, on {device}"
+
+
 def halve(lm: S2S) -> None:
-    """The LM's weights, and so its caches, in bf16, but for the emotion branch, whose sums run on
-    for a whole call. The codec, a tenth of the work, stays in fp32: its codes are what the LM was
-    taught."""
+    """The LM's weights, and so its caches, in bf16, but for the emotion branch, which sums up a
+    whole call. The codec, a tenth of the work, stays in fp32: its codes are what the LM learnt."""
     for child in lm.children():
         if child is not lm.emotion:
             child.bfloat16()
@@ -218,11 +233,10 @@ class DuplexEngine:
     the LM a slot. graphs: on a GPU, whether to capture. UserError where LM and codec are no pair.
     """
 
-    def __init__(
-        self, codec: Codec, lm: S2S, slots: int = 1, sampling: Sampling | None = None,
-        seed: int = 0, vad_flush: bool = False, clock: Callable[[], float] = time.perf_counter,
-        emotion_strength: float = 1.0, graphs: bool = True,
-    ):  # fmt: skip
+    def __init__(self, codec: Codec, lm: S2S, slots: int = 1, sampling: Sampling | None = None,
+                 seed: int = 0, vad_flush: bool = False,
+                 clock: Callable[[], float] = time.perf_counter,
+                 emotion_strength: float = 1.0, graphs: bool = True):  # fmt: skip
         check_codec_matches(codec, lm)
         self.codec, self.lm = codec, lm
         self.slots, self.sampling, self.seed = slots, sampling or Sampling(), seed
@@ -247,7 +261,7 @@ class DuplexEngine:
         if vad_flush:
             silent = silence_codes(codec, self.device, self.num_codebooks)
             self._silence = silent[..., -self.frames_per_step :].repeat(slots, 1, 1)
-        self._stream, self._got = None, None
+        self._stream = None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # all that is made here is there
             self._stream = torch.cuda.Stream(self.device)
@@ -256,9 +270,8 @@ class DuplexEngine:
     def _make_buffers(self) -> None:
         """What comes in, a row a slot, filled on the host: samples, whether active, whether muted,
         the agent's emotion and language, the emotion's strength, sampling (7 numbers)."""
-        self._given = torch.zeros(self.slots, self.patch_samples + 12)
-        if self.device.type == "cuda":
-            self._given = self._given.pin_memory()
+        shape, pinned = (self.slots, self.patch_samples + 12), self.device.type == "cuda"
+        self._given = torch.zeros(shape, pin_memory=pinned)
         self._inputs = self._given.to(self.device)  # on a CPU the same
         self._frames, rest = np.split(self._given.numpy(), [self.patch_samples], axis=1)
         self._active, self._muted, self._emotion, self._language, self._strength = rest.T[:5]
@@ -286,8 +299,7 @@ class DuplexEngine:
             self.queues[one] = PatchQueue(self.patch_samples)
 
     def suspend(self, slot: int) -> None:
-        """Stop a slot's clock: it is not ticked, what it is fed is dropped, and all that it holds,
-        its queue too, waits for `resume`."""
+        """Stop a slot's clock: no ticks, what it is fed is dropped, the rest waits for `resume`."""
         self._suspended[slot] = True
 
     def resume(self, slot: int) -> None:
@@ -307,14 +319,11 @@ class DuplexEngine:
                 raise UserError(f"{name} {asked}: this engine draws from at most {most}")
         self._sampling_rows[slot] = sampling.row(self.lm.config.eagerness)
 
-    def set_voice(
-        self, slot: int, emotion: str | None = None, language: str | None = None,
-        strength: float | None = None,
-    ) -> None:  # fmt: skip
+    def set_voice(self, slot: int, emotion: str | None = None, language: str | None = None,
+                  strength: float | None = None) -> None:  # fmt: skip
         """The agent's emotion and language in one slot, None = its own choice; also mid-call, when
         the emotion waits for the agent's next turn. strength: of the emotion, None = the engine's.
-        Raises `UserError` for a name that the model does not know, and for a strength in an engine
-        that was made without."""
+        `UserError` for a name that the model does not know, a strength in an engine without."""
         c, emotions = self.lm.config, self._asked_emotion
         for what, name, known, ids in (("emotion", emotion, c.emotions, emotions),
                                        ("language", language, c.languages, self._language)):
@@ -361,8 +370,7 @@ class DuplexEngine:
 
     @torch.inference_mode()
     def tick(self, frames: np.ndarray, active: np.ndarray | None = None) -> TickResult:
-        """One patch for every slot. frames [B, T]; active [B] bool, all by default, of which those
-        take part that are not suspended."""
+        """One patch for every slot. frames [B, T]; active [B], all by default; none suspended."""
         active = np.ones(self.slots, bool) if active is None else np.asarray(active, bool)
         active = active & ~self._suspended
         muted = self._flush.update(active) if self.vad_flush else np.zeros(self.slots, bool)
@@ -385,12 +393,10 @@ class DuplexEngine:
         self._quiet_ticks[active] = np.where(loud, 0, self._quiet_ticks + 1)[active]
         codes, phones, text, words, speaking, emotion, language = (part * row for part in parts)
         self.user_emotion.update(emotion, speaking[:, 0], active)
-        return TickResult(
-            reply, text[:, 0].astype(int), speaking[:, 0], emotion, language,
-            words[:, 0].astype(int), phones.astype(int),
-            codes.astype(int).reshape(self.slots, -1, self.frames_per_step),
-            active, (lost + lost_reply) * active, times,
-        )  # fmt: skip
+        codes = codes.astype(int).reshape(self.slots, -1, self.frames_per_step)
+        return TickResult(reply, text[:, 0].astype(int), speaking[:, 0], emotion, language,
+                          words[:, 0].astype(int), phones.astype(int), codes, active,
+                          (lost + lost_reply) * active, times)  # fmt: skip
 
     def _stages(self, mode: None) -> dict[str, torch.Tensor]:
         """All that the device does in a tick, from `_inputs` alone; in `result` a row a slot."""
@@ -426,13 +432,7 @@ class DuplexEngine:
             self._mark()
             result = self._step()["result"]
             self._mark()
-            if self._stream is None:
-                return result.numpy()
-            if self._got is None:
-                self._got = torch.empty(result.shape, pin_memory=True)
-            self._got.copy_(result, non_blocking=True)
-            self._stream.synchronize()
-        return self._got.numpy()
+            return result.cpu().numpy()  # which waits for all of it
 
     def _mark(self) -> None:
         stream = self._stream
@@ -448,8 +448,7 @@ def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Story:
-    """Ticks of one call → the events of protocols.py: who speaks, the words of both, the user's
-    emotion, latency."""
+    """Ticks of one call → the events of protocols.py: speech, words, user's emotion, latency."""
 
     EMOTION_SECONDS, LATENCY_SECONDS = 0.2, 1.0
 

@@ -183,8 +183,7 @@ def _is_here(model: str) -> bool:
 
 @dataclass(frozen=True)
 class InstalledEngine:
-    """A `speech.Engine`. In `model` and `fetch`, {code} is a language's own code, {two} its first
-    two letters."""
+    """A `speech.Engine`. In `model` and `fetch`, {code} is a language's, {two} its beginning."""
 
     name: str
     model_class: type

@@ -6,7 +6,6 @@ samples; loudness is in dBFS, a value for every 5 ms.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -254,7 +253,7 @@ _COUNTED = ("dropped_patches", "not_finite_samples", "late_ticks", "output_under
 @dataclass
 class LatencyLedger:
     """p50/p95/p99 of everything that delays a reply, in milliseconds, but the warm-up. `tick` and
-    `call` collect, `table` is for the terminal, `json_line` for the last line of stdout."""
+    `call` collect, `table` is for the terminal, `summary` for the last line of stdout."""
 
     patch_seconds: float
     acoustic_seconds: float = 0.0  # the LM's acoustic delay
@@ -311,9 +310,6 @@ class LatencyLedger:
             "loopback_ms": None if self.loopback_seconds is None else _ms(self.loopback_seconds),
             "mouth_to_ear_ms": percentiles(self.mouth_to_ear),
             **self.counts, "warmup_ticks": self.warmup_ticks}  # fmt: skip
-
-    def json_line(self) -> str:
-        return json.dumps(self.summary(), allow_nan=False)
 
     def table(self) -> str:
         """A small table for the terminal, 80 columns."""

@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 
 import ledger
-from audio import SAMPLE_RATE, from_pcm16, to_pcm16
+from audio import SAMPLE_RATE, from_pcm16, read_audio, to_pcm16
 from command import ArgumentParser, UserError, number, run, whole
-from ledger import UserTurn, kind_of, percentiles, response_latencies
+from ledger import UserTurn, find_speech, kind_of, percentiles, response_latencies
 from protocols import PROTOCOLS, Protocol
-from stream_demo import address, read_question
+from stream_demo import address
 
 CHUNK_SECONDS = 0.04
 MOST_WAITING = 0.08  # seconds of sound that wait to be played, before silence is left out
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     if importlib.util.find_spec("websockets") is None:
         raise UserError("load_test.py needs websockets: pip install websockets")
     wavs = args.wav or sorted((Path(__file__).parent / "samples").glob("*.wav"))
-    questions = [read_question(path) for path in wavs]
+    questions = [(audio, find_speech(audio)) for audio in map(read_audio, wavs)]
     if not all(turn for _, turn in questions):
         raise UserError("nobody speaks in one of the recordings; give --wav spoken questions")
     rows: list[dict] = []

@@ -10,12 +10,12 @@ import contextlib
 import functools
 import importlib.util
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import threading
 import warnings
+from multiprocessing.connection import Connection, Pipe
 
 import numpy as np
 
@@ -103,45 +103,43 @@ def _ask(pid: int, *request) -> np.ndarray | str | None:
     """The answer: audio, or what went wrong; None where the process ended over it."""
     with _LOCK:
         if pid not in _RUNNING:
-            # A session of its own: Ctrl-C is for the caller, whose end closes stdin.
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            line = [sys.executable, os.path.abspath(__file__)]
-            _RUNNING[pid] = subprocess.Popen(line, start_new_session=True, **pipes)
-        other = _RUNNING[pid]
+            ours, its = Pipe()
+            # A session of its own: Ctrl-C is for the caller, whose end closes the pipe. What a
+            # library prints goes to stderr.
+            options = {"start_new_session": True, "pass_fds": [its.fileno()], "stdout": 2}
+            line = [sys.executable, os.path.abspath(__file__), str(its.fileno())]
+            _RUNNING[pid] = ours, subprocess.Popen(line, **options)
+            its.close()
+        pipe, other = _RUNNING[pid]
         try:
-            pickle.dump(request, other.stdin)
-            other.stdin.flush()
-            return pickle.load(other.stdout)
+            pipe.send(request)
+            return pipe.recv()
         except BaseException as error:  # Ctrl-C too: the next call would get this one's answer
             del _RUNNING[pid]
+            pipe.close()
             other.kill()
-            for pipe in (other.stdin, other.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()
             other.wait()
-            if not isinstance(error, (EOFError, OSError, pickle.UnpicklingError)):
+            if not isinstance(error, (EOFError, OSError)):
                 raise
             return None
 
 
 def _serve() -> None:
-    """Answers pickled calls on stdin, one at a time, until stdin ends. The system ends a process
-    whose processor time is used up, also within Praat's own code."""
+    """Answers calls on its pipe, one at a time, until that ends. The system ends a process whose
+    processor time is used up, also within Praat's own code."""
     functions = {f.__name__: f.__wrapped__ for f in (change_voice, shift_pitch)}
-    stdin, stdout = os.fdopen(0, "rb", closefd=False), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no answer
+    pipe = Connection(int(sys.argv[1]))
     warnings.simplefilter("ignore")  # "no voiced segments": then only lengths change
-    with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # nobody asks on
+    with contextlib.suppress(EOFError, OSError):  # nobody asks on
         while True:
-            limit, name, values, named = pickle.load(stdin)
+            limit, name, values, named = pipe.recv()
             signal.setitimer(signal.ITIMER_PROF, limit)
             try:
                 answer = functions[name](*values, **named).astype(np.float32)
             except Exception as error:  # PraatError, and what parselmouth raises on odd input
                 answer = str(error) or type(error).__name__
             signal.setitimer(signal.ITIMER_PROF, 0)
-            pickle.dump(answer, stdout)
-            stdout.flush()
+            pipe.send(answer)
 
 
 if __name__ == "__main__":

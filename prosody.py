@@ -43,20 +43,16 @@ def prosody(audio: np.ndarray) -> np.ndarray:
     harmonicity = sound.to_harmonicity_cc(0.01, PITCH_FLOOR).values[0]
     harmonicity = harmonicity[harmonicity > -100]
     edges = np.diff(np.flatnonzero(np.diff(np.r_[0, voiced, 0]) != 0))[::2]
+    power = np.abs(np.fft.rfft(sound.values[0])) ** 2
+    bins = np.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)
+    bands = ((bins >= start) & (bins < end) for start, end in ((60, 1e3), (1e3, 3e3), (3e3, 8e3)))
+    below, middle, above = (10 * np.log10(power[band].sum() + 1e-9) for band in bands)
     return np.array([
         np.median(pitch), high - low, pitch.std(), slope, level.mean(), level.std(),
         voiced.mean(), 0.01 * edges.mean() if len(edges) else 0.0,
         rises.sum() / (0.01 * max(1, len(level))), harmonicity.mean() if len(harmonicity) else 0.0,
-        *_tilts(np.asarray(audio, np.float64)),
+        middle - below, above - below,
     ])  # fmt: skip
-
-
-def _tilts(audio: np.ndarray) -> tuple[float, float]:
-    power = np.abs(np.fft.rfft(audio)) ** 2
-    hertz = np.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)
-    low, middle, high = (10 * np.log10(power[(hertz >= start) & (hertz < end)].sum() + 1e-9)
-                         for start, end in ((60, 1000), (1000, 3000), (3000, 8000)))  # fmt: skip
-    return middle - low, high - low
 
 
 class ProsodyJudge:

@@ -56,14 +56,13 @@ def inner(event: dict, /, *names: str) -> dict:
 
 
 class Protocol:
-    """A wire format as the server sees it; what is to be sent gathers in `out`. `query`: the
-    parameters of the client's URL."""
+    """A wire format as the server sees it; what is to be sent gathers in `out`."""
 
     rejoins = True  # whether its clients learn the token with which to come back
     started = True  # False until a client has said who it is in a message
     token: str | None = None  # what that message held
 
-    def __init__(self, query: Mapping[str, str]):
+    def __init__(self, query: Mapping[str, str]):  # the parameters of the client's URL
         self.query, self.out = query, []
 
     def receive(self, message: Message) -> np.ndarray | dict | None:

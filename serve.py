@@ -36,10 +36,8 @@ import torch
 
 from audio import SAMPLE_RATE
 from command import ArgumentParser, UserError, number, run, whole
-from duplex import DuplexEngine, PatchQueue, Story, TickResult, load_models
+from duplex import DuplexEngine, PatchQueue, Story, TickResult, engine_of
 from protocols import PROTOCOLS, Protocol, ProtocolError
-from s2s import Sampling
-from training import setup_distributed
 
 HERE = Path(__file__).parent
 TINY = HERE / "checkpoints" / "tiny"
@@ -123,11 +121,11 @@ class Scheduler:
         self.fed, self._seeds = asyncio.Event(), itertools.count(engine.seed)
         self._thread = ThreadPoolExecutor(1, "engine", torch.set_num_threads, (threads,))
 
-    def open(self) -> Call | None:
-        """A call on a free slot; None where all are taken."""
+    def open(self) -> Call:
+        """A call on a free slot; `ProtocolError` where all are taken."""
         free = set(range(self.engine.slots)) - self.calls.keys()
         if not free:
-            return None
+            raise ProtocolError(1013, f"all {self.engine.slots} lines are busy; try again later")
         call = Call(min(free), self.engine, self.buffer_seconds, next(self._seeds))
         self.calls[call.slot] = call
         self.engine.set_voice(call.slot)
@@ -274,8 +272,7 @@ class Server:
         self.draining: float | None = None  # since when
 
     def allows(self, request: Any, said: str | None = None) -> bool:
-        """Whether a client gives the token: in a header, in the URL, as OpenAI's do in a browser,
-        or `said` in a message."""
+        """Whether a client gives the token: in a header, the URL, as a subprotocol, or `said`."""
         kind, _, value = request.headers.get("authorization", "").partition(" ")
         if kind.lower() == "basic":
             with contextlib.suppress(ValueError):
@@ -349,8 +346,6 @@ class Server:
             raise ProtocolError(1013, "the server is shutting down; try again")
         own = [c for c in self.scheduler.calls.values() if same(c.id, query.get("call", ""))]
         call = own[0] if own else self.scheduler.open()
-        if call is None:
-            raise ProtocolError(1013, f"all {self.engine.slots} lines are busy; try again later")
         if call.connection is not None:
             call.connection.call = None
             call.connection.end(TAKEN_OVER, "taken over")
@@ -480,15 +475,9 @@ def main(argv: list[str] | None = None) -> None:
     host = args.host or ("0.0.0.0" if args.token else "127.0.0.1")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, args.port), family=family)
-    device = setup_distributed(args.device).device
-    torch.set_num_threads(args.threads)
-    codec, lm = load_models(args.codec, args.lm, str(device), args.decoder)
-    sampling = Sampling() if args.temperature is None else Sampling(args.temperature)
-    engine = DuplexEngine(codec, lm, args.slots, sampling, args.seed,
-                          emotion_strength=args.emotion_strength)  # fmt: skip
+    engine, models = engine_of(args, args.slots)
     engine.warm_up()
-    models = f"codec {args.codec}, {codec.decoder_kind} decoder, dialogue model {args.lm}"
-    print(f"{models}, on {device}, {args.slots} slots")
+    print(f"{models}, {args.slots} slots")
     if not args.token and host not in ("127.0.0.1", "::1", "localhost"):
         print("whoever reaches this port may call: give it a --token")
     print(f"http://{host}:{listener.getsockname()[1]}/", flush=True)

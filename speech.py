@@ -165,9 +165,8 @@ def find_engine(name: str) -> Engine:
 
 
 def synthesize(items: Sequence[Request]) -> list[Utterance]:
-    """Utterances in the order of `items`, made in one batch an engine and language; the same
-    requests give the same bytes. UserError for an unknown engine, language or emotion, and where an
-    engine fails."""
+    """Utterances in the order of `items`, a batch an engine and language; the same requests give
+    the same bytes. UserError for an unknown engine, language or emotion, and where an engine fails."""
     orders = [_order(item) for item in items]
     batches: dict[tuple[str, str], list[int]] = {}
     for i, item in enumerate(items):
@@ -351,8 +350,7 @@ def voices(language: str, role: str = "user", split: str = "train",
            engines: Sequence[str] | None = None) -> list[Voice]:  # fmt: skip
     """Voices of the installed engines. `role` agent: the one voice of a language, for any split.
     `engines` are those asked for, best first; None: every one installed. Users are split by
-    speaker: those held out sound in no training voice of any language, however changed. UserError
-    where nobody can speak."""
+    speaker: those held out are in no training voice, however changed. UserError where none is."""
     espeak_language(language)
     found, missing = [], []
     for engine in [find_engine(name) for name in (all_engines() if engines is None else engines)]:

@@ -32,15 +32,7 @@ import numpy as np
 
 import command
 import ledger
-from audio import (
-    SAMPLE_RATE,
-    WRITABLE,
-    AudioError,
-    from_pcm16,
-    read_audio,
-    to_pcm16,
-    write_audio,
-)
+from audio import SAMPLE_RATE, WRITABLE, AudioError, from_pcm16, read_audio, to_pcm16, write_audio
 from command import ArgumentParser, UserError, first_line, number, run, whole, writable_file
 from ledger import CallRecord, Delay, LatencyLedger, Reply, StageTimes, StreamResampler, UserTurn
 
@@ -216,36 +208,20 @@ class LocalLine:
     """The models in this process. What needs torch is imported here: calls to a server do not."""
 
     def __init__(self, args: argparse.Namespace):
-        import torch
+        from duplex import Story, engine_of
 
-        from duplex import DuplexEngine, Story, load_models
-        from s2s import Sampling
-        from training import setup_distributed
-
-        device = setup_distributed(args.device).device
-        if device.type == "cpu":
-            torch.set_num_threads(args.threads)
-        drawn = {n: getattr(args, n) for n in ("temperature", "top_k", "eagerness")}
-        given = {name: value for name, value in drawn.items() if value is not None}
-        codec, lm = load_models(args.codec, args.lm, str(device), args.decoder)
-        self.engine = engine = DuplexEngine(codec, lm, 1, Sampling(**given), args.seed,
-            args.vad_flush, emotion_strength=args.emotion_strength)  # fmt: skip
+        engine, models = engine_of(args, vad_flush=args.vad_flush)
+        self.engine, self.name = engine, f"{models}, seed {args.seed}"
         engine.set_voice(0, args.emotion, args.language)
         self._new_story, self._listens = lambda: Story(engine), args.vad_flush or not args.wav
         self.clock, self.patch_seconds = engine.clock, engine.patch_seconds
-        delay = lm.config.acoustic_delay / lm.config.frame_rate
+        delay = engine.lm.config.acoustic_delay / engine.lm.config.frame_rate
         self.ledger = LatencyLedger(engine.patch_seconds, delay, engine.warm_up())
-        models = f"codec {args.codec}, {codec.decoder_kind} decoder, dialogue model {args.lm}"
-        self.name = f"{models}, on {device}, seed {args.seed}"
 
     def start(self) -> None:
         self.engine.reset()
         self._story, self._said = self._new_story(), deque()
         self._detector = ledger.VoiceDetector() if self._listens else None
-
-    @property
-    def busy(self) -> bool:
-        return bool(self._said or self.engine.queues[0])
 
     def send(self, audio: np.ndarray, arrived: float | None) -> None:
         """Samples [T], the last of which came in at `arrived`; without that none are dropped."""
@@ -287,8 +263,8 @@ class RemoteLine:
             raise UserError("--server needs websockets: pip install websockets") from error
         self._websockets, self._args, self.clock = websockets, args, time.perf_counter
         self._lost = OSError, ValueError, websockets.exceptions.WebSocketException
-        ready = self._connect()
-        self.patch_seconds = ready["patch_ms"] / 1000
+        self._connect()
+        self.patch_seconds = self._ready["patch_ms"] / 1000
         self.ledger = LatencyLedger(self.patch_seconds)
         self.name = f"the server at {urlsplit(address(args.server)).netloc}"
 
@@ -305,22 +281,21 @@ class RemoteLine:
             raise UserError(f"{args.server}: {ready.get('message', 'is no Samvad server')}")
         return ready | {"socket": socket}
 
-    def _connect(self) -> dict:
+    def _connect(self) -> None:
         args = self._args
         wishes = {"type": "start", "emotion": args.emotion, "language": args.language}
         wishes |= {} if args.emotion_strength == 1.0 else {"strength": args.emotion_strength}
         try:
-            self._ready = ready = self._dial()
+            self._ready = self._dial()
         except self._lost as error:
             said = f"{args.server}: no answer ({first_line(error)}); does serve.py run there?"
             raise UserError(said) from error
-        self._socket = ready["socket"]
+        self._socket = self._ready["socket"]
         self._say(json.dumps(wishes))
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._sent, self._answered, self._gpu, self._seen = 0, 0, 0.0, Counter()
         self._unsaid = 0  # samples to leave out, up to a whole patch
         self._arrived: list[float] = []  # a patch each: when its last sample came in
-        return ready
 
     def start(self) -> None:
         if self._sent:  # another recording: a call of its own
@@ -341,8 +316,7 @@ class RemoteLine:
                 silent = said is None and isinstance(error, TimeoutError)
                 with contextlib.suppress(*self._lost):
                     socket.close(1001)  # which is not to hang up
-            kept = 0.0 if silent else ready["rejoin_seconds"]
-            ready = self._go_back(inbox, ready["call"], kept)
+            ready = self._go_back(inbox, ready["call"], 0.0 if silent else ready["rejoin_seconds"])
 
     def _go_back(self, inbox: queue.SimpleQueue, call: str, kept: float) -> dict | None:
         """What the server says to who comes back into a call that it keeps for so many seconds;
@@ -351,32 +325,27 @@ class RemoteLine:
         def tell(kind: str, text: str) -> None:
             inbox.put((self.clock(), {"type": kind, "reason": text, "message": text}))
 
-        began, over = self.clock(), f"cut off or silent; no way back within {kept:.0f} s"
+        began = self.clock()
         tell("error", "cut off; going back into the call")
         while self._inbox is inbox and self.clock() - began < kept:
             time.sleep(self.RETRY_SECONDS)
             try:
                 again = self._dial(call)
             except UserError as error:
-                over, kept = f"cut off, then refused: {error}", 0.0
+                return tell("bye", f"cut off, then refused: {error}")
             except self._lost:
                 continue
-            else:
-                if again["rejoined"] and self._inbox is inbox:
-                    inbox.put((self.clock(), again))
-                    tell("error", f"back in the call after {self.clock() - began:.1f} s")
-                    return again
-                again["socket"].close()
-                over, kept = "cut off, and the server did not keep it", 0.0
-        return tell("bye", over)
+            if again["rejoined"] and self._inbox is inbox:
+                inbox.put((self.clock(), again))
+                tell("error", f"back in the call after {self.clock() - began:.1f} s")
+                return again
+            again["socket"].close()
+            return tell("bye", "cut off, and the server did not keep it")
+        return tell("bye", f"cut off or silent; no way back within {kept:.0f} s")
 
     def _say(self, message: bytes | str) -> None:
         with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):  # `_read` tells
             self._socket.send(message)
-
-    @property
-    def busy(self) -> bool:
-        return not self._inbox.empty()
 
     def send(self, audio: np.ndarray, arrived: float) -> None:
         """Samples [T], the last of which came in at `arrived`."""
@@ -387,7 +356,7 @@ class RemoteLine:
         self._say(to_pcm16(audio))
 
     def receive(self) -> Reply | dict | None:
-        if not self.busy:
+        if self._inbox.empty():
             return None
         heard_at, event = self._inbox.get()
         if isinstance(event, bytes):
@@ -430,16 +399,15 @@ Line = LocalLine | RemoteLine
 
 def converse(line: Line, sound: Recording | SoundCard, screen: Screen,
              recorder: Recorder | None = None) -> tuple[CallRecord, np.ndarray]:  # fmt: skip
-    """One call. Returns its record, whose `stopped` is what ended it early, be it Ctrl-C, and how
-    loud the user was (`frame_levels`)."""
-    record, levels = CallRecord(line.patch_seconds), [np.zeros(0)]
+    """One call: its record, `stopped` by what ended it, be it Ctrl-C, and the user's loudness."""
+    record, levels, said = CallRecord(line.patch_seconds), [np.zeros(0)], None
     keep = recorder.add if recorder else lambda side, audio: None
     try:
         line.start()
         with sound:
             fixed = line.ledger.device_seconds + line.ledger.resampler_seconds
             while not sound.over(record):
-                for audio, arrived in sound.heard(0.0 if line.busy else POLL_SECONDS):
+                for audio, arrived in sound.heard(0.0 if said else POLL_SECONDS):
                     line.send(audio, arrived)
                     keep(0, audio)
                     levels.append(ledger.frame_levels(audio))
@@ -501,8 +469,8 @@ class Recording:
 
 def answer_recordings(line: Line, questions: Sequence, recorder: Recorder | None,
                       args: argparse.Namespace) -> None:  # fmt: skip
-    """Answer every `--wav`, as `read_question` gave it, into its `--out`. Raises at the end what
-    could not be written where it should, at once what stopped a call."""
+    """Answer every `--wav`, its samples [T] and when it is spoken in, into its `--out`. Raises at
+    the end what could not be written where it should, at once what stopped a call."""
     failures = []
     for path, out, (audio, turn) in zip(args.wav, args.out, questions, strict=True):
         end = f"speech ends at {turn.end:.2f} s, by {turn.source}" if turn else "no speech found"
@@ -530,12 +498,6 @@ def save_reply(out: Path, reply: np.ndarray) -> str | None:
         except AudioError as error:
             failure = failure or str(error)
     return f"{failure}; the reply is lost"
-
-
-def read_question(path: Path) -> tuple[np.ndarray, UserTurn | None]:
-    """A recording as 24 kHz mono [T], and when it is spoken in; AudioError of a bad one."""
-    audio = read_audio(path)
-    return audio, ledger.find_speech(audio)
 
 
 class Playout:
@@ -613,9 +575,8 @@ class SoundCard:
         self._sounddevice, self.ledger = sounddevice, LatencyLedger(0.0)
         names = args.input_device, args.output_device
         self._devices = [int(name) if name and name.isdigit() else name for name in names]
-        microphone, speaker = self._devices
-        self._rates = [device_rate(sounddevice, "input", microphone),
-                       device_rate(sounddevice, "output", speaker)]  # fmt: skip
+        ends = zip(("input", "output"), self._devices, strict=True)
+        self._rates = [device_rate(sounddevice, kind, device) for kind, device in ends]
         self._to_engine = StreamResampler(self._rates[0], SAMPLE_RATE)
         self._to_card = StreamResampler(SAMPLE_RATE, self._rates[1])
         self.playout = Playout(self._rates[1])
@@ -717,7 +678,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.list_devices:
         print(import_sounddevice().query_devices())
         return
-    questions = [read_question(path) for path in args.wav or ()]
+    questions = [(audio, ledger.find_speech(audio)) for audio in map(read_audio, args.wav or ())]
     check_outputs(args)
     live = args.loopback or not args.wav
     card = SoundCard(import_sounddevice(), args) if live else None
@@ -744,7 +705,7 @@ def main(argv: list[str] | None = None) -> None:
         for one in filter(None, (recorder, args.server and line)):
             one.close()
         print(line.ledger.table())
-        print(line.ledger.json_line())
+        print(json.dumps(line.ledger.summary(), allow_nan=False))
 
 
 if __name__ == "__main__":
