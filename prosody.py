@@ -25,8 +25,7 @@ def prosody(audio: np.ndarray) -> np.ndarray:
     """`FEATURES` `[12]` of speech `[T]` at 24 kHz: semitones, dB, seconds; zeros of silence.
 
     Pitch by autocorrelation (Boersma 1993), every 10 ms; tilts are levels of 1 to 3 and of 3 to
-    8 kHz against those below 1 kHz. A burst is a rise of 3 dB within 50 ms: about a syllable.
-    """
+    8 kHz against those below 1 kHz. A burst is a rise of 3 dB within 50 ms: about a syllable."""
     import parselmouth
 
     sound = parselmouth.Sound(np.asarray(audio, np.float64), SAMPLE_RATE)

@@ -135,8 +135,7 @@ class Scheduler:
         """(call, its connection, events) of each call served, and what the engine gave, a tick.
 
         A tick serves every slot with a patch waiting, one a patch's length, but without a pause for
-        as long as the server is behind with a call: else what once came late stays late.
-        """
+        as long as the server is behind with a call: else what once came late stays late."""
         length, clock, due = self.engine.patch_seconds, self.engine.clock, 0.0
         while True:
             self.fed.clear()

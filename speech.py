@@ -166,7 +166,7 @@ def find_engine(name: str) -> Engine:
 
 def synthesize(items: Sequence[Request]) -> list[Utterance]:
     """Utterances in the order of `items`, a batch an engine and language; the same requests give
-    the same bytes. UserError for an unknown engine, language or emotion, and where an engine fails."""
+    the same bytes. UserError: no such engine, language or emotion, or an engine that fails."""
     orders = [_order(item) for item in items]
     batches: dict[tuple[str, str], list[int]] = {}
     for i, item in enumerate(items):

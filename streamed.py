@@ -12,8 +12,7 @@ class StreamedLinear(nn.Linear):
     """A layer that reads its weights in half precision, as a CPU's steps of few rows wait for them.
 
     For weights that half precision holds exactly, as an export's; sums are in fp32, so that nothing
-    changes but their order.
-    """
+    changes but their order."""
 
     FEW_ROWS = 16  # more go the ordinary way
 
@@ -36,8 +35,7 @@ def stream_weights(model: nn.Module) -> None:
     """Makes steps of one or two rows cheap on a CPU, for weights that no longer change.
 
     Names, shapes and values stay. Layers become `StreamedLinear` where their weights and this
-    PyTorch allow it; others that widen out are laid out column by column, which reads faster.
-    """
+    PyTorch allow it; others that widen out are laid out column by column, which reads faster."""
     packs = "fbgemm" in torch.backends.quantized.supported_engines
     packs = packs and hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation")
     for parent in list(model.modules()):

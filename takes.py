@@ -92,8 +92,7 @@ def cut_take(utterance: speech.Utterance) -> Take | None:
     """The utterance without its silent edges; None where all of it is silent.
 
     Edges are by energy (10 ms frames above −40 dB of the loudest), as in the latency ledger: the
-    engines' labels disagree on where a stop or a breath begins.
-    """
+    engines' labels disagree on where a stop or a breath begins."""
     audio, step = utterance.audio, SAMPLE_RATE // 100
     frames = audio[: len(audio) // step * step].reshape(-1, step)
     power = (frames.astype(np.float64) ** 2).mean(axis=1)

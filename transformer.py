@@ -55,8 +55,7 @@ class TransformerConfig:
 
 
 def rotary_frequencies(head_dim: int, theta: float, device) -> Tensor:
-    """Radians a position, `[head_dim]` float64; negative in the first half, as `apply_rotary` wants
-    the sines."""
+    """Radians a position, `[head_dim]` float64; negative in the first half, for `apply_rotary`."""
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
     frequencies = theta ** (-exponents / head_dim)
     return torch.cat((-frequencies, frequencies))
