@@ -74,6 +74,21 @@ def test_clips(tmp_path):
     assert manifest.read_text() == text
 
 
+def test_the_agents_own_sentences_some_kept_apart(tmp_path):
+    """`--role agent`: nobody else's; a sentence is in one split, however often it is said."""
+    make_clips.main([*command(tmp_path, "english"), "--role", "agent", "--hours", "0.05"])
+    clips = read_manifest(tmp_path / "english" / "synthetic" / "manifest.jsonl")
+    assert {clip.speaker for clip in clips} == {espeak_role("english", "agent")[0].id}
+    places = {(clip.text, clip.split) for clip in clips}
+    assert len(places) == len({text for text, _ in places})
+    assert {split for _, split in places} == {"train", "validation", "test"}
+    assert sum(split == "train" for _, split in places) > 0.7 * len(places)
+    with pytest.raises(UserError, match="made with role 'agent'"):
+        make_clips.main(command(tmp_path, "english"))
+    with pytest.raises(UserError, match="--any_emotion"):
+        make_clips.main(["--role", "agent", "--any_emotion"])
+
+
 def test_a_part_that_another_run_finished_first_stands(tmp_path, monkeypatch):
     write = make_clips.write_manifest
 

@@ -141,6 +141,7 @@ SMALL = {
     "train_codec.py": "--preset tiny --teacher none --batch_size 2 --num_epochs 1 --num_workers 0 "
     "--epoch_hours 0.01 --window_seconds 0.5 --max_steps 3 --threads 1",
     "evaluate_codec.py": "--codebooks 8 --max_clips 1 --max_seconds 2 --judges stoi",
+    "tools/make_clips.py": "--hours 0.05 --languages english --num_workers 0",
     "make_conversations.py": "--num_conversations 2 --intents greeting --languages english "
     "--num_workers 0",
     "train_s2s.py": "--preset tiny --batch_size 2 --num_epochs 1 --num_workers 0 "
@@ -202,7 +203,7 @@ def small(line: str, root: Path, sources: str) -> str:
     line = line.replace("/workspace", str(root / "workspace"))
     line = re.sub(r"^make demo.*", "make demo FLAGS=--fast", line)
     line = re.sub(r"^source runpod_setup.sh$", "source runpod_setup.sh --cpu", line)
-    script = re.match(r"python (\w+\.py)", line)
+    script = re.match(r"python ((?:tools/)?\w+\.py)", line)
     if not script or "--export" in line:
         return line
     if script[1] == "serve.py":
@@ -275,6 +276,9 @@ def test_every_line_runs_from_a_clone_to_an_answer(sources, tmp_path) -> None:
         assert checkpoint.step == 3 and checkpoint.trainer is not None
     model = Codec.from_checkpoint(folder / "models/codec")
     assert model.decode(model.encode(torch.zeros(1, 1, 4800))).shape == (1, 1, 4800)
+    agents = Codec.from_checkpoint(folder / "models/codec", decoder="agent")
+    assert agents.fingerprint == model.fingerprint
+    assert made.stdout.count("agent decoder, dialogue model") == 1  # of the demo
     assert soundfile.info(folder / "reply_english.wav").duration > 1
     found = [json.loads(row) for row in made.stdout.splitlines() if row.startswith("{")]
     assert [row["turns"] for row in found if "tick_ms" in row][-2:] == [1, 1]  # here, then served

@@ -2,8 +2,10 @@
 
     python tools/make_clips.py --data_dir data --hours 1.8
     python tools/make_clips.py --data_dir data/emotion --hours 0.8 --any_emotion
+    python tools/make_clips.py --data_dir data/agent --hours 1.3 --role agent
 
-Makes data/<language>/synthetic, a manifest and FLAC files, of every language. The same command
+Makes data/<language>/synthetic, a manifest and FLAC files, of every language. Of the agent alone a
+twentieth of the sentences are kept apart for validation, and as many for test. The same command
 makes the same bytes, in any number of processes, and goes on where it was stopped.
 """
 
@@ -18,6 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +41,7 @@ from command import (  # noqa: E402
     whole,
     writable_folder,
 )
-from data import EMOTIONS, MANIFEST, Clip, read_manifest, write_manifest  # noqa: E402
+from data import EMOTIONS, MANIFEST, Clip, read_manifest, split_for, write_manifest  # noqa: E402
 from dialogues import SPOKEN, choose_exchanges  # noqa: E402
 from takes import draw_voice, speak  # noqa: E402
 
@@ -64,11 +67,11 @@ def make_part(args: argparse.Namespace, part: mc.ScriptedPart) -> tuple[float, i
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     rng, clips, seconds = mc.part_rng(args, part, 1), [], 0.0
-    draw = _clip_drawer(args.scripts, part.language, args.any_emotion)
+    draw = _clip_drawer(args, part.language)
+    share = 1.0 if args.role == "agent" else 0.0 if args.any_emotion else AGENT_SHARE
     spoken = {"agent": 0.0, "user": 0.0}
     while seconds < part.seconds:
         # Whoever is behind its share speaks next, a few sentences at a time.
-        share = 0.0 if args.any_emotion else AGENT_SHARE
         agent = spoken["agent"] < share * (sum(spoken.values()) + 1e-9)
         requests = [draw(agent, rng) for _ in range(6 if agent else 12)]
         for request, said in zip(requests, speak(requests), strict=True):
@@ -80,7 +83,8 @@ def make_part(args: argparse.Namespace, part: mc.ScriptedPart) -> tuple[float, i
                 continue
             path = building / f"{part.index:05d}-{len(clips):03d}.flac"
             write_audio(path, said.audio)
-            clips.append(_clip(path, length, request, said))
+            clip = _clip(path, length, request, said)
+            clips.append(replace(clip, split=split_for(request.text)) if share == 1.0 else clip)
             spoken[request.voice.role] += length
             seconds += length
         if not clips and len(dropped) > 200:
@@ -115,17 +119,19 @@ def _clip(path: Path, seconds: float, request: speech.Request, said: speech.Utte
     )
 
 
-def _clip_drawer(scripts: str, language: str, any_emotion: bool) -> Callable:
+def _clip_drawer(args: argparse.Namespace, language: str) -> Callable:
     """A function that draws a request: the agent's replies and wordings, or a user's wordings, in
     the emotion that the script gives them or in any."""
-    exchanges = choose_exchanges(mc.scripts(scripts), language, "train")
+    exchanges = choose_exchanges(mc.scripts(args.scripts), language, "train")
     everything = [line for exchange in exchanges for line in exchange.lines]
     lines = {who: [n for n in everything if n.who == who] for who in ("user", "agent")}
-    agent, users = speech.voices(language, "agent")[0], speech.voices(language, "user", "train")
-    try:
-        others = speech.voices(language, "user", "validation")
-    except UserError:
-        others = []
+    agent = users = others = None
+    if not args.any_emotion:
+        agent = speech.voices(language, "agent", engines=args.engines)[0]
+    if args.role != "agent":
+        users = speech.voices(language, "user", "train", args.engines)
+        with contextlib.suppress(UserError):
+            others = speech.voices(language, "user", "validation", args.engines)
 
     def draw(is_agent: bool, rng: np.random.Generator) -> speech.Request:
         # Half of the agent's clips are other sentences in its voice, for more of its phones.
@@ -138,7 +144,7 @@ def _clip_drawer(scripts: str, language: str, any_emotion: bool) -> Callable:
             return speech.Request(text, language, agent, 1.0, emotion, seed)
         voice = draw_voice(others if others and held_out else users, rng)
         speed = float(rng.uniform(*mc.SPEED))
-        emotion = str(rng.choice(EMOTIONS)) if any_emotion else line.emotion
+        emotion = str(rng.choice(EMOTIONS)) if args.any_emotion else line.emotion
         return speech.Request(text, language, voice, speed, emotion, seed)
 
     return draw
@@ -149,9 +155,8 @@ def make_clips(args: argparse.Namespace) -> None:
     size = min(PART_SECONDS, args.hours * 3600)
     for language in args.languages:
         folder = root / language / "synthetic"
-        settings = {"seed": args.seed, "part_seconds": size}
-        if args.any_emotion:
-            settings["any_emotion"] = True
+        settings = {"seed": args.seed, "part_seconds": size, "role": args.role}
+        settings |= {"any_emotion": args.any_emotion or None, "engines": args.engines}
         mc.claim(folder, "settings.json", settings)
         for index in range(math.ceil(args.hours * 3600 / size - 1e-9)):
             parts.append(mc.ScriptedPart(language, index, seconds=size))
@@ -184,11 +189,15 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--hours", type=number(above=0, high=1e5), default=1.0, help="of clips, for each language")
     add("--languages", nargs="+", choices=SPOKEN, default=list(SPOKEN))
     add("--scripts", default=str(Path(mc.__file__).resolve().parent / "conversations"))
+    add("--role", choices=("agent",), help="the agent's sentences alone, without users'")
+    add("--engines", nargs="+", help="as make_conversations.py has, the agent's first [all]")
     add("--any_emotion", action="store_true", help="users alone, in an emotion drawn at random")
     add("--seed", type=whole(0, 2**63 - 1), default=0)
     add("--num_workers", type=whole(0, 512), default=default_workers(), help="processes; 0: none")
     args = parser.parse_args(arguments)
     args.languages, args.split = list(dict.fromkeys(args.languages)), "train"
+    if args.any_emotion and args.role:
+        raise UserError("--any_emotion is of users alone; leave --role agent out")
     return args
 
 
