@@ -212,23 +212,17 @@ class CausalChain(nn.ModuleList):
 
 
 class Fork(CausalChain):
-    """Causal branches over the same input, their outputs side by side, `[B, F, sum of widths]`."""
+    """Causal branches over the same input; `join` makes one of their outputs `[B, F, width]`."""
+
+    def __init__(self, branches: list, join=lambda parts: torch.cat(parts, dim=-1)) -> None:
+        super().__init__(branches)
+        self.join = join
 
     def forward(self, x: Tensor) -> Tensor:
         return self.join([branch(x) for branch in self])
 
     def step(self, x: Tensor, state: StreamState, active: Tensor | None = None) -> Tensor:
         return self.join([b.step(x, s, active) for b, s in zip(self, state, strict=True)])
-
-    def join(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat(parts, dim=-1)
-
-
-class SumFork(Fork):
-    """Two branches whose outputs are added, `[B, F, width of each]`."""
-
-    def join(self, parts: list[Tensor]) -> Tensor:
-        return parts[0] + parts[1]
 
 
 class LogMel(CausalLayer):
@@ -311,7 +305,8 @@ def build_encoder(config: CodecConfig) -> Fork:
     front = [ConvNeXtBlock(*sizes) for _ in range(c.encoder_front_blocks)]
     framed = FrameConv(c.front_stride, c.front_dim)
     down = FrameConv(c.front_dim, c.encoder_dim, in_frames=c.hop // c.front_stride)
-    both = SumFork([CausalChain([framed, *front, down]), CausalChain(mels(c.encoder_dim))])
+    fronts = [CausalChain([framed, *front, down]), CausalChain(mels(c.encoder_dim))]
+    both = Fork(fronts, lambda parts: parts[0] + parts[1])
     trunk = StreamingTransformer(c.transformer(c.encoder_dim, c.encoder_layers))
     return Fork([CausalChain(semantic), CausalChain([both, trunk])])
 
@@ -483,17 +478,15 @@ def codec_fingerprint(config: CodecConfig, tensors: dict[str, Tensor]) -> str:
 def _agent_decoder(file: Path, fingerprint: str) -> dict[str, Tensor]:
     """Its tensors; UserError where there is none, or one for another codec's codes."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            taught = (opened.metadata() or {}).get("fingerprint")
-        tensors = load_file(file)
+        with safe_open(file, framework="pt") as opened:  # checks header and length
+            taught = str(opened.metadata().get("fingerprint"))
+        wrong = f"another codec's, of fingerprint {taught[:16]}, not {fingerprint[:16]}"
     except (OSError, SafetensorError) as error:
-        taught, why = "", first_line(error)
-    else:
-        why = f"it decodes another codec's codes, {str(taught)[:16]}, not {fingerprint[:16]}"
+        taught, wrong = "", first_line(error)
     if taught != fingerprint:
-        raise UserError(f"{file}: no decoder of the agent's for this codec ({why}); train one with "
-                        "train_codec.py --decoder_only, or take --decoder general")  # fmt: skip
-    return tensors
+        raise UserError(f"{file}: no decoder of the agent's for this codec ({wrong}); train one "
+            "with train_codec.py --decoder_only, or take --decoder general")  # fmt: skip
+    return load_file(file)
 
 
 @torch.inference_mode()

@@ -36,7 +36,8 @@ class DiscriminatorConfig:
         sizes = (*self.stft_sizes, *self.mel_sizes)
         if not (self.periods or sizes) or (self.periods and not self.period_channels):
             raise ValueError("periods or sizes are needed, and period_channels for periods")
-        if len(self.mel_sizes) != len(self.mel_bands) or any(n % 4 or n < 16 for n in sizes):
+        odd = any(n % 4 or n < 16 for n in sizes) or any(n < 1 for n in self.mel_bands)
+        if odd or len(self.mel_sizes) != len(self.mel_bands):
             raise ValueError("sizes are multiples of 4 from 16 on, mel_bands as many as mel_sizes")
 
     @classmethod

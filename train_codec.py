@@ -18,7 +18,6 @@ import argparse
 import collections
 import dataclasses
 import functools
-import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,6 @@ from losses import MelLoss, PhoneHead, SpectralLoss, si_sdr, waveform_loss
 from phones import PHONES
 from training import one_of, setting
 
-UNKNOWN_PHONE = -100
 LM_CODEBOOKS = 8
 VALIDATION_WINDOWS = 48
 CHANGEABLE = "gen_lr", "disc_lr", "teacher", "cuda_graph", "compile"
@@ -50,13 +48,12 @@ KINDS = "semantic_only adversarial codebooks_move codebooks_started"
 Mode = collections.namedtuple("Mode", KINDS)  # of step: a CUDA graph holds one kind
 
 
-def window_bands(text: str) -> tuple[tuple[int, int], ...]:
+def window_bands(text: str) -> dict[str, tuple[int, ...]]:
     """A setting's type: WINDOW:BANDS,… in samples and bands of mels."""
-    found = re.findall(r"(?:^|,)(\d+):([1-9]\d*)(?=,|$)", text)
-    pairs = tuple((int(window), int(bands)) for window, bands in found)
-    if text.count(",") + 1 != len(pairs) or any(w % 4 or w < 16 for w, _ in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not WINDOW:BANDS,… with windows of 4 * n")
-    return pairs
+    sizes, bands = zip(*(map(int, pair.split(":")) for pair in text.split(",")), strict=True)
+    fields = {"mel_sizes": sizes, "mel_bands": bands}
+    discriminator.DiscriminatorConfig(**fields)  # which checks them
+    return fields
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class Settings(training.Settings):
     adversarial_weight: float = setting(2.0, number(0), "share in the balance")
     augment_share: float = setting(0.3, share, "chance of each change of the audio; 0: none")
     commitment_weight: float = setting(0.03, number(0), "for each codebook in use")
-    disc_bands: tuple | None = setting(None, window_bands,
+    disc_bands: dict | None = setting(None, window_bands,
         "WINDOW:BANDS,… of log-mel discriminators; else the preset's")  # fmt: skip
     disc_channels: int | None = setting(None, whole(1), "of their first layer; else the preset's")
     disc_preset: str = setting("auto", one_of("auto", "tiny", "small", "base"),
@@ -144,8 +141,8 @@ def judged_part(samples: int, seconds: float, key: tuple[int, ...]) -> Tensor:
 def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy and accuracy over the frames whose phone is known; zeros without any."""
     logits, labels = logits.flatten(0, 1).float(), labels.flatten()
-    known = (labels != UNKNOWN_PHONE).sum().clamp(min=1)
-    total = F.cross_entropy(logits, labels, ignore_index=UNKNOWN_PHONE, reduction="sum")
+    known = (labels != data.UNKNOWN_PHONE).sum().clamp(min=1)
+    total = F.cross_entropy(logits, labels, ignore_index=data.UNKNOWN_PHONE, reduction="sum")
     return total / known, (logits.argmax(-1) == labels).sum() / known
 
 
@@ -194,28 +191,24 @@ def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> Code
 
 def discriminator_config(settings: Settings, config: CodecConfig, device: torch.device):
     """The discriminators' sizes: those asked for, or what fits the codec and the device."""
-    asked, changes = settings.disc_preset, {}
+    asked = settings.disc_preset
     if asked == "auto":
         small = "tiny" if device.type == "cpu" else "small"
         base = CodecConfig.base()
         asked = "base" if dataclasses.replace(config, context=base.context) == base else small
-    if settings.disc_bands:
-        changes["mel_sizes"], changes["mel_bands"] = zip(*settings.disc_bands, strict=True)
-    if settings.disc_channels:
-        changes["mel_channels"] = settings.disc_channels
-    return dataclasses.replace(getattr(discriminator.DiscriminatorConfig, asked)(), **changes)
+    preset = getattr(discriminator.DiscriminatorConfig, asked)()
+    changes = {"mel_channels": settings.disc_channels or preset.mel_channels}
+    return dataclasses.replace(preset, **changes, **(settings.disc_bands or {}))
 
 
 def balance(args, settings: Settings, config: CodecConfig) -> dict[str, float]:
     """The losses' shares of the gradient at the codec's output: most is the discriminators', as in
     EnCodec (85 %) and audiocraft (79 %), whose balancer this is; halves left voices without their
     harmonics. Rates beyond the LM's have SNR as their goal: there the waveform keeps its share."""
-    waveform = 1.0 if config.num_codebooks > LM_CODEBOOKS else 0.25
-    return {
-        "waveform": waveform if settings.waveform_weight is None else settings.waveform_weight,
-        "mel": settings.mel_weight, "spectral": args.spectral_weight, "ssl": args.ssl_loss_weight,
-        "adversarial": settings.adversarial_weight, "features": settings.features_weight,
-    }  # fmt: skip
+    waveform = settings.waveform_weight or (1.0 if config.num_codebooks > LM_CODEBOOKS else 0.25)
+    return {"waveform": waveform, "mel": settings.mel_weight, "spectral": args.spectral_weight,
+            "ssl": args.ssl_loss_weight, "adversarial": settings.adversarial_weight,
+            "features": settings.features_weight}  # fmt: skip
 
 
 def phases(args, total: int) -> dict[str, int]:

@@ -596,11 +596,13 @@ def test_a_run_keeps_what_it_trains(corpus, whole_run, tmp_path, capsys):
 
 def test_discriminators_and_the_balance_are_set_and_kept(corpus, whole_run, tmp_path, capsys):
     """What `--set` gives; and a run from before they could be set goes on with what it had."""
-    config, changes = CodecConfig.tiny(), {"disc_bands": ((512, 40),), "disc_channels": 4}
+    config, bands = CodecConfig.tiny(), train_codec.window_bands("512:40,256:20")
+    changes = {"disc_bands": bands, "disc_channels": 4}
     judges = train_codec.discriminator_config(
         train_codec.Settings(**changes), config, torch.device("cpu")
     )
-    assert (judges.mel_sizes, judges.mel_bands, judges.mel_channels) == ((512,), (40,), 4)
+    found = judges.mel_sizes, judges.mel_bands, judges.mel_channels
+    assert found == ((512, 256), (40, 20), 4)
     args = train_codec.parse_args([])
     shares = train_codec.balance(args, train_codec.Settings(), config)
     shown = {"waveform": 0.25, "mel": 0.5, "spectral": 0.25, "adversarial": 2, "features": 4}
