@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from command import DISK_FULL, UserError, first_line, sync_to_disk, writable_fol
 
 _STEP_NAME = re.compile(r"step_(\d+)(\.replaced)?")
 _TEMPORARY = ".tmp-"
-_PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype)
 
 
 @dataclass
@@ -51,7 +49,6 @@ def save_checkpoint(run_dir: str | Path, step: int, config: dict, tensors: dict,
     which load without pickled code; `tokenizer`: JSON of the `tokenizers` library; `best` is noted
     in `best.json`. Raises UserError on a full disk, TypeError for a bad `trainer`."""
     run_dir = Path(run_dir)
-    _check_plain(trainer, "trainer")
     final = run_dir / f"step_{step:08d}"
     with _temporary(run_dir, final) as temporary:
         _write_files(temporary, step, config, tensors, trainer, tokenizer)
@@ -217,6 +214,9 @@ def _write_files(folder, step, config, tensors, trainer, tokenizer) -> None:
     if trainer is not None:
         with open(folder / "trainer.pt", "wb") as file:  # whose errors name a full disk
             torch.save(trainer, file)
+        # Refused now, not by `weights_only` at load time, after the pod is lost.
+        if refused := torch.serialization.get_unsafe_globals_in_checkpoint(folder / "trainer.pt"):
+            raise TypeError(f"trainer holds {', '.join(refused)}: store plain values or tensors")
     for file in folder.iterdir():
         sync_to_disk(file)
     sync_to_disk(folder)
@@ -278,19 +278,6 @@ def _is_complete(folder: Path) -> bool:  # all files, at full length
         return False
     trainer = folder / "trainer.pt"
     return not trainer.exists() or zipfile.is_zipfile(trainer)
-
-
-def _check_plain(value: object, where: str) -> None:
-    """Refuse at save time what `weights_only` would refuse at load time, after the pod is lost."""
-    if type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _check_plain(key, f"{where} key")
-            _check_plain(item, f"{where}[{key!r}]")
-    elif type(value) in (list, tuple, set):
-        for index, item in enumerate(value):
-            _check_plain(item, f"{where}[{index}]")
-    elif not (isinstance(value, Tensor) or type(value) in _PLAIN):
-        raise TypeError(f"{where} is a {type(value).__name__}: store plain values or tensors")
 
 
 def _is_disk_full(error: BaseException | None) -> bool:

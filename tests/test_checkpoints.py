@@ -133,7 +133,7 @@ def test_pickled_code_is_refused_on_both_sides(tmp_path):
     torch.save({"bomb": _Bomb()}, path / "trainer.pt")
     with pytest.raises(UserError, match="damaged"):
         load_checkpoint(path)
-    with pytest.raises(TypeError, match=r"trainer\['lr'\] is a float64"):
+    with pytest.raises(TypeError, match="trainer holds .*numpy.*scalar"):
         save(tmp_path, 2, trainer={"lr": np.float64(1)})
     assert names(tmp_path) == ["step_00000001"]
 
