@@ -8,8 +8,6 @@ Letters in shapes: `B` slots, `T` samples, `K` codebooks, `p` codec frames in a 
 Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 in [-1, 1].
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import math
@@ -55,21 +53,6 @@ def load_models(codec_path: Path, lm_path: Path, device: str = "cpu",
     if torch.device(device).type == "cuda":
         halve(lm)
     return codec, lm
-
-
-def engine_of(args: argparse.Namespace, slots: int = 1,
-              vad_flush: bool = False) -> tuple[DuplexEngine, str]:  # fmt: skip
-    """The engine that the flags of demo and server ask for, and its models in words; a sampling
-    flag that is None, or that a script does not have, stands for the model's own."""
-    device = setup_distributed(args.device).device
-    torch.set_num_threads(args.threads)
-    codec, lm = load_models(args.codec, args.lm, str(device), args.decoder)
-    drawn = {name: getattr(args, name, None) for name in ("temperature", "top_k", "eagerness")}
-    sampling = Sampling(**{name: value for name, value in drawn.items() if value is not None})
-    engine = DuplexEngine(codec, lm, slots, sampling, args.seed, vad_flush,
-                          emotion_strength=args.emotion_strength)  # fmt: skip
-    models = f"codec {args.codec}, {codec.decoder_kind} decoder, dialogue model {args.lm}"
-    return engine, f"{models}, on {device}"
 
 
 def halve(lm: S2S) -> None:
@@ -438,6 +421,21 @@ class DuplexEngine:
         stream = self._stream
         self._marks.append(self.clock() if stream is None else
                            stream.record_event(torch.cuda.Event(enable_timing=True)))  # fmt: skip
+
+
+def engine_of(args: argparse.Namespace, slots: int = 1,
+              vad_flush: bool = False) -> tuple[DuplexEngine, str]:  # fmt: skip
+    """The engine that the flags of demo and server ask for, and its models in words; a sampling
+    flag that is None, or that a script does not have, stands for the model's own."""
+    device = setup_distributed(args.device).device
+    torch.set_num_threads(args.threads)
+    codec, lm = load_models(args.codec, args.lm, str(device), args.decoder)
+    drawn = {name: getattr(args, name, None) for name in ("temperature", "top_k", "eagerness")}
+    sampling = Sampling(**{name: value for name, value in drawn.items() if value is not None})
+    engine = DuplexEngine(codec, lm, slots, sampling, args.seed, vad_flush,
+                          emotion_strength=args.emotion_strength)  # fmt: skip
+    models = f"codec {args.codec}, {codec.decoder_kind} decoder, dialogue model {args.lm}"
+    return engine, f"{models}, on {device}"
 
 
 def _finite(audio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

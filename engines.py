@@ -5,8 +5,6 @@ each order, at the order's rate. Its `names` are those of its voices, () where i
 here. Pitch, range and formants are Praat's work, afterwards.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import json

@@ -4,8 +4,6 @@ Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 
 samples; loudness is in dBFS, a value for every 5 ms.
 """
 
-from __future__ import annotations
-
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

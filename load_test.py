@@ -8,8 +8,6 @@ A caller asks its recordings in turn, in real time, and hears out the answer to 
 what the caller hears, by the ledger's rules. The last line of stdout is all rows as JSON.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import base64

@@ -4,8 +4,6 @@ Praat: Boersma & Weenink (package praat-parselmouth, GPL-3: used, not shipped). 
 NumPy and parselmouth alone, serves one caller, and is started again after a call it did not end.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util

@@ -5,8 +5,6 @@ tempo and voice quality, much as in the eGeMAPS set (Eyben et al. 2016); linear 
 analysis (Fisher 1936), its covariance shrunk (Ledoit and Wolf 2004), tells the styles apart.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

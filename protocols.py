@@ -5,8 +5,6 @@ Events are JSON objects whose `type` says what they are; `/api/pcm` sends them a
 24 kHz mono float32 in [-1, 1], `T` samples, or PCM16, which is 16-bit little-endian.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import itertools

@@ -7,8 +7,6 @@
 agents finish their words; a second one ends at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import base64

@@ -6,8 +6,6 @@ of formants, pitch, range and rate: the engine's own where it has them, else Pra
 multipliers of pitch, range and rate, and a gain.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib
@@ -250,14 +248,9 @@ def _loud_spans(audio: np.ndarray) -> list[Span]:
     """Where there is sound, for engines that know no phones; a gap of a stop is no silence."""
     if len(audio) < SAMPLE_RATE // 100 or not np.isfinite(audio).all():
         return []
-    spans: list[Span] = []
-    for frame in np.flatnonzero(_loud(audio, 100, least=1e-9)):
-        start, end = frame / 100, (frame + 1) / 100
-        if spans and start - spans[-1][2] < PAUSE_SECONDS / 2:
-            spans[-1] = ("sound", spans[-1][1], end)
-        else:
-            spans.append(("sound", start, end))
-    return spans
+    loud = np.flatnonzero(_loud(audio, 100, least=1e-9))
+    runs = np.split(loud, np.flatnonzero(np.diff(loud) > 100 * PAUSE_SECONDS / 2) + 1)
+    return [("sound", run[0] / 100, (run[-1] + 1) / 100) for run in runs if len(run)]
 
 
 def tile(phones: list[Span], duration: float) -> list[Span]:

@@ -1,7 +1,5 @@
 """What is said in a conversation, or to a model: voices, what engines say, and takes of it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
