@@ -1,7 +1,5 @@
 """How well emotions are told: accuracies, confusion and its picture, calibration, and the goals."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

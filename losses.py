@@ -1,7 +1,5 @@
 """What reconstructions are compared by: spectra, waveform, SI-SDR. Audio `[B, 1, T]`, in fp32."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ What knows of phones but makes no speech imports this: the codec's phone head, t
 labels, the judges of replies. Needs espeak's library for text alone: `INSTALL`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import functools

@@ -9,8 +9,6 @@ begins when the question does: playing both together gives the conversation as i
 line of stdout is the latency ledger as JSON. Audio is 24 kHz mono.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import json
@@ -397,33 +395,6 @@ Line = LocalLine | RemoteLine
 # so long; `play` takes a reply and returns how long it will wait; `over` ends the call.
 
 
-def converse(line: Line, sound: Recording | SoundCard, screen: Screen,
-             recorder: Recorder | None = None) -> tuple[CallRecord, np.ndarray]:  # fmt: skip
-    """One call: its record, `stopped` by what ended it, be it Ctrl-C, and the user's loudness."""
-    record, levels, said = CallRecord(line.patch_seconds), [np.zeros(0)], None
-    keep = recorder.add if recorder else lambda side, audio: None
-    try:
-        line.start()
-        with sound:
-            fixed = line.ledger.device_seconds + line.ledger.resampler_seconds
-            while not sound.over(record):
-                for audio, arrived in sound.heard(0.0 if said else POLL_SECONDS):
-                    line.send(audio, arrived)
-                    keep(0, audio)
-                    levels.append(ledger.frame_levels(audio))
-                while isinstance(said := line.receive(), dict):
-                    screen.event(said)
-                if said is None:
-                    continue
-                record.add(said, buffers=fixed + sound.play(said))
-                keep(1, said.audio)
-                screen.renew(levels, record, line.ledger.counts["dropped_patches"], line.clock())
-    except (Exception, KeyboardInterrupt) as error:
-        record.stopped = error
-    screen.close()
-    return record, np.concatenate(levels)
-
-
 class Recording:
     """A recorded question [T], then silence: as the user's end of a call. `paced`: a patch is said
     when its last sample is due, on the line's clock. The tail lasts until a reply under way has
@@ -647,6 +618,33 @@ class SoundCard:
 
     def over(self, record: CallRecord) -> bool:
         return False
+
+
+def converse(line: Line, sound: Recording | SoundCard, screen: Screen,
+             recorder: Recorder | None = None) -> tuple[CallRecord, np.ndarray]:  # fmt: skip
+    """One call: its record, `stopped` by what ended it, be it Ctrl-C, and the user's loudness."""
+    record, levels, said = CallRecord(line.patch_seconds), [np.zeros(0)], None
+    keep = recorder.add if recorder else lambda side, audio: None
+    try:
+        line.start()
+        with sound:
+            fixed = line.ledger.device_seconds + line.ledger.resampler_seconds
+            while not sound.over(record):
+                for audio, arrived in sound.heard(0.0 if said else POLL_SECONDS):
+                    line.send(audio, arrived)
+                    keep(0, audio)
+                    levels.append(ledger.frame_levels(audio))
+                while isinstance(said := line.receive(), dict):
+                    screen.event(said)
+                if said is None:
+                    continue
+                record.add(said, buffers=fixed + sound.play(said))
+                keep(1, said.audio)
+                screen.renew(levels, record, line.ledger.counts["dropped_patches"], line.clock())
+    except (Exception, KeyboardInterrupt) as error:
+        record.stopped = error
+    screen.close()
+    return record, np.concatenate(levels)
 
 
 def measure_loopback(card: SoundCard) -> float:

@@ -1,7 +1,5 @@
 """Weights laid out for streaming on a CPU, where a step of a row or two only reads them."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

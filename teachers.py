@@ -6,8 +6,6 @@ frame `t` of the codec, samples [480 t, 480 t + 480) at 24 kHz. `distillation_lo
 teacher into the waveform.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

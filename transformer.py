@@ -6,8 +6,6 @@ with rotary positions (RoPE, Su et al. 2021) and a sliding window, and SwiGLU fe
 key-value cache of fixed shape and gives the same output for any chunking.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
