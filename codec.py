@@ -30,7 +30,6 @@ from quantizer import STATISTICS, Quantized, SplitQuantizer
 from streamed import stream_weights
 from transformer import StreamingTransformer, TransformerConfig
 
-DECODERS = "general", "agent"
 AGENT_DECODER = "agent.safetensors"  # in a codec's folder, beside the general one
 CODES = "encoder.", "quantizer."  # tensors on which the codes depend
 
@@ -338,8 +337,7 @@ class Codec(nn.Module):
         self.decoder_kind = "general"
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device: str | torch.device = "cpu",
-                        decoder: str | None = "general") -> Codec:  # fmt: skip
+    def from_checkpoint(cls, path: str | Path, device="cpu", decoder="general") -> Codec:
         """A run's, a step's or a shipped folder in float32, for inference; UserError for others.
         `decoder`: the general one or the agent's; None: the agent's where the folder has it."""
         checkpoint = checkpoints.load_checkpoint(path, with_trainer=False)

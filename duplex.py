@@ -43,8 +43,7 @@ def check_codec_matches(codec: Codec, lm: S2S) -> None:
                         "--codec and --lm")  # fmt: skip
 
 
-def load_models(codec_path: Path, lm_path: Path, device: str = "cpu",
-                decoder: str | None = None) -> tuple[Codec, S2S]:  # fmt: skip
+def load_models(codec_path: Path, lm_path: Path, device="cpu", decoder=None) -> tuple[Codec, S2S]:
     """The codec and the dialogue LM of two checkpoint folders, checked to belong together. Replies
     are decoded by the agent's own decoder where the codec has one, or by the one that is named."""
     codec = Codec.from_checkpoint(codec_path, device, decoder)

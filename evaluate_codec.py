@@ -42,7 +42,7 @@ from tqdm import tqdm
 import command
 import training
 from audio import SAMPLE_RATE, AudioError, read_audio
-from codec import DECODERS, Codec, CodecConfig
+from codec import Codec, CodecConfig
 from command import ArgumentParser, UserError, first_line, number, whole, writable_file
 from data import LANGUAGES, SPLITS, Clip, count_speakers, load_clips
 from losses import si_sdr
@@ -434,7 +434,7 @@ def parser_of(description: str) -> ArgumentParser:
     add("--output", type=Path, help="file for the summary and every clip, as JSON")
     add("--plot", type=Path, metavar="FILE.png", help="rate-distortion curves")
     add = parser.add_argument_group("advanced").add_argument
-    add("--decoder", choices=DECODERS, default="general", help="of the codec's")
+    add("--decoder", choices=("general", "agent"), default="general", help="of the codec")
     add("--codebooks", type=whole(1), nargs="+", help="how many to decode [2 4 8 16 32 64, all]")
     add("--judges", nargs="+", choices=JUDGES, default=list(JUDGES), help="beside SNR and SI-SDR")
     add("--min_seconds", type=number(0), default=1.0, help="shorter clips are skipped")

@@ -42,6 +42,7 @@ from phones import PHONES
 from training import one_of, setting
 
 LM_CODEBOOKS = 8
+SEMANTIC = "encoder.0.", "quantizer.semantic_in.", "quantizer.codebooks.0.embedding"  # tensors
 VALIDATION_WINDOWS = 48
 CHANGEABLE = "gen_lr", "disc_lr", "teacher", "cuda_graph", "compile"
 KINDS = "semantic_only adversarial codebooks_move codebooks_started"
@@ -65,9 +66,8 @@ class Settings(training.Settings):
     adversarial_weight: float = setting(2.0, number(0), "share in the balance")
     augment_share: float = setting(0.3, share, "chance of each change of the audio; 0: none")
     commitment_weight: float = setting(0.03, number(0), "for each codebook in use")
-    disc_bands: dict | None = setting(None, window_bands,
-        "WINDOW:BANDS,… of log-mel discriminators; else the preset's")  # fmt: skip
-    disc_channels: int | None = setting(None, whole(1), "of their first layer; else the preset's")
+    disc_bands: dict | None = setting(None, window_bands, "WINDOW:BANDS,… of log-mels; or preset's")
+    disc_channels: int | None = setting(None, whole(1), "of their first layer; or preset's")
     disc_preset: str = setting("auto", one_of("auto", "tiny", "small", "base"),
                                "auto: base for base, tiny on a CPU, small between")  # fmt: skip
     disc_seconds: float = setting(1.0, number(0.1), "of a window that discriminators see")
@@ -79,8 +79,7 @@ class Settings(training.Settings):
     mel_weight: float = setting(0.5, number(0), "share in the balance")
     phone_weight: float = setting(1.0, number(0), "of the phone labels on codebook 0")
     teacher_weight: float = setting(1.0, number(0), "of the teacher's cosine on codebook 0")
-    waveform_weight: float | None = setting(None, number(above=0),
-        "share in the balance; else 0.25, or 1 beside rates beyond the LM's")  # fmt: skip
+    waveform_weight: float | None = setting(None, number(above=0), "share; or 0.25, for base 1")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -315,9 +314,8 @@ def export(args) -> None:
     model = Codec(checkpoints.config_of(CodecConfig, "codec", checkpoint.config, checkpoint.path))
     model.load_tensors(checkpoint.tensors, args.checkpoint_dir)
     if args.decoder_only:
-        file = model.export_decoder(args.export)
-        print(f"wrote {file}: the agent's decoder of step {checkpoint.step}")
-        return
+        said = f"the agent's decoder of step {checkpoint.step}"
+        return print(f"wrote {model.export_decoder(args.export)}: {said}")
     made = checkpoint.step, checkpoint.config, model.export_tensors()
     folder = checkpoints.save_export(args.export, *made)
     prints = Codec.from_checkpoint(folder).fingerprint[:16]
@@ -343,13 +341,13 @@ class Learner:
         used = spectra if args.spectral_weight else {"mel": spectra["mel"]}
         self.spectra = nn.ModuleDict(used).to(device)
         self.cast = run.cast  # quantizer, STFT and losses go on in fp32 within it
+        self.frozen = CODES if args.decoder_only else SEMANTIC if args.freeze_semantic else ()
         if args.init_from and checkpoint is None:
             self.inherit()
-        frozen = [model.encoder[0], model.quantizer.semantic_in, self.head, self.projection]
-        if args.decoder_only:
-            frozen += [model.encoder, model.quantizer]
-        for part in filter(None, [] if semantic_learns(args) else frozen):
-            part.requires_grad_(False)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not name.startswith(self.frozen))
+        for part in filter(None, (self.head, self.projection)):
+            part.requires_grad_(semantic_learns(args))
         if checkpoint is not None:
             teachers.check_same_teacher(checkpoint.trainer["teacher"], teacher, checkpoint.path)
             # Where weights are averaged, the model that a checkpoint shows is their average.
@@ -381,15 +379,11 @@ class Learner:
 
     def inherit(self) -> None:
         """The weights of `--init_from`; UserError where it lacks some that are to be frozen."""
-        args = self.args
-        frozen = ("encoder.0.", "quantizer.semantic_in.", "quantizer.codebooks.0.embedding")
-        if args.decoder_only:
-            frozen = CODES
-        inherited = checkpoints.inherit_weights(self.model, args.init_from)
-        needed = {name for name in self.model.export_tensors() if name.startswith(frozen)}
-        lacking = sorted(needed - set(inherited))
-        if lacking and not semantic_learns(args):
-            raise UserError(f"--init_from {args.init_from}: {lacking[0]} is not there or of "
+        source = self.args.init_from
+        inherited = checkpoints.inherit_weights(self.model, source)
+        needed = {name for name in self.model.export_tensors() if name.startswith(self.frozen)}
+        if lacking := sorted(needed - set(inherited)):
+            raise UserError(f"--init_from {source}: {lacking[0]} is not there or of "
                             "another size, and it was to be frozen")  # fmt: skip
 
     @property
