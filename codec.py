@@ -8,8 +8,6 @@ transform (Siuzdak 2023, Vocos). Beside it the semantic branch of the encoder, f
 alone, for codebook 0. The algorithmic latency is one frame, 20 ms. Tensors inside are `[B, T, C]`.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import itertools
@@ -69,12 +67,12 @@ class CodecConfig:
             raise ValueError("a semantic and at least one acoustic codebook are needed")
 
     @classmethod
-    def tiny(cls) -> CodecConfig:
+    def tiny(cls) -> "CodecConfig":
         """9M parameters: streams in a small part of real time on one CPU core."""
         return cls()
 
     @classmethod
-    def base(cls) -> CodecConfig:
+    def base(cls) -> "CodecConfig":
         """67M parameters, 64 codebooks: the full recipe, for one H200. See train_codec.py."""
         return cls(
             front_dim=384, encoder_front_blocks=2, encoder_dim=512, encoder_layers=6,
@@ -337,7 +335,7 @@ class Codec(nn.Module):
         self.decoder_kind = "general"
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, device="cpu", decoder="general") -> Codec:
+    def from_checkpoint(cls, path: str | Path, device="cpu", decoder="general") -> "Codec":
         """A run's, a step's or a shipped folder in float32, for inference; UserError for others.
         `decoder`: the general one or the agent's; None: the agent's where the folder has it."""
         checkpoint = checkpoints.load_checkpoint(path, with_trainer=False)

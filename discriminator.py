@@ -6,8 +6,6 @@ Fidelity Neural Audio Compression" (EnCodec), section 3.4; the two together as i
 as in Jang et al. 2021, "UnivNet", section 2.2, for where the others are too slow to learn.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -41,21 +39,21 @@ class DiscriminatorConfig:
             raise ValueError("sizes are multiples of 4 from 16 on, mel_bands as many as mel_sizes")
 
     @classmethod
-    def tiny(cls) -> DiscriminatorConfig:
+    def tiny(cls) -> "DiscriminatorConfig":
         """For two CPU cores: 0.22M parameters, which tell the two apart after a hundred steps. The
         longest window's bands are narrower than a voice's pitch up to 5 kHz."""
         return cls(periods=(), stft_sizes=(), mel_sizes=(2048, 1024, 512), mel_bands=(320, 160, 64),
                    mel_channels=24)  # fmt: skip
 
     @classmethod
-    def small(cls) -> DiscriminatorConfig:
+    def small(cls) -> "DiscriminatorConfig":
         """For minutes on a GPU: log-mels as `tiny`, wider, one size more."""
         tiny = cls.tiny()
         sizes, bands = (*tiny.mel_sizes, 256), (*tiny.mel_bands, 40)
         return replace(tiny, mel_sizes=sizes, mel_bands=bands, mel_channels=32)
 
     @classmethod
-    def base(cls) -> DiscriminatorConfig:
+    def base(cls) -> "DiscriminatorConfig":
         """HiFi-GAN's and EnCodec's own widths: 42M parameters."""
         return cls()
 

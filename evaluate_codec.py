@@ -17,8 +17,6 @@ left out, and so is a clip that a judge cannot measure, for it alone. The last l
 summary as JSON; `--output` also holds every clip.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

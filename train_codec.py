@@ -12,8 +12,6 @@ Checkpoints show the average of the last weights: it validates, ships and is inh
 that go on learning are in `trainer.pt`.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import dataclasses
