@@ -95,8 +95,9 @@ class Parler:
         return PARLER_VOICES[language] if _is_here(model) else ()
 
     def say(self, orders: Sequence[Order]) -> Iterator[Sound]:
-        styles = self._tokens(self._styles, [parler_style(order) for order in orders])
-        prompts = self._tokens(self._prompts, [order.text for order in orders])
+        said, options = [order.text for order in orders], {"return_tensors": "pt", "padding": True}
+        styles = self._styles(list(map(parler_style, orders)), **options).to(self._device)
+        prompts = self._prompts(said, **options).to(self._device)
         torch.manual_seed(orders[0].seed)
         with torch.inference_mode():
             made = self._model.generate(
@@ -106,9 +107,6 @@ class Parler:
         rate = int(self._model.config.sampling_rate)
         for audio, length in zip(made.sequences, made.audios_length, strict=True):
             yield audio[: int(length)].float().cpu().numpy(), rate
-
-    def _tokens(self, tokenizer, texts: list[str]):
-        return tokenizer(texts, return_tensors="pt", padding=True).to(self._device)
 
 
 def parler_style(order: Order) -> str:

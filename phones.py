@@ -16,6 +16,8 @@ from command import UserError
 
 INSTALL = "pip install espeakng-loader (or apt-get install espeak-ng)"
 SILENCE = "_"
+JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ: they shape letters within a word, and are no border of it
+_STOPS = re.escape(".,!?;:\"'()-")
 
 
 def split_symbols(text: str) -> tuple[str, ...]:
@@ -74,10 +76,6 @@ def phonemize(text: str, language: str) -> list[str]:
     """Text -> phones of `PHONES`, by espeak's rules, without silences; UserError without espeak."""
     words = espeak().ipa(clean_text(text), espeak_language(language))
     return [phone for word in words for unit in word for phone in fold_ipa(unit, language)]
-
-
-JOINERS = "\u200c\u200d"  # ZWNJ and ZWJ: they shape letters within a word, and are no border of it
-_STOPS = re.escape(".,!?;:\"'()-")
 
 
 def clean_text(text: str) -> str:

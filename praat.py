@@ -23,6 +23,7 @@ INSTALL = "pip install praat-parselmouth"
 PITCH_HZ = (60.0, 500.0)  # where a voice's pitch is looked for
 LOWEST_HZ = 30.0  # a stretched contour stays above: a deep creak
 LIMIT_SECONDS = (10.0, 1.0)  # of processor time: fixed, and for each second of audio
+_LOCK, _RUNNING = threading.Lock(), {}  # one other process for each: a fork has its own
 
 
 class TooShort(ValueError):
@@ -94,16 +95,12 @@ def shift_pitch(audio, sample_rate, semitones):
     return np.pad(out, (0, max(len(audio) - len(out), 0)))[: len(audio)]
 
 
-_LOCK, _RUNNING = threading.Lock(), {}  # one other process for each: a fork has its own
-
-
 def _ask(pid: int, *request) -> np.ndarray | str | None:
     """The answer: audio, or what went wrong; None where the process ended over it."""
     with _LOCK:
         if pid not in _RUNNING:
             ours, its = Pipe()
-            # A session of its own: Ctrl-C is for the caller, whose end closes the pipe. What a
-            # library prints goes to stderr.
+            # A session of its own, as Ctrl-C is for the caller; what libraries print is no answer.
             options = {"start_new_session": True, "pass_fds": [its.fileno()], "stdout": 2}
             line = [sys.executable, os.path.abspath(__file__), str(its.fileno())]
             _RUNNING[pid] = ours, subprocess.Popen(line, **options)

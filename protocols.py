@@ -152,11 +152,9 @@ class OpenAIRealtime(Protocol):
             "audio": {side: {"format": self.FORMAT} for side in ("input", "output")},
         }  # fmt: skip
 
-    def _id(self, kind: str) -> str:
-        return f"{kind}_{next(self._count)}"
-
     def _say(self, kind: str, **content: Any) -> None:
-        self.out.append(json.dumps({"type": kind, "event_id": self._id("event"), **content}))
+        event = {"type": kind, "event_id": f"event_{next(self._count)}", **content}
+        self.out.append(json.dumps(event))
 
     def _part(self, kind: str, **content: Any) -> None:
         name, place = self._item["agent"], {"output_index": 0, "content_index": 0}
@@ -188,7 +186,7 @@ class OpenAIRealtime(Protocol):
                     raise ProtocolError(1003, f"only audio/pcm at {SAMPLE_RATE} Hz is supported")
             self._say("session.updated", session=self._session)
         elif kind == "conversation.item.create":
-            name = fields(inner(event, "item"), id="text?").get("id") or self._id("item")
+            name = fields(inner(event, "item"), id="text?").get("id") or f"item_{next(self._count)}"
             self._add(self._message(name[:MAX_ECHO], "user", []), "added", "done")
         elif kind == "conversation.item.truncate":
             where = {"content_index": "whole number", "audio_end_ms": "whole number"}
@@ -216,7 +214,7 @@ class OpenAIRealtime(Protocol):
                     self._part("output_audio_transcript.delta", delta=event["text"])
             # Who rejoins in a turn has not seen its beginning, and shall not see its end.
             elif kind == "speech" and (event["speaking"] or self._item[who]):
-                self._item[who] = self._item[who] or self._id("item")
+                self._item[who] = self._item[who] or f"item_{next(self._count)}"
                 (self._agent_turn if who == "agent" else self._user_turn)(event["speaking"])
                 if not event["speaking"]:
                     self._item[who], self._said[who] = None, ""

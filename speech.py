@@ -24,6 +24,10 @@ from command import UserError
 from phones import SILENCE, clean_text, espeak_language
 
 ENGINE_MODULES = ("engines", "tools.toy_voices")
+# (formant, pitch, pitch range) by which a voice becomes others.
+CHANGES = ((1.0, 1.0, 1.0), (1.0, 0.88, 1.2), (1.0, 1.14, 1.1), (1.09, 1.2, 1.2), (0.92, 0.86, 1.1),
+           (1.16, 1.55, 1.2), (0.87, 0.72, 1.2), (1.05, 0.95, 1.4))  # fmt: skip
+Span = tuple[str, float, float]  # symbol or word, start and end in seconds
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,6 @@ class Request:
     speed: float = 1.0
     emotion: str = "neutral"
     seed: int = 0
-
-
-Span = tuple[str, float, float]  # symbol or word, start and end in seconds
 
 
 @dataclass(frozen=True)
@@ -292,14 +293,12 @@ def _place_silences(audio: np.ndarray, phones: list[Span]) -> list[Span]:
             floor = min(start, spans[i - 1][1] + 0.04)
             sounding = moments(floor, middle)
             edge = (sounding[-1] + 2) / 200 if len(sounding) else floor + 0.01
-            edge = min(max(edge, floor), middle)
-            spans[i - 1][2] = spans[i][1] = edge
+            spans[i - 1][2] = spans[i][1] = min(max(edge, floor), middle)
         if after:
             ceiling = max(end, min(phones[i + 1][2] - 0.03, (end + phones[i + 1][2]) / 2))
             sounding = moments(middle, ceiling)
             edge = (sounding[0] - 1) / 200 if len(sounding) else ceiling
-            edge = max(min(edge, ceiling), middle)
-            spans[i][2] = spans[i + 1][1] = edge
+            spans[i][2] = spans[i + 1][1] = max(min(edge, ceiling), middle)
     return [(p, s, e) for p, s, e in spans if e > s]
 
 
@@ -357,11 +356,6 @@ def voices(language: str, role: str = "user", split: str = "train",
         how = "; ".join(missing) or "these engines have none"
         raise UserError(f"no {which} voice for {language}: {how}")
     return found
-
-
-# (formant, pitch, pitch range) by which a voice becomes others.
-CHANGES = ((1.0, 1.0, 1.0), (1.0, 0.88, 1.2), (1.0, 1.14, 1.1), (1.09, 1.2, 1.2), (0.92, 0.86, 1.1),
-           (1.16, 1.55, 1.2), (0.87, 0.72, 1.2), (1.05, 0.95, 1.4))  # fmt: skip
 
 
 def own_and_changed(engine: str, language: str, names: Sequence[str]) -> list[Voice]:

@@ -36,7 +36,7 @@ from ledger import CallRecord, Delay, LatencyLedger, Reply, StageTimes, StreamRe
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny"
 BLOCK_SECONDS = 0.01  # what the sound card hands over at once
-POLL_SECONDS = 0.002
+POLL_SECONDS, PANEL_SECONDS = 0.002, 0.2
 MAX_INPUT_BLOCKS = 100
 SILENT_SECONDS = 5.0  # without a sample of the microphone, or a word of the server: it is gone
 REPLY_OVERTIME_SECONDS = 10.0  # a reply under way at the end of the tail may take this long
@@ -103,8 +103,6 @@ class Screen:
     """Shows the events of `duplex.Story`: the words of both sides, a line a turn, and the user's
     emotion once the model is sure. `panel`: how loud and how late, on the terminal's next line."""
 
-    PANEL_SECONDS = 0.2
-
     def __init__(self, write: Callable[[str], Any] | None = None, panel: bool = False):
         self._print = write or (lambda text: print(text, end="", flush=True))
         self._panel, self._renewed = panel, 0.0
@@ -157,7 +155,7 @@ class Screen:
 
     def renew(self, heard: Sequence, record: CallRecord, dropped: int, now: float) -> None:
         """Draw the panel again. `heard`: the user's loudness, a block of 10 ms each."""
-        if not self._panel or now - self._renewed < self.PANEL_SECONDS:
+        if not self._panel or now - self._renewed < PANEL_SECONDS:
             return
         self._renewed, row = now, ""
         for who, blocks in (("you", heard[-20:]), ("samvad", record.levels[-5:])):
@@ -200,8 +198,6 @@ class Recorder:
 
 # The agent's end, a line, carries one call after another: `start`, `send` samples of the user and
 # `receive` replies and the events of `duplex.Story`, None while there is no more.
-
-
 class LocalLine:
     """The models in this process. What needs torch is imported here: calls to a server do not."""
 
@@ -393,8 +389,6 @@ Line = LocalLine | RemoteLine
 
 # The user's end: `heard` gives (samples [T], when the last of them came in) and waits for at most
 # so long; `play` takes a reply and returns how long it will wait; `over` ends the call.
-
-
 class Recording:
     """A recorded question [T], then silence: as the user's end of a call. `paced`: a patch is said
     when its last sample is due, on the line's clock. The tail lasts until a reply under way has

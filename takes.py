@@ -15,6 +15,7 @@ from phones import SILENCE
 ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "espeak": 0.2}
 # How far pitch is spread at most, and with an emotion's; further sounds sung.
 MAX_PITCH_RANGE, MAX_WITH_EMOTION = {"agent": 1.4, "user": 1.1}, 1.6
+MARGIN_BEFORE, MARGIN_AFTER, FADE = 0.03, 0.06, 0.005  # seconds, around what is audible
 
 
 def user_voices(language: str, split: str, engines: Sequence[str] | None = None) -> list:
@@ -81,9 +82,6 @@ def make_takes(requests: Sequence[speech.Request]) -> list[Take | UserError]:
         made[request] = take or UserError(f"{request.voice.id}: no sound")
     agent_takes.update({r: take for r, take in made.items() if r.voice.role == "agent"})
     return [made[request] for request in requests]
-
-
-MARGIN_BEFORE, MARGIN_AFTER, FADE = 0.03, 0.06, 0.005
 
 
 def cut_take(utterance: speech.Utterance) -> Take | None:
