@@ -24,6 +24,10 @@ UNANSWERED_SECONDS = 2.0
 VAD_RATE, VAD_SAMPLES = 16000, 512
 VAD_ON, VAD_OFF = 0.5, 0.35  # Silero's own defaults for entering and leaving speech
 VAD_TURN_SILENCE = 0.5
+# Seconds one tick took, stage by stage; `total` ends when the samples are on the host.
+StageTimes = namedtuple("StageTimes", "encode temporal depth decode total")  # noqa: PYI024
+_COUNTED = ("dropped_patches", "not_finite_samples", "late_ticks", "output_underruns",
+            "inserted_samples", "removed_samples", "input_overflows")  # fmt: skip
 
 
 def frame_levels(audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -240,12 +244,6 @@ class CallRecord:
         begins = (np.array(self.index) + 1) * self.patch_seconds + late
         offsets = np.arange(0.0, self.patch_seconds - 1e-6, LEVEL_SECONDS)
         return (begins[:, None] + offsets).ravel()
-
-
-# Seconds one tick took, stage by stage; `total` ends when the samples are on the host.
-StageTimes = namedtuple("StageTimes", "encode temporal depth decode total")  # noqa: PYI024
-_COUNTED = ("dropped_patches", "not_finite_samples", "late_ticks", "output_underruns",
-            "inserted_samples", "removed_samples", "input_overflows")  # fmt: skip
 
 
 @dataclass

@@ -38,6 +38,7 @@ COLUMNS = {"callers": "callers", "response_ms": "p95, ms", "turns": "turns", "an
            "tick_ms": "tick p95", "dropped_patches": "dropped", "refused": "refused",
            "cut_off": "cut off", "cpu_cores": "cores", "memory_mb": "MB",
            "gpu_percent": "GPU %", "gpu_memory_mb": "GPU MB"}  # fmt: skip
+TWILIO_START = json.dumps({"event": "start", "streamSid": "1", "start": {"streamSid": "1"}})
 PATHS = {"pcm": "/api/pcm", "moshi": "/api/chat", "openai": "/v1/realtime", "twilio": "/telephone"}
 
 
@@ -74,8 +75,6 @@ class OpenAICaller(Protocol):
 class Caller:
     """One call, from which come latencies (None: unanswered), ticks and counts."""
 
-    TWILIO_START = json.dumps({"event": "start", "streamSid": "1", "start": {"streamSid": "1"}})
-
     def __init__(self, args: argparse.Namespace, questions: Sequence):
         self._args, self._questions = args, questions
         self.counts, self.ticks, self.late = Counter(), [], 0.0
@@ -85,8 +84,8 @@ class Caller:
         self._url = address(args.server, path)
         self._format = (OpenAICaller if args.protocol == "openai" else PROTOCOLS[path])({})
         if args.protocol == "twilio":
-            self._format.receive(self.TWILIO_START)
-            self._format.out.append(self.TWILIO_START)
+            self._format.receive(TWILIO_START)
+            self._format.out.append(TWILIO_START)
 
     async def call(self, first: int, wait: float) -> None:
         """From question `first` on, `wait` seconds from now, for as long as is asked."""

@@ -249,6 +249,7 @@ class RemoteLine:
     into the call when the connection is lost. What is said meanwhile nobody hears."""
 
     ANSWER_SECONDS, RETRY_SECONDS = 10.0, 0.5
+    turns = staticmethod(ledger.energy_turns)
 
     def __init__(self, args: argparse.Namespace):
         try:
@@ -375,9 +376,6 @@ class RemoteLine:
         elif event["type"] == "bye":
             raise UserError(f"{self._args.server}: the call was ended ({event['reason']})")
         return event
-
-    def turns(self, heard: np.ndarray) -> list[UserTurn]:
-        return ledger.energy_turns(heard)
 
     def close(self) -> None:
         self._inbox = queue.SimpleQueue()  # by which the thread knows that nobody listens

@@ -15,6 +15,7 @@ from phones import SILENCE
 ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "espeak": 0.2}
 # How far pitch is spread at most, and with an emotion's; further sounds sung.
 MAX_PITCH_RANGE, MAX_WITH_EMOTION = {"agent": 1.4, "user": 1.1}, 1.6
+agent_takes = {}  # by request a `Take`, or why there is none: made once a process
 MARGIN_BEFORE, MARGIN_AFTER, FADE = 0.03, 0.06, 0.005  # seconds, around what is audible
 
 
@@ -68,9 +69,6 @@ class Take:
     @property
     def length(self) -> float:
         return self.offset - self.onset
-
-
-agent_takes: dict[speech.Request, Take | UserError] = {}  # made once a process
 
 
 def make_takes(requests: Sequence[speech.Request]) -> list[Take | UserError]:
