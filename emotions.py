@@ -5,8 +5,6 @@ EmoV-DB (Adigwe et al. 2018) and ESD (Zhou et al. 2021); and every folder with a
 whose lines have an `emotion`, as `download_data.py --corpora emotion` makes them.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections import Counter
