@@ -3,8 +3,6 @@
 Letters in shapes: `T` samples, `C` channels. 24 kHz; a codec's frame is 480 samples (50 a second).
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

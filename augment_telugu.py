@@ -17,8 +17,6 @@ Both can be stopped at any moment: the same command goes on. The same seed, corp
 and flags make the same samples (but for piper's, whose noise has no seed).
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

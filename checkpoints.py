@@ -1,7 +1,5 @@
 """Checkpoint folders: written completely or not at all, found, loaded, exported, inherited from."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

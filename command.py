@@ -3,8 +3,6 @@
 Needs the standard library alone, so that a wrong flag is refused at once.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import errno

@@ -4,8 +4,6 @@ A row of download_data.py's table is one of the classes below; a fetcher a class
 into clips or conversations, and `fetch` renames the folder into place when it is complete.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

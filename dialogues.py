@@ -2,8 +2,6 @@
 code datasets that train_s2s.py reads. No speech engine, no codec, no audio.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable, Sequence

@@ -10,8 +10,6 @@ Emotional speech goes to data/emotion/, two-channel conversations to
 data/conversations/.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

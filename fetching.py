@@ -5,8 +5,6 @@ corpus, is in corpora.py.
 Nothing here is left half-done under its final name: it lands beside it and is renamed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
