@@ -31,8 +31,6 @@ Hindi and Telugu. The last line of stdout is the summary as JSON; `--output` als
     effect     with `--before LM`: answered, right and response p95 of both on the same calls
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import itertools

@@ -11,8 +11,6 @@ emotions, `--replay` of them others, so that it forgets nothing; the branch goes
 same command goes on from the last complete checkpoint.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools

@@ -12,8 +12,6 @@ validation voices (in training voices where none is installed); test the held-ou
 voices. The agent has one voice a language, in every split.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import itertools

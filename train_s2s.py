@@ -9,8 +9,6 @@ trains speech recognition and the replies' text alone, without codes, which cost
 then it learns to speak.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses

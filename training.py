@@ -1,7 +1,5 @@
 """What surrounds the steps of a training: ranks, schedule, metrics, money, saving and resuming."""
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import contextlib
