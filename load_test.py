@@ -228,6 +228,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.find_capacity:
             result["capacity"] = find_capacity(measured, args.most_callers)
             print(f"capacity: {result['capacity']} callers at p95 < {TARGET_MS:.0f} ms, none lost")
+            tick = (rows[-1]["tick_ms"] or {}).get("p95", 0)
+            if tick > 1000 * CHUNK_SECONDS:  # at one caller as at all: every slot is computed
+                print(f"a tick of all its slots takes {tick:.0f} ms: give the server fewer --slots")
         else:
             for callers in args.callers:
                 measured(callers)

@@ -139,6 +139,17 @@ def test_capacity_is_found_to_the_caller(limit, most):
     assert len(asked) == len(set(asked)) and len(asked) < 14
 
 
+@pytest.mark.parametrize(("tick", "told"), [(52.0, True), (20.0, False)])
+def test_a_server_with_too_many_slots_is_told_of_them(tick, told, wav, monkeypatch, capsys):
+    async def measure(args, questions, callers):
+        row = {**dict.fromkeys(load_test.COLUMNS, 0), "caller_late_ms": 0.0, "callers": callers}
+        return {**row, "response_ms": {"p95": 800.0}, "tick_ms": {"p95": tick}}
+
+    monkeypatch.setattr(load_test, "measure", measure)
+    main(["--find_capacity", "--most_callers", "4", "--wav", wav])
+    assert ("give the server fewer --slots" in capsys.readouterr().out) == told
+
+
 def test_what_holds():
     fine = {"response_ms": {"p95": 399.9}, "dropped_patches": 0, "refused": 0, "cut_off": 0}
     assert holds(fine)
