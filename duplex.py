@@ -243,7 +243,7 @@ class DuplexEngine:
         if vad_flush:
             silent = silence_codes(codec, self.device, self.num_codebooks)
             self._silence = silent[..., -self.frames_per_step :].repeat(slots, 1, 1)
-        self._stream = None
+        self._stream, self._got = None, None
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # all that is made here is there
             self._stream = torch.cuda.Stream(self.device)
@@ -414,7 +414,13 @@ class DuplexEngine:
             self._mark()
             result = self._step()["result"]
             self._mark()
-            return result.cpu().numpy()  # which waits for all of it
+            if self._stream is None:
+                return result.numpy()
+            if self._got is None:
+                self._got = torch.empty(result.shape, pin_memory=True)
+            self._got.copy_(result, non_blocking=True)
+            self._stream.synchronize()
+        return self._got.numpy()
 
     def _mark(self) -> None:
         stream = self._stream
