@@ -42,8 +42,6 @@ SHOWN = {"loss": "loss", "speech": "emotion", "speech_accuracy": "hit", "text": 
          "text_accuracy": "words"}  # fmt: skip
 CHANGEABLE = ("lr", "branch_lr", "codec", "replay", "conversations")
 WITHOUT_EMOTION = ("neutral", "calm", None)
-
-
 LABELS_RATE = 5.0  # of the LM's: what is added to an input many times as long has far to grow
 
 

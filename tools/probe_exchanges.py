@@ -91,14 +91,15 @@ def codec_codes(path: Path, device) -> Callable[[np.ndarray], Tensor]:
     return encode
 
 
-def teacher_codes(name: str, audios: Sequence[np.ndarray], device, seed: int) -> list[Tensor]:
-    """One code a frame `[F, 1]` of each audio: k-means of the teacher's target."""
+def teacher_codes(name: str, audios: Sequence, known: int, device, seed: int) -> list[Tensor]:
+    """One code a frame `[F, 1]` of each audio: k-means of the teacher's target over the first
+    `known`, those of training."""
     teacher = teachers.load_teacher(name, device)
     with torch.inference_mode():
         found = [teacher.target(teacher(torch.from_numpy(a)[None, None].to(device)))[0]
                  for a in tqdm(audios, "teacher", disable=None)]  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
-    frames = torch.cat(found)[: 4 * CLUSTER_FRAMES]
+    frames = torch.cat(found[:known])
     frames = frames[torch.randperm(len(frames), generator=generator)[:CLUSTER_FRAMES].to(device)]
     centres = frames[:CLUSTERS].clone()
     for _ in range(CLUSTER_ROUNDS):  # Lloyd 1982
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         read |= {f"{path}, codebook 0": [each[:, :1] for each in codes], f"{path}, 8": codes}
     if args.teacher != "none":
         name = f"{args.teacher}, k-means"
-        read[name] = teacher_codes(args.teacher, audios, device, args.seed)
+        read[name] = teacher_codes(args.teacher, audios, len(known), device, args.seed)
     results, width = {}, max(map(len, read))
     print(f"{len(known)} utterances learnt, {len(asked)} asked, {len(names)} exchanges")
     print(f"{'':<{width}}" + "".join(f"{one:>9}" for one in [*args.languages, "loss"]))
