@@ -23,7 +23,7 @@ from audio import SAMPLE_RATE
 from command import UserError
 from phones import SILENCE, clean_text, espeak_language
 
-ENGINE_MODULES = ("engines", "tools.toy_voices")
+ENGINE_MODULES = ("engines", "tools.toy_voices", "tools.held_out_voices")
 # (formant, pitch, pitch range) by which a voice becomes others.
 CHANGES = ((1.0, 1.0, 1.0), (1.0, 0.88, 1.2), (1.0, 1.14, 1.1), (1.09, 1.2, 1.2), (0.92, 0.86, 1.1),
            (1.16, 1.55, 1.2), (0.87, 0.72, 1.2), (1.05, 0.95, 1.4))  # fmt: skip
