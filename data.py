@@ -501,12 +501,13 @@ class WindowDataset(torch.utils.data.Dataset):
     """Random windows, one an item, drawn by (seed, epoch, index) alone: `dataset[epoch, index]`. A
     language is drawn with p ~ hours ** (1 / language_temperature), a clip by its length, a place in
     it evenly. Clips shorter than the window are padded with zeros at the end. Items: `audio`
-    float32 `[1, T]`, `language`, `speaker` ("" where unknown), `phones` int64 `[F]` (-100 where
-    unknown), and where it lies: `path`, `start` in seconds, `speed`. `augment` is the chance of a
-    change of speed and of each change of `distort`. An unreadable file is counted in `unreadable`,
-    listed in `unreadable_log`, and another window is drawn, so too where one lies behind the end of
-    a file that is shorter than its manifest says. After 50 such draws in a row clips are drawn
-    evenly, for a wrong duration may outweigh all others; UserError after 100."""
+    float32 `[1, T]`, `clean`, the same before `distort`, `language`, `speaker` ("" where unknown),
+    `phones` int64 `[F]` (-100 where unknown), and where it lies: `path`, `start` in seconds,
+    `speed`. `augment` is the chance of a change of speed and of each change of `distort`. An
+    unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another window is
+    drawn, so too where one lies behind the end of a file that is shorter than its manifest says.
+    After 50 such draws in a row clips are drawn evenly, for a wrong duration may outweigh all
+    others; UserError after 100."""
 
     def __init__(self, clips: Sequence[Clip], window_seconds: float, seed: int = 0,
                  epoch_items: int = 1000, language_temperature: float = 1.0, augment: float = 0.0,
@@ -574,14 +575,15 @@ class WindowDataset(torch.utils.data.Dataset):
         if not len(audio):
             self._log(which, f"{clip.path}: shorter than the {clip.duration:g} s of its manifest")
             return None
+        clean = audio
         if augmented:
             audio = distort(audio, rng, self.augment)
         frames = math.ceil(self.samples / HOP)
         end = start + len(audio) / SAMPLE_RATE * speed if len(audio) < self.samples else None
         labels = frame_labels(clip.phones, self.phone_ids, frames, start, speed, end)
-        padded = np.zeros((1, self.samples), np.float32)
-        padded[0, : len(audio)] = audio
-        return {"audio": torch.from_numpy(padded), "phones": torch.from_numpy(labels),
+        padded = torch.zeros(2, 1, self.samples)
+        padded[:, 0, : len(audio)] = torch.from_numpy(np.stack((audio, clean)))
+        return {"audio": padded[0], "clean": padded[1], "phones": torch.from_numpy(labels),
                 "language": clip.language, "speaker": clip.speaker or "", "path": str(clip.path),
                 "start": start, "speed": speed}  # fmt: skip
 

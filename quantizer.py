@@ -27,10 +27,14 @@ class Codebook(NamedTuple):
     embedding: Tensor
     half_norms: Tensor
 
+    def scores(self, x: Tensor) -> Tensor:
+        """`[..., d]` → `[..., n]`, the higher the nearer: (‖x‖² - ‖x - e‖²) / 2."""
+        with torch.autocast(x.device.type, enabled=False):
+            return x.float() @ self.embedding.float().t() - self.half_norms
+
     def nearest(self, x: Tensor) -> Tensor:
         """The nearest code of each vector: `[..., d]` → `[...]` int64."""
-        with torch.autocast(x.device.type, enabled=False):
-            return (x.float() @ self.embedding.float().t() - self.half_norms).argmax(-1)
+        return self.scores(x).argmax(-1)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """`[...]` int64 → `[..., d]`."""
@@ -39,6 +43,20 @@ class Codebook(NamedTuple):
 
 def half_norms(codes: Tensor) -> Tensor:  # ‖e‖² / 2 of [..., d]
     return 0.5 * codes.float().pow(2).sum(-1)
+
+
+@torch.no_grad()
+def k_means(vectors: Tensor, codes: Tensor, rounds: int = 10) -> Tensor:
+    """Lloyd's (1982): `vectors` `[N, d]` and where to start `[n, d]` → their centres `[n, d]`."""
+    for _ in range(rounds):
+        book = Codebook(codes, half_norms(codes))
+        nearest = torch.cat([book.nearest(part) for part in vectors.split(MAX_CANDIDATES)])
+        ones = torch.ones_like(nearest, dtype=torch.float32)
+        counts = codes.new_zeros(len(codes)).index_add_(0, nearest, ones)
+        sums = torch.zeros_like(codes).index_add_(0, nearest, vectors)
+        means = sums / counts.clamp(min=1)[:, None]
+        codes = torch.where(counts[:, None] > 0, means, codes)
+    return codes
 
 
 class CodebookStack(nn.Module):
@@ -79,16 +97,8 @@ class CodebookStack(nn.Module):
     def _k_means(self, row: int, book: Codebook, candidates: Tensor, draws: Tensor) -> None:
         codes, size = book.embedding, len(book.embedding)
         places = (draws[:size] * len(candidates)).long().clamp(max=len(candidates) - 1)
-        codes.copy_(candidates[places])
+        codes.copy_(k_means(candidates, candidates[places]))
         book.half_norms.copy_(half_norms(codes))
-        for _ in range(10):
-            nearest = book.nearest(candidates)
-            ones = torch.ones_like(nearest, dtype=torch.float32)
-            counts = codes.new_zeros(size).index_add_(0, nearest, ones)
-            sums = torch.zeros_like(codes).index_add_(0, nearest, candidates)
-            means = sums / counts.clamp(min=1)[:, None]
-            codes.copy_(torch.where(counts[:, None] > 0, means, codes))
-            book.half_norms.copy_(half_norms(codes))
         mean_size = len(candidates) / size
         self.cluster_size[row].fill_(mean_size)
         self.embedding_sum[row].copy_(codes * mean_size)
@@ -181,9 +191,14 @@ class Quantized:
     semantic: Tensor  # [B, F, d], straight-through
     acoustic: Tensor | None  # the same; None from the semantic branch alone
     codes: Tensor  # [B, K, F]
-    commitment: Tensor  # a scalar
+    commitments: tuple[Tensor, Tensor]  # scalars: of codebook 0 and of the others
+    scores: Tensor  # [B, F, n] of the codes of codebook 0, as logits
     residuals: list[Tensor]  # per stack of codebooks the vectors [levels, B, F, d] it quantized
     used: Tensor  # [B, K] bool
+
+    @property
+    def commitment(self) -> Tensor:
+        return sum(self.commitments)
 
 
 class SplitQuantizer(nn.Module):
@@ -234,6 +249,15 @@ class SplitQuantizer(nn.Module):
             stack.started[row] = bool(sizes.sum() > 0)
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
 
+    @torch.no_grad()
+    def set_semantic(self, codes: Tensor) -> None:
+        """Makes `codes` `[n, d]` those of codebook 0."""
+        stack = self.stacks[0]
+        for tensor, value in ((stack.embedding, codes), (stack.embedding_sum, codes),
+                              (stack.cluster_size, 1.0), (stack.half_norms, half_norms(codes))):
+            tensor[0] = value
+        stack.started = [True]
+
     def encode(self, hidden: Tensor, num_codebooks: int) -> Tensor:
         """`[B, F, S + D]` → codes `[B, K, F]` int64."""
         semantic, acoustic = hidden.split(self.widths, dim=-1)
@@ -272,15 +296,17 @@ class SplitQuantizer(nn.Module):
                 commitment = summed_squares(vectors, residuals[1:], counted)
         codes = torch.cat((first.codes, codes), dim=1)
         entered = residuals[:-1].split([len(stack.started) for stack in self.stacks[1:]])
-        residuals, commitment = [*first.residuals, *entered], first.commitment + commitment
-        return Quantized(first.semantic, quantized, codes, commitment, residuals, used)
+        residuals, commitments = [*first.residuals, *entered], (first.commitment, commitment)
+        made = first.semantic, quantized, codes, commitments, first.scores, residuals, used
+        return Quantized(*made)
 
     def quantize_semantic(self, semantic: Tensor) -> Quantized:
         """The semantic codebook alone, with gradients: `[B, F, S]` → codes `[B, 1, F]`."""
         (book,) = self.stacks[0].books()
         with torch.autocast(semantic.device.type, enabled=False):
             vectors = self.semantic_in(semantic.float())
-            codes = book.nearest(vectors)
+            scores = book.scores(vectors)
+            codes = scores.argmax(-1)
             used = torch.ones(len(codes), 1, dtype=torch.bool, device=codes.device)
             quantized, commitment = vectors, 0 * vectors.sum()
             if self.stacks[0].started[0]:  # vectors pass as they are until there are codes
@@ -288,7 +314,8 @@ class SplitQuantizer(nn.Module):
                 commitment = F.mse_loss(vectors, chosen)
                 quantized = vectors + (chosen - vectors).detach()
         residuals = [vectors.detach()[None]]
-        return Quantized(quantized, None, codes[:, None], commitment, residuals, used)
+        made = quantized, None, codes[:, None], (commitment, 0 * commitment), scores
+        return Quantized(*made, residuals, used)
 
     @torch.no_grad()
     def _residual_codes(self, vectors: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """What codebook 0 and the output can learn from: a frozen WavLM or Whisper encoder.
 
 Both give 50 features a second of audio at 16 kHz; it is padded so that feature `t` is centred on
-frame `t` of the codec, samples [480 t, 480 t + 480) at 24 kHz. `distillation_loss` teaches codebook
-0 words; `ssl_loss` compares reconstruction and recording, and its gradient flows through the
-teacher into the waveform.
+frame `t` of the codec, samples [480 t, 480 t + 480) at 24 kHz. Codebook 0 learns their `Units`;
+`ssl_loss` compares reconstruction and recording, and its gradient flows through the teacher into
+the waveform.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from audio import FRAME_SECONDS, HOP, SAMPLE_RATE
 from command import UserError
+from quantizer import Codebook, half_norms, k_means
 
 TEACHER_RATE = 16_000
 OVERHANG = 40  # to each side of a codec frame of 320 samples: features see 400 (25 ms)
@@ -45,11 +47,12 @@ class Teacher(nn.Module):
     def forward(self, audio: Tensor) -> list[Tensor]:
         """Audio `[B, 1, T]` at 24 kHz → one `[B, ceil(T / 480), width]` fp32 a layer, the first
         what enters it. Each is normalised over its width, because the scale grows from layer to
-        layer. bf16 on CUDA, but resampling and spectra in fp32."""
+        layer. bf16 on CUDA and under autocast, but resampling and spectra in fp32."""
+        half = audio.is_cuda or torch.is_autocast_enabled(audio.device.type)
         with torch.autocast(audio.device.type, enabled=False):
             padded = F.pad(audio[:, 0].float(), (0, -audio.shape[-1] % HOP))
             inputs = self.prepare(self._at_16_khz(padded))
-        with torch.autocast(audio.device.type, torch.bfloat16, enabled=audio.is_cuda):
+        with torch.autocast(audio.device.type, torch.bfloat16, enabled=half):
             out = self.model(inputs, output_hidden_states=True)
         layers = (*out.hidden_states[:-1], out.last_hidden_state)
         return [F.layer_norm(layer.float(), layer.shape[-1:]) for layer in layers]
@@ -150,18 +153,57 @@ def _why_not(source: str, error: Exception) -> str:
     return f"--teacher {source} cannot be had: {advice}; or --teacher none ({reason})"
 
 
-def check_same_teacher(stored: str, teacher: Teacher | None, where: str | Path) -> None:
-    """Raises UserError where a run would go on with another kind or size than it began with."""
-    now = teacher.name if teacher else "none"
+def load_teachers(names: Sequence[str], device: torch.device) -> list[Teacher]:
+    """Those of `names`, each as `load_teacher` takes it."""
+    return list(filter(None, (load_teacher(name, device) for name in names)))
+
+
+def joint_target(found: Sequence[Teacher], heard: Sequence[list[Tensor]]) -> Tensor:
+    """All teachers' targets side by side, `[B, F, sum of widths]`."""
+    pairs = zip(found, heard, strict=True)
+    return torch.cat([teacher.target(layers) for teacher, layers in pairs], dim=-1)
+
+
+def described(found: Sequence[Teacher]) -> str:
+    return " + ".join(teacher.name for teacher in found) or "none"
+
+
+def check_same_teachers(stored: str, found: Sequence[Teacher], where: str | Path) -> None:
+    """Raises UserError where a run would go on with other kinds or sizes than it began with."""
+    now = described(found)
     if stored != now:
         remedy = "give the same --teacher, or start in a new --checkpoint_dir with --init_from"
         raise UserError(f"{where}: this run's teacher is {stored}, not {now}: {remedy}")
 
 
-def distillation_loss(projected: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine of `[B, F, width]` twice: after quantization, through a projection that only
-    training has (SpeechTokenizer, Zhang et al. 2024, 3.2; Mimi, Défossez et al. 2024, 3.3.2)."""
-    return (1 - F.cosine_similarity(projected.float(), target, dim=-1)).mean()
+class Units(nn.Module):
+    """What codebook 0 is to tell: which of the clusters of the teachers' targets, side by side, a
+    frame falls into, as HuBERT is taught (Hsu et al. 2021, section II-A). Of training alone."""
+
+    LENGTH = 8.0  # mean norm of a unit's code: how sure the logits begin
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("centres", torch.zeros(count, width))
+
+    @torch.no_grad()
+    def find(self, targets: Iterable[Tensor]) -> None:
+        """k-means of some targets `[B, F, width]`."""
+        frames = torch.cat([target.flatten(0, 1) for target in targets])
+        start = torch.linspace(0, len(frames) - 1, len(self.centres), device=frames.device).long()
+        self.centres.copy_(k_means(frames, frames[start]))
+
+    def forward(self, target: Tensor) -> Tensor:
+        """`[B, F, width]` → units `[B, F]` int64."""
+        return Codebook(self.centres, half_norms(self.centres)).nearest(target)
+
+    def codes(self, dim: int) -> Tensor:
+        """A code for each, `[count, dim]`: the centres' principal components."""
+        centred = self.centres - self.centres.mean(0)
+        axes = torch.linalg.svd(centred, full_matrices=False).Vh[:dim]
+        codes = centred @ axes.t()
+        codes = codes * (self.LENGTH / codes.norm(dim=1).mean())
+        return F.pad(codes, (0, dim - len(axes)))
 
 
 def ssl_loss(estimate: list[Tensor], reference: list[Tensor]) -> Tensor:

@@ -31,7 +31,7 @@ import data
 import discriminator
 import teachers
 import training
-from audio import SAMPLE_RATE
+from audio import HOP, SAMPLE_RATE
 from codec import CODES, AveragedCodec, Codec, CodecConfig
 from command import UserError, number, share, whole
 from data import Clips, WindowDataset
@@ -43,6 +43,7 @@ LM_CODEBOOKS = 8
 SEMANTIC = "encoder.0.", "quantizer.semantic_in.", "quantizer.codebooks.0.embedding"  # tensors
 VALIDATION_WINDOWS = 48
 CHANGEABLE = "gen_lr", "disc_lr", "teacher", "cuda_graph", "compile"
+UNIT_FRAMES = 50  # for each unit, from which the teachers' units are found
 KINDS = "semantic_only adversarial codebooks_move codebooks_started"
 Mode = collections.namedtuple("Mode", KINDS)  # of step: a CUDA graph holds one kind
 
@@ -60,7 +61,7 @@ class Settings(training.Settings):
     """What `--set` changes of the codec's training."""
 
     BEFORE = {"waveform_weight": 1.0, "adversarial_weight": 1.0, "features_weight": 2.0,
-              "disc_bands": None, "disc_channels": None}  # fmt: skip
+              "disc_bands": None, "disc_channels": None, "phone_weight": 1.0}  # fmt: skip
     adversarial_weight: float = setting(2.0, number(0), "share in the balance")
     augment_share: float = setting(0.3, share, "chance of each change of the audio; 0: none")
     commitment_weight: float = setting(0.03, number(0), "for each codebook in use")
@@ -75,8 +76,10 @@ class Settings(training.Settings):
     full_rate: float = setting(0.2, share, "share of windows that use all codebooks")
     lm_rate: float = setting(0.5, share, "share of windows that use the LM's 8")
     mel_weight: float = setting(0.5, number(0), "share in the balance")
-    phone_weight: float = setting(1.0, number(0), "of the phone labels on codebook 0")
-    teacher_weight: float = setting(1.0, number(0), "of the teacher's cosine on codebook 0")
+    phone_weight: float | None = setting(None, number(0),
+        "of phone labels on codebook 0; 0: they but measure; or 1, with a teacher 0")  # fmt: skip
+    teacher_delay: int = setting(4, whole(0), "frames until codebook 0 tells a frame's unit")
+    teacher_weight: float = setting(1.0, number(0), "of the teachers' units on codebook 0")
     waveform_weight: float | None = setting(None, number(above=0), "share; or 0.25, for base 1")
 
 
@@ -96,9 +99,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="freeze encoder and quantizer; with --export: write the agent's decoder alone")
     add("--disc_start", type=share, default=0.1, help="share of the steps; 1: no GAN")
     add("--spectral_weight", type=number(0), default=0.25, help="share of the bins one by one")
-    add("--teacher", default="auto",
-        help="none, wavlm, whisper, or such a model's folder or id; auto: WavLM-large on CUDA")
-    add("--ssl_loss_weight", type=number(0), default=1.0, help="share of the teacher's view")
+    add("--teacher", nargs="+", default=["auto"], metavar="T",
+        help="none, or wavlm, whisper, such models' folders or ids; auto: whisper on CUDA")
+    add("--ssl_loss_weight", type=number(0), default=1.0, help="share of the teachers' view")
     add("--cuda_graph", action="store_true", help="replay the step as a CUDA graph: on one GPU")
     add("--compile", action="store_true", help="torch.compile encoder and decoder")
     add("--quantizer_start", type=whole(0), default=200, help="steps before k-means")
@@ -135,8 +138,8 @@ def judged_part(samples: int, seconds: float, key: tuple[int, ...]) -> Tensor:
     return start + torch.arange(length)
 
 
-def phone_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and accuracy over the frames whose phone is known; zeros without any."""
+def label_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and accuracy over the frames whose label is known; zeros without any."""
     logits, labels = logits.flatten(0, 1).float(), labels.flatten()
     known = (labels != data.UNKNOWN_PHONE).sum().clamp(min=1)
     total = F.cross_entropy(logits, labels, ignore_index=data.UNKNOWN_PHONE, reduction="sum")
@@ -233,9 +236,10 @@ def log_audio(metrics: training.Metrics, step: int, model: Codec, batches: list[
 
 
 @torch.no_grad()
-def validate(model: Codec, head, spectra, batches: list[dict], device, cast) -> dict[str, float]:
+def validate(model: Codec, head, spectra, batches: list[dict], device, cast, told=None) -> dict:
     """Held out: mean losses and SI-SDR (dB) at the full and at the LM's rate, phone accuracy with a
-    `head`; `mel_…_within` the first context of frames, `mel_…_past` it, where attention slides."""
+    `head` and of units with what `told` gives of scores and audio; `mel_…_within` the first context
+    of frames, `mel_…_past` it, where attention slides."""
     model.eval()
     scores = collections.defaultdict(list)
     edge = model.config.hop * max(3, model.config.context)  # the longest spectrum needs 1,024
@@ -252,7 +256,9 @@ def validate(model: Codec, head, spectra, batches: list[dict], device, cast) -> 
                 row[f"mel_{rate}_{place}"] = spectra["mel"](estimate[..., part], audio[..., part])
             row[f"si_sdr_{rate}"] = si_sdr(estimate, audio).mean()
             if head is not None:
-                row["phone_accuracy"] = phone_loss(logits, labels)[1]
+                row["phone_accuracy"] = label_loss(logits, labels)[1]
+            if told is not None:
+                row["units"], row["unit_accuracy"] = told(info.scores, audio)
             for name, score in row.items():
                 scores[f"validation_{name}"].append(float(score))
     model.train()
@@ -291,12 +297,12 @@ def codebook_metrics(all_codes: Tensor) -> dict[str, float]:
     return values
 
 
-def description(run: training.Run, model: Codec, teacher, clips: Clips) -> str:
+def description(run: training.Run, model: Codec, found: list, clips: Clips) -> str:
     args, config = run.args, model.config
     context = config.context / config.frame_rate
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     hours = ", ".join(f"{name} {h:.1f} h" for name, h in data.hours_by_language(clips).items())
-    taught = f"{teacher.source} ({teacher.name}), " if teacher else ""
+    taught = "".join(f"{teacher.source} ({teacher.name}), " for teacher in found)
     made = f"codec {parameters:.1f}M parameters, {config.num_codebooks} codebooks"
     return "\n".join([
         f"preset {args.preset}: {made}, device {run.device}",
@@ -323,18 +329,23 @@ def export(args) -> None:
 class Learner:
     """What learns, from what, and what moves it: new, inherited or from the run's checkpoint."""
 
-    def __init__(self, run: training.Run, config: CodecConfig, teacher) -> None:
-        self.args, self.settings, self.teacher = run.args, run.settings, teacher
+    def __init__(self, run: training.Run, config: CodecConfig, found: list) -> None:
+        self.args, self.settings, self.teachers = run.args, run.settings, found
         args, settings, device, checkpoint = run.args, run.settings, run.device, run.checkpoint
+        self.device = device
         self.model = model = Codec(config).to(device).train()
         self.head = PhoneHead(config.semantic_dim, len(PHONES)).to(device)
         judges = discriminator_config(settings, config, device)
         if checkpoint is not None:
             judges = discriminator.DiscriminatorConfig(**checkpoint.trainer["judges"])
         self.disc = discriminator.Discriminator(judges).to(device)
-        self.projection = None  # codebook 0 to the teacher's features, in training only
-        if teacher is not None:
-            self.projection = nn.Linear(config.semantic_dim, teacher.width).to(device)
+        self.phone_weight = settings.phone_weight
+        if self.phone_weight is None:
+            self.phone_weight = 0.0 if found else 1.0
+        self.units = None  # what codebook 0 learns of the teachers
+        if found and semantic_learns(args):
+            widths = (teacher.width for teacher in found)
+            self.units = teachers.Units(config.codebook_sizes[0], sum(widths)).to(device)
         spectra = {"mel": MelLoss(config.sample_rate), "spectral": SpectralLoss()}
         used = spectra if args.spectral_weight else {"mel": spectra["mel"]}
         self.spectra = nn.ModuleDict(used).to(device)
@@ -344,14 +355,13 @@ class Learner:
             self.inherit()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(self.frozen))
-        for part in filter(None, (self.head, self.projection)):
-            part.requires_grad_(semantic_learns(args))
+        self.head.requires_grad_(semantic_learns(args))
         if checkpoint is not None:
-            teachers.check_same_teacher(checkpoint.trainer["teacher"], teacher, checkpoint.path)
+            teachers.check_same_teachers(checkpoint.trainer["teacher"], found, checkpoint.path)
             # Where weights are averaged, the model that a checkpoint shows is their average.
             trained = checkpoint.trainer.get("trained_weights", checkpoint.tensors)
             model.load_tensors(trained, checkpoint.path)
-        modules = [model, self.head, self.projection]
+        modules = [model, self.head]
         training.start_equal([*modules, self.disc])
         how = {"betas": (0.8, 0.99), "weight_decay": 0.01}
         self.optimizer = training.adamw(modules, args.gen_lr, **how)
@@ -360,7 +370,7 @@ class Learner:
         # One guard each: healthy steps of the one must not hide that the other stands still.
         self.guard, self.disc_guard = training.StepGuard(), training.StepGuard()
         names = ["head", "disc", "optimizer", "disc_optimizer", "balancer", "guard", "disc_guard"]
-        names += ["projection"] if teacher is not None else []
+        names += ["units"] if self.units is not None else []
         run.parts |= {name: getattr(self, name) for name in names}
         run.restore()
         self.average, decay = None, average_decay(settings.ema_decay, run.schedule.total)
@@ -384,39 +394,64 @@ class Learner:
             raise UserError(f"--init_from {source}: {lacking[0]} is not there or of "
                             "another size, and it was to be frozen")  # fmt: skip
 
+    def heard(self, audio: Tensor) -> list:
+        """What the teachers hear in `[B, 1, T]`: each its features of all layers."""
+        with self.cast:
+            return [teacher(audio) for teacher in self.teachers]
+
+    @torch.no_grad()
+    def find_units(self, dataset: WindowDataset) -> None:
+        """The teachers' units, in windows of the first epoch, become the codes of codebook 0."""
+        count = -(-UNIT_FRAMES * len(self.units.centres) * HOP // dataset.samples)
+        windows = (dataset[0, i % len(dataset)]["clean"] for i in range(count))
+        heard = (self.heard(audio[None].to(self.device)) for audio in windows)
+        self.units.find(teachers.joint_target(self.teachers, layers) for layers in heard)
+        training.start_equal([self.units])
+        for model in {self.model, self.shown}:
+            model.quantizer.set_semantic(self.units.codes(model.config.semantic_dim))
+
+    def unit_loss(self, scores: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy and accuracy of codebook 0, from its scores, as the teachers' units some
+        frames ago: what they know of a frame they know from what follows it too. They hear the
+        audio `[B, 1, T]` before it was distorted."""
+        with torch.no_grad():
+            units = self.units(teachers.joint_target(self.teachers, self.heard(clean)))
+        late = min(self.settings.teacher_delay, scores.shape[1] - 1)
+        return label_loss(scores[:, late:], units[:, : scores.shape[1] - late])
+
     @property
     def shown(self) -> Codec:  # what validates and ships
         return self.average.model if self.average else self.model
 
-    def step(self, mode: Mode, audio, labels, counts, draws, part, ramp) -> dict[str, Tensor]:
+    def step(self, mode: Mode, audio, clean, labels, counts, draws, part, ramp) -> dict:
         """What the device does in a step: forward, losses, backward, step, for the codec and then
         for the discriminators. Gives what there is to log, as tensors.
 
-        audio `[B, 1, T]`, labels `[B, F]`; `counts` `[B]` of codebooks, `draws` `[K, n]` for the
-        quantizer, `part` `[n]` that discriminators see, and `ramp`, the part of their share that
-        they have by now. Nothing waits for the device, but for the start of the codebooks."""
-        args, settings, model, teacher = self.args, self.settings, self.model, self.teacher
+        audio and `clean`, before it was distorted, `[B, 1, T]`, labels `[B, F]`; `counts` `[B]` of
+        codebooks, `draws` `[K, n]` for the quantizer, `part` `[n]` that discriminators see, and
+        `ramp`, the part of their share that they have by now. Nothing waits for the device, but for
+        the start of the codebooks. Gives tensors."""
+        args, settings, model = self.args, self.settings, self.model
         phones_learn, row = semantic_learns(args), {}
 
-        # The codec's forward pass: reconstruction, and codebook 0 as phones and as the teacher's.
+        # The codec's forward pass: reconstruction, and codebook 0 as phones and as teachers' units.
         with self.cast:
             if mode.semantic_only:
                 info = model.forward_semantic(audio)
             else:
                 estimate, info = model(audio, counts)
-            phone_logits = self.head(info.semantic) if phones_learn else None
-            taught = phones_learn and teacher is not None
-            view = self.projection(info.semantic) if taught else None
-        reference, losses = None, {}
-        if teacher is not None:
-            with torch.no_grad():
-                reference = teacher(audio)
+            semantic = info.semantic if self.phone_weight else info.semantic.detach()
+            phone_logits = self.head(semantic) if phones_learn else None
 
         # Losses on the waveform, which are balanced.
+        losses = {}
         if not mode.semantic_only:
             estimate, losses = training_losses(self.spectra, estimate, audio, counts)
-            if reference is not None and args.ssl_loss_weight:
-                losses["ssl"] = teachers.ssl_loss(teacher(estimate), reference)
+            if self.teachers and args.ssl_loss_weight:
+                with torch.no_grad():
+                    heard = self.heard(audio)
+                pairs = zip(self.heard(estimate), heard, strict=True)
+                losses["ssl"] = torch.stack([teachers.ssl_loss(*pair) for pair in pairs]).mean()
         if mode.adversarial:
             # One pass serves both sides: nothing changes the discriminators before their step.
             with self.cast:
@@ -428,13 +463,14 @@ class Learner:
 
         # Losses beside them. Alone, codebook 0 is held to its codes as the LM's eight are together.
         levels = LM_CODEBOOKS if mode.semantic_only else 1
-        others = levels * settings.commitment_weight * info.commitment
+        commitment = info.commitment if self.units is None else info.commitments[1]
+        others = levels * settings.commitment_weight * commitment
         if phones_learn:
-            row["phones"], row["phone_accuracy"] = phone_loss(phone_logits, labels)
-            others = others + settings.phone_weight * row["phones"]
-        if view is not None:
-            row["distillation"] = teachers.distillation_loss(view, teacher.target(reference))
-            others = others + settings.teacher_weight * row["distillation"]
+            row["phones"], row["phone_accuracy"] = label_loss(phone_logits, labels)
+            others = others + (self.phone_weight or 1.0) * row["phones"]
+        if self.units is not None:
+            row["units"], row["unit_accuracy"] = self.unit_loss(info.scores, clean)
+            others = others + settings.teacher_weight * row["units"]
 
         # The codec's backward pass and step; where found_inf is 1, all of it stands still.
         self.optimizer.zero_grad(set_to_none=True)
@@ -449,7 +485,8 @@ class Learner:
         row["grad_norm"] = self.guard.step(self.optimizer, parameters, total, settings.grad_clip)
         found_inf, restarted = self.optimizer.found_inf, []
         if mode.codebooks_move:
-            restarted = model.quantizer.update(info, draws, args.freeze_semantic, found_inf)
+            stays = args.freeze_semantic or self.units is not None
+            restarted = model.quantizer.update(info, draws, stays, found_inf)
         if self.average:
             self.average.update(model, restarted, found_inf)
 
@@ -461,26 +498,28 @@ class Learner:
             loss.backward(inputs=parameters)
             self.disc_guard.step(self.disc_optimizer, parameters, loss, settings.grad_clip)
             row["discriminator"] = loss
-        row |= {**losses, "commitment": info.commitment}
+        row |= {**losses, "commitment": commitment}
         return {name: value.detach() for name, value in row.items()} | {"codes": info.codes}
 
 
-def run_teacher(args: argparse.Namespace, run: training.Run):
-    """The run's teacher, if it has one; UserError for flags that do not fit."""
+def run_teachers(args: argparse.Namespace, run: training.Run) -> list:
+    """The run's teachers; UserError for flags that do not fit."""
     if args.cuda_graph and (run.device.type != "cuda" or run.process.world_size > 1):
         raise UserError("--cuda_graph needs a CUDA GPU, and one alone")
     if not (semantic_learns(args) or run.resumed or args.init_from):
         flag = "--decoder_only" if args.decoder_only else "--freeze_semantic"
         raise UserError(f"{flag} needs --init_from, the codec whose codes are frozen")
-    if args.teacher == "auto":
-        args.teacher = "wavlm" if run.device.type == "cuda" else "none"
+    if isinstance(args.teacher, str):  # of a run that began when there could be one alone
+        args.teacher = [args.teacher]
+    if args.teacher == ["auto"]:
+        args.teacher = ["whisper" if run.device.type == "cuda" else "none"]
     needed = semantic_learns(args) or args.ssl_loss_weight > 0
-    return teachers.load_teacher(args.teacher, run.device) if needed else None
+    return teachers.load_teachers(args.teacher, run.device) if needed else []
 
 
 def train(args: argparse.Namespace, run: training.Run) -> None:
     process, device, settings = run.process, run.device, run.settings
-    teacher = run_teacher(args, run)
+    found = run_teachers(args, run)
     training.seed_everything(args.seed)  # the same weights, whichever teacher there is
     if args.cuda_graph:  # what it holds must live on a stream of its own from the start
         torch.cuda.set_stream(torch.cuda.Stream(device))
@@ -497,8 +536,10 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
     # On every rank, though one validates: reading it draws from the generator of the weights.
     validation = validation_batches(held_out, config, phone_ids)
 
-    learner = Learner(run, config, teacher)
+    learner = Learner(run, config, found)
     model = learner.model
+    if learner.units is not None and not run.resumed:
+        learner.find_units(dataset)
     replayed = training.StepGraph(learner.step) if args.cuda_graph else None
 
     def take_step(batch: dict, phase: str, probe: bool = False) -> dict[str, Tensor]:
@@ -511,7 +552,7 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         rates = settings.lm_rate, settings.full_rate
         generator = training.keyed_generator(*key, 1 << 20)
         inputs = {
-            "audio": audio, "labels": batch["phones"],
+            "audio": audio, "clean": batch["clean"], "labels": batch["phones"],
             "counts": draw_num_codebooks(len(audio), books, *rates, (*key, process.rank)),
             "draws": torch.rand(books, max(config.codebook_sizes), generator=generator),
             "part": judged_part(audio.shape[-1], settings.disc_seconds, (*key, 1 << 21)),
@@ -524,7 +565,7 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         return take(Mode(semantic_only, phase == "adversarial", moves, started), **inputs)
 
     def stored() -> dict:
-        trainer = {"teacher": teacher.name if teacher else "none"}
+        trainer = {"teacher": teachers.described(found)}
         trainer |= {"judges": dataclasses.asdict(learner.disc.config)}
         if learner.average:
             trainer["trained_weights"] = model.state_dict()
@@ -535,16 +576,19 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         if args.tensorboard:
             log_audio(run.metrics, run.step, learner.shown, validation, device)
         head = learner.head if semantic_learns(args) else None
-        return validate(learner.shown, head, learner.spectra, validation, device, learner.cast)
+        told = None if learner.units is None else learner.unit_loss
+        given = learner.spectra, validation, device, learner.cast, told
+        return validate(learner.shown, head, *given)
 
     run.stored, run.validate = stored, validated if validation else None
     run.best_by = f"validation_mel_{config.num_codebooks}"
-    run.shown = {"mel": "mel", "waveform": "waveform", "phone_accuracy": "phones"}
+    run.shown = {"mel": "mel", "waveform": "waveform", "phone_accuracy": "phones",
+                 "unit_accuracy": "units"}  # fmt: skip
 
     first = default_collate([dataset[(0, i)] for i in range(args.batch_size // process.world_size)])
     averaged = [learner.average.model] if learner.average else []
     run.estimate(lambda phase: take_step(first, phase, probe=True), [model, *averaged])
-    run.begin(description(run, model, teacher, clips))
+    run.begin(description(run, model, found, clips))
     if run.metrics and args.tensorboard and validation and not run.resumed:
         log_audio(run.metrics, 0, model, validation, device)
 

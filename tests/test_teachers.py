@@ -13,7 +13,7 @@ import transformers
 import teachers
 from audio import SAMPLE_RATE
 from command import UserError
-from teachers import Teacher, distillation_loss, load_teacher, ssl_loss
+from teachers import Teacher, Units, load_teacher, ssl_loss
 
 CPU = torch.device("cpu")
 FRAMES = 30
@@ -197,12 +197,26 @@ def test_whisper_cut_is_the_full_pass_with_the_rest_masked(folders):
 # --------------------------------------------------------------------------------- losses
 
 
-def test_distillation_is_one_minus_the_cosine():
-    a, b = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
-    pairs = zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)
-    slow = [1 - float(x @ y / (x.norm() * y.norm())) for x, y in pairs]
-    assert float(distillation_loss(a, b)) == pytest.approx(sum(slow) / len(slow), abs=1e-6)
-    assert float(distillation_loss(a, 3 * a)) == pytest.approx(0, abs=1e-6)
+def test_units_are_k_means_of_the_target_and_their_codes_its_components():
+    """Against scikit-learn's, from the same start; three blobs, which no frame is between."""
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+
+    generator = torch.Generator().manual_seed(0)
+    blobs = torch.randn(3, 8, generator=generator) * 5
+    which = torch.randint(3, (4, 50), generator=generator)
+    target = blobs[which] + 0.3 * torch.randn(4, 50, 8, generator=generator)
+    units = Units(count=3, width=8)
+    units.find(part[None] for part in target)
+    start = target.flatten(0, 1)[[0, 99, 199]].numpy()
+    known = KMeans(3, init=start, n_init=1, max_iter=10).fit(target.flatten(0, 1).numpy())
+    torch.testing.assert_close(units.centres, torch.from_numpy(known.cluster_centers_))
+    assert units(target).flatten().tolist() == known.labels_.tolist()
+    codes, components = units.codes(2), PCA(2).fit_transform(known.cluster_centers_)
+    assert float(codes.norm(dim=1).mean()) == pytest.approx(Units.LENGTH, rel=1e-5)
+    distances = torch.cdist(codes, codes) / torch.cdist(*(torch.from_numpy(components),) * 2)
+    assert distances[0, 1:].tolist() == pytest.approx([float(distances[1, 2])] * 2, rel=1e-4)
+    assert units.codes(5)[:, 3:].abs().max() == 0  # there are but three centres
 
 
 def test_ssl_loss_sends_a_true_gradient_to_the_waveform(teacher):
@@ -300,11 +314,11 @@ def test_a_teacher_that_cannot_be_had_ends_in_one_line(folders, tmp_path, monkey
 def test_a_run_keeps_its_teacher(folders):
     own = load_teacher(str(folders["wavlm"]), CPU)
     assert own.name == "wavlm, 3 layers of 32"
-    teachers.check_same_teacher("none", None, "run")
-    teachers.check_same_teacher(own.name, own, "run")
-    for stored, now in ((own.name, None), ("none", own), ("wavlm, 24 layers of 1024", own)):
+    teachers.check_same_teachers("none", [], "run")
+    teachers.check_same_teachers(own.name, [own], "run")
+    for stored, now in ((own.name, []), ("none", [own]), ("wavlm, 24 layers of 1024", [own])):
         with pytest.raises(UserError, match="give the same --teacher"):
-            teachers.check_same_teacher(stored, now, "run")
+            teachers.check_same_teachers(stored, now, "run")
 
 
 def test_sample_rates_are_the_codec_s():

@@ -1,8 +1,8 @@
 """The parts of `gpu_check.sh`: each in processes of its own, under a timeout, a row a result.
 
-Data are made on the spot (tones and noise, random codes) and the teacher has WavLM-large's size
-and random weights: what is measured is pace, memory and whether it runs, not what is learnt. A
-part that fails or is cut off is a row too, and the JSON is written after each part.
+Data are made on the spot (tones and noise, random codes) and the teacher has the size of Whisper
+large-v3-turbo and random weights: what is measured is pace, memory and whether it runs, not what is
+learnt. A part that fails or is cut off is a row too, and the JSON is written after each part.
 """
 
 from __future__ import annotations
@@ -127,17 +127,18 @@ def make_codes(folder: Path, smoke: bool) -> Path:
 
 
 def make_teacher(folder: Path, smoke: bool) -> Path:
-    """WavLM-large's sizes with random weights."""
-    from transformers import WavLMConfig, WavLMModel
+    """Whisper large-v3-turbo's sizes, which is the default teacher, with random weights."""
+    from transformers import WhisperConfig, WhisperModel
 
-    sizes = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16,
-             "intermediate_size": 4096}  # fmt: skip
+    sizes = {"d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20,
+             "encoder_ffn_dim": 5120, "num_mel_bins": 128}  # fmt: skip
     if smoke:
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-                 "intermediate_size": 64, "conv_dim": [32] * 7,
-                 "num_conv_pos_embedding_groups": 4}  # fmt: skip
-    config = WavLMConfig(**sizes, feat_extract_norm="layer", do_stable_layer_norm=True)
-    WavLMModel(config).save_pretrained(folder)
+        sizes = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2,
+                 "encoder_ffn_dim": 64, "num_mel_bins": 20}  # fmt: skip
+    unused = {"decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 8}
+    small = {"vocab_size": 8, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+    config = WhisperConfig(**sizes, **unused, **small, decoder_start_token_id=0)
+    WhisperModel(config).save_pretrained(folder)
     return folder
 
 

@@ -33,6 +33,7 @@ from codec import Codec  # noqa: E402
 from command import ArgumentParser, UserError, number, run, whole  # noqa: E402
 from data import SPLITS  # noqa: E402
 from dialogues import SPOKEN, choose_exchanges, load_scripts  # noqa: E402
+from quantizer import Codebook, half_norms, k_means  # noqa: E402
 from takes import draw_voice, make_takes, user_voices  # noqa: E402
 
 TOY = "greeting,name,weather,capitals,colours,counting,small_talk,goodbye"
@@ -101,13 +102,9 @@ def teacher_codes(name: str, audios: Sequence, known: int, device, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     frames = torch.cat(found[:known])
     frames = frames[torch.randperm(len(frames), generator=generator)[:CLUSTER_FRAMES].to(device)]
-    centres = frames[:CLUSTERS].clone()
-    for _ in range(CLUSTER_ROUNDS):  # Lloyd 1982
-        nearest = torch.cat([torch.cdist(part, centres).argmin(1) for part in frames.split(10_000)])
-        counts = nearest.bincount(minlength=len(centres)).clamp(min=1)[:, None]
-        moved = torch.zeros_like(centres).index_add_(0, nearest, frames) / counts
-        centres = torch.where(moved.abs().sum(1, keepdim=True) > 0, moved, centres)
-    return [torch.cdist(each, centres).argmin(1)[:, None].cpu() for each in found]
+    centres = k_means(frames, frames[:CLUSTERS], CLUSTER_ROUNDS)
+    book = Codebook(centres, half_norms(centres))
+    return [book.nearest(each)[:, None].cpu() for each in found]
 
 
 def classify(codes: Sequence[Tensor], labels: Tensor, tested: int, args) -> tuple[float, Tensor]:
