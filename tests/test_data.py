@@ -665,7 +665,7 @@ def test_augmented_copies_are_not_augmented_again(tmp_path):
 
 
 def test_a_window_comes_clean_beside_distorted(tmp_path):
-    """Both at the same speed and place: what a teacher hears is what the codec hears, undisturbed."""
+    """Both at the same speed and place: a teacher hears what the codec hears, undisturbed."""
     data.write_audio(tmp_path / "a.wav", sine(440, 3, 24000))
     one = clip(tmp_path / "a.wav", 3.0)
     windows = data.WindowDataset([one], 1.0, epoch_items=20, augment=1.0)
