@@ -423,11 +423,14 @@ def draw_speed(rng: np.random.Generator, probability: float = 0.3) -> float:
 
 
 def distort(audio: np.ndarray, rng: np.random.Generator, probability: float = 0.3) -> np.ndarray:
-    """Noise, band limit and gain, each with `probability`, on 24 kHz mono float32 `[T]`; every
-    phone stays in its place."""
-    noise, band, gain = rng.random(3) < probability
+    """Noise, band limit, gain and a room, each with `probability`, on 24 kHz mono float32 `[T]`;
+    every phone stays in its place."""
+    noise, band, gain, room = rng.random(4) < probability
     if not len(audio):
         return audio
+    if room:
+        tail = rng.uniform(0.1, 0.45), rng.uniform(-18.0, -6.0)
+        audio = reverberate(audio, room_response(*tail, rng))[: len(audio)]
     if noise:
         snr_db = rng.uniform(5.0, 30.0)  # drawn before the noise
         audio = add_noise(audio, coloured_noise(len(audio), rng), snr_db)
@@ -436,6 +439,22 @@ def distort(audio: np.ndarray, rng: np.random.Generator, probability: float = 0.
     if gain:
         audio = audio * 10 ** (rng.uniform(-12.0, 6.0) / 20)
     return unclipped(audio)
+
+
+def room_response(seconds: float, tail_db: float, rng: np.random.Generator) -> np.ndarray:
+    """Impulse response: the direct sound, then noise that falls by 60 dB in `seconds` (RT60)."""
+    n = round(seconds * SAMPLE_RATE)
+    tail = rng.standard_normal(n) * 10 ** (-3 * np.arange(n) / n)
+    tail *= 10 ** (tail_db / 20) / np.sqrt(np.sum(tail**2))
+    early = round(rng.uniform(0.002, 0.01) * SAMPLE_RATE)  # the first wall
+    return np.concatenate([[1.0], np.zeros(early), tail]).astype(np.float32)
+
+
+def reverberate(audio: np.ndarray, response: np.ndarray) -> np.ndarray:
+    """Audio `[T]` in a room of an impulse response `[n]`: `[T + n - 1]`."""
+    n = len(audio) + len(response) - 1
+    size = 1 << (n - 1).bit_length()
+    return np.fft.irfft(np.fft.rfft(audio, size) * np.fft.rfft(response, size), size)[:n]
 
 
 def change_speed(audio: np.ndarray, sample_rate: int, speed: float) -> np.ndarray:

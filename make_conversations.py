@@ -33,7 +33,7 @@ import speech
 from audio import HOP, SAMPLE_RATE, read_channels, write_audio
 from codec import Codec
 from command import ArgumentParser, UserError, number, run, whole
-from data import EMOTIONS, LANGUAGES, SPLITS
+from data import EMOTIONS, LANGUAGES, SPLITS, reverberate, room_response
 from dialogues import CODEBOOKS, SPOKEN, Exchange, Recording, choose_exchanges, digest
 from dialogues import load_code_dataset as load_code_dataset  # what reads the datasets made here
 from takes import Take, draw_voice, faded, insert_pause, make_takes, shift_spans, user_voices
@@ -254,14 +254,16 @@ def mix(name: str, language: str, plan: Plan, takes: Sequence[Take], babble: Seq
     length = math.ceil(seconds * SAMPLE_RATE / HOP) * HOP
     agent, user = np.zeros(length, np.float32), np.zeros(length, np.float32)
     rng = np.random.default_rng(plan.microphone.seed)
-    response = _room(plan.microphone, rng)
+    room, response = plan.microphone.room_seconds, None
+    if room is not None:
+        response = room_response(room, plan.microphone.room_db, rng)
     for p in placed:
         audio = p.take.audio
         first = round((p.start - p.take.onset) * SAMPLE_RATE)
         if p.cut is not None:
             audio = faded(audio[: round(p.cut * SAMPLE_RATE) - first], tail=0.02)
         if p.turn.who == "user" and response is not None:
-            audio = _convolve(audio, response)
+            audio = reverberate(audio, response)
         _add(agent if p.turn.who == "agent" else user, audio, first)
     user = _through(plan.microphone, user, agent, babble, rng)
     turns = [_turn_fields(p) for p in placed]
@@ -273,23 +275,6 @@ def _add(channel: np.ndarray, audio: np.ndarray, first: int) -> None:
     n = min(len(audio), len(channel) - first)
     if n > 0:
         channel[first : first + n] += audio[:n]
-
-
-def _room(microphone: Microphone, rng: np.random.Generator) -> np.ndarray | None:
-    """Impulse response: the direct sound, then noise that falls by 60 dB in `room_seconds`."""
-    if microphone.room_seconds is None:
-        return None
-    n = round(microphone.room_seconds * SAMPLE_RATE)
-    tail = rng.standard_normal(n) * 10 ** (-3 * np.arange(n) / n)
-    tail *= 10 ** (microphone.room_db / 20) / np.sqrt(np.sum(tail**2))
-    early = round(rng.uniform(0.002, 0.01) * SAMPLE_RATE)  # the first wall
-    return np.concatenate([[1.0], np.zeros(early), tail]).astype(np.float32)
-
-
-def _convolve(audio: np.ndarray, response: np.ndarray) -> np.ndarray:
-    n = len(audio) + len(response) - 1
-    size = 1 << (n - 1).bit_length()
-    return np.fft.irfft(np.fft.rfft(audio, size) * np.fft.rfft(response, size), size)[:n]
 
 
 def _through(microphone: Microphone, user, agent, babble, rng: np.random.Generator) -> np.ndarray:

@@ -17,6 +17,7 @@ import pytest
 import soundfile
 import torch
 
+import data
 import dialogues
 import make_conversations as mc
 import speech
@@ -313,7 +314,7 @@ def test_noise_has_the_drawn_level(kind):
 
 def test_rooms_and_narrow_lines_keep_the_time():
     rng = np.random.default_rng(2)
-    response = mc._room(quiet_microphone(room_seconds=0.3), rng)
+    response = data.room_response(0.3, -12.0, rng)
     assert response[0] == 1 and np.argmax(np.abs(response)) == 0
     assert 10 * np.log10(np.sum(response[1:] ** 2)) == pytest.approx(-12.0, abs=0.01)
     user = np.pad(tone(1.0).audio, 4000)
