@@ -203,9 +203,8 @@ def _opened(path: str | Path, coded: BinaryIO | None = None) -> Iterator[_File]:
 
 
 def _open(path: str | Path, coded: BinaryIO | None) -> _File:
-    """By libsndfile, else by PyAV: libsndfile knows no AAC and no Matroska, cannot seek in GSM and
-    believes a WAV header that was written before its sound. Both read only the first part of a
-    chained Ogg, which is refused."""
+    """By libsndfile, else by PyAV: libsndfile knows no AAC nor Matroska, cannot seek in GSM, trusts
+    WAV headers older than their sound. A chained Ogg is refused: both read its first part alone."""
     error: Exception = AudioError(f"{path}: holds no samples; remove it or record it again")
     try:
         file = soundfile.SoundFile(coded or os.fsencode(path))

@@ -383,8 +383,7 @@ def make_speech(folder: Path, args: argparse.Namespace, part_seconds: float,
 
 
 def length_fault(audio: np.ndarray, text: str) -> str | None:
-    """Why a clip `[T]` at 24 kHz is to be dropped: silence, or a length that does not fit the
-    sentence (cut off, babble)."""
+    """Why a clip `[T]` at 24 kHz is to be dropped: silence, or too short or long for its text."""
     if not np.abs(audio).max(initial=0.0) > 1e-3:  # NaN too
         return "no audio"
     count = len(phonemize(text, "telugu"))

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 LANGUAGES = ("english", "hindi", "telugu", "other")
 EMOTIONS = ("neutral", "happy", "sad", "angry", "fear", "disgust", "surprise", "calm")
@@ -235,6 +236,14 @@ def writable_file(path: str | Path, flag: str) -> Path:
     return file
 
 
+def needed(module: str, lacking: str) -> Any:
+    """An optional module; UserError, which says what is `lacking`, where it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(lacking) from error
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | Path, sync: bool = True) -> Iterator[Path]:
     """Where to write a file that takes the name `path` where the block ends without an exception.
@@ -287,8 +296,7 @@ def file_name(name: str, most: int = 200) -> str:
 
 @contextlib.contextmanager
 def only_one(folder: str | Path) -> Iterator[None]:
-    """Holds `folder/.lock`, so that a second process there is refused (UserError). The lock goes
-    with the process, however it ends."""
+    """Holds `folder/.lock` while this process lives: a second one there is refused (UserError)."""
     import fcntl  # Windows has none: the demo runs there, training does not
 
     with open(Path(folder) / ".lock", "a+", encoding="utf-8") as file:

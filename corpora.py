@@ -36,8 +36,7 @@ class Corpus:
     """One row of the table; each subclass is one way of getting it. `hours` and `gigabytes` are on
     disk in the end, `download_gb` over the network where that differs, `transient_gb` beside it for
     a while. `exact`: its authors counted `hours`; else --verify trusts what was fetched. `split`:
-    of all of it. `layout`: one of LAYOUTS. `note`: why it is in the default set or not, and what it
-    stands for."""
+    of it all. `layout`: of LAYOUTS. `note`: why it is a default or not, and what it stands for."""
 
     name: str
     language: str
@@ -102,9 +101,8 @@ class OnHub(Corpus):
 class Hub(OnHub):
     """Parquet shards. `audio` holds the coded bytes, alone or as {bytes, path}; `file` names them,
     else that path. `speakers` and `keys` are columns: the first of `speakers` that a row fills
-    names the speaker; without one the split hangs on all of `keys`, or on what the file's name
-    says. `keep`: (column, value) of the rows to take. `tagged` text loses its <noise>, [marks] and
-    {glosses}."""
+    names the speaker; without one the split hangs on all of `keys`, or on the file's name. `keep`:
+    (column, value) of the rows to take. `tagged` text loses its <noise>, [marks], {glosses}."""
 
     audio: str = "audio_filepath"
     file: str = ""
@@ -305,10 +303,7 @@ def fetch_common_voice(job: Job) -> None:
     name, dataset = job.corpus.name, job.options.cv_dataset_ids.get(job.corpus.language)
     if not dataset or not os.environ.get("MDC_API_KEY"):
         raise UserError(f"{name}: {job.corpus.note}")
-    try:
-        import datacollective
-    except ImportError as error:
-        raise UserError(f"{name}: pip install datacollective") from error
+    datacollective = command.needed("datacollective", f"{name}: pip install datacollective")
     target = job.audio / "clips"
     if not target.exists():
         job.archives.mkdir(parents=True, exist_ok=True)
@@ -421,8 +416,7 @@ def _validated(root: Path) -> Listed:  # Common Voice's validated.tsv
 
 # What corpora call an emotion, in lower case (RAVDESS: by number), and ours. Readings by Rasa are
 # neutral; its commands, conversations, news and books are no emotion.
-LABELS = {
-    **{name: name for name in data.EMOTIONS},
+LABELS = {**{name: name for name in data.EMOTIONS},
     **dict.fromkeys(("neu", "wiki", "indic", "proper noun", "01"), "neutral"),
     **dict.fromkeys(("hap", "happiness", "amused", "joy", "03"), "happy"),
     **dict.fromkeys(("sadness", "04"), "sad"), **dict.fromkeys(("ang", "anger", "05"), "angry"),
@@ -445,17 +439,16 @@ LAYOUTS = {
     "librilight": Layout(r"(?P<speaker>\d+)/[^/]+/[^/]+", "librivox-"),
     "line_index": Layout(r"(?P<speaker>te[fm]_\d+)_\d+",
                          lists=partial(_texts, "line_index.tsv", "\t")),
-    "transcription": Layout(
-        r"(?P<speaker>\d+)_\d+", "openslr-103-", partial(_texts, "transcription.txt", " ")),
+    "transcription": Layout(r"(?P<speaker>\d+)_\d+", "openslr-103-",
+                            partial(_texts, "transcription.txt", " ")),
     # Callers are not named: the parts of a call, <call>-<part>, stay together.
     "kaldi": Layout(r"(?P<key>[^/]+)-[^/-]*", lists=partial(_texts, "text", " ")),
     "common_voice": Layout(lists=_validated, strict=True),
     "kathbath": Layout(r"[^/]*-(?P<key>\d+)-[mf]"),
     # Split by bulletin: who reads it is not said.
     "shrutilipi": Layout(r"(?P<key>[^/]*?)[_-]+sent[^/]*"),
-    "crema_d": Layout(
-        r"(?P<speaker>\d{4})_(?P<sentence>[A-Z]{3})_(?P<emotion>[A-Z]{3})_[^/_]*",
-        "crema-d-", sentences=CREMA_D_SENTENCES, strict=True),
+    "crema_d": Layout(r"(?P<speaker>\d{4})_(?P<sentence>[A-Z]{3})_(?P<emotion>[A-Z]{3})_[^/_]*",
+                      "crema-d-", sentences=CREMA_D_SENTENCES, strict=True),
     "ravdess": Layout(
         r"03-0[12]-(?P<emotion>\d\d)-0[12]-0(?P<sentence>[12])-0[12]-(?P<speaker>\d\d)",
         "ravdess-", sentences=RAVDESS_SENTENCES, strict=True),

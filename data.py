@@ -137,8 +137,7 @@ _COLUMNS = pyarrow.schema({
     "duration": pyarrow.float64(), "sample_rate": pyarrow.int32(),
     **dict.fromkeys(("language", "speaker", "emotion", "license", "split"), _NAMES),
     **dict.fromkeys(("text", "phones"), pyarrow.large_string()),
-    **dict.fromkeys(("augmented", "commercial_ok"), pyarrow.bool_()),
-})  # fmt: skip
+    **dict.fromkeys(("augmented", "commercial_ok"), pyarrow.bool_())})  # fmt: skip
 _DEFAULTS = {"augmented": False, "license": "", "commercial_ok": False, "split": "train"}
 
 
@@ -271,9 +270,8 @@ def _walk(roots: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
 
 
 def _scan_files(files: list[Path], data_dir: str | Path, scan: _Scan) -> list[Clip]:
-    """Clips of files without a manifest. The language is the nearest folder name that is one, that
-    of `data_dir` included, else "other". Splits keep a speaker together; a language has always
-    training clips."""
+    """Clips of files without a manifest. The language is the nearest folder name that is one, also
+    `data_dir`'s, else "other". Splits keep a speaker together; each language has training clips."""
     root = Path(data_dir).resolve()
     default = _language_in(Path(os.path.abspath(data_dir))) or _language_in(root) or "other"
     clips: list[Clip] = []
@@ -351,8 +349,7 @@ def _load_all(data_dirs: Sequence[str | Path], scan: _Scan) -> Clips:
 
 
 def _each_once(clips: Clips, scan: _Scan) -> Clips:
-    """Each file once, by its first line: held out where any line holds it out, and commercial only
-    where all lines say so."""
+    """Each file once, by its first line; held out if any line says so, commercial if all do."""
     # Folders are few; clips by the million are not asked for one by one on a network volume.
     at, names = clips.codes("folder")
     numbers: dict[str, int] = {}
@@ -376,8 +373,7 @@ def _each_once(clips: Clips, scan: _Scan) -> Clips:
 
 
 def _measured(clips: Clips, scan: _Scan) -> Clips:
-    """With the length and rate of the file itself where the manifest's cannot be; without those
-    that cannot be measured."""
+    """With lengths and rates of the files where the manifest's cannot be, or without such clips."""
     seconds, rates = clips.column("duration").copy(), clips.column("sample_rate").copy()
     odd = np.flatnonzero((seconds < FRAME_SECONDS) | (seconds > LONGEST) | (rates == 0))
     for i, probed in zip(odd, scan.probe_all(clips[int(i)].path for i in odd), strict=True):
@@ -641,10 +637,9 @@ def epochs_of_batches(items: int, batch_size: int, num_epochs: int, epoch: int =
         consumed = 0
 
 
-def training_batches(
-    dataset: torch.utils.data.Dataset, batch_size: int, num_workers: int, process: Distributed,
-    num_epochs: int, epoch: int = 0, consumed: int = 0, collate: Callable | None = None,
-) -> Iterator[tuple[int, int, Any]]:  # fmt: skip
+def training_batches(dataset: torch.utils.data.Dataset, batch_size: int, num_workers: int,
+                     process: Distributed, num_epochs: int, epoch: int = 0, consumed: int = 0,
+                     collate: Callable | None = None) -> Iterator[tuple]:  # fmt: skip
     """(epoch, samples consumed in it once this batch is done, batch), to the last epoch's end, from
     `epoch` and `consumed`: what workers have fetched ahead is not consumed. `batch_size`: of all
     ranks. Raises UserError where an epoch holds no batch or it cannot be shared evenly."""

@@ -50,8 +50,7 @@ GIGABYTES_OF_6000_H = "WAV 16 kHz 691, FLAC 372, MP3 64k 173, Opus 24k 65, codes
 CPU_POD_USD, H200_USD = 0.12, 3.39  # an hour; RunPod's smallest CPU pods, 2025
 
 _OPENSLR = ("https://www.openslr.org", "https://us.openslr.org", "https://openslr.trmal.net")
-_DISPUTED = {
-    "commercial_ok": False, "license": "CC-BY-4.0 (?)",
+_DISPUTED = {"commercial_ok": False, "license": "CC-BY-4.0 (?)",
     "note": "its licence differs from place to place, so it counts as not for commercial use: name "
     "it in --corpora, with --allow_noncommercial, after reading them"}  # fmt: skip
 
@@ -70,60 +69,50 @@ def _ai4bharat(repo: str, language: str, hours: float, gigabytes: float, **more:
 _KATHBATH = {"license": "CC0-1.0", "layout": "kathbath"}
 _INDICVOICES = {"note": "still growing: ~ is what a model's card says it used of it"}
 _SHRUTILIPI = {"speakers": (), "layout": "shrutilipi"}
-_RASA = {
-    "kilohertz": "48", "default": False, "group": "emotion", "audio": "audio",
+_RASA = {"kilohertz": "48", "default": False, "group": "emotion", "audio": "audio",
     "style": "style", "speakers": ("speaker_id", "gender"), "split": "train",
     "note": "emotional speech for phase 4: --corpora emotion"}  # fmt: skip
 
 
 def _common_voice(language: str, hours: float, gigabytes: float) -> DataCollective:
     account = "needs a Mozilla Data Collective account, MDC_API_KEY"
-    return DataCollective(
-        f"common-voice-{language}", language, hours, gigabytes, "48", "CC0-1.0", exact=False,
-        transient_gb=gigabytes, layout="common_voice",
+    return DataCollective(f"common-voice-{language}", language, hours, gigabytes, "48", "CC0-1.0",
+        exact=False, transient_gb=gigabytes, layout="common_voice",
         note=f"left Hugging Face in 2025: {account} and --cv_dataset_id {language}=ID")
 
 
 # Name, language, hours, GB, kHz and licence, then the rest by name.
 CORPORA: tuple[Corpus, ...] = (
-    Archives(
-        "librispeech", "english", 960.9, 60, "16", "CC-BY-4.0", transient_gb=30.6, default=True,
-        layout="librispeech", bases=_openslr(12),
-        archives=(
+    Archives("librispeech", "english", 960.9, 60, "16", "CC-BY-4.0", transient_gb=30.6,
+        default=True, layout="librispeech", bases=_openslr(12), archives=(
             Archive("train-clean-100.tar.gz", 100.6, 6.4, "md5:2a93770f6d5c6c964bc36631d331a522"),
             Archive("train-clean-360.tar.gz", 363.6, 23.0, "md5:c0e676e450a7ff2f54aeade5171606fa"),
-            Archive("train-other-500.tar.gz", 496.7, 30.6, "md5:d1a0fd59409feb2c614ce4d30c387708"),
-        )),
+            Archive("train-other-500.tar.gz", 496.7, 30.6,
+                    "md5:d1a0fd59409feb2c614ce4d30c387708"))),
     # Chapters without transcripts: training reads windows of them.
-    Archives(
-        "librilight-small", "english", 577.2, 35, "16", "public domain", transient_gb=35,
+    Archives("librilight-small", "english", 577.2, 35, "16", "public domain", transient_gb=35,
         default=True, layout="librilight",
         note="from its authors' archive: facebook/libri-light is no Hugging Face id",
         bases=("https://dl.fbaipublicfiles.com/librilight/data",),
         archives=(Archive("small.tar", 577.2, 35.0, "md5:c49207eb86a8e8ac895561c37232041e"),)),
-    Archives(
-        "libritts-r", "english", 555.2, 55, "24", "CC-BY-4.0", download_gb=84, transient_gb=88,
-        default=True, layout="libritts", bases=_openslr(141),
+    Archives("libritts-r", "english", 555.2, 55, "24", "CC-BY-4.0", download_gb=84,
+        transient_gb=88, default=True, layout="libritts", bases=_openslr(141),
         note="in place of the plan's 500 h of Common Voice: 24 kHz, no account needed. These are "
         "recordings of LibriSpeech, restored: more bandwidth, no new voices or words",
         archives=(
             Archive("train_clean_100.tar.gz", 53.8, 8.1, "md5:6df668d8f5f33e70876bfa33862ad02b"),
             Archive("train_clean_360.tar.gz", 191.3, 29.0, "md5:382eb3e64394b3da6a559f864339b22c"),
-            Archive("train_other_500.tar.gz", 310.1, 47.0, "md5:a37a8e9f4fe79d20601639bf23d1add8"),
-        )),
+            Archive("train_other_500.tar.gz", 310.1, 47.0,
+                    "md5:a37a8e9f4fe79d20601639bf23d1add8"))),
     _common_voice("english", 2700, 90.0),
-    _ai4bharat(
-        "Shrutilipi", "hindi", 1620, 100.0, **_SHRUTILIPI,
+    _ai4bharat("Shrutilipi", "hindi", 1620, 100.0, **_SHRUTILIPI,
         note="news bulletins, in place of Gramvaani's 1,111 h of 8 kHz telephone speech"),
     _ai4bharat("Kathbath", "hindi", 150, 9.5, **_KATHBATH),
     _ai4bharat("IndicVoices", "hindi", 535, 33.0, **_INDICVOICES),
-    Archives(
-        "openslr-103", "hindi", 100.6, 4.0, "8", download_gb=4.7, transient_gb=6.5, exact=False,
-        **_DISPUTED, layout="transcription", bases=_openslr(103),
-        archives=(
+    Archives("openslr-103", "hindi", 100.6, 4.0, "8", download_gb=4.7, transient_gb=6.5,
+        exact=False, **_DISPUTED, layout="transcription", bases=_openslr(103), archives=(
             Archive("Hindi_train.tar.gz", 95.05, 4.4), Archive("Hindi_test.tar.gz", 5.55, 0.3))),
-    Archives(
-        "gramvaani", "hindi", 1108, 32, "8", "academic", transient_gb=8, commercial_ok=False,
+    Archives("gramvaani", "hindi", 1108, 32, "8", "academic", transient_gb=8, commercial_ok=False,
         exact=False, layout="kaldi", bases=_openslr(118),
         note="licensed for academic use only, and mostly 8 kHz MP3: "
         "--corpora gramvaani --allow_noncommercial. The plan's GV_* addresses are gone",
@@ -134,42 +123,35 @@ CORPORA: tuple[Corpus, ...] = (
     _common_voice("hindi", 27, 0.6),
     # Image descriptions by tens of thousands of people, one in twenty transcribed. Where a row
     # names no speaker, the split hangs on the district and postal code.
-    Hub(
-        "vaani-telugu", "telugu", 1486, 97, "16", "CC-BY-4.0", download_gb=208, default=True,
+    Hub("vaani-telugu", "telugu", 1486, 97, "16", "CC-BY-4.0", download_gb=208, default=True,
         gated=True,
         note="in place of SPRING-INX, which has no Telugu release; closes the plan's gap of "
         "1,200 h with real speech, mostly untranscribed; all districts that it has now are taken",
         repo="ARTPARK-IISc/Vaani", folders=("audio/AndhraPradesh", "audio/Telangana"),
         audio="audio", text="transcript", speakers=("speakerID", "speaker_id"),
         keys=("district", "pincode"), keep=("language", "Telugu"), tagged=True),
-    _ai4bharat(
-        "Shrutilipi", "telugu", 390, 24.0, **_SHRUTILIPI,
+    _ai4bharat("Shrutilipi", "telugu", 390, 24.0, **_SHRUTILIPI,
         note="news bulletins, in place of SPRING-INX"),
     _ai4bharat("Kathbath", "telugu", 155, 10.0, **_KATHBATH),
     _ai4bharat("IndicVoices", "telugu", 296, 33.0, **_INDICVOICES),
     # Both archives hold a line_index.tsv: they are unpacked apart.
-    Archives(
-        "openslr-66", "telugu", 10.0, 1.0, "48", "CC-BY-SA-4.0", download_gb=1.1, transient_gb=1.0,
-        default=True, exact=False, layout="line_index", bases=_openslr(66),
+    Archives("openslr-66", "telugu", 10.0, 1.0, "48", "CC-BY-SA-4.0", download_gb=1.1,
+        transient_gb=1.0, default=True, exact=False, layout="line_index", bases=_openslr(66),
         archives=(Archive("te_in_female.zip", 5.0, 0.53), Archive("te_in_male.zip", 5.0, 0.55))),
-    Hub(
-        "indictts-telugu", "telugu", 9.0, 1.8, "48", download_gb=3.0, split="train",
+    Hub("indictts-telugu", "telugu", 9.0, 1.8, "48", download_gb=3.0, split="train",
         **_DISPUTED, repo="SPRINGLab/IndicTTS_Telugu", folders=("data",),
         audio="audio", speakers=("speaker_id", "gender")),
     # Its loading script no longer runs: the Hub's own parquet conversion. Several people read
     # each sentence and are not named: its own splits, which share no sentence.
-    Hub(
-        "fleurs-telugu", "telugu", 8.0, 1.0, "16", "CC-BY-4.0", download_gb=1.6, default=True,
+    Hub("fleurs-telugu", "telugu", 8.0, 1.0, "16", "CC-BY-4.0", download_gb=1.6, default=True,
         repo="google/fleurs", folders=("te_in",), revision="refs/convert/parquet", audio="audio",
         text="transcription", speakers=(), official_splits=True),
     _common_voice("telugu", 3, 0.1),
     # A copy with the authors' own file names; theirs are single files behind a quota.
-    Hub(
-        "crema-d", "english", 5.26, 0.4, "16", "ODbL-1.0", download_gb=0.6, group="emotion",
+    Hub("crema-d", "english", 5.26, 0.4, "16", "ODbL-1.0", download_gb=0.6, group="emotion",
         exact=True, note="emotional speech for phase 4: --corpora emotion", layout="crema_d",
         repo="AbstractTTS/CREMA-D", folders=("data",), audio="audio", file="file", speakers=()),
-    Archives(
-        "ravdess", "english", 1.48, 0.3, "48", "CC-BY-NC-SA-4.0", download_gb=0.2,
+    Archives("ravdess", "english", 1.48, 0.3, "48", "CC-BY-NC-SA-4.0", download_gb=0.2,
         transient_gb=0.6, commercial_ok=False, group="emotion", layout="ravdess",
         note="emotional speech for phase 4: --corpora emotion --allow_noncommercial",
         bases=("https://zenodo.org/records/1188976/files",),
@@ -178,14 +160,11 @@ CORPORA: tuple[Corpus, ...] = (
     # Two thirds of it: six emotions and neutral readings; in Hindi of one man alone.
     _ai4bharat("Rasa", "hindi", 17, 3.2, folders=("Hindi",), download_gb=9.0, **_RASA),
     _ai4bharat("Rasa", "telugu", 34, 6.4, folders=("Telugu",), download_gb=18.0, **_RASA),
-    HubTars(
-        "behavior-sd", "english", 2164, 188, "22", "CC-BY-4.0", transient_gb=1.5, exact=True,
+    HubTars("behavior-sd", "english", 2164, 188, "22", "CC-BY-4.0", transient_gb=1.5, exact=True,
         group="conversations", repo="yhytoto12/behavior-sd",
-        folders=("train", "validation", "test"),
-        note="two-channel dialogues for phase 3, made by TTS: --corpora behavior-sd "
-        "[--max_hours 100]"),
-    Fisher(
-        "fisher", "english", 984, 40, "8", "LDC", exact=False, commercial_ok=False,
+        folders=("train", "validation", "test"), note="two-channel dialogues for phase 3, made by "
+        "TTS: --corpora behavior-sd [--max_hours 100]"),
+    Fisher("fisher", "english", 984, 40, "8", "LDC", exact=False, commercial_ok=False,
         group="conversations",
         note="sold by the LDC (LDC2004S13 + LDC2004T19): give your copy with --fisher_dir"),
 )  # fmt: skip

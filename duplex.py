@@ -206,9 +206,8 @@ class DuplexEngine:
     """Codec and dialogue LM in lock-step, for `slots` callers on one device.
 
     `feed` queues a slot's input, `run_once` runs a tick over the slots that have a patch waiting:
-    a caller whose patch is late misses that tick, which waits for none. `tick` is the step itself,
-    for callers with queues of their own. What a slot says depends on its input, settings and seed
-    alone, not on who else is there.
+    a caller whose patch is late misses that tick. `tick` is the step itself, for callers with
+    queues of their own. What a slot says depends on its input, settings and seed alone.
 
     sampling: what slots begin with (None: the LM's default) and their widest `top_k`. clock:
     seconds, monotonic. emotion_strength: of what `set_voice` sets; all but 1 cost a second row of
@@ -385,9 +384,8 @@ class DuplexEngine:
         audio, controls = self._inputs.split((self.patch_samples, 12), dim=1)
         active, muted = (controls[:, :2] > 0).unbind(1)
         emotion, language = controls[:, 2:4].long().unbind(1)
-        user_codes = self.codec.encode_step(
-            audio[:, None], self._encoder, num_codebooks=self.num_codebooks, active=active
-        )  # [B, K, p]
+        audio, how = audio[:, None], {"num_codebooks": self.num_codebooks, "active": active}
+        user_codes = self.codec.encode_step(audio, self._encoder, **how)  # [B, K, p]
         self._step.split()
         forced = None
         if self._silence is not None:  # in the streams of muted agents, so that they know
@@ -395,14 +393,13 @@ class DuplexEngine:
         step = self.lm.step(
             user_codes, self._lm_state, active=active, emotion=emotion, language=language,
             sampling=self._drawn, forced=forced, timer=self._step.split,
-            strength=controls[:, 4] if self._lm_rows > self.slots else None,
-        )  # fmt: skip
+            strength=controls[:, 4] if self._lm_rows > self.slots else None)  # fmt: skip
         self._step.split()
         reply = self.codec.decode_step(step.agent_codes, self._decoder, active=active)[:, 0]
         parts = [
             reply, step.agent_codes.flatten(1), step.user_phones.argmax(-1), step.text[:, None],
-            step.user_words[:, None], step.user_speaking[:, None], step.user_emotion, step.language,
-        ]  # fmt: skip
+            step.user_words[:, None], step.user_speaking[:, None], step.user_emotion,
+            step.language]  # fmt: skip
         self._ends = np.cumsum([part.shape[1] for part in parts])
         return {"result": torch.cat([part.float() for part in parts], dim=1)}
 
@@ -500,18 +497,15 @@ class Story:
         if not (due and self.speaking["user"]):
             return []
         config, shares = self._lm.config, self._feelings.posterior[slot].round(3).tolist()
-        return [{
-            "type": "emotion", "name": self._feelings.name(slot) if config.emotion_dim else None,
-            "posterior": dict(zip(config.emotions, shares, strict=True)),
-            "language": config.languages[int(result.language[slot].argmax())],
-        }]  # fmt: skip
+        name = self._feelings.name(slot) if config.emotion_dim else None
+        language = config.languages[int(result.language[slot].argmax())]
+        posterior = dict(zip(config.emotions, shares, strict=True))
+        return [{"type": "emotion", "name": name, "posterior": posterior, "language": language}]
 
     def _latency(self) -> dict:
         ticks = 1000 * np.array(self._ticks)
         self._ticks = []
         most, (waited, *stages, total) = ticks.max(0).round(2), ticks.mean(0).round(2)
-        return {
-            "type": "latency", "tick_ms": total, "tick_max_ms": most[-1], "waited_ms": waited,
-            "waited_max_ms": most[0], **self.counts,
-            "stages": dict(zip(StageTimes._fields, stages, strict=False)),
-        }  # fmt: skip
+        named = dict(zip(StageTimes._fields, stages, strict=False))
+        return {"type": "latency", "tick_ms": total, "tick_max_ms": most[-1], "waited_ms": waited,
+                "waited_max_ms": most[0], **self.counts, "stages": named}  # fmt: skip

@@ -63,8 +63,7 @@ def detection(found: Sequence[Told]) -> dict:
         "sure": round(len(seconds) / len(found), 4), "stable_p50_s": p50, "stable_p95_s": p95,
         "calibration_error": round(float(sum(errors)), 4),
         "speakers": {speaker: of(speaker) for speaker in sorted({t.speaker for t in found})},
-        "confusion": {asked: dict(row) for asked, row in confusion.items()},
-    }  # fmt: skip
+        "confusion": {asked: dict(row) for asked, row in confusion.items()}}  # fmt: skip
 
 
 def draw(path: Path, detections: dict[str, dict], emotions: Sequence[str]) -> None:
@@ -98,10 +97,9 @@ def goals(found: dict) -> dict[str, bool | None]:
     """Of a language's figures: the goals met or not, None where nothing was measured. A model may
     lose two points and 20 ms on the one before it; what it gains is no fault."""
     told, pairs, change = found["detection"], found["empathy"] or {}, found["effect"].get("change")
-    at_least = {
-        "detection": (told["unweighted_accuracy_of_asked"], 0.75),
-        "different": (pairs.get("different"), 0.7), "control": (found["control"]["accuracy"], 0.7),
-    }  # fmt: skip
+    at_least = {"detection": (told["unweighted_accuracy_of_asked"], 0.75),
+                "different": (pairs.get("different"), 0.7),
+                "control": (found["control"]["accuracy"], 0.7)}  # fmt: skip
     at_most = {f"stable_{p}": (told[f"stable_{p}_s"], STABLE_SECONDS) for p in ("p50", "p95")}
     if change:
         at_least |= {f"{key}_kept": (change[key], -0.02) for key in ("answered", "right")}

@@ -84,9 +84,8 @@ def _by_name(clip: Clip) -> tuple[Clip, str | None, tuple]:
 
 def hold_out_speakers(clips: Sequence[Clip]) -> tuple[list[Clip], list[Clip]]:
     """(training, validation) clips without a speaker in both; test clips in neither. In a language
-    without clips of split validation one speaker in six is held out, at least one; its only one is
-    trained on. A clip without a speaker is a speaker of its own. Raises UserError where nobody is
-    left to train or to validate on."""
+    without validation clips one speaker in six is held out, at least one, but never its only one. A
+    clip without a speaker is one of its own. UserError: nobody to train on, or to validate on."""
     train = [clip for clip in clips if clip.split == "train"]
     validation = [clip for clip in clips if clip.split == "validation"]
     held_out = {clip.language for clip in validation}

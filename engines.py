@@ -234,26 +234,21 @@ def _loaded(engine: InstalledEngine, language: str):
 
 
 SPEECH_ENGINES = (
-    InstalledEngine(
-        "indictts", IndicTts, "voices/{two}", "TTS",
+    InstalledEngine("indictts", IndicTts, "voices/{two}", "TTS",
         "pip install coqui-tts torchcodec six",  # the last two it needs and does not ask for
         f"mkdir -p voices && (cd voices && wget -c {INDICTTS_URL}/{{two}}.zip && "
         "unzip -o {two}.zip)",
         "MIT (AI4Bharat Indic-TTS)", True, "FastPitch + HiFi-GAN, a man and a woman"),
-    InstalledEngine(
-        "parler", Parler, "ai4bharat/indic-parler-tts", "parler_tts",
+    InstalledEngine("parler", Parler, "ai4bharat/indic-parler-tts", "parler_tts",
         "python -m venv .venv-parler && .venv-parler/bin/pip install parler-tts torchaudio soxr "
         "soundfile tqdm pyarrow praat-parselmouth espeakng-loader && .venv-parler/bin/python "
         "augment_telugu.py --engine parler --synthesize_hours 500",
         "accept its licence on Hugging Face, hf auth login, hf download ai4bharat/indic-parler-tts",
         "Apache-2.0 (AI4Bharat Indic Parler-TTS)", True,
         "voices and styles described in words; gated; slow without a GPU"),
-    InstalledEngine(
-        "piper", Piper, "voices/piper", "piper", "pip install piper-tts",
+    InstalledEngine("piper", Piper, "voices/piper", "piper", "pip install piper-tts",
         "mkdir -p voices/piper && python -m piper.download_voices {piper} --data-dir voices/piper",
         "as the voice's MODEL_CARD says (Piper)", False, "three voices; samples do not repeat"),
-    InstalledEngine(
-        "mms", Mms, "facebook/mms-tts-{code}", "transformers", "pip install transformers",
-        "hf download facebook/mms-tts-{code}",
-        "CC BY-NC 4.0 (Meta MMS)", False, "one voice, not for commercial use"),
-)  # fmt: skip
+    InstalledEngine("mms", Mms, "facebook/mms-tts-{code}", "transformers",
+        "pip install transformers", "hf download facebook/mms-tts-{code}",
+        "CC BY-NC 4.0 (Meta MMS)", False, "one voice, not for commercial use"))  # fmt: skip

@@ -338,8 +338,7 @@ def criteria(groups: dict, times: dict, config: CodecConfig, spent: float | None
         criterion(f"PESQ-WB at {lm:g} kbit/s", at_lm.get("pesq"), ">=", 2.2),
         criterion(f"STOI at {lm:g} kbit/s", at_lm.get("stoi"), ">=", 0.90),
         *rows,
-        criterion("real-time factor, 40 ms steps", times["factors"]["stream_40ms"], "<", 0.25),
-    ]
+        criterion("real-time factor, 40 ms steps", times["factors"]["stream_40ms"], "<", 0.25)]
 
 
 def columns_of(group: dict) -> list[str]:
@@ -449,11 +448,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         writable_file(args.output, "--output")
     if not args.plot:
         return
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError(f"--plot needs a package ({error}): pip install matplotlib") from error
-    kinds = Figure().canvas.get_supported_filetypes()
+    drawing = command.needed("matplotlib.figure", "--plot needs a package: pip install matplotlib")
+    kinds = drawing.Figure().canvas.get_supported_filetypes()
     if args.plot.suffix.lower().lstrip(".") not in kinds:
         raise UserError(f"--plot {args.plot}: end the name in one of .{', .'.join(kinds)}")
     writable_file(args.plot, "--plot")

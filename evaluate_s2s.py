@@ -96,8 +96,7 @@ def nearest(found: Sequence, candidates: dict[str, Sequence]) -> tuple[str | Non
 
 
 def normalise(text: str) -> str:
-    """Lower case, composed, letters, vowel signs and digits alone; apostrophes and joiners (ZWJ,
-    ZWNJ) are within words."""
+    """Lower case, composed; letters, marks and digits alone; ', ZWJ and ZWNJ are within words."""
     text = re.sub(f"['’{JOINERS}]", "", unicodedata.normalize("NFC", text).lower())
     letters = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
     return " ".join(letters.split())
@@ -220,10 +219,9 @@ def hold_calls(codec: Codec, lm: S2S, calls: Sequence[Call], args) -> list[dict[
         numbers = tqdm(range(counts.max()), "calls", unit="tick", disable=None)
         ticks = [engine.tick(frames[:, tick], active=tick < counts) for tick in numbers]
         for slot, i in enumerate(batch):
-            replies[i] = {
-                name: np.stack([getattr(tick, name)[slot] for tick in ticks[: patches[i]]])
-                for name in ("audio", "text", "user_speaking", "user_emotion", "language")
-            }
+            rows = {name: [getattr(tick, name)[slot] for tick in ticks[: patches[i]]]
+                    for name in ("audio", "text", "user_speaking", "user_emotion", "language")}
+            replies[i] = {name: np.stack(found) for name, found in rows.items()}
     return [replies[i] for i in range(len(calls))]
 
 
@@ -333,8 +331,7 @@ def judge_call(call: Call, agent: dict, lm: S2S, replies, judge: Judge | None) -
             "kind": ledger.kind_of(latency), "latency": latency,
             "text": right_text(said, turn.reply, replies),
             "audio": judge.right(audio, turn.reply) if judge else None,
-            "emotion": (emotion, turn.emotion), "language": (language, call.language),
-        })  # fmt: skip
+            "emotion": (emotion, turn.emotion), "language": (language, call.language)})  # fmt: skip
     return judged
 
 
@@ -358,8 +355,7 @@ def summarise(turns: Sequence[dict], judge: Judge | None = None, not_spoken: int
         "judge_clean": judge and judge.clean, "judge_coded": judge and judge.coded,
         "judge_trusted": trusted,
         "user_emotion": share([t["emotion"][0] == t["emotion"][1] for t in turns]),
-        "user_language": share([t["language"][0] == t["language"][1] for t in turns]),
-    }  # fmt: skip
+        "user_language": share([t["language"][0] == t["language"][1] for t in turns])}  # fmt: skip
 
 
 def table(summaries: dict[str, dict], met: dict[str, dict]) -> str:
@@ -415,12 +411,10 @@ def _changed(args: argparse.Namespace, **changes) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **changes})
 
 
-def styled_calls(
-    exchanges, language: str, args, rng, styles=STYLES_ASKED, after_neutral: bool = False
-) -> list[Call]:
-    """`--styled` calls a style of one utterance each, in wordings and voices of the split, at the
-    microphone's gain with `--gains`. `after_neutral`: a second before it the caller says another
-    one neutrally."""
+def styled_calls(exchanges, language: str, args, rng, styles=STYLES_ASKED,
+                 after_neutral: bool = False) -> list[Call]:  # fmt: skip
+    """`--styled` calls a style of one utterance each, in wordings and voices of the split, with
+    `--gains` at a microphone's; `after_neutral`: a neutral one of the caller's a second before."""
     more = rng.spawn(1)[0]  # leaves the draws of `rng` as they are without
     voices, calls = user_voices(language, args.split), []
     chosen = choose_exchanges(exchanges, language, args.split, args.intents)
@@ -536,10 +530,9 @@ def empathy(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict 
         return None
     shares, near = fitting(codec, lm, calls, exchanges, args)
     pairs = list(zip(near[::2], near[1::2], strict=True))
-    return {
-        "pairs": len(pairs), "both_answered": share([None not in pair for pair in pairs]),
-        "different": share([None not in pair and len(set(pair)) == 2 for pair in pairs]), **shares,
-    }  # fmt: skip
+    different = share([None not in pair and len(set(pair)) == 2 for pair in pairs])
+    answered = share([None not in pair for pair in pairs])
+    return {"pairs": len(pairs), "both_answered": answered, "different": different, **shares}
 
 
 def words_alone(codec: Codec, lm: S2S, exchanges, language: str, args) -> dict | None:
@@ -594,15 +587,13 @@ def evaluate_emotion(codec: Codec, lm: S2S, exchanges, language: str, args) -> d
     found["prosody"] = by_prosody(calls, *asked, rng)
     found["octave"] = octave(*models, *asked, rng)
     print(f"{language}: {json.dumps({'detection': found})}", flush=True)
-    return {
-        "detection": found, "empathy": empathy(*models, *asked, rng),
-        "words": words_alone(*models, *asked), "control": control(*models, *asked, rng),
-    }  # fmt: skip
+    return {"detection": found, "empathy": empathy(*models, *asked, rng),
+            "words": words_alone(*models, *asked),
+            "control": control(*models, *asked, rng)}  # fmt: skip
 
 
-def evaluate_language(
-    codec: Codec, lms: Sequence[S2S], exchanges, language: str, replies, judge: Judge | None, args
-) -> list[tuple[dict, list[dict]]]:
+def evaluate_language(codec: Codec, lms: Sequence[S2S], exchanges, language: str, replies,
+                      judge: Judge | None, args) -> list[tuple[dict, list[dict]]]:  # fmt: skip
     """Asks once, holds the calls with each LM and judges them: figures and turns of each."""
     calls, left_out = ask(exchanges, language, args)
     seconds = sum(len(call.audio) for call in calls) / SAMPLE_RATE
@@ -706,8 +697,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "codec": str(args.codec), "lm": str(args.lm), "split": args.split, "seed": args.seed,
         "exchanges": args.exchanges, "intents": list(args.intents), "emotions": args.emotions,
         "eagerness_db": args.eagerness, "failed": failed, "goals": met,
-        "emotion" if args.emotion else "languages": summaries,
-    }  # fmt: skip
+        "emotion" if args.emotion else "languages": summaries}  # fmt: skip
     if args.emotion:
         print(f"\n{emotion_figures.NOTE}")
         result |= {"before": args.before and str(args.before), "styled": args.styled,

@@ -392,8 +392,7 @@ def fetch_shard(shard: Shard, folder: Path, bar: Bar) -> Path:
 
 
 def parquet_rows(path: Path, needed: Sequence[str], more: Sequence[str]) -> Iterator[list[tuple]]:
-    """Batches of (row number, {column: value}) of all of `needed`, and of `more` as far as it is
-    there. Raises UserError."""
+    """Batches of (row number, {column: value}) of `needed` (else UserError), `more` if there."""
     row = 0
     with _undamaged(path), pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names

@@ -90,8 +90,7 @@ class EmotionalSpeech(Conversations):
         self.speakers = {label: [name for name, own in places if label in own] for label in shown}
 
     def disturb(self, window: dict, speaking: Tensor, rng: np.random.Generator) -> None:
-        """Corrupts what the branch reads, the only reader: it learns a speaker's very codes by
-        heart otherwise."""
+        """Corrupts what the branch alone reads: it learns a speaker's codes by heart otherwise."""
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         noise = self.near, self.settings.emotion_noise, generator
         window["emotion_codes"] = train_s2s.replace_codes(window["emotion_codes"], *noise)
@@ -308,8 +307,7 @@ def train(args, run: training.Run) -> None:
 
 
 def description(run: training.Run, model: S2S, parts, rows, hours: float, lacking) -> str:
-    """What the user reads before step 1. `parts`: clips to train on, and held out; `lacking`: texts
-    that the tokenizer cannot spell."""
+    """What is read before step 1. `parts`: clips learnt, held out; `lacking`: unspelled texts."""
     clips = [clip for part in parts for clip in part]
     counts = Counter(clip.emotion for clip in clips)
     shown = ", ".join(f"{name} {counts[name]}" for name in EMOTIONS if counts[name])

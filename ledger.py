@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from audio import SAMPLE_RATE
-from command import UserError
+from command import UserError, needed
 
 LEVEL_SECONDS = 0.005
 ONSET_DB = -40.0  # where a reply begins, relative to its peak
@@ -58,10 +58,8 @@ class StreamResampler:
         self.delay_seconds, self._stream = 0.0, None
         if in_rate == out_rate:
             return
-        try:
-            import soxr
-        except ImportError as error:  # as on a laptop whose sound card takes 24 kHz
-            raise UserError(f"{in_rate} to {out_rate} Hz needs soxr: pip install soxr") from error
+        # Not at the top: a laptop whose sound card takes 24 kHz does without.
+        soxr = needed("soxr", f"{in_rate} to {out_rate} Hz needs soxr: pip install soxr")
         kind = {"num_channels": 1, "dtype": "float32", "vr": True}
         probe, self._stream = (soxr.ResampleStream(in_rate, out_rate, **kind) for _ in range(2))
         chunk = np.zeros(in_rate // 100, np.float32)
@@ -131,13 +129,10 @@ class VoiceDetector:
 
 
 def _silero() -> Callable[[np.ndarray], float]:
-    try:
-        import torch  # not at the top: a call to a server needs none
-
-        threads = torch.get_num_threads()
-        import silero_vad
-    except ImportError as error:
-        raise UserError("voice detection needs Silero VAD: pip install silero-vad") from error
+    missing = "voice detection needs Silero VAD: pip install silero-vad"
+    torch = needed("torch", missing)  # not at the top: a call to a server needs none
+    threads = torch.get_num_threads()
+    silero_vad = needed("silero_vad", missing)
     model = torch.inference_mode()(silero_vad.load_silero_vad().forward)
     torch.set_num_threads(threads)  # importing silero_vad sets it to 1
     return lambda samples: float(model(torch.from_numpy(samples), VAD_RATE))
@@ -325,8 +320,7 @@ class LatencyLedger:
             f"device {s['device_ms']:.1f}, resamplers {s['resampler_ms']:.1f}; end of turn by"
             f" {s['turn_end_source'] or 'nothing'}; {s['warmup_ticks']} warm-up ticks left out",
             f"speaker: {s['output_underruns']} underruns, {s['inserted_samples']} samples inserted,"
-            f" {s['removed_samples']} removed",
-        ]
+            f" {s['removed_samples']} removed"]  # fmt: skip
         if s["not_finite_samples"]:
             rows.append(f"{s['not_finite_samples']} samples were not numbers and became silence")
         return "\n".join(rows)

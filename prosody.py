@@ -11,11 +11,9 @@ import numpy as np
 
 from audio import SAMPLE_RATE
 
-FEATURES = (
-    "pitch_median", "pitch_range", "pitch_deviation", "pitch_slope", "level_mean",
-    "level_deviation", "voiced_share", "voiced_seconds", "bursts_a_second", "harmonicity",
-    "tilt_low", "tilt_high",
-)  # fmt: skip
+FEATURES = ("pitch_median", "pitch_range", "pitch_deviation", "pitch_slope", "level_mean",
+            "level_deviation", "voiced_share", "voiced_seconds", "bursts_a_second", "harmonicity",
+            "tilt_low", "tilt_high")  # fmt: skip
 PITCH_FLOOR, PITCH_CEILING = 65.0, 600.0  # Hz
 
 
@@ -48,8 +46,7 @@ def prosody(audio: np.ndarray) -> np.ndarray:
         np.median(pitch), high - low, pitch.std(), slope, level.mean(), level.std(),
         voiced.mean(), 0.01 * edges.mean() if len(edges) else 0.0,
         rises.sum() / (0.01 * max(1, len(level))), harmonicity.mean() if len(harmonicity) else 0.0,
-        middle - below, above - below,
-    ])  # fmt: skip
+        middle - below, above - below])  # fmt: skip
 
 
 class ProsodyJudge:

@@ -149,8 +149,7 @@ class OpenAIRealtime(Protocol):
         self._session = {
             "type": "realtime", "object": "realtime.session", "id": "", "model": "samvad",
             "output_modalities": ["audio"],
-            "audio": {side: {"format": self.FORMAT} for side in ("input", "output")},
-        }  # fmt: skip
+            "audio": {side: {"format": self.FORMAT} for side in ("input", "output")}}  # fmt: skip
 
     def _say(self, kind: str, **content: Any) -> None:
         event = {"type": kind, "event_id": f"event_{next(self._count)}", **content}
@@ -344,5 +343,4 @@ class Telephone(Protocol):
 
 PROTOCOLS: dict[str, type[Protocol]] = {
     "/api/pcm": RawPCM, "/api/chat": MoshiChat, "/v1/realtime": OpenAIRealtime,
-    "/telephone": Telephone,
-}  # fmt: skip
+    "/telephone": Telephone}  # fmt: skip

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import checkpoints
 import training
-from command import UserError
+from command import EMOTIONS, UserError
 from streamed import stream_weights
 from transformer import StreamingTransformer, TransformerConfig
 
@@ -63,8 +63,7 @@ class S2SConfig:
     languages: tuple[str, ...] = ("english", "hindi", "telugu")
     emotion_dim: int = 0  # width of the emotion branch; 0: none, emotions by a linear head
     codebook_dim: int = 64  # of the codec's own vectors, which the emotion branch reads
-    emotions: tuple[str, ...] = ("neutral", "happy", "sad", "angry", "fear", "disgust", "surprise",
-                                 "calm")  # fmt: skip
+    emotions: tuple[str, ...] = EMOTIONS
 
     def __post_init__(self) -> None:
         for name in ("codebook_sizes", "phones", "languages", "emotions"):
@@ -84,10 +83,9 @@ class S2SConfig:
     @classmethod
     def base(cls, **changes) -> S2SConfig:
         """About 350M parameters, for one H200: a context of 30 s, trained on windows of 45 s."""
-        sizes = {
-            "vocab_size": 32_000, "dim": 1024, "num_layers": 20, "num_heads": 16, "context": 750,
-            "depth_dim": 512, "depth_layers": 6, "depth_heads": 8, "code_dim": 128, "dropout": 0.0,
-        }  # fmt: skip
+        sizes = {"vocab_size": 32_000, "dim": 1024, "num_layers": 20, "num_heads": 16,
+                 "context": 750, "depth_dim": 512, "depth_layers": 6, "depth_heads": 8,
+                 "code_dim": 128, "dropout": 0.0}  # fmt: skip
         return cls(**{**sizes, **changes})
 
     @property
@@ -473,9 +471,8 @@ class S2S(nn.Module):
         return {**logits, "user_phones": phones, "user_words": words}
 
     def depth_logits(self, hidden: Tensor, text: Tensor, codes: Tensor, emotion=None) -> list:
-        """Teacher-forced: states `[N, D]`, tokens `[N]`, codes `[N, p, K]` and, for an LM with an
-        emotion branch, emotions `[N]` of patches → per step and place of `depth_schedule`, logits
-        `[N, size]`."""
+        """Teacher-forced: states `[N, D]`, tokens `[N]`, codes `[N, p, K]` and, with an emotion
+        branch, emotions `[N]` → per step and place of `depth_schedule`, logits `[N, size]`."""
         codes, said = codes.clamp(min=0), self._depth_said(text, emotion)
         steps = range(len(self.schedule))
         inputs = [self._depth_input(hidden, said, codes, step) for step in steps]
@@ -543,12 +540,11 @@ class S2S(nn.Module):
         return S2SState(self, batch_size, seed)
 
     @torch.no_grad()
-    def step(
-        self, user_codes: Tensor, state: S2SState, active: Tensor | None = None,
-        emotion: Tensor | None = None, language: Tensor | None = None,
-        sampling: Sampling | SlotSampling | None = None, strength: Tensor | None = None,
-        forced: tuple[Tensor, Tensor, Tensor] | None = None, timer=lambda: None,
-    ) -> StepOutput:  # fmt: skip
+    def step(self, user_codes: Tensor, state: S2SState, active: Tensor | None = None,
+             emotion: Tensor | None = None, language: Tensor | None = None,
+             sampling: Sampling | SlotSampling | None = None, strength: Tensor | None = None,
+             forced: tuple[Tensor, Tensor, Tensor] | None = None,
+             timer=lambda: None) -> StepOutput:  # fmt: skip
         """Reads a patch of the user and writes the agent's patch of the same tick.
 
         user_codes: `[B, K, p]` int64. active: `[B]` bool, slots that take part. emotion, language:
@@ -596,9 +592,9 @@ class S2S(nn.Module):
             self._advance(state, codes, said, active)[: len(text)].transpose(1, 2), text,
             user_speaking=heads["user_speaking"][:, 0].sigmoid(),
             turn_end=heads["turn_end"][:, 0].sigmoid(),
-            user_emotion=heads["user_emotion"].softmax(-1), language=heads["language"].softmax(-1),
             user_words=heads["user_words"].argmax(-1), user_phones=heads["user_phones"],
-        )  # fmt: skip
+            user_emotion=heads["user_emotion"].softmax(-1),
+            language=heads["language"].softmax(-1))  # fmt: skip
 
     def slot_sampling(self, slots: int, sampling: Sampling) -> SlotSampling:
         """The same `sampling` for every slot."""
@@ -707,10 +703,8 @@ def untimed_words_loss(logits: Tensor, batch: Batch) -> Tensor:
     chosen = scores.flatten()[at[..., None] * vocabulary + classes[:, :, None]]
     chosen = chosen - scores.logsumexp(-1).flatten()[at][..., None]
     steps_first = chosen.flatten(0, 1).transpose(0, 1)  # [T, B * M, 1 + S]
-    raw = F.ctc_loss(
-        steps_first, batch.untimed_labels.flatten(0, 1), *batch.untimed_lengths, blank=0,
-        reduction="none", zero_infinity=True,
-    )  # fmt: skip
+    what = steps_first, batch.untimed_labels.flatten(0, 1), *batch.untimed_lengths
+    raw = F.ctc_loss(*what, blank=0, reduction="none", zero_infinity=True)
     # torch's gradient takes the classes for all there are, and adds their probabilities to it.
     inside = (span < batch.untimed_patches[..., None]) & (raw > 0).view(size, -1, 1)
     surplus = torch.where(inside[..., None], chosen.exp(), 0.0).sum((-1, -2)).flatten()

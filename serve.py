@@ -254,8 +254,7 @@ def make_metrics(engine: DuplexEngine, calls: dict) -> SimpleNamespace:
         dropped=Counter("dropped_patches", "input that came too late or too fast", **to),
         unsent=Counter("unsent_patches", "replies that a slow client did not take", **to),
         ticks=Histogram("tick_seconds", "a step of all slots", **times),
-        waited=Histogram("waited_seconds", "input until its tick", **times),
-    )
+        waited=Histogram("waited_seconds", "input until its tick", **times))  # fmt: skip
 
 
 class Server:
@@ -354,8 +353,7 @@ class Server:
             "type": "ready", "call": call.id, "rejoined": bool(own), "sample_rate": SAMPLE_RATE,
             "patch_ms": self.engine.patch_seconds * 1000, "emotions": list(config.emotions),
             "languages": list(config.languages), "recognises_emotion": bool(config.emotion_dim),
-            "rejoin_seconds": self.args.rejoin_seconds,
-        }])  # fmt: skip
+            "rejoin_seconds": self.args.rejoin_seconds}])  # fmt: skip
         voice = {name: query[name] for name in VOICE if query.get(name)}
         self._take(call, {"type": "start", **voice})
 

@@ -302,10 +302,8 @@ def _place_silences(audio: np.ndarray, phones: list[Span]) -> list[Span]:
     return [(p, s, e) for p, s, e in spans if e > s]
 
 
-def _cut_silences(
-    audio: np.ndarray, phones: list[Span], words: list[Span] | None
-) -> tuple[np.ndarray, list[Span], list[Span] | None]:
-    """Removes samples from silences that are longer than wanted; times follow."""
+def _cut_silences(audio: np.ndarray, phones: list[Span], words: list[Span] | None) -> tuple:
+    """(audio, phones, words), silences that are longer than wanted cut; times follow."""
     pieces, spans, cuts, clock = [], [], [], 0.0  # cuts: (time, seconds removed at that time)
     for i, (phone, start, end) in enumerate(phones):
         piece = audio[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)]

@@ -252,12 +252,11 @@ class RemoteLine:
     turns = staticmethod(ledger.energy_turns)
 
     def __init__(self, args: argparse.Namespace):
-        try:
-            import websockets.sync.client
-        except ImportError as error:
-            raise UserError("--server needs websockets: pip install websockets") from error
-        self._websockets, self._args, self.clock = websockets, args, time.perf_counter
-        self._lost = OSError, ValueError, websockets.exceptions.WebSocketException
+        missing = "--server needs websockets: pip install websockets"
+        self._client = command.needed("websockets.sync.client", missing)
+        self._errors = command.needed("websockets.exceptions", missing)
+        self._args, self.clock = args, time.perf_counter
+        self._lost = OSError, ValueError, self._errors.WebSocketException
         self._connect()
         self.patch_seconds = self._ready["patch_ms"] / 1000
         self.ledger = LatencyLedger(self.patch_seconds)
@@ -270,7 +269,7 @@ class RemoteLine:
         settings = {"additional_headers": bearer, "compression": None, "close_timeout": 1}
         url += f"{'&' if '?' in url else '?'}call={call}" if call else ""
         # Entered, as new versions want it; left by `close`.
-        socket = self._websockets.sync.client.connect(url, **settings).__enter__()
+        socket = self._client.connect(url, **settings).__enter__()
         ready = json.loads(socket.recv(timeout=self.ANSWER_SECONDS))
         if ready.get("type") != "ready":
             raise UserError(f"{args.server}: {ready.get('message', 'is no Samvad server')}")
@@ -339,7 +338,7 @@ class RemoteLine:
         return tell("bye", f"cut off or silent; no way back within {kept:.0f} s")
 
     def _say(self, message: bytes | str) -> None:
-        with contextlib.suppress(self._websockets.exceptions.ConnectionClosed):  # `_read` tells
+        with contextlib.suppress(self._errors.ConnectionClosed):  # `_read` tells
             self._socket.send(message)
 
     def send(self, audio: np.ndarray, arrived: float) -> None:
@@ -545,10 +544,9 @@ class SoundCard:
         self.playout = Playout(self._rates[1])
         self._echo = None
         if args.echo_cancel:
-            try:
-                from livekit import rtc  # WebRTC's echo canceller
-            except ImportError as error:
-                raise UserError("--echo_cancel needs LiveKit's SDK: pip install livekit") from error
+            command.needed("livekit", "--echo_cancel needs LiveKit's SDK: pip install livekit")
+            from livekit import rtc  # WebRTC's echo canceller
+
             self._frame = lambda pcm, rate: rtc.AudioFrame(bytearray(pcm), rate, 1, len(pcm) // 2)
             self._echo = rtc.AudioProcessingModule(echo_cancellation=True)
         self._inputs: queue.Queue[tuple[float, bytes]] = queue.Queue(MAX_INPUT_BLOCKS)

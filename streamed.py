@@ -9,8 +9,7 @@ from torch import Tensor, nn
 class StreamedLinear(nn.Linear):
     """A layer that reads its weights in half precision, as a CPU's steps of few rows wait for them.
 
-    For weights that half precision holds exactly, as an export's; sums are in fp32, so that nothing
-    changes but their order."""
+    For weights it holds exactly, as an export's; sums are in fp32: only their order changes."""
 
     FEW_ROWS = 16  # more go the ordinary way
 

@@ -203,7 +203,9 @@ class Conversations(Dataset):
         window = turn_labels(row, count, c, self.phone_ids)
         window["user_words"] = self.user_words(row, count)
         for name, delay in (("user_codes", 0), ("agent_codes", c.acoustic_delay)):
-            codes = delay_acoustic(torch.from_numpy(row[name].astype(np.int64)), delay)
+            codes = torch.from_numpy(row[name].astype(np.int64))
+            late = nn.functional.pad(codes[:, 1:], (0, 0, delay, 0), value=IGNORE)[: len(codes)]
+            codes = torch.cat((codes[:, :1], late), dim=1)  # acoustic levels `delay` frames later
             window[name] = codes[: count * p].unflatten(0, (count, p))
         turns = [turn for turn in row["turns"] if turn["who"] == "agent"]
         words = [self.agent_words(turn) if turn["text"] else [] for turn in turns]
@@ -364,12 +366,6 @@ def moved(turn: dict, seconds: float) -> dict:  # so much later
         if turn[name]:
             later[name] = [[text, a + seconds, b + seconds] for text, a, b in turn[name]]
     return later
-
-
-def delay_acoustic(codes: Tensor, delay: int) -> Tensor:
-    """Frames `[F, K]` with the acoustic levels `delay` frames later; `IGNORE` fills the gap."""
-    acoustic = nn.functional.pad(codes[:, 1:], (0, 0, delay, 0), value=IGNORE)[: len(codes)]
-    return torch.cat((codes[:, :1], acoustic), dim=1)
 
 
 def near_codes(codebooks: Sequence[Tensor], count: int = 8) -> Tensor:

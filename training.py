@@ -528,12 +528,10 @@ class Metrics:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self._board = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+            missing = "--tensorboard needs a package: pip install tensorboard"
+            writer = command.needed("torch.utils.tensorboard", missing).SummaryWriter
             board = str(self.path.parent / "tensorboard")
-            self._board = SummaryWriter(board, purge_step=resume_step + 1)
+            self._board = writer(board, purge_step=resume_step + 1)
 
     def log(self, step: int, **values: float | int | str | Tensor) -> dict:
         """Append a line, and return it as numbers; a value that is not finite is None."""

@@ -120,10 +120,9 @@ class TransformerState:
     """Ring key-value cache of a call, one row a slot; preallocated and changed in place.
 
     `keys` and `values` are `[layers, B, capacity, H_kv, D]`; `position` `[B]` counts the positions
-    that each slot has consumed, and alone says which entries are valid. A reset writes zeros all
-    the same, since an attention weight of 0 does not hide what is not a number. `places` are views
-    of each layer's keys and values, as they are written `[B * capacity, H_kv, D]` and as they are
-    read `[B, H_kv, capacity, D]`."""
+    that each slot has consumed, and alone says which entries are valid. A reset writes zeros, since
+    an attention weight of 0 does not hide what is not a number. `places` are views of each layer's
+    keys and values, written as `[B * capacity, H_kv, D]`, read as `[B, H_kv, capacity, D]`."""
 
     def __init__(self, config, batch_size: int, max_chunk: int, device, dtype) -> None:
         # The first query of a chunk still needs `context` keys when the last one is written. In
