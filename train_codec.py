@@ -539,6 +539,8 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
     learner = Learner(run, config, found)
     model = learner.model
     if learner.units is not None and not run.resumed:
+        if run.is_main:
+            print("finding the units of what the teacher hears …", flush=True)
         learner.find_units(dataset)
     replayed = training.StepGraph(learner.step) if args.cuda_graph else None
 
