@@ -22,8 +22,7 @@ try:
 except (ImportError, OSError):  # as on a laptop that only talks to a server: plain WAV then
     soundfile = None
 
-SAMPLE_RATE = 24000
-HOP = 480
+SAMPLE_RATE, HOP = 24000, 480
 FRAME_SECONDS = HOP / SAMPLE_RATE
 # What `write_audio` makes: libsndfile's format and subtype.
 WRITABLE = {".wav": ("WAV", "PCM_16"), ".flac": ("FLAC", "PCM_16"), ".ogg": ("OGG", None),

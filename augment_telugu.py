@@ -5,16 +5,14 @@
     python augment_telugu.py --synthesize_hours 500  voices read the transcripts
     python augment_telugu.py --list_engines          what each engine needs
 
-Copies (the plan's strategy 1): each training clip 0.9 and 1.1 times as fast (its
-pitch moves too), 2 semitones lower and higher (its length stays), and with noise.
-Copies and synthetic speech are not copied again; originals are only read.
+Copies (the plan's strategy 1): each training clip 0.9 and 1.1 times as fast (its pitch moves too),
+2 semitones lower and higher (its length stays), and with noise. Copies and synthetic speech are not
+copied again; originals are only read.
 
-Synthetic speech (strategy 2): Telugu sentences, from the transcripts of the
-training clips or --text_file, in an engine's own voices, at drawn rates and
-pitches. A clip of an implausible length is dropped and counted.
-
-Both can be stopped at any moment: the same command goes on. The same seed, corpora
-and flags make the same samples (but for piper's, whose noise has no seed).
+Synthetic speech (strategy 2): Telugu sentences, from the transcripts of the training clips or
+--text_file, in an engine's own voices, at drawn rates and pitches. A clip of an implausible length
+is dropped and counted. Both can be stopped at any moment: the same command goes on. The same seed,
+corpora and flags make the same samples (but for piper's, whose noise has no seed).
 """
 
 import argparse
@@ -110,8 +108,7 @@ def source_name(clip: Clip, root: Path) -> str:
 
 
 def plan_copies(clips: Sequence[Clip], root: Path, seed: int) -> list[CopyPlan]:
-    """Every copy of every clip, in an order drawn from (seed, name): a prefix of it is a fair
-    sample, to which more hours later only add."""
+    """Every copy of every clip, in an order drawn from (seed, name): a prefix is a fair sample."""
     sources = [source_name(clip, root) for clip in clips]
     stems = Counter(os.path.splitext(source)[0] for source in sources)
     plans = []
@@ -221,8 +218,7 @@ def augment(args: argparse.Namespace) -> None:
             names = {os.path.splitext(row["path"])[0]: row["duration"] for row in made}
             plans = choose_plans(plan_copies(sources, root, args.seed), names, wanted)
         if plans:
-            hours = sum(plan.copy_seconds for plan in plans) / 3600
-            check_room(final.parent, args.format, hours)
+            check_room(final.parent, args.format, sum(plan.copy_seconds for plan in plans) / 3600)
         else:
             print("nothing to make: the hours asked for are there (--hours all makes every copy)")
             if not made:
@@ -287,8 +283,7 @@ def make_parts(work: Callable, parts: Sequence, total: int, num_workers: int, fo
     speed, a_core = (f"{seconds / spent:,.0f}x" for spent in (took[4], sum(took[:4])))
     print(f"{final}: {len(clips)} clips, {seconds / 3600:,.2f} h in {took[4]:,.0f} s "
           f"({speed} real time, {a_core} a core)")  # fmt: skip
-    rows = made_rows(folder)
-    if not rows:
+    if not (rows := made_rows(folder)):
         shutil.rmtree(folder, ignore_errors=True)
         raise UserError(f"{final}: no clip could be made; see the files named above")
     command.write_text(folder / data.MANIFEST, "".join(map(command.as_json_line, rows)))
@@ -357,6 +352,7 @@ def make_speech(folder: Path, args: argparse.Namespace, part_seconds: float,
                 index: int) -> tuple[list[Clip], list[str]]:  # fmt: skip
     """Make a folder of at least `part_seconds` of speech, then its record: (clips, drops)."""
     voices, texts = own_voices(args.engine), _texts(folder / TEXTS)
+    engine = speech.find_engine(args.engine)
     rng = np.random.default_rng([args.seed, index])
     within = folder / f"{index:05d}"
     shutil.rmtree(within, ignore_errors=True)
@@ -371,9 +367,13 @@ def make_speech(folder: Path, args: argparse.Namespace, part_seconds: float,
             if fault:
                 dropped.append(f"{request.voice.id}: {fault}: {request.text}")
                 continue
-            path = within / f"{index:05d}-{len(clips):03d}.{args.format}"
+            path, voice = within / f"{index:05d}-{len(clips):03d}.{args.format}", request.voice
             write_audio(path, said.audio, SAMPLE_RATE)
-            clips.append(_synthetic_clip(path, request, said))
+            clips.append(SyntheticClip(
+                path, len(said.audio) / SAMPLE_RATE, SAMPLE_RATE, "telugu", voice.id, request.text,
+                license=engine.license, commercial_ok=engine.commercial_ok, engine=engine.name,
+                phones=_rounded(said.phones), rate=request.speed, seed=request.seed,
+                semitones=round(12 * math.log2(voice.pitch), 2)))  # fmt: skip
             seconds += clips[-1].duration
         if in_a_row >= MAX_DROPS:
             last = f"{in_a_row} sentences in a row dropped; last: {dropped[-1]}"
@@ -386,20 +386,10 @@ def length_fault(audio: np.ndarray, text: str) -> str | None:
     """Why a clip `[T]` at 24 kHz is to be dropped: silence, or too short or long for its text."""
     if not np.abs(audio).max(initial=0.0) > 1e-3:  # NaN too
         return "no audio"
-    count = len(phonemize(text, "telugu"))
-    if not count:
+    if not (count := len(phonemize(text, "telugu"))):
         return "no phones in the text"
     (low, high), seconds = PHONE_SECONDS, len(audio) / SAMPLE_RATE / count
     return None if low <= seconds <= high else f"{seconds:.3f} s a phone"
-
-
-def _synthetic_clip(path: Path, request: speech.Request, said: speech.Utterance) -> SyntheticClip:
-    engine, voice = speech.find_engine(request.voice.engine), request.voice
-    return SyntheticClip(path, len(said.audio) / SAMPLE_RATE, SAMPLE_RATE, "telugu", voice.id,
-                         request.text, license=engine.license, commercial_ok=engine.commercial_ok,
-                         phones=_rounded(said.phones), engine=engine.name, rate=request.speed,
-                         semitones=round(12 * math.log2(voice.pitch), 2),
-                         seed=request.seed)  # fmt: skip
 
 
 def speak_texts(args: argparse.Namespace) -> None:

@@ -106,8 +106,7 @@ def config_of(kind: type, model: str, stored: dict, where: str | Path) -> Any:
     if stored.get("model") != model:
         raise UserError(f"{where}: holds a {stored.get('model', 'nameless')} model, not a {model}")
     values = {name: value for name, value in stored.items() if name != "model"}
-    unknown = set(values) - {field.name for field in dataclasses.fields(kind)}
-    if unknown:
+    if unknown := set(values) - {field.name for field in dataclasses.fields(kind)}:
         raise UserError(f"{where}: config has unknown fields: {', '.join(sorted(unknown))}")
     return kind(**values)
 
@@ -132,8 +131,7 @@ def open_run(run_dir: str | Path, model: str, fresh: bool) -> Checkpoint | None:
 
 
 def fill(model: nn.Module, tensors: dict, path: str | Path, optional: tuple[str, ...] = ()) -> None:
-    """The model's weights from stored tensors; only names that end in one of `optional` may lack.
-    Raises UserError where they do not fit the config."""
+    """The model's weights; only names that end in one of `optional` may lack. UserError if odd."""
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         odd = [name for name in missing if not name.endswith(optional)] + unexpected

@@ -38,9 +38,8 @@ class UserError(Exception):
 
 def run(main: Callable[[], int | None], resumes: bool = True) -> None:
     """Run a script's `main`: what the user can mend, and what the system refuses, ends in one line
-    on stderr and exit code 1. Ctrl-C exits 130; `resumes`: the same command then goes on. Other
-    exceptions keep their traceback: they are bugs. Printing never fails: not for the terminal's
-    encoding, nor where nobody reads on."""
+    on stderr and exit code 1. Ctrl-C exits 130; `resumes`: the same command then goes on. Bugs keep
+    their traceback. Printing never fails: not for an encoding, nor where nobody reads on."""
     sys.stdout, sys.stderr = _unfailing(sys.stdout), _unfailing(sys.stderr)
     try:
         code, message = main(), ""
@@ -367,8 +366,7 @@ def printable(text: str) -> str:
 
 
 def as_json_line(row: dict) -> str:
-    """The line of a JSON-lines file. What is not UTF-8 is escaped, and what other readers than
-    `json_lines` take for the end of a line."""
+    """A line of JSON. Escaped: what is not UTF-8, or a line's end to others than `json_lines`."""
     line = json.dumps(row, ensure_ascii=False)
     odd = re.search("[\u2028\u2029\x85\ud800-\udfff]", line)
     return f"{json.dumps(row) if odd else line}\n"

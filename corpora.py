@@ -335,8 +335,7 @@ class Layout:
 
     def said_by(self, path: str) -> dict[str, str | None]:
         """{speaker, key, text, label} by a path without its suffix; empty if named otherwise."""
-        match = re.search(f"(?:^|/)(?:{self.named})$", path)
-        if not match:
+        if not (match := re.search(f"(?:^|/)(?:{self.named})$", path)):
             return {}
         found = match.groupdict().get
         speaker = found("speaker") and self.prefix + found("speaker").replace("_", "-")
@@ -358,8 +357,7 @@ def _take_clips(job: Job) -> None:
     paths = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         taken = list(pool.map(lambda path: _clip_of_file(job, path, layout, listed), paths))
-    unknown = [path.name for path, found in zip(paths, taken, strict=True) if found is None]
-    if unknown:
+    if unknown := [path.name for path, found in zip(paths, taken, strict=True) if found is None]:
         left_out = f"{len(unknown)} files left out, in no list, or named otherwise than its clips"
         tqdm.write(f"{job.corpus.name}: {left_out}; first: {unknown[0]}")
     # By path: a kill between packing a WAV and removing it leaves both.
@@ -423,8 +421,7 @@ LABELS = {**{name: name for name in data.EMOTIONS},
     **dict.fromkeys(("fea", "fearful", "06"), "fear"), "02": "calm",
     **dict.fromkeys(("dis", "disgusted", "07"), "disgust"),
     **dict.fromkeys(("surprised", "08"), "surprise")}  # fmt: skip
-CREMA_D_SENTENCES = {
-    "IEO": "It's eleven o'clock.", "TIE": "That is exactly what happened.",
+CREMA_D_SENTENCES = {"IEO": "It's eleven o'clock.", "TIE": "That is exactly what happened.",
     "IOM": "I'm on my way to the meeting.", "IWW": "I wonder what this is about.",
     "TAI": "The airplane is almost full.", "MTI": "Maybe tomorrow it will be cold.",
     "IWL": "I would like a new alarm clock.", "ITH": "I think I have a doctor's appointment.",
@@ -622,8 +619,7 @@ def fetch_fisher(job: Job) -> None:
     folder = job.options.fisher_dir
     if folder is None:
         raise UserError(f"fisher: {job.corpus.note}")
-    calls = sorted(folder.rglob("*.sph"))
-    if not calls:
+    if not (calls := sorted(folder.rglob("*.sph"))):
         raise UserError(f"--fisher_dir {folder}: no .sph files there; give the LDC's own folders")
     scripts = {path.stem: path for path in folder.rglob("fe_*.txt")}
     for call in calls:

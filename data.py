@@ -87,9 +87,6 @@ class Clips(Sequence[Clip]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __add__(self, other: Iterable[Clip]) -> Clips:
-        return Clips(self.table, Clips.of(other).table)
-
     def __getitem__(self, index: int | slice) -> Clip | Clips:
         if isinstance(index, slice):
             return Clips(self.table.take(np.arange(len(self))[index]))

@@ -52,8 +52,7 @@ _LINE_FIELDS = {"who": ("user", "agent"), "texts": "list of text?", "emotion": (
 def load_scripts(path: str | Path) -> list[Exchange]:
     """The exchanges of a `.jsonl` file, or of all of a folder. UserError where one is bad."""
     path = Path(path)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
+    if not (files := sorted(path.glob("*.jsonl")) if path.is_dir() else [path]):
         raise UserError(f"{path}: no scripts (*.jsonl) there; check --scripts")
     found: dict[tuple, Exchange] = {}
     for file in files:
@@ -90,16 +89,13 @@ def _line(turn: dict, where: str) -> Line:
 def choose_exchanges(exchanges: Iterable[Exchange], language: str, split: str,
                      intents: Sequence[str] = (),
                      archetypes: bool = False) -> list[Exchange]:  # fmt: skip
-    """Those of a split: training wordings for train, held-out ones otherwise. `archetypes`: only
-    the first, simplest one of each intent."""
+    """Training wordings for train, else held-out; `archetypes`: an intent's first, simplest."""
     mine = [e for e in exchanges if e.language == language]
-    unknown = set(intents) - {e.intent for e in mine}
-    if unknown:
+    if unknown := set(intents) - {e.intent for e in mine}:
         raise UserError(f"no {language} script has intent {', '.join(sorted(unknown))}")
     mine = [e for e in mine if not intents or e.intent in intents]
     mine = [e for e in mine if not archetypes or e.id.endswith("-001")]
-    chosen = [e for e in mine if e.held_out == (split != "train")]
-    if not chosen:
+    if not (chosen := [e for e in mine if e.held_out == (split != "train")]):
         raise UserError(f"no {language} script left for split {split}; check --intents, --scripts")
     return chosen
 
@@ -168,8 +164,7 @@ def _recording(fields: dict, manifest: Path, root: Path, language: str, where: s
         check_fields(turn, _TURN_FIELDS, f"{where}: turn {i}")
         if not 0 <= turn["start"] <= turn["end"]:
             raise UserError(f"{where}: turn {i} goes from {turn['start']} to {turn['end']} s")
-        unknown = {phone for phone, _, _ in turn.get("phones") or ()} - set(PHONES)
-        if unknown:
+        if unknown := {phone for phone, _, _ in turn.get("phones") or ()} - set(PHONES):
             raise UserError(f"{where}: turn {i}: no phone {sorted(unknown)[0]!r} is known")
     source = fields.get("source") or command.printable(manifest.parent.resolve().name)
     spoken, split = fields.get("language") or language, fields.get("split") or split_for(name)

@@ -4,10 +4,9 @@
     python download_data.py             the default set: 2,000 real h a language
     python download_data.py --verify    what is on disk; exit 1 on a gap
 
-Every corpus ends in a folder of audio with a `manifest.jsonl`, renamed into
-place when it is complete; the same command goes on where a killed one stopped.
-Emotional speech goes to data/emotion/, two-channel conversations to
-data/conversations/.
+Every corpus ends in a folder of audio with a `manifest.jsonl`, renamed into place when it is
+complete; the same command goes on where a killed one stopped. Emotional speech goes to
+data/emotion/, two-channel conversations to data/conversations/.
 """
 
 import argparse
@@ -312,8 +311,7 @@ def print_verified(found: list[dict], data_dir: Path) -> bool:
         print(_wrapped(f"{folder}: {_figure(total)} h{goal}: {', '.join(parts)}"))
     for what in [what for row in found for what in row["unreadable"]][:20]:
         print(f"unreadable: {what}")
-    missing = [row["corpus"] for row in found if not row["state"].startswith("ok")]
-    if missing:
+    if missing := [row["corpus"] for row in found if not row["state"].startswith("ok")]:
         print(_wrapped(f"missing in {data_dir}: {', '.join(missing)}"))
         print("To fetch it: delete a damaged corpus's folder, then run this without --verify.")
     return not missing
@@ -335,8 +333,7 @@ def choose(names: list[str] | None, languages: list[str] | None,
     """The rows asked for: those of --fisher_dir and --cv_dataset_id, and of --corpora; without any
     of these the default set. Raises UserError on an unknown name."""
     options = options or FetchOptions()
-    unknown = set(names or []) - {row.name for row in CORPORA} - set(GROUPS)
-    if unknown:
+    if unknown := set(names or []) - {row.name for row in CORPORA} - set(GROUPS):
         there = f"--list shows them; groups: {', '.join(GROUPS)}"
         more = "Debian's packages: tools/package_recordings.py"
         raise UserError(f"no corpus '{min(unknown)}'; {there}; {more}")
@@ -372,8 +369,7 @@ def check_access(rows: list[Corpus], mirrors: dict[str, str]) -> None:
     """Ask the Hub for every gated dataset before the night begins. UserError names all at once."""
     places = {(row.repo, mirrors.get(row.name)) for row in rows if row.gated}
     asked = [place for place in places if not fetching.is_local(place[1])]
-    to_accept = sorted({fetching.licence_page(*place) for place in asked} - {""})
-    if to_accept:
+    if to_accept := sorted({fetching.licence_page(*place) for place in asked} - {""}):
         accept = f"accept the licence at {' and at '.join(to_accept)}, then `hf auth login` (or "
         raise UserError(f"{accept}set HF_TOKEN) and run again; or leave them out with --corpora")
 
@@ -392,8 +388,7 @@ def check_disk(rows: list[Corpus], data_dir: Path, options: FetchOptions, jobs: 
 
 
 def as_listed(row: Corpus, options: FetchOptions) -> Corpus:
-    """The row with the size of the shards that the dataset has now, hours and disk in proportion;
-    as the table says where it cannot be asked."""
+    """The row at the size of the shards that there are now; as it is, where nobody can be asked."""
     if not isinstance(row, corpora.OnHub) or row.exact:
         return row
     try:
@@ -491,8 +486,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"only these of {', '.join(data.LANGUAGES)}")  # fmt: skip
     add("--corpora", nargs="+", metavar="NAME", help=f"rows of --list, or {', '.join(GROUPS)}")
     add("--data_dir", type=Path, default=Path("data"), help="where everything goes")
-    add("--max_hours", type=number(0), default=0.0,
-        help="of each corpus, 0 for all; archives are not cut")  # fmt: skip
+    add("--max_hours", type=number(0), default=0.0, help="of each corpus, 0: all; archives whole")
     add("--list", action="store_true", help="show the table and stop")
     add("--verify", action="store_true", help="check every file on disk and stop")
     add("--json", type=Path, metavar="FILE", help="write what is on disk there too")
@@ -512,8 +506,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     arguments = parse_args()
     folder = arguments.fisher_dir
-    options = FetchOptions(
-        max_hours=arguments.max_hours, keep_wav=arguments.keep_wav,
+    options = FetchOptions(max_hours=arguments.max_hours, keep_wav=arguments.keep_wav,
         mirrors=_pairs("--mirror", arguments.mirror, (row.name for row in CORPORA)),
         cv_dataset_ids=_pairs("--cv_dataset_id", arguments.cv_dataset_id, data.LANGUAGES),
         fisher_dir=folder and command.existing_folder(folder, "--fisher_dir"))  # fmt: skip

@@ -116,8 +116,7 @@ class PatchQueue(deque[QueuedPatch]):
 
 
 class BargeInFlush:
-    """`--vad_flush`: silences agents whose users talk over them, from two ticks of voice while the
-    agent is audible to two ticks without."""
+    """`--vad_flush`: silences an audible agent from two ticks of voice on, to two ticks without."""
 
     def __init__(self, slots: int = 1):
         self.voice, self.audible, self.muted = np.zeros((3, slots), bool)
@@ -215,8 +214,7 @@ class DuplexEngine:
     """
 
     def __init__(self, codec: Codec, lm: S2S, slots: int = 1, sampling: Sampling | None = None,
-                 seed: int = 0, vad_flush: bool = False,
-                 clock: Callable[[], float] = time.perf_counter,
+                 seed: int = 0, vad_flush: bool = False, clock: Callable = time.perf_counter,
                  emotion_strength: float = 1.0, graphs: bool = True):  # fmt: skip
         check_codec_matches(codec, lm)
         self.codec, self.lm = codec, lm
@@ -291,8 +289,7 @@ class DuplexEngine:
         self._suspended[slot] = False
 
     def set_sampling(self, slot: int, sampling: Sampling | None = None) -> None:
-        """How one slot draws from its next tick on, None: as the engine's own. Raises `UserError`
-        for a `top_k` wider than the engine was made for."""
+        """How a slot draws from its next tick on, None: as the engine. UserError: wider `top_k`."""
         sampling = sampling or self.sampling
         for name in ("top_k", "text_top_k"):
             asked, most = getattr(sampling, name), getattr(self.sampling, name)
@@ -324,8 +321,7 @@ class DuplexEngine:
         """Queue a slot's input samples [T]; `arrived` (the clock's now by default) is when the
         last of them came in, and the start of what `waited` measures."""
         if not self._suspended[slot]:
-            now = self.clock() if arrived is None else arrived
-            self.queues[slot].push(audio, now, bounded)
+            self.queues[slot].push(audio, self.clock() if arrived is None else arrived, bounded)
 
     def run_once(self) -> TickResult | None:
         """One tick over the slots with a patch waiting; None when there is none."""

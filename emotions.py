@@ -66,12 +66,10 @@ def load_emotional(folders: Sequence[str | Path], commercial_only: bool = False,
 
 
 def _by_name(clip: Clip) -> tuple[Clip, str | None, tuple]:
-    """(the clip with what its file's name tells in one of the SHIPPED layouts, its label, what it
-    has in common with copies of itself)."""
+    """(the clip with what its name tells in a SHIPPED layout, its label, what its copies share)."""
     path = clip.path.with_suffix("").as_posix()
     for layout, (licence, commercial_ok) in SHIPPED.items():
-        said = corpora.LAYOUTS[layout].said_by(path)
-        if said:
+        if said := corpora.LAYOUTS[layout].said_by(path):
             speaker = said["speaker"]
             # ESD's first ten speakers are Chinese; all else is English.
             chinese = layout == "esd" and int(speaker[-4:]) <= 10

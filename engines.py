@@ -146,8 +146,7 @@ class Mms:
 
 
 class Piper:
-    """Piper's voices (VITS by onnxruntime), a folder of .onnx files. Their noise has no seed: the
-    same command says the same, in other samples."""
+    """Piper's voices (VITS by onnxruntime), a folder of .onnx files. Their noise has no seed."""
 
     def __init__(self, language: str, model: str, device: str) -> None:
         from piper import PiperVoice, SynthesisConfig
@@ -166,8 +165,7 @@ class Piper:
             config = self._config(length_scale=1 / order.rate)
             chunks = list(self._voices[order.name].synthesize(order.text, syn_config=config))
             data = b"".join(chunk.audio_int16_bytes for chunk in chunks)
-            rate = chunks[0].sample_rate if chunks else SAMPLE_RATE
-            yield from_pcm16(data), rate
+            yield from_pcm16(data), chunks[0].sample_rate if chunks else SAMPLE_RATE
 
 
 def _is_here(model: str) -> bool:

@@ -366,8 +366,7 @@ def table(name: str, group: dict) -> str:
         rates = f"{p['asked_kbps']:>6.4g}{p['net_kbps']:>7.2f}"
         lines.append(f"{p['codec']:<9}{rates}{cells(p['scores'], columns)}")
     least = {m: min(p["measured"].get(m, 0) for p in group["points"]) for m in columns}
-    partly = [f"{MEASURES[m][0]} {n}" for m, n in least.items() if n < group["clips"]]
-    if partly:
+    if partly := [f"{MEASURES[m][0]} {n}" for m, n in least.items() if n < group["clips"]]:
         lines.append(f"clips that a judge could measure: {', '.join(partly)}")
     return "\n".join(line.rstrip() for line in lines)
 

@@ -56,7 +56,7 @@ import praat
 import speech
 from audio import SAMPLE_RATE
 from codec import Codec
-from command import ArgumentParser, UserError, number, run, whole, writable_file, write_text
+from command import ArgumentParser, UserError, needed, number, run, whole, writable_file, write_text
 from data import SPLITS
 from dialogues import SPOKEN, Exchange, choose_exchanges, load_scripts
 from duplex import DuplexEngine, EmotionEstimate, load_models
@@ -73,8 +73,7 @@ LEAD_IN_SECONDS, TAIL_SECONDS = 0.5, 4.0
 AFTER_REPLY_SECONDS = 2.0  # from the end of a reply to the next question, or to the call's end
 SPEED = (0.95, 1.05)
 HEAD_SECONDS = 0.3  # of the end of a turn over which the heads' outputs are averaged
-MAX_TEXT_ERROR = 0.3
-MAX_AUDIO_ERROR = 0.6  # of a right reply, of the judge's phones
+MAX_TEXT_ERROR, MAX_AUDIO_ERROR = 0.3, 0.6  # of a right reply: letters, the judge's phones
 TRUSTED = 0.8  # a judge's least accuracy
 JUDGE_REPLIES = 40  # a language at most on which a judge is examined
 JUDGE_SPEED, JUDGE_RATE = 0.93, 16000
@@ -268,14 +267,13 @@ def load_judge(name: str) -> Judge | None:
     if name == "none":
         return None
     try:
-        from hama import ASRModel
-    except ImportError as error:
-        missing = "no recogniser to judge the replies' audio: pip install hama"
+        hama = needed("hama", "no recogniser to judge the replies' audio: pip install hama")
+    except UserError as error:
         if name == "hama":
-            raise UserError(missing) from error
-        print(missing, file=sys.stderr)
+            raise
+        print(error, file=sys.stderr)
         return None
-    model = ASRModel()
+    model = hama.ASRModel()
     return Judge(lambda audio: tuple(model.transcribe_waveform(audio, JUDGE_RATE).phonemes))
 
 

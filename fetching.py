@@ -211,9 +211,8 @@ def _undamaged(path: Path) -> Iterator[None]:
     """Turns what libraries raise over bytes that cannot be right into Damaged."""
     try:
         yield
-    except (
-        tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, pyarrow.ArrowException, OSError,
-    ) as error:  # fmt: skip
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, pyarrow.ArrowException,
+            OSError) as error:  # fmt: skip
         if getattr(error, "errno", None) is not None:  # of this disk
             raise
         raise Damaged(f"{path}: damaged ({first_line(error)})") from error
@@ -363,8 +362,7 @@ def hub_shards(repo: str, revision: str, folders: tuple[str, ...], suffix: str,
             files = [Shard(repo, b.as_posix(), _size(p), str(p.resolve())) for p, b in paths]
         else:
             files = _hub_files(repo, revision, folder, source)
-        files = [file for file in files if file.path.endswith(suffix)]
-        if not files:
+        if not (files := [file for file in files if file.path.endswith(suffix)]):
             raise UserError(f"{source or repo}: no {suffix} files in '{folder}'; has it changed?")
         found += sorted(files, key=lambda file: file.path)
     return found
@@ -396,8 +394,7 @@ def parquet_rows(path: Path, needed: Sequence[str], more: Sequence[str]) -> Iter
     row = 0
     with _undamaged(path), pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
-        missing = [name for name in needed if name not in names]
-        if missing:
+        if missing := [name for name in needed if name not in names]:
             raise UserError(f"{path}: no column {', '.join(missing)}; now has {', '.join(names)}")
         wanted = [name for name in names if name in {*needed, *more}]
         for batch in file.iter_batches(32, columns=wanted):

@@ -199,11 +199,9 @@ def validate_speech(model: S2S, batches: Sequence[Batch], device) -> dict[str, f
     for batch in batches:
         logits, found, _ = model.emotion_losses(batch.to(device))
         losses.append(float(found["user_emotion"]))
-        scores = logits.log_softmax(-1).cpu()
-        for row, labels in zip(scores, batch.user_emotion, strict=True):
+        for row, labels in zip(logits.log_softmax(-1).cpu(), batch.user_emotion, strict=True):
             values, lengths = labels.unique_consecutive(return_counts=True)
-            spans = row.split(lengths.tolist())
-            for label, span in zip(values.tolist(), spans, strict=True):
+            for label, span in zip(values.tolist(), row.split(lengths.tolist()), strict=True):
                 if label != IGNORE:
                     hits[label] += (int(span.mean(0).argmax()) == label, 1)
     model.train()

@@ -19,8 +19,7 @@ ONSET_DB = -40.0  # where a reply begins, relative to its peak
 QUIET_DBFS = -45.0  # a reply that never rises above this is silence with codec noise
 MERGE_SECONDS = 0.2  # shorter silences are pauses inside one utterance
 MIN_SPEECH_SECONDS = 0.06  # shorter sounds are clicks
-TAKEOVER_SECONDS = -0.2
-UNANSWERED_SECONDS = 2.0
+TAKEOVER_SECONDS, UNANSWERED_SECONDS = -0.2, 2.0
 VAD_RATE, VAD_SAMPLES = 16000, 512
 VAD_ON, VAD_OFF = 0.5, 0.35  # Silero's own defaults for entering and leaving speech
 VAD_TURN_SILENCE = 0.5
@@ -132,8 +131,7 @@ def _silero() -> Callable[[np.ndarray], float]:
     missing = "voice detection needs Silero VAD: pip install silero-vad"
     torch = needed("torch", missing)  # not at the top: a call to a server needs none
     threads = torch.get_num_threads()
-    silero_vad = needed("silero_vad", missing)
-    model = torch.inference_mode()(silero_vad.load_silero_vad().forward)
+    model = torch.inference_mode()(needed("silero_vad", missing).load_silero_vad().forward)
     torch.set_num_threads(threads)  # importing silero_vad sets it to 1
     return lambda samples: float(model(torch.from_numpy(samples), VAD_RATE))
 

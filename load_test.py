@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import base64
 import contextlib
-import importlib.util
 import json
 import os
 import time
@@ -26,7 +25,7 @@ import numpy as np
 
 import ledger
 from audio import SAMPLE_RATE, from_pcm16, read_audio, to_pcm16
-from command import ArgumentParser, UserError, number, run, whole
+from command import ArgumentParser, UserError, needed, number, run, whole
 from ledger import UserTurn, find_speech, kind_of, percentiles, response_latencies
 from protocols import PROTOCOLS, Protocol
 from stream_demo import address
@@ -195,15 +194,13 @@ def find_capacity(measured: Callable[[int], dict], most: int) -> int:
     while failing - holding > 1:
         middle = (holding + failing) // 2
         callers = min(2 * holding or 1, most, middle) if failing > most else middle
-        fine = holds(measured(callers))
-        holding, failing = (callers, failing) if fine else (holding, callers)
+        holding, failing = (callers, failing) if holds(measured(callers)) else (holding, callers)
     return holding
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    if importlib.util.find_spec("websockets") is None:
-        raise UserError("load_test.py needs websockets: pip install websockets")
+    needed("websockets", "load_test.py needs websockets: pip install websockets")
     wavs = args.wav or sorted((Path(__file__).parent / "samples").glob("*.wav"))
     questions = [(audio, find_speech(audio)) for audio in map(read_audio, wavs)]
     if not all(turn for _, turn in questions):

@@ -407,8 +407,7 @@ def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[di
         for n, plan in zip(numbers, plans, strict=True):
             name = f"{args.split}-{language}-{part.index:05d}-{n:03d}"
             mine = list(itertools.islice(rest, len(plan.turns)))
-            faults = [(take, turn) for turn, take in mine if isinstance(take, UserError)]
-            if faults:
+            if faults := [(take, turn) for turn, take in mine if isinstance(take, UserError)]:
                 error, turn = faults[0]
                 dropped.append(f"{name}: {error} (line {turn.request.text!r})")
                 continue

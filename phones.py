@@ -31,8 +31,7 @@ CONSONANTS = split_symbols("p b t d ʈ ɖ k ɡ tʃ dʒ m n ɳ ɲ ŋ f v θ ð s 
                            "pʰ bʰ tʰ dʰ ʈʰ ɖʰ kʰ ɡʰ tʃʰ dʒʰ ɽʰ")  # fmt: skip
 PHONES: tuple[str, ...] = (SILENCE, *VOWELS, *CONSONANTS)
 
-_ESPEAK_UNITS = {
-    **{phone: phone for phone in (*VOWELS, *CONSONANTS)},
+_ESPEAK_UNITS = {**{phone: phone for phone in (*VOWELS, *CONSONANTS)},
     "iː": "i", "ᵻ": "ɪ", "ɨ": "ɪ", "eː": "e", "ɛː": "ɛ", "æː": "æ", "ɑː": "ɑ", "ɒ": "ɑ", "ɔː": "ɔ",
     "oː": "o", "uː": "u", "ʉ": "u", "ʉː": "u", "ʌː": "ʌ", "ɐ": "ə", "əː": "ɚ", "ɜː": "ɚ", "ɜ": "ɚ",
     "ɝ": "ɚ", "ɞ": "ɚ", "ɵ": "ʊ", "əʊ": "oʊ", "ɔʊ": "oʊ", "ɐɪ": "aɪ", "ʌɪ": "aɪ", "ʌʊ": "aʊ",
@@ -47,8 +46,7 @@ _ESPEAK_UNITS = {
     "r.": "ɽ", "r.ʰ": "ɽʰ", "ɽ̥": "ɽ", "ɻ": "ɹ", "ɸ": "f", "β": "ʋ", "ʋ̃": "ʋ", "ts": "t s",
     "dz": "d z", "n̪": "n", "ŋ̩": "ŋ", "rʲ": "r", "ʎ": "l", "ɴ": "ŋ"}  # fmt: skip
 # Telugu writes short vowels that Hindi and English folds would confuse with the long ones.
-_ESPEAK_BY_LANGUAGE = {
-    "telugu": {"i": "ɪ", "u": "ʊ", "ɾ": "r"},
+_ESPEAK_BY_LANGUAGE = {"telugu": {"i": "ɪ", "u": "ʊ", "ɾ": "r"},
     "hindi": {"ʌ": "ə", "a": "ə", "i": "ɪ", "u": "ʊ", "ɾ": "r", "v": "ʋ"}}  # fmt: skip
 _ESPEAK_LANGUAGE = {"english": "en-us", "hindi": "hi", "telugu": "te"}
 _LONG_TOKEN = sorted(_ESPEAK_UNITS, key=len, reverse=True)

@@ -341,6 +341,5 @@ class Telephone(Protocol):
                 self._say("checkpoint", **name) if self._format else self._say("mark", mark=name)
 
 
-PROTOCOLS: dict[str, type[Protocol]] = {
-    "/api/pcm": RawPCM, "/api/chat": MoshiChat, "/v1/realtime": OpenAIRealtime,
-    "/telephone": Telephone}  # fmt: skip
+PROTOCOLS: dict[str, type[Protocol]] = {"/api/pcm": RawPCM, "/api/chat": MoshiChat,
+    "/v1/realtime": OpenAIRealtime, "/telephone": Telephone}  # fmt: skip

@@ -125,8 +125,7 @@ class Sampling:
             raise UserError("eagerness must be a finite number of decibels")
 
     def row(self, eagerness: float) -> tuple[float, ...]:
-        """Temperature and candidates of whether to speak, what to say and codes; the eagerness, the
-        given one where it has none."""
+        """Temperatures and candidates (speak or not, text, codes); its eagerness or the given."""
         text, codes = (self.text_temperature, self.text_top_k), (self.temperature, self.top_k)
         own = eagerness if self.eagerness is None else self.eagerness
         return self.speak_temperature, 2, *text, *codes, own
@@ -214,8 +213,7 @@ class Batch:
 
 @dataclass
 class StepOutput:
-    """One patch of one tick, for every slot; of the user, probabilities and, `listen_delay` patches
-    late, the words and the phones."""
+    """A tick's patch of each slot; of the user probabilities, words, phones `listen_delay` late."""
 
     agent_codes: Tensor  # [B, K, p]
     text: Tensor  # [B]
@@ -249,8 +247,7 @@ class S2SState:
         self.reset(seed=seed)
 
     def reset(self, mask: Tensor | None = None, seed: int | None = None) -> None:
-        """Starts the slots where `mask` `[B]` bool is true anew (all of them if None), drawing with
-        `seed`, by default the one they had."""
+        """Starts slots in `mask` `[B]` bool (None: all) anew, drawing by `seed` (None: as ever)."""
         self.temporal.reset(mask)
         self.depth.reset(mask)
         if mask is None:
@@ -602,8 +599,7 @@ class S2S(nn.Module):
         return SlotSampling(row.repeat(slots, 1), sampling, sum(map(len, self.schedule)))
 
     def _draw_codes(self, hidden, said, state: S2SState, noise: Tensor, strength) -> Tensor:
-        """The depth transformer's steps: codes `[B, p, K]`, each drawn given those before; `said`
-        by `_depth_said`."""
+        """Depth steps: codes `[B, p, K]`, each drawn given those before; `said`: `_depth_said`."""
         rows, codes = len(hidden) // len(noise), torch.zeros_like(state.agent)
         noises = noise.split([len(places) for places in self.schedule], dim=1)
         for step, places in enumerate(self.schedule):
@@ -729,10 +725,8 @@ def depth_losses(depth: list[list[Tensor]], schedule, targets: Tensor) -> dict[s
 
 
 def last_tokens(text: Tensor) -> tuple[Tensor, Tensor]:
-    """For each patch of `[B, P]` the last token up to it (`PAD` before the first), and the
-    patches since it, at most `MAX_AGE`."""
+    """The last token up to each patch of `[B, P]` (`PAD`: none yet), and its age (`MAX_AGE`)."""
     places = torch.arange(text.shape[1], device=text.device)
     last = torch.where(text != PAD, places, -1).cummax(dim=1).values
     token = torch.where(last < 0, PAD, text.gather(1, last.clamp(min=0)))
-    age = torch.where(last < 0, MAX_AGE, (places - last).clamp(max=MAX_AGE))
-    return token, age
+    return token, torch.where(last < 0, MAX_AGE, (places - last).clamp(max=MAX_AGE))

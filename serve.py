@@ -12,7 +12,6 @@ import asyncio
 import base64
 import contextlib
 import hmac
-import importlib.util
 import itertools
 import math
 import os
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 
 from audio import SAMPLE_RATE
-from command import ArgumentParser, UserError, number, run, whole
+from command import ArgumentParser, UserError, needed, number, run, whole
 from duplex import DuplexEngine, PatchQueue, Story, TickResult, engine_of
 from protocols import PROTOCOLS, Protocol, ProtocolError
 
@@ -121,8 +120,7 @@ class Scheduler:
 
     def open(self) -> Call:
         """A call on a free slot; `ProtocolError` where all are taken."""
-        free = set(range(self.engine.slots)) - self.calls.keys()
-        if not free:
+        if not (free := set(range(self.engine.slots)) - self.calls.keys()):
             raise ProtocolError(1013, f"all {self.engine.slots} lines are busy; try again later")
         call = Call(min(free), self.engine, self.buffer_seconds, next(self._seeds))
         self.calls[call.slot] = call
@@ -457,16 +455,14 @@ def build_app(server: Server) -> Any:
         return Response(text, media_type="text/plain")
 
     routes = [Route(*place) for place in (("/", page), ("/ping", ping), ("/metrics", metrics))]
-    for path, protocol in PROTOCOLS.items():
-        routes.append(WebSocketRoute(path, partial(server.serve_client, protocol)))
+    routes += [WebSocketRoute(at, partial(server.serve_client, p)) for at, p in PROTOCOLS.items()]
     return FastAPI(routes=routes, openapi_url=None)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     for name in ("fastapi", "uvicorn", "websockets", "prometheus_client", "sphn"):
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"the server needs {name}: pip install -r requirements.txt")
+        needed(name, f"the server needs {name}: pip install -r requirements.txt")
     host = args.host or ("0.0.0.0" if args.token else "127.0.0.1")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, args.port), family=family)

@@ -32,8 +32,7 @@ Span = tuple[str, float, float]  # symbol or word, start and end in seconds
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker as one engine makes it; `speaker` names whose voice is underneath. Factors are
-    relative to the engine's own voice."""
+    """A speaker of one engine. `speaker`: whose voice is underneath; factors are relative to it."""
 
     id: str
     engine: str
@@ -62,8 +61,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Utterance:
-    """`audio` float32 `[T]` at 24 kHz; `phones` tile it from 0 to its end, silences included. None
-    where the engine does not know their times."""
+    """`audio` float32 `[T]`, 24 kHz; `phones` tile it, silences too. None: times are not known."""
 
     audio: np.ndarray
     phones: list[Span] | None = None
@@ -83,8 +81,7 @@ class Style(NamedTuple):
 
 # Directions as actors' portrayals have them (Banse and Scherer 1996, table 5; Juslin and Laukka
 # 2003, table 7), sizes such that the speech stays natural.
-STYLES = {
-    "neutral": Style(), "happy": Style(1.2, 1.45, 1.08, 2.0, 0.8),
+STYLES = {"neutral": Style(), "happy": Style(1.2, 1.45, 1.08, 2.0, 0.8),
     "sad": Style(0.88, 0.5, 0.8, -4.0, -2.0), "angry": Style(1.08, 1.25, 1.15, 5.0, 2.2),
     "fear": Style(1.32, 0.8, 1.2, -1.0, 0.3), "disgust": Style(0.84, 1.1, 0.86, 1.0, 0.0),
     "surprise": Style(1.4, 1.6, 0.95, 2.0, 0.3), "calm": Style(0.97, 0.85, 0.87, -3.0, -1.0),

@@ -668,8 +668,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     questions = [(audio, ledger.find_speech(audio)) for audio in map(read_audio, args.wav or ())]
     check_outputs(args)
-    live = args.loopback or not args.wav
-    card = SoundCard(import_sounddevice(), args) if live else None
+    card = SoundCard(import_sounddevice(), args) if args.loopback or not args.wav else None
     line = RemoteLine(args) if args.server else LocalLine(args)
     recorder = Recorder(args.record) if args.record else None
     print(line.name)

@@ -131,8 +131,7 @@ def insert_pause(take: Take, place: float, seconds: float) -> Take:
         return take
     at = min(boundaries, key=lambda t: abs(t - place * len(take.audio) / SAMPLE_RATE))
     before, after = (faded(part) for part in np.split(take.audio, [round(at * SAMPLE_RATE)]))
-    silence = np.zeros(round(seconds * SAMPLE_RATE), np.float32)
-    audio = np.concatenate([before, silence, after])
+    audio = np.concatenate([before, np.zeros(round(seconds * SAMPLE_RATE), np.float32), after])
     if phones is not None:
         early = [[n, s, min(e, at)] for n, s, e in phones if s < at]
         late = [[n, max(s, at) + seconds, e + seconds] for n, s, e in phones if e > at]

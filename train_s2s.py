@@ -299,8 +299,7 @@ def place_tokens(words: Sequence[tuple[list[int], float]], count: int, rate: flo
 
 
 def turn_labels(row: dict, count: int, config: S2SConfig, phone_ids: dict) -> dict[str, Tensor]:
-    """What the heads recognise at each patch, but for words, and where the agent speaks. Phones are
-    those of `listen_delay` patches ago."""
+    """What heads recognise, but words (phones `listen_delay` late), and `agent_speaking`."""
     c, turns, frames = config, row["turns"], count * config.frames_per_step
     speaking, turn_end = torch.zeros(2, count, dtype=torch.long)
     emotion, language = torch.full((2, count), IGNORE)
@@ -431,8 +430,7 @@ def load_rows(folders: Sequence[str], fingerprint: str):
         held_out = named == "train" and split_for(name, 0.02, 0.0) != "train"
         if frames[i] >= SHORTEST:
             places["validation" if held_out else named].append(i)
-    short = int((frames < SHORTEST).sum())
-    if short:
+    if short := int((frames < SHORTEST).sum()):
         too = f"shorter than {SHORTEST} codec frames"
         print(f"{short} of {len(frames)} conversations left out: {too}")
     train, where = places["train"], ", ".join(map(str, folders))
@@ -505,11 +503,9 @@ def fitting_window(args, config: S2SConfig) -> float:
 def starting_tokenizer(texts: list[str], size: int, init_from: str | None):
     """The tokenizer of `init_from`, where there is one that can spell all of `texts`, or a new one;
     and whether it is inherited, so that its embeddings fit."""
-    theirs = init_from and checkpoints.load_checkpoint(init_from, with_trainer=False).tokenizer
-    if theirs:
+    if theirs := init_from and checkpoints.load_checkpoint(init_from, with_trainer=False).tokenizer:
         tokenizer = Tokenizer.from_str(theirs)
-        lacking = unspelled(tokenizer, texts)
-        if not lacking:
+        if not (lacking := unspelled(tokenizer, texts)):
             return tokenizer, True
         print(f"init_from {init_from}: its tokenizer cannot spell {lacking[0]!r}: a new one")
     return train_tokenizer(texts, size), False

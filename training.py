@@ -511,8 +511,7 @@ class Balancer:
         return {"sums": {n: m[0] for n, m in means}, "counts": {n: m[1] for n, m in means}}
 
     def load_state_dict(self, state: dict) -> None:
-        counts = state["counts"]
-        self._means = {n: torch.tensor([s, counts[n]]) for n, s in state["sums"].items()}
+        self._means = {n: torch.tensor([s, state["counts"][n]]) for n, s in state["sums"].items()}
 
 
 class Metrics:
@@ -786,8 +785,7 @@ class Run:
         if machine != meter.machine:
             meter.expected, meter.machine = {}, machine
         ahead = self.schedule.ahead(self.step, self.schedule.planned)
-        unknown = [phase for phase, n in ahead.items() if n and phase not in meter.expected]
-        if unknown:
+        if unknown := [phase for phase, n in ahead.items() if n and phase not in meter.expected]:
             parts = [*modules, *(part for part in self.parts.values() if part is not meter)]
             states = [copy.deepcopy(part.state_dict()) for part in parts]
             with torch.random.fork_rng([self.device] if cuda else []):
