@@ -104,8 +104,7 @@ def to_pcm16(audio: np.ndarray) -> bytes:
 
 def write_audio(path: str | Path, audio: np.ndarray, sample_rate: int = SAMPLE_RATE) -> None:
     """Write `[T]` or `[T, C]` in [-1, 1], in the suffix' format, 16 bit, atomically. AudioError."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in WRITABLE:
+    if (suffix := Path(path).suffix.lower()) not in WRITABLE:
         raise AudioError(f"{path}: cannot write '{suffix}' audio; use one of {', '.join(WRITABLE)}")
     kind, subtype = WRITABLE[suffix]
     samples = np.clip(np.asarray(audio, dtype=np.float32), -1.0, 1.0)

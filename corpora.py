@@ -616,8 +616,7 @@ def _conversation(job: Job, path: Path, turns: list[dict], split: str) -> dict:
 
 def fetch_fisher(job: Job) -> None:
     """The LDC's folders as they are: SPHERE files become two-channel FLAC, side A the agent."""
-    folder = job.options.fisher_dir
-    if folder is None:
+    if (folder := job.options.fisher_dir) is None:
         raise UserError(f"fisher: {job.corpus.note}")
     if not (calls := sorted(folder.rglob("*.sph"))):
         raise UserError(f"--fisher_dir {folder}: no .sph files there; give the LDC's own folders")

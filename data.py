@@ -87,6 +87,9 @@ class Clips(Sequence[Clip]):
     def __len__(self) -> int:
         return len(self.table)
 
+    def __add__(self, other: Iterable[Clip]) -> Clips:
+        return Clips(self.table, Clips.of(other).table)
+
     def __getitem__(self, index: int | slice) -> Clip | Clips:
         if isinstance(index, slice):
             return Clips(self.table.take(np.arange(len(self))[index]))
@@ -249,8 +252,7 @@ def _walk(roots: Sequence[Path]) -> Iterator[tuple[Path, list[str]]]:
     waiting, links = [*reversed(roots)], []
     while waiting or links:
         folder = waiting.pop() if waiting else links.pop(0)
-        real = os.path.realpath(folder)
-        if real in seen:
+        if (real := os.path.realpath(folder)) in seen:
             continue
         seen.add(real)
         with os.scandir(folder) as entries:

@@ -58,8 +58,7 @@ def load_scripts(path: str | Path) -> list[Exchange]:
     for file in files:
         for number, fields in json_lines(file):
             exchange = _exchange(fields, f"{file}, line {number}")
-            key = (exchange.language, exchange.id, exchange.held_out)
-            if key in found:
+            if (key := (exchange.language, exchange.id, exchange.held_out)) in found:
                 raise UserError(f"{file}: the id {exchange.id!r} is there twice")
             found[key] = exchange
     return list(found.values())

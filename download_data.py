@@ -482,8 +482,7 @@ def _pairs(flag: str, values: list[str] | None, names: Iterable[str]) -> dict[st
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
     add = parser.add_argument
-    add("--languages", nargs="+", choices=data.LANGUAGES, metavar="LANGUAGE",
-        help=f"only these of {', '.join(data.LANGUAGES)}")  # fmt: skip
+    add("--languages", nargs="+", choices=data.LANGUAGES, help="only these")
     add("--corpora", nargs="+", metavar="NAME", help=f"rows of --list, or {', '.join(GROUPS)}")
     add("--data_dir", type=Path, default=Path("data"), help="where everything goes")
     add("--max_hours", type=number(0), default=0.0, help="of each corpus, 0: all; archives whole")

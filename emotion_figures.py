@@ -58,8 +58,7 @@ def detection(found: Sequence[Told]) -> dict:
         return {"utterances": len(mine), **accuracies(*zip(*mine, strict=True))}
 
     p50, p95 = np.percentile(seconds, (50, 95)).round(2).tolist() if seconds else (None, None)
-    return {
-        **of(), "unweighted_accuracy_of_asked": of_asked["unweighted_accuracy"],
+    return {**of(), "unweighted_accuracy_of_asked": of_asked["unweighted_accuracy"],
         "sure": round(len(seconds) / len(found), 4), "stable_p50_s": p50, "stable_p95_s": p95,
         "calibration_error": round(float(sum(errors)), 4),
         "speakers": {speaker: of(speaker) for speaker in sorted({t.speaker for t in found})},

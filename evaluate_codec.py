@@ -234,8 +234,7 @@ def stepper(codec: Codec, frames: int, codebooks: int, graph: bool = False) -> C
     encoder, decoder = codec.init_encoder_state(1), codec.init_decoder_state(1)
 
     def step(mode: None, audio: torch.Tensor) -> dict[str, torch.Tensor]:
-        codes = codec.encode_step(audio, encoder, codebooks)
-        return {"audio": codec.decode_step(codes, decoder)}
+        return {"audio": codec.decode_step(codec.encode_step(audio, encoder, codebooks), decoder)}
 
     take = training.StepGraph(step, warmup=3) if graph else step
 
@@ -518,8 +517,7 @@ def evaluate(args: argparse.Namespace, codec: Codec, counts: Sequence[int],
         groups[name]["codebooks"] = codebook_use(used[name])
     meter = training.CostMeter("evaluation", enabled=False)
     spent = meter.spent_usd() if meter.ledger.exists() else None
-    return {
-        "codec": str(args.codec), "fingerprint": codec.fingerprint, "decoder": args.decoder,
+    return {"codec": str(args.codec), "fingerprint": codec.fingerprint, "decoder": args.decoder,
         "split": args.split, "seed": args.seed, "num_codebooks": list(counts), "groups": groups,
         "skipped": dict(skipped), "real_time": times,
         "criteria": criteria(groups, times, config, spent)}, rows  # fmt: skip

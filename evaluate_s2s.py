@@ -324,8 +324,7 @@ def judge_call(call: Call, agent: dict, lm: S2S, replies, judge: Judge | None) -
         audio = reply[int(begin * SAMPLE_RATE) : int(until * SAMPLE_RATE)]
         span = slice(max(first, turn_end - round(HEAD_SECONDS * c.patch_rate)), turn_end + 1)
         emotion, language = (names[int(p[span].mean(0).argmax())] for p, names in heads)
-        judged.append({
-            "call": call.id, "asked": turn.text, "wanted": turn.reply, "said": said,
+        judged.append({"call": call.id, "asked": turn.text, "wanted": turn.reply, "said": said,
             "kind": ledger.kind_of(latency), "latency": latency,
             "text": right_text(said, turn.reply, replies),
             "audio": judge.right(audio, turn.reply) if judge else None,
@@ -341,8 +340,7 @@ def summarise(turns: Sequence[dict], judge: Judge | None = None, not_spoken: int
     in_time = [r and t["kind"] == "answered" for r, t in zip(right, turns, strict=True)]
     by_audio = [t["audio"] for t in turns if t["audio"] is not None]
     commonest = Counter(normalise(t["wanted"]) for t in turns).most_common(1)
-    return {
-        "turns": len(turns), "calls_not_spoken": not_spoken,
+    return {"turns": len(turns), "calls_not_spoken": not_spoken,
         "answered": share([t["kind"] == "answered" for t in turns]),
         "takeovers": kinds["takeover"], "unanswered": kinds["unanswered"],
         "response_p50_ms": times.get("p50"), "response_p95_ms": times.get("p95"),
@@ -691,8 +689,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
            for language, s in summaries.items()}  # fmt: skip
     print(f"\n{args.split} wordings and voices, {args.exchanges}, {args.emotions} users, "
           f"seed {args.seed}\n{table(summaries, met)}")  # fmt: skip
-    result = {
-        "codec": str(args.codec), "lm": str(args.lm), "split": args.split, "seed": args.seed,
+    result = {"codec": str(args.codec), "lm": str(args.lm), "split": args.split, "seed": args.seed,
         "exchanges": args.exchanges, "intents": list(args.intents), "emotions": args.emotions,
         "eagerness_db": args.eagerness, "failed": failed, "goals": met,
         "emotion" if args.emotion else "languages": summaries}  # fmt: skip

@@ -1,8 +1,6 @@
 """How bytes arrive: HTTP that goes on where it was cut, shards of the Hugging Face Hub, archives
 unpacked safely, audio made readable, several fetches side by side. What the bytes mean, corpus by
-corpus, is in corpora.py.
-
-Nothing here is left half-done under its final name: it lands beside it and is renamed.
+corpus, is in corpora.py. Nothing is left half-done under its final name: it is renamed in the end.
 """
 
 import contextlib

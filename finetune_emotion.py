@@ -164,9 +164,8 @@ def encoded(clips: Sequence[Clip], split: str, codec: Codec, run: training.Run):
     what = [emotions.GAIN_DB, emotions.MICROPHONES, *((str(c.path), c.emotion) for c in clips)]
     name = hashlib.sha256(repr(what).encode()).hexdigest()[:12]
     folder = Path(run.args.checkpoint_dir) / f"codes_{split}_{name}"
-    batch = 64 if run.device.type == "cuda" else 16
     if run.is_main:
-        emotions.encode_clips(clips, codec, folder, batch)
+        emotions.encode_clips(clips, codec, folder, 64 if run.device.type == "cuda" else 16)
     training.from_main_rank(0)  # all wait for it
     return emotions.encode_clips(clips, codec, folder)
 
@@ -295,8 +294,7 @@ def train(args, run: training.Run) -> None:
     if args.budget_usd is None:  # which may move the phase while workers are ahead
         ahead = args.batch_size * (run.schedule.starts["dialogue"] - run.step)
         dataset.talk_from = items * run.epoch + run.consumed + ahead
-    batches = functools.partial(training_batches, dataset, collate=collate_pairs)
-    for batch in run.steps(batches):
+    for batch in run.steps(functools.partial(training_batches, dataset, collate=collate_pairs)):
         rate = run.schedule.rate(run.step, final_ratio=0.05)
         for name, optimizer in optimizers.items():
             training.set_learning_rate(optimizer, rates[name] * rate)

@@ -191,8 +191,7 @@ def response_latencies(levels: np.ndarray, turns: Sequence[UserTurn],
 def barge_in_latencies(levels: np.ndarray, turns: Sequence[UserTurn],
                        times: np.ndarray) -> list[float]:  # fmt: skip
     """For each turn that begins while the agent is audible: seconds until the agent is silent."""
-    loudest = levels.max(initial=-np.inf)
-    if loudest < QUIET_DBFS:
+    if (loudest := levels.max(initial=-np.inf)) < QUIET_DBFS:
         return []
     found = utterances(levels, loudest + ONSET_DB)
     spoken = [(times[first], times[last] + LEVEL_SECONDS) for first, last in found]

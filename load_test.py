@@ -171,8 +171,7 @@ async def measure(args: argparse.Namespace, questions: Sequence, callers: int) -
     cpu = after.get("process_cpu_seconds_total", 0) - before.get("process_cpu_seconds_total", 0)
     memory, gpu = (after.get(f"{name}_memory_bytes") for name in ("process_resident", "samvad_gpu"))
     busy = after.get("samvad_gpu_utilization")
-    return {
-        "callers": callers, "seconds": round(seconds, 1), "response_ms": percentiles(answered),
+    return {"callers": callers, "seconds": round(seconds, 1), "response_ms": percentiles(answered),
         "turns": len(latencies), "answered": len(answered),
         "tick_ms": percentiles([tick for caller in crowd for tick in caller.ticks]),
         **{name: counts[name] for name in ("dropped_patches", "refused", "cut_off")},

@@ -272,8 +272,7 @@ def mix(name: str, language: str, plan: Plan, takes: Sequence[Take], babble: Seq
 
 def _add(channel: np.ndarray, audio: np.ndarray, first: int) -> None:
     audio, first = audio[max(0, -first) :], max(0, first)
-    n = min(len(audio), len(channel) - first)
-    if n > 0:
+    if (n := min(len(audio), len(channel) - first)) > 0:
         channel[first : first + n] += audio[:n]
 
 
@@ -434,8 +433,7 @@ def _read_recording(recording: Recording) -> tuple[np.ndarray, np.ndarray]:
     audio = audio[:, channels]
     if rate != SAMPLE_RATE:
         audio = soxr.resample(audio, rate, SAMPLE_RATE)
-    seconds = len(audio) / SAMPLE_RATE
-    if seconds < AGENT_TICK:
+    if (seconds := len(audio) / SAMPLE_RATE) < AGENT_TICK:
         raise UserError(f"{recording.path}: {seconds * 1000:.1f} ms, shorter than a patch")
     last = max((turn["end"] for turn in recording.turns), default=0.0)
     if last > seconds + TURN_SLACK:

@@ -42,8 +42,7 @@ def prosody(audio: np.ndarray) -> np.ndarray:
     bins = np.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)
     bands = ((bins >= start) & (bins < end) for start, end in ((60, 1e3), (1e3, 3e3), (3e3, 8e3)))
     below, middle, above = (10 * np.log10(power[band].sum() + 1e-9) for band in bands)
-    return np.array([
-        np.median(pitch), high - low, pitch.std(), slope, level.mean(), level.std(),
+    return np.array([np.median(pitch), high - low, pitch.std(), slope, level.mean(), level.std(),
         voiced.mean(), 0.01 * edges.mean() if len(edges) else 0.0,
         rises.sum() / (0.01 * max(1, len(level))), harmonicity.mean() if len(harmonicity) else 0.0,
         middle - below, above - below])  # fmt: skip

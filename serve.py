@@ -43,8 +43,7 @@ MESSAGES_A_SECOND, TIMES_REAL_TIME, BURST_SECONDS = 200, 20, 5  # more from a cl
 MAX_UNSENT = 25  # replies that wait for a slow client; audio beyond is dropped, oldest first
 SEND_SECONDS, PING_SECONDS, START_SECONDS = 20.0, 20.0, 10.0
 VOICE = "emotion", "language", "strength"
-DRAIN_SECONDS = 10.0  # for the agents' last words
-WATCH_SECONDS = 0.1
+DRAIN_SECONDS, WATCH_SECONDS = 10.0, 0.1  # for the agents' last words; between two looks
 TAKEN_OVER = 4000  # close code of a connection whose call goes on with another
 
 
@@ -245,8 +244,7 @@ def make_metrics(engine: DuplexEngine, calls: dict) -> SimpleNamespace:
         busy.set_function(lambda: gpu_utilization(device))
     Gauge("slots", "callers at most", **to).set(engine.slots)
     Gauge("live_calls", "those that rest among them", **to).set_function(lambda: len(calls))
-    return SimpleNamespace(
-        registry=to["registry"],
+    return SimpleNamespace(registry=to["registry"],
         calls=Counter("calls", "callers taken", ["how"], **to),
         refused=Counter("refused", "clients refused, by close code", ["code"], **to),
         dropped=Counter("dropped_patches", "input that came too late or too fast", **to),

@@ -185,8 +185,7 @@ def _order(item: Request) -> Order:
         tilt, strength = TILT_SPREAD * rng.normal(), rng.uniform(*STRENGTH)
     style = STYLES[item.emotion]
     pitch, pitch_range, rate = (factor**strength for factor in style[:3])
-    return Order(
-        clean_text(item.text), item.language, voice.name,
+    return Order(clean_text(item.text), item.language, voice.name,
         # Held-out speakers have their own head; more heads than there are voices help to train.
         formant=float(voice.formant * (jitter[3] if voice.split == "train" else 1.0)),
         pitch=float(voice.pitch * pitch * jitter[0]),
@@ -310,8 +309,7 @@ def _cut_silences(audio: np.ndarray, phones: list[Span], words: list[Span] | Non
             head = 0 if at_start else keep if at_end else keep // 2
             cuts.append((start + head / SAMPLE_RATE, (len(piece) - keep) / SAMPLE_RATE))
             piece = np.concatenate([piece[:head], piece[len(piece) - (keep - head) :]])
-        seconds = len(piece) / SAMPLE_RATE
-        if seconds > 0:
+        if (seconds := len(piece) / SAMPLE_RATE) > 0:
             pieces.append(piece)
             spans.append((phone, clock, clock + seconds))
             clock += seconds

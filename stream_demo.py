@@ -183,8 +183,7 @@ class Recorder:
     def add(self, side: int, audio: np.ndarray) -> None:
         """Samples [T] of side 0, the user, or 1, the agent."""
         if side == 1:
-            most = int(Playout.MOST * SAMPLE_RATE)
-            self._agent = np.concatenate([self._agent, audio])[-most:]
+            self._agent = np.concatenate([self._agent, audio])[-int(Playout.MOST * SAMPLE_RATE) :]
             return
         both = np.zeros((len(audio), 2))
         agent, self._agent = np.split(self._agent, [len(audio)])

@@ -126,8 +126,7 @@ def shift_spans(spans, by: float, low: float, high: float) -> list | None:
 def insert_pause(take: Take, place: float, seconds: float) -> Take:
     """Silence of `seconds` at the word boundary nearest to the share `place` of the take."""
     words, phones = take.words or [], take.phones
-    boundaries = [(a[2] + b[1]) / 2 for a, b in itertools.pairwise(words)]
-    if not boundaries:
+    if not (boundaries := [(a[2] + b[1]) / 2 for a, b in itertools.pairwise(words)]):
         return take
     at = min(boundaries, key=lambda t: abs(t - place * len(take.audio) / SAMPLE_RATE))
     before, after = (faded(part) for part in np.split(take.audio, [round(at * SAMPLE_RATE)]))

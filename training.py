@@ -66,14 +66,12 @@ def setup_distributed(device: str = "auto") -> Distributed:
 def _resolve_device(device: str, local_rank: int, world_size: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    named = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
-    if named is None:
+    if (named := re.fullmatch(r"cpu|cuda(?::(\d+))?", device)) is None:
         raise UserError(f"--device {device}: not supported; use auto, cpu, cuda or cuda:N")
     if device == "cpu":
         return torch.device("cpu")
     index = int(named[1]) if named[1] and world_size == 1 else local_rank
-    count = torch.cuda.device_count()
-    if index >= count:
+    if index >= (count := torch.cuda.device_count()):
         raise UserError(f"--device {device}: PyTorch sees {count or 'no'} CUDA GPU here; use "
                         "--device cpu, or lower --nproc_per_node or --device")  # fmt: skip
     return torch.device("cuda", index)
@@ -278,8 +276,7 @@ class Schedule:
         """How many steps of each phase come after `step` steps, if there were `total` in all."""
         total = self.total if total is None else total
         starts = self._moved(step, total)
-        ends = [*list(starts.values())[1:], total]
-        spans = zip(starts.items(), ends, strict=True)
+        spans = zip(starts.items(), [*list(starts.values())[1:], total], strict=True)
         return {name: max(0, min(end, total) - max(start, step)) for (name, start), end in spans}
 
     def resize(self, step: int, total: int) -> None:
@@ -642,8 +639,7 @@ class CostMeter:
 
     def flush(self) -> None:
         """Append what was spent since the last time to the ledger; call at the end too."""
-        hours = self._since_flush()
-        if hours <= 0:
+        if (hours := self._since_flush()) <= 0:
             return
         self._hours += hours
         self._flushed += 3600 * hours
