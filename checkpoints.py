@@ -131,7 +131,7 @@ def open_run(run_dir: str | Path, model: str, fresh: bool) -> Checkpoint | None:
 
 
 def fill(model: nn.Module, tensors: dict, path: str | Path, optional: tuple[str, ...] = ()) -> None:
-    """The model's weights; only names that end in one of `optional` may lack. UserError if odd."""
+    """The model's weights; only names that end in one of `optional` may lack. UserError: no fit."""
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
         odd = [name for name in missing if not name.endswith(optional)] + unexpected

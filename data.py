@@ -372,7 +372,7 @@ def _each_once(clips: Clips, scan: _Scan) -> Clips:
 
 
 def _measured(clips: Clips, scan: _Scan) -> Clips:
-    """With lengths and rates of the files where the manifest's cannot be, or without such clips."""
+    """With a file's own length and rate where the manifest's cannot be, or without the clip."""
     seconds, rates = clips.column("duration").copy(), clips.column("sample_rate").copy()
     odd = np.flatnonzero((seconds < FRAME_SECONDS) | (seconds > LONGEST) | (rates == 0))
     for i, probed in zip(odd, scan.probe_all(clips[int(i)].path for i in odd), strict=True):

@@ -485,7 +485,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--languages", nargs="+", choices=data.LANGUAGES, help="only these")
     add("--corpora", nargs="+", metavar="NAME", help=f"rows of --list, or {', '.join(GROUPS)}")
     add("--data_dir", type=Path, default=Path("data"), help="where everything goes")
-    add("--max_hours", type=number(0), default=0.0, help="of each corpus, 0: all; archives whole")
+    add("--max_hours", type=number(0), default=0.0, help="of a corpus, 0: all; archives aren't cut")
     add("--list", action="store_true", help="show the table and stop")
     add("--verify", action="store_true", help="check every file on disk and stop")
     add("--json", type=Path, metavar="FILE", help="write what is on disk there too")

@@ -213,11 +213,11 @@ class Batch:
 
 @dataclass
 class StepOutput:
-    """A tick's patch of each slot; of the user probabilities, words, phones `listen_delay` late."""
+    """A tick's patch of each slot; the user's words and phones are `listen_delay` patches late."""
 
     agent_codes: Tensor  # [B, K, p]
     text: Tensor  # [B]
-    user_speaking: Tensor  # [B]
+    user_speaking: Tensor  # [B], a probability, as the next three
     turn_end: Tensor  # [B]
     user_emotion: Tensor  # [B, 8]
     language: Tensor  # [B, 3]
@@ -247,7 +247,7 @@ class S2SState:
         self.reset(seed=seed)
 
     def reset(self, mask: Tensor | None = None, seed: int | None = None) -> None:
-        """Starts slots in `mask` `[B]` bool (None: all) anew, drawing by `seed` (None: as ever)."""
+        """Starts slots in `mask` `[B]` bool (None: all) anew, drawing by `seed` (None: the old)."""
         self.temporal.reset(mask)
         self.depth.reset(mask)
         if mask is None:
@@ -725,7 +725,7 @@ def depth_losses(depth: list[list[Tensor]], schedule, targets: Tensor) -> dict[s
 
 
 def last_tokens(text: Tensor) -> tuple[Tensor, Tensor]:
-    """The last token up to each patch of `[B, P]` (`PAD`: none yet), and its age (`MAX_AGE`)."""
+    """The last token up to each patch of `[B, P]` (`PAD`: none), its age (at most `MAX_AGE`)."""
     places = torch.arange(text.shape[1], device=text.device)
     last = torch.where(text != PAD, places, -1).cummax(dim=1).values
     token = torch.where(last < 0, PAD, text.gather(1, last.clamp(min=0)))

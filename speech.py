@@ -32,7 +32,7 @@ Span = tuple[str, float, float]  # symbol or word, start and end in seconds
 
 @dataclass(frozen=True)
 class Voice:
-    """A speaker of one engine. `speaker`: whose voice is underneath; factors are relative to it."""
+    """A speaker of one engine; `speaker`: whose voice is beneath. Factors relate to `name`."""
 
     id: str
     engine: str
