@@ -95,7 +95,8 @@ def _unfailing(stream: TextIO | None) -> TextIO:
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.default is not None and action.default is not False
+        told = (action.help or "").endswith("]")  # in brackets, as of a secret from the environment
+        shown = action.default is not None and action.default is not False and not told
         return super()._get_help_string(action) if shown else action.help
 
 

@@ -78,7 +78,7 @@ class Settings(training.Settings):
     mel_weight: float = setting(0.5, number(0), "share in the balance")
     phone_weight: float | None = setting(None, number(0),
         "of phone labels on codebook 0; 0: they but measure; or 1, with a teacher 0")  # fmt: skip
-    teacher_delay: int = setting(4, whole(0), "frames until codebook 0 tells a frame's unit")
+    teacher_delay: int = setting(2, whole(0), "frames until codebook 0 tells a frame's unit")
     teacher_weight: float = setting(1.0, number(0), "of the teachers' units on codebook 0")
     waveform_weight: float | None = setting(None, number(above=0), "share; or 0.25, for base 1")
 

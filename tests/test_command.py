@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import importlib
 import os
 import signal
 import subprocess
@@ -256,3 +257,12 @@ def test_parts_come_in_order_from_processes_or_here(capsys):
     assert os.getpid() not in {process for _, process in there}
     with pytest.raises(UserError, match="fewer --num_workers"):
         list(command.run_parts(_part, [1, "dies", 3], 2, 3))
+
+
+@pytest.mark.parametrize("script", ["stream_demo", "load_test", "serve"])
+def test_help_keeps_a_token_of_the_environment_to_itself(script, monkeypatch, capsys):
+    monkeypatch.setenv("SAMVAD_TOKEN", "not-for-the-terminal")
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args(["--help"])
+    said = capsys.readouterr().out
+    assert "[$SAMVAD_TOKEN]" in said and "not-for-the-terminal" not in said
