@@ -526,6 +526,27 @@ def test_codebooks_start_by_kmeans_on_data():
     assert float(info.commitment.detach()) > 0
 
 
+def test_codes_given_to_codebook_0_stand_and_teach_its_branch():
+    """They are what it encodes to, an update leaves them, and their scores' gradient reaches it."""
+    torch.manual_seed(0)
+    model, given = Codec(SMALL), torch.randn(SMALL.codebook_sizes[0], SMALL.semantic_dim)
+    model.quantizer.set_semantic(given)
+    audio, counts = noise(2, 1, 20 * 480), torch.full((2,), 4)
+    for info in (model.forward_semantic(audio), model(audio, counts)[1]):
+        vectors = info.residuals[0][0]  # what enters codebook 0
+        nearest = torch.cdist(vectors, given).argmin(-1)
+        assert torch.equal(info.codes[:, 0], nearest)
+        assert torch.equal(info.scores.argmax(-1), nearest)
+        spread = info.scores - info.scores.logsumexp(-1, keepdim=True)
+        (-spread[..., 3].mean()).backward()
+        assert model.quantizer.semantic_in.weight.grad.abs().sum() > 0
+        model.quantizer.update(info, draws(), freeze_semantic=True)
+        assert torch.equal(model.quantizer.codebooks[0].embedding, given)
+    again = Codec(SMALL)
+    again.load_tensors(model.export_tensors(torch.float32), "memory")
+    assert torch.equal(again.encode(audio, 4), model.eval().encode(audio, 4))
+
+
 def test_each_level_lowers_the_quantization_error(model):
     hidden = model.encoder(model._frames(noise(4, 1, 48 * 480)))
     target = model.quantizer.acoustic_in(hidden[..., -SMALL.encoder_dim :])
