@@ -390,10 +390,11 @@ def torchaudio_version():
     import torchaudio
     return torchaudio.__version__
 
-def wavlm():
+def teachers():
     import transformers
-    from transformers import WavLMModel
-    return f"transformers {transformers.__version__}, {WavLMModel.__name__} imports"
+    from transformers import WavLMModel, WhisperModel
+    names = " and ".join(kind.__name__ for kind in (WhisperModel, WavLMModel))
+    return f"transformers {transformers.__version__}, {names} import"
 
 def flash_attn():
     import flash_attn
@@ -415,7 +416,7 @@ else:
     row("gpu", gpu)
     row("driver", lambda: driver)
 row("torchaudio", torchaudio_version)
-row("WavLM", wavlm)
+row("teachers", teachers)
 row("flash-attn", flash_attn, required=False)
 row("disk", disk)
 row("ffmpeg", ffmpeg, required=False)

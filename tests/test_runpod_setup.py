@@ -100,7 +100,8 @@ def other_files() -> dict[str, str]:
         "huggingface_hub/__init__.py": HUGGING_FACE,
         "huggingface_hub/errors.py": HUGGING_FACE_ERRORS,
     }
-    transformers = {"transformers/__init__.py": "__version__ = '4.57'\nclass WavLMModel: pass\n"}
+    models = "__version__ = '4.57'\nclass WavLMModel: pass\nclass WhisperModel: pass\n"
+    transformers = {"transformers/__init__.py": models}
     return {
         **package_files("huggingface_hub", "1.0", hub),
         **package_files("transformers", "4.57", transformers),
@@ -284,7 +285,7 @@ def test_verification_fails_when_a_needed_part_is_missing(pod: Pod) -> None:
     (pod.site / "transformers" / "__init__.py").write_text("raise ImportError('broken')\n")
     result = pod.set_up()
     assert result.returncode == 1
-    assert result.stdout.splitlines()[-1] == "error: not ready: WavLM"
+    assert result.stdout.splitlines()[-1] == "error: not ready: teachers"
 
 
 def test_old_driver_keeps_a_working_image_torch(pod: Pod) -> None:
