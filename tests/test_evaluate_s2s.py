@@ -468,6 +468,7 @@ def test_a_reply_that_the_agent_cannot_say_is_not_judged_by_ear(monkeypatch, cap
 
 def test_no_voice_names_what_to_install(monkeypatch):
     monkeypatch.setattr("tools.toy_voices._installed", lambda engine, name: False)
+    monkeypatch.setattr("tools.held_out_voices.HeldOutEngine._is_here", lambda self, name: False)
     with pytest.raises(UserError, match="flite"):
         ask([exchange(held_out=True)], "english", asking())
 

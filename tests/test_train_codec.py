@@ -196,11 +196,14 @@ def test_a_run_says_what_it_will_do_and_logs_what_it_did(whole_run):
     # A quarter of the steps is the semantic branch alone; two steps later the codebooks start.
     assert ["mel" in row and row["waveform"] > 0 for row in steps] == [False] * 2 + [True] * 6
     assert [row["commitment"] > 0 for row in steps] == [False] * 5 + [True] * 3
-    assert steps[-1]["mel"] < steps[2]["mel"] and steps[-1]["phones"] < steps[0]["phones"]
-    assert [row["step"] for row in rows if "validation_mel_8" in row] == [4, 8]
+    assert steps[-1]["phones"] < steps[0]["phones"]
+    # Of the same windows: those of two steps differ by more than six steps teach.
+    held_out = [row for row in rows if "validation_mel_8" in row]
+    assert [row["step"] for row in held_out] == [4, 8]
+    for name in ("validation_mel_8", "validation_spectral_8"):
+        assert held_out[1][name] < held_out[0][name]
     assert all("adversarial" not in row for row in steps)
-    assert steps[-1]["spectral"] < steps[2]["spectral"] and 0 < steps[-1]["share_spectral"] < 1
-    assert "validation_spectral_8" in rows[-1]
+    assert 0 < steps[-1]["share_spectral"] < 1
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(corpus, whole_run, tmp_path, capsys):
