@@ -515,7 +515,7 @@ class WindowDataset(torch.utils.data.Dataset):
     """Random windows, one an item, drawn by (seed, epoch, index) alone: `dataset[epoch, index]`. A
     language is drawn with p ~ hours ** (1 / language_temperature), a clip by its length, a place in
     it evenly. Clips shorter than the window are padded with zeros at the end. Items: `audio`
-    float32 `[1, T]`, `clean`, the same before `distort`, `language`, `speaker` ("" where unknown),
+    float32 `[1, T]`, where asked `clean`, it before `distort`, `language`, `speaker` ("": unknown),
     `phones` int64 `[F]` (-100 where unknown), and where it lies: `path`, `start` in seconds,
     `speed`. `augment` is the chance of a change of speed and of each change of `distort`. An
     unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another window is
@@ -526,13 +526,13 @@ class WindowDataset(torch.utils.data.Dataset):
     def __init__(self, clips: Sequence[Clip], window_seconds: float, seed: int = 0,
                  epoch_items: int = 1000, language_temperature: float = 1.0, augment: float = 0.0,
                  phone_ids: dict[str, int] | None = None,
-                 unreadable_log: str | Path | None = None) -> None:  # fmt: skip
+                 unreadable_log: str | Path | None = None, clean=False) -> None:  # fmt: skip
         if not len(clips):
             raise UserError("no clips to draw windows from; check --data_dirs")
         self.clips = Clips.of(clips)
         self.samples = round(window_seconds * SAMPLE_RATE)
         self.seed, self.epoch_items, self.augment = seed, epoch_items, augment
-        self.phone_ids, self.unreadable_log = phone_ids, unreadable_log
+        self.phone_ids, self.unreadable_log, self.clean = phone_ids, unreadable_log, clean
         self._groups = _language_groups(self.clips, language_temperature)
         # Shared memory, so that worker processes report bad files.
         self._bad = torch.zeros(len(self.clips), dtype=torch.bool).share_memory_()
@@ -589,16 +589,18 @@ class WindowDataset(torch.utils.data.Dataset):
         if not len(audio):
             self._log(which, f"{clip.path}: shorter than the {clip.duration:g} s of its manifest")
             return None
-        clean = audio
+        heard = {"clean": audio} if self.clean else {}
         if augmented:
             audio = distort(audio, rng, self.augment)
         frames = math.ceil(self.samples / HOP)
         end = start + len(audio) / SAMPLE_RATE * speed if len(audio) < self.samples else None
         labels = frame_labels(clip.phones, self.phone_ids, frames, start, speed, end)
-        padded = torch.zeros(2, 1, self.samples)
-        padded[:, 0, : len(audio)] = torch.from_numpy(np.stack((audio, clean)))
-        return {"audio": padded[0], "clean": padded[1], "phones": torch.from_numpy(labels),
-                "language": clip.language, "speaker": clip.speaker or "", "path": str(clip.path),
+        sounds = {}
+        for name, sound in {"audio": audio, **heard}.items():
+            sounds[name] = torch.zeros(1, self.samples)
+            sounds[name][0, : len(sound)] = torch.from_numpy(sound)
+        return {**sounds, "phones": torch.from_numpy(labels), "language": clip.language,
+                "speaker": clip.speaker or "", "path": str(clip.path),
                 "start": start, "speed": speed}  # fmt: skip
 
     def _log(self, which: int, text: str) -> None:

@@ -146,7 +146,8 @@ class Mms:
 
 
 class Piper:
-    """Piper's voices (VITS by onnxruntime), a folder of .onnx files. Their noise has no seed."""
+    """Piper's voices (VITS by onnxruntime), a folder of .onnx files. Their noise has no seed: the
+    same command says the same, in other samples."""
 
     def __init__(self, language: str, model: str, device: str) -> None:
         from piper import PiperVoice, SynthesisConfig

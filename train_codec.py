@@ -257,10 +257,12 @@ def validate(model: Codec, head, spectra, batches: list[dict], device, cast, tol
             row[f"si_sdr_{rate}"] = si_sdr(estimate, audio).mean()
             if head is not None:
                 row["phone_accuracy"] = label_loss(logits, labels)[1]
-            if told is not None:
-                row["units"], row["unit_accuracy"] = told(info.scores, audio)
             for name, score in row.items():
                 scores[f"validation_{name}"].append(float(score))
+        if told is not None:  # once: codebook 0 is the same at every rate, and teachers are dear
+            loss, accuracy = told(info.scores, audio)
+            scores["validation_units"].append(float(loss))
+            scores["validation_unit_accuracy"].append(float(accuracy))
     model.train()
     return {name: statistics.fmean(values) for name, values in sorted(scores.items())}
 
@@ -423,14 +425,14 @@ class Learner:
     def shown(self) -> Codec:  # what validates and ships
         return self.average.model if self.average else self.model
 
-    def step(self, mode: Mode, audio, clean, labels, counts, draws, part, ramp) -> dict:
+    def step(self, mode: Mode, audio, labels, counts, draws, part, ramp, clean=None) -> dict:
         """What the device does in a step: forward, losses, backward, step, for the codec and then
         for the discriminators. Gives what there is to log, as tensors.
 
-        audio and `clean`, before it was distorted, `[B, 1, T]`, labels `[B, F]`; `counts` `[B]` of
-        codebooks, `draws` `[K, n]` for the quantizer, `part` `[n]` that discriminators see, and
-        `ramp`, the part of their share that they have by now. Nothing waits for the device, but for
-        the start of the codebooks. Gives tensors."""
+        audio `[B, 1, T]`, labels `[B, F]`; `counts` `[B]` of codebooks, `draws` `[K, n]` for the
+        quantizer, `part` `[n]` that discriminators see, `ramp`, the part of their share that they
+        have by now, and for teachers `clean`, the audio before it was distorted. Nothing waits for
+        the device, but for the start of the codebooks."""
         args, settings, model = self.args, self.settings, self.model
         phones_learn, row = semantic_learns(args), {}
 
@@ -532,7 +534,8 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
     clips, held_out = data.load_splits(args.data_dirs, *splits)
     items = run.plan(clips.hours(), functools.partial(phases, args))
     drawn = args.window_seconds, args.seed, items, args.language_temperature
-    dataset = WindowDataset(clips, *drawn, settings.augment_share, phone_ids, unreadable)
+    heard = settings.augment_share, phone_ids, unreadable, bool(found) and semantic_learns(args)
+    dataset = WindowDataset(clips, *drawn, *heard)
     # On every rank, though one validates: reading it draws from the generator of the weights.
     validation = validation_batches(held_out, config, phone_ids)
 
@@ -554,11 +557,12 @@ def train(args: argparse.Namespace, run: training.Run) -> None:
         rates = settings.lm_rate, settings.full_rate
         generator = training.keyed_generator(*key, 1 << 20)
         inputs = {
-            "audio": audio, "clean": batch["clean"], "labels": batch["phones"],
+            "audio": audio, "labels": batch["phones"],
             "counts": draw_num_codebooks(len(audio), books, *rates, (*key, process.rank)),
             "draws": torch.rand(books, max(config.codebook_sizes), generator=generator),
             "part": judged_part(audio.shape[-1], settings.disc_seconds, (*key, 1 << 21)),
             "ramp": torch.tensor(run.schedule.ramp(run.step, "adversarial"))}  # fmt: skip
+        inputs |= {"clean": batch["clean"]} if "clean" in batch else {}
         if device.type == "cuda":  # of memory that is not pinned a copy would wait for the device
             inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}

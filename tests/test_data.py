@@ -668,14 +668,15 @@ def test_a_window_comes_clean_beside_distorted(tmp_path):
     """Both at the same speed and place: a teacher hears what the codec hears, undisturbed."""
     data.write_audio(tmp_path / "a.wav", sine(440, 3, 24000))
     one = clip(tmp_path / "a.wav", 3.0)
-    windows = data.WindowDataset([one], 1.0, epoch_items=20, augment=1.0)
+    windows = data.WindowDataset([one], 1.0, epoch_items=20, augment=1.0, clean=True)
     for item in (windows[index] for index in range(20)):
         asked = item["start"], item["speed"]
         known = data.read_audio(one.path, asked[0], 1.0 * asked[1], speed=asked[1])[:24000]
         assert torch.equal(item["clean"][0, : len(known)], torch.from_numpy(known))
         assert not torch.equal(item["audio"], item["clean"])
-    plain = data.WindowDataset([one], 1.0)[0]
+    plain = data.WindowDataset([one], 1.0, clean=True)[0]
     assert torch.equal(plain["audio"], plain["clean"])
+    assert "clean" not in data.WindowDataset([one], 1.0)[0]
 
 
 # ------------------------------------------------------------------------------------- sampling
