@@ -45,7 +45,7 @@ class CodecConfig:
     encoder_layers: int = 2
     num_mels: int = 80  # bands of the log-mels that both branches of the encoder take, every 10 ms
     semantic_width: int = 256
-    semantic_layers: int = 2
+    semantic_layers: int = 3
     decoder_front_dim: int = 256
     decoder_front_blocks: int = 2
     decoder_dim: int = 320
@@ -68,7 +68,7 @@ class CodecConfig:
 
     @classmethod
     def tiny(cls) -> "CodecConfig":
-        """9M parameters: streams in a small part of real time on one CPU core."""
+        """10M parameters: streams in a small part of real time on one CPU core."""
         return cls()
 
     @classmethod

@@ -412,17 +412,19 @@ def hours_by_language(clips: Iterable[Clip]) -> dict[str, float]:
 
 
 def draw_speed(rng: np.random.Generator, probability: float = 0.3) -> float:
-    """A playback speed of 0.9 to 1.1 with `probability`, else 1.0."""
-    chosen, speed = rng.random() < probability, rng.uniform(0.9, 1.1)
+    """A playback speed of 0.85 to 1.18 with `probability`, else 1.0: heads and pitches differ so."""
+    chosen, speed = rng.random() < probability, rng.uniform(0.85, 1.18)
     return float(speed) if chosen else 1.0
 
 
 def distort(audio: np.ndarray, rng: np.random.Generator, probability: float = 0.3) -> np.ndarray:
-    """Noise, band limit, gain and a room, each with `probability`, on 24 kHz mono float32 `[T]`;
-    every phone stays in its place."""
-    noise, band, gain, room = rng.random(4) < probability
+    """Noise, band limit, gain, a room and a microphone, each with `probability`, on 24 kHz mono
+    float32 `[T]`; every phone stays in its place."""
+    noise, band, gain, room, microphone = rng.random(5) < probability
     if not len(audio):
         return audio
+    if microphone:
+        audio = colour(audio, rng)
     if room:
         tail = rng.uniform(0.1, 0.45), rng.uniform(-18.0, -6.0)
         audio = reverberate(audio, room_response(*tail, rng))[: len(audio)]
@@ -477,6 +479,14 @@ def unclipped(audio: np.ndarray) -> np.ndarray:
     """Audio `[T]` as float32, scaled down where it passes full scale: clipping would distort it."""
     peak = float(np.abs(audio).max(initial=0.0))
     return (audio / peak if peak > 1 else audio).astype(np.float32, copy=False)
+
+
+def colour(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Audio `[T]` as another microphone hears it: up to 8 dB more or less at each octave."""
+    hertz = np.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)
+    octaves = np.log2(np.maximum(hertz, 1.0) / 93.75)  # 94 Hz to 12 kHz
+    gain_db = np.interp(octaves, np.arange(8), rng.uniform(-8.0, 8.0, 8))
+    return np.fft.irfft(np.fft.rfft(audio) * 10 ** (gain_db / 20), len(audio))
 
 
 def band_limit(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -58,8 +58,9 @@ class S2SConfig:
     text_weight: float = 1.0  # of a token against PAD in the loss, and so in the odds learnt
     eagerness: float = 0.0  # dB on the odds of speaking, where `Sampling` gives none
     hear_self: bool = True  # whether the agent's own last codes are an input, beside its text
+    user_levels: int | None = None  # of the user's codes that are an input; None: all
     phones: tuple[str, ...] = ()  # classes of the phone head; phones[0] is silence
-    listen_delay: int = 2  # patches by which the heads for phones and words follow the user
+    listen_delay: int = 3  # patches by which the heads for phones and words follow the user
     languages: tuple[str, ...] = ("english", "hindi", "telugu")
     emotion_dim: int = 0  # width of the emotion branch; 0: none, emotions by a linear head
     codebook_dim: int = 64  # of the codec's own vectors, which the emotion branch reads
@@ -387,7 +388,9 @@ class S2S(nn.Module):
         self.code_tables = CodeTables(c)
         patch_width = c.frames_per_step * len(c.codebook_sizes) * c.code_dim
         self.agent_projection = nn.Linear(patch_width, c.dim, bias=False) if c.hear_self else None
-        self.user_projection = nn.Linear(patch_width, c.dim, bias=False)
+        self.user_levels = c.user_levels or len(c.codebook_sizes)
+        heard = c.frames_per_step * self.user_levels * c.code_dim
+        self.user_projection = nn.Linear(heard, c.dim, bias=False)
         self.emotion_embedding = nn.Embedding(len(c.emotions) + 1, c.dim)  # 0: not given
         self.language_embedding = nn.Embedding(len(c.languages) + 1, c.dim)  # 0: not given
         sizes = c.dim, c.num_layers, c.num_heads, c.context
@@ -438,7 +441,8 @@ class S2S(nn.Module):
         """Sum of embeddings: last token that is not `PAD` and its age `[B, P]`, last agent patch
         and this user patch `[B, P, p, K]`, emotion `[B, P]`, language `[B]`, logits of the user's
         emotion `[B, P, n]` or None → `[B, P, D]`."""
-        x = self.user_projection(self.code_tables(user).flatten(-3))
+        heard = self.code_tables(user)[..., : self.user_levels, :]
+        x = self.user_projection(heard.flatten(-3))
         if self.agent_projection is not None:
             x = x + self.agent_projection(self.code_tables(agent).flatten(-3))
         x = x + self.text_embedding(text) + self.age_embedding(age)

@@ -93,7 +93,8 @@ def window_flags(add: Callable) -> None:
     """The flags of windows of calls, beside WindowSettings."""
     add("--window_seconds", type=number(0.1, 6000), help="by default 1.5 times the context")
     add("--depth_fraction", type=share, default=0.15, help="of a window's patches spoken")
-    add("--acoustic_drop", type=share, default=0.6, help="windows that lose user codebooks")
+    add("--acoustic_drop", type=share, default=0.6,
+        help="windows that lose user codebooks; 1: codebook 0 alone, ever")
     add("--agent_window_drop", type=share, default=0.5,
         help="windows without the agent's own past codes; 1: none ever")  # fmt: skip
     add("--emotion_drop", type=share, default=0.1, help="windows without the emotion's label")
@@ -540,7 +541,8 @@ def new_config(args, settings: Settings, codec: Codec, tokenizer: Tokenizer) -> 
         context=max(1, round(seconds * rate)), eagerness=args.eagerness,
         codebook_sizes=codec.config.codebook_sizes[:8], codec_fingerprint=codec.fingerprint,
         frame_rate=codec.config.frame_rate, vocab_size=tokenizer.get_vocab_size(),
-        hear_self=args.agent_window_drop < 1)  # fmt: skip
+        hear_self=args.agent_window_drop < 1,
+        user_levels=1 if args.acoustic_drop == 1 else None)  # fmt: skip
 
 
 def s2s_config(checkpoint: checkpoints.Checkpoint) -> S2SConfig:
