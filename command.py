@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -199,11 +200,17 @@ def _results(work: Callable, parts: Sequence, num_workers: int) -> Iterator:
 
 
 def _start_worker() -> None:
-    """Ctrl-C ends it without a traceback; torch, imported already or later, uses one thread."""
+    """Ctrl-C and its parent's end are its own, without a traceback; torch uses one thread."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def existing_folder(path: str | Path, flag: str, remedy: str = "") -> Path:

@@ -139,7 +139,7 @@ def ask(exchanges: Sequence[Exchange], language: str, args) -> tuple[list[Call],
     """A call for each of up to `--questions_per_exchange` wordings of an exchange, and why others
     could not be spoken. UserError without a voice for the split, or without any call."""
     rng = np.random.default_rng([args.seed, SPOKEN.index(language), SPLITS.index(args.split)])
-    voices, plans = user_voices(language, args.split), []
+    voices, plans = user_voices(language, args.split, args.engines), []
     for one in choose_exchanges(exchanges, language, args.split, args.intents, args.archetypes):
         for first in rng.permutation(len(one.lines[0].texts))[: args.questions_per_exchange]:
             requests = _questions(one, first, draw_voice(voices, rng), args.emotions, rng)
@@ -412,7 +412,7 @@ def styled_calls(exchanges, language: str, args, rng, styles=STYLES_ASKED,
     """`--styled` calls a style of one utterance each, in wordings and voices of the split, with
     `--gains` at a microphone's; `after_neutral`: a neutral one of the caller's a second before."""
     more = rng.spawn(1)[0]  # leaves the draws of `rng` as they are without
-    voices, calls = user_voices(language, args.split), []
+    voices, calls = user_voices(language, args.split, args.engines), []
     chosen = choose_exchanges(exchanges, language, args.split, args.intents)
     texts = sorted({text for e in chosen for line in e.lines[::2] for text in line.texts})
     requests = []
@@ -509,7 +509,7 @@ def fitting(codec: Codec, lm: S2S, calls, exchanges, args) -> tuple[dict, list[s
 def empathy(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict | None:
     """The sad and the glad reading of the same words by the same voice: shares of all pairs that
     are answered twice and that get different replies, and of all readings (`fitting`)."""
-    voices, calls, twins = user_voices(language, args.split), [], {}
+    voices, calls, twins = user_voices(language, args.split, args.engines), [], {}
     mine = (language, "empathy", args.split != "train")
     for one in exchanges:
         if (one.language, one.intent, one.held_out) == mine:
@@ -625,6 +625,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--judge_examples", type=whole(8), default=80, help="with --emotion: utterances a style "
         "from which each judge of prosody learns: minutes a language")  # fmt: skip
     add("--scripts", type=Path, default=HERE / "conversations")
+    add("--engines", nargs="+", help="whose voices ask, of the split [all]")
     add("--emotions", choices=("neutral", "scripted"), default="neutral", help="of the user")
     add("--tell_language", action="store_true", help="tell the model the call's language")
     add("--temperature", type=number(0, 100), default=Sampling.temperature, help="of the codes")
@@ -662,7 +663,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for language in args.languages:  # what cannot be asked or judged, before an hour of work
         replies[language] = training_replies(exchanges, language, args)
         choose_exchanges(exchanges, language, args.split, args.intents, args.archetypes)
-        user_voices(language, args.split)
+        user_voices(language, args.split, args.engines)
         if args.judge != "none" or args.emotion:
             speech.voices(language, "agent")
     codec, lm = load_models(args.codec, args.lm, str(device))

@@ -302,9 +302,8 @@ def _noise_bank(kind: str) -> np.ndarray:
     n = 60 * SAMPLE_RATE
     white = np.random.default_rng(0).standard_normal(n)
     if kind == "pink":  # power 1/f, flat below 20 Hz
-        spectrum = np.fft.rfft(white)
         hertz = np.fft.rfftfreq(n, 1 / SAMPLE_RATE)
-        white = np.fft.irfft(spectrum / np.sqrt(np.maximum(hertz, 20.0)), n)
+        white = np.fft.irfft(np.fft.rfft(white) / np.sqrt(np.maximum(hertz, 20.0)), n)
     return (white / np.sqrt(np.mean(white**2))).astype(np.float32)
 
 

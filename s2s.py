@@ -388,8 +388,7 @@ class S2S(nn.Module):
         self.code_tables = CodeTables(c)
         patch_width = c.frames_per_step * len(c.codebook_sizes) * c.code_dim
         self.agent_projection = nn.Linear(patch_width, c.dim, bias=False) if c.hear_self else None
-        self.user_levels = c.user_levels or len(c.codebook_sizes)
-        heard = c.frames_per_step * self.user_levels * c.code_dim
+        heard = c.frames_per_step * (c.user_levels or len(c.codebook_sizes)) * c.code_dim
         self.user_projection = nn.Linear(heard, c.dim, bias=False)
         self.emotion_embedding = nn.Embedding(len(c.emotions) + 1, c.dim)  # 0: not given
         self.language_embedding = nn.Embedding(len(c.languages) + 1, c.dim)  # 0: not given
@@ -441,8 +440,8 @@ class S2S(nn.Module):
         """Sum of embeddings: last token that is not `PAD` and its age `[B, P]`, last agent patch
         and this user patch `[B, P, p, K]`, emotion `[B, P]`, language `[B]`, logits of the user's
         emotion `[B, P, n]` or None → `[B, P, D]`."""
-        heard = self.code_tables(user)[..., : self.user_levels, :]
-        x = self.user_projection(heard.flatten(-3))
+        user = self.code_tables(user)[..., : self.config.user_levels, :]
+        x = self.user_projection(user.flatten(-3))
         if self.agent_projection is not None:
             x = x + self.agent_projection(self.code_tables(agent).flatten(-3))
         x = x + self.text_embedding(text) + self.age_embedding(age)

@@ -454,8 +454,7 @@ def turn_fields(rows, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
     for batch, table in enumerate(batches):
         turns = table["turns"].combine_chunks()
         counts = turns.value_lengths().to_numpy()
-        fields = turns.flatten()
-        found = (fields.field(name).to_numpy(zero_copy_only=False) for name in names)
+        found = (turns.flatten().field(name).to_numpy(zero_copy_only=False) for name in names)
         yield np.repeat(1000 * batch + np.arange(len(counts)), counts), *found
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -257,6 +258,33 @@ def test_parts_come_in_order_from_processes_or_here(capsys):
     assert os.getpid() not in {process for _, process in there}
     with pytest.raises(UserError, match="fewer --num_workers"):
         list(command.run_parts(_part, [1, "dies", 3], 2, 3))
+
+
+def _sleep(part):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    code = "import command, tests.test_command as t; [*command.run_parts(t._sleep, [1, 2], 2, 2)]"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    workers = [int(parent.stdout.readline()) for _ in range(2)]
+    parent.kill()
+    parent.wait()
+    until = time.monotonic() + 20
+    while any(map(_lives, workers)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(map(_lives, workers))
+
+
+def _lives(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
 
 
 @pytest.mark.parametrize("script", ["stream_demo", "load_test", "serve"])

@@ -574,6 +574,19 @@ def test_an_agent_without_its_past_codes_goes_by_its_words_alone():
     model.step(batch.user_codes[:, 0].transpose(1, 2), state)
 
 
+def test_an_lm_that_hears_codebook_0_alone_goes_by_nothing_else():
+    model = build(user_levels=1)
+    batch = make_batch(model.config)
+    others = batch.user_codes.clone()
+    others[..., 1:] = (others[..., 1:] + 1) % min(SIZES)
+    same = model.hidden(dataclasses.replace(batch, user_codes=others))
+    torch.testing.assert_close(model.hidden(batch), same, atol=0, rtol=0)
+    others[..., 0] = (others[..., 0] + 1) % min(SIZES)
+    changed = model.hidden(dataclasses.replace(batch, user_codes=others))
+    assert not torch.equal(changed, same)
+    model.step(batch.user_codes[:, 0].transpose(1, 2), model.init_state(2))
+
+
 def test_models_take_codes_that_are_gone():
     model = build()
     batch = make_batch(model.config)

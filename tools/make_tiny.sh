@@ -17,10 +17,10 @@ intents=greeting,name,weather,capitals,colours,counting,small_talk,goodbye
 precision=fp32
 ! grep -qs avx512_bf16 /proc/cpuinfo || precision=bf16
 
-teach_semantic_branch() {
-    "$python" train_codec.py --data_dirs "${spoken[@]}" --preset tiny --batch_size 24 --window_seconds 2 \
-        --epoch_hours 1 --num_epochs 40 --gen_lr 1e-3 --semantic_share 1 --teacher none \
-        --num_workers 1 --seed 1 --set augment_share=0.4 --checkpoint_dir runs/codec_semantic
+teach_ears() {  # windows a step, hours an epoch, epochs, what else
+    "$python" train_codec.py --data_dirs "${recorded[@]}" --preset tiny --teacher openai/whisper-base \
+        --batch_size "$1" --window_seconds 2 --epoch_hours "$2" --num_epochs "$3" --gen_lr 1e-3 --semantic_share 1 \
+        --warmup_steps 100 --seed 1 --set augment_share=0.5 --checkpoint_dir runs/codec_semantic "${@:4}"
 }
 
 teach_sound_on_a_gpu() {
