@@ -200,7 +200,7 @@ def _results(work: Callable, parts: Sequence, num_workers: int) -> Iterator:
 
 
 def _start_worker() -> None:
-    """Ctrl-C and its parent's end are its own, without a traceback; torch uses one thread."""
+    """Ends at Ctrl-C, without a traceback, and with its parent; torch uses one thread."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -412,7 +412,7 @@ def hours_by_language(clips: Iterable[Clip]) -> dict[str, float]:
 
 
 def draw_speed(rng: np.random.Generator, probability: float = 0.3) -> float:
-    """A playback speed of 0.85 to 1.18 with `probability`, else 1.0; heads seem to differ."""
+    """A playback speed of 0.85 to 1.18 with `probability`, else 1.0; pitch and formants follow."""
     chosen, speed = rng.random() < probability, rng.uniform(0.85, 1.18)
     return float(speed) if chosen else 1.0
 

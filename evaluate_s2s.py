@@ -441,8 +441,7 @@ def _one_turn(name: str, request, take: Take, reply: str, tail: float = 0.5, bef
     if before:
         audio = np.concatenate([np.pad(before.audio, (start, SAMPLE_RATE - start)), audio])
     shift = (len(audio) - tail - len(take.audio)) / SAMPLE_RATE
-    span = shift + take.onset, shift + take.offset
-    turn = AskedTurn(*span, request.text, request.emotion, reply)
+    turn = AskedTurn(shift + take.onset, shift + take.offset, request.text, request.emotion, reply)
     return Call(name, request.language, audio, (turn,), speaker=request.voice.speaker)
 
 

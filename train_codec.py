@@ -169,7 +169,9 @@ def sizes(args, checkpoint: checkpoints.Checkpoint | None, prints: bool) -> Code
     if source is not None:
         stored = checkpoints.config_of(CodecConfig, "codec", source.config, source.path)
         same = checkpoint is not None or args.decoder_only  # else the semantic branch alone
-        config = stored if same else dataclasses.replace(config, context=stored.context)
+        frozen = "context", "semantic_width", "semantic_layers", "semantic_dim"
+        changes = {name: getattr(stored, name) for name in frozen}
+        config = stored if same else dataclasses.replace(config, **changes)
     needed = 2 * config.context / config.frame_rate
     args.window_seconds = args.window_seconds or needed
     frames = round(args.window_seconds * config.frame_rate)

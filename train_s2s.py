@@ -93,8 +93,7 @@ def window_flags(add: Callable) -> None:
     """The flags of windows of calls, beside WindowSettings."""
     add("--window_seconds", type=number(0.1, 6000), help="by default 1.5 times the context")
     add("--depth_fraction", type=share, default=0.15, help="of a window's patches spoken")
-    add("--acoustic_drop", type=share, default=0.6,
-        help="windows that lose user codebooks; 1: codebook 0 alone, ever")
+    add("--acoustic_drop", type=share, default=0.6, help="windows losing user levels; 1: all but 0")
     add("--agent_window_drop", type=share, default=0.5,
         help="windows without the agent's own past codes; 1: none ever")  # fmt: skip
     add("--emotion_drop", type=share, default=0.1, help="windows without the emotion's label")
