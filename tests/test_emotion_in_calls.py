@@ -456,8 +456,9 @@ def test_control_is_judged_after_the_agents_own_voice_in_other_words(
 
 def test_the_prosody_judge_learns_from_training_voices_alone(monkeypatch, loud_styles):
     asked = []
-    monkeypatch.setattr(evaluate_s2s, "user_voices",
-                        lambda language, split: asked.append(split) or [VOICE])  # fmt: skip
+    monkeypatch.setattr(
+        evaluate_s2s, "user_voices", lambda language, split, engines: asked.append(split) or [VOICE]
+    )
     args, rng = evaluate_s2s.parse_arguments(["--styled", "2"]), np.random.default_rng(0)
     calls = evaluate_s2s.styled_calls(SCRIPTS, "english", args, rng)
     assert {one.speaker for one in calls} == {VOICE.speaker} and len(calls) == 10

@@ -73,7 +73,7 @@ def asking(**changes):
 
 @pytest.fixture
 def fake_voices(monkeypatch):
-    monkeypatch.setattr(e, "user_voices", lambda language, split: [VOICE])
+    monkeypatch.setattr(e, "user_voices", lambda language, split, engines: [VOICE])
     monkeypatch.setattr("evaluate_s2s.phonemize", lambda text, language: text.split())
     monkeypatch.setattr(speech, "synthesize", fake_say)
 
@@ -189,7 +189,7 @@ def test_later_questions_wait_for_the_reply_before(fake_voices):
 
 def test_emotions_and_ranges_of_pitch_are_those_praat_is_safe_in(fake_voices, monkeypatch):
     wide = replace(VOICE, pitch_range=2.0)
-    monkeypatch.setattr(e, "user_voices", lambda language, split: [wide])
+    monkeypatch.setattr(e, "user_voices", lambda language, split, engines: [wide])
     seen = []
 
     def say(requests):
@@ -230,6 +230,16 @@ def test_the_same_seed_asks_the_same(fake_voices):
         for s in (3, 3, 4)
     ]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_voices_asked_are_those_of_the_engines_named(fake_voices, monkeypatch):
+    named = []
+    monkeypatch.setattr(
+        e, "user_voices", lambda language, split, engines: named.append(engines) or [VOICE]
+    )
+    for flags in ([], ["--engines", "mbrola", "pico"]):
+        ask([exchange(held_out=True)], "english", asking(engines=e.parse_arguments(flags).engines))
+    assert named == [None, ["mbrola", "pico"]]
 
 
 def test_the_taught_are_the_training_replies_of_the_chosen_exchanges():
