@@ -469,7 +469,7 @@ def told_emotion(call: Call, agent: dict, config) -> Told:
 def by_prosody(calls: Sequence[Call], exchanges, language: str, args, rng) -> dict:
     """Accuracies of the prosody judge on the same utterances, after `--judge_examples` a style of
     the training split: what the styles give away without any model."""
-    train = _changed(args, split="train", styled=args.judge_examples)
+    train = _changed(args, split="train", engines=None, styled=args.judge_examples)
     known = styled_calls(exchanges, language, train, rng)
     judge = ProsodyJudge([c.audio for c in known], [c.turns[0].emotion for c in known])
     return accuracies([c.turns[0].emotion for c in calls], judge.judge([c.audio for c in calls]))

@@ -277,8 +277,8 @@ def _of_slots(mask: Tensor, tensor: Tensor) -> Tensor:
 
 
 class CodeTables(nn.Module):
-    """A narrow table a codebook, for both speakers and the depth transformer: codes `[..., K]` →
-    `[..., K, d]`. The last row of each table stands for "no code"."""
+    """A narrow table a codebook, for both speakers and the depth transformer: codes of the first n
+    levels `[..., n]` → `[..., n, d]`. The last row of each table stands for "no code"."""
 
     def __init__(self, config: S2SConfig) -> None:
         super().__init__()
@@ -287,8 +287,8 @@ class CodeTables(nn.Module):
         self.register_buffer("missing", torch.tensor(self.sizes), persistent=False)
 
     def forward(self, codes: Tensor) -> Tensor:
-        levels = torch.where(codes < 0, self.missing, codes).unbind(-1)
-        pairs = zip(self.tables, levels, strict=True)
+        levels = torch.where(codes < 0, self.missing[: codes.shape[-1]], codes).unbind(-1)
+        pairs = zip(self.tables, levels, strict=False)
         return torch.stack([table(level) for table, level in pairs], dim=-2)
 
     @torch.no_grad()
@@ -440,8 +440,7 @@ class S2S(nn.Module):
         """Sum of embeddings: last token that is not `PAD` and its age `[B, P]`, last agent patch
         and this user patch `[B, P, p, K]`, emotion `[B, P]`, language `[B]`, logits of the user's
         emotion `[B, P, n]` or None → `[B, P, D]`."""
-        user = self.code_tables(user)[..., : self.config.user_levels, :]
-        x = self.user_projection(user.flatten(-3))
+        x = self.user_projection(self.code_tables(user[..., : self.config.user_levels]).flatten(-3))
         if self.agent_projection is not None:
             x = x + self.agent_projection(self.code_tables(agent).flatten(-3))
         x = x + self.text_embedding(text) + self.age_embedding(age)

@@ -453,7 +453,8 @@ def turn_fields(rows, *names: str) -> Iterator[tuple[np.ndarray, ...]]:
     for batch, table in enumerate(batches):
         turns = table["turns"].combine_chunks()
         counts = turns.value_lengths().to_numpy()
-        found = (turns.flatten().field(name).to_numpy(zero_copy_only=False) for name in names)
+        fields = turns.flatten()
+        found = (fields.field(name).to_numpy(zero_copy_only=False) for name in names)
         yield np.repeat(1000 * batch + np.arange(len(counts)), counts), *found
 
 

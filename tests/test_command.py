@@ -265,7 +265,7 @@ def _sleep(part):
     time.sleep(60)
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+def test_workers_end_with_a_parent_that_is_killed():
     code = "import command, tests.test_command as t; [*command.run_parts(t._sleep, [1, 2], 2, 2)]"
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True

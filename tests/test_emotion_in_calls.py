@@ -456,14 +456,14 @@ def test_control_is_judged_after_the_agents_own_voice_in_other_words(
 
 def test_the_prosody_judge_learns_from_training_voices_alone(monkeypatch, loud_styles):
     asked = []
-    monkeypatch.setattr(
-        evaluate_s2s, "user_voices", lambda language, split, engines: asked.append(split) or [VOICE]
-    )
-    args, rng = evaluate_s2s.parse_arguments(["--styled", "2"]), np.random.default_rng(0)
+    monkeypatch.setattr(evaluate_s2s, "user_voices", lambda *of: asked.append(of[1:]) or [VOICE])
+    flags = ["--styled", "2", "--engines", "mbrola"]
+    args, rng = evaluate_s2s.parse_arguments(flags), np.random.default_rng(0)
     calls = evaluate_s2s.styled_calls(SCRIPTS, "english", args, rng)
     assert {one.speaker for one in calls} == {VOICE.speaker} and len(calls) == 10
     found = evaluate_s2s.by_prosody(calls, SCRIPTS, "english", args, rng)
-    assert asked == ["test", "train"] and found["unweighted_accuracy"] == 1.0
+    # The engines named are those of who is asked; the judge learns from all that training has.
+    assert asked == [("test", ["mbrola"]), ("train", None)] and found["unweighted_accuracy"] == 1.0
 
 
 # ---------------------------------------------------------------------------------- the script

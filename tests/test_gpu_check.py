@@ -4,6 +4,7 @@ import json
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from command import UserError
@@ -81,6 +82,13 @@ def test_moshi_is_timed_beside_the_engine(tmp_path, monkeypatch, capsys):
         whole = sum(stages[name]["p50"] for name in ("encode", "lm", "decode"))
         assert stages["total"]["p50"] == pytest.approx(whole, rel=0.5) and whole > 0
     assert "2 slots, 1 s of audio" in printed
+
+
+def test_how_far_two_engines_are_apart_is_told_from_its_first_tick():
+    said = [np.zeros((1, 2, 2), int) for _ in range(4)]
+    assert gpu_check.apart(said, said[:3]) == "0.00% of the codes, in none of 3"
+    others = [*said[:2], said[2] + [[1], [0]], said[3] + 1]
+    assert gpu_check.apart(said, others) == "37.50% of the codes, first in tick 2 of 4"
 
 
 def test_without_moshi_one_line_says_so(tmp_path, monkeypatch, capsys):

@@ -451,7 +451,8 @@ def test_the_agents_decoder_is_exported_into_its_codecs_folder(corpus, whole_run
 
 
 def test_frozen_codes_are_of_one_codec(whole_run, corpus, tmp_path, capsys):
-    """A decoder alone takes the sizes of its codec; a semantic branch of other sizes is refused."""
+    """A decoder alone takes the sizes of its codec, and a frozen semantic branch keeps its own;
+    one that hears other spectra than the preset's is refused."""
     small = CodecConfig(**{**TINY, "semantic_width": 48, "context": 12})
     model = Codec(small)
     config = checkpoints.stored_config("codec", small)
@@ -465,6 +466,12 @@ def test_frozen_codes_are_of_one_codec(whole_run, corpus, tmp_path, capsys):
     start = {"init_from": tmp_path / "small", "max_steps": 1}
     train(corpus, tmp_path / "other", "--freeze_semantic", **start)
     assert Codec.from_checkpoint(tmp_path / "other").config == small
+    odd = dataclasses.replace(small, num_mels=small.num_mels + 8)
+    config, tensors = checkpoints.stored_config("codec", odd), Codec(odd).export_tensors()
+    checkpoints.save_export(tmp_path / "odd", 1, config, tensors)
+    start = {"init_from": tmp_path / "odd"}
+    said = refused(corpus, tmp_path / "no", capsys, "--freeze_semantic", **start)
+    assert "encoder.0" in said and "to be frozen" in said
 
 
 def test_acoustic_codebooks_learn_beside_a_frozen_semantic_branch(corpus, tmp_path, capsys):

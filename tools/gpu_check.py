@@ -8,6 +8,7 @@ learnt. A part that fails or is cut off is a row too, and the JSON is written af
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -300,8 +301,7 @@ def part_tick(place: Place) -> dict:
     """The engine's tick by stage, p50 and p95 in ms, at several numbers of callers, eager and as
     graphs; what share of the codes the two say differently in the same calls; and `moshi`'s."""
     from codec import Codec, CodecConfig
-    from duplex import DuplexEngine, halve
-    from ledger import LatencyLedger
+    from duplex import halve
     from s2s import S2S, S2SConfig
 
     torch.manual_seed(0)
@@ -317,27 +317,14 @@ def part_tick(place: Place) -> dict:
         halve(lm)
     found = {}
     for slots in (1, 2) if place.smoke else (1, 8, 32):
-        codes = {}
-        # Eager twice: where it differs from itself already, a graph that does shows nothing.
-        for name, graphs in (("eager", False), ("graphs", True), ("eager again", False)):
-            engine = DuplexEngine(codec, lm, slots, graphs=graphs)
-            ledger = LatencyLedger(engine.patch_seconds, warmup_ticks=engine.warm_up())
-            until = time.monotonic() + place.seconds(2 if place.smoke else 12)
-            noise, said = np.random.default_rng(0), []
-            while len(said) < 200 and time.monotonic() < until:
-                frames = noise.normal(0, 0.05, (slots, engine.patch_samples)).astype(np.float32)
-                result = engine.tick(frames)
-                ledger.tick(result)
-                said.append(result.codes)
-            if name != "eager again":
-                found[f"{slots} slots, {name}"] = ledger.summary()["tick_ms"]
-            codes[name] = said
-        for other in ("graphs", "eager again"):
-            pairs = zip(codes["eager"], codes[other], strict=False)
-            apart = [float(np.mean(one != two)) for one, two in pairs]
-            first = next((i for i, share in enumerate(apart) if share), None)
-            after = f"first in tick {first}" if first is not None else "in none"
-            found[f"{slots} slots, {other} apart"] = f"{np.mean(apart):.2%} of the codes, {after}"
+        calls = functools.partial(noisy_calls, place, codec, lm, slots)
+        eager, said = calls(graphs=False)
+        graphs, replayed = calls(graphs=True)
+        # Where eager differs from itself already, a graph that does shows nothing.
+        again = calls(graphs=False, most=50)[1]
+        found |= {f"{slots} slots, eager": eager, f"{slots} slots, graphs": graphs,
+                  f"{slots} slots, graphs apart": apart(said, replayed),
+                  f"{slots} slots, eager apart": apart(said, again)}  # fmt: skip
     try:
         found.update(moshi_ticks(place, (1, 2) if place.smoke else (1, 8, 32)))
     except ImportError as error:
@@ -345,6 +332,31 @@ def part_tick(place: Place) -> dict:
     except Exception as error:  # a row, as a part is
         found["moshi"] = f"{type(error).__name__}: {command.first_line(error)}"
     return found
+
+
+def noisy_calls(place: Place, codec, lm, slots: int, graphs: bool, most: int = 200) -> tuple:
+    """Tick times of an engine whose callers make noise, and the codes of each tick."""
+    from duplex import DuplexEngine
+    from ledger import LatencyLedger
+
+    engine = DuplexEngine(codec, lm, slots, graphs=graphs)
+    ledger = LatencyLedger(engine.patch_seconds, warmup_ticks=engine.warm_up())
+    until = time.monotonic() + place.seconds(2 if place.smoke else 12)
+    noise, said = np.random.default_rng(0), []
+    while len(said) < most and time.monotonic() < until:
+        frames = noise.normal(0, 0.05, (slots, engine.patch_samples)).astype(np.float32)
+        result = engine.tick(frames)
+        ledger.tick(result)
+        said.append(result.codes)
+    return ledger.summary()["tick_ms"], said
+
+
+def apart(said: Sequence, others: Sequence) -> str:
+    """What share of the codes two engines said differently, and from which tick on."""
+    shares = [float(np.mean(one != two)) for one, two in zip(said, others, strict=False)]
+    first = next((i for i, share in enumerate(shares) if share), None)
+    since = "in none" if first is None else f"first in tick {first}"
+    return f"{np.mean(shares):.2%} of the codes, {since} of {len(shares)}"
 
 
 def moshi_ticks(place: Place, crowds: Sequence[int]) -> Iterator[tuple[str, dict]]:
