@@ -108,8 +108,7 @@ def source_name(clip: Clip, root: Path) -> str:
 
 
 def plan_copies(clips: Sequence[Clip], root: Path, seed: int) -> list[CopyPlan]:
-    """Every copy of every clip, in an order drawn from (seed, name): a prefix of it is a fair
-    sample, to which more hours later only add."""
+    """Every copy of every clip, by (seed, name): a prefix is a fair sample, more hours only add."""
     sources = [source_name(clip, root) for clip in clips]
     stems = Counter(os.path.splitext(source)[0] for source in sources)
     plans = []

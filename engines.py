@@ -146,8 +146,7 @@ class Mms:
 
 
 class Piper:
-    """Piper's voices (VITS by onnxruntime), a folder of .onnx files. Their noise has no seed: the
-    same command says the same, in other samples."""
+    """Piper's voices (VITS by onnxruntime), a folder of .onnx files. Their noise has no seed."""
 
     def __init__(self, language: str, model: str, device: str) -> None:
         from piper import PiperVoice, SynthesisConfig

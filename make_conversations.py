@@ -479,8 +479,7 @@ def _version(part: ScriptedPart | Recording) -> str:
 
 class DatasetFiles:
     """The Arrow files of a dataset, and the list of the parts that each holds (`parts.json`). Known
-    by what they are made of, parts may be added, removed and changed between two runs. A recording
-    whose audio was removed stays as it was encoded."""
+    by what they are made of, parts come, go and change between runs; lost audio's codes stay."""
 
     def __init__(self, args: argparse.Namespace, parts: Sequence) -> None:
         self._folder, self._args = Path(args.output_dir), args

@@ -31,6 +31,8 @@ PAD = 0  # text id of "no token in this patch"
 IGNORE = -100  # a label that is not known, a code that is not there
 MAX_TURN_PATCHES = 500  # longer turns without word times are not learnt from
 MAX_AGE = 31  # patches since the last token; more are counted as this many
+IMPATIENCE = 60.0  # dB a second on the odds of speaking while the user waits for a reply
+VOICED_SECONDS, WAIT_SECONDS = 0.25, 1.0  # who has spoken that long, and so long at most
 DRAW_STRIDE = 1 << 20  # between the numbers of draws: more than any has candidates
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as int64
 
@@ -108,8 +110,7 @@ class Sampling:
     """How text and codes are drawn; a temperature of 0 takes the likeliest. `speak_temperature` is
     that of the choice between a token and PAD, which comes first. `eagerness` is added to the odds
     of a token against PAD, in decibels (10: ten times those of the data); None: the config's.
-    Where a reply may begin in any of n patches, none is likelier than 1 in n: at 0 dB and 0
-    temperature the agent waits for the last."""
+    Of n patches to begin a reply in none is likelier than 1 in n: at 0 dB it waits for the last."""
 
     temperature: float = 0.3
     top_k: int = 25
@@ -230,8 +231,9 @@ class S2SState:
     """The state of `B` calls, a row each, changed in place: caches and what was written last.
 
     `agent` `[B, p, K]` the agent's last patch, `text` `[B]` its last token that is not `PAD`, `age`
-    `[B]` the patches since then, `delayed` `[B, acoustic_delay]` semantic codes before their
-    acoustic ones, `key` `[B]` of the seed: draws depend on it and the temporal position alone."""
+    `[B]` the patches since then, `voiced` and `waited` `[B]` the patches in which the user has
+    spoken unanswered and been silent since, `delayed` `[B, acoustic_delay]` semantic codes before
+    their acoustic ones, `key` `[B]` of the seed: draws depend on it and the temporal position."""
 
     def __init__(self, model: S2S, batch_size: int, seed: int) -> None:
         c, device = model.config, model.text_embedding.weight.device
@@ -241,7 +243,7 @@ class S2SState:
         patch = (batch_size, c.frames_per_step, len(c.codebook_sizes))
         self.agent = torch.empty(patch, dtype=torch.long, device=device)
         self.text = torch.empty(batch_size, dtype=torch.long, device=device)
-        self.age = torch.empty_like(self.text)
+        self.age, self.voiced, self.waited = (torch.empty_like(self.text) for _ in range(3))
         self.delayed = self.text.new_empty(batch_size, c.acoustic_delay)
         self.emotion = model.emotion.init_state(batch_size) if model.emotion else ()
         self.key = torch.empty_like(self.text)
@@ -253,8 +255,9 @@ class S2SState:
         self.depth.reset(mask)
         if mask is None:
             mask = torch.ones_like(self.text, dtype=torch.bool)
+        zero = self.voiced, self.waited, *self.emotion
         starts = [(self.agent, IGNORE), (self.text, PAD), (self.age, MAX_AGE),
-                  (self.delayed, IGNORE), *((tensor, 0.0) for tensor in self.emotion)]  # fmt: skip
+                  (self.delayed, IGNORE), *((tensor, 0) for tensor in zero)]  # fmt: skip
         for tensor, value in starts:
             tensor.masked_fill_(_of_slots(mask, tensor), value)
         if seed is not None:
@@ -497,8 +500,7 @@ class S2S(nn.Module):
     def losses(self, batch: Batch, speak: bool = True, split: int | None = None) -> tuple:
         """Losses, means over known labels, and metrics, accuracies; in fixed shapes, and nothing
         that waits for the device. `speak`: the codes of `batch.depth_patches` are learnt too.
-        `split`, a patch: metrics also hold the losses of the text and of the user's phones before
-        it (`_within`) and from it on (`_past`)."""
+        `split`, a patch: also metrics of text and phones before (`_within`) and after (`_past`)."""
         recognised, branch, metrics = None, {}, {}
         if self.emotion is not None:
             recognised, branch, _ = self.emotion_losses(batch)
@@ -574,7 +576,9 @@ class S2S(nn.Module):
         if recognised is not None:
             heads["user_emotion"] = recognised[:, 0]
         logits = guided(self.text_head(hidden), strength)
-        text = draw_text(logits, noise[:, :2], sampling.rows[:, -1], self.config.text_weight)
+        owed, turn = self._owed(state, (heads["user_phones"].argmax(-1) > 0).any(1))
+        eagerness = sampling.rows[:, -1] + owed[:slots]
+        text = draw_text(logits, noise[:, :2], eagerness, self.config.text_weight)
         if forced is not None:
             muted, forced_codes, forced_text = forced
             text = torch.where(muted, forced_text, text)
@@ -588,7 +592,7 @@ class S2S(nn.Module):
             codes, said = torch.cat((codes, codes)), torch.cat((text, text))
             heads = {name: logits.chunk(2)[0] for name, logits in heads.items()}
         return StepOutput(
-            self._advance(state, codes, said, active)[: len(text)].transpose(1, 2), text,
+            self._advance(state, codes, said, turn, active)[:slots].transpose(1, 2), text,
             user_speaking=heads["user_speaking"][:, 0].sigmoid(),
             turn_end=heads["turn_end"][:, 0].sigmoid(),
             user_words=heads["user_words"].argmax(-1), user_phones=heads["user_phones"],
@@ -612,13 +616,24 @@ class S2S(nn.Module):
             codes[:, frames, level] = drawn.repeat(rows, 1) if rows > 1 else drawn
         return codes[: len(noise)]
 
-    def _advance(self, state: S2SState, codes: Tensor, text: Tensor, active) -> Tensor:
+    def _owed(self, state: S2SState, heard: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """`[B]` dB of IMPATIENCE after a patch in which a phone is `heard` `[B]`, and the state's
+        `voiced` and `waited`. A question ill understood seems, by `user_speaking`, to go on."""
+        rate = self.config.patch_rate
+        waited = (state.waited + 1).masked_fill(heard, 0)
+        voiced = (state.voiced + heard).masked_fill(waited > WAIT_SECONDS * rate, 0)
+        rise = IMPATIENCE / rate * waited * (voiced >= VOICED_SECONDS * rate)
+        return rise, {"voiced": voiced, "waited": waited}
+
+    def _advance(self, state: S2SState, codes: Tensor, text: Tensor, turn, active) -> Tensor:
         """Stores the patch for the next step; returns it with semantic and acoustic aligned."""
         semantic = torch.cat((state.delayed, codes[:, :, 0]), dim=1)
         aligned = codes.clone()
         aligned[:, :, 0] = semantic[:, : codes.shape[1]].clamp(min=0)
         new = {"agent": codes, "delayed": semantic[:, codes.shape[1] :]}
         new["age"] = (state.age + 1).clamp(max=MAX_AGE).masked_fill(text != PAD, 0)
+        replied = (text != PAD) & (turn["waited"] > 0)
+        new |= turn | {"voiced": turn["voiced"].masked_fill(replied, 0)}
         new["text"] = torch.where(text != PAD, text, state.text)
         _store([getattr(state, name) for name in new], list(new.values()), active)
         return aligned

@@ -12,7 +12,7 @@ from command import UserError
 from phones import SILENCE
 
 # How often each engine is drawn: by how natural it sounds and how unlike the others.
-ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "espeak": 0.2}
+ENGINE_WEIGHTS = {"festival": 0.35, "flite": 0.25, "hibari": 0.2, "joe": 0.2, "espeak": 0.2}
 # How far pitch is spread at most, and with an emotion's; further sounds sung.
 MAX_PITCH_RANGE, MAX_WITH_EMOTION = {"agent": 1.4, "user": 1.1}, 1.6
 agent_takes = {}  # by request a `Take`, or why there is none: made once a process

@@ -153,11 +153,6 @@ def _why_not(source: str, error: Exception) -> str:
     return f"--teacher {source} cannot be had: {advice}; or --teacher none ({reason})"
 
 
-def load_teachers(names: Sequence[str], device: torch.device) -> list[Teacher]:
-    """Those of `names`, each as `load_teacher` takes it."""
-    return list(filter(None, (load_teacher(name, device) for name in names)))
-
-
 def joint_target(found: Sequence[Teacher], heard: Sequence[list[Tensor]]) -> Tensor:
     """All teachers' targets side by side, `[B, F, sum of widths]`."""
     pairs = zip(found, heard, strict=True)

@@ -416,8 +416,7 @@ class Learner:
 
     def unit_loss(self, scores: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and accuracy of codebook 0, from its scores, as the teachers' units some
-        frames ago: what they know of a frame they know from what follows it too. They hear the
-        audio `[B, 1, T]` before it was distorted."""
+        frames ago: they know a frame by what follows, too. `clean` `[B, 1, T]`: not distorted."""
         with torch.no_grad():
             units = self.units(teachers.joint_target(self.teachers, self.heard(clean)))
         late = min(self.settings.teacher_delay, scores.shape[1] - 1)
@@ -433,8 +432,7 @@ class Learner:
 
         audio `[B, 1, T]`, labels `[B, F]`; `counts` `[B]` of codebooks, `draws` `[K, n]` for the
         quantizer, `part` `[n]` that discriminators see, `ramp`, the part of their share that they
-        have by now, and for teachers `clean`, the audio before it was distorted. Nothing waits for
-        the device, but for the start of the codebooks."""
+        have by now, and for teachers `clean`. The start of the codebooks alone waits for a GPU."""
         args, settings, model = self.args, self.settings, self.model
         phones_learn, row = semantic_learns(args), {}
 
@@ -518,7 +516,8 @@ def run_teachers(args: argparse.Namespace, run: training.Run) -> list:
     if args.teacher == ["auto"]:
         args.teacher = ["whisper" if run.device.type == "cuda" else "none"]
     needed = semantic_learns(args) or args.ssl_loss_weight > 0
-    return teachers.load_teachers(args.teacher, run.device) if needed else []
+    found = [teachers.load_teacher(name, run.device) for name in args.teacher if needed]
+    return list(filter(None, found))
 
 
 def train(args: argparse.Namespace, run: training.Run) -> None:

@@ -11,6 +11,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 import checkpoints
+import s2s
 from command import UserError
 from s2s import (
     IGNORE,
@@ -409,6 +410,48 @@ def test_the_coldest_text_still_decides_first_whether_to_speak():
     eager.load_state_dict(model.state_dict())
     for each, speaks in ((model, False), (eager, True)):
         assert bool(each.step(user, each.init_state(1)).text != PAD) == speaks
+
+
+def impatient(decibels: float) -> S2S:
+    """An LM whose odds of speaking are `decibels`, of a voice that nothing in it hears."""
+    model = build()
+    for head in (model.text_head, model.heads["user_phones"]):
+        head.weight.zero_()
+        head.bias.zero_()
+    model.text_head.bias[1:] = decibels * math.log(10) / 10 - math.log(19)
+    return model
+
+
+def replies(model: S2S, heard: str, active: str | None = None) -> str:
+    """A letter a step, x: something was said. In `heard` x is a phone, in `active` a step taken."""
+    state, said = model.init_state(1), ""
+    for phone, goes in zip(heard, active or "x" * len(heard), strict=True):
+        model.heads["user_phones"].bias.unflatten(0, (2, 3))[:, 1] = 5.0 if phone == "x" else -5.0
+        text = model.step(codes(1, 2).transpose(1, 2), state, torch.tensor([goes == "x"])).text
+        said += "x" if text[0] != PAD and goes == "x" else "."
+    return said
+
+
+def test_who_has_spoken_is_answered_the_rather_the_longer_they_wait(monkeypatch):
+    """Of -18 dB, at 100 dB a second: 4 dB a patch of 40 ms, five patches after a voice of 7."""
+    monkeypatch.setattr(s2s, "IMPATIENCE", 100.0)
+    likely, never = impatient(-18.0), impatient(-101.0)
+    assert replies(likely, 7 * "x" + 9 * ".") == 11 * "." + "x...."
+    # A pause starts it anew; a cough and a silence get no reply.
+    assert replies(likely, 7 * "x" + "...x" + 5 * ".") == 15 * "." + "x"
+    for unheard in (6 * "x" + 60 * ".", 60 * "."):
+        assert "x" not in replies(likely, unheard)
+    # It ends after a second, and with a reply; the next turn is another one.
+    assert replies(impatient(-99.0), 7 * "x" + 60 * ".").find("x") == 7 + 24
+    assert "x" not in replies(never, 7 * "x" + 60 * ".")
+    assert replies(likely, 2 * (7 * "x" + 7 * ".")) == 2 * (11 * "." + "x..")
+    # A call's own time counts alone.
+    heard, going = 3 * "x" + ".x" + 3 * "x" + 6 * ".", 3 * "x" + ".x" + 9 * "x"
+    assert replies(likely, heard, going) == 12 * "." + "x."
+    state = likely.init_state(3)
+    state.voiced.fill_(7), state.waited.fill_(3)
+    state.reset(torch.tensor([False, True, False]))
+    assert state.voiced.tolist() == [7, 0, 7] and state.waited.tolist() == [3, 0, 3]
 
 
 def test_noise_is_gumbel_and_of_its_key_tick_and_number_alone():

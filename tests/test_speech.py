@@ -38,7 +38,7 @@ TEXTS = {
     "telugu": ["నమస్కారం, మీరు ఎలా ఉన్నారు?", "ఈ రోజు వాతావరణం బాగుంది."],
 }
 ODD = '25% of [1/2] — café \\ "quote" (x) ☂ नमस्ते మీరు #!? 3.14'
-ENGINES = ("espeak", "hibari", "flite", "festival")
+ENGINES = ("espeak", "hibari", "joe", "flite", "festival")
 CASES = [(engine, language) for engine in ENGINES for language in TEXTS]
 FOREIGN = [
     (name, language)

@@ -50,6 +50,7 @@ AGENT_SHARE = 1 / 3  # of the seconds of clips
 VALIDATION_SHARE = 0.06  # of the user clips
 LICENSES = {
     "hibari": "Apache-2.0 (hibari-tts)",
+    "joe": "CC0 (Piper's en_US-joe)",
     "flite": "BSD-like (CMU Flite)",
     "festival": "free (Festival voices of Debian; NSK, Czech, Italian: GPL; Finnish: LGPL-2+)",
     "espeak": "output of espeak-ng (GPL-3.0+)",

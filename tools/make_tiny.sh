@@ -51,7 +51,7 @@ teach_agents_decoder() {
 
 converse() {  # hours, output folder and what else make_conversations.py is told
     "$python" make_conversations.py --codec checkpoints/tiny/codec --intents "$intents" \
-        --engines hibari espeak flite festival --exchanges archetypes --hours "$1" --output_dir "data/conversations/$2" "${@:3}"
+        --engines hibari joe espeak flite festival --exchanges archetypes --hours "$1" --output_dir "data/conversations/$2" "${@:3}"
 }
 
 teach_dialogue() {  # epochs, rate, share of ASR, seed, run folder, first dataset, what else

