@@ -83,7 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vocab_size", type=whole(3), default=2048, help="of a new tokenizer")
     add("--context_seconds", type=number(0.1, 4000), help="attended to; by default the preset's")
     add("--asr_share", type=share, default=0.3, help="of the steps, without codes")
-    add("--eagerness", type=number(-100, 100), default=10.0, help="dB on its odds of speaking")
+    add("--eagerness", type=number(-100, 100), default=5.0, help="dB on its odds of speaking")
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args
