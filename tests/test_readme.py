@@ -278,7 +278,7 @@ def test_every_line_runs_from_a_clone_to_an_answer(sources, tmp_path) -> None:
     assert model.decode(model.encode(torch.zeros(1, 1, 4800))).shape == (1, 1, 4800)
     agents = Codec.from_checkpoint(folder / "models/codec", decoder="agent")
     assert agents.fingerprint == model.fingerprint
-    assert made.stdout.count("agent decoder, dialogue model") == 1  # of the demo
+    assert made.stdout.count("models/codec, agent decoder, dialogue model") == 1  # of the demo
     assert soundfile.info(folder / "reply_english.wav").duration > 1
     found = [json.loads(row) for row in made.stdout.splitlines() if row.startswith("{")]
     assert [row["turns"] for row in found if "tick_ms" in row][-2:] == [1, 1]  # here, then served
