@@ -418,7 +418,8 @@ def draw_speed(rng: np.random.Generator, probability: float = 0.3) -> float:
 
 
 def distort(audio: np.ndarray, rng: np.random.Generator, probability: float = 0.3) -> np.ndarray:
-    """24 kHz `[T]` with noise, a line, gain, a room, a microphone, each with `probability`."""
+    """Noise, band limit, gain, a room and a microphone, each with `probability`, on 24 kHz mono
+    float32 `[T]`; every phone stays in its place."""
     noise, band, gain, room, microphone = rng.random(5) < probability
     if not len(audio):
         return audio

@@ -261,7 +261,7 @@ class DuplexEngine:
             self.set_sampling(slot)
 
     def reset(self, slot: int | None = None, seed: int | None = None) -> None:
-        """Forget a slot's call, or all; draw from `seed` (the engine's). Voice, sampling stay."""
+        """Forget a slot's call, or all; draw from `seed` (None: engine's). Voice, sampling stay."""
         chosen = np.arange(self.slots) == slot if slot is not None else np.ones(self.slots, bool)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             mask = torch.from_numpy(chosen).to(self.device)

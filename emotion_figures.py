@@ -17,7 +17,8 @@ figures do not say."""
 @dataclass(frozen=True)
 class Told:
     """The emotion of an utterance as asked for, and as told at its end with a posterior of `sure`.
-    `seconds` of speech to the name's last change, None without; `likely`: of the styles asked."""
+    `seconds` of speech until the name last changed, None where no name was said. `likely`: the
+    likeliest of the styles that are asked for."""
 
     asked: str
     told: str

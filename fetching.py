@@ -271,7 +271,8 @@ def make_readable(path: Path, keep_wav: bool) -> tuple[Path, float, int]:
 
 def packed(source: BinaryIO, keep_wav: bool) -> tuple[bytes | None, str]:
     """(a recording as FLAC, its suffix); (None, suffix) where it stays as it is, byte for byte. 16
-    and 24 bit WAV (unless `keep_wav`) and AIFF are packed. An unknown format has no suffix."""
+    and 24 bit WAV (unless `keep_wav`) and AIFF are packed, to about half the size. The suffix is
+    empty where libsndfile does not know the format."""
     suffix, made = "", io.BytesIO()
     try:
         with soundfile.SoundFile(source) as file:

@@ -263,7 +263,8 @@ class OpenAIRealtime(Protocol):
 class Telephone(Protocol):
     """`/telephone`: the JSON media streams of Twilio, Exotel and Plivo.
 
-    8 kHz mu-law, or PCM16 of up to 24 kHz; a custom parameter `token` in place of a header."""
+    8 kHz mu-law or, as their start message says, PCM16 of up to 24 kHz. Who cannot send a header
+    gives the token as a custom parameter `token`."""
 
     rejoins, started = False, False
     PROVIDERS = {  # field with the stream's id → events that play and clear, bytes taken at once

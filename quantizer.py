@@ -63,7 +63,8 @@ class CodebookStack(nn.Module):
     """Codebooks of one size, learnt by exponential moving averages (van den Oord et al. 2017, A.1).
 
     Their buffers are rows of one fp32 tensor each, `[K, n, d]` and `[K, n]`: on a GPU 64 codebooks
-    that move one by one are thousands of launches. Nothing waits for it. `levels`: their places."""
+    that move one by one are thousands of launches. Nothing here waits for the device. `levels` is
+    their place among all of the quantizer."""
 
     stored = ("embedding", *STATISTICS)
 

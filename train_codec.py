@@ -416,7 +416,8 @@ class Learner:
 
     def unit_loss(self, scores: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy and accuracy of codebook 0, from its scores, as the teachers' units some
-        frames ago: they know a frame by what follows, too. `clean` `[B, 1, T]`: not distorted."""
+        frames ago: what they know of a frame they know from what follows it too. They hear the
+        audio `[B, 1, T]` before it was distorted."""
         with torch.no_grad():
             units = self.units(teachers.joint_target(self.teachers, self.heard(clean)))
         late = min(self.settings.teacher_delay, scores.shape[1] - 1)

@@ -396,24 +396,29 @@ def _indic_pieces(words: Sequence[_Word], table: dict[str, str] = _TO_MISAKI) ->
 def _say_hibari(orders: Sequence[Order]) -> list[Raw]:
     engine, raws = _hibari(os.getpid()), []
     for o in orders:
-        audio, phones, words, medians = [], [], [], []
-        clock = 0.0
+        sentences, medians = [], []
         for pieces, texts in _hibari_sentences(engine, o):
             symbols = "".join(symbols for symbols, _ in pieces)
             wave, lengths, median = engine.say(symbols, o.rate, o.seed)
             spans, said = _piece_spans(pieces, lengths / SAMPLE_RATE, texts, _HIBARI_LEAD)
-            spans = _snap(wave, spans)
-            phones += [(p, clock + s, clock + e) for p, s, e in spans]
-            words += [(w, clock + s, clock + e) for w, s, e in said]
-            audio.append(wave)
+            sentences.append((wave, _snap(wave, spans), said))
             medians.append(median)
-            clock += len(wave) / SAMPLE_RATE
-        if not audio:
-            raws.append(_nothing())
-            continue
-        remaining = _remaining(o, float(np.median(medians)))
-        raws.append(Raw(np.concatenate(audio), SAMPLE_RATE, phones, words or None, remaining))
+        raws.append(_one_after_another(sentences, SAMPLE_RATE))
+        if medians:
+            raws[-1].remaining = _remaining(o, float(np.median(medians)))
     return raws
+
+
+def _one_after_another(sentences: Sequence[tuple], rate: int) -> Raw:
+    """Sentences (audio `[T]`, phones, words; times in s of each) as one utterance."""
+    if not sentences:
+        return _nothing()
+    phones, words, clock = [], [], 0.0
+    for wave, spans, said in sentences:
+        phones += [(p, clock + s, clock + e) for p, s, e in spans]
+        words += [(w, clock + s, clock + e) for w, s, e in said]
+        clock += len(wave) / rate
+    return Raw(np.concatenate([wave for wave, _, _ in sentences]), rate, phones, words or None)
 
 
 _SONORANTS = frozenset((*VOWELS, *split_symbols("m n ɳ ɲ ŋ l ɭ ɹ r ɽ j w ʋ")))
@@ -573,20 +578,14 @@ def _joe_sentences(order: Order) -> list[tuple[list[_Piece], list[str]]]:
 def _say_joe(orders: Sequence[Order]) -> list[Raw]:
     engine, raws = _joe(os.getpid()), []
     for o in orders:
-        audio, phones, words, clock = [], [], [], 0.0
+        sentences = []
         for pieces, texts in _joe_sentences(o):
             pieces = [("".join(filter(engine.ids.get, one)), sounds) for one, sounds in pieces]
             wave, lengths = engine.say("".join(one for one, _ in pieces), o.rate)
-            spans, said = _piece_spans(pieces, lengths, texts, _JOE_LEAD)
-            phones += [(p, clock + s, clock + e) for p, s, e in spans]
-            words += [(w, clock + s, clock + e) for w, s, e in said]
-            audio.append(wave)
-            clock += len(wave) / _JOE_RATE
-        if not audio:
-            raws.append(_nothing())
-            continue
-        sound = np.concatenate(audio)
-        raws.append(Raw(sound, _JOE_RATE, phones, words or None, _remaining(o, _MEDIAN_HZ["joe"])))
+            sentences.append((wave, *_piece_spans(pieces, lengths, texts, _JOE_LEAD)))
+        raws.append(_one_after_another(sentences, _JOE_RATE))
+        if sentences:
+            raws[-1].remaining = _remaining(o, _MEDIAN_HZ["joe"])
     return raws
 
 
