@@ -33,7 +33,7 @@ import speech
 from audio import HOP, SAMPLE_RATE, read_channels, write_audio
 from codec import Codec
 from command import ArgumentParser, UserError, number, run, whole
-from data import EMOTIONS, LANGUAGES, SPLITS, reverberate, room_response
+from data import EMOTIONS, LANGUAGES, SPLITS, colour, reverberate, room_response
 from dialogues import CODEBOOKS, SPOKEN, Exchange, Recording, choose_exchanges, digest
 from dialogues import load_code_dataset as load_code_dataset  # what reads the datasets made here
 from takes import Take, draw_voice, faded, insert_pause, make_takes, shift_spans, user_voices
@@ -57,7 +57,7 @@ BACKCHANNEL_CHANCE = 0.1
 GAIN_DB, SPEED = (-12.0, 4.0), (0.88, 1.14)
 SNR_DB, CLEAN_CHANCE = (10.0, 40.0), 0.2
 BABBLE_SNR_DB = (15.0, 40.0)  # speech in the noise hides phones more than hiss does
-ROOM_CHANCE, BAND_LIMIT_CHANCE = 0.4, 0.2
+ROOM_CHANCE, BAND_LIMIT_CHANCE, COLOUR_CHANCE = 0.4, 0.2, 0.5
 ECHO_DELAY, ECHO_DB, ECHO_CHANCE = (0.05, 0.25), (-45.0, -20.0), 1 / 3
 NOISES = ("white", "pink", "hum", "babble")
 BACKCHANNELS = {"english": ("Mm-hmm.", "Okay.", "Right.", "I see.", "Yeah."),
@@ -88,6 +88,7 @@ class Microphone:
     snr_db: float
     room_seconds: float | None  # RT60
     room_db: float  # the tail against the direct sound
+    coloured: bool  # of another frequency response (`data.colour`)
     band_hz: int | None  # sample rate of a narrow line
     echo: tuple[float, float] | None  # delay, level
     seed: int
@@ -103,11 +104,11 @@ class Plan:
 def draw_microphone(rng: np.random.Generator) -> Microphone:
     noise = str(rng.choice(NOISES))
     snr = rng.uniform(*(BABBLE_SNR_DB if noise == "babble" else SNR_DB))
-    clean, room, band, echo = rng.random(4)
+    clean, room, band, echo, coloured = rng.random(5)
     return Microphone(
         gain_db=rng.uniform(*GAIN_DB), noise=None if clean < CLEAN_CHANCE else noise, snr_db=snr,
         room_seconds=rng.uniform(0.1, 0.45) if room < ROOM_CHANCE else None,
-        room_db=rng.uniform(-18.0, -6.0),
+        room_db=rng.uniform(-18.0, -6.0), coloured=bool(coloured < COLOUR_CHANCE),
         band_hz=int(rng.choice((8000, 12000, 16000))) if band < BAND_LIMIT_CHANCE else None,
         echo=(rng.uniform(*ECHO_DELAY), rng.uniform(*ECHO_DB)) if echo < ECHO_CHANCE else None,
         seed=int(rng.integers(2**31)))  # fmt: skip
@@ -277,7 +278,7 @@ def _add(channel: np.ndarray, audio: np.ndarray, first: int) -> None:
 
 
 def _through(microphone: Microphone, user, agent, babble, rng: np.random.Generator) -> np.ndarray:
-    """Gain, then the agent's echo, then noise at an SNR against the speech, then a narrow line."""
+    """Gain, the agent's echo, noise at an SNR against the speech, a colour, and a narrow line."""
     gain = 10 ** (microphone.gain_db / 20)
     user = user * gain
     loud = np.abs(user) > 1e-4
@@ -288,6 +289,8 @@ def _through(microphone: Microphone, user, agent, babble, rng: np.random.Generat
     if microphone.noise is not None:
         noise = draw_noise(microphone.noise, len(user), babble, rng)
         user = user + noise * (level * 10 ** (-microphone.snr_db / 20))
+    if microphone.coloured:
+        user = colour(user, rng)
     if microphone.band_hz is not None:
         narrow = soxr.resample(user, SAMPLE_RATE, microphone.band_hz)
         wide = soxr.resample(narrow, microphone.band_hz, SAMPLE_RATE)[: len(user)]

@@ -88,7 +88,7 @@ def mixed():
 
 
 def quiet_microphone(**changes) -> mc.Microphone:
-    clean = mc.Microphone(0.0, None, 30.0, None, -12.0, None, None, 0)
+    clean = mc.Microphone(0.0, None, 30.0, None, -12.0, False, None, None, 0)
     return replace(clean, **changes)
 
 
