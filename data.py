@@ -213,12 +213,6 @@ class _Scan:
         self.bad: dict[Path, str] = {}  # unreadable files, and why
         self.notes: Counter[str] = Counter()  # how many of what
 
-    def audio_files(self, folder: Path, names: list[str]) -> list[Path]:
-        suffixes = (os.path.splitext(name)[1].lower() for name in names)
-        for suffix in filter(_PASSED_OVER.__contains__, suffixes):
-            self.notes[f"files of {suffix} passed over: convert them to be trained on"] += 1
-        return [folder / name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
-
     def probe_all(self, files: Iterable[Path]) -> list[tuple[float, int] | None]:
         """`probe` of each; None for the bad."""
 
@@ -334,7 +328,10 @@ def _load_all(data_dirs: Sequence[str | Path], scan: _Scan) -> Clips:
     tables, loose = [_COLUMNS.empty_table()], []
     for folder, names in _walk(roots):
         if MANIFEST not in names:
-            loose += scan.audio_files(folder, names)
+            loose += [folder / name for name in names if name.lower().endswith(AUDIO_SUFFIXES)]
+            suffixes = (os.path.splitext(name)[1].lower() for name in names)
+            for suffix in filter(_PASSED_OVER.__contains__, suffixes):
+                scan.notes[f"files of {suffix} passed over: convert them to be trained on"] += 1
             continue
         tables.append(read_manifest(folder / MANIFEST).table)
         if not len(tables[-1]):

@@ -376,12 +376,6 @@ def codebook_line(use: dict) -> str:
     return f"codebooks ({use['speech_frames']} speech frames): perplexity/size {shares}"
 
 
-def time_table(times: dict) -> str:
-    where = f"{times['device']}, one thread, {times['num_codebooks']} codebooks"
-    rows = [f"  {name:<12}{factor:.4f}" for name, factor in times["factors"].items()]
-    return "\n".join([f"encode + decode, s a second of audio, {where}", *rows])
-
-
 def criteria_table(rows: Sequence[dict]) -> str:
     lines = [f"{'criterion':<36}{'target':>9}{'here':>8}  {'':<13}beside it"]
     for row in rows:
@@ -532,7 +526,10 @@ def report(args: argparse.Namespace, result: dict, rows: Sequence[Row], more: st
     if result["skipped"]:
         skipped = sorted(result["skipped"].items())
         print("skipped: " + ", ".join(f"{n} {why}" for why, n in skipped))
-    print(f"\n{codebook_line(groups['all']['codebooks'])}\n{time_table(result['real_time'])}\n")
+    times = result["real_time"]
+    print(f"\n{codebook_line(groups['all']['codebooks'])}\nencode + decode, s a second of audio, "
+          f"{times['device']}, one thread, {times['num_codebooks']} codebooks")  # fmt: skip
+    print(*(f"  {name:<12}{factor:.4f}\n" for name, factor in times["factors"].items()), sep="")
     print(more + criteria_table(result["criteria"]))
     if absent := [language for language in SPOKEN if language not in groups]:
         print(f"not measured, for want of clips: {', '.join(absent)}")

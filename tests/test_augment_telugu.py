@@ -562,7 +562,7 @@ def test_held_out_voices_of_the_toy_do_not_speak():
     if shutil.which("festival") is None:
         pytest.skip("no festival")
     names = [voice.name for voice in at.own_voices("festival")]
-    assert names and not {"telugu_NSK_diphone", "ked_diphone"} & {*names}
+    assert "telugu_NSK_diphone" in names and "ked_diphone" not in names
 
 
 def test_synthesis_says_what_is_missing(tmp_path, empty_root, texts, monkeypatch):

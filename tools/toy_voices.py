@@ -1073,8 +1073,8 @@ _HIBARI_CHANGES = (
     (0.94, 0.6, 1.2), (0.85, 0.64, 0.8), (1.14, 1.5, 0.9), (0.83, 0.74, 1.1), (1.1, 1.0, 1.3),
 )  # fmt: skip
 # The only recording of Hindi and of Telugu there is becomes more heads than any other.
-_NSK_CHANGES = tuple((formant, formant**2 * pitch, 1.1) for formant in (0.86, 0.93, 1.0, 1.07, 1.14, 1.2)
-                     for pitch in (0.85, 1.0, 1.15, 1.35))  # fmt: skip
+_NSK_CHANGES = tuple((formant, formant**2 * pitch, 1.1) for pitch in (0.85, 1.0, 1.15, 1.35)
+                     for formant in (0.86, 0.93, 1.0, 1.07, 1.14, 1.2))  # fmt: skip
 _ESPEAK_ACCENTS = {
     "english": ("gmw/en-US", "gmw/en", "gmw/en-GB-scotland", "gmw/en-GB-x-rp", "gmw/en-US"),
     "hindi": ("hi",),
