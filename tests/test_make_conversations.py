@@ -325,6 +325,17 @@ def test_rooms_and_narrow_lines_keep_the_time():
     assert spectrum[len(spectrum) // 2 :].max() < 1e-2 * spectrum.max()
 
 
+def test_another_microphone_colours_by_at_most_8_db_and_keeps_the_time():
+    user = np.zeros(SAMPLE_RATE, np.float32)
+    user[SAMPLE_RATE // 2] = 0.5
+    heard = mc._through(quiet_microphone(coloured=True), user, 0 * user, [], np.random.default_rng(3))
+    gains_db = 20 * np.log10(np.abs(np.fft.rfft(heard)) / 0.5)
+    assert np.argmax(np.abs(heard)) == SAMPLE_RATE // 2
+    assert np.abs(gains_db).max() < 8.01 and np.ptp(gains_db) > 4
+    drawn = [mc.draw_microphone(np.random.default_rng(i)).coloured for i in range(2000)]
+    assert 0.46 < np.mean(drawn) < 0.54
+
+
 # ---------------------------------------------------------------------------------- the dataset
 
 
