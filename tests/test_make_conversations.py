@@ -328,7 +328,8 @@ def test_rooms_and_narrow_lines_keep_the_time():
 def test_another_microphone_colours_by_at_most_8_db_and_keeps_the_time():
     user = np.zeros(SAMPLE_RATE, np.float32)
     user[SAMPLE_RATE // 2] = 0.5
-    heard = mc._through(quiet_microphone(coloured=True), user, 0 * user, [], np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    heard = mc._through(quiet_microphone(coloured=True), user, 0 * user, [], rng)
     gains_db = 20 * np.log10(np.abs(np.fft.rfft(heard)) / 0.5)
     assert np.argmax(np.abs(heard)) == SAMPLE_RATE // 2
     assert np.abs(gains_db).max() < 8.01 and np.ptp(gains_db) > 4
