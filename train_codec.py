@@ -90,7 +90,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--gen_lr", type=number(0), default=1e-4)
     plan.add_argument("--disc_lr", type=number(0), default=1e-4)
     add = more.add_argument
-    whole_frames = lambda text: round(number(0.1, 600)(text) * 50) / 50  # noqa: E731
     add("--window_seconds", type=whole_frames, help="of a clip; by default twice the context")
     add("--language_temperature", type=number(above=0), default=2.0, help="1: by hours")
     add("--commercial_only", action="store_true", help="skip non-commercial audio")
@@ -109,6 +108,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.given = parser.given(argv)
     return args
+
+
+def whole_frames(seconds: str) -> float:
+    """Seconds as whole 20 ms frames; the longest spectrum that is compared needs 0.1 s."""
+    return round(number(0.1, 600)(seconds) * 50) / 50
 
 
 def draw_num_codebooks(batch: int, total: int, lm_rate: float, full_rate: float, key) -> Tensor:

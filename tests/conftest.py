@@ -12,7 +12,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    # The README's chain takes minutes: begun last, it would keep one of two cores waiting.
+    # The README's chain takes minutes: begun last, it would keep one of two cores waiting. xdist
+    # keeps this order with --no-loadscope-reorder.
     items.sort(key=lambda item: item.path.name != "test_readme.py")
     if not config.getoption("--live"):
         skip = pytest.mark.skip(reason="needs --live")

@@ -1093,9 +1093,9 @@ def _recorded_voices(own: str, language: str) -> list[Voice]:
         if engine != own or language not in languages:
             continue
         split = HELD_OUT.get(speaker, "train")
-        changes = CHANGES if split == "train" else CHANGES[:1]
-        if engine == "festival":
-            changes = _NSK_CHANGES if speaker == "nsk" else changes[:4]
+        heads = CHANGES[:4] if engine == "festival" else CHANGES
+        heads = _NSK_CHANGES if speaker == "nsk" else heads
+        changes = heads if split == "train" else CHANGES[:1]
         for i, (formant, pitch, spread) in enumerate(changes):
             made.append(
                 Voice(
