@@ -251,10 +251,7 @@ def train(args, run: training.Run) -> None:
     learning = {"detection": ("branch",), "dialogue": ("branch", "labels", "lm")}
     rates = {"branch": args.branch_lr, "labels": LABELS_RATE * args.lr, "lm": args.lr}
     parts_of = {"branch": [model.emotion], "labels": labels, "lm": rest}
-    optimizers, weights = {}, {}
-    for name, modules in parts_of.items():
-        optimizers[name] = training.adamw(modules, rates[name], (0.9, 0.95), weight_decay=0.05)
-        weights[name] = [weight for module in modules for weight in module.parameters()]
+    optimizers, weights = training.optimizers(parts_of, rates, (0.9, 0.95), weight_decay=0.05)
     guard = training.StepGuard()
     run.parts |= {**optimizers, "guard": guard}
     del checkpoint

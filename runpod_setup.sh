@@ -305,7 +305,7 @@ GATED = (
     ("dataset", "ai4bharat/IndicVoices"), ("dataset", "ai4bharat/Kathbath"),
     ("dataset", "ai4bharat/Shrutilipi"), ("dataset", "ARTPARK-IISc/Vaani"),
     ("dataset", "ai4bharat/Rasa"),
-    ("model", "google/gemma-3-270m"), ("model", "ai4bharat/indic-parler-tts"),
+    ("model", "google/gemma-3-1b-pt"), ("model", "ai4bharat/indic-parler-tts"),
 )
 
 def page(kind, name):

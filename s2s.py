@@ -67,8 +67,13 @@ class S2SConfig:
     emotion_dim: int = 0  # width of the emotion branch; 0: none, emotions by a linear head
     codebook_dim: int = 64  # of the codec's own vectors, which the emotion branch reads
     emotions: tuple[str, ...] = EMOTIONS
+    temporal: TransformerConfig | None = None  # of a backbone; None: by the sizes above
 
     def __post_init__(self) -> None:
+        if isinstance(self.temporal, dict):
+            object.__setattr__(self, "temporal", TransformerConfig(**self.temporal))
+        if self.temporal and self.temporal.dim != self.dim:
+            raise ValueError(f"dim {self.dim} is not the backbone's {self.temporal.dim}")
         for name in ("codebook_sizes", "phones", "languages", "emotions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.frames_per_step not in (1, 2, 4) or self.depth_order not in ("level", "frame"):
@@ -395,8 +400,9 @@ class S2S(nn.Module):
         self.user_projection = nn.Linear(heard, c.dim, bias=False)
         self.emotion_embedding = nn.Embedding(len(c.emotions) + 1, c.dim)  # 0: not given
         self.language_embedding = nn.Embedding(len(c.languages) + 1, c.dim)  # 0: not given
-        sizes = c.dim, c.num_layers, c.num_heads, c.context
-        self.temporal = StreamingTransformer(TransformerConfig(*sizes, dropout=c.dropout))
+        layers = c.temporal or TransformerConfig(c.dim, c.num_layers, c.num_heads, c.context)
+        layers = dataclasses.replace(layers, context=c.context, dropout=c.dropout)
+        self.temporal = StreamingTransformer(layers)
         self.text_head = nn.Linear(c.dim, c.vocab_size)
         heads = {"user_speaking": 1, "turn_end": 1, "user_emotion": len(c.emotions)}
         heads |= {"language": len(c.languages)}

@@ -132,7 +132,8 @@ def load_teacher(name: str, device: torch.device) -> Teacher | None:
             raise UserError(f"--teacher {source}: a {kind} model; WavLM or Whisper is needed")
         model, found = kinds[kind][0].from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(_why_not(source, error)) from error
+        kinds = "WavLM or Whisper"
+        raise UserError(why_not("--teacher", source, kinds, error)) from error
     # A mask that only WavLM's own training uses. Anything else missing would be random numbers.
     absent = sorted(set(found["missing_keys"]) - {"masked_spec_embed"})
     if absent:
@@ -141,16 +142,17 @@ def load_teacher(name: str, device: torch.device) -> Teacher | None:
     return kinds[kind][1](encoder.float(), source).to(device)
 
 
-def _why_not(source: str, error: Exception) -> str:
+def why_not(flag: str, source: str, kinds: str, error: Exception) -> str:
+    """One line on a model of Hugging Face that a flag names and that cannot be loaded."""
     reason = " ".join(str(error).split())[:150]
-    if Path(source).is_dir():
-        return f"--teacher {source}: not a WavLM or Whisper folder ({reason})"
+    if Path(source).exists():
+        return f"{flag} {source}: not a {kinds} model ({reason})"
     advice = "see the network or give a downloaded folder"
     if source.startswith((".", "/", "~")):
         advice = "no such folder"
     elif "gated" in reason:
         advice = f"accept its terms at https://huggingface.co/{source}, then run: hf auth login"
-    return f"--teacher {source} cannot be had: {advice}; or --teacher none ({reason})"
+    return f"{flag} {source} cannot be had: {advice}; or {flag} none ({reason})"
 
 
 def joint_target(found: Sequence[Teacher], heard: Sequence[list[Tensor]]) -> Tensor:

@@ -26,6 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import backbone as backbones
 import checkpoints
 import command
 import training
@@ -36,13 +37,14 @@ from dialogues import ANY_EMOTION, load_code_dataset
 from phones import PHONES
 from s2s import IGNORE, MAX_TURN_PATCHES, PAD, S2S, Batch, S2SConfig
 from training import one_of, setting
+from transformer import TransformerConfig
 
 WEIGHTS = {"text": 1.0, "semantic": 1.0, "acoustic": 1.0,
            "user_phones": 1.0, "user_words": 1.0, "user_text": 1.0, "user_speaking": 0.2,
            "turn_end": 0.2, "user_emotion": 0.1, "user_voice": 0.1, "language": 0.1}  # fmt: skip
 SHOWN = {"loss": "loss", "text": "text", "text_accuracy": "hit",
          "user_phones_accuracy": "phones", "user_words_accuracy": "words"}  # fmt: skip
-CHANGEABLE = ("lr", "codec", "eagerness")
+CHANGEABLE = ("lr", "backbone_lr", "codec", "eagerness")
 SILENT_SHARE = 0.25  # odds of a patch in which the agent is silent to have its codes learnt
 FROM_THE_START = 0.25  # of the windows begin where a conversation does, the others anywhere
 WINDOW_CONTEXTS, VALIDATION_CONTEXTS = 1.5, 3  # lengths, in attention contexts
@@ -80,6 +82,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--lr", type=number(0), default=3e-4)
     add = more.add_argument
     window_flags(add)
+    add("--backbone", default="auto", help="Hugging Face id, folder or GGUF file of a Gemma 3, "
+        f"Qwen 3 or Llama; none; auto: {backbones.RECOMMENDED} for base on CUDA")  # fmt: skip
+    add("--backbone_lr", type=number(0), default=5e-5, help="of its layers and tokens")
+    add("--trim_vocab", type=whole(0), default=64_000, help="most tokens of it that stay; 0: all")
     add("--vocab_size", type=whole(3), default=2048, help="of a new tokenizer")
     add("--context_seconds", type=number(0.1, 4000), help="attended to; by default the preset's")
     add("--asr_share", type=share, default=0.3, help="of the steps, without codes")
@@ -257,8 +263,7 @@ class Conversations(Dataset):
         return slice(start, end + self.config.listen_delay)
 
     def word_tokens(self, word: str) -> list[int]:
-        """Without capitals and full stops, which speech does not tell."""
-        plain = word.strip(string.punctuation + "।…—").lower()
+        plain = spoken_form(word)
         return self.tokenizer.encode(f" {plain}").ids if plain else []
 
     def untimed(self, row: dict, begins: int) -> dict[str, Tensor]:
@@ -282,6 +287,11 @@ class Conversations(Dataset):
                 found += 1
         return {"untimed_first": first, "untimed_patches": patches, "untimed_counts": counts,
                 "untimed_tokens": tokens, "untimed_labels": labels}  # fmt: skip
+
+
+def spoken_form(word: str) -> str:
+    """Without capitals and full stops, which speech does not tell."""
+    return word.strip(string.punctuation + "।…—").lower()
 
 
 def place_tokens(words: Sequence[tuple[list[int], float]], count: int, rate: float) -> tuple:
@@ -521,17 +531,44 @@ def description(run: training.Run, model: S2S, rows, hours: float) -> str:
     """What the user reads before step 1, beside the settings and the forecast."""
     c = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    theirs = run.args.init_from
-    source = f"inherited from {theirs}" if theirs else "backbone: none (random weights)"
+    theirs, source = run.args.init_from, f"backbone: {run.args.backbone}"
+    if theirs or run.args.backbone == "none":
+        source = f"inherited from {theirs}" if theirs else f"{source} (random weights)"
     return (f"preset {run.args.preset}: dialogue LM {parameters:.1f}M parameters, vocabulary "
             f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, "
             f"device {run.device}\n{source}; codec {c.codec_fingerprint[:16]}\n"
             f"data: {len(rows)} conversations, {hours:.1f} h")  # fmt: skip
 
 
-def new_config(args, settings: Settings, codec: Codec, tokenizer: Tokenizer) -> S2SConfig:
-    """The sizes of a new LM: the preset's, with what flags and settings say."""
+def spellings(texts: Sequence[str]) -> Iterator[str]:
+    """Every word of `texts` in the ways in which `Conversations` spells it."""
+    for text in texts:
+        words = text.split()
+        yield from words[:1]
+        yield from (f" {form}" for word in words for form in (word, spoken_form(word)))
+
+
+def chosen_backbone(args, device: torch.device, texts: list[str]) -> backbones.Backbone | None:
+    """That of a new LM, with the tokens that `texts` need; None without, or with `--init_from`."""
+    if args.backbone == "auto":
+        wanted = args.preset == "base" and device.type == "cuda" and not args.init_from
+        args.backbone = backbones.RECOMMENDED if wanted else "none"
+    if args.backbone == "none":
+        return None
+    if args.init_from:
+        raise UserError("--backbone and --init_from: give one; an LM keeps the backbone it has")
+    return backbones.trimmed(
+        backbones.load_backbone(args.backbone), spellings(texts), args.trim_vocab)  # fmt: skip
+
+
+def new_config(args, settings: Settings, codec: Codec, tokenizer: Tokenizer,
+               temporal: TransformerConfig | None = None) -> S2SConfig:  # fmt: skip
+    """The sizes of a new LM: the preset's, with what flags, settings and a backbone say."""
     make = S2SConfig.base if args.preset == "base" else S2SConfig.tiny
+    if temporal:
+        sizes = "dim", "num_layers", "num_heads"
+        given = {name: getattr(temporal, name) for name in sizes}
+        make = functools.partial(make, temporal=temporal, **given)
     rate = codec.config.frame_rate / settings.frames_per_step
     seconds = args.context_seconds or make().context / make().patch_rate
     shared = ("text_weight", "frames_per_step", "depth_order", "acoustic_delay")
@@ -566,15 +603,26 @@ def check_codec(config: S2SConfig, codec: Codec, path: str | Path) -> None:
                         "codec it was trained with")  # fmt: skip
 
 
-def config_and_tokenizer(args, settings: Settings, checkpoint, codec: Codec, rows):
-    """Those of the run that goes on, or new ones; and whether the tokenizer is `--init_from`'s."""
-    if checkpoint is None:
-        texts = all_texts(rows)
-        tokenizer, inherited = starting_tokenizer(texts, args.vocab_size, args.init_from)
-        return new_config(args, settings, codec, tokenizer), tokenizer, inherited
+def resumed_config(args, checkpoint: checkpoints.Checkpoint, codec: Codec):
+    """Config and tokenizer of the run that goes on."""
     config = dataclasses.replace(s2s_config(checkpoint), eagerness=args.eagerness)
     check_codec(config, codec, checkpoint.path)
-    return config, Tokenizer.from_str(checkpoint.tokenizer), False
+    return config, Tokenizer.from_str(checkpoint.tokenizer)
+
+
+def new_lm(args, settings: Settings, codec: Codec, rows, device: torch.device):
+    """Config, tokenizer, backbone or None, and whether the tokenizer is `--init_from`'s."""
+    texts, inherited = all_texts(rows), False
+    if backbone := chosen_backbone(args, device, texts):
+        tokenizer, temporal = Tokenizer.from_str(backbone.tokenizer), backbone.layers
+    else:
+        tokenizer, inherited = starting_tokenizer(texts, args.vocab_size, args.init_from)
+        temporal = None
+        if args.init_from:
+            theirs = checkpoints.load_checkpoint(args.init_from, with_trainer=False)
+            temporal = s2s_config(theirs).temporal
+    config = new_config(args, settings, codec, tokenizer, temporal)
+    return config, tokenizer, backbone, inherited
 
 
 def train(args, run: training.Run) -> None:
@@ -583,7 +631,10 @@ def train(args, run: training.Run) -> None:
     # Data: windows of calls, encoded with the codec that names the codes.
     codec = Codec.from_checkpoint(args.codec)
     (rows, frames), held_out, hours = load_rows(args.data_dirs, codec.fingerprint)
-    config, tokenizer, same_tokens = config_and_tokenizer(args, settings, checkpoint, codec, rows)
+    if checkpoint is None:
+        config, tokenizer, backbone, same_tokens = new_lm(args, settings, codec, rows, device)
+    else:
+        config, tokenizer = resumed_config(args, checkpoint, codec)
     args.window_seconds = fitting_window(args, config)
     codebooks = [book.embedding for book in codec.quantizer.codebooks[:8]]
     # First ASR and the replies' text alone, then with the agent's codes.
@@ -592,7 +643,7 @@ def train(args, run: training.Run) -> None:
     dataset = Conversations(rows, frames, *reading, items, near_codes(codebooks))
     validation = validation_batches(*held_out, *reading)
 
-    # Model and optimizer: new, inherited or those of the run's checkpoint.
+    # Model and optimizers: new, inherited or those of the run's checkpoint.
     model = S2S(config).to(device).train()
     if checkpoint is None:
         model.code_tables.start_from(codebooks)
@@ -600,11 +651,18 @@ def train(args, run: training.Run) -> None:
             # Weights of tokens only with the same tokenizer.
             tied = () if same_tokens else ("text_embedding", "text_head", "depth_text")
             checkpoints.inherit_weights(model, args.init_from, tied)
+        if backbone:
+            backbones.start_from(model, backbone)
+        del backbone
     else:
         checkpoints.fill(model, checkpoint.tensors, checkpoint.path)
-    optimizer = training.adamw([model], args.lr, (0.9, 0.95), weight_decay=0.05)
+    pretrained = [model.temporal, model.text_embedding, model.text_head] if config.temporal else []
+    parts = {"optimizer": [part for part in model.children() if part not in pretrained]}
+    parts |= {"backbone": pretrained} if pretrained else {}
+    rates = {"optimizer": args.lr, "backbone": args.backbone_lr}
+    optimizers, weights = training.optimizers(parts, rates, (0.9, 0.95), weight_decay=0.05)
     guard = training.StepGuard()
-    run.parts |= {"optimizer": optimizer, "guard": guard}
+    run.parts |= {**optimizers, "guard": guard}
     del checkpoint
     run.restore()
     training.start_equal([model])
@@ -616,10 +674,12 @@ def train(args, run: training.Run) -> None:
         torch.manual_seed(generator.initial_seed())  # dropout: a resumed run draws the same
         with run.cast:
             loss, losses, metrics = batch_losses(model, batch, speak=phase == "dialogue")
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        norm = guard.step(optimizer, model.parameters(), loss, settings.grad_clip)
-        row = {**losses, **metrics, "loss": loss, "grad_norm": norm}
+        row = {**losses, **metrics, "loss": loss}
+        for name, optimizer in optimizers.items():
+            norm = guard.step(optimizer, weights[name], loss, settings.grad_clip)
+            row["grad_norm_backbone" if name == "backbone" else "grad_norm"] = norm
         return {name: value.detach() for name, value in row.items()}
 
     stored = {"config": checkpoints.stored_config("s2s", config), "tokenizer": tokenizer.to_str()}
@@ -632,10 +692,12 @@ def train(args, run: training.Run) -> None:
 
     batches = functools.partial(training_batches, dataset, collate=collate)
     for batch, overflow in run.steps(batches):
-        rate = args.lr * run.schedule.rate(run.step, final_ratio=0.05)
-        training.set_learning_rate(optimizer, rate)
+        rate = run.schedule.rate(run.step, final_ratio=0.05)
+        for name, optimizer in optimizers.items():
+            training.set_learning_rate(optimizer, rates[name] * rate)
         row = step(batch, run.phase)
-        run.step_done(lambda: {**row, "lr": rate, "text_overflow": overflow})  # noqa: B023
+        run.step_done(
+            lambda: {**row, "lr": args.lr * rate, "text_overflow": overflow})  # noqa: B023
 
 
 def main() -> None:

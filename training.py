@@ -14,7 +14,7 @@ import sys
 import time
 import uuid
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -381,6 +381,16 @@ def adamw(modules: Iterable[nn.Module | None], rate: float, betas: tuple, weight
     groups = ((decayed, weight_decay), (others, 0.0))
     groups = [{"params": [*g.values()], "weight_decay": decay} for g, decay in groups if g]
     return torch.optim.AdamW(groups, rate, betas, fused=True)
+
+
+def optimizers(parts: Mapping[str, Sequence[nn.Module]], rates: Mapping[str, float], betas: tuple,
+               weight_decay: float) -> tuple[dict, dict[str, list[nn.Parameter]]]:  # fmt: skip
+    """An `adamw` for each of `parts`, at its rate, and the weights of each, to be clipped apart."""
+    made, weights = {}, {}
+    for name, modules in parts.items():
+        made[name] = adamw(modules, rates[name], betas, weight_decay)
+        weights[name] = [weight for module in modules for weight in module.parameters()]
+    return made, weights
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

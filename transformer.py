@@ -2,10 +2,12 @@
 
 Pre-norm blocks (RMSNorm, Zhang & Sennrich 2019) of grouped-query attention (Ainslie et al. 2023)
 with rotary positions (RoPE, Su et al. 2021) and a sliding window, and SwiGLU feed-forward layers
-(Shazeer 2020). `forward` is the offline pass used in training; `step` continues a call from a ring
-key-value cache of fixed shape and gives the same output for any chunking.
+(Shazeer 2020); what else pretrained language models have is described by the config. `forward` is
+the offline pass used in training; `step` continues a call from a ring key-value cache of fixed
+shape and gives the same output for any chunking.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,19 @@ try:  # its kernel where that package is installed
     from flash_attn import flash_attn_func as flash_attention
 except ImportError:
     flash_attention = None
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """Where some layers of a stack differ from others, as Gemma's local and global ones do."""
+
+    frequencies: tuple[float, ...]  # RoPE's, radians a position; half a head's width of them
+    window: int | None = None  # positions attended to, where fewer than the stack's context
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "frequencies", tuple(self.frequencies))
 
 
 @dataclass(frozen=True)
@@ -29,18 +44,39 @@ class TransformerConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
     dropout: float = 0.0  # of what a layer adds to its residual stream, in training
+    head_width: int | None = None  # by default `dim` over the heads
+    activation: str = "silu"  # of the feed-forward gate: SwiGLU; "gelu_tanh": GeGLU
+    query_key_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE
+    norms_after: bool = False  # RMSNorm also of what attention and feed-forward add
+    kinds: tuple[LayerKind, ...] = ()  # empty: one, by `rope_theta` and `context`
+    pattern: tuple[int, ...] = ()  # each layer's place in `kinds`; empty: the first
 
     def __post_init__(self) -> None:
-        if min(self.dim, self.num_layers, self.num_heads, self.context) < 1:
+        kinds = (k if isinstance(k, LayerKind) else LayerKind(**k) for k in self.kinds)
+        object.__setattr__(self, "kinds", tuple(kinds))
+        object.__setattr__(self, "pattern", tuple(self.pattern))
+        if min(self.dim, self.num_layers, self.num_heads, self.context, self.head_dim) < 1:
             raise ValueError(f"transformer sizes must be positive: {self}")
-        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+        if (self.head_width is None and self.dim % self.num_heads) or self.head_dim % 2:
             raise ValueError(f"dim {self.dim} must be an even multiple of {self.num_heads} heads")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"{self.num_heads} heads cannot share {self.kv_heads} key-value heads")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation}: one of {', '.join(ACTIVATIONS)}")
+        if any(2 * len(kind.frequencies) != self.head_dim for kind in self.kinds):
+            raise ValueError(f"a layer's kind has a frequency for two of {self.head_dim} places")
+        if self.pattern and (len(self.pattern) != self.num_layers or not self.kinds):
+            raise ValueError(f"pattern {self.pattern}: a kind for each of {self.num_layers} layers")
 
     @property
     def head_dim(self) -> int:
-        return self.dim // self.num_heads
+        return self.head_width or self.dim // self.num_heads
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Positions that a query of each kind of layer attends to, its own included."""
+        windows = [kind.window or self.context for kind in self.kinds] or [self.context]
+        return tuple(min(window, self.context) for window in windows)
 
     @property
     def kv_heads(self) -> int:
@@ -52,11 +88,15 @@ class TransformerConfig:
         return self.ffn_dim or -(-8 * self.dim // 3 // 32) * 32
 
 
-def rotary_frequencies(head_dim: int, theta: float, device) -> Tensor:
-    """Radians a position, `[head_dim]` float64; negative in the first half, for `apply_rotary`."""
-    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float64)
-    frequencies = theta ** (-exponents / head_dim)
-    return torch.cat((-frequencies, frequencies))
+@functools.lru_cache(maxsize=8)  # a copy to a GPU would be waited for at every step
+def rotary_frequencies(config: TransformerConfig, device: torch.device) -> tuple[Tensor, ...]:
+    """Radians a position of each kind of layer, `[head_dim]` float64; negative in the first half,
+    for `apply_rotary`."""
+    options = {"device": device, "dtype": torch.float64}
+    exponents = torch.arange(0, config.head_dim, 2, **options) / config.head_dim
+    found = [torch.tensor(kind.frequencies, **options) for kind in config.kinds]
+    found = found or [config.rope_theta ** (-exponents)]
+    return tuple(torch.cat((-radians, radians)) for radians in found)
 
 
 def rotary_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +175,7 @@ class TransformerState:
         self.position = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.ring = torch.arange(capacity, device=device)
         self.rows = capacity * torch.arange(batch_size, device=device)[:, None]
-        self.frequencies = rotary_frequencies(config.head_dim, config.rope_theta, device)
+        self.frequencies = rotary_frequencies(config, self.position.device)
         pairs = zip(self.keys, self.values, strict=True)
         self.places = [[(x.flatten(0, 1), x.transpose(1, 2)) for x in pair] for pair in pairs]
 
@@ -150,12 +190,11 @@ class TransformerState:
 
 @dataclass
 class StepPlan:
-    """What every layer of one step shares."""
+    """What the layers of one step share. `kinds`, of each kind of layer: cosines, sines and the
+    mask `[B, 1, S, capacity]`, 0, or -inf for keys that a query does not attend to."""
 
-    cos: Tensor
-    sin: Tensor
     index: Tensor  # [B * S] places of the new keys, among those of all slots
-    mask: Tensor  # [B, 1, S, capacity]: 0, or -inf for keys that a query does not attend to
+    kinds: list[tuple[Tensor, Tensor, Tensor]]
 
 
 class RMSNorm(nn.RMSNorm):
@@ -168,64 +207,77 @@ class RMSNorm(nn.RMSNorm):
 class Attention(nn.Module):
     """Grouped-query attention with RoPE; one fused projection for queries, keys and values."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, kind: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.kind, self.window = config, kind, config.windows[kind]
         heads = config.num_heads + 2 * config.kv_heads
         self.qkv = nn.Linear(config.dim, heads * config.head_dim, bias=False)
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.dim, bias=False)
+        if config.query_key_norm:
+            self.query_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.key_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         c = self.config
         qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))  # [B, T, H + 2 H_kv, D]
         qk, v = qkv.split((c.num_heads + c.kv_heads, c.kv_heads), dim=2)
+        if c.query_key_norm:
+            q, k = qk.split((c.num_heads, c.kv_heads), dim=2)
+            qk = torch.cat((self.query_norm(q), self.key_norm(k)), dim=2)
         q, k = apply_rotary(qk, cos, sin).split((c.num_heads, c.kv_heads), dim=2)
         return q, k, v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.project(x, cos, sin)
-        return self.out(windowed_attention(q, k, v, self.config.context).flatten(2))
+        return self.out(windowed_attention(q, k, v, self.window).flatten(2))
 
     def step(self, x: Tensor, places: list, plan: StepPlan) -> Tensor:
-        q, *new = self.project(x, plan.cos, plan.sin)
+        cos, sin, mask = plan.kinds[self.kind]
+        q, *new = self.project(x, cos, sin)
         for (written, _), rows in zip(places, new, strict=True):
             written.index_copy_(0, plan.index, _as(rows.flatten(0, 1), written.dtype))
         k, v = (_as(read, q.dtype) for _, read in places)
         grouped = self.config.kv_heads != self.config.num_heads
         q = q.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`, gate and up fused in one projection."""
+    """A gated layer (Shazeer 2020): `down(silu(gate(x)) * up(x))`, gate and up in one projection;
+    GeGLU with `gelu_tanh` in place of silu."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
         self.gate_up = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
         self.down = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(gate) * up)
 
 
 class Block(nn.Module):
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, kind: int = 0) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.dim, eps=config.norm_eps)
-        self.attention = Attention(config)
-        self.ffn_norm = RMSNorm(config.dim, eps=config.norm_eps)
+        norms = [RMSNorm(config.dim, eps=config.norm_eps) for _ in range(4)]
+        self.attention_norm, self.ffn_norm = norms[:2]
+        after = norms[2:] if config.norms_after else (nn.Identity(), nn.Identity())
+        self.attention_norm_after, self.ffn_norm_after = after
+        self.attention = Attention(config, kind)
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), cos, sin))
-        return x + self.dropout(self.ffn(self.ffn_norm(x)))
+        heard = self.attention(self.attention_norm(x), cos, sin)
+        x = x + self.dropout(self.attention_norm_after(heard))
+        return x + self.dropout(self.ffn_norm_after(self.ffn(self.ffn_norm(x))))
 
     def step(self, x: Tensor, places: list, plan: StepPlan) -> Tensor:
-        x = x + self.attention.step(self.attention_norm(x), places, plan)
-        return x + self.ffn(self.ffn_norm(x))
+        heard = self.attention.step(self.attention_norm(x), places, plan)
+        x = x + self.attention_norm_after(heard)
+        return x + self.ffn_norm_after(self.ffn(self.ffn_norm(x)))
 
 
 class StreamingTransformer(nn.Module):
@@ -234,7 +286,8 @@ class StreamingTransformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        pattern = config.pattern or (0,) * config.num_layers
+        self.blocks = nn.ModuleList(Block(config, kind) for kind in pattern)
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.apply(self._initialise)
 
@@ -248,10 +301,10 @@ class StreamingTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(x.shape[1], device=x.device)[None, :, None]
-        frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, x.device)
-        cos, sin = rotary_tables(positions, frequencies)
+        kinds = rotary_frequencies(self.config, x.device)
+        tables = [rotary_tables(positions, frequencies) for frequencies in kinds]
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x = block(x, *tables[block.attention.kind])
         return self.norm(x)
 
     def init_state(self, batch_size: int, max_chunk: int = 16) -> TransformerState:
@@ -298,9 +351,11 @@ class StreamingTransformer(nn.Module):
         # How long ago each ring place was written, once this chunk is; over `last`: never.
         age = ((last - state.ring) % capacity)[:, None]  # [B, 1, capacity]
         newest = (length - 1 - chunk)[:, None]  # that each query sees, [S, 1]
-        oldest = torch.minimum(newest + (self.config.context - 1), last[..., None])  # [B, S, 1]
-        hidden = (age < newest) | (age > oldest)
-        # Made a float here: a bool mask would be made one again in every layer.
-        mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None]
-        tables = rotary_tables(positions[..., None], state.frequencies)
-        return StepPlan(*tables, (state.rows + positions % capacity).flatten(), mask)
+        kinds = []
+        for window, frequencies in zip(self.config.windows, state.frequencies, strict=True):
+            oldest = torch.minimum(newest + (window - 1), last[..., None])  # [B, S, 1]
+            hidden = (age < newest) | (age > oldest)
+            # Made a float here: a bool mask would be made one again in every layer.
+            mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, -torch.inf)[:, None]
+            kinds.append((*rotary_tables(positions[..., None], frequencies), mask))
+        return StepPlan((state.rows + positions % capacity).flatten(), kinds)

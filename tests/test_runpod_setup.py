@@ -370,17 +370,17 @@ def test_no_token_shows_every_page_and_goes_on(pod: Pod) -> None:
     result = pod.set_up()
     assert result.returncode == 0
     assert "export HF_TOKEN=hf_..." in result.stdout
-    for page in ("datasets/ai4bharat/IndicVoices", "google/gemma-3-270m"):
+    for page in ("datasets/ai4bharat/IndicVoices", "google/gemma-3-1b-pt"):
         assert f"to check     https://huggingface.co/{page}" in result.stdout
 
 
 def test_token_logs_in_and_gated_licences_are_named(pod: Pod) -> None:
     good_pair(pod)
-    pod.extra.update(HF_TOKEN="hf_secret", FAKE_GATED="ai4bharat/Kathbath google/gemma-3-270m")
+    pod.extra.update(HF_TOKEN="hf_secret", FAKE_GATED="ai4bharat/Kathbath google/gemma-3-1b-pt")
     result = pod.set_up()
     assert result.returncode == 0 and "logged in as someone" in result.stdout
     assert "TO ACCEPT    https://huggingface.co/datasets/ai4bharat/Kathbath" in result.stdout
-    assert "TO ACCEPT    https://huggingface.co/google/gemma-3-270m" in result.stdout
+    assert "TO ACCEPT    https://huggingface.co/google/gemma-3-1b-pt" in result.stdout
     assert "accepted     https://huggingface.co/datasets/ARTPARK-IISc/Vaani" in result.stdout
     assert "hf_secret" not in result.stdout
     # The token stays on the volume: later runs are logged in without it.

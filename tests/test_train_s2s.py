@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import backbone as backbones
 import checkpoints
 import command
 import train_s2s
@@ -282,6 +283,68 @@ def test_exports_and_inherits(world, whole_run, tmp_path, capsys):
         torch.testing.assert_close(heir[name], tensor, atol=1e-5, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """The folder of a random Qwen 3 whose tokenizer is of bytes, with one merge."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("qwen3")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    ids = {token: i for i, token in enumerate([*letters, "ar", "zz"])}
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[("a", "r"), ("z", "z")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    config = transformers.Qwen3Config(
+        vocab_size=len(ids), hidden_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, intermediate_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_an_lm_begins_from_a_backbone(world, language_model, tmp_path, capsys):
+    """Trained, stopped and resumed, it is what it would have been; exported, it is an LM; another
+    begins from it; and a learning rate of zero leaves the backbone as it was."""
+    flags = {"backbone": language_model, "backbone_lr": 1e-3}
+    train(world, tmp_path / "whole", **flags)
+    assert f"backbone: {language_model}" in capsys.readouterr().out
+    train(world, tmp_path / "run", max_steps=3, **flags)
+    train(world, tmp_path / "run", **flags)
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    assert_same_state(tmp_path / "run", tmp_path / "whole")
+    steps = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert all(row["grad_norm"] > 0 and row["grad_norm_backbone"] > 0 for row in steps)
+
+    train(world, tmp_path / "run", export=tmp_path / "shipped")
+    model = S2S.from_checkpoint(tmp_path / "shipped")
+    assert model.config.temporal.query_key_norm and model.config.dim == 48
+    assert "ar" in model.tokenizer.get_vocab() and "zz" not in model.tokenizer.get_vocab()
+    codes = torch.zeros(1, 8, model.config.frames_per_step, dtype=torch.long)
+    assert model.step(codes, model.init_state(1)).agent_codes.shape == codes.shape
+    train(world, tmp_path / "heir", init_from=tmp_path / "shipped", max_steps=1)
+    count = len(model.state_dict())
+    assert f"inherited {count} of {count} tensors" in capsys.readouterr().out
+
+    still = {**flags, "backbone_lr": 0, "max_steps": 2}
+    train(world, tmp_path / "still", **still)
+    given = backbones.load_backbone(str(language_model)).tensors
+    kept = checkpoints.load_checkpoint(tmp_path / "still").tensors
+    assert all(torch.equal(kept[f"temporal.{name}"], tensor) for name, tensor in given.items())
+
+
+def test_a_backbone_that_cannot_be_had_stops_the_run(world, language_model, tmp_path, capsys):
+    both = {"backbone": language_model, "init_from": ROOT / "checkpoints" / "tiny" / "s2s"}
+    assert "--backbone and --init_from: give one" in refused(world, tmp_path, capsys, **both)
+    said = refused(world, tmp_path, capsys, backbone="/no/such")
+    assert "--backbone /no/such cannot be had: no such folder; or --backbone none" in said
+    args = argparse.Namespace(backbone="auto", preset="base", init_from=None)
+    assert train_s2s.chosen_backbone(args, torch.device("cpu"), []) is None
+    assert args.backbone == "none"
+
+
 def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
     world, tmp_path, capsys, monkeypatch
 ):
@@ -432,7 +495,7 @@ def test_bad_input_ends_in_one_line(world, whole_run, tmp_path, capsys):
     assert "not a codec" in refused(world, new, capsys, codec=whole_run[0])
     assert "nowhere" in refused(world, new, capsys, codec="nowhere")
     assert "not empty" in refused(world, whole_run[0], capsys, "--fresh")
-    assert "no tensor fits" in refused(world, new, capsys, init_from=world / "mine" / "codec")
+    assert "not a s2s" in refused(world, new, capsys, init_from=world / "mine" / "codec")
 
     other = tmp_path / "other"
     tensors = {"x": torch.zeros(2)}

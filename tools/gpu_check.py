@@ -8,6 +8,7 @@ learnt. A part that fails or is cut off is a row too, and the JSON is written af
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -83,6 +84,27 @@ def make_speech(folder: Path, smoke: bool) -> Path:
         split = "train" if i < count - 2 else "validation"
         clips.append(Clip(path, seconds, RATE, "english", f"s{i}", split=split, phones=phones))
     write_manifest(folder / "manifest.jsonl", clips)
+    return folder
+
+
+def make_backbone(folder: Path, smoke: bool) -> Path:
+    """A Gemma 3 of the recommended one's sizes, with random weights and a tokenizer of bytes."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    others = [f"<unused{i}>" for i in range(10 if smoke else 16_000)]
+    tokens = {token: i for i, token in enumerate([*letters, *others])}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "head_dim": 16}
+    if not smoke:
+        sizes = {"hidden_size": 1152, "num_hidden_layers": 26, "intermediate_size": 6912}
+    config = transformers.Gemma3TextConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=1, sliding_window=512,
+        vocab_size=len(tokens))  # fmt: skip
+    transformers.Gemma3ForCausalLM(config).bfloat16().save_pretrained(folder)
     return folder
 
 
@@ -280,7 +302,7 @@ def part_train_codec(place: Place) -> dict:
 
 
 def part_train_s2s(place: Place) -> dict:
-    """Phase 3 at the plan's batch: ASR alone, then everything."""
+    """Phase 3 at the plan's batch: ASR alone, then everything; the latter with a backbone too."""
     codes = make_codes(place.folder / "codes", place.smoke)
     flags = ["--data_dirs", str(codes), "--codec", str(ROOT / "checkpoints" / "tiny" / "codec"),
              "--epoch_hours", "60", "--log_every", "5", "--max_steps", "30"]  # fmt: skip
@@ -290,10 +312,14 @@ def part_train_s2s(place: Place) -> dict:
                   "--context_seconds", "4", "--window_seconds", "8"]  # fmt: skip
     else:
         flags += ["--preset", "base"]
+    full, none = [*flags, "--asr_share", "0"], ["--backbone", "none"]
     found = {
-        "listening": run_script(place, "train_s2s", "listening", 80, flags),
-        "full": run_script(place, "train_s2s", "full", 80, [*flags, "--asr_share", "0"]),
+        "listening": run_script(place, "train_s2s", "listening", 80, [*flags, *none]),
+        "full": run_script(place, "train_s2s", "full", 80, [*full, *none]),
     }
+    backbone = make_backbone(place.folder / "backbone", place.smoke)
+    theirs = ["--backbone", str(backbone), "--trim_vocab", "0"]
+    found["backbone"] = run_script(place, "train_s2s", "backbone", 100, [*full, *theirs])
     return found | {"plan": plan_of(LM_PLAN_HOURS, LM_LISTENS, found["listening"], found["full"])}
 
 
@@ -303,6 +329,7 @@ def part_tick(place: Place) -> dict:
     from codec import Codec, CodecConfig
     from duplex import halve
     from s2s import S2S, S2SConfig
+    from transformer import TransformerConfig
 
     torch.manual_seed(0)
     torch.set_num_threads(1 if place.smoke else torch.get_num_threads())
@@ -312,10 +339,14 @@ def part_tick(place: Place) -> dict:
     config = getattr(S2SConfig, size)(
         codec_fingerprint=codec.fingerprint, codebook_sizes=codec.config.codebook_sizes[:8]
     )
-    lm = S2S(config).to(device).eval().requires_grad_(False)
-    if place.cuda:
-        halve(lm)
-    found = {}
+
+    def made(config: S2SConfig) -> S2S:
+        lm = S2S(config).to(device).eval().requires_grad_(False)
+        if place.cuda:
+            halve(lm)
+        return lm
+
+    lm, found = made(config), {}
     for slots in (1, 2) if place.smoke else (1, 8, 32):
         calls = functools.partial(noisy_calls, place, codec, lm, slots)
         eager, said = calls(graphs=False)
@@ -325,6 +356,14 @@ def part_tick(place: Place) -> dict:
         found |= {f"{slots} slots, eager": eager, f"{slots} slots, graphs": graphs,
                   f"{slots} slots, graphs apart": apart(said, replayed),
                   f"{slots} slots, eager apart": apart(said, again)}  # fmt: skip
+    if not place.smoke:  # of the recommended backbone's sizes
+        gemma = TransformerConfig(
+            1152, 26, 4, 32_768, num_kv_heads=1, ffn_dim=6912, head_width=256, norms_after=True,
+            activation="gelu_tanh", query_key_norm=True)  # fmt: skip
+        lm = made(dataclasses.replace(config, temporal=gemma, dim=1152, vocab_size=16_000))
+        for slots in (1, 32):
+            ticks, _ = noisy_calls(place, codec, lm, slots, graphs=True, most=100)
+            found[f"{slots} slots, graphs, Gemma 3 1B's sizes"] = ticks
     try:
         found.update(moshi_ticks(place, (1, 2) if place.smoke else (1, 8, 32)))
     except ImportError as error:
