@@ -97,7 +97,7 @@ def layers_of(model: nn.Module, source: str) -> TransformerConfig:
         num_kv_heads=c.num_key_value_heads, ffn_dim=c.intermediate_size, norm_eps=c.rms_norm_eps,
         head_width=2 * len(kinds[0].frequencies), query_key_norm=c.model_type != "llama",
         activation=ACTIVATIONS[c.hidden_activation if gemma else c.hidden_act],
-        norms_after=gemma, kinds=tuple(kinds),
+        norms_after=gemma, kinds=tuple(kinds), recompute=True,
         pattern=tuple(names.index(name) for name in pattern))  # fmt: skip
 
 

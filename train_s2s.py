@@ -531,9 +531,8 @@ def description(run: training.Run, model: S2S, rows, hours: float) -> str:
     """What the user reads before step 1, beside the settings and the forecast."""
     c = model.config
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    theirs, source = run.args.init_from, f"backbone: {run.args.backbone}"
-    if theirs or run.args.backbone == "none":
-        source = f"inherited from {theirs}" if theirs else f"{source} (random weights)"
+    theirs = run.args.init_from
+    source = f"inherited from {theirs}" if theirs else f"backbone: {run.args.backbone}"
     return (f"preset {run.args.preset}: dialogue LM {parameters:.1f}M parameters, vocabulary "
             f"{c.vocab_size}, patch {1000 / c.patch_rate:.0f} ms, depth order {c.depth_order}, "
             f"device {run.device}\n{source}; codec {c.codec_fingerprint[:16]}\n"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 try:  # its kernel where that package is installed
     from flash_attn import flash_attn_func as flash_attention
@@ -50,6 +51,7 @@ class TransformerConfig:
     norms_after: bool = False  # RMSNorm also of what attention and feed-forward add
     kinds: tuple[LayerKind, ...] = ()  # empty: one, by `rope_theta` and `context`
     pattern: tuple[int, ...] = ()  # each layer's place in `kinds`; empty: the first
+    recompute: bool = False  # what is within a layer, in the backward pass, not to be stored
 
     def __post_init__(self) -> None:
         kinds = (k if isinstance(k, LayerKind) else LayerKind(**k) for k in self.kinds)
@@ -303,8 +305,10 @@ class StreamingTransformer(nn.Module):
         positions = torch.arange(x.shape[1], device=x.device)[None, :, None]
         kinds = rotary_frequencies(self.config, x.device)
         tables = [rotary_tables(positions, frequencies) for frequencies in kinds]
+        again = self.config.recompute and torch.is_grad_enabled()
         for block in self.blocks:
-            x = block(x, *tables[block.attention.kind])
+            inputs = x, *tables[block.attention.kind]
+            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         return self.norm(x)
 
     def init_state(self, batch_size: int, max_chunk: int = 16) -> TransformerState:

@@ -1,6 +1,7 @@
 """The cached transformer against the offline one, and the offline one against a slow loop."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -42,9 +43,7 @@ def test_windowed_attention_is_the_definition(length):
     q = torch.randn(2, length, 4, 6)
     k, v = torch.randn(2, 2, length, 2, 6)
     expected = slow_attention(q, k, v, CONTEXT)
-    torch.testing.assert_close(
-        windowed_attention(q, k, v, CONTEXT), expected, atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(windowed_attention(q, k, v, CONTEXT), expected, atol=1e-5, rtol=1e-5)
 
 
 def rotate_complex(x, theta=10_000.0):
@@ -174,6 +173,24 @@ def test_hours_into_a_call(model):
 def test_config_refuses_nonsense(sizes):
     with pytest.raises(ValueError):
         TransformerConfig(**{"dim": 32, "num_layers": 1, "num_heads": 4, "context": 8, **sizes})
+
+
+def test_recomputed_layers_have_the_same_gradients(model):
+    """Dropout's draws too; and less is stored."""
+    config = dataclasses.replace(model.config, dropout=0.3)
+    x, found = torch.randn(2, 20, 32), []
+    for recompute in (False, True):
+        again = StreamingTransformer(dataclasses.replace(config, recompute=recompute))
+        again.load_state_dict(model.state_dict())
+        stored = []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t) or t, lambda t: t):  # noqa: B023
+            out = again(x)
+        out.square().sum().backward()
+        found.append((out, [p.grad for p in again.parameters()], len(stored)))
+    assert torch.equal(found[0][0], found[1][0]) and found[1][2] < found[0][2] / 4
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @torch.no_grad()
