@@ -137,7 +137,7 @@ def trimmed(backbone: Backbone, spelled: Iterable[str], most: int = 0) -> Backbo
     if state["model"]["type"] != "BPE":
         raise UserError(f"--backbone {backbone.source}: not a BPE tokenizer")
     vocabulary, marks = state["model"]["vocab"], {t["content"] for t in state["added_tokens"]}
-    marks -= {state["model"]["unk_token"]}
+    marks = {mark for mark in marks if len(mark) > 1} - BYTES - {state["model"]["unk_token"]}
     state |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     kept = set(vocabulary)
     if most:
