@@ -185,11 +185,14 @@ def merges_within(merges: list, kept: set[str]) -> list:
 @torch.no_grad()
 def start_from(model: S2S, backbone: Backbone) -> None:
     """Gives the LM the backbone's layers and tokens. What else comes into the sum that the layers
-    read starts as much smaller or larger than in an LM of its own as the tokens are."""
+    read starts as much smaller or larger than in an LM of its own as the tokens are; the user's
+    words, which the same head tells, start as likely as each other."""
     model.temporal.load_state_dict(backbone.tensors)
     ratio = backbone.embedding.square().mean().sqrt() / model.text_embedding.weight.std()
     inputs = [model.age_embedding, model.emotion_embedding, model.language_embedding]
     for module in filter(None, (*inputs, model.user_projection, model.agent_projection)):
         module.weight.mul_(ratio)
+    for tensor in model.words_projection.parameters():
+        tensor.zero_()
     model.text_embedding.weight.copy_(backbone.embedding)
     model.text_head.weight.copy_(backbone.head)

@@ -171,6 +171,8 @@ def test_the_dialogue_lm_has_its_layers_and_tokens(family):
     before, model = (S2S(config).eval() for _ in range(2))
     backbones.start_from(model, backbone)
     assert torch.equal(model.text_head.weight[3:], backbone.head[3:])
+    words = model.head_logits(torch.randn(1, 2, layers.dim))["user_words"]
+    assert not words.any() and model.words_projection.weight.requires_grad
     ratio = model.user_projection.weight.std() / backbone.embedding.std()
     usual = before.user_projection.weight.std() / before.text_embedding.weight.std()
     assert ratio == pytest.approx(float(usual), rel=0.1)
