@@ -10,11 +10,9 @@ Times are in seconds unless a name says otherwise; audio is 24 kHz mono float32 
 
 import argparse
 import itertools
-import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,20 +65,17 @@ class ReplyText:
     is decoded behind what came out last, on which its leading space may hang."""
 
     def __init__(self, tokenizer: Any):
-        self._tokenizer, self._before, self._ids = tokenizer, [], []
-        self._shown = ""  # what `_before` is alone
+        self._decode, self._before, self._ids = tokenizer.decode, [], []
 
     def push(self, token: int) -> str:
         """The text this token adds, "" while a character's bytes are incomplete."""
         if token == PAD:
             return ""
         self._ids.append(int(token))
-        text = self._tokenizer.decode(self._before + self._ids)
-        new = text[len(self._shown) :]
-        if not new or text.endswith("\ufffd"):
+        new = self._decode(self._before + self._ids)[len(self._decode(self._before)) :]
+        if not new or new.endswith("\ufffd"):
             return ""
         self._before, self._ids = self._ids, []
-        self._shown = self._tokenizer.decode(self._before)
         return new
 
 
@@ -104,9 +99,8 @@ class PatchQueue(deque[QueuedPatch]):
     def push(self, audio: np.ndarray, arrived: float, bounded: bool = True) -> None:
         """Take samples [T] of any length; `bounded=False` never drops."""
         audio = np.concatenate([self._rest, np.asarray(audio, np.float32)])
-        whole = len(audio) // self.patch_samples * self.patch_samples
-        self._rest = audio[whole:]
-        for patch in audio[:whole].reshape(-1, self.patch_samples):
+        patches, self._rest = np.split(audio, [len(audio) - len(audio) % self.patch_samples])
+        for patch in patches.reshape(-1, self.patch_samples):
             self.append(QueuedPatch(patch, arrived, self._next_index))
             self._next_index += 1
             if bounded and len(self) > self.most:
@@ -180,8 +174,7 @@ class EmotionEstimate:
         return self.names[int(self.posterior[slot].argmax())] if sure else None
 
 
-@dataclass
-class TickResult:
+class TickResult(NamedTuple):
     """What one tick gave, a row a slot; rows of slots that were not `active` are zero."""
 
     audio: np.ndarray  # [B, T] float32
@@ -244,7 +237,7 @@ class DuplexEngine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # all that is made here is there
             self._stream = torch.cuda.Stream(self.device)
-        self._step = StepGraph(self._stages, 3 if self._stream and graphs else math.inf, self._mark)
+        self._step = StepGraph(self._stages, 3 if self._stream and graphs else np.inf, self._mark)
 
     def _make_buffers(self) -> None:
         """What comes in, a row a slot, filled on the host: samples, whether active, whether muted,
@@ -317,8 +310,7 @@ class DuplexEngine:
         self._flush.voice[slot] = speaking
 
     def feed(self, slot: int, audio: np.ndarray, arrived=None, bounded: bool = True) -> None:
-        """Queue a slot's input samples [T]; `arrived` (the clock's now by default) is when the
-        last of them came in, and the start of what `waited` measures."""
+        """Queue a slot's input [T], the last sample of which came in at `arrived` (None: now)."""
         if not self._suspended[slot]:
             self.queues[slot].push(audio, self.clock() if arrived is None else arrived, bounded)
 
@@ -333,9 +325,7 @@ class DuplexEngine:
         for slot in np.flatnonzero(active):
             frames[slot], arrived, index[slot], dropped[slot] = self.queues[slot].popleft()
             waited[slot] = max(0.0, started - arrived)
-        result = self.tick(frames, active)
-        result.index, result.waited, result.dropped = index, waited, dropped
-        return result
+        return self.tick(frames, active)._replace(index=index, waited=waited, dropped=dropped)
 
     def warm_up(self, ticks: int = 8) -> int:
         """Silent ticks, forgotten: initialisation and, in the fourth, capture delay no caller."""
@@ -345,21 +335,19 @@ class DuplexEngine:
         return ticks
 
     @torch.inference_mode()
-    def tick(self, frames: np.ndarray, active: np.ndarray | None = None) -> TickResult:
+    def tick(self, frames: np.ndarray, active: np.ndarray | bool = True) -> TickResult:
         """One patch for every slot. frames [B, T]; active [B], all by default; none suspended."""
-        active = np.ones(self.slots, bool) if active is None else np.asarray(active, bool)
-        active = active & ~self._suspended
+        active = np.asarray(active, bool) & ~self._suspended
         muted = self._flush.update(active) if self.vad_flush else np.zeros(self.slots, bool)
         frames, lost = _finite(np.asarray(frames, np.float32))
         start = self.clock()
         self._frames[:], self._active[:], self._muted[:] = frames.clip(-1.0, 1.0), active, muted
         quiet = self._quiet_ticks >= QUIET_TICKS
         self._emotion[quiet] = self._asked_emotion[quiet]
-        rows = self._run_stages()
+        reply, *parts = np.split(self._run_stages(), self._ends[:-1], axis=1)
         spans = [two - one if self._stream is None else one.elapsed_time(two) / 1000
                  for one, two in itertools.pairwise(self._marks)]  # fmt: skip
         times = StageTimes(*spans, total=self.clock() - start)
-        reply, *parts = np.split(rows, self._ends[:-1], axis=1)
         reply, lost_reply = _finite(reply)
         row = active[:, None].astype(np.float32)
         reply = reply * row
@@ -415,13 +403,11 @@ class DuplexEngine:
         return self._got.numpy()
 
     def _mark(self) -> None:
-        stream = self._stream
-        self._marks.append(self.clock() if stream is None else
-                           stream.record_event(torch.cuda.Event(enable_timing=True)))  # fmt: skip
+        timed = self._stream and self._stream.record_event(torch.cuda.Event(enable_timing=True))
+        self._marks.append(timed or self.clock())
 
 
-def engine_of(args: argparse.Namespace, slots: int = 1,
-              vad_flush: bool = False) -> tuple[DuplexEngine, str]:  # fmt: skip
+def engine_of(args: argparse.Namespace, slots=1, vad_flush=False) -> tuple[DuplexEngine, str]:
     """The engine that the flags of demo and server ask for, and its models in words; a sampling
     flag that is None, or that a script does not have, stands for the model's own."""
     device = setup_distributed(args.device).device
@@ -463,10 +449,9 @@ class Story:
         events = [{"type": "dropped", "patches": lost - 1}] if lost else []
         loud = float(np.abs(result.audio[slot]).max()) > 10 ** (QUIET_DBFS / 20)
         events += self._speech("agent", loud, int(result.text[slot]))
-        sounds = float(result.user_speaking[slot]) > 0.5
         heard, self._heard = self._heard, int(result.user_words[slot])
         new = PAD if heard == self._heard else self._heard  # the head repeats tokens, as with CTC
-        events += self._speech("user", sounds, new)
+        events += self._speech("user", float(result.user_speaking[slot]) > 0.5, new)
         events += self._feeling(slot, result)
         self._ticks.append((result.waited[slot], *result.times))
         if len(self._ticks) * self._seconds >= self.LATENCY_SECONDS:

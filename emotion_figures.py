@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ changes of pitch, range, rate, level and tilt. How well people's are told, the
 figures do not say."""
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(NamedTuple):
     """The emotion of an utterance as asked for, and as told at its end with a posterior of `sure`.
     `seconds` of speech until the name last changed, None where no name was said. `likely`: the
     likeliest of the styles that are asked for."""
@@ -45,12 +44,10 @@ def detection(found: Sequence[Told]) -> dict:
     calibration error of the posterior in ten bins (Guo et al. 2017); confusion, asked → told."""
     hits, sure = np.array([(t.asked == t.told, t.sure) for t in found]).T
     bins = np.minimum((sure * 10).astype(int), 9)
-    errors = [abs((hits - sure)[bins == b].mean()) * (bins == b).mean() for b in set(bins.tolist())]
+    errors = np.abs(np.bincount(bins, hits - sure))
     seconds = [t.seconds for t in found if t.seconds is not None]
-    confusion = {one.asked: Counter() for one in found}
-    for one in found:
-        confusion[one.asked][one.told] += 1
-
+    asked = dict.fromkeys(t.asked for t in found)
+    confusion = {a: dict(Counter(t.told for t in found if t.asked == a)) for a in asked}
     of_asked = accuracies([t.asked for t in found], [t.likely for t in found])
 
     def of(speaker: str | None = None) -> dict:
@@ -60,9 +57,9 @@ def detection(found: Sequence[Told]) -> dict:
     p50, p95 = np.percentile(seconds, (50, 95)).round(2).tolist() if seconds else (None, None)
     return {**of(), "unweighted_accuracy_of_asked": of_asked["unweighted_accuracy"],
         "sure": round(len(seconds) / len(found), 4), "stable_p50_s": p50, "stable_p95_s": p95,
-        "calibration_error": round(float(sum(errors)), 4),
+        "calibration_error": round(float(errors.sum()) / len(found), 4),
         "speakers": {speaker: of(speaker) for speaker in sorted({t.speaker for t in found})},
-        "confusion": {asked: dict(row) for asked, row in confusion.items()}}  # fmt: skip
+        "confusion": confusion}  # fmt: skip
 
 
 def draw(path: Path, detections: dict[str, dict], emotions: Sequence[str]) -> None:

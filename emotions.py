@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import audio
-import command
 import corpora
-import data
 from codec import Codec, silence_codes
-from command import UserError
-from data import Clip, split_for
+from command import UserError, default_workers, run_parts
+from data import SPLITS, Clip, load_splits, split_for
 from dialogues import finish_dataset, load_code_dataset, write_arrow
 
 # Corpora as their owners ship them, by their layout: the licence, and whether it lets one sell.
@@ -36,17 +34,14 @@ EDGE_SECONDS = 0.2  # of silence on both sides of a clip
 MICROPHONES, GAIN_DB = 4, (-9.0, 3.0)  # that each speaker has, and of each
 
 
-def load_emotional(folders: Sequence[str | Path], commercial_only: bool = False,
-                   log: str | Path | None = None) -> list[Clip]:  # fmt: skip
+def load_emotional(folders: Sequence[str | Path], commercial_only=False, log=None) -> list[Clip]:
     """The clips with an emotion below the folders, by their manifests or by their files' names.
     Splits are disjoint in speakers. What is left out is counted on stdout, unreadable files on
-    stderr and in `log`. Raises UserError on a missing folder, and where nothing is left."""
-    found: dict[object, Clip] = {}
-    left_out: Counter[str] = Counter()
-    there = data.load_splits(folders, data.SPLITS, unreadable_log=log)
+    stderr and in a file `log`. Raises UserError on a missing folder, and where nothing is left."""
+    found, left_out = {}, Counter()
+    there = load_splits(folders, SPLITS, unreadable_log=log)
     # WAV first: CREMA-D ships each clip as MP3 too.
-    wav_first = sorted(itertools.chain(*there), key=lambda clip: clip.path.suffix.lower() != ".wav")
-    for clip in wav_first:
+    for clip in sorted(itertools.chain(*there), key=lambda c: c.path.suffix.lower() != ".wav"):
         named, label, same = (clip, clip.emotion, clip.path) if clip.emotion else _by_name(clip)
         reason = "neither manifest nor name tells an emotion"
         if label:
@@ -67,9 +62,8 @@ def load_emotional(folders: Sequence[str | Path], commercial_only: bool = False,
 
 def _by_name(clip: Clip) -> tuple[Clip, str | None, tuple]:
     """(the clip with what its name tells in a SHIPPED layout, its label, what its copies share)."""
-    path = clip.path.with_suffix("").as_posix()
     for layout, (licence, commercial_ok) in SHIPPED.items():
-        if said := corpora.LAYOUTS[layout].said_by(path):
+        if said := corpora.LAYOUTS[layout].said_by(clip.path.with_suffix("").as_posix()):
             speaker = said["speaker"]
             # ESD's first ten speakers are Chinese; all else is English.
             chinese = layout == "esd" and int(speaker[-4:]) <= 10
@@ -84,8 +78,7 @@ def hold_out_speakers(clips: Sequence[Clip]) -> tuple[list[Clip], list[Clip]]:
     """(training, validation) clips without a speaker in both; test clips in neither. In a language
     without validation clips one speaker in six is held out, at least one, but never its only one. A
     clip without a speaker is one of its own. UserError: nobody to train on, or to validate on."""
-    train = [clip for clip in clips if clip.split == "train"]
-    validation = [clip for clip in clips if clip.split == "validation"]
+    train, validation = ([c for c in clips if c.split == s] for s in ("train", "validation"))
     held_out = {clip.language for clip in validation}
     speakers: dict[str, set[str]] = {}
     for clip in train:
@@ -123,7 +116,7 @@ def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch:
         files = {folder / f"data-{i:05d}.arrow": part for i, part in enumerate(cut)}
         missing = [file for file in files if not file.exists()]
         work = lambda file: write_arrow(file, _rows(files[file], codec, batch))  # noqa: E731
-        list(command.run_parts(work, missing, 0, len(files)))
+        list(run_parts(work, missing, 0, len(files)))
         finish_dataset(folder, [file.name for file in files], info)
     dataset = load_code_dataset(folder, codec.fingerprint)[0]
     if not len(dataset):
@@ -136,7 +129,7 @@ def encode_clips(clips: Sequence[Clip], codec: Codec, folder: str | Path, batch:
 def _rows(clips: Sequence[Clip], codec: Codec, batch: int) -> Iterator[dict]:
     device, hop = next(codec.parameters()).device, codec.config.hop
     silent = silence_codes(codec, device)[0, :, -1].cpu().numpy().astype(np.uint16)
-    with ThreadPoolExecutor(command.default_workers()) as pool:
+    with ThreadPoolExecutor(default_workers()) as pool:
         for first in range(0, len(clips), batch):
             read = list(filter(None, pool.map(_heard, clips[first : first + batch])))
             if not read:

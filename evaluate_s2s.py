@@ -77,7 +77,7 @@ MAX_TEXT_ERROR, MAX_AUDIO_ERROR = 0.3, 0.6  # of a right reply: letters, the jud
 TRUSTED = 0.8  # a judge's least accuracy
 JUDGE_REPLIES = 40  # a language at most on which a judge is examined
 JUDGE_SPEED, JUDGE_RATE = 0.93, 16000
-OCTAVE = {"low": (110.0, 1.0), "high": (220.0, 1.15)}  # median pitch (Hz) and size of the head
+OCTAVE = {"low": (1.0, 110.0), "high": (1.15, 220.0)}  # size of the head and median pitch (Hz)
 WORDS_ALONE = ("comfort", "good_news")  # intents whose words say what is felt
 STYLES_ASKED = ("neutral", "happy", "sad", "angry", "calm")  # of users and of the agent
 ACCURACIES = ("unweighted_accuracy", "unweighted_accuracy_of_asked")
@@ -104,12 +104,8 @@ def normalise(text: str) -> str:
 def right_text(said: str, reply: str, replies: Sequence[str]) -> bool:
     """Whether `said` is nearer to `reply` than to all other replies, and nearly the same."""
     said, wanted, *others = map(normalise, (said, reply, *replies))
-    if edit_distance(said, wanted) > MAX_TEXT_ERROR * len(wanted):
-        return False
-    return nearest(said, {text: text for text in (*others, wanted)})[0] == wanted
-
-
-# ---------------------------------------------------------------------------------- calls
+    near = edit_distance(said, wanted) <= MAX_TEXT_ERROR * len(wanted)
+    return near and nearest(said, {text: text for text in (*others, wanted)})[0] == wanted
 
 
 @dataclass(frozen=True)
@@ -142,8 +138,7 @@ def ask(exchanges: Sequence[Exchange], language: str, args) -> tuple[list[Call],
     voices, plans = user_voices(language, args.split, args.engines), []
     for one in choose_exchanges(exchanges, language, args.split, args.intents, args.archetypes):
         for first in rng.permutation(len(one.lines[0].texts))[: args.questions_per_exchange]:
-            requests = _questions(one, first, draw_voice(voices, rng), args.emotions, rng)
-            plans.append((one, requests))
+            plans.append((one, _questions(one, first, draw_voice(voices, rng), args.emotions, rng)))
     takes = iter(make_takes([request for _, requests in plans for request in requests]))
     calls, left_out = [], []
     for place, (exchange, requests) in enumerate(plans):
@@ -207,8 +202,7 @@ def hold_calls(codec: Codec, lm: S2S, calls: Sequence[Call], args) -> list[dict[
     replies: dict[int, dict[str, np.ndarray]] = {}
     for first in range(0, len(order), engine.slots):
         batch = order[first : first + engine.slots]
-        counts = np.zeros(engine.slots, np.int64)
-        counts[: len(batch)] = patches[batch]
+        counts = np.pad(patches[batch], (0, engine.slots - len(batch)))
         frames = np.zeros((engine.slots, counts.max(), length), np.float32)
         for slot, i in enumerate(batch):
             engine.reset(slot, 1000 * args.seed + int(i))
@@ -222,9 +216,6 @@ def hold_calls(codec: Codec, lm: S2S, calls: Sequence[Call], args) -> list[dict[
                     for name in ("audio", "text", "user_speaking", "user_emotion", "language")}
             replies[i] = {name: np.stack(found) for name, found in rows.items()}
     return [replies[i] for i in range(len(calls))]
-
-
-# ---------------------------------------------------------------------------------- judges
 
 
 @dataclass(frozen=True)
@@ -244,12 +235,10 @@ class Judge:
     def transcribe(self, audio: np.ndarray) -> Sequence[str]:
         """24 kHz `[T]` → phones; of what is not quiet, as recognisers invent words in silence."""
         loud = np.flatnonzero(ledger.frame_levels(audio) > ledger.QUIET_DBFS)
-        if not len(loud):
-            return ()
         step, margin = SAMPLE_RATE // 200, SAMPLE_RATE // 10
-        audio = audio[max(0, loud[0] * step - margin) : (loud[-1] + 1) * step + margin]
-        if len(audio) < margin:
+        if not len(loud) or len(audio) < margin:
             return ()
+        audio = audio[max(0, loud[0] * step - margin) : (loud[-1] + 1) * step + margin]
         return self.recognise(soxr.resample(audio, SAMPLE_RATE, JUDGE_RATE))
 
     def right(self, audio: np.ndarray, reply: str) -> bool | None:
@@ -400,9 +389,6 @@ def _criteria(summary: dict) -> dict:
     return {"answered": summary["answered"], "right": right, "response_p95_ms": p95}
 
 
-# ---------------------------------------------------------------------------------- emotion
-
-
 def _changed(args: argparse.Namespace, **changes) -> argparse.Namespace:
     return argparse.Namespace(**{**vars(args), **changes})
 
@@ -478,9 +464,8 @@ def by_prosody(calls: Sequence[Call], exchanges, language: str, args, rng) -> di
 def octave(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict:
     """Shares of neutral utterances told neutral, and told happy or surprised, by each of OCTAVE."""
     calls, found = styled_calls(exchanges, language, args, rng, ("neutral",)), {}
-    for name, (hertz, formant) in OCTAVE.items():
-        moved = [praat.change_voice(c.audio, SAMPLE_RATE, formant, hertz) for c in calls]
-        moved = [replace(c, audio=audio) for c, audio in zip(calls, moved, strict=True)]
+    for name, voice in OCTAVE.items():
+        moved = [replace(c, audio=praat.change_voice(c.audio, SAMPLE_RATE, *voice)) for c in calls]
         told = [one.told for one in told_emotions(codec, lm, moved, args)]
         found[f"{name}_neutral"] = share([emotion == "neutral" for emotion in told])
         found[f"{name}_excited"] = share([emotion in ("happy", "surprise") for emotion in told])
@@ -509,9 +494,8 @@ def empathy(codec: Codec, lm: S2S, exchanges, language: str, args, rng) -> dict 
     """The sad and the glad reading of the same words by the same voice: shares of all pairs that
     are answered twice and that get different replies, and of all readings (`fitting`)."""
     voices, calls, twins = user_voices(language, args.split, args.engines), [], {}
-    mine = (language, "empathy", args.split != "train")
     for one in exchanges:
-        if (one.language, one.intent, one.held_out) == mine:
+        if (one.language, one.intent, one.held_out) == (language, "empathy", args.split != "train"):
             twins.setdefault(one.lines[0].texts[0], []).append(one)
     for text, pair in twins.items():
         plain = text, language, draw_voice(voices, rng), 1.0

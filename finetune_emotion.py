@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,7 +80,7 @@ class EmotionalSpeech(Conversations):
     def __init__(self, rows, *how, **more) -> None:
         super().__init__(rows, train_s2s.row_frames(rows), *how, **more)
         self.places: dict[str, dict[str, list[int]]] = {}  # by speaker and emotion
-        labels = itertools.chain.from_iterable(found for _, found in turn_fields(rows, "emotion"))
+        labels = np.concatenate([found for _, found in turn_fields(rows, "emotion")])
         speakers = rows.with_format(None)["source"][:]
         for i, (speaker, label) in enumerate(zip(speakers, labels, strict=True)):
             self.places.setdefault(speaker, {}).setdefault(label, []).append(i)
@@ -155,8 +154,7 @@ class Pairs(Dataset):
 
 
 def collate_pairs(items: list[tuple[dict, dict]]) -> tuple[Batch, Batch]:
-    speech, talk = zip(*items, strict=True)
-    return collate(list(speech))[0], collate(list(talk))[0]
+    return tuple(collate(list(part))[0] for part in zip(*items, strict=True))
 
 
 def encoded(clips: Sequence[Clip], split: str, codec: Codec, run: training.Run):

@@ -40,12 +40,9 @@ def utterances(levels: np.ndarray, threshold_db: float,
                pause: float = MERGE_SECONDS) -> list[tuple[int, int]]:  # fmt: skip
     """(first, last) indices of loudness above the threshold, short pauses and clicks left out."""
     above = np.flatnonzero(levels > threshold_db)
-    if not len(above):
-        return []
     breaks = np.flatnonzero(np.diff(above) * LEVEL_SECONDS > pause + LEVEL_SECONDS)
-    firsts, lasts = above[np.r_[0, breaks + 1]], above[np.r_[breaks, len(above) - 1]]
-    long = (lasts + 1 - firsts) * LEVEL_SECONDS >= MIN_SPEECH_SECONDS
-    return list(zip(firsts[long], lasts[long], strict=True))
+    found = [(part[0], part[-1]) for part in np.split(above, breaks + 1) if len(part)]
+    return [(a, b) for a, b in found if (b + 1 - a) * LEVEL_SECONDS >= MIN_SPEECH_SECONDS]
 
 
 class StreamResampler:
@@ -98,9 +95,8 @@ class VoiceDetector:
         """24 kHz samples [T] → the latest decision."""
         audio = np.nan_to_num(np.asarray(audio, np.float32), nan=0.0, posinf=0.0, neginf=0.0)
         samples = np.concatenate([self._rest, self._resample(audio)])
-        whole = len(samples) // VAD_SAMPLES * VAD_SAMPLES
-        self._rest = samples[whole:]
-        for window in samples[:whole].reshape(-1, VAD_SAMPLES):
+        windows, self._rest = np.split(samples, [len(samples) - len(samples) % VAD_SAMPLES])
+        for window in windows.reshape(-1, VAD_SAMPLES):
             self._decide(window)
         return self._speaking
 
@@ -182,8 +178,7 @@ def response_latencies(levels: np.ndarray, turns: Sequence[UserTurn],
         inside = (times > turn.start) & (times < until)
         loudest = levels[inside].max(initial=-np.inf)
         onsets = [i for i, _ in utterances(levels, loudest + ONSET_DB) if inside[i]]
-        heard = onsets and loudest >= QUIET_DBFS
-        latency = float(times[onsets[0]] - turn.end) if heard else np.inf
+        latency = float(times[onsets[0]] - turn.end) if onsets and loudest >= QUIET_DBFS else np.inf
         latencies.append(latency if latency <= UNANSWERED_SECONDS else None)
     return latencies
 

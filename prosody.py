@@ -30,7 +30,6 @@ def prosody(audio: np.ndarray) -> np.ndarray:
     hertz = sound.to_pitch(0.01, PITCH_FLOOR, PITCH_CEILING).selected_array["frequency"]
     voiced = hertz > 0
     pitch = 12 * np.log2(hertz[voiced] / 100.0) if voiced.sum() > 4 else np.zeros(5)
-    low, high = np.percentile(pitch, (10, 90))
     slope = np.polyfit(np.linspace(0, 1, len(pitch)), pitch, 1)[0]
     level = sound.to_intensity(PITCH_FLOOR, 0.01).values[0]
     level = level[level > level.max() - 40]
@@ -42,8 +41,8 @@ def prosody(audio: np.ndarray) -> np.ndarray:
     bins = np.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)
     bands = ((bins >= start) & (bins < end) for start, end in ((60, 1e3), (1e3, 3e3), (3e3, 8e3)))
     below, middle, above = (10 * np.log10(power[band].sum() + 1e-9) for band in bands)
-    return np.array([np.median(pitch), high - low, pitch.std(), slope, level.mean(), level.std(),
-        voiced.mean(), 0.01 * edges.mean() if len(edges) else 0.0,
+    return np.array([np.median(pitch), np.ptp(np.percentile(pitch, (10, 90))), pitch.std(), slope,
+        level.mean(), level.std(), voiced.mean(), 0.01 * edges.mean() if len(edges) else 0.0,
         rises.sum() / (0.01 * max(1, len(level))), harmonicity.mean() if len(harmonicity) else 0.0,
         middle - below, above - below])  # fmt: skip
 

@@ -176,8 +176,7 @@ class OpenAIRealtime(Protocol):
         event = from_json(message, type="text")
         kind = event["type"]
         if kind == "input_audio_buffer.append":
-            audio = fields(event, audio="text")["audio"]
-            return from_pcm16(base64.b64decode(audio, validate=True))
+            return from_pcm16(base64.b64decode(fields(event, audio="text")["audio"], validate=True))
         if kind == "session.update":
             for side in ("input", "output"):
                 form = inner(event, "session", "audio", side, "format") or self.FORMAT

@@ -13,7 +13,6 @@ import base64
 import contextlib
 import hmac
 import itertools
-import math
 import os
 import secrets
 import socket
@@ -227,7 +226,7 @@ def gpu_utilization(device: torch.device) -> float:
     try:
         return float(subprocess.run(ask, capture_output=True, check=True, timeout=5).stdout) / 100
     except (OSError, subprocess.SubprocessError, ValueError):
-        return math.nan
+        return np.nan
 
 
 def make_metrics(engine: DuplexEngine, calls: dict) -> SimpleNamespace:
@@ -398,7 +397,7 @@ class Server:
 
     def drain(self) -> None:
         """No new calls; those there are end with their agent's words. A second time: at once."""
-        self.draining = time.monotonic() if self.draining is None else -math.inf
+        self.draining = time.monotonic() if self.draining is None else -np.inf
 
     async def run(self, listener: socket.socket) -> None:
         """Serve until SIGTERM or Ctrl-C and the agents' last words. Raises what broke it."""

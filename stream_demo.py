@@ -283,7 +283,6 @@ class RemoteLine:
         except self._lost as error:
             said = f"{args.server}: no answer ({first_line(error)}); does serve.py run there?"
             raise UserError(said) from error
-        self._socket = self._ready["socket"]
         self._say(json.dumps(wishes))
         self._inbox: queue.SimpleQueue = queue.SimpleQueue()
         self._sent, self._answered, self._gpu, self._seen = 0, 0, 0.0, Counter()
@@ -338,7 +337,7 @@ class RemoteLine:
 
     def _say(self, message: bytes | str) -> None:
         with contextlib.suppress(self._errors.ConnectionClosed):  # `_read` tells
-            self._socket.send(message)
+            self._ready["socket"].send(message)
 
     def send(self, audio: np.ndarray, arrived: float) -> None:
         """Samples [T], the last of which came in at `arrived`."""
@@ -358,7 +357,7 @@ class RemoteLine:
             gpu = min(self._gpu, late)
             return Reply(from_pcm16(event), index, Delay(gpu, late - gpu))
         if event["type"] == "ready":  # back: the server begins a patch with what it hears now
-            patch, self._socket = round(self.patch_seconds * SAMPLE_RATE), event["socket"]
+            patch, self._ready = round(self.patch_seconds * SAMPLE_RATE), event
             index = -(-self._sent // patch)
             self.ledger.counts["dropped_patches"] += index - self._answered
             self._answered, self._unsaid = index, index * patch - self._sent
@@ -377,7 +376,7 @@ class RemoteLine:
 
     def close(self) -> None:
         self._inbox = queue.SimpleQueue()  # by which the thread knows that nobody listens
-        self._socket.close()
+        self._ready["socket"].close()
 
 
 Line = LocalLine | RemoteLine
@@ -428,8 +427,7 @@ class Recording:
         return quiet or self._done >= self._most
 
 
-def answer_recordings(line: Line, questions: Sequence, recorder: Recorder | None,
-                      args: argparse.Namespace) -> None:  # fmt: skip
+def answer_recordings(line: Line, questions: Sequence, recorder: Recorder | None, args) -> None:
     """Answer every `--wav`, its samples [T] and when it is spoken in, into its `--out`. Raises at
     the end what could not be written where it should, at once what stopped a call."""
     failures = []

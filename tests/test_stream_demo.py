@@ -842,7 +842,7 @@ def remote_call(server, audio, after: float, act, recorder=None) -> tuple:
 
 
 def cut(line) -> None:
-    line._socket.socket.shutdown(2)
+    line._ready["socket"].socket.shutdown(2)
 
 
 def test_a_lost_network_is_come_back_over_into_the_same_call(server, tmp_path):
