@@ -117,11 +117,8 @@ class Clips(Sequence[Clip]):
         return float(seconds.sum()) / 3600
 
     def with_columns(self, **columns: Sequence) -> "Clips":
-        table = self.table
-        for name, values in columns.items():
-            at = table.schema.get_field_index(name)
-            table = table.set_column(at, name, pyarrow.array(values, _COLUMNS.field(name).type))
-        return Clips(table)
+        new = {n: pyarrow.array(v, _COLUMNS.field(n).type) for n, v in columns.items()}
+        return Clips(pyarrow.table({n: new.get(n, self.table[n]) for n in _COLUMNS.names}))
 
     def where(self, chosen: np.ndarray) -> "Clips":  # bool [N]
         return Clips(self.table.filter(pyarrow.array(chosen, pyarrow.bool_())))
@@ -146,13 +143,11 @@ def _clip_of_row(row: dict) -> Clip:
 
 def _table(rows: list[dict], folder: str | Path) -> pyarrow.Table:
     """Columns of checked rows, whose paths are relative to `folder`."""
-    columns = {name: [row.get(name) for row in rows] for name in _FIELDS}
-    for name, value in _DEFAULTS.items():
-        columns[name] = [value if found is None else found for found in columns[name]]
+    columns = {name: [_DEFAULTS.get(name) if row.get(name) is None else row[name] for row in rows]
+               for name in _FIELDS}  # fmt: skip
     paths = [os.path.split(path) for path in columns.pop("path")]
-    heads = list({head for head, _ in paths})
-    real = [os.path.normpath(os.path.join(folder, head)) if folder else head for head in heads]
-    folders = dict(zip(heads, map(os.fsencode, real), strict=True))
+    folders = {head: os.fsencode(os.path.normpath(os.path.join(folder, head)) if folder else head)
+               for head in {head for head, _ in paths}}  # fmt: skip
     columns["folder"] = [folders[head] for head, _ in paths]
     columns["name"] = [os.fsencode(name) for _, name in paths]
     columns["duration"] = [s if 0 <= s <= 1e9 else 0.0 for s in columns["duration"]]
