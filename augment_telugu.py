@@ -18,7 +18,6 @@ corpora and flags make the same samples (but for piper's, whose noise has no see
 import argparse
 import contextlib
 import functools
-import hashlib
 import itertools
 import math
 import os
@@ -83,10 +82,6 @@ class CopyPlan(NamedTuple):
     amount: float
 
     @property
-    def all_of_it(self) -> bool:
-        return self.seconds >= self.clip.duration
-
-    @property
     def copy_seconds(self) -> float:
         return self.seconds / self.amount if self.change == "speed" else self.seconds
 
@@ -100,11 +95,10 @@ def pieces(duration: float) -> list[tuple[float, float]]:
 
 def source_name(clip: Clip, root: Path) -> str:
     """The clip's path below the input folder; for one outside of it, a name with a hash."""
-    relative = Path(os.path.relpath(clip.path, root))
-    if relative.parts[0] == "..":
-        parent = hashlib.sha256(os.fsencode(clip.path.parent)).hexdigest()[:8]
-        return f"elsewhere/{parent}/{clip.path.name}"
-    return relative.as_posix()
+    if clip.path.is_relative_to(root):
+        return clip.path.relative_to(root).as_posix()
+    parent = f"{hashed(clip.path.parent):016x}"[:8]
+    return f"elsewhere/{parent}/{clip.path.name}"
 
 
 def plan_copies(clips: Sequence[Clip], root: Path, seed: int) -> list[CopyPlan]:
@@ -130,14 +124,9 @@ def choose_plans(plans: Sequence[CopyPlan], made: dict[str, float], hours: float
     milliseconds, so that no rounding moves the border."""
     planned = {plan.name: round(1000 * plan.copy_seconds) for plan in plans}
     total = sum(planned.get(name, round(1000 * seconds)) for name, seconds in made.items())
-    chosen = []
-    for plan in plans:
-        if total >= hours * 3.6e6:
-            break
-        if plan.name not in made:
-            total += planned[plan.name]
-            chosen.append(plan)
-    return chosen
+    new = [plan for plan in plans if plan.name not in made]
+    before = itertools.accumulate((planned[plan.name] for plan in new), initial=total)
+    return [plan for plan, done in zip(new, before, strict=False) if done < hours * 3.6e6]
 
 
 def make_copies(folder: Path, args: argparse.Namespace,
@@ -169,9 +158,9 @@ def _read_piece(path: Path, start: float, seconds: float | None, rate: int) -> n
 
 def _changed(plan: CopyPlan, path: Path, seed: int) -> tuple[np.ndarray, CopiedClip]:
     """(copy `[T]`, its line of the manifest); AudioError where it is to be left out."""
-    seconds, amount = None if plan.all_of_it else plan.seconds, plan.amount
+    is_piece, amount = plan.seconds < plan.clip.duration, plan.amount
     rate = min(plan.clip.sample_rate, SAMPLE_RATE)  # the codec has no more
-    audio = _read_piece(plan.clip.path, plan.start, seconds, rate)
+    audio = _read_piece(plan.clip.path, plan.start, plan.seconds if is_piece else None, rate)
     if plan.change == "speed":
         audio = change_speed(audio, rate, amount)
     elif plan.change == "pitch":
@@ -185,7 +174,7 @@ def _changed(plan: CopyPlan, path: Path, seed: int) -> tuple[np.ndarray, CopiedC
         audio = add_noise(audio, coloured_noise(len(audio), rng), amount)
     fields = vars(plan.clip) | {"path": path, "duration": len(audio) / rate, "sample_rate": rate}
     fields |= {"augmented": True, "split": "train"}
-    if not plan.all_of_it:  # what is said in a piece is not known
+    if is_piece:  # what is said in it is not known
         fields |= {"text": None, "phones": None}
     elif plan.change == "speed" and plan.clip.phones:
         factor = 1 / amount
@@ -327,9 +316,6 @@ def own_voices(name: str) -> list[speech.Voice]:
     return [speech.Voice(f"{name}/{own}", name, "telugu", own, own, role="agent") for own in names]
 
 
-_texts = functools.lru_cache(maxsize=1)(text_lines)
-
-
 def choose_texts(clips: Iterable[Clip], text_file: str | None) -> tuple[list[str], int]:
     """(sentences, how many were left out): in Telugu script alone, of 8 to 250 letters, each once.
     No engine here is sure to read digits and Latin letters as a Telugu speaker would."""
@@ -351,7 +337,7 @@ def draw_request(texts: Sequence[str], voices: Sequence[speech.Voice],
 def make_speech(folder: Path, args: argparse.Namespace, part_seconds: float,
                 index: int) -> tuple[list[Clip], list[str]]:  # fmt: skip
     """Make a folder of at least `part_seconds` of speech, then its record: (clips, drops)."""
-    voices, texts = own_voices(args.engine), _texts(folder / TEXTS)
+    voices, texts = own_voices(args.engine), text_lines(folder / TEXTS)
     engine = speech.find_engine(args.engine)
     rng = np.random.default_rng([args.seed, index])
     within = folder / f"{index:05d}"

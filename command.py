@@ -22,8 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -192,7 +191,7 @@ def _results(work: Callable, parts: Sequence, num_workers: int) -> Iterator:
             result = ahead.popleft().result()
             ahead.extend(pool.submit(work, part) for part in itertools.islice(waiting, 1))
             yield result
-    except BrokenProcessPool as error:
+    except BrokenExecutor as error:
         died = "a worker process ended without an answer (out of memory?)"
         raise UserError(f"{died}; the same command goes on: give it fewer --num_workers") from error
     finally:
@@ -325,11 +324,8 @@ def json_lines(path: str | Path, skip_damaged: bool = False) -> Iterator[tuple[i
         for at, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            try:
+            with contextlib.suppress(UserError) if skip_damaged else contextlib.nullcontext():
                 yield at, json_line(line, f"{path}, line {at}")
-            except UserError:
-                if not skip_damaged:
-                    raise
 
 
 def append_json_line(path: str | Path, row: dict) -> None:

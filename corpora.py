@@ -6,6 +6,7 @@ into clips or conversations, and `fetch` renames the folder into place when it i
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
@@ -138,9 +139,8 @@ class FetchOptions:
 
 @dataclass
 class Job:
-    """One corpus on its way: `part` becomes its folder, `archives` is removed in the end. `lines`
-    are its clips or conversations so far, `unreadable` the files or rows that are left out and why;
-    `complete` is False where --max_hours cut it short."""
+    """One corpus on its way: `part` becomes its folder, `archives` goes in the end. `lines`: its
+    clips or conversations; `unreadable`: what is left out, why; `complete`: no --max_hours cut."""
 
     corpus: Corpus
     part: Path
@@ -170,6 +170,10 @@ class Job:
         self.complete &= not reached
         return reached
 
+    def until_full(self, items: Iterable) -> Iterator:
+        """The items, up to where the corpus stops."""
+        return itertools.takewhile(lambda _: not self.stops_here(), items)
+
 
 def fetch(corpus: Corpus, data_dir: Path, options: FetchOptions = FetchOptions(),
           stopped: threading.Event | None = None) -> bool:  # fmt: skip
@@ -189,15 +193,13 @@ def fetch(corpus: Corpus, data_dir: Path, options: FetchOptions = FetchOptions()
     job = Job(corpus, part, data_dir / ".archives" / corpus.name, bar, options)
     if (part / UNREADABLE).exists():  # of shards that are not read again
         job.unreadable += text_lines(part / UNREADABLE)
-    try:
+    with contextlib.closing(bar):
         FETCHERS[type(corpus)](job)
         if not job.lines:
             raise UserError(f"{corpus.name}: no audio in {corpus.origin}; new layout?")
         _write_folder(job)
         part.rename(folder)
         shutil.rmtree(job.archives, ignore_errors=True)
-    finally:
-        bar.close()
     return True
 
 
@@ -252,9 +254,7 @@ def clip_of(corpus: Corpus, path: Path, duration: float, sample_rate: int, split
 
 def fetch_archives(job: Job) -> None:
     """Each archive: downloaded, checked, unpacked into a folder of its own, removed."""
-    for archive in job.corpus.archives:
-        if job.stops_here():
-            break
+    for archive in job.until_full(job.corpus.archives):
         target = job.audio / archive.name.partition(".")[0]
         if not target.exists():
             file = job.archives / archive.name
@@ -353,8 +353,7 @@ def _take_clips(job: Job) -> None:
     """Take all below the audio folder that the layout knows; what is left out is reported."""
     layout = LAYOUTS[job.corpus.layout]
     listed = layout.lists(job.audio) if layout.lists else {}
-    paths = sorted(job.audio.rglob("*.*"))
-    paths = [path for path in paths if path.suffix.lower() in AUDIO_SUFFIXES]
+    paths = sorted(p for p in job.audio.rglob("*.*") if p.suffix.lower() in AUDIO_SUFFIXES)
     with ThreadPoolExecutor(FILE_THREADS) as pool:
         taken = list(pool.map(lambda path: _clip_of_file(job, path, layout, listed), paths))
     if unknown := [path.name for path, found in zip(paths, taken, strict=True) if found is None]:
@@ -391,13 +390,10 @@ def _clip_of_file(job: Job, path: Path, layout: Layout, listed: Listed) -> data.
 
 def _texts(name: str, between: str, root: Path, in_capitals: bool = False) -> Listed:
     """Of the `stem text` lines of every file of that name (a glob), but what is no UTF-8."""
-    listed = {}
-    for path in sorted(root.rglob(name)):
-        for line in text_lines(path, "replace"):
-            stem, _, text = map(str.strip, line.strip().partition(between))
-            if "\ufffd" not in text:
-                listed[stem] = (text.lower() if in_capitals else text, None)
-    return listed
+    lines = (line for path in sorted(root.rglob(name)) for line in text_lines(path, "replace"))
+    parts = (map(str.strip, line.strip().partition(between)) for line in lines)
+    return {stem: (text.lower() if in_capitals else text, None)
+            for stem, _, text in parts if "\ufffd" not in text}  # fmt: skip
 
 
 def _validated(root: Path) -> Listed:  # Common Voice's validated.tsv
@@ -464,9 +460,7 @@ def shards_of(corpus: OnHub, mirror: str | None) -> list[Shard]:
 
 def fetch_hub(job: Job) -> None:
     """Parquet shards one after another; a manifest of its own says that one is done."""
-    for shard in shards_of(job.corpus, job.mirror):
-        if job.stops_here():
-            return
+    for shard in job.until_full(shards_of(job.corpus, job.mirror)):
         done = job.part / ".shards" / f"{shard.path.replace('/', '__')}.jsonl"
         try:
             clips = data.read_manifest(done)
@@ -561,16 +555,12 @@ def _clean(text: object, tagged: bool) -> str | None:
 
 
 def _official_split(path: str) -> str:
-    match = re.search(r"(train|valid|dev|test)", "".join(path.split("/")[-2:]))
-    found = match.group(1) if match else "train"
+    found = re.search("train|valid|dev|test|$", "".join(path.split("/")[-2:]))[0] or "train"
     return "validation" if found in ("valid", "dev") else found
 
 
 def fetch_hub_tars(job: Job) -> None:
-    """Tars of two-channel dialogues with their annotations."""
-    for shard in shards_of(job.corpus, job.mirror):
-        if job.stops_here():
-            return
+    for shard in job.until_full(shards_of(job.corpus, job.mirror)):
         target = job.audio / shard.path.removesuffix(".tar")
         if target.exists():
             job.bar.advance(shard.size)
@@ -621,9 +611,7 @@ def fetch_fisher(job: Job) -> None:
     if not (calls := sorted(folder.rglob("*.sph"))):
         raise UserError(f"--fisher_dir {folder}: no .sph files there; give the LDC's own folders")
     scripts = {path.stem: path for path in folder.rglob("fe_*.txt")}
-    for call in calls:
-        if job.stops_here():
-            return
+    for call in job.until_full(calls):
         job.bar.advance(call.stat().st_size)
         target = job.audio / file_name(call.parent.name) / f"{file_name(call.stem)}.flac"
         try:
@@ -637,13 +625,11 @@ def fetch_fisher(job: Job) -> None:
 
 
 def _fisher_turns(script: Path) -> list[dict]:  # of lines `start end A: words`
-    turns = []
-    for line in text_lines(script, "replace"):
-        match = re.match(r"\s*(\d*\.?\d+)\s+(\d*\.?\d+)\s+([AB])\d*:\s*(.*)", line)
-        if match and float(match[1]) <= float(match[2]):
-            turn = {"who": "agent" if match[3] == "A" else "user", "text": match[4]}
-            turns.append({**turn, "start": float(match[1]), "end": float(match[2])})
-    return turns
+    pattern = r"\s*(\d*\.?\d+)\s+(\d*\.?\d+)\s+([AB])\d*:\s*(.*)"
+    found = filter(None, (re.match(pattern, line) for line in text_lines(script, "replace")))
+    turns = [{"who": "agent" if m[3] == "A" else "user", "text": m[4],
+              "start": float(m[1]), "end": float(m[2])} for m in found]  # fmt: skip
+    return [turn for turn in turns if turn["start"] <= turn["end"]]
 
 
 FETCHERS = {Archives: fetch_archives, DataCollective: fetch_common_voice, Hub: fetch_hub,

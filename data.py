@@ -3,8 +3,6 @@
 Letters in shapes: `T` samples, `F` codec frames (50 a second, hop 480 at 24 kHz).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -16,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow
@@ -79,7 +76,7 @@ class Clips(Sequence[Clip]):
         self.table = pyarrow.concat_tables(tables).unify_dictionaries().combine_chunks()
 
     @classmethod
-    def of(cls, clips: Iterable[Clip]) -> Clips:
+    def of(cls, clips: Iterable[Clip]) -> "Clips":
         if isinstance(clips, Clips):
             return clips
         return cls(_table([{**vars(clip), "path": os.fspath(clip.path)} for clip in clips], ""))
@@ -87,10 +84,10 @@ class Clips(Sequence[Clip]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __add__(self, other: Iterable[Clip]) -> Clips:
+    def __add__(self, other: Iterable[Clip]) -> "Clips":
         return Clips(self.table, Clips.of(other).table)
 
-    def __getitem__(self, index: int | slice) -> Clip | Clips:
+    def __getitem__(self, index: int | slice) -> "Clip | Clips":
         if isinstance(index, slice):
             return Clips(self.table.take(np.arange(len(self))[index]))
         row = range(len(self))[index]  # raises IndexError
@@ -119,14 +116,11 @@ class Clips(Sequence[Clip]):
             seconds = seconds[self.table[known].is_valid().to_numpy()]
         return float(seconds.sum()) / 3600
 
-    def with_columns(self, **columns: Sequence) -> Clips:
-        table = self.table
-        for name, values in columns.items():
-            at = table.schema.get_field_index(name)
-            table = table.set_column(at, name, pyarrow.array(values, _COLUMNS.field(name).type))
-        return Clips(table)
+    def with_columns(self, **columns: Sequence) -> "Clips":
+        new = {n: pyarrow.array(v, _COLUMNS.field(n).type) for n, v in columns.items()}
+        return Clips(pyarrow.table({n: new.get(n, self.table[n]) for n in _COLUMNS.names}))
 
-    def where(self, chosen: np.ndarray) -> Clips:  # bool [N]
+    def where(self, chosen: np.ndarray) -> "Clips":  # bool [N]
         return Clips(self.table.filter(pyarrow.array(chosen, pyarrow.bool_())))
 
 
@@ -149,13 +143,11 @@ def _clip_of_row(row: dict) -> Clip:
 
 def _table(rows: list[dict], folder: str | Path) -> pyarrow.Table:
     """Columns of checked rows, whose paths are relative to `folder`."""
-    columns = {name: [row.get(name) for row in rows] for name in _FIELDS}
-    for name, value in _DEFAULTS.items():
-        columns[name] = [value if found is None else found for found in columns[name]]
+    columns = {name: [_DEFAULTS.get(name) if row.get(name) is None else row[name] for row in rows]
+               for name in _FIELDS}  # fmt: skip
     paths = [os.path.split(path) for path in columns.pop("path")]
-    heads = list({head for head, _ in paths})
-    real = [os.path.normpath(os.path.join(folder, head)) if folder else head for head in heads]
-    folders = dict(zip(heads, map(os.fsencode, real), strict=True))
+    folders = {head: os.fsencode(os.path.normpath(os.path.join(folder, head)) if folder else head)
+               for head in {head for head, _ in paths}}  # fmt: skip
     columns["folder"] = [folders[head] for head, _ in paths]
     columns["name"] = [os.fsencode(name) for _, name in paths]
     columns["duration"] = [s if 0 <= s <= 1e9 else 0.0 for s in columns["duration"]]
@@ -267,20 +259,18 @@ def _scan_files(files: list[Path], data_dir: str | Path, scan: _Scan) -> list[Cl
     `data_dir`'s, else "other". Splits keep a speaker together; each language has training clips."""
     root = Path(data_dir).resolve()
     default = _language_in(Path(os.path.abspath(data_dir))) or _language_in(root) or "other"
-    clips: list[Clip] = []
-    places: dict[str, list[tuple[int, int]]] = {}  # by language: hash, and place among the clips
+    found: list[tuple[int, Clip]] = []  # with the hash that the split hangs on
     for file, probed in zip(files, scan.probe_all(files), strict=True):
         if probed is None:
             continue
         below, speaker = file.relative_to(root), _speaker_from_name(file)
         key, language = speaker or below.as_posix(), _language_in(below.parent) or default
-        places.setdefault(language, []).append((hashed(key), len(clips)))
-        clips.append(Clip(file, *probed, language, speaker, split=split_for(key)))
-    for found in places.values():
-        nearest = max(found)[0]  # to training, or in it: at least these are trained on
-        for i in (i for place, i in found if place == nearest):
-            clips[i] = replace(clips[i], split="train")
-    return clips
+        found.append((hashed(key), Clip(file, *probed, language, speaker, split=split_for(key))))
+    nearest: dict[str, int] = {}  # to training, or in it: at least these are trained on
+    for place, clip in found:
+        nearest[clip.language] = max(place, nearest.get(clip.language, 0))
+    return [replace(clip, split="train") if place == nearest[clip.language] else clip
+            for place, clip in found]  # fmt: skip
 
 
 def _language_in(path: Path) -> str | None:
@@ -348,13 +338,11 @@ def _each_once(clips: Clips, scan: _Scan) -> Clips:
     """Each file once, by its first line; held out if any line says so, commercial if all do."""
     # Folders are few; clips by the million are not asked for one by one on a network volume.
     at, names = clips.codes("folder")
-    numbers: dict[str, int] = {}
-    real = (os.path.realpath(os.fsdecode(name)) for name in names)
-    same = np.array([numbers.setdefault(name, len(numbers)) for name in real], np.int32)
+    real = [os.path.realpath(os.fsdecode(name)) for name in names]
+    same = np.unique(real, return_inverse=True)[1]
     split, splits = clips.codes("split")
-    ranks = np.array([SPLITS.index(name) for name in splits], np.int8)
     lines = {"folder": same[at], "name": clips.table["name"], "line": np.arange(len(clips)),
-             "split": ranks[split],
+             "split": np.array([SPLITS.index(name) for name in splits], np.int8)[split],
              "free": clips.column("commercial_ok").astype(np.int8)}  # fmt: skip
     wanted = [("line", "min"), ("split", "min"), ("split", "max"), ("free", "min")]
     files = pyarrow.table(lines).group_by(["folder", "name"]).aggregate(wanted)
@@ -500,9 +488,8 @@ def band_limit(audio: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def frame_labels(phones: list | None, phone_ids: dict[str, int] | None, frames: int,
                  start: float = 0.0, speed: float = 1.0,
                  end: float | None = None) -> np.ndarray:  # fmt: skip
-    """Phone ids `[F]` int64 of a window that begins at `start` s and plays `speed` times as fast,
-    at each frame's middle: silence behind `end` (of the clip: padding); -100 where there is none,
-    or one that `phone_ids` lacks."""
+    """Phone ids `[F]` int64 at the frames' middles of a window from `start` s, `speed` times as
+    fast: silence behind `end` s (padding); -100 where there is none, or `phone_ids` lacks it."""
     labels = np.full(frames, UNKNOWN_PHONE, np.int64)
     if not phones or phone_ids is None:
         return labels
@@ -526,9 +513,8 @@ class WindowDataset(torch.utils.data.Dataset):
     `phones` int64 `[F]` (-100 where unknown), and where it lies: `path`, `start` in seconds,
     `speed`. `augment` is the chance of a change of speed and of each change of `distort`. An
     unreadable file is counted in `unreadable`, listed in `unreadable_log`, and another window is
-    drawn, so too where one lies behind the end of a file that is shorter than its manifest says.
-    After 50 such draws in a row clips are drawn evenly, for a wrong duration may outweigh all
-    others; UserError after 100."""
+    drawn, as where one lies behind the end of a file shorter than its manifest says. After 50 in a
+    row clips are drawn evenly (a wrong duration may outweigh all others), after 100: UserError."""
 
     def __init__(self, clips: Sequence[Clip], window_seconds: float, seed: int = 0,
                  epoch_items: int = 1000, language_temperature: float = 1.0, augment: float = 0.0,
@@ -602,10 +588,8 @@ class WindowDataset(torch.utils.data.Dataset):
         frames = math.ceil(self.samples / HOP)
         end = start + len(audio) / SAMPLE_RATE * speed if len(audio) < self.samples else None
         labels = frame_labels(clip.phones, self.phone_ids, frames, start, speed, end)
-        sounds = {}
-        for name, sound in {"audio": audio, **heard}.items():
-            sounds[name] = torch.zeros(1, self.samples)
-            sounds[name][0, : len(sound)] = torch.from_numpy(sound)
+        sounds = {name: torch.from_numpy(np.pad(sound, (0, self.samples - len(sound)))[None])
+                  for name, sound in {"audio": audio, **heard}.items()}  # fmt: skip
         return {**sounds, "phones": torch.from_numpy(labels), "language": clip.language,
                 "speaker": clip.speaker or "", "path": str(clip.path),
                 "start": start, "speed": speed}  # fmt: skip
@@ -640,9 +624,8 @@ def epochs_of_batches(items: int, batch_size: int, num_epochs: int, epoch: int =
     `batch_size` and `consumed` count the samples of all ranks, which see together what one would.
     The last, incomplete batch of an epoch is dropped."""
     for current in range(epoch, num_epochs):
-        for first in range(consumed, items - batch_size + 1, batch_size):
+        for first in range(consumed if current == epoch else 0, items - batch_size + 1, batch_size):
             yield [(current, i) for i in range(first + rank, first + batch_size, world_size)]
-        consumed = 0
 
 
 def training_batches(dataset: torch.utils.data.Dataset, batch_size: int, num_workers: int,
@@ -669,7 +652,7 @@ def training_batches(dataset: torch.utils.data.Dataset, batch_size: int, num_wor
         yield epoch, consumed, batch
 
 
-def _errors_in_one_line(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+def _errors_in_one_line(loader: torch.utils.data.DataLoader) -> Iterator:
     """The loader's batches; a worker's UserError or its end without a word is one line."""
     try:
         yield from loader

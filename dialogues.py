@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 
 import command
 from command import UserError, atomic_write, check_fields, first_line, json_lines, read_json
@@ -120,8 +121,7 @@ _RECORDING_FIELDS = {"id": "text?", "path": "path", "agent_channel": "whole numb
 _TURN_TEXTS = ("text", "emotion", "intent", "exchange", "voice")
 _TURN_FIELDS = {**dict.fromkeys(_TURN_TEXTS, "text?"), "who": ("user", "agent"), "start": "number",
                 "end": "number", "emotion": (*EMOTIONS, None), "interrupted": "true or false?",
-                "phones": "list of [text, start, end]?",
-                "words": "list of [text, start, end]?"}  # fmt: skip
+                **dict.fromkeys(("phones", "words"), "list of [text, start, end]?")}  # fmt: skip
 
 
 def read_recordings(folder: str | Path, language: str = "other",
@@ -190,9 +190,7 @@ def _turns_of_alignments(path: Path) -> list[dict]:
             turns.append(turn)
         turn["end"] = max(end, turn["end"])
         turn["words"].append([word.strip(), start, end])
-    for turn in turns:
-        turn["text"] = " ".join(word for word, _, _ in turn["words"])
-    return turns
+    return [{**turn, "text": " ".join(word for word, _, _ in turn["words"])} for turn in turns]
 
 
 _SPANS = (("phones", "phone"), ("words", "word"))
@@ -219,20 +217,14 @@ def _turn_to_disk(turn: dict) -> dict:
     return stored
 
 
-def _turn_from_disk(turn: dict) -> dict:
-    for column, name in _SPANS:
-        spans = turn[column]
-        turn = {**turn, column: spans and [[s[name], s["start"], s["end"]] for s in spans]}
-    return turn
-
-
 def _decode_batch(batch: dict) -> dict:
-    out = dict(batch)
-    for column in out.keys() & {"agent_codes", "user_codes"}:
-        out[column] = [np.asarray(c, np.uint16).reshape(-1, CODEBOOKS) for c in out[column]]
-    if "turns" in out:
-        out["turns"] = [[_turn_from_disk(turn) for turn in turns] for turns in out["turns"]]
-    return out
+    for column in batch.keys() & {"agent_codes", "user_codes"}:
+        batch[column] = [np.asarray(c, np.uint16).reshape(-1, CODEBOOKS) for c in batch[column]]
+    for turn in (turn for turns in batch.get("turns", ()) for turn in turns):
+        for column, name in _SPANS:
+            spans = turn[column]
+            turn[column] = spans and [[s[name], s["start"], s["end"]] for s in spans]
+    return batch
 
 
 def write_arrow(path: Path, rows: Iterable[dict]) -> None:
@@ -249,8 +241,6 @@ def write_arrow(path: Path, rows: Iterable[dict]) -> None:
 
 def filter_arrow(path: Path, new: Path, chosen: Sequence[bool]) -> None:
     """Writes the `chosen` rows of an Arrow file to another."""
-    import pyarrow
-
     with pyarrow.ipc.open_stream(str(path)) as reader:
         rows = reader.read_all().filter(pyarrow.array(chosen))
     with atomic_write(new) as part, pyarrow.ipc.new_stream(str(part), rows.schema) as writer:

@@ -210,26 +210,10 @@ def _wrapped(text: str) -> str:
 
 def peak_gigabytes(rows: list[Corpus], jobs: int) -> float:
     """The most that lies on disk at any time, archives included, where `jobs` run side by side."""
-    landed, peak = 0.0, 0.0
-    for at, corpus in enumerate(rows):
-        window = rows[at : at + jobs]
-        peak = max(peak, landed + sum(row.gigabytes + row.transient_gb for row in window))
-        landed += corpus.gigabytes
-    return peak
-
-
-def print_costs(rows: list[Corpus], free_gb: float, jobs: int) -> None:
-    """Disk, time and money of a fetch, before anything moves."""
-    hours, final = sum(r.hours for r in rows), sum(r.gigabytes for r in rows)
-    network = sum(row.download_gb or row.gigabytes for row in rows)
-    print(f"to fetch: {len(rows)} corpora, {_figure(hours)} h; network: {network:,.1f} GB\n"
-          f"disk: {final:,.1f} GB in the end, {peak_gigabytes(rows, jobs):,.1f} at the most, "
-          f"archives included; {free_gb:,.0f} free\n"
-          f"6,000 h in GB: {GIGABYTES_OF_6000_H}")  # fmt: skip
-    for rate in (25, 100):
-        took = network * 1e3 / rate / 3600
-        print(f"at {rate} MB/s: {took:,.1f} h, about ${took * CPU_POD_USD:,.2f} on a CPU pod, "
-              f"${took * H200_USD:,.2f} on an idle H200")  # fmt: skip
+    landed = itertools.accumulate((row.gigabytes for row in rows), initial=0.0)
+    sizes = [row.gigabytes + row.transient_gb for row in rows]
+    coming = [sum(sizes[at : at + jobs]) for at in range(len(rows))]
+    return max(map(sum, zip(landed, coming, strict=False)), default=0.0)
 
 
 def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
@@ -273,8 +257,7 @@ def verify(corpus: Corpus, data_dir: Path, every_file: bool = True) -> dict:
     elif hours < expected * (1 - HOURS_TOLERANCE) - 0.005:  # the table has two places
         found["state"] = "hours missing"
     else:
-        small = record.get("whole") and hours < 0.9 * corpus.hours
-        found["state"] = "ok, small" if small else "ok"
+        found["state"] = "ok, small" if record.get("whole") and hours < 0.9 * corpus.hours else "ok"
     return found
 
 
@@ -375,13 +358,21 @@ def check_access(rows: list[Corpus], mirrors: dict[str, str]) -> None:
 
 
 def check_disk(rows: list[Corpus], data_dir: Path, options: FetchOptions, jobs: int) -> None:
-    """Print what the fetch takes; UserError where the disk cannot hold it."""
-    free = shutil.disk_usage(data_dir).free / GIGABYTE
-    scaled = [_scaled(row, options.max_hours) for row in rows]
-    print_costs(scaled, free, jobs)
+    """Print the disk, time and money of a fetch; UserError where the disk cannot hold it."""
     begun = [data_dir / row.place / f".{row.name}.part" for row in rows]
     begun += [data_dir / ".archives" / row.name for row in rows]
-    needed = peak_gigabytes(scaled, jobs) - sum(map(fetching.folder_bytes, begun)) / GIGABYTE
+    free = shutil.disk_usage(data_dir).free / GIGABYTE
+    rows = [_scaled(row, options.max_hours) for row in rows]
+    hours, final = sum(row.hours for row in rows), sum(row.gigabytes for row in rows)
+    network, peak = sum(r.download_gb or r.gigabytes for r in rows), peak_gigabytes(rows, jobs)
+    print(f"to fetch: {len(rows)} corpora, {_figure(hours)} h; network: {network:,.1f} GB\n"
+          f"disk: {final:,.1f} GB in the end, {peak:,.1f} at the most, archives included; "
+          f"{free:,.0f} free\n6,000 h in GB: {GIGABYTES_OF_6000_H}")  # fmt: skip
+    for rate in (25, 100):
+        took = network * 1e3 / rate / 3600
+        print(f"at {rate} MB/s: {took:,.1f} h, about ${took * CPU_POD_USD:,.2f} on a CPU pod, "
+              f"${took * H200_USD:,.2f} on an idle H200")  # fmt: skip
+    needed = peak - sum(map(fetching.folder_bytes, begun)) / GIGABYTE
     if needed > free:
         said = f"{needed:,.0f} GB needed, {free:,.0f} GB free; free some, or take fewer"
         raise UserError(f"{data_dir}: {said} with --languages, --corpora or --max_hours")

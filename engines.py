@@ -153,8 +153,7 @@ class Piper:
 
         self._config, self._voices = SynthesisConfig, {}
         for name in self.names(language, model):
-            path = str(Path(model, f"{name}.onnx"))
-            self._voices[name] = PiperVoice.load(path, use_cuda=device == "cuda")
+            self._voices[name] = PiperVoice.load(f"{model}/{name}.onnx", use_cuda=device == "cuda")
 
     @staticmethod
     def names(language: str, model: str) -> Sequence[str]:
@@ -206,9 +205,8 @@ class InstalledEngine:
     def _raw(self, audio: np.ndarray, rate: int, order: Order) -> Raw:
         if not len(audio):
             return Raw(np.zeros(SAMPLE_RATE * 3 // 10, np.float32), SAMPLE_RATE)
-        changes = {"formant": order.formant, "pitch": order.pitch, "pitch_range": order.pitch_range}
-        if self.model_class is Parler:  # asked for in words
-            changes["pitch"] = 1.0
+        pitch = 1.0 if self.model_class is Parler else order.pitch  # there it is asked for in words
+        changes = {"formant": order.formant, "pitch": pitch, "pitch_range": order.pitch_range}
         nothing = max(abs(factor - 1) for factor in changes.values()) < 0.015
         return Raw(audio, rate, remaining={} if nothing else changes)
 
@@ -220,10 +218,9 @@ class InstalledEngine:
 @functools.cache
 def _loaded(engine: InstalledEngine, language: str):
     """The engine's model for a language, on the GPU where there is one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = engine._of(engine.model, language)
     try:
-        return engine.model_class(language, model, device)
+        return engine.model_class(language, model, "cuda" if torch.cuda.is_available() else "cpu")
     except ImportError as error:
         raise UserError(f"{engine.name} is not installed ({error}): {engine.install}") from error
     except (OSError, ValueError) as error:

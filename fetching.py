@@ -25,7 +25,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
-import pyarrow
 import pyarrow.parquet
 import requests
 import soundfile
@@ -133,9 +132,8 @@ def folder_bytes(folder: Path) -> int:
 def download(url: str, target: Path, bar: Bar, checksum: str = "",
              headers: dict[str, str] | None = None,
              remedy: str = "try another --mirror") -> None:  # fmt: skip
-    """Fetch `url` into `target`, going on where an earlier run left `target.part`; `checksum`:
-    "md5:…" or "sha256:…". Raises Busy where the server sends nothing now, UserError with the
-    `remedy` where it refuses, and on a wrong checksum."""
+    """Fetch `url` into `target`, going on from `target.part`; `checksum`: "md5:…" or "sha256:…".
+    Raises Busy where the server is silent; UserError with `remedy`: refused, or wrong checksum."""
     if target.exists():
         bar.advance(target.stat().st_size)
         return
@@ -270,9 +268,8 @@ def make_readable(path: Path, keep_wav: bool) -> tuple[Path, float, int]:
 
 
 def packed(source: BinaryIO, keep_wav: bool) -> tuple[bytes | None, str]:
-    """(a recording as FLAC, its suffix); (None, suffix) where it stays as it is, byte for byte. 16
-    and 24 bit WAV (unless `keep_wav`) and AIFF are packed, to about half the size. The suffix is
-    empty where libsndfile does not know the format."""
+    """(FLAC, its suffix) of AIFF and (unless `keep_wav`) WAV of 16 or 24 bit: about half the size;
+    (None, suffix) of what stays as it is, the suffix empty where libsndfile knows no format."""
     suffix, made = "", io.BytesIO()
     try:
         with soundfile.SoundFile(source) as file:

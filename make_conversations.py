@@ -14,7 +14,6 @@ voices. The agent has one voice a language, in every split.
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import sys
@@ -183,22 +182,21 @@ def lay_out(turns: Sequence[PlannedTurn], takes: Sequence[Take]) -> list[_Placed
     """Places the takes: gaps, overlaps, barge-ins that stop the agent, back-channels."""
     placed: list[_Placed] = []
     clock, last = 0.0, None  # the end of the last turn, back-channels apart
-    pending: tuple[PlannedTurn, Take] | None = None
-    for turn, take in zip(turns, takes, strict=True):
+    for turn, take, after in zip(turns, takes, (*turns, None)[1:], strict=True):
         if turn.inside is not None:
-            pending = (turn, take)
+            # Well inside the agent's turn, and not where the user speaks before its end.
+            start = last.start + turn.inside * last.take.length
+            free = after is None or (after.gap > 0 and not _barges_in(after, last))
+            if free and start + take.length + 0.2 < last.end:
+                placed.append(_Placed(turn, take, start))
             continue
         start = clock + turn.gap
         if last is not None and last.turn.who == "agent":
-            at = turn.barge_in
-            if at is not None and last.take.length >= BARGE_IN_MIN_REPLY:
-                start = last.start + at * last.take.length
+            if _barges_in(turn, last):
+                start = last.start + turn.barge_in * last.take.length
                 if last.end - start > turn.stops_after + 0.05:
                     last.cut = start + turn.stops_after
-            elif pending is not None and turn.gap > 0:
-                _place_inside(placed, last, *pending)
             start = max(start, last.start + 0.1)
-        pending = None
         if turn.who == "agent":
             start = _on_the_tick(take, start, clock + ANSWER_GAP[0])
         if turn.pause is not None:
@@ -206,9 +204,11 @@ def lay_out(turns: Sequence[PlannedTurn], takes: Sequence[Take]) -> list[_Placed
         last = _Placed(turn, take, start)
         placed.append(last)
         clock = last.end
-    if pending is not None and last is not None:
-        _place_inside(placed, last, *pending)
     return sorted(placed, key=lambda p: p.start)
+
+
+def _barges_in(turn: PlannedTurn, reply: _Placed) -> bool:
+    return turn.barge_in is not None and reply.take.length >= BARGE_IN_MIN_REPLY
 
 
 def _on_the_tick(take: Take, start: float, earliest: float) -> float:
@@ -217,13 +217,6 @@ def _on_the_tick(take: Take, start: float, earliest: float) -> float:
     latest = math.floor((start - take.onset) / AGENT_TICK + 1e-6)
     tick = max(latest, math.ceil((earliest - take.onset) / AGENT_TICK - 1e-6))
     return take.onset + AGENT_TICK * tick
-
-
-def _place_inside(placed: list[_Placed], agent: _Placed, turn: PlannedTurn, take: Take) -> None:
-    """A back-channel only where it begins and ends well inside the agent's turn."""
-    start = agent.start + turn.inside * agent.take.length
-    if start + take.length + 0.2 < agent.end:
-        placed.append(_Placed(turn, take, start))
 
 
 def _turn_fields(placed: _Placed) -> dict:
@@ -255,9 +248,8 @@ def mix(name: str, language: str, plan: Plan, takes: Sequence[Take], babble: Seq
     length = math.ceil(seconds * SAMPLE_RATE / HOP) * HOP
     agent, user = np.zeros(length, np.float32), np.zeros(length, np.float32)
     rng = np.random.default_rng(plan.microphone.seed)
-    room, response = plan.microphone.room_seconds, None
-    if room is not None:
-        response = room_response(room, plan.microphone.room_db, rng)
+    room = plan.microphone.room_seconds
+    response = room and room_response(room, plan.microphone.room_db, rng)
     for p in placed:
         audio = p.take.audio
         first = round((p.start - p.take.onset) * SAMPLE_RATE)
@@ -321,9 +313,8 @@ def draw_noise(kind: str, length: int, babble, rng: np.random.Generator) -> np.n
     elif kind == "babble" and babble:
         noise = np.zeros(length)
         for i in rng.integers(len(babble), size=6):
-            voice = np.resize(babble[i], length + len(babble[i]))
             first = int(rng.integers(len(babble[i])))
-            noise += voice[first : first + length]
+            noise += np.resize(np.roll(babble[i], -first), length)
     else:
         bank = _noise_bank("white" if kind == "white" else "pink")
         noise = np.resize(np.roll(bank, int(rng.integers(len(bank)))), length)
@@ -407,7 +398,7 @@ def make_scripted(args: argparse.Namespace, part: ScriptedPart) -> tuple[list[di
         rest = iter(spoken)
         for n, plan in zip(numbers, plans, strict=True):
             name = f"{args.split}-{language}-{part.index:05d}-{n:03d}"
-            mine = list(itertools.islice(rest, len(plan.turns)))
+            mine = [next(rest) for _ in plan.turns]
             if faults := [(take, turn) for turn, take in mine if isinstance(take, UserError)]:
                 error, turn = faults[0]
                 dropped.append(f"{name}: {error} (line {turn.request.text!r})")

@@ -35,16 +35,14 @@ _ESPEAK_UNITS = {**{phone: phone for phone in (*VOWELS, *CONSONANTS)},
     "iː": "i", "ᵻ": "ɪ", "ɨ": "ɪ", "eː": "e", "ɛː": "ɛ", "æː": "æ", "ɑː": "ɑ", "ɒ": "ɑ", "ɔː": "ɔ",
     "oː": "o", "uː": "u", "ʉ": "u", "ʉː": "u", "ʌː": "ʌ", "ɐ": "ə", "əː": "ɚ", "ɜː": "ɚ", "ɜ": "ɚ",
     "ɝ": "ɚ", "ɞ": "ɚ", "ɵ": "ʊ", "əʊ": "oʊ", "ɔʊ": "oʊ", "ɐɪ": "aɪ", "ʌɪ": "aɪ", "ʌʊ": "aʊ",
-    "ɛɪ": "eɪ", "oɪ": "ɔɪ", "aɔ": "aʊ", "əɪ": "aɪ", "ɛɹ": "ɛ ɹ", "eəɹ": "ɛ ɹ", "eə": "ɛ ə",
-    "ɪɹ": "ɪ ɹ", "iə": "i ə", "ɪə": "ɪ ə", "ʊɹ": "ʊ ɹ", "ʊə": "ʊ ə", "ɔːɹ": "ɔ ɹ", "ɔɹ": "ɔ ɹ",
-    "oːɹ": "ɔ ɹ", "oɹ": "ɔ ɹ", "oə": "ɔ ə", "ɑːɹ": "ɑ ɹ", "ɑɹ": "ɑ ɹ", "aɪɚ": "aɪ ɚ", "aɪə": "aɪ ə",
-    "aʊɚ": "aʊ ɚ", "aʊə": "aʊ ə", "əl": "ə l", "l̩": "ə l", "ən": "ə n", "n̩": "ə n", "m̩": "ə m",
-    "ɚː": "ɚ", "aɪʊ": "aɪ ʊ", "iːɹ": "i ɹ", "uːɹ": "u ɹ", "ɜːɹ": "ɚ", "əɹ": "ɚ", "ɪː": "i",
-    "ʊː": "u", "ɾ": "t", "ʔ": "t", "g": "ɡ", "ɫ": "l", "ɬ": "l", "ʍ": "w", "x": "kʰ", "q": "k",
-    "ɣ": "ɡ", "ç": "h", "ɦ": "h", "t̪": "t", "d̪": "d", "t̪ʰ": "tʰ", "d̪ʰ": "dʰ", "c": "tʃ",
-    "ɟ": "dʒ", "cʰ": "tʃʰ", "ɟʰ": "dʒʰ", "ʂ": "ʃ", "ɕ": "ʃ", "ʑ": "ʒ", "ʲ": "j", "tʲ": "t",
-    "r.": "ɽ", "r.ʰ": "ɽʰ", "ɽ̥": "ɽ", "ɻ": "ɹ", "ɸ": "f", "β": "ʋ", "ʋ̃": "ʋ", "ts": "t s",
-    "dz": "d z", "n̪": "n", "ŋ̩": "ŋ", "rʲ": "r", "ʎ": "l", "ɴ": "ŋ"}  # fmt: skip
+    "ɛɪ": "eɪ", "oɪ": "ɔɪ", "aɔ": "aʊ", "əɪ": "aɪ", "eəɹ": "ɛ ɹ", "eə": "ɛ ə", "iə": "i ə",
+    "ɪə": "ɪ ə", "ʊə": "ʊ ə", "oːɹ": "ɔ ɹ", "oɹ": "ɔ ɹ", "oə": "ɔ ə", "aɪə": "aɪ ə", "aʊə": "aʊ ə",
+    "əl": "ə l", "l̩": "ə l", "ən": "ə n", "n̩": "ə n", "m̩": "ə m", "ɚː": "ɚ", "aɪʊ": "aɪ ʊ",
+    "ɜːɹ": "ɚ", "əɹ": "ɚ", "ɪː": "i", "ʊː": "u", "ɾ": "t", "ʔ": "t", "g": "ɡ", "ɫ": "l", "ɬ": "l",
+    "ʍ": "w", "x": "kʰ", "q": "k", "ɣ": "ɡ", "ç": "h", "ɦ": "h", "t̪": "t", "d̪": "d", "t̪ʰ": "tʰ",
+    "d̪ʰ": "dʰ", "c": "tʃ", "ɟ": "dʒ", "cʰ": "tʃʰ", "ɟʰ": "dʒʰ", "ʂ": "ʃ", "ɕ": "ʃ", "ʑ": "ʒ",
+    "ʲ": "j", "tʲ": "t", "r.": "ɽ", "r.ʰ": "ɽʰ", "ɽ̥": "ɽ", "ɻ": "ɹ", "ɸ": "f", "β": "ʋ", "ʋ̃": "ʋ",
+    "n̪": "n", "ŋ̩": "ŋ", "rʲ": "r", "ʎ": "l", "ɴ": "ŋ"}  # fmt: skip
 # Telugu writes short vowels that Hindi and English folds would confuse with the long ones.
 _ESPEAK_BY_LANGUAGE = {"telugu": {"i": "ɪ", "u": "ʊ", "ɾ": "r"},
     "hindi": {"ʌ": "ə", "a": "ə", "i": "ɪ", "u": "ʊ", "ɾ": "r", "v": "ʋ"}}  # fmt: skip
@@ -55,8 +53,7 @@ _LONG_TOKEN = sorted(_ESPEAK_UNITS, key=len, reverse=True)
 def fold_ipa(symbol: str, language: str, unknown: list[str] | None = None) -> list[str]:
     """An IPA symbol of espeak's as phones, the longest known piece first; `unknown` ones apart."""
     nasal = "\u0303" in symbol
-    symbol = re.sub("[\u0303ˈˌ͡|‿'^*!?%-]", "", symbol).strip()
-    symbol = "".join(c for c in symbol if not c.isdigit() and not c.isspace())
+    symbol = re.sub("[\u0303ˈˌ͡|‿'^*!?%\\d\\s-]", "", symbol)
     units = _ESPEAK_UNITS | _ESPEAK_BY_LANGUAGE.get(language, {})
     phones: list[str] = []
     while symbol:
@@ -152,7 +149,5 @@ def _espeak_library() -> tuple[ctypes.CDLL, bytes | None]:
         raise UserError(f"espeak is not installed: {INSTALL}") from error
 
 
-@functools.lru_cache(maxsize=1)
-def espeak() -> Espeak:
-    """The library, loaded on first use. UserError where it is not installed."""
-    return Espeak()
+# The library, loaded on first use. UserError where it is not installed.
+espeak = functools.lru_cache(maxsize=1)(Espeak)

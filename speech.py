@@ -2,13 +2,11 @@
 
 Two modules bring engines (`Engine`), as SPEECH_ENGINES: `engines` those that a user installs,
 `tools.toy_voices` those whose speech the shipped toy learnt from. More speakers come from changes
-of formants, pitch, range and rate: the engine's own where it has them, else Praat's. Emotions are
-multipliers of pitch, range and rate, and a gain.
+of formants, pitch, range and rate: the engine's own where it has them, else Praat's.
 """
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -108,7 +106,6 @@ class Order:
     gain_db: float = 0.0
     tilt_db: float = 0.0
     seed: int = 0
-    emotion: str = "neutral"
 
 
 @dataclass
@@ -144,12 +141,10 @@ class Engine(Protocol):
 @functools.lru_cache(maxsize=1)
 def all_engines() -> dict[str, Engine]:
     """Every engine there is by its name, whether or not it is installed."""
-    found = {}
-    for name in ENGINE_MODULES:
-        if importlib.util.find_spec(name.partition(".")[0]) and importlib.util.find_spec(name):
-            engines = importlib.import_module(name).SPEECH_ENGINES
-            found |= {engine.name: engine for engine in engines}
-    return found
+    find = importlib.util.find_spec
+    there = [name for name in ENGINE_MODULES if find(name.partition(".")[0]) and find(name)]
+    modules = map(importlib.import_module, there)
+    return {engine.name: engine for module in modules for engine in module.SPEECH_ENGINES}
 
 
 def find_engine(name: str) -> Engine:
@@ -192,7 +187,7 @@ def _order(item: Request) -> Order:
         pitch_range=float(voice.pitch_range * pitch_range * jitter[1]),
         rate=float(np.clip(voice.rate * rate * item.speed * jitter[2], 0.5, 2.0)),
         gain_db=style.gain_db * strength, tilt_db=style.tilt_db * strength + tilt,
-        seed=item.seed, emotion=item.emotion)  # fmt: skip
+        seed=item.seed)  # fmt: skip
 
 
 def _finish(raw: Raw, order: Order) -> Utterance:
@@ -202,17 +197,15 @@ def _finish(raw: Raw, order: Order) -> Utterance:
         audio = soxr.resample(audio, raw.rate, SAMPLE_RATE).astype(np.float32)
     factor = 1.0
     if raw.remaining and len(audio) > SAMPLE_RATE // 10:
-        before = len(audio)
         with contextlib.suppress(praat.TooShort):
-            audio = praat.change_voice(audio, SAMPLE_RATE, **raw.remaining)
-        factor = len(audio) / before
+            changed = praat.change_voice(audio, SAMPLE_RATE, **raw.remaining)
+            audio, factor = changed, len(changed) / len(audio)
     audio = _tilted(audio, order.tilt_db)
     timed = phones is not None
     # Silence at both ends, so that there is always some to keep.
     phones = _moved(phones, factor) if timed else _moved(_loud_spans(audio), 1.0)
     words = words and _moved(words, factor)
-    edge = np.zeros(round(EDGE_SECONDS * SAMPLE_RATE), np.float32)
-    audio = np.concatenate([edge, audio, edge])
+    audio = np.pad(audio, round(EDGE_SECONDS * SAMPLE_RATE))
     phones = _place_silences(audio, tile(phones, len(audio) / SAMPLE_RATE))
     audio, phones, words = _cut_silences(audio, phones, words)
     return Utterance(_set_level(audio, phones, order.gain_db), phones if timed else None, words)
@@ -222,9 +215,8 @@ def _tilted(audio: np.ndarray, tilt_db: float) -> np.ndarray:
     """With a gain of `tilt_db` an octave between the TILT_HZ, of no phase."""
     if not tilt_db or not len(audio):
         return audio
-    low, high = TILT_HZ
     hertz = np.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)
-    gain = 10 ** (tilt_db * np.log2(hertz.clip(low, high) / low) / 20)
+    gain = 10 ** (tilt_db * np.log2(hertz.clip(*TILT_HZ) / TILT_HZ[0]) / 20)
     return np.fft.irfft(np.fft.rfft(audio) * gain, len(audio)).astype(np.float32)
 
 
@@ -361,10 +353,8 @@ def own_and_changed(engine: str, language: str, names: Sequence[str]) -> list[Vo
     made = [Voice(f"{language}/{engine}/agent", engine, language, f"{engine}-{names[0]}",
                   names[0], role="agent")]  # fmt: skip
     for n, name in enumerate(names):
-        for i, change in enumerate(CHANGES):
-            if n == 0 and i < 3:  # too near the agent
-                continue
+        for i in range(0 if n else 3, len(CHANGES)):  # its first three are too near the agent
             speaker = f"{engine}-{name}" if by_name else f"{engine}-{name}-{i}"
             id, split = f"{language}/{engine}/{name}/{i}", splits.get(n if by_name else i, "train")
-            made.append(Voice(id, engine, language, speaker, name, *change, split=split))
+            made.append(Voice(id, engine, language, speaker, name, *CHANGES[i], split=split))
     return made

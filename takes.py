@@ -115,12 +115,8 @@ def shift_spans(spans, by: float, low: float, high: float) -> list | None:
     """Spans `by` seconds later, clipped to [low, high]; those that fall outside are dropped."""
     if spans is None:
         return None
-    moved = []
-    for name, start, end in spans:
-        start, end = max(low, float(start) + by), min(high, float(end) + by)
-        if end > start:
-            moved.append([name, round(start, 4), round(end, 4)])
-    return moved
+    moved = ((n, max(low, float(s) + by), min(high, float(e) + by)) for n, s, e in spans)
+    return [[n, round(s, 4), round(e, 4)] for n, s, e in moved if e > s]
 
 
 def insert_pause(take: Take, place: float, seconds: float) -> Take:
