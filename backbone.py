@@ -25,6 +25,7 @@ from transformer import LayerKind, TransformerConfig
 
 RECOMMENDED = "google/gemma-3-1b-pt"  # 1.3 tokens a Hindi word and 2.7 a Telugu one
 FAMILIES = {"gemma3_text": "Gemma 3", "qwen3": "Qwen 3", "llama": "Llama"}
+NEW_INPUT = 0.25  # root mean square of each input that is not text, against a token's
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Single characters that stay, whatever the texts hold: Latin (and a byte's), Devanagari, Telugu.
 LETTERS = ((0x00, 0x17F), (0x900, 0x97F), (0xC00, 0xC7F))
@@ -185,13 +186,14 @@ def merges_within(merges: list, kept: set[str]) -> list:
 @torch.no_grad()
 def start_from(model: S2S, backbone: Backbone) -> None:
     """Gives the LM the backbone's layers and tokens. What else comes into the sum that the layers
-    read starts as much smaller or larger than in an LM of its own as the tokens are; the user's
-    words, which the same head tells, start as likely as each other."""
+    read starts at NEW_INPUT of a token's size, lest they read noise; the user's words, which the
+    same head tells, start as likely as each other."""
     model.temporal.load_state_dict(backbone.tensors)
-    ratio = backbone.embedding.square().mean().sqrt() / model.text_embedding.weight.std()
-    inputs = [model.age_embedding, model.emotion_embedding, model.language_embedding]
-    for module in filter(None, (*inputs, model.user_projection, model.agent_projection)):
-        module.weight.mul_(ratio)
+    size = NEW_INPUT * backbone.embedding.square().mean().sqrt()
+    for table in (model.age_embedding, model.emotion_embedding, model.language_embedding):
+        table.weight.mul_(size / table.weight.std())
+    for layer in filter(None, (model.user_projection, model.agent_projection)):
+        layer.weight.mul_(size / layer.weight.std() * layer.in_features**-0.5)
     for tensor in model.words_projection.parameters():
         tensor.zero_()
     model.text_embedding.weight.copy_(backbone.embedding)

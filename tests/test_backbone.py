@@ -168,14 +168,16 @@ def test_the_dialogue_lm_has_its_layers_and_tokens(family):
         temporal=layers, num_layers=layers.num_layers, num_heads=layers.num_heads, dropout=0.0,
     )  # fmt: skip
     torch.manual_seed(1)
-    before, model = (S2S(config).eval() for _ in range(2))
+    model = S2S(config).eval()
     backbones.start_from(model, backbone)
     assert torch.equal(model.text_head.weight[3:], backbone.head[3:])
     words = model.head_logits(torch.randn(1, 2, layers.dim))["user_words"]
     assert not words.any() and model.words_projection.weight.requires_grad
-    ratio = model.user_projection.weight.std() / backbone.embedding.std()
-    usual = before.user_projection.weight.std() / before.text_embedding.weight.std()
-    assert ratio == pytest.approx(float(usual), rel=0.1)
+    heard = model.user_projection(torch.randn(1000, model.user_projection.in_features))
+    size = backbones.NEW_INPUT * backbone.embedding.square().mean().sqrt()
+    for new in (heard, model.agent_projection(torch.randn(1000, 3 * 2 * config.code_dim))):
+        assert float(new.std() / size) == pytest.approx(1.0, rel=0.1)
+    assert float(model.age_embedding.weight.std() / size) == pytest.approx(1.0, rel=0.1)
     again = S2SConfig(**json.loads(json.dumps(vars(config), default=vars)))
     assert again == config and S2S(again).temporal.blocks[0].attention.window == min(
         config.context, layers.kinds[layers.pattern[0]].window or 99
