@@ -25,6 +25,7 @@ from transformer import LayerKind, TransformerConfig
 
 RECOMMENDED = "google/gemma-3-1b-pt"  # 1.3 tokens a Hindi word and 2.7 a Telugu one
 FAMILIES = {"gemma3_text": "Gemma 3", "qwen3": "Qwen 3", "llama": "Llama"}
+SOME = 256  # tokens, of which the usual state is known
 NEW_INPUT = 0.25  # root mean square of each input that is not text, against a token's
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Single characters that stay, whatever the texts hold: Latin (and a byte's), Devanagari, Telugu.
@@ -156,7 +157,7 @@ def trimmed(backbone: Backbone, spelled: Iterable[str], most: int = 0) -> Backbo
     none = embedding.mean(0) if backbone.start is None else backbone.embedding[backbone.start]
     return dataclasses.replace(
         backbone, embedding=torch.cat((none[None], embedding)),
-        head=torch.cat((head.mean(0, keepdim=True), head)),
+        head=torch.cat((torch.zeros_like(head[:1]), head)),
         tokenizer=json.dumps(state, ensure_ascii=False), start=PAD)  # fmt: skip
 
 
@@ -186,8 +187,9 @@ def merges_within(merges: list, kept: set[str]) -> list:
 @torch.no_grad()
 def start_from(model: S2S, backbone: Backbone) -> None:
     """Gives the LM the backbone's layers and tokens. What else comes into the sum that the layers
-    read starts at NEW_INPUT of a token's size, lest they read noise; the user's words, which the
-    same head tells, start as likely as each other."""
+    read starts at NEW_INPUT of a token's size, lest they read noise; `PAD`, which no language model
+    has said, as likely as all tokens together, by the layers' states over some; the user's words,
+    which the same head tells, as likely as each other."""
     model.temporal.load_state_dict(backbone.tensors)
     size = NEW_INPUT * backbone.embedding.square().mean().sqrt()
     for table in (model.age_embedding, model.emotion_embedding, model.language_embedding):
@@ -198,3 +200,7 @@ def start_from(model: S2S, backbone: Backbone) -> None:
         tensor.zero_()
     model.text_embedding.weight.copy_(backbone.embedding)
     model.text_head.weight.copy_(backbone.head)
+    states = model.temporal(model.text_embedding.weight[None, PAD + 1 :][:, :SOME])[0]
+    tokens = (states @ model.text_head.weight[PAD + 1 :].T).logsumexp(-1).mean()
+    usual = states.mean(0)
+    model.text_head.weight[PAD] = usual * tokens / usual.square().sum()

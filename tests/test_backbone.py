@@ -171,6 +171,10 @@ def test_the_dialogue_lm_has_its_layers_and_tokens(family):
     model = S2S(config).eval()
     backbones.start_from(model, backbone)
     assert torch.equal(model.text_head.weight[3:], backbone.head[3:])
+    states = model.temporal(model.text_embedding.weight[None, 1:257])
+    spoken = model.text_head(states)
+    silent, token = spoken[..., PAD].mean(), spoken[..., 1:].logsumexp(-1).mean()
+    torch.testing.assert_close(silent, token, rtol=1e-3, atol=1e-3)
     words = model.head_logits(torch.randn(1, 2, layers.dim))["user_words"]
     assert not words.any() and model.words_projection.weight.requires_grad
     heard = model.user_projection(torch.randn(1000, model.user_projection.in_features))
