@@ -68,7 +68,8 @@ def load_backbone(source: str) -> Backbone:
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         families = " or ".join(FAMILIES.values())
         raise UserError(why_not("--backbone", source, families, error)) from error
-    if absent := sorted(set(found["missing_keys"]) - {"lm_head.weight"}):
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    if absent := sorted(set(found["missing_keys"]) - tied):
         raise UserError(f"--backbone {source}: no weights for {absent[0]}; fetch the model again")
     gemma = config.model_type == "gemma3_text"
     layers, names = layers_of(model, source), dict(model.model.named_parameters())
@@ -87,13 +88,14 @@ def layers_of(model: nn.Module, source: str) -> TransformerConfig:
             raise UserError(f"--backbone {source}: has {name}, which the transformer here lacks")
     pattern = getattr(c, "layer_types", None) or ["full_attention"] * c.num_hidden_layers
     names, rotary = sorted(set(pattern)), model.model.rotary_emb
-    kinds = []
+    gemma, kinds = c.model_type == "gemma3_text", []
     for name in names:
-        frequencies = getattr(rotary, f"{name}_inv_freq", None)
-        frequencies = rotary.inv_freq if frequencies is None else frequencies
+        prefix = f"{name}_" if gemma else ""
+        if getattr(rotary, f"{prefix}attention_scaling", 1.0) != 1.0:
+            raise UserError(f"--backbone {source}: scales its attention with its rotary positions")
+        frequencies = getattr(rotary, f"{prefix}inv_freq")
         window = c.sliding_window if name == "sliding_attention" else None
         kinds.append(LayerKind(tuple(frequencies.double().tolist()), window))
-    gemma = c.model_type == "gemma3_text"
     return TransformerConfig(
         c.hidden_size, c.num_hidden_layers, c.num_attention_heads, c.max_position_embeddings,
         num_kv_heads=c.num_key_value_heads, ffn_dim=c.intermediate_size, norm_eps=c.rms_norm_eps,
