@@ -143,13 +143,9 @@ def trimmed(backbone: Backbone, spelled: Iterable[str], most: int = 0) -> Backbo
     vocabulary, marks = state["model"]["vocab"], {t["content"] for t in state["added_tokens"]}
     marks = {mark for mark in marks if len(mark) > 1} - BYTES - {state["model"]["unk_token"]}
     state |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    kept = set(vocabulary)
+    kept = vocabulary.keys()
     if most:
-        pieces, counts = Counter(spelled), Counter()
-        encodings = Tokenizer.from_str(json.dumps(state)).encode_batch(list(pieces))
-        for encoding, times in zip(encodings, pieces.values(), strict=True):
-            counts.update(dict.fromkeys(encoding.tokens, times))
-        kept = closed(vocabulary, [token for token, _ in counts.most_common()], most)
+        kept = closed(vocabulary, used(Tokenizer.from_str(json.dumps(state)), spelled), most)
         kept |= {state["model"]["unk_token"]} & vocabulary.keys()
     kept = sorted(kept - marks, key=vocabulary.get)
     rows = torch.tensor([vocabulary[token] for token in kept])
@@ -161,6 +157,15 @@ def trimmed(backbone: Backbone, spelled: Iterable[str], most: int = 0) -> Backbo
         backbone, embedding=torch.cat((none[None], embedding)),
         head=torch.cat((torch.zeros_like(head[:1]), head)),
         tokenizer=json.dumps(state, ensure_ascii=False), start=PAD)  # fmt: skip
+
+
+def used(tokenizer: Tokenizer, spelled: Iterable[str]) -> list[str]:
+    """Its tokens in `spelled`, the most frequent first."""
+    pieces, counts = Counter(spelled), Counter()
+    encodings = tokenizer.encode_batch(list(pieces))
+    for encoding, times in zip(encodings, pieces.values(), strict=True):
+        counts.update(dict.fromkeys(encoding.tokens, times))
+    return [token for token, _ in counts.most_common()]
 
 
 def closed(vocabulary: dict[str, int], tokens: Sequence[str], most: int) -> set[str]:
