@@ -68,6 +68,7 @@ class WindowSettings(training.Settings):
 class Settings(WindowSettings):
     """What `--set` changes of the LM's training."""
 
+    BEFORE = {"backbone": "none"}
     frames_per_step: int = setting(2, one_of(1, 2, 4), "codec frames in a patch")
     depth_order: str = setting("level", one_of("level", "frame"), "in which codes are written")
     acoustic_delay: int = setting(0, whole(0, 100), "frames")

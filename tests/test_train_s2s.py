@@ -335,6 +335,17 @@ def test_an_lm_begins_from_a_backbone(world, language_model, tmp_path, capsys):
     assert all(torch.equal(kept[f"temporal.{name}"], tensor) for name, tensor in given.items())
 
 
+def test_a_run_from_before_there_were_backbones_has_none(world, whole_run, tmp_path, capsys):
+    checkpoint = checkpoints.load_checkpoint(whole_run[0])
+    del checkpoint.trainer["flags"]["backbone"]
+    stored = checkpoint.config, checkpoint.tensors, checkpoint.trainer, checkpoint.tokenizer
+    checkpoints.save_checkpoint(tmp_path / "old", 8, *stored)
+    train(world, tmp_path / "old", num_epochs=3, max_steps=9)
+    assert "backbone: none" in capsys.readouterr().out
+    said = refused(world, tmp_path / "old", capsys, num_epochs=3, backbone="google/gemma-3-1b-pt")
+    assert "--backbone google/gemma-3-1b-pt" in said and "--backbone none" in said
+
+
 def test_a_backbone_that_cannot_be_had_stops_the_run(world, language_model, tmp_path, capsys):
     both = {"backbone": language_model, "init_from": ROOT / "checkpoints" / "tiny" / "s2s"}
     assert "--backbone and --init_from: give one" in refused(world, tmp_path, capsys, **both)
