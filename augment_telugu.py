@@ -316,6 +316,9 @@ def own_voices(name: str) -> list[speech.Voice]:
     return [speech.Voice(f"{name}/{own}", name, "telugu", own, own, role="agent") for own in names]
 
 
+_texts = functools.lru_cache(maxsize=1)(text_lines)
+
+
 def choose_texts(clips: Iterable[Clip], text_file: str | None) -> tuple[list[str], int]:
     """(sentences, how many were left out): in Telugu script alone, of 8 to 250 letters, each once.
     No engine here is sure to read digits and Latin letters as a Telugu speaker would."""
@@ -337,7 +340,7 @@ def draw_request(texts: Sequence[str], voices: Sequence[speech.Voice],
 def make_speech(folder: Path, args: argparse.Namespace, part_seconds: float,
                 index: int) -> tuple[list[Clip], list[str]]:  # fmt: skip
     """Make a folder of at least `part_seconds` of speech, then its record: (clips, drops)."""
-    voices, texts = own_voices(args.engine), text_lines(folder / TEXTS)
+    voices, texts = own_voices(args.engine), _texts(folder / TEXTS)
     engine = speech.find_engine(args.engine)
     rng = np.random.default_rng([args.seed, index])
     within = folder / f"{index:05d}"

@@ -25,7 +25,7 @@ from transformer import LayerKind, TransformerConfig
 
 RECOMMENDED = "google/gemma-3-1b-pt"  # 1.3 tokens a Hindi word and 2.7 a Telugu one
 FAMILIES = {"gemma3_text": "Gemma 3", "qwen3": "Qwen 3", "llama": "Llama"}
-SOME = 256  # tokens, of which the usual state is known
+PROBED = 256  # tokens, whose states tell how likely PAD begins
 NEW_INPUT = 0.25  # root mean square of each input that is not text, against a token's
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Single characters that stay, whatever the texts hold: Latin (and a byte's), Devanagari, Telugu.
@@ -76,7 +76,7 @@ def load_backbone(source: str) -> Backbone:
     scale = layers.dim**0.5 if gemma else 1.0
     return Backbone(
         source, layers, renamed(names, layers, config), names["embed_tokens.weight"].data * scale,
-        model.lm_head.weight.data.clone(), tokenizer.backend_tokenizer.to_str(),
+        model.lm_head.weight.data, tokenizer.backend_tokenizer.to_str(),
         tokenizer.bos_token_id)  # fmt: skip
 
 
@@ -108,17 +108,18 @@ def layers_of(model: nn.Module, source: str) -> TransformerConfig:
 def renamed(theirs: dict[str, Tensor], layers: TransformerConfig, config) -> dict[str, Tensor]:
     """A `StreamingTransformer`'s weights, by its names."""
     gemma = config.model_type == "gemma3_text"
-    last = "pre_feedforward_layernorm" if gemma else "post_attention_layernorm"
-    norms = {"attention_norm": "input_layernorm", "ffn_norm": last}
+    norms = {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+    if gemma:
+        norms |= {"ffn_norm": "pre_feedforward_layernorm",
+                  "attention_norm_after": "post_attention_layernorm",
+                  "ffn_norm_after": "post_feedforward_layernorm"}  # fmt: skip
     if layers.query_key_norm:
         norms |= {f"attention.{x}_norm": f"self_attn.{x[0]}_norm" for x in ("query", "key")}
-    if layers.norms_after:
-        norms |= {"attention_norm_after": "post_attention_layernorm"}
-        norms |= {"ffn_norm_after": "post_feedforward_layernorm"}
     fused = {"attention.qkv": [f"self_attn.{x}_proj" for x in "qkv"],
              "attention.out": ["self_attn.o_proj"], "ffn.down": ["mlp.down_proj"],
              "ffn.gate_up": ["mlp.gate_proj", "mlp.up_proj"]}  # fmt: skip
-    offset, tensors = float(gemma), {"norm.weight": theirs["norm.weight"].data + float(gemma)}
+    offset = 1.0 if gemma else 0.0
+    tensors = {"norm.weight": theirs["norm.weight"].data + offset}
     for i in range(layers.num_layers):
         ours, from_ = f"blocks.{i}", f"layers.{i}"
         for name, parts in fused.items():
@@ -132,7 +133,7 @@ def renamed(theirs: dict[str, Tensor], layers: TransformerConfig, config) -> dic
     return tensors
 
 
-def trimmed(backbone: Backbone, spelled: Iterable[str], most: int = 0) -> Backbone:
+def trimmed(backbone: Backbone, spelled: Iterable[str], most: int) -> Backbone:
     """The backbone with `PAD` as token 0 and then, in their order, those of its own tokens that
     spell `spelled`, the most frequent `most` of them (0: all of the vocabulary), with whatever
     merges into them, so that these are spelled as before, and letters and bytes, so that anything
@@ -207,7 +208,7 @@ def start_from(model: S2S, backbone: Backbone) -> None:
         tensor.zero_()
     model.text_embedding.weight.copy_(backbone.embedding)
     model.text_head.weight.copy_(backbone.head)
-    states = model.temporal(model.text_embedding.weight[None, PAD + 1 :][:, :SOME])[0]
+    states = model.temporal(model.text_embedding.weight[None, PAD + 1 :][:, :PROBED])[0]
     tokens = (states @ model.text_head.weight[PAD + 1 :].T).logsumexp(-1).mean()
     usual = states.mean(0)
     model.text_head.weight[PAD] = usual * tokens / usual.square().sum()

@@ -555,11 +555,13 @@ def _clean(text: object, tagged: bool) -> str | None:
 
 
 def _official_split(path: str) -> str:
-    found = re.search("train|valid|dev|test|$", "".join(path.split("/")[-2:]))[0] or "train"
+    match = re.search("train|valid|dev|test", "".join(path.split("/")[-2:]))
+    found = match[0] if match else "train"
     return "validation" if found in ("valid", "dev") else found
 
 
 def fetch_hub_tars(job: Job) -> None:
+    """Tars of two-channel dialogues with their annotations."""
     for shard in job.until_full(shards_of(job.corpus, job.mirror)):
         target = job.audio / shard.path.removesuffix(".tar")
         if target.exists():

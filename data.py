@@ -3,6 +3,8 @@
 Letters in shapes: `T` samples, `F` codec frames (50 a second, hop 480 at 24 kHz).
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -76,7 +78,7 @@ class Clips(Sequence[Clip]):
         self.table = pyarrow.concat_tables(tables).unify_dictionaries().combine_chunks()
 
     @classmethod
-    def of(cls, clips: Iterable[Clip]) -> "Clips":
+    def of(cls, clips: Iterable[Clip]) -> Clips:
         if isinstance(clips, Clips):
             return clips
         return cls(_table([{**vars(clip), "path": os.fspath(clip.path)} for clip in clips], ""))
@@ -84,10 +86,10 @@ class Clips(Sequence[Clip]):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __add__(self, other: Iterable[Clip]) -> "Clips":
+    def __add__(self, other: Iterable[Clip]) -> Clips:
         return Clips(self.table, Clips.of(other).table)
 
-    def __getitem__(self, index: int | slice) -> "Clip | Clips":
+    def __getitem__(self, index: int | slice) -> Clip | Clips:
         if isinstance(index, slice):
             return Clips(self.table.take(np.arange(len(self))[index]))
         row = range(len(self))[index]  # raises IndexError
@@ -116,11 +118,11 @@ class Clips(Sequence[Clip]):
             seconds = seconds[self.table[known].is_valid().to_numpy()]
         return float(seconds.sum()) / 3600
 
-    def with_columns(self, **columns: Sequence) -> "Clips":
+    def with_columns(self, **columns: Sequence) -> Clips:
         new = {n: pyarrow.array(v, _COLUMNS.field(n).type) for n, v in columns.items()}
         return Clips(pyarrow.table({n: new.get(n, self.table[n]) for n in _COLUMNS.names}))
 
-    def where(self, chosen: np.ndarray) -> "Clips":  # bool [N]
+    def where(self, chosen: np.ndarray) -> Clips:  # bool [N]
         return Clips(self.table.filter(pyarrow.array(chosen, pyarrow.bool_())))
 
 

@@ -310,7 +310,8 @@ class DuplexEngine:
         self._flush.voice[slot] = speaking
 
     def feed(self, slot: int, audio: np.ndarray, arrived=None, bounded: bool = True) -> None:
-        """Queue a slot's input [T], the last sample of which came in at `arrived` (None: now)."""
+        """Queue a slot's input samples [T]; `arrived` (the clock's now by default) is when the
+        last of them came in, and the start of what `waited` measures."""
         if not self._suspended[slot]:
             self.queues[slot].push(audio, self.clock() if arrived is None else arrived, bounded)
 
@@ -403,11 +404,13 @@ class DuplexEngine:
         return self._got.numpy()
 
     def _mark(self) -> None:
-        timed = self._stream and self._stream.record_event(torch.cuda.Event(enable_timing=True))
-        self._marks.append(timed or self.clock())
+        stream = self._stream
+        self._marks.append(self.clock() if stream is None else
+                           stream.record_event(torch.cuda.Event(enable_timing=True)))  # fmt: skip
 
 
-def engine_of(args: argparse.Namespace, slots=1, vad_flush=False) -> tuple[DuplexEngine, str]:
+def engine_of(args: argparse.Namespace, slots: int = 1,
+              vad_flush: bool = False) -> tuple[DuplexEngine, str]:  # fmt: skip
     """The engine that the flags of demo and server ask for, and its models in words; a sampling
     flag that is None, or that a script does not have, stands for the model's own."""
     device = setup_distributed(args.device).device

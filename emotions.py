@@ -34,7 +34,8 @@ EDGE_SECONDS = 0.2  # of silence on both sides of a clip
 MICROPHONES, GAIN_DB = 4, (-9.0, 3.0)  # that each speaker has, and of each
 
 
-def load_emotional(folders: Sequence[str | Path], commercial_only=False, log=None) -> list[Clip]:
+def load_emotional(folders: Sequence[str | Path], commercial_only: bool = False,
+                   log: str | Path | None = None) -> list[Clip]:  # fmt: skip
     """The clips with an emotion below the folders, by their manifests or by their files' names.
     Splits are disjoint in speakers. What is left out is counted on stdout, unreadable files on
     stderr and in a file `log`. Raises UserError on a missing folder, and where nothing is left."""

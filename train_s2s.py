@@ -511,14 +511,14 @@ def fitting_window(args, config: S2SConfig) -> float:
     return seconds
 
 
-def starting_tokenizer(texts: list[str], size: int, init_from: str | None):
+def starting_tokenizer(texts: list[str], size: int, init_from: checkpoints.Checkpoint | None):
     """The tokenizer of `init_from`, where there is one that can spell all of `texts`, or a new one;
     and whether it is inherited, so that its embeddings fit."""
-    if theirs := init_from and checkpoints.load_checkpoint(init_from, with_trainer=False).tokenizer:
-        tokenizer = Tokenizer.from_str(theirs)
+    if init_from and init_from.tokenizer:
+        tokenizer = Tokenizer.from_str(init_from.tokenizer)
         if not (lacking := unspelled(tokenizer, texts)):
             return tokenizer, True
-        print(f"init_from {init_from}: its tokenizer cannot spell {lacking[0]!r}: a new one")
+        print(f"init_from {init_from.path}: its tokenizer cannot spell {lacking[0]!r}: a new one")
     return train_tokenizer(texts, size), False
 
 
@@ -616,11 +616,9 @@ def new_lm(args, settings: Settings, codec: Codec, rows, device: torch.device):
     if backbone := chosen_backbone(args, device, texts):
         tokenizer, temporal = Tokenizer.from_str(backbone.tokenizer), backbone.layers
     else:
-        tokenizer, inherited = starting_tokenizer(texts, args.vocab_size, args.init_from)
-        temporal = None
-        if args.init_from:
-            theirs = checkpoints.load_checkpoint(args.init_from, with_trainer=False)
-            temporal = s2s_config(theirs).temporal
+        theirs = args.init_from and checkpoints.load_checkpoint(args.init_from, with_trainer=False)
+        tokenizer, inherited = starting_tokenizer(texts, args.vocab_size, theirs)
+        temporal = s2s_config(theirs).temporal if theirs else None
     config = new_config(args, settings, codec, tokenizer, temporal)
     return config, tokenizer, backbone, inherited
 
@@ -657,8 +655,8 @@ def train(args, run: training.Run) -> None:
     else:
         checkpoints.fill(model, checkpoint.tensors, checkpoint.path)
     pretrained = [model.temporal, model.text_embedding, model.text_head] if config.temporal else []
-    parts = {"optimizer": [part for part in model.children() if part not in pretrained]}
-    parts |= {"backbone": pretrained} if pretrained else {}
+    others = [part for part in model.children() if part not in pretrained]
+    parts = {"optimizer": others, "backbone": pretrained}
     rates = {"optimizer": args.lr, "backbone": args.backbone_lr}
     optimizers, weights = training.optimizers(parts, rates, (0.9, 0.95), weight_decay=0.05)
     guard = training.StepGuard()

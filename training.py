@@ -385,9 +385,12 @@ def adamw(modules: Iterable[nn.Module | None], rate: float, betas: tuple, weight
 
 def optimizers(parts: Mapping[str, Sequence[nn.Module]], rates: Mapping[str, float], betas: tuple,
                weight_decay: float) -> tuple[dict, dict[str, list[nn.Parameter]]]:  # fmt: skip
-    """An `adamw` for each of `parts`, at its rate, and the weights of each, to be clipped apart."""
+    """An `adamw` for each of `parts` but the empty, at its rate, and the weights of each, to be
+    clipped apart."""
     made, weights = {}, {}
     for name, modules in parts.items():
+        if not modules:
+            continue
         made[name] = adamw(modules, rates[name], betas, weight_decay)
         weights[name] = [weight for module in modules for weight in module.parameters()]
     return made, weights

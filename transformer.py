@@ -95,9 +95,10 @@ def rotary_frequencies(config: TransformerConfig, device: torch.device) -> tuple
     """Radians a position of each kind of layer, `[head_dim]` float64; negative in the first half,
     for `apply_rotary`."""
     options = {"device": device, "dtype": torch.float64}
-    exponents = torch.arange(0, config.head_dim, 2, **options) / config.head_dim
     found = [torch.tensor(kind.frequencies, **options) for kind in config.kinds]
-    found = found or [config.rope_theta ** (-exponents)]
+    if not found:
+        exponents = torch.arange(0, config.head_dim, 2, **options)
+        found = [config.rope_theta ** (-exponents / config.head_dim)]
     return tuple(torch.cat((-radians, radians)) for radians in found)
 
 
@@ -263,10 +264,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: TransformerConfig, kind: int = 0) -> None:
         super().__init__()
-        norms = [RMSNorm(config.dim, eps=config.norm_eps) for _ in range(4)]
-        self.attention_norm, self.ffn_norm = norms[:2]
-        after = norms[2:] if config.norms_after else (nn.Identity(), nn.Identity())
-        self.attention_norm_after, self.ffn_norm_after = after
+        norm = functools.partial(RMSNorm, config.dim, eps=config.norm_eps)
+        after = norm if config.norms_after else nn.Identity
+        self.attention_norm, self.attention_norm_after = norm(), after()
+        self.ffn_norm, self.ffn_norm_after = norm(), after()
         self.attention = Attention(config, kind)
         self.ffn = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from test_graphs import byte_tokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 
 import backbone as backbones
 from backbone import load_backbone, trimmed
@@ -62,17 +63,8 @@ def sentence_pieces() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(state))
 
 
-def bytes_only() -> Tokenizer:
-    """As Qwen's and Llama 3's."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<bos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(2 * TEXTS + OTHERS[:3], trainer)
-    return tokenizer
+def as_llama() -> Tokenizer:  # and Qwen
+    return byte_tokenizer(2 * TEXTS + OTHERS[:3], 600, "<bos>")
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
@@ -80,7 +72,7 @@ def family(request, tmp_path_factory):
     """A random model of the family, none of its weights what it begins with, and its folder."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp(request.param)
-    tokenizer = sentence_pieces() if request.param == "gemma3" else bytes_only()
+    tokenizer = sentence_pieces() if request.param == "gemma3" else as_llama()
     config, model, changes = FAMILIES[request.param]
     vocabulary = tokenizer.get_vocab_size()
     marks = {

@@ -389,16 +389,17 @@ SAYINGS = (
 )  # fmt: skip
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Bytes and merges of Latin letters alone: every other character is split over tokens."""
+def byte_tokenizer(texts=("so good two spaces naive",), size=300, first="<pad>") -> Tokenizer:
+    """Bytes and merges in `texts`; by default every character that is not Latin is split over
+    tokens. `first`: the token that comes before them."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=size, special_tokens=[first], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(["so good two spaces naive"], trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 

@@ -387,9 +387,10 @@ def test_a_run_ends_with_its_budget_and_its_learning_rate_with_it(
 def test_a_tokenizer_goes_on_where_it_can_spell_the_new_texts(world, whole_run, tmp_path, capsys):
     train(world, whole_run[0], export=tmp_path)
     theirs = S2S.from_checkpoint(tmp_path).tokenizer.get_vocab()
-    tokenizer, same = train_s2s.starting_tokenizer(["you are fine"], 300, str(tmp_path))
+    checkpoint = checkpoints.load_checkpoint(tmp_path)
+    tokenizer, same = train_s2s.starting_tokenizer(["you are fine"], 300, checkpoint)
     assert same and tokenizer.get_vocab() == theirs
-    tokenizer, same = train_s2s.starting_tokenizer(["fine", "¿qué?"], 300, str(tmp_path))
+    tokenizer, same = train_s2s.starting_tokenizer(["fine", "¿qué?"], 300, checkpoint)
     assert not same and "cannot spell '¿qué?'" in capsys.readouterr().out
     assert tokenizer.decode(tokenizer.encode("¿qué?").ids) == "¿qué?"
 
